@@ -1,0 +1,1 @@
+"""The vocabulary of the system. No torch, no I/O."""

@@ -1,0 +1,32 @@
+"""Identity and size of one adapter."""
+
+from __future__ import annotations
+
+import msgspec
+
+BASE_NAMES = (None, "__base__")
+
+
+class AdapterSpec(msgspec.Struct, frozen=True):
+    """One adapter as every process knows it.
+
+    ``content_hash`` covers configuration and weights: it identifies the adapter everywhere (prefix cache,
+    slots, messages), while ``name`` is only what users call it. ``ranks`` maps a module path of the base
+    model to the rank there; modules that are absent are not adapted. ``kind`` selects how it is loaded,
+    applied, merged and costed.
+    """
+
+    name: str
+    content_hash: str
+    path: str
+    ranks: dict[str, int]
+    num_bytes: int
+    kind: str = "lora"
+
+    @property
+    def max_rank(self) -> int:
+        return max(self.ranks.values())
+
+    @property
+    def target_modules(self) -> list[str]:
+        return sorted(self.ranks)

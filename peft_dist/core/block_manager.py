@@ -1,0 +1,153 @@
+"""Who owns which KV block."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+
+
+class BlockManager:
+    """Owns the free KV blocks of a replica and every block table.
+
+    Full blocks may be published under a hash; a freed block keeps its hash until it is needed again, so
+    that a later prompt with the same prefix finds it (least recently freed goes first). Blocks of one
+    published prefix are shared by counting references; nobody writes into a shared block because only full
+    blocks are published.
+
+    Tables are lists of block ids in order of position. A sequence's blocks are either on the device or,
+    after ``swap_out``, on the host.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, num_host_blocks: int = 0) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.num_host_blocks = num_host_blocks
+        self._refs = [0] * num_blocks
+        self._hash_of: list[bytes | None] = [None] * num_blocks
+        self._block_of: dict[bytes, int] = {}
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self._free_host = list(range(num_host_blocks))
+        self._tables: dict[str, list[int]] = {}
+        self._host_tables: dict[str, list[int]] = {}
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def table(self, request_id: str) -> list[int]:
+        return self._tables[request_id]
+
+    def find_prefix(self, hashes: list[bytes]) -> list[int]:
+        """Blocks of the longest published prefix of this hash chain."""
+        blocks = []
+        for key in hashes:
+            block = self._block_of.get(key)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def allocate(self, request_id: str, prefix: list[int], num_tokens: int) -> bool:
+        """Give a new sequence the shared ``prefix`` blocks and fresh ones up to ``num_tokens``.
+
+        Changes nothing and returns False when too few blocks are free.
+        """
+        assert request_id not in self._tables and request_id not in self._host_tables
+        fresh = self.blocks_for(num_tokens) - len(prefix)
+        revived = sum(self._refs[block] == 0 for block in prefix)
+        if fresh > len(self._free) - revived:
+            return False
+        for block in prefix:
+            self._refs[block] += 1
+            self._free.pop(block, None)
+        self._tables[request_id] = prefix + [self._take() for _ in range(fresh)]
+        return True
+
+    def grow(self, request_id: str, num_tokens: int) -> bool:
+        """Extend a table to cover ``num_tokens``; False, and nothing changed, when too few blocks are free."""
+        table = self._tables[request_id]
+        fresh = self.blocks_for(num_tokens) - len(table)
+        if fresh > len(self._free):
+            return False
+        table.extend(self._take() for _ in range(fresh))
+        return True
+
+    def publish(self, request_id: str, index: int, key: bytes) -> None:
+        """Name the full block at ``index`` of a table. The first of two equal blocks keeps the name."""
+        block = self._tables[request_id][index]
+        if self._hash_of[block] is None and key not in self._block_of:
+            self._hash_of[block] = key
+            self._block_of[key] = block
+
+    def withdraw(self, request_id: str) -> None:
+        """Take back the names of a sequence's blocks: their content cannot be trusted."""
+        for block in self._tables.get(request_id, ()):
+            self._forget_hash(block)
+
+    def free(self, request_id: str) -> None:
+        """Return a sequence's blocks, wherever they are. The end of a sequence is reused before its start."""
+        for block in reversed(self._tables.pop(request_id, ())):
+            self._release(block)
+        self._free_host.extend(self._host_tables.pop(request_id, ()))
+
+    def swap_out(self, request_id: str) -> list[tuple[int, int]] | None:
+        """Move a sequence to host blocks: (device, host) copies to make, or None when the host is full."""
+        table = self._tables[request_id]
+        if len(table) > len(self._free_host):
+            return None
+        host = [self._free_host.pop() for _ in table]
+        del self._tables[request_id]
+        for block in reversed(table):
+            self._release(block)
+        self._host_tables[request_id] = host
+        return list(zip(table, host, strict=True))
+
+    def swap_in(self, request_id: str, num_tokens: int) -> list[tuple[int, int]] | None:
+        """Move a sequence back, with room for ``num_tokens``: (host, device) copies, or None when full."""
+        host = self._host_tables[request_id]
+        fresh = max(self.blocks_for(num_tokens), len(host))
+        if fresh > len(self._free):
+            return None
+        table = [self._take() for _ in range(fresh)]
+        del self._host_tables[request_id]
+        self._free_host.extend(host)
+        self._tables[request_id] = table
+        return list(zip(host, table, strict=False))
+
+    def clear_prefix_cache(self) -> None:
+        for block in list(self._block_of.values()):
+            self._forget_hash(block)
+
+    def check(self) -> None:
+        """Raise AssertionError unless every block is owned exactly as often as it is counted."""
+        held = Counter(block for table in self._tables.values() for block in table)
+        assert all(self._refs[block] == held[block] for block in range(self.num_blocks)), "reference counts"
+        assert set(self._free) == {block for block in range(self.num_blocks) if held[block] == 0}, "free list"
+        assert len(self._free) + len(held) == self.num_blocks, "free + used == total"
+        host = [block for table in self._host_tables.values() for block in table]
+        assert sorted(host + self._free_host) == list(range(self.num_host_blocks)), "host blocks"
+        assert all(self._hash_of[block] == key for key, block in self._block_of.items()), "names"
+        assert sum(key is not None for key in self._hash_of) == len(self._block_of), "names"
+        assert not self._tables.keys() & self._host_tables.keys(), "a sequence in two places"
+
+    def _take(self) -> int:
+        block, _ = self._free.popitem(last=False)
+        self._forget_hash(block)
+        self._refs[block] = 1
+        return block
+
+    def _release(self, block: int) -> None:
+        self._refs[block] -= 1
+        if self._refs[block] == 0:
+            self._free[block] = None
+            if self._hash_of[block] is None:
+                # A block without a name is of no use to anybody: reuse it before any cached prefix.
+                self._free.move_to_end(block, last=False)
+
+    def _forget_hash(self, block: int) -> None:
+        key = self._hash_of[block]
+        if key is not None:
+            del self._block_of[key]
+            self._hash_of[block] = None

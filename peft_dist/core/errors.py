@@ -1,0 +1,42 @@
+"""Errors that users see: each names what was wrong, where, and the remedy."""
+
+from __future__ import annotations
+
+
+class PeftDistError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class ConfigError(PeftDistError, ValueError):
+    """An option, or a combination of options, cannot be used."""
+
+
+class InvalidRequestError(PeftDistError, ValueError):
+    """A request that can never be served as it was asked (HTTP 400).
+
+    ``param`` is the field at fault, in the words of the OpenAI API, or None for the request as a whole.
+    """
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class UnknownModelError(PeftDistError, LookupError):
+    """The named base model or adapter is not served here (HTTP 404)."""
+
+
+class AdapterError(PeftDistError, ValueError):
+    """An adapter was refused, or an operation on it; the others go on being served (HTTP 400)."""
+
+
+class QueueFullError(PeftDistError):
+    """The waiting queue is at its bound (HTTP 429). ``retry_after`` is in seconds."""
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class EngineDeadError(PeftDistError, RuntimeError):
+    """The replica that owned the request is gone and nothing can continue it (HTTP 503)."""

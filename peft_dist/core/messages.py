@@ -1,0 +1,191 @@
+"""What the orchestrator and a replica say to each other.
+
+Every message travels in an envelope with the protocol's version and the replica's epoch: a replica that was
+fenced keeps its old epoch, so its late words are recognised. The encoding rejects types and fields it does
+not know.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from peft_dist.core.adapter import AdapterSpec
+from peft_dist.core.config import ModelInfo
+from peft_dist.core.errors import PeftDistError
+from peft_dist.core.outputs import PositionLogprobs
+from peft_dist.core.sampling_params import SamplingParams
+
+PROTOCOL_VERSION = 1
+
+
+class _Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
+    pass
+
+
+class Command(_Message, frozen=True, kw_only=True):
+    """From the orchestrator to a replica."""
+
+
+class AddRequest(Command, frozen=True, kw_only=True):
+    """Run one sequence. ``output_token_ids`` is not empty when the replica continues what another began."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    seed: int
+    sequence_index: int = 0
+    content_hash: str | None = None
+    output_token_ids: list[int] = []
+
+
+class AbortRequest(Command, frozen=True, kw_only=True):
+    request_ids: list[str]
+
+
+class LoadAdapter(Command, frozen=True, kw_only=True):
+    """Read, check and keep an adapter; answered by ``AdapterResult`` with the same ``call_id``.
+
+    ``path`` is what the user wrote: a folder, inside ``root`` when that is given, or a hub id where
+    ``allow_hub`` is set. The replica finds it, because the file system that matters is the replica's.
+    """
+
+    call_id: int
+    name: str
+    path: str
+    root: str | None = None
+    allow_hub: bool = False
+    allow_pickle: bool = False
+
+
+class UnloadAdapter(Command, frozen=True, kw_only=True):
+    """Drop the adapter once no running request uses it."""
+
+    call_id: int
+    content_hash: str
+
+
+class Shutdown(Command, frozen=True, kw_only=True):
+    """End at once. The sender has answered for what still runs, so it need not be reported."""
+
+
+class Report(_Message, frozen=True, kw_only=True):
+    """From a replica to the orchestrator."""
+
+
+class Ready(Report, frozen=True, kw_only=True):
+    model: ModelInfo
+    pid: int
+
+
+class SequenceProgress(msgspec.Struct, frozen=True):
+    """New tokens of one sequence; ``first_index`` is the number of the first of them in its output.
+
+    ``finish_reason`` is None while the sequence runs. ``prompt_logprobs`` starts at prompt position 1 and
+    comes whole, with the first tokens.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    first_index: int
+    logprobs: list[PositionLogprobs] | None = None
+    prompt_logprobs: list[PositionLogprobs] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | None = None
+    num_cached_tokens: int = 0
+    error: str | None = None
+
+
+class ReplicaStats(msgspec.Struct, frozen=True):
+    """A replica's state after a step."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_swapped: int = 0
+    num_free_blocks: int = 0
+    num_blocks: int = 0
+    num_preemptions: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
+    resident_adapters: list[str] = []
+
+
+class Progress(Report, frozen=True, kw_only=True):
+    """What one engine step brought."""
+
+    sequences: list[SequenceProgress]
+    stats: ReplicaStats
+
+
+class AdapterResult(Report, frozen=True, kw_only=True):
+    """Answer to LoadAdapter and UnloadAdapter; ``error`` names the problem and the remedy."""
+
+    call_id: int
+    spec: AdapterSpec | None = None
+    error: str | None = None
+
+
+class Fatal(Report, frozen=True, kw_only=True):
+    """The replica cannot go on."""
+
+    error: str
+
+
+AnyCommand = AddRequest | AbortRequest | LoadAdapter | UnloadAdapter | Shutdown
+AnyReport = Ready | Progress | AdapterResult | Fatal
+
+
+class ProtocolError(PeftDistError):
+    """Bytes that are not a message of this protocol version."""
+
+
+class CommandEnvelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    version: int
+    epoch: int
+    message: AnyCommand
+
+
+class ReportEnvelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    version: int
+    epoch: int
+    message: AnyReport
+
+
+_encoder = msgspec.msgpack.Encoder()
+_commands = msgspec.msgpack.Decoder(CommandEnvelope)
+_reports = msgspec.msgpack.Decoder(ReportEnvelope)
+
+
+def encode_command(message: AnyCommand, epoch: int) -> bytes:
+    return _encoder.encode(CommandEnvelope(PROTOCOL_VERSION, epoch, message))
+
+
+def encode_report(message: AnyReport, epoch: int) -> bytes:
+    return _encoder.encode(ReportEnvelope(PROTOCOL_VERSION, epoch, message))
+
+
+def decode_command(data: bytes) -> CommandEnvelope:
+    """Raises ProtocolError when ``data`` is no command of this version."""
+    try:
+        envelope = _commands.decode(data)
+    except msgspec.MsgspecError as error:
+        raise ProtocolError(f"not a command of protocol version {PROTOCOL_VERSION}: {error}") from error
+    _check_version(envelope.version)
+    return envelope
+
+
+def decode_report(data: bytes) -> ReportEnvelope:
+    """Raises ProtocolError when ``data`` is no report of this version."""
+    try:
+        envelope = _reports.decode(data)
+    except msgspec.MsgspecError as error:
+        raise ProtocolError(f"not a report of protocol version {PROTOCOL_VERSION}: {error}") from error
+    _check_version(envelope.version)
+    return envelope
+
+
+def _check_version(version: int) -> None:
+    if version != PROTOCOL_VERSION:
+        raise ProtocolError(
+            f"message of protocol version {version}, this process speaks {PROTOCOL_VERSION}: "
+            "run the same peft_dist release on both sides"
+        )

@@ -1,0 +1,60 @@
+"""The tensors of one forward pass, reachable from patched layers that Hugging Face calls without them.
+
+Entered with ``with``, never nested; each thread has its own. Outside of a context every patched layer runs
+the code it replaced.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from peft_dist.kernels.types import AttentionMetadata, KVCache, LoRALayerWeights, LoRAPlan
+
+_current: contextvars.ContextVar[ForwardContext | None] = contextvars.ContextVar("peft_dist_forward", default=None)
+
+
+@dataclass(slots=True)
+class ForwardContext:
+    """What patched layers need of one packed forward ``[1, T]`` (or one padded forward of the drop-in).
+
+    Attributes:
+        attention: Where each sequence's tokens and KV blocks are; None leaves attention to Hugging Face.
+        kv_caches: Paged (key, value) caches by the attention module's ``layer_idx``.
+        lora: Which rows of a layer's input belong to which adapter slot; None when no row has an adapter.
+        lora_logits: The same for the rows that reach ``lm_head`` (only sampled positions do).
+        lora_weights: Stacked adapter weights by the patched layer's ``lora_index``; None where the layer
+            has no resident adapter.
+        token_rows: int64 ``[T]``, the rows of a padded batch flattened to ``[B * S]`` that hold tokens, for
+            attention; None when every row does (always, in a packed forward).
+    """
+
+    attention: AttentionMetadata | None = None
+    kv_caches: Sequence[KVCache] | Mapping[int, KVCache] = ()
+    lora: LoRAPlan | None = None
+    lora_logits: LoRAPlan | None = None
+    lora_weights: Sequence[LoRALayerWeights | None] = ()
+    token_rows: torch.Tensor | None = None
+    _token: contextvars.Token[ForwardContext | None] | None = None
+
+    def __enter__(self) -> ForwardContext:
+        if _current.get() is not None:
+            raise RuntimeError("a ForwardContext is already entered in this thread: model calls do not nest")
+        self._token = _current.set(self)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        assert self._token is not None
+        _current.reset(self._token)
+        self._token = None
+
+
+def current() -> ForwardContext | None:
+    """The context of the forward pass running in this thread, or None outside of one."""
+    return _current.get()

@@ -1,0 +1,8 @@
+"""Shared fixtures. Real models come from the demo cache; small random ones from tests/tiny_models.py."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
