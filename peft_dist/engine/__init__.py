@@ -1,0 +1,1 @@
+"""One replica's control loop: scheduler, adapter residency, engine. No torch."""

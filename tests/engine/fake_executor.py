@@ -1,0 +1,105 @@
+"""An executor whose "model" reads its context through block tables, so that any bookkeeping mistake shows."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+from peft_dist.core.adapter import AdapterSpec
+from peft_dist.core.batch import NO_ADAPTER, PLACEHOLDER, Batch, ScheduledSequence, SequenceResult, StepResult
+from peft_dist.core.outputs import Logprob
+
+VOCAB = 97
+EOS = 0
+
+
+def next_token(context: list[tuple[int, str]], seed: int, sequence_index: int, draw: int) -> int:
+    """The fake model: a function of all (token, adapter) pairs in the context and of the draw."""
+    digest = hashlib.blake2b(repr((context, seed, sequence_index, draw)).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little") % VOCAB
+
+
+def tokens_alone(
+    prompt: list[int], content: str, seed: int, index: int, max_tokens: int, ignore_eos: bool = False
+) -> list[int]:
+    """What a request draws when it has the machine for itself."""
+    context = [(token, content) for token in prompt]
+    drawn: list[int] = []
+    while len(drawn) < max_tokens:
+        token = next_token(context, seed, index, len(drawn))
+        drawn.append(token)
+        context.append((token, content))
+        if token == EOS and not ignore_eos:
+            break
+    return drawn
+
+
+class FakeExecutor:
+    """Runs batches at once on a fake paged cache; results are handed out on ``collect``."""
+
+    def __init__(self, num_blocks: int, block_size: int, num_host_blocks: int = 0) -> None:
+        self.block_size = block_size
+        self.cache: list[list[tuple[int, str] | None]] = [[None] * block_size for _ in range(num_blocks)]
+        self.host: list[list[tuple[int, str] | None]] = [[None] * block_size for _ in range(num_host_blocks)]
+        self.slots: dict[int, str] = {}
+        self.states: dict[str, tuple[int, int, list[int]]] = {}
+        self.num_loads = 0
+        self.poisoned: set[str] = set()
+        self.max_batch_tokens = 0
+
+    def submit(self, batch: Batch) -> StepResult:
+        for device, host in batch.swap_outs:
+            self.host[host] = list(self.cache[device])
+        for host, device in batch.swap_ins:
+            self.cache[device] = list(self.host[host])
+        for start in batch.starts:
+            known = start.prompt_token_ids + start.output_token_ids
+            self.states[start.request_id] = (start.seed, start.sequence_index, list(known))
+        self.max_batch_tokens = max(self.max_batch_tokens, batch.num_tokens)
+        # Like the real model: every layer writes all keys and values before it reads any.
+        for sequence in batch.sequences:
+            self._write(sequence)
+        return StepResult(batch.step, [self._read(sequence) for sequence in batch.sequences])
+
+    def collect(self, handle: StepResult) -> StepResult:
+        return handle
+
+    def forget(self, request_ids: Sequence[str]) -> None:
+        for request_id in request_ids:
+            self.states.pop(request_id, None)
+
+    def load_adapter(self, spec: AdapterSpec, slot: int) -> None:
+        self.slots[slot] = spec.content_hash
+        self.num_loads += 1
+
+    def drop_adapter(self, slot: int) -> None:
+        del self.slots[slot]
+
+    def _write(self, sequence: ScheduledSequence) -> None:
+        content = self.slots[sequence.adapter_slot] if sequence.adapter_slot != NO_ADAPTER else ""
+        known = self.states[sequence.request_id][2]
+        for position, token in enumerate(sequence.token_ids, sequence.start):
+            actual = known[position]
+            assert token in (actual, PLACEHOLDER), f"{sequence.request_id} position {position}: {token} != {actual}"
+            block = sequence.block_table[position // self.block_size]
+            self.cache[block][position % self.block_size] = (actual, content)
+
+    def _read(self, sequence: ScheduledSequence) -> SequenceResult:
+        stop = sequence.start + sequence.num_tokens
+        seed, index, known = self.states[sequence.request_id]
+        context = [
+            self.cache[sequence.block_table[position // self.block_size]][position % self.block_size]
+            for position in range(stop)
+        ]
+        assert None not in context, "a key that nothing wrote"
+        scores = None
+        if sequence.wants_prompt_logprobs:
+            scores = [{known[position]: Logprob(-float(position), 1)} for position in range(sequence.start + 1, stop + 1)
+                      if position < len(known)]  # fmt: skip
+        if sequence.request_id in self.poisoned:
+            return SequenceResult(sequence.request_id, [], sequence.draw, error="logits are not finite")
+        if not sequence.samples:
+            return SequenceResult(sequence.request_id, [], sequence.draw, prompt_logprobs=scores)
+        token = next_token(context, seed, index, sequence.draw)
+        known.append(token)
+        return SequenceResult(sequence.request_id, [token], sequence.draw, prompt_logprobs=scores)

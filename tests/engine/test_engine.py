@@ -1,0 +1,310 @@
+"""Every request gets the tokens it gets alone, whatever happens around it; nothing leaks."""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given, settings
+
+from peft_dist.core.adapter import AdapterSpec
+from peft_dist.core.block_manager import BlockManager
+from peft_dist.core.messages import SequenceProgress
+from peft_dist.core.request import Request
+from peft_dist.core.sampling_params import SamplingParams
+from peft_dist.engine.adapter_manager import AdapterManager
+from peft_dist.engine.engine import Engine
+from peft_dist.engine.scheduler import Scheduler, SchedulerLimits
+from tests.engine.fake_executor import EOS, FakeExecutor, tokens_alone
+
+ADAPTERS = [None, *(AdapterSpec(f"a{i}", f"hash{i}", "", {"m": 4}, 10) for i in range(4))]
+
+
+def make_engine(
+    num_blocks: int = 64,
+    block_size: int = 4,
+    host: int = 0,
+    depth: int = 0,
+    num_slots: int = 3,
+    max_seqs: int = 8,
+    max_tokens: int = 16,
+    max_len: int = 64,
+    **limits: object,
+) -> Engine:
+    blocks = BlockManager(num_blocks, block_size, host)
+    scheduler = Scheduler(
+        SchedulerLimits(max_len, max_seqs, max_tokens, **limits),  # type: ignore[arg-type]
+        blocks,
+        AdapterManager(num_slots),
+    )
+    engine = Engine(scheduler, FakeExecutor(num_blocks, block_size, host), depth, [EOS])
+    for spec in ADAPTERS:
+        if spec is not None:
+            engine.register_adapter(spec)
+    return engine
+
+
+def make_request(name: str, prompt: list[int], adapter: int = 0, max_tokens: int = 6, **params: object) -> Request:
+    sampling = SamplingParams(max_tokens=max_tokens, **params)  # type: ignore[arg-type]
+    return Request(name, list(prompt), sampling, seed=7, arrival_time=0.0, adapter=ADAPTERS[adapter])
+
+
+def expected(request: Request) -> list[int]:
+    return tokens_alone(
+        request.prompt_token_ids,
+        request.content_hash,
+        request.seed,
+        request.sequence_index,
+        request.max_output_tokens,
+        request.params.ignore_eos,
+    )
+
+
+def step(engine: Engine, into: dict[str, list[SequenceProgress]]) -> None:
+    for progress in engine.step(0.0):
+        into.setdefault(progress.request_id, []).append(progress)
+    engine.scheduler.blocks.check()
+    engine.scheduler.adapters.check()
+
+
+def drain(engine: Engine, into: dict[str, list[SequenceProgress]]) -> None:
+    for _ in range(5000):
+        if not engine.has_work:
+            return
+        step(engine, into)
+    raise AssertionError("the engine does not come to an end")
+
+
+def tokens_of(progress: list[SequenceProgress]) -> list[int]:
+    tokens: list[int] = []
+    for item in progress:
+        assert item.first_index == len(tokens)
+        tokens += item.token_ids
+    return tokens
+
+
+def assert_empty(engine: Engine) -> None:
+    scheduler = engine.scheduler
+    assert not scheduler.has_requests and not engine.requests and not scheduler._started
+    assert scheduler.blocks.num_free == scheduler.blocks.num_blocks
+    assert not engine.executor.states and not scheduler.adapters._users  # type: ignore[attr-defined]
+    scheduler.blocks.check()
+
+
+prompts = st.tuples(st.integers(0, 2), st.integers(1, 30)).map(lambda p: [1 + (i * (p[0] + 3)) % 90 for i in range(p[1])])
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    requests=st.lists(st.tuples(prompts, st.integers(0, 4), st.integers(1, 20), st.integers(0, 12)), min_size=1, max_size=12),
+    aborts=st.dictionaries(st.integers(0, 11), st.integers(0, 30), max_size=4),
+    depth=st.integers(0, 2),
+    num_blocks=st.integers(16, 40),
+    host=st.sampled_from([0, 7, 40]),
+    max_seqs=st.integers(1, 8),
+    max_tokens=st.integers(1, 40),
+    num_slots=st.integers(1, 4),
+    preemption=st.sampled_from(["auto", "recompute"]),
+    caching=st.booleans(),
+)  # fmt: skip
+def test_tokens_are_those_of_a_request_alone(
+    requests, aborts, depth, num_blocks, host, max_seqs, max_tokens, num_slots, preemption, caching
+) -> None:
+    engine = make_engine(
+        num_blocks, 4, host, depth, num_slots, max_seqs, max_tokens, preemption=preemption, enable_prefix_caching=caching
+    )
+    everyone = [
+        (make_request(f"r{i}", prompt, adapter, count), arrival)
+        for i, (prompt, adapter, count, arrival) in enumerate(requests)
+    ]
+    got: dict[str, list[SequenceProgress]] = {}
+    aborted: set[str] = set()
+    for now in range(31):
+        for request, arrival in everyone:
+            if arrival == now:
+                engine.add_request(request)
+        for index, when in aborts.items():
+            if when == now and index < len(everyone) and everyone[index][0].request_id in engine.requests:
+                aborted.add(everyone[index][0].request_id)
+                engine.abort([everyone[index][0].request_id])
+        step(engine, got)
+    drain(engine, got)
+    for request, _ in everyone:
+        progress = got.get(request.request_id, [])
+        if request.request_id in aborted:
+            assert tokens_of(progress) == expected(request)[: len(tokens_of(progress))]
+            continue
+        assert tokens_of(progress) == expected(request)
+        assert [bool(item.finish_reason) for item in progress] == [False] * (len(progress) - 1) + [True]
+    assert engine.executor.max_batch_tokens <= max_tokens  # type: ignore[attr-defined]
+    assert_empty(engine)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize(("host", "preemption"), [(0, "recompute"), (64, "swap")])
+def test_preemption_happens_and_changes_nothing(depth: int, host: int, preemption: str) -> None:
+    engine = make_engine(num_blocks=16, host=host, depth=depth, preemption=preemption)
+    requests = [make_request(f"r{i}", [i + 1] * 12, i % 5, 30, ignore_eos=True) for i in range(4)]
+    for request in requests:
+        engine.add_request(request)
+    got: dict[str, list[SequenceProgress]] = {}
+    drain(engine, got)
+    assert engine.scheduler.num_preemptions > 0
+    assert [tokens_of(got[r.request_id]) for r in requests] == [expected(r) for r in requests]
+    assert_empty(engine)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_prefix_hits_follow_content_not_names(depth: int) -> None:
+    engine = make_engine(depth=depth)
+    twin = AdapterSpec("another name", "hash0", "elsewhere", {"m": 4}, 10)
+    prompt = list(range(1, 18))
+    got: dict[str, list[SequenceProgress]] = {}
+
+    def cached(name: str, spec: AdapterSpec | None) -> int:
+        request = Request(name, prompt, SamplingParams(max_tokens=3), 1, 0.0, spec)
+        engine.add_request(request)
+        drain(engine, got)
+        return got[name][-1].num_cached_tokens
+
+    assert cached("base", None) == 0
+    assert cached("base again", None) == 16
+    assert cached("adapter", ADAPTERS[1]) == 0
+    assert cached("same weights", twin) == 16
+    assert cached("other weights", ADAPTERS[2]) == 0
+    assert_empty(engine)
+
+
+def test_twins_in_one_step_share_blocks() -> None:
+    engine = make_engine(max_tokens=64)
+    for i in range(3):
+        engine.add_request(make_request(f"r{i}", list(range(1, 34)), 1))
+    got: dict[str, list[SequenceProgress]] = {}
+    step(engine, got)
+    drain(engine, got)
+    assert [got[f"r{i}"][0].num_cached_tokens for i in range(3)] == [0, 32, 32]
+    assert all(tokens_of(got[f"r{i}"]) == expected(make_request("x", list(range(1, 34)), 1)) for i in range(3))
+    assert_empty(engine)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_stops(depth: int) -> None:
+    engine = make_engine(depth=depth)
+    reference = expected(make_request("x", [5, 6, 7], max_tokens=20, ignore_eos=True))
+    stop = reference[4]
+    cases = {
+        "stop id": make_request("stop id", [5, 6, 7], max_tokens=20, ignore_eos=True, stop_token_ids=(stop,)),
+        "late": make_request("late", [5, 6, 7], max_tokens=20, ignore_eos=True, stop_token_ids=(stop,), min_tokens=9),
+        "length": make_request("length", [5, 6, 7], max_tokens=2, ignore_eos=True),
+        "nothing": make_request("nothing", [5, 6, 7], max_tokens=0),
+    }
+    for request in cases.values():
+        engine.add_request(request)
+    got: dict[str, list[SequenceProgress]] = {}
+    drain(engine, got)
+    first = reference.index(stop) + 1
+    assert tokens_of(got["stop id"]) == reference[:first]
+    assert (got["stop id"][-1].finish_reason, got["stop id"][-1].stop_reason) == ("stop", stop)
+    assert len(tokens_of(got["late"])) >= 9
+    assert (tokens_of(got["length"]), got["length"][-1].finish_reason) == (reference[:2], "length")
+    assert (tokens_of(got["nothing"]), got["nothing"][-1].finish_reason) == ([], "length")
+    assert_empty(engine)
+
+
+def test_model_length_ends_a_request() -> None:
+    engine = make_engine(max_len=20)
+    engine.add_request(make_request("r", [3] * 15, max_tokens=100, ignore_eos=True))
+    got: dict[str, list[SequenceProgress]] = {}
+    drain(engine, got)
+    assert len(tokens_of(got["r"])) == 5
+    assert got["r"][-1].finish_reason == "length"
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("num_blocks", [16, 64])
+def test_prompt_scores_come_whole_and_once(depth: int, num_blocks: int) -> None:
+    engine = make_engine(num_blocks=num_blocks, depth=depth, max_tokens=7)
+    requests = [make_request(f"r{i}", [i + 1] * 21, 0, 25, prompt_logprobs=0, ignore_eos=True) for i in range(4)]
+    for request in requests:
+        engine.add_request(request)
+    got: dict[str, list[SequenceProgress]] = {}
+    drain(engine, got)
+    for request in requests:
+        scores = got[request.request_id][0].prompt_logprobs
+        assert scores is not None
+        assert [next(iter(score.values())).logprob for score in scores] == [-float(p) for p in range(1, 21)]
+        assert all(item.prompt_logprobs is None for item in got[request.request_id][1:])
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_one_failing_sequence_fails_alone_and_leaves_no_prefix(depth: int) -> None:
+    engine = make_engine(depth=depth)
+    good, bad = make_request("good", list(range(1, 12)), 1), make_request("bad", list(range(20, 40)), 1)
+    engine.executor.poisoned.add("bad")  # type: ignore[attr-defined]
+    engine.add_request(good)
+    engine.add_request(bad)
+    got: dict[str, list[SequenceProgress]] = {}
+    drain(engine, got)
+    assert tokens_of(got["good"]) == expected(good)
+    assert got["bad"][-1].finish_reason == "error" and got["bad"][-1].error
+    again = make_request("again", list(range(20, 40)), 1)
+    engine.add_request(again)
+    drain(engine, got)
+    assert got["again"][-1].num_cached_tokens == 0
+    assert tokens_of(got["again"]) == expected(again)
+    assert_empty(engine)
+
+
+def test_more_adapters_than_slots_take_turns() -> None:
+    engine = make_engine(num_slots=1)
+    requests = [make_request(f"r{i}", [i + 1] * 5, 1 + i % 4) for i in range(8)]
+    for request in requests:
+        engine.add_request(request)
+    got: dict[str, list[SequenceProgress]] = {}
+    drain(engine, got)
+    assert [tokens_of(got[r.request_id]) for r in requests] == [expected(r) for r in requests]
+    assert engine.executor.num_loads >= 4  # type: ignore[attr-defined]
+
+
+def test_forgotten_adapter_serves_out_its_requests_then_leaves_the_device() -> None:
+    engine = make_engine()
+    spec = ADAPTERS[1]
+    assert spec is not None
+    request = make_request("r", [4] * 9, 1)
+    engine.add_request(request)
+    got: dict[str, list[SequenceProgress]] = {}
+    step(engine, got)
+    engine.forget_adapter(spec.content_hash)
+    assert spec.content_hash in engine.scheduler.adapters.resident
+    with pytest.raises(ValueError, match="not registered"):
+        engine.add_request(make_request("late", [4], 1))
+    drain(engine, got)
+    assert tokens_of(got["r"]) == expected(request)
+    assert spec.content_hash not in engine.scheduler.adapters.resident
+    assert engine.executor.slots == {}  # type: ignore[attr-defined]
+
+
+def test_an_id_can_be_used_again_while_its_old_batch_is_in_flight() -> None:
+    engine = make_engine(depth=1)
+    engine.add_request(make_request("r", [9] * 6, 2, 8))
+    got: dict[str, list[SequenceProgress]] = {}
+    step(engine, got)
+    engine.abort(["r"])
+    again = make_request("r", [8] * 5, 3, 8)
+    engine.add_request(again)
+    drain(engine, got)
+    assert tokens_of(got["r"]) == expected(again)
+    assert_empty(engine)
+
+
+def test_a_thousand_requests_leave_nothing_behind() -> None:
+    engine = make_engine(num_blocks=48, host=16, depth=1, max_seqs=16, max_tokens=64)
+    for i in range(1000):
+        engine.add_request(make_request(f"r{i}", [1 + i % 7] * (1 + i % 29), i % 5, 1 + i % 9))
+    got: dict[str, list[SequenceProgress]] = {}
+    while engine.has_work:
+        for progress in engine.step(0.0):
+            got.setdefault(progress.request_id, []).append(progress)
+            if progress.request_id.endswith("13") and not progress.finish_reason:
+                engine.abort([progress.request_id])
+    assert len(got) == 1000
+    assert_empty(engine)
