@@ -18,6 +18,7 @@ class AdapterManager:
     def __init__(self, num_slots: int) -> None:
         self.num_slots = num_slots
         self._changes: list[tuple[int, AdapterSpec | None]] = []
+        self._discards: list[str] = []
         self._slot_of: dict[str, int] = {}
         self._free = list(range(num_slots - 1, -1, -1))
         self._running: Counter[str] = Counter()
@@ -32,7 +33,6 @@ class AdapterManager:
 
     def add_user(self, spec: AdapterSpec) -> None:
         """A request for this adapter was admitted; it may wait before it runs."""
-        self._leaving.discard(spec.content_hash)
         self._users[spec.content_hash] += 1
 
     def remove_user(self, spec: AdapterSpec) -> None:
@@ -69,6 +69,10 @@ class AdapterManager:
     def slot(self, spec: AdapterSpec) -> int:
         return self._slot_of[spec.content_hash]
 
+    def keep(self, content_hash: str) -> None:
+        """An adapter was registered, perhaps again while its last requests were running out."""
+        self._leaving.discard(content_hash)
+
     def forget(self, content_hash: str) -> None:
         """Drop an adapter once no request needs it any more."""
         if self._users[content_hash]:
@@ -80,6 +84,11 @@ class AdapterManager:
         """Slots to fill with an adapter or, where it is None, to clear; in order, each given out once."""
         changes, self._changes = self._changes, []
         return changes
+
+    def take_discards(self) -> list[str]:
+        """Content hashes that nobody needs any more, each given out once."""
+        discards, self._discards = self._discards, []
+        return discards
 
     def check(self) -> None:
         """Raise AssertionError unless every slot is owned once."""
@@ -99,6 +108,7 @@ class AdapterManager:
 
     def _drop(self, key: str) -> None:
         self._leaving.discard(key)
+        self._discards.append(key)
         slot = self._slot_of.pop(key, None)
         if slot is not None:
             self._idle.pop(key, None)

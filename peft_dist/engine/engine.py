@@ -53,6 +53,7 @@ class Engine:
 
     def register_adapter(self, spec: AdapterSpec) -> None:
         self.adapters[spec.content_hash] = spec
+        self.scheduler.adapters.keep(spec.content_hash)
 
     def forget_adapter(self, content_hash: str) -> None:
         """Take no more requests for an adapter; it leaves the device when the last running one has ended."""
@@ -92,6 +93,8 @@ class Engine:
                 self.executor.drop_adapter(slot)
             else:
                 self.executor.load_adapter(spec, slot)
+        for content_hash in self.scheduler.adapters.take_discards():
+            self.executor.discard_adapter(content_hash)
 
     def _update(self, batch: Batch, requests: list[Request], result: StepResult) -> list[SequenceProgress]:
         outcomes = {outcome.request_id: outcome for outcome in result.sequences}

@@ -36,3 +36,7 @@ class Executor(Protocol):
     def drop_adapter(self, slot: int) -> None:
         """Free a device slot."""
         ...
+
+    def discard_adapter(self, content_hash: str) -> None:
+        """Free the host copy of an adapter that is in no slot."""
+        ...

@@ -44,6 +44,7 @@ class FakeExecutor:
         self.slots: dict[int, str] = {}
         self.states: dict[str, tuple[int, int, list[int]]] = {}
         self.num_loads = 0
+        self.discarded: list[str] = []
         self.poisoned: set[str] = set()
         self.max_batch_tokens = 0
 
@@ -74,6 +75,10 @@ class FakeExecutor:
 
     def drop_adapter(self, slot: int) -> None:
         del self.slots[slot]
+
+    def discard_adapter(self, content_hash: str) -> None:
+        assert content_hash not in self.slots.values()
+        self.discarded.append(content_hash)
 
     def _write(self, sequence: ScheduledSequence) -> None:
         content = self.slots[sequence.adapter_slot] if sequence.adapter_slot != NO_ADAPTER else ""

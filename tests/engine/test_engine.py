@@ -281,6 +281,21 @@ def test_forgotten_adapter_serves_out_its_requests_then_leaves_the_device() -> N
     assert tokens_of(got["r"]) == expected(request)
     assert spec.content_hash not in engine.scheduler.adapters.resident
     assert engine.executor.slots == {}  # type: ignore[attr-defined]
+    assert engine.executor.discarded == [spec.content_hash]  # type: ignore[attr-defined]
+
+
+def test_an_adapter_registered_again_in_time_stays() -> None:
+    engine = make_engine()
+    spec = ADAPTERS[1]
+    assert spec is not None
+    engine.add_request(make_request("r", [4] * 9, 1))
+    got: dict[str, list[SequenceProgress]] = {}
+    step(engine, got)
+    engine.forget_adapter(spec.content_hash)
+    engine.register_adapter(spec)
+    drain(engine, got)
+    assert spec.content_hash in engine.scheduler.adapters.resident
+    assert engine.executor.discarded == []  # type: ignore[attr-defined]
 
 
 def test_an_id_can_be_used_again_while_its_old_batch_is_in_flight() -> None:
