@@ -1,0 +1,263 @@
+"""The whole system in one process: offline generation with many adapters."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer
+
+from peft_dist.api.offline_inputs import Prompt, Prompts, align_adapter_names, align_params, is_one, split_prompts
+from peft_dist.api.output_processor import RequestOutputs
+from peft_dist.core.adapter import AdapterSpec
+from peft_dist.core.config import EngineConfig, ModelInfo
+from peft_dist.core.errors import ConfigError, EngineDeadError
+from peft_dist.core.messages import AbortRequest, AddRequest, AdapterResult, AnyCommand, Progress, Ready, UnloadAdapter
+from peft_dist.core.outputs import RequestOutput
+from peft_dist.core.sampling_params import SamplingParams
+from peft_dist.engine.commands import make_request
+from peft_dist.orchestrator.client import NewRequest
+from peft_dist.orchestrator.core import Orchestrator, OrchestratorOptions
+from peft_dist.orchestrator.records import Outgoing, RequestFailed, SequenceEvent
+from peft_dist.runner.adapter_source import resolve_adapter
+from peft_dist.runner.replica import Replica, build_replica
+
+_REPLICA = 0
+_UNBOUNDED = 2**62
+
+
+class LLM:
+    """A base model and its adapters, for offline use.
+
+    It is the server without sockets: the same orchestrator admits requests, the same engine runs them. Not
+    meant for several threads at once; several ``LLM`` objects may live in one process.
+
+    Args:
+        model: Folder or hub id of the base model.
+        adapters: Name to folder or hub id (``org/name@revision``) of each adapter.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        dtype: "auto", a name or a ``torch.dtype``.
+        tokenizer: A Hugging Face tokenizer to use instead of the model's own. A folder without a tokenizer
+            works with token ids.
+        allow_pickle: Read adapters saved as pickle (``.bin``), which can be made to run code.
+        options: Any field of ``EngineConfig``.
+
+    Raises:
+        ConfigError: the model cannot be loaded or an option is wrong.
+        AdapterError: an adapter was refused.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        adapters: Mapping[str, str | Path] | None = None,
+        *,
+        device: str = "auto",
+        dtype: str | torch.dtype = "auto",
+        tokenizer: Any | None = None,
+        allow_pickle: bool = False,
+        **options: Any,
+    ) -> None:
+        unknown = sorted(options.keys() - {field.name for field in fields(EngineConfig)})
+        if unknown:
+            raise ConfigError(f"LLM has no option {unknown[0]!r}: the options are the fields of EngineConfig")
+        config = EngineConfig(
+            model=str(model), device=device, dtype=str(dtype).removeprefix("torch."), **options
+        )
+        self._allow_pickle = allow_pickle
+        self._replica: Replica | None = build_replica(config)
+        self._info = self._replica.model_info
+        self._orchestrator = Orchestrator(OrchestratorOptions(config.max_num_seqs, _UNBOUNDED, config.seed))
+        self._epoch = self._orchestrator.add_replica(_REPLICA, time.monotonic()).epoch
+        self._observe(Ready(model=self._info, pid=0))
+        self._ids = itertools.count()
+        self.tokenizer = tokenizer if tokenizer is not None else self._load_tokenizer(config)
+        for name, path in (adapters or {}).items():
+            self.load_adapter(path, name)
+
+    @property
+    def model_info(self) -> ModelInfo:
+        return self._info
+
+    @property
+    def adapters(self) -> list[AdapterSpec]:
+        """The adapters that can be named now."""
+        return self._orchestrator.adapters.specs()
+
+    def generate(
+        self,
+        prompts: Prompts,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        adapter_names: str | None | Sequence[str | None] = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer every prompt, all together, each through its own adapter.
+
+        Args:
+            prompts: One prompt or a list of them; each a string, a list of token ids, or a dict with
+                ``prompt_token_ids`` (and perhaps ``prompt``).
+            sampling_params: One for all, or one for each prompt.
+            adapter_names: One for all, or one for each prompt: an adapter's name, or None, "__base__" or the
+                model's own name for the base.
+
+        Returns:
+            One output for each prompt, in order.
+
+        Raises:
+            InvalidRequestError, UnknownModelError: a prompt cannot be served; nothing was run then.
+        """
+        requests = [self._tokenize(prompt) for prompt in split_prompts(prompts)]
+        params = align_params(sampling_params, len(requests))
+        names = align_adapter_names(adapter_names, len(requests))
+        return self._run(requests, params, names, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Any],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        adapter_names: str | None | Sequence[str | None] = None,
+        *,
+        use_tqdm: bool = True,
+        add_generation_prompt: bool = True,
+        chat_template: str | None = None,
+        **template_arguments: Any,
+    ) -> list[RequestOutput]:
+        """Answer one conversation (a list of ``{"role", "content"}``) or a list of them; otherwise as ``generate``."""
+        if self.tokenizer is None:
+            raise ConfigError(f"{self._info.model} has no tokenizer, so no chat template: use generate with token ids")
+        conversations = [messages] if is_one(messages, dict) else messages
+        texts = [
+            self.tokenizer.apply_chat_template(
+                conversation,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                chat_template=chat_template,
+                **template_arguments,
+            )
+            for conversation in conversations
+        ]
+        # The template writes the special tokens itself.
+        requests = [Prompt(self._encode(text, special=False), text) for text in texts]
+        params = align_params(sampling_params, len(requests))
+        names = align_adapter_names(adapter_names, len(requests))
+        return self._run(requests, params, names, use_tqdm)
+
+    def load_adapter(self, path: str | Path, name: str, *, replace: bool = False) -> AdapterSpec:
+        """Load an adapter from a folder or the hub under a name.
+
+        Raises:
+            AdapterError: it was refused, or the name is taken; the others are untouched.
+        """
+        call_id, _ = self._orchestrator.load_adapter(name, str(path), replace=replace, allow_pickle=self._allow_pickle)
+        spec = None
+        try:
+            spec = self._open.load_adapter(name, resolve_adapter(str(path)), allow_pickle=self._allow_pickle)
+        finally:
+            # Whatever happens, the orchestrator must hear the end of the load that it began.
+            error = None if spec else "refused"
+            self._observe(AdapterResult(call_id=call_id, spec=spec, error=error))
+            self._orchestrator.drain_events()
+        return spec
+
+    def unload_adapter(self, name: str) -> None:
+        """Raises UnknownModelError when no adapter has this name."""
+        self._send(self._orchestrator.unload_adapter(name))
+
+    def close(self) -> None:
+        """Give back the model's memory. Using the object afterwards raises; closing again does nothing."""
+        if self._replica is not None:
+            self._replica.close()
+            self._replica = None
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def _open(self) -> Replica:
+        if self._replica is None:
+            raise EngineDeadError("this LLM is closed: make a new one")
+        return self._replica
+
+    def _load_tokenizer(self, config: EngineConfig) -> Any | None:
+        if self._info.tokenizer is None:
+            return None
+        return AutoTokenizer.from_pretrained(
+            config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+
+    def _tokenize(self, prompt: Prompt) -> Prompt:
+        if prompt.token_ids is not None:
+            return prompt
+        if self.tokenizer is None:
+            raise ConfigError(f"{self._info.model} has no tokenizer: give prompts as lists of token ids")
+        return Prompt(self._encode(prompt.text or "", special=True), prompt.text)
+
+    def _encode(self, text: str, *, special: bool) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+
+    def _run(
+        self, prompts: list[Prompt], params: list[SamplingParams], names: list[str | None], use_tqdm: bool
+    ) -> list[RequestOutput]:
+        replica = self._open
+        outputs: dict[str, RequestOutputs] = {}
+        try:
+            for prompt, own, name in zip(prompts, params, names, strict=True):
+                request_id = str(next(self._ids))
+                spec = self._orchestrator.adapters.resolve(name)
+                outputs[request_id] = RequestOutputs(
+                    request_id, self.tokenizer, prompt.text, prompt.token_ids or [], own, spec.name if spec else None
+                )
+                new = NewRequest(request_id, prompt.token_ids or [], own, name)
+                self._send(self._orchestrator.submit(new, time.monotonic()))
+            with tqdm(total=len(outputs), disable=not use_tqdm, desc="prompts", unit="prompt") as bar:
+                while self._orchestrator.num_unfinished:
+                    progress = replica.engine.step(time.monotonic())
+                    self._observe(Progress(sequences=progress, stats=replica.engine.stats()))
+                    self._hand_out(outputs, bar)
+        finally:
+            # After an error or an interrupt nothing of this call goes on.
+            for request_id in outputs:
+                self._send(self._orchestrator.abort(request_id, time.monotonic()))
+            self._orchestrator.drain_events()
+        return [output.output() for output in outputs.values()]
+
+    def _hand_out(self, outputs: dict[str, RequestOutputs], bar: tqdm[Any]) -> None:
+        for event in self._orchestrator.drain_events():
+            if isinstance(event, RequestFailed):
+                raise event.error
+            if not isinstance(event, SequenceEvent) or outputs[event.request_id].finished:
+                continue
+            if event.progress.error is not None:
+                raise EngineDeadError(f"request {event.request_id} failed: {event.progress.error}")
+            output = outputs[event.request_id]
+            if output.add(event.sequence_index, event.progress).must_abort:
+                self._send(self._orchestrator.abort(event.request_id, time.monotonic(), event.sequence_index))
+            bar.update(output.finished)
+
+    def _observe(self, report: Ready | Progress | AdapterResult) -> None:
+        self._send(self._orchestrator.observe(_REPLICA, self._epoch, report, time.monotonic()))
+
+    def _send(self, commands: list[Outgoing]) -> None:
+        for outgoing in commands:
+            self._obey(outgoing.command)
+
+    def _obey(self, command: AnyCommand) -> None:
+        """What a worker does with a command, without a worker between."""
+        engine = self._open.engine
+        if isinstance(command, AddRequest):
+            engine.add_request(make_request(command, engine.adapters, time.monotonic()))
+        elif isinstance(command, AbortRequest):
+            engine.abort(command.request_ids)
+        elif isinstance(command, UnloadAdapter):
+            engine.forget_adapter(command.content_hash)

@@ -1,0 +1,110 @@
+"""The base model: read, placed, and made ready for packed forwards."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from peft_dist.core.config import EngineConfig
+from peft_dist.core.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+
+
+def resolve_device(name: str) -> torch.device:
+    """Raises ConfigError when the device is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device={name!r}, but torch sees no CUDA device: use device='cpu' or install a CUDA torch")
+    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else device
+
+
+def resolve_dtype(name: str, config: Any, device: torch.device) -> torch.dtype:
+    """"auto" is float32 on a CPU and the checkpoint's dtype on a GPU."""
+    if name == "auto":
+        stored = getattr(config, "dtype", None) or torch.float32
+        return torch.float32 if device.type == "cpu" else stored
+    if name not in _DTYPES:
+        raise ConfigError(f"dtype={name!r} is unknown: use auto, {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def load_model(options: EngineConfig, device: torch.device) -> PreTrainedModel:
+    """Load the base in evaluation mode on ``device``.
+
+    Raises:
+        ConfigError: nothing loadable is there, or it is no decoder.
+    """
+    source: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(options.model, **source)
+        if getattr(config, "is_encoder_decoder", False):
+            raise ConfigError(f"{options.model} is an encoder-decoder model; only decoder-only models are served")
+        dtype = resolve_dtype(options.dtype, config, device)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, **source)
+    except (OSError, KeyError) as error:
+        raise ConfigError(
+            f"cannot load the base model {options.model!r}: {error}. Give a folder with config.json and safetensors, "
+            "or a hub id that is reachable or cached"
+        ) from error
+    model.requires_grad_(False)
+    return model.eval().to(device)
+
+
+def max_positions(model: PreTrainedModel, wanted: int | None) -> int:
+    """Longest sequence that the model can take, at most ``wanted``.
+
+    "dynamic" and "longrope" rotary embeddings choose their frequencies by the longest sequence of the packed
+    batch, so a neighbour could change a request's tokens. Within the length the model was first trained for
+    they do not, so that is where such a model is limited.
+
+    Raises:
+        ConfigError: ``wanted`` is more than that.
+    """
+    config = model.config.get_text_config()
+    limit = next((getattr(config, key) for key in _LENGTH_KEYS if getattr(config, key, None)), None)
+    if limit is None and wanted is None:
+        raise ConfigError(f"{type(model).__name__} states no maximum length: give max_model_len")
+    stable = _stable_rope_length(config)
+    if stable is not None and (limit is None or stable < limit):
+        logger.warning("rotary embeddings beyond %d tokens depend on the whole batch: max_model_len is %d", stable, stable)
+        limit = stable
+    if wanted is not None and limit is not None and wanted > limit:
+        raise ConfigError(f"max_model_len={wanted} exceeds what the model supports ({limit}): lower it")
+    return int(wanted or limit)
+
+
+def _stable_rope_length(config: Any) -> int | None:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    lengths = []
+    for rope in nested or [parameters]:
+        if rope.get("rope_type") in ("dynamic", "longrope"):
+            original = rope.get("original_max_position_embeddings")
+            lengths.append(original or getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings)
+    return min(lengths) if lengths else None
+
+
+def end_of_sequence_ids(model: PreTrainedModel) -> tuple[int, ...]:
+    """The ids that end a sequence, from the generation configuration and the configuration."""
+    ids: set[int] = set()
+    for config in (model.generation_config, model.config.get_text_config()):
+        value = getattr(config, "eos_token_id", None)
+        ids.update([value] if isinstance(value, int) else value or [])
+    return tuple(sorted(ids))
+
+
+def has_tokenizer(folder: str) -> bool:
+    """Whether a local folder brings a tokenizer; a hub id is taken to have one."""
+    path = Path(folder)
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json", "spiece.model")
+    return not path.is_dir() or any((path / name).exists() for name in names)

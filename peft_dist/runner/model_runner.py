@@ -1,0 +1,176 @@
+"""The only place where a Batch runs through the model."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedModel
+
+from peft_dist.core.batch import Batch, SequenceResult, SequenceStart, StepResult
+from peft_dist.core.outputs import PositionLogprobs
+from peft_dist.forward_context import ForwardContext
+from peft_dist.kernels.kv_pool import KVCachePool
+from peft_dist.runner.adapter_store import AdapterStore
+from peft_dist.runner.inputs import PackedInputs, pack
+from peft_dist.runner.sampler import SampledTokens, SamplerState, sample
+from peft_dist.runner.sampler_logprobs import NonFiniteLogitsError, prompt_logprobs
+
+
+@dataclass(slots=True)
+class SequenceRecord:
+    """What the runner keeps of a sequence: its sampling state, and the last draw that has arrived."""
+
+    prompt_token_ids: list[int]
+    scored_top: int
+    sampler: SamplerState
+    last_token: int | None
+
+
+@dataclass(slots=True)
+class PendingStep:
+    """A step whose tokens may still be on their way from the device."""
+
+    batch: Batch
+    sampled: SampledTokens | None = None
+    rows: dict[str, int] = field(default_factory=dict)
+    scores: dict[str, list[PositionLogprobs]] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+    result: StepResult | None = None
+
+
+class ModelRunner:
+    """Packed forwards of one model, and the sampling state of its sequences.
+
+    Draws stay on the device until ``finish``: the next step takes the ids it needs from there, unless a
+    sequence's sampling depends on the values of earlier draws (penalties), which must then be known first.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, kv: KVCachePool, store: AdapterStore, eos_token_ids: tuple[int, ...]
+    ) -> None:
+        self.model = model
+        self.kv = kv
+        self.store = store
+        self.device = model.device
+        self.eos_token_ids = eos_token_ids
+        self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
+        self.records: dict[str, SequenceRecord] = {}
+        self._unfinished: deque[PendingStep] = deque()
+
+    @torch.inference_mode()
+    def start(self, batch: Batch) -> PendingStep:
+        """Copy blocks, run the forward pass, sample. Does not wait for the device."""
+        self.kv.swap_out(batch.swap_outs)
+        self.kv.swap_in(batch.swap_ins)
+        for begin in batch.starts:
+            self.records[begin.request_id] = self._record(begin)
+        step = PendingStep(batch)
+        if batch.sequences:
+            self._forward(step)
+        self._unfinished.append(step)
+        return step
+
+    def finish(self, step: PendingStep) -> StepResult:
+        """Wait for a step's tokens. Steps finish in the order in which they were started."""
+        while step.result is None:
+            self._resolve(self._unfinished.popleft())
+        return step.result
+
+    def forget(self, request_id: str) -> None:
+        self.records.pop(request_id, None)
+
+    def _record(self, begin: SequenceStart) -> SequenceRecord:
+        return SequenceRecord(
+            prompt_token_ids=begin.prompt_token_ids,
+            scored_top=begin.params.prompt_logprobs or 0,
+            sampler=SamplerState(begin, self.vocab_size, self.eos_token_ids),
+            last_token=begin.output_token_ids[-1] if begin.output_token_ids else None,
+        )
+
+    def _forward(self, step: PendingStep) -> None:
+        batch = step.batch
+        prompts = {s.request_id: self.records[s.request_id].prompt_token_ids for s in batch.sequences}
+        inputs = pack(batch, prompts, self.kv.block_size, self.device)
+        self._fill_pending(inputs)
+        logits = self._logits(inputs)
+        if inputs.sampled:
+            states = [self.records[sequence.request_id].sampler for sequence in inputs.sampled]
+            if any(state.tokens is not None for state in states):
+                self._resolve_all()
+            step.sampled = sample(logits[: len(states)], states, [sequence.draw for sequence in inputs.sampled])
+            step.rows = {sequence.request_id: row for row, sequence in enumerate(inputs.sampled)}
+        for sequence, first, following in inputs.scored:
+            self._score_prompt(step, sequence.request_id, logits[first : first + len(following)], following)
+
+    def _score_prompt(self, step: PendingStep, request_id: str, logits: torch.Tensor, following: list[int]) -> None:
+        try:
+            step.scores[request_id] = prompt_logprobs(logits, following, self.records[request_id].scored_top)
+        except NonFiniteLogitsError as error:
+            step.errors[request_id] = str(error)
+
+    def _logits(self, inputs: PackedInputs) -> torch.Tensor:
+        """``[L, vocab]`` of the rows in ``inputs.logits_rows``."""
+        context = ForwardContext(
+            attention=inputs.attention,
+            kv_caches=self.kv.caches,
+            lora=inputs.lora,
+            lora_logits=inputs.lora_logits,
+            lora_weights=self.store.pool.weights,
+        )
+        with context:
+            output = self.model(
+                input_ids=inputs.input_ids,
+                position_ids=inputs.position_ids,
+                use_cache=False,
+                logits_to_keep=inputs.logits_rows,
+            )
+        logits: torch.Tensor = output.logits[0]
+        return logits
+
+    def _fill_pending(self, inputs: PackedInputs) -> None:
+        """Put ids that an unfinished step draws where the batch only has placeholders."""
+        for row, request_id in inputs.pending:
+            inputs.input_ids[0, row] = self._last_draw(request_id)
+
+    def _last_draw(self, request_id: str) -> torch.Tensor | int:
+        for step in reversed(self._unfinished):
+            if request_id in step.rows and step.sampled is not None:
+                return step.sampled.token_ids[step.rows[request_id]]
+        # The draw arrived early because another sequence of its step had to know its own.
+        token = self.records[request_id].last_token
+        assert token is not None, f"{request_id}: a placeholder without a draw"
+        return token
+
+    def _resolve_all(self) -> None:
+        while self._unfinished:
+            self._resolve(self._unfinished.popleft())
+
+    def _resolve(self, step: PendingStep) -> None:
+        drawn = step.sampled.collect() if step.sampled is not None else []
+        outcomes = []
+        for sequence in step.batch.sequences:
+            request_id = sequence.request_id
+            row = step.rows.get(request_id)
+            token = drawn[row] if row is not None else None
+            error = step.errors.get(request_id) or (token.error if token else None)
+            tokens = [token.token_id] if token and not error else []
+            self._note(request_id, tokens)
+            outcomes.append(
+                SequenceResult(
+                    request_id=request_id,
+                    token_ids=tokens,
+                    first_draw=sequence.draw,
+                    logprobs=[token.logprobs] if token and token.logprobs is not None else None,
+                    prompt_logprobs=step.scores.get(request_id),
+                    error=error,
+                )
+            )
+        step.result = StepResult(step.batch.step, outcomes)
+
+    def _note(self, request_id: str, tokens: list[int]) -> None:
+        record = self.records.get(request_id)
+        if record is not None and tokens:
+            record.sampler.append(tokens)
+            record.last_token = tokens[-1]

@@ -1,0 +1,180 @@
+"""The ``peft-dist`` command from its options to its exit status, around a fake replica."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.worker.fake_replica import HOLD
+
+ROOT = Path(__file__).parents[2]
+COMMAND = [sys.executable, "-m", "peft_dist.cli"]
+FAKE = ["--launcher", "plain", "--replica-factory", "tests.worker.fake_replica:build", "--device", "cpu"]
+
+
+class Server:
+    def __init__(self, folder: Path, *options: str, **environment: str) -> None:
+        port_file, self.log_file = folder / "port", folder / "log"
+        with self.log_file.open("w") as log:
+            self.process = subprocess.Popen(
+                [*COMMAND, "serve", "org/fake", *FAKE, "--port", "0", "--port-file", str(port_file), *options],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                env={**os.environ, **environment},
+            )
+        while not port_file.exists():
+            assert self.process.poll() is None, self.log
+            time.sleep(0.02)  # Another process writes it: there is no event to wait for.
+        self.url = f"http://127.0.0.1:{int(port_file.read_text())}"
+
+    @property
+    def log(self) -> str:
+        return self.log_file.read_text()
+
+    def post(self, path: str, body: dict[str, object], key: str | None = None) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        return httpx.post(f"{self.url}{path}", json=body, headers=headers, timeout=30)
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(timeout=30)
+
+
+@contextmanager
+def serving(folder: Path, *options: str, **environment: str) -> Iterator[Server]:
+    server = Server(folder, *options, **environment)
+    try:
+        yield server
+    finally:
+        server.process.kill()
+        server.process.wait()
+
+
+def adapter(folder: Path, text: str) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text(text)
+    return folder
+
+
+def events(response: httpx.Response) -> Iterator[dict[str, object]]:
+    for line in response.iter_lines():
+        if line.startswith("data: {"):
+            yield json.loads(line.removeprefix("data: "))
+
+
+def test_it_serves_adapters_behind_keys_and_never_tells_the_keys(tmp_path: Path) -> None:
+    folder = tmp_path / "adapters"
+    adapter(folder / "json", "one")
+    adapter(folder / "broken", "bad")
+    sql = adapter(tmp_path / "sql", "two")
+    options = ["--adapter", f"sql={sql}", "--adapter-dir", str(folder), "--served-model-name", "tiny"]
+    with serving(tmp_path, *options, PEFT_DIST_API_KEY="open sesame", PEFT_DIST_ADMIN_KEY="boss") as server:
+        body = {"model": "tiny:sql", "prompt": [5, 6], "max_tokens": 3}
+        assert server.post("/v1/completions", body).status_code == 401
+        answer = server.post("/v1/completions", body, "sesame")
+        assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 3
+        models = httpx.get(f"{server.url}/v1/models", headers={"Authorization": "Bearer open"}).json()["data"]
+        assert [model["id"] for model in models] == ["tiny", "sql", "json"]
+        load = {"lora_name": "json2", "lora_path": "json"}
+        assert server.post("/v1/load_lora_adapter", load, "sesame").status_code in (401, 403)
+        assert server.post("/v1/load_lora_adapter", load, "boss").status_code == 200
+        outside = {"lora_name": "out", "lora_path": str(sql)}
+        assert server.post("/v1/load_lora_adapter", outside, "boss").status_code == 400
+        environment = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+        worker = Path(f"/proc/{environment[0]}/environ").read_bytes()
+        assert server.stop() == 0
+        assert "broken" in server.log and "sql (rank 8)" in server.log
+        for key in ("open", "sesame", "boss"):
+            assert not re.search(rf"\b{key}\b", server.log) and key.encode() not in worker
+
+
+def test_a_stream_that_can_finish_does_so_after_sigterm(tmp_path: Path) -> None:
+    body = {"model": "fake", "prompt": [5], "max_tokens": 400, "stream": True}
+    with serving(tmp_path) as server, httpx.stream("POST", f"{server.url}/v1/completions", json=body) as response:
+        found = events(response)
+        next(found)
+        server.process.send_signal(signal.SIGTERM)
+        last = list(found)[-1]
+        assert last["choices"][0]["finish_reason"] == "length"  # type: ignore[index]
+        assert server.process.wait(timeout=30) == 0
+
+
+@pytest.mark.parametrize("hurry", [False, True])
+def test_a_stream_that_cannot_finish_is_failed_properly(tmp_path: Path, hurry: bool) -> None:
+    body = {"model": "fake", "prompt": [HOLD], "max_tokens": 400, "stream": True}
+    grace = "1000" if hurry else "0"
+    with (
+        serving(tmp_path, "--shutdown-timeout", grace) as server,
+        httpx.stream("POST", f"{server.url}/v1/completions", json=body) as response,
+    ):
+        found = events(response)
+        next(found)
+        server.process.send_signal(signal.SIGINT)
+        if hurry:
+            while "Stopping" not in server.log:
+                time.sleep(0.02)  # Another process writes it: there is no event to wait for.
+            server.process.send_signal(signal.SIGINT)
+        assert "shut down" in str(list(found)[-1]["error"])
+        assert server.process.wait(timeout=30) == 0
+
+
+def test_a_dead_worker_shows_in_health(tmp_path: Path) -> None:
+    body = {"model": "fake", "prompt": [HOLD], "max_tokens": 400, "stream": True}
+    with serving(tmp_path) as server:
+        [worker] = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as response:
+            found = events(response)
+            next(found)
+            os.kill(int(worker), signal.SIGKILL)
+            assert "killed by SIGKILL" in str(list(found)[-1]["error"])
+        assert httpx.get(f"{server.url}/health").status_code == 503
+        assert server.post("/v1/completions", {"model": "fake", "prompt": [5]}).status_code == 503
+        assert server.stop() == 0
+
+
+def failing(*options: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [*COMMAND, "serve", "org/fake", *options], capture_output=True, text=True, cwd=ROOT, timeout=60
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--adapter", "sql"], "NAME=PATH"),
+        (["--adapter-dir", "/nonexistent"], "/nonexistent"),
+        (["--max-num-seqs", "0"], "max_num_seqs=0"),
+        (["--preemption", "never"], "auto, recompute, swap"),
+        ([*FAKE, "--port", "0", "--adapter", "sql=/nonexistent"], "/nonexistent"),
+        ([*FAKE[:2], "--replica-factory", "tests.worker.fake_replica:build_failing", "--port", "0"], "choose another"),
+    ],
+)
+def test_what_cannot_be_served_is_one_line_and_status_1(options: list[str], message: str) -> None:
+    status, output = failing(*options)
+    assert status == 1 and message in output
+    assert "Traceback" not in output.split("peft-dist: ")[-1]
+
+
+def test_a_port_in_use_is_known_before_the_model_is_loaded() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        status, output = failing("--port", str(taken.getsockname()[1]))
+    assert status == 1 and "choose another --host or --port" in output
+
+
+def test_version() -> None:
+    done = subprocess.run([*COMMAND, "version"], capture_output=True, text=True, cwd=ROOT, timeout=60, check=True)
+    assert re.fullmatch(r"\d+\.\d+\.\d+\S*\n", done.stdout)

@@ -1,0 +1,114 @@
+"""PEFT itself as the oracle, and what "identical" means (docs/architecture.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from peft_dist import LLM
+
+# Two logits closer than this share of their scale may change places with the order of summation.
+TIE = 2e-5
+LOGITS = 1e-4
+
+
+@dataclass(slots=True)
+class Answer:
+    """Greedy tokens, and the logits ``[tokens, vocab]`` that they were drawn from."""
+
+    tokens: list[int]
+    logits: torch.Tensor
+
+
+class PeftOracle:
+    """Answers one prompt at a time, with one adapter set, as PEFT's users do."""
+
+    def __init__(self, model: PreTrainedModel, adapters: Mapping[str, str | Path]) -> None:
+        self.model: PreTrainedModel | PeftModel = model
+        for name, path in adapters.items():
+            if isinstance(self.model, PeftModel):
+                self.model.load_adapter(str(path), name)
+            else:
+                self.model = PeftModel.from_pretrained(model, str(path), adapter_name=name)
+        self.model.eval()
+
+    @torch.no_grad()
+    def answer(self, prompt: Sequence[int], adapter: str | None, num_tokens: int) -> Answer:
+        """``num_tokens`` greedy tokens; an end of sequence does not stop it."""
+        if adapter is None and isinstance(self.model, PeftModel):
+            with self.model.disable_adapter():
+                return self._generate(prompt, num_tokens)
+        if adapter is not None:
+            self.model.set_adapter(adapter)
+        return self._generate(prompt, num_tokens)
+
+    @torch.no_grad()
+    def logits_after(self, tokens: Sequence[int], adapter: str | None) -> torch.Tensor:
+        """``[vocab]`` logits of the position after ``tokens``."""
+        return self.answer(tokens, adapter, 1).logits[0]
+
+    def _generate(self, prompt: Sequence[int], num_tokens: int) -> Answer:
+        ids = torch.tensor([list(prompt)])
+        output = self.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=num_tokens,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=-1,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        return Answer(output.sequences[0, len(prompt) :].tolist(), torch.stack(output.logits)[:, 0])
+
+
+def is_tie(logits: torch.Tensor) -> bool:
+    """Whether the two highest logits lie within ``TIE`` of the logits' scale."""
+    first, second = logits.topk(2).values.tolist()
+    return first - second <= TIE * float(logits.abs().max())
+
+
+class Recorder:
+    """Writes down the logits that each request of an ``LLM`` draws from."""
+
+    def __init__(self, llm: LLM) -> None:
+        self.logits: dict[str, list[torch.Tensor]] = {}
+        runner = llm._open.runner
+        original = runner._logits
+
+        def record(inputs: object) -> torch.Tensor:
+            logits = original(inputs)
+            for row, sequence in enumerate(inputs.sampled):  # type: ignore[attr-defined]
+                self.logits.setdefault(sequence.request_id.rsplit("-", 1)[0], []).append(logits[row].clone())
+            return logits
+
+        runner._logits = record
+
+
+def assert_identical(
+    ours: Sequence[int], answer: Answer, oracle: PeftOracle, prompt: Sequence[int], adapter: str | None
+) -> int:
+    """Tokens equal the oracle's except at ties; from a tie on, the oracle follows our tokens. Returns the ties."""
+    if list(ours) == answer.tokens:
+        return 0
+    first = next(i for i, (a, b) in enumerate(zip(ours, answer.tokens, strict=True)) if a != b)
+    assert is_tie(answer.logits[first]), f"token {first}: {ours[first]} is not {answer.tokens[first]}, and no tie"
+    ties = 1
+    for i in range(first + 1, len(ours)):
+        logits = oracle.logits_after([*prompt, *ours[:i]], adapter)
+        if int(logits.argmax()) != ours[i]:
+            assert is_tie(logits), f"token {i} after a tie"
+            ties += 1
+    return ties
+
+
+def assert_close_logits(ours: Sequence[torch.Tensor], answer: Answer, num_tokens: int) -> None:
+    """Logits of the first ``num_tokens`` draws agree within ``LOGITS`` of their scale."""
+    expected = answer.logits[:num_tokens]
+    error = (torch.stack(list(ours[:num_tokens])) - expected).abs().max()
+    assert float(error) <= LOGITS * float(expected.abs().max()), f"logits differ by {float(error):.2e}"
