@@ -1,0 +1,167 @@
+"""Attention through the C kernels: one call for a layer, with the batch's addresses prepared once a forward."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from peft_dist.kernels import cpu_build
+from peft_dist.kernels.types import AttentionMetadata, KVCache
+
+_ITEM_TOKENS = 32
+"""Query tokens that share one pass over their keys."""
+
+
+class _MetaStruct(ctypes.Structure):
+    _fields_ = (
+        ("query_start_loc", ctypes.c_void_p),
+        ("context_lens", ctypes.c_void_p),
+        ("block_tables", ctypes.c_void_p),
+        ("items", ctypes.c_void_p),
+        ("slot_mapping", ctypes.c_void_p),
+        ("max_blocks", ctypes.c_int64),
+        ("num_tokens", ctypes.c_int64),
+        ("num_items", ctypes.c_int32),
+        ("max_item", ctypes.c_int32),
+    )
+
+
+class _LayerStruct(ctypes.Structure):
+    _fields_ = (
+        ("query", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("token_stride", ctypes.c_int64),
+        ("head_stride", ctypes.c_int64),
+        ("key", ctypes.c_void_p),
+        ("value", ctypes.c_void_p),
+        ("sinks", ctypes.c_void_p),
+        ("block_size", ctypes.c_int64),
+        ("num_heads", ctypes.c_int64),
+        ("num_kv_heads", ctypes.c_int64),
+        ("key_dim", ctypes.c_int64),
+        ("value_dim", ctypes.c_int64),
+        ("window", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+    )
+
+
+class Functions(NamedTuple):
+    """Entries of one library."""
+
+    attention: Any
+    write_kv: Any
+
+
+class _Prepared(NamedTuple):
+    address: int
+    num_tokens: int
+    kept: Any
+
+
+_functions: dict[torch.dtype, Functions | None] = {}
+
+
+def functions_for(dtype: torch.dtype) -> Functions | None:
+    """The compiled entries for activations of this type, built if need be; None when there are none."""
+    if dtype not in _functions:
+        library = cpu_build.library(dtype)
+        _functions[dtype] = _bind(library) if library else None
+    return _functions[dtype]
+
+
+def _bind(library: ctypes.PyDLL) -> Functions:
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    library.pd_attention.argtypes = (pointer, pointer, ctypes.c_int)
+    library.pd_write_kv.argtypes = (pointer, pointer, size, size, pointer, size, size, ctypes.c_int)
+    library.pd_write_kv.restype = None
+    return Functions(library.pd_attention, library.pd_write_kv)
+
+
+def _items(meta: AttentionMetadata) -> np.ndarray:
+    """(sequence, first token, tokens) of every item, dearest first so that threads end together. int32 ``[n, 3]``."""
+    lengths = np.diff(meta.query_start_loc)
+    counts = -(-lengths // _ITEM_TOKENS)
+    sequences = np.repeat(np.arange(len(lengths)), counts)
+    number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    first = number * _ITEM_TOKENS
+    tokens = np.minimum(_ITEM_TOKENS, lengths[sequences] - first)
+    cost = tokens * (meta.context_lens[sequences] - lengths[sequences] + first + tokens)
+    order = np.argsort(-cost, kind="stable")
+    return np.ascontiguousarray(np.stack([sequences, first, tokens], axis=1)[order], np.int32)
+
+
+def _prepare(meta: AttentionMetadata) -> _Prepared:
+    prepared = meta.scratch.get("c")
+    if prepared is None:
+        items = _items(meta)
+        arrays = [
+            *(np.ascontiguousarray(a, np.int32) for a in (meta.query_start_loc, meta.context_lens, meta.block_tables)),
+            items,
+            np.ascontiguousarray(meta.slot_mapping, np.int64),
+        ]
+        num_tokens = int(meta.query_start_loc[-1])
+        struct = _MetaStruct(
+            *(array.ctypes.data for array in arrays),
+            *(meta.block_tables.shape[1], num_tokens, len(items), int(items[:, 2].max(initial=0))),
+        )
+        prepared = _Prepared(ctypes.addressof(struct), num_tokens, (struct, arrays))
+        meta.scratch["c"] = prepared
+    return prepared  # type: ignore[return-value]
+
+
+def takes(tensor: torch.Tensor, cache: KVCache) -> bool:
+    """Whether the C kernels can run this call: on CPU, contiguous caches of the tensor's own type."""
+    return (
+        tensor.is_cpu and tensor.dtype == cache.key.dtype and cache.key.is_contiguous() and cache.value.is_contiguous()
+    )
+
+
+def write_kv(
+    functions: Functions, key: torch.Tensor, value: torch.Tensor, cache: KVCache, meta: AttentionMetadata
+) -> None:
+    """C back end of ``attention.write_kv``."""
+    batch = _prepare(meta)
+    for new, stored in ((key, cache.key), (value, cache.value)):
+        if new.shape != (batch.num_tokens, *stored.shape[2:]):
+            raise ValueError(f"{list(new.shape)} keys or values do not fit {batch.num_tokens} tokens of {stored.shape}")
+        new = new if new.stride(2) == 1 else new.contiguous()
+        size = new.element_size()
+        functions.write_kv(
+            *(batch.address, new.data_ptr(), new.stride(0) * size, new.stride(1) * size, stored.data_ptr()),
+            *(stored.shape[2], stored.shape[3] * size, torch.get_num_threads()),
+        )
+
+
+def paged_attention(
+    functions: Functions,
+    query: torch.Tensor,
+    cache: KVCache,
+    meta: AttentionMetadata,
+    *,
+    scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """C back end of ``attention.paged_attention``."""
+    batch = _prepare(meta)
+    query = query if query.stride(2) == 1 else query.contiguous()
+    num_heads = query.shape[1]
+    block_size, num_kv_heads, key_dim = cache.key.shape[1:]
+    if query.shape[0] != batch.num_tokens or query.shape[2] != key_dim or num_heads % num_kv_heads:
+        raise ValueError(f"query {list(query.shape)} does not fit {batch.num_tokens} tokens of {list(cache.key.shape)}")
+    out = query.new_empty(batch.num_tokens, num_heads, cache.value.shape[3])
+    sinks = None if sinks is None else sinks.detach().to(torch.float32).contiguous()
+    layer = _LayerStruct(
+        *(query.data_ptr(), out.data_ptr(), query.stride(0), query.stride(1)),
+        *(cache.key.data_ptr(), cache.value.data_ptr(), None if sinks is None else sinks.data_ptr()),
+        *(block_size, num_heads, num_kv_heads, key_dim, cache.value.shape[3], sliding_window or 0),
+        *(scale, softcap or 0.0),
+    )
+    if functions.attention(batch.address, ctypes.addressof(layer), torch.get_num_threads()):
+        raise MemoryError("no memory for the buffers of attention")
+    return out

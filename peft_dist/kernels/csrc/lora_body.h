@@ -1,0 +1,180 @@
+/* Template: WT, W are the type of A and B and its suffix. BOTH_BF16: so is the type of x and y. */
+#define NAME(f) GLUE(GLUE(f##_, X), GLUE(_, W))
+#define WLOAD GLUE(load_, W)
+#define WLOAD_N GLUE(GLUE(load_, W), _n)
+
+/* t[m][k] = x[m] . a[k] * scale, for M rows and K ranks held in registers. */
+INLINE void NAME(shrink_block)(const XT *x, int64_t xs, const WT *a, int64_t in, float *t, int64_t ts, float scale,
+                               const int M, const int K) {
+    vf acc[4][8];
+UNROLL
+    for (int m = 0; m < M; m++)
+UNROLL
+        for (int k = 0; k < K; k++) acc[m][k] = (vf){0};
+    int64_t i = 0;
+#if defined(BOTH_BF16) && defined(__AVX512BF16__)
+    for (; i + 32 <= in; i += 32) {
+        vf w[8];
+UNROLL
+        for (int k = 0; k < K; k++) memcpy(w + k, a + k * in + i, sizeof *w);
+UNROLL
+        for (int m = 0; m < M; m++) {
+            vf v;
+            memcpy(&v, x + m * xs + i, sizeof v);
+UNROLL
+            for (int k = 0; k < K; k++) acc[m][k] = dot_pairs(acc[m][k], v, w[k]);
+        }
+    }
+#endif
+    for (; i + LANES <= in; i += LANES) {
+        vf w[8];
+UNROLL
+        for (int k = 0; k < K; k++) w[k] = WLOAD(a + k * in + i);
+UNROLL
+        for (int m = 0; m < M; m++) {
+            vf v = XLOAD(x + m * xs + i);
+UNROLL
+            for (int k = 0; k < K; k++) acc[m][k] += v * w[k];
+        }
+    }
+UNROLL
+    for (int m = 0; m < M; m++)
+UNROLL
+        for (int k = 0; k < K; k++) t[m * ts + k] = sum(acc[m][k]) * scale;
+    if (i == in) return;
+    for (int m = 0; m < M; m++)
+        for (int k = 0; k < K; k++)
+            t[m * ts + k] += sum(XLOAD_N(x + m * xs + i, in - i) * WLOAD_N(a + k * in + i, in - i)) * scale;
+}
+
+INLINE void NAME(shrink_rows)(const XT *x, int64_t xs, const WT *a, int64_t in, int64_t num_ranks, float *t, int64_t ts,
+                              float scale, const int M) {
+    int64_t k = 0;
+    if (M == 1)
+        for (; k + 8 <= num_ranks; k += 8) NAME(shrink_block)(x, xs, a + k * in, in, t + k, ts, scale, M, 8);
+    for (; k + 4 <= num_ranks; k += 4) NAME(shrink_block)(x, xs, a + k * in, in, t + k, ts, scale, M, 4);
+    for (; k < num_ranks; k++) NAME(shrink_block)(x, xs, a + k * in, in, t + k, ts, scale, M, 1);
+}
+
+static __attribute__((noinline)) void NAME(shrink)(const XT *x, int64_t xs, const WT *a, int64_t in, int64_t num_rows,
+                                                   int64_t num_ranks, float *t, int64_t ts, float scale) {
+    int64_t m = 0;
+    for (; m + 4 <= num_rows; m += 4) NAME(shrink_rows)(x + m * xs, xs, a, in, num_ranks, t + m * ts, ts, scale, 4);
+    for (; m + 2 <= num_rows; m += 2) NAME(shrink_rows)(x + m * xs, xs, a, in, num_ranks, t + m * ts, ts, scale, 2);
+    for (; m < num_rows; m++) NAME(shrink_rows)(x + m * xs, xs, a, in, num_ranks, t + m * ts, ts, scale, 1);
+}
+
+/* Two vectors of consecutive elements, in an order that x, y, A and B share. */
+INLINE void NAME(x_load2)(const XT *p, vf *pair) {
+#ifdef BOTH_BF16
+    load_bf16_split(p, pair, pair + 1);
+#else
+    pair[0] = XLOAD(p), pair[1] = XLOAD(p + LANES);
+#endif
+}
+INLINE void NAME(x_store2)(XT *p, const vf *pair) {
+#ifdef BOTH_BF16
+    store_bf16_split(p, pair[0], pair[1]);
+#else
+    XSTORE(p, pair[0]), XSTORE(p + LANES, pair[1]);
+#endif
+}
+INLINE void NAME(w_load2)(const WT *p, vf *pair) {
+#ifdef BOTH_BF16
+    load_bf16_split(p, pair, pair + 1);
+#else
+    pair[0] = WLOAD(p), pair[1] = WLOAD(p + LANES);
+#endif
+}
+
+/* y[m][0 : 16 V] += sum over k of t[m][k] b[k], for M rows held in registers; V is even. */
+INLINE void NAME(expand_block)(XT *y, int64_t ys, const WT *b, int64_t out, int64_t rank, const float *t, int64_t ts,
+                               const int M, const int V) {
+    vf acc[4][4];
+    for (int m = 0; m < M; m++)
+        for (int v = 0; v < V; v += 2) NAME(x_load2)(y + m * ys + v * LANES, acc[m] + v);
+    for (int64_t k = 0; k < rank; k++) {
+        vf w[4];
+        for (int v = 0; v < V; v += 2) NAME(w_load2)(b + k * out + v * LANES, w + v);
+        for (int m = 0; m < M; m++) {
+            vf factor = splat(t[m * ts + k]);
+            for (int v = 0; v < V; v++) acc[m][v] += factor * w[v];
+        }
+    }
+    for (int m = 0; m < M; m++)
+        for (int v = 0; v < V; v += 2) NAME(x_store2)(y + m * ys + v * LANES, acc[m] + v);
+}
+
+INLINE void NAME(expand_rows)(XT *y, int64_t ys, const WT *b, int64_t out, int64_t columns, int64_t rank,
+                              const float *t, int64_t ts, const int M) {
+    int64_t o = 0;
+    for (; o + 4 * LANES <= columns; o += 4 * LANES) NAME(expand_block)(y + o, ys, b + o, out, rank, t, ts, M, 4);
+    for (; o + 2 * LANES <= columns; o += 2 * LANES) NAME(expand_block)(y + o, ys, b + o, out, rank, t, ts, M, 2);
+    for (; o < columns; o += LANES) {
+        int64_t n = min64(LANES, columns - o);
+        for (int m = 0; m < M; m++) {
+            vf acc = XLOAD_N(y + m * ys + o, n);
+            for (int64_t k = 0; k < rank; k++) acc += t[m * ts + k] * WLOAD_N(b + k * out + o, n);
+            XSTORE_N(y + m * ys + o, acc, n);
+        }
+    }
+}
+
+static __attribute__((noinline)) void NAME(expand)(XT *y, int64_t ys, const WT *b, int64_t out, int64_t columns,
+                                                   int64_t num_rows, int64_t rank, const float *t, int64_t ts) {
+    int64_t m = 0;
+    for (; m + 4 <= num_rows; m += 4) NAME(expand_rows)(y + m * ys, ys, b, out, columns, rank, t + m * ts, ts, 4);
+    for (; m + 2 <= num_rows; m += 2) NAME(expand_rows)(y + m * ys, ys, b, out, columns, rank, t + m * ts, ts, 2);
+    for (; m < num_rows; m++) NAME(expand_rows)(y + m * ys, ys, b, out, columns, rank, t + m * ts, ts, 1);
+}
+
+static void NAME(look_up)(const int64_t *ids, const WT *a, int64_t num_ids, int64_t num_rows, int64_t num_ranks,
+                          float *t, int64_t ts, float scale) {
+    for (int64_t m = 0; m < num_rows; m++)
+        for (int64_t k = 0; k < num_ranks; k++) {
+            t[m * ts + k] = WLOAD_N(a + k * num_ids + ids[m], 1)[0] * scale;
+        }
+}
+
+/* One thread's share of both halves; t is [rows][ts]. */
+static void NAME(body)(void *y_, int64_t ys, const void *x_, int64_t xs, const int64_t *ids, float factor,
+                       const Layer *layer, const Plan *plan, float *t, int64_t ts, int thread, int num_threads,
+                       int64_t work) {
+    XT *y = y_;
+    const XT *x = x_;
+    const WT *A = layer->A, *B = layer->B;
+    Share share = {0, work, thread, num_threads};
+    for (int32_t i = 0; i < plan->num_runs; i++) {
+        Run run = run_of(layer, plan, i);
+        for (int64_t k = 0; k < run.rank; k += RANK_CHUNK)
+            for (int64_t m = 0; m < run.num_rows; m += ROW_CHUNK) {
+                int64_t ranks = min64(RANK_CHUNK, run.rank - k), rows = min64(ROW_CHUNK, run.num_rows - m);
+                if (!is_mine(&share, ranks * rows)) continue;
+                const WT *a = A + (run.first + k) * layer->in;
+                float *into = t + (run.row + m) * ts + k;
+                if (ids)
+                    NAME(look_up)(ids + run.row + m, a, layer->in, rows, ranks, into, ts, run.scaling * factor);
+                else
+                    NAME(shrink)(x + (run.row + m) * xs, xs, a, layer->in, rows, ranks, into, ts, run.scaling);
+            }
+    }
+    if (num_threads > 1) {
+#pragma omp barrier
+    }
+    share = (Share){0, work * layer->out, thread, num_threads};
+    for (int32_t i = 0; i < plan->num_runs; i++) {
+        Run run = run_of(layer, plan, i);
+        if (!run.rank) continue;
+        for (int64_t m = 0; m < run.num_rows; m += ROW_CHUNK)
+            for (int64_t o = 0; o < layer->out; o += COLUMN_CHUNK) {
+                int64_t columns = min64(COLUMN_CHUNK, layer->out - o), rows = min64(ROW_CHUNK, run.num_rows - m);
+                if (is_mine(&share, run.rank * rows * columns))
+                    NAME(expand)(y + (run.row + m) * ys + o, ys, B + run.first * layer->out + o, layer->out, columns, rows,
+                                 run.rank, t + (run.row + m) * ts, ts);
+            }
+    }
+}
+
+#undef NAME
+#undef WLOAD
+#undef WLOAD_N

@@ -1,0 +1,59 @@
+"""Add the adapters' part to a layer's output, for rows of many adapters in one call. For inference only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from peft_dist.kernels import lora_cpu, lora_torch
+from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
+
+
+def add_lora_(y: torch.Tensor, x: torch.Tensor, weights: LoRALayerWeights, plan: LoRAPlan) -> torch.Tensor:
+    """In place, for each run of rows with slot s: ``y += (x @ A_s.T * scaling_s) @ B_s``.
+
+    Rows of the base (slot -1), and of slots that do not adapt this layer, are left as they are. The rank
+    intermediate and all sums are float32; each element of y is rounded once.
+
+    Args:
+        y: ``[R, out_features]``, float32, bfloat16 or float16, unit stride in the last dimension.
+        x: ``[R, in_features]``, same kinds; its dtype may differ from that of the adapters.
+        weights: The layer's resident adapters.
+        plan: The runs; covers R rows.
+
+    Returns:
+        y itself.
+    """
+    function = _c_function(y, weights, plan)
+    if function is None or x.dtype != y.dtype:
+        return lora_torch.add_lora_(y, x, weights, plan)
+    lora_cpu.add_lora_(function, y, x, weights, plan)
+    return y
+
+
+def add_embedding_lora_(
+    y: torch.Tensor, ids: torch.Tensor, weights: LoRALayerWeights, plan: LoRAPlan, embed_scale: float | None = None
+) -> torch.Tensor:
+    """The same for an embedding: the rank intermediate of a row is column ``ids[row]`` of A.
+
+    Args:
+        y: ``[R, embedding_dim]``.
+        ids: int64 ``[R]``, token ids.
+        embed_scale: Factor of models that scale their embeddings (Gemma); applied to the adapter's part.
+
+    Returns:
+        y itself.
+    """
+    function = _c_function(y, weights, plan)
+    if function is None:
+        return lora_torch.add_embedding_lora_(y, ids, weights, plan, embed_scale)
+    lora_cpu.add_embedding_lora_(function, y, ids, weights, plan, 1.0 if embed_scale is None else embed_scale)
+    return y
+
+
+def _c_function(y: torch.Tensor, weights: LoRALayerWeights, plan: LoRAPlan) -> Any:
+    """The C kernel for this call, or None when torch has to run it."""
+    if plan.backend == "torch" or not lora_cpu.takes(y, weights):
+        return None
+    return lora_cpu.function_for(y.dtype)
