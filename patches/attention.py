@@ -1,0 +1,125 @@
+"""Paged attention under a name of its own in Hugging Face's attention interface."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+
+from peft_dist.forward_context import ForwardContext, current
+from peft_dist.kernels import attention as kernels
+
+ATTENTION_NAME = "pd_paged"
+
+# Keyword arguments that models pass along and that change nothing here: causality, padding and length come from
+# the context's metadata, rotary embeddings are already in query and key. Everything else is refused when set.
+_WITHOUT_EFFECT = frozenset(
+    {
+        "attention_mask",
+        "cache_position",
+        "logits_to_keep",
+        "num_items_in_batch",
+        "output_hidden_states",
+        "past_key_values",
+        "position_embeddings",
+        "position_ids",
+        "return_dict",
+        "use_cache",
+    }
+)
+
+
+def paged_attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    is_causal: bool | None = None,
+    output_attentions: bool | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Write this step's keys and values into the paged cache of the entered context and attend from there.
+
+    Args:
+        query: ``[B, num_heads, S, head_dim]`` after rotary embedding. The engine packs all sequences into
+            ``B = 1``; the drop-in passes a padded batch and names the rows that hold tokens in the context.
+        key, value: ``[B, num_kv_heads, S, head_dim]``, the tokens of this step only.
+        attention_mask: Must be None: the context's metadata says who sees what.
+        scaling: Factor of the scores; ``head_dim ** -0.5`` when None.
+        sliding_window, softcap, s_aux: As in the kernel (``s_aux`` are attention sinks).
+
+    Returns:
+        ``[B, S, num_heads, value head_dim]`` with zeros in padded rows, and None for the attention weights.
+
+    Raises:
+        RuntimeError: no ForwardContext with attention metadata is entered.
+        NotImplementedError: the model passes an argument that would change the result.
+    """
+    context = current()
+    if context is None or context.attention is None:
+        raise RuntimeError(
+            f"attention implementation {ATTENTION_NAME!r} runs only inside a ForwardContext that holds attention "
+            "metadata: call model.set_attn_implementation('sdpa') to use this model outside of peft_dist"
+        )
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    if attention_mask is not None or dropout or is_causal is False or output_attentions or kwargs:
+        settings = {"dropout": dropout or None, "is_causal": None if is_causal else is_causal, **kwargs}
+        _refuse_unsupported(module, attention_mask, output_attentions, settings)
+    _, num_heads, steps, head_dim = query.shape
+    cache = context.kv_caches[layer]
+    kernels.write_kv(_pack(key, context), _pack(value, context), cache, context.attention)
+    packed = kernels.paged_attention(
+        _pack(query, context),
+        cache,
+        context.attention,
+        scale=head_dim**-0.5 if scaling is None else scaling,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux,
+    )
+    return _unpack(packed, context, len(query), steps), None
+
+
+def _pack(states: torch.Tensor, context: ForwardContext) -> torch.Tensor:
+    """``[B, H, S, D]`` to the ``[T, H, D]`` rows that hold tokens."""
+    rows = states.transpose(1, 2).flatten(0, 1)
+    return rows if context.token_rows is None else rows.index_select(0, context.token_rows)
+
+
+def _unpack(packed: torch.Tensor, context: ForwardContext, batch: int, steps: int) -> torch.Tensor:
+    """``[T, H, D]`` to ``[B, S, H, D]``, zeros where a row holds no token."""
+    if context.token_rows is not None:
+        rows = packed.new_zeros(batch * steps, *packed.shape[1:])
+        packed = rows.index_copy_(0, context.token_rows, packed)
+    return packed.view(batch, steps, *packed.shape[1:])
+
+
+def _refuse_unsupported(
+    module: torch.nn.Module,
+    attention_mask: torch.Tensor | None,
+    output_attentions: bool | None,
+    settings: dict[str, Any],
+) -> None:
+    settings = {"attention_mask": attention_mask, "output_attentions": output_attentions or None, **settings}
+    ignored = _WITHOUT_EFFECT - {"attention_mask"}
+    bad = sorted(name for name, value in settings.items() if value is not None and name not in ignored)
+    if bad:
+        raise NotImplementedError(
+            f"paged attention cannot honour {', '.join(bad)}, which {type(module).__name__} (layer "
+            f"{getattr(module, 'layer_idx', '?')}) passes: run this model with attention implementation 'sdpa'"
+        )
+
+
+def register() -> None:
+    """Make ``attn_implementation='pd_paged'`` known to transformers. Idempotent.
+
+    No mask function is registered under the name on purpose: transformers then builds no mask at all.
+    """
+    AttentionInterface.register(ATTENTION_NAME, paged_attention_forward)

@@ -1,0 +1,138 @@
+"""Every patch of this package. ``python -m peft_dist.patches.fingerprints`` prints the installed fingerprints.
+
+When a library's new version changes code that a patch stands on, ``tests/patches/test_registry.py`` fails. Read
+the change, adapt the patch if it must be, run the tests, then add the printed fingerprint under that version.
+"""
+
+from __future__ import annotations
+
+from peft_dist.patches.registry import Patch
+
+TRANSFORMERS = ">=5.17,<5.24"
+PEFT = ">=0.21,<0.22"
+
+ATTENTION = Patch(
+    target="transformers.modeling_utils:AttentionInterface",
+    replacement="peft_dist.patches.attention:paged_attention_forward",
+    kind="register",
+    file="patches/attention.py",
+    library="transformers",
+    versions=TRANSFORMERS,
+    reason="Keys and values lie in blocks, and one call serves sequences of any length.",
+    relies_on=(
+        "transformers.utils.generic:GeneralInterface",
+        "transformers.modeling_utils:AttentionInterface",
+        "transformers.masking_utils:_preprocess_mask_arguments",
+    ),
+    fingerprints={"5.17.0": "5f635f10d61cb5e8", "5.23.0": "8662f9b56f970274"},
+)
+ATTENTION_NAME = Patch(
+    target="transformers.configuration_utils:PreTrainedConfig._attn_implementation",
+    replacement="peft_dist.patches.selective_call:use_paged_attention",
+    kind="instance attribute",
+    file="patches/selective_call.py",
+    library="transformers",
+    versions=TRANSFORMERS,
+    reason="Attention modules read it at each call; it names paged attention only while a pass of generate runs.",
+    relies_on=("transformers.configuration_utils:PreTrainedConfig._attn_implementation",),
+    fingerprints={"5.17.0": "be7be45af1d52295", "5.23.0": "be7be45af1d52295"},
+)
+CACHE = Patch(
+    target="transformers.cache_utils:DynamicCache",
+    replacement="peft_dist.patches.paged_cache:PagedCache",
+    kind="class swap",
+    file="patches/paged_cache.py",
+    library="transformers",
+    versions=TRANSFORMERS,
+    reason="generate keeps its KV in blocks, which beams share until they write.",
+    relies_on=(
+        "transformers.cache_utils:Cache",
+        "transformers.cache_utils:DynamicCache",
+        "transformers.cache_utils:DynamicLayer",
+        "transformers.cache_utils:DynamicSlidingWindowLayer.update",
+    ),
+    fingerprints={"5.17.0": "464177c50b41f92d", "5.23.0": "a4aafe236701c2eb"},
+)
+BASE_FORWARD = Patch(
+    target="transformers.modeling_utils:PreTrainedModel.forward",
+    replacement="peft_dist.patches.selective_call:intercept",
+    kind="instance attribute",
+    file="patches/selective_call.py",
+    library="transformers",
+    versions=TRANSFORMERS,
+    reason="Each pass that generate makes needs its own rows and block tables; set only while a call runs.",
+    relies_on=(
+        "transformers.generation.utils:GenerationMixin._prefill",
+        "transformers.generation.utils:GenerationMixin._sample",
+        "transformers.generation.utils:GenerationMixin._beam_search",
+        "transformers.generation.utils:GenerationMixin._expand_inputs_for_generation",
+        "transformers.generation.utils:GenerationMixin._prepare_cache_for_generation",
+    ),
+    fingerprints={"5.17.0": "927d71ad08f78ed2", "5.23.0": "62d4651c2de6d184"},
+)
+LINEAR = Patch(
+    target="peft.tuners.lora.layer:Linear",
+    replacement="peft_dist.patches.lora_layers:SelectiveLinear",
+    kind="class swap",
+    file="patches/lora_layers.py",
+    library="peft",
+    versions=PEFT,
+    reason="Rows of many adapters in one call, without a loop over adapters.",
+    relies_on=(
+        "peft.tuners.lora.layer:LoraLayer.__init__",
+        "peft.tuners.lora.layer:LoraLayer._check_forward_args",
+        "peft.tuners.lora.layer:LoraLayer._mixed_batch_forward",
+        "peft.tuners.lora.layer:Linear.__init__",
+        "peft.tuners.lora.layer:Linear.forward",
+    ),
+    fingerprints={"0.21.0": "2a84fcaaad9f2bef", "0.21.2": "2a84fcaaad9f2bef"},
+)
+EMBEDDING = Patch(
+    target="peft.tuners.lora.layer:Embedding",
+    replacement="peft_dist.patches.lora_layers:SelectiveEmbedding",
+    kind="class swap",
+    file="patches/lora_layers.py",
+    library="peft",
+    versions=PEFT,
+    reason="Rows of many adapters in one call, without a loop over adapters.",
+    relies_on=(
+        "peft.tuners.lora.layer:Embedding.__init__",
+        "peft.tuners.lora.layer:Embedding._mixed_batch_forward",
+        "peft.tuners.lora.layer:Embedding._embed",
+        "peft.tuners.lora.layer:Embedding.forward",
+        "peft.tuners.tuners_utils:BaseTunerLayer._get_embed_scale",
+    ),
+    fingerprints={"0.21.0": "8ffb48c4e123b0ad", "0.21.2": "7d9e4f9ba2f63d0b"},
+)
+PEFT_MODEL = Patch(
+    target="peft.peft_model:PeftModel",
+    replacement="peft_dist.patches.peft_model:patched_class",
+    kind="class swap",
+    file="patches/peft_model.py",
+    library="peft",
+    versions=PEFT,
+    reason="A call with adapter_names becomes one selective batch instead of hooks on every layer.",
+    relies_on=(
+        "peft.peft_model:PeftModel.forward",
+        "peft.peft_model:PeftModel.generate",
+        "peft.peft_model:PeftModel._enable_peft_forward_hooks",
+        "peft.peft_model:PeftModelForCausalLM.forward",
+        "peft.peft_model:PeftModelForCausalLM.generate",
+        "peft.tuners.lora.model:LoraModel._enable_peft_forward_hooks",
+    ),
+    fingerprints={"0.21.0": "cd32d2d5c52b1550", "0.21.2": "cd32d2d5c52b1550"},
+)
+PEFT_MODEL_INIT = Patch(
+    target="peft.peft_model:PeftModel.__init__",
+    replacement="peft_dist.patches.every_model:patch_every_model",
+    kind="replace",
+    file="patches/every_model.py",
+    library="peft",
+    versions=PEFT,
+    reason="patch() without a model patches every PeftModel made afterwards.",
+    relies_on=("peft.peft_model:PeftModel.__init__",),
+    fingerprints={"0.21.0": "6056c671dff3aefc", "0.21.2": "6056c671dff3aefc"},
+)
+
+PATCHES = (ATTENTION, ATTENTION_NAME, CACHE, BASE_FORWARD, LINEAR, EMBEDDING, PEFT_MODEL, PEFT_MODEL_INIT)
+

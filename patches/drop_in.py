@@ -1,0 +1,121 @@
+"""What one patched PeftModel knows, and how its calls with ``adapter_names`` run."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from peft import PeftModel
+
+from peft_dist.patches import coverage
+from peft_dist.patches.adapter_rows import call_batch_size, expand_for_peft
+from peft_dist.patches.live_weights import LiveWeights
+from peft_dist.patches.lora_layers import restore_class, swap_class
+from peft_dist.patches.paging import paging_reason
+from peft_dist.patches.selective_call import SelectiveCall, intercept
+
+logger = logging.getLogger("peft_dist.patches")
+
+
+class DropIn:
+    """State of one patched model. A copy or an unpickled model starts with a fresh one.
+
+    Calls from several threads take turns, as they share the model's slots.
+    """
+
+    def __init__(self) -> None:
+        self.weights = LiveWeights()
+        self._lock = threading.RLock()
+        self._running = threading.local()
+        self._logged: set[str] = set()
+
+    def __reduce__(self) -> tuple[type[DropIn], tuple[()]]:
+        return DropIn, ()
+
+    def rescan(self, model: PeftModel) -> None:
+        """Give layers that PEFT made since the last look their selective class."""
+        output = model.get_base_model()
+        head = output.get_output_embeddings() if hasattr(output, "get_output_embeddings") else None
+        for _, layer in coverage.tuner_layers(output):
+            if swap_class(layer):
+                layer.__dict__["is_output"] = layer is head
+
+    def restore(self, model: PeftModel) -> None:
+        """Give every layer its own class back."""
+        for _, layer in coverage.tuner_layers(model.get_base_model()):
+            restore_class(layer)
+
+    def call(
+        self, model: PeftModel, original: Callable[..., Any], names: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run PEFT's ``forward`` or ``generate`` (``original``) as one selective batch, or leave it to PEFT."""
+        generates = original.__name__ == "generate"
+        with self._lock:
+            selective = self._prepare(model, names, args, kwargs, generates)
+            if isinstance(selective, SelectiveCall):
+                return self._run(model, selective, original, args, kwargs)
+        self._log(selective)
+        if generates:
+            names = expand_for_peft(names, kwargs, getattr(model, "generation_config", None))
+        return original(*args, adapter_names=names, **kwargs)
+
+    def _prepare(
+        self, model: PeftModel, names: Any, args: tuple[Any, ...], kwargs: dict[str, Any], generates: bool
+    ) -> SelectiveCall | str:
+        """A call that is ready to run, or the reason why PEFT has to run it."""
+        if reason := coverage.model_reason(model, generates):
+            return f"{reason}: PEFT's own path runs"
+        self.rescan(model)
+        base = model.get_base_model()
+        layers = list(coverage.tuner_layers(base))
+        if reason := coverage.layers_reason(layers):
+            return f"{reason}: PEFT's own path runs"
+        known = coverage.known_adapters(layers)
+        names = coverage.check_names(names, known, call_batch_size(args, kwargs, generates))
+        wanted = set(names) - {coverage.BASE_NAME}
+        weights, reason = coverage.collect_weights(layers, wanted, set(model.active_adapters))
+        if reason:
+            return f"{reason}: PEFT's own path runs"
+        pool = self.weights.refresh([layer for _, layer in layers], weights, known)
+        slots = np.array([self.weights.slots.get(name, -1) for name in names], np.int32)
+        return SelectiveCall(base, slots, pool.weights, pages=generates and self._pages(model, kwargs))
+
+    def _pages(self, model: PeftModel, kwargs: dict[str, Any]) -> bool:
+        reason = paging_reason(model.get_base_model(), kwargs)
+        if reason:
+            self._log(f"{reason}: the adapters run as one batch, attention and cache are Hugging Face's")
+        return reason is None
+
+    def _run(
+        self,
+        model: PeftModel,
+        selective: SelectiveCall,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        outer = getattr(self._running, "call", None)
+        self._running.call = selective
+        try:
+            if outer is not None:
+                result = original(*args, **kwargs)
+            else:
+                with intercept(model.get_base_model(), self._forward):
+                    result = original(*args, **kwargs)
+            selective.finish(result)
+            return result
+        finally:
+            self._running.call = outer
+
+    def _forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The base model's forward: rows have adapters in the thread whose call runs, and in no other."""
+        selective: SelectiveCall | None = getattr(self._running, "call", None)
+        return forward(*args, **kwargs) if selective is None else selective.run(forward, *args, **kwargs)
+
+    def _log(self, line: str) -> None:
+        if line not in self._logged:
+            self._logged.add(line)
+            logger.warning(line)

@@ -1,0 +1,176 @@
+"""Hugging Face's dynamic cache with its keys and values in paged blocks, for one call of ``generate``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+
+from peft_dist.kernels.kv_pool import KVCachePool
+from peft_dist.kernels.types import AttentionMetadata, KVCache
+from peft_dist.patches.row_blocks import RowBlocks
+
+BLOCK_SIZE = 16
+
+
+class PagedRows:
+    """Paged keys and values of a padded batch. Padding is neither stored nor attended.
+
+    Attributes:
+        caches: Paged tensors by layer.
+        tokens: bool ``[B, L]``, which of the padded positions seen so far hold tokens.
+    """
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.device = device
+        self.blocks = RowBlocks(rows, BLOCK_SIZE)
+        self.tokens = np.zeros((rows, 0), bool)
+        self.caches: dict[int, KVCache] = {}
+        self._pools: dict[int, KVCachePool] = {}
+
+    def begin(self, new: np.ndarray) -> tuple[AttentionMetadata, torch.Tensor | None]:
+        """Make room for a forward pass over ``new`` (bool ``[B, S]``, True where there is a token).
+
+        Returns:
+            The pass's metadata, and the rows of the flattened batch that hold tokens (None: all do).
+        """
+        counts = new.sum(1)
+        slots, copies = self.blocks.append(counts)
+        self._fit_pools(copies)
+        self.tokens = np.concatenate([self.tokens, new], axis=1)
+        active = np.flatnonzero(counts)
+        starts = np.concatenate([[0], np.cumsum(counts[active])]).astype(np.int32)
+        lens = self.blocks.lens[active].astype(np.int32)
+        width = int(self.blocks.counts.max(initial=1))
+        tables = np.ascontiguousarray(self.blocks.tables[active, :width])
+        meta = AttentionMetadata(
+            query_start_loc=starts,
+            context_lens=lens,
+            block_tables=tables,
+            slot_mapping=slots,
+            query_start_loc_t=self._to_device(starts),
+            context_lens_t=self._to_device(lens),
+            block_tables_t=self._to_device(tables),
+            slot_mapping_t=self._to_device(slots),
+            max_query_len=int(counts.max(initial=0)),
+            max_context_len=int(lens.max(initial=0)),
+        )
+        return meta, None if new.all() else self._to_device(np.flatnonzero(new))
+
+    def ensure_layer(self, layer: int, key: torch.Tensor) -> None:
+        """Make the layer's tensors, on its first use, for keys and values ``[B, heads, S, head_dim]``."""
+        if layer not in self._pools:
+            shape = (key.shape[1], key.shape[3])
+            self._pools[layer] = KVCachePool([shape], self.blocks.num_blocks, BLOCK_SIZE, key.dtype, key.device)
+            self.caches[layer] = self._pools[layer].caches[0]
+
+    def gather(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values as Hugging Face keeps them, ``[B, heads, L, head_dim]``, zeros where there is padding."""
+        rows, positions = np.nonzero(self.tokens)
+        numbers = (np.cumsum(self.tokens, axis=1) - 1)[rows, positions]
+        slots = self._to_device(self.blocks.slots(rows, numbers))
+        target = self._to_device(rows * self.tokens.shape[1] + positions)
+        padded = []
+        for paged in self.caches[layer]:
+            flat = paged.new_zeros(self.tokens.size, *paged.shape[2:])
+            flat.index_copy_(0, target, paged.flatten(0, 1).index_select(0, slots))
+            padded.append(flat.view(*self.tokens.shape, *paged.shape[2:]).transpose(1, 2))
+        return padded[0], padded[1]
+
+    def select(self, rows: np.ndarray) -> None:
+        self.blocks.select(rows)
+        self.tokens = self.tokens[rows]
+
+    def truncate(self, length: int) -> None:
+        self.tokens = self.tokens[:, :length]
+        self.blocks.truncate(self.tokens.sum(1))
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+    def _fit_pools(self, copies: list[tuple[int, int]]) -> None:
+        for layer, pool in self._pools.items():
+            if pool.num_blocks < self.blocks.num_blocks:
+                old = pool.caches[0]
+                shape = (old.key.shape[2], old.key.shape[3])
+                pool = KVCachePool([shape], self.blocks.num_blocks, BLOCK_SIZE, pool.dtype, pool.device)
+                for source, target in zip(old, pool.caches[0], strict=True):
+                    target[: len(source)].copy_(source)
+                self._pools[layer], self.caches[layer] = pool, pool.caches[0]
+            pool.copy(copies)
+
+
+class PagedCache(DynamicCache):
+    """A ``DynamicCache`` whose class was swapped while it was empty.
+
+    ``update`` hands the new keys and values through: paged attention stores them and reads all others
+    straight from the blocks. Lengths are Hugging Face's, padding included.
+    """
+
+    paged: PagedRows
+    _lengths: dict[int, int]
+
+    @classmethod
+    def adopt(cls, cache: DynamicCache, rows: int, device: torch.device) -> PagedCache:
+        """Turn an empty dynamic cache into a paged one, in place."""
+        cache.__class__ = cls
+        assert isinstance(cache, PagedCache)
+        cache.paged, cache._lengths = PagedRows(rows, device), {}
+        return cache
+
+    def release(self) -> None:
+        """Become a plain dynamic cache again with the contents that Hugging Face's own would have."""
+        paged = self.paged
+        del self.paged, self._lengths
+        self.__class__ = DynamicCache  # type: ignore[assignment]
+        for layer in sorted(paged.caches):
+            self.update(*paged.gather(layer), layer)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.paged.ensure_layer(layer_idx, key_states)
+        self._lengths[layer_idx] = self._lengths.get(layer_idx, 0) + key_states.shape[-2]
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self._lengths.get(layer_idx, 0)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.get_seq_length(layer_idx) + query_length, 0
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self.paged.select(beam_idx.cpu().numpy())
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.paged.select(np.arange(len(self.paged.tokens))[indices.cpu().numpy()])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.paged.select(np.repeat(np.arange(len(self.paged.tokens)), repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last ``-tokens_to_remove`` tokens; a positive number is the length to keep."""
+        length = self.get_seq_length()
+        kept = length + tokens_to_remove if tokens_to_remove <= 0 else min(length, tokens_to_remove)
+        self.paged.truncate(kept)
+        self._lengths = dict.fromkeys(self._lengths, kept)
+
+    def reset(self) -> None:
+        self.crop(-self.get_seq_length())
+
+    def activate_past_recording(self) -> None:
+        """Nothing to do: blocks keep the whole past."""
+
+    @property
+    def is_croppable(self) -> bool:
+        return True
+
+    @property
+    def is_initialized(self) -> bool:
+        return bool(self._lengths)
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.paged.tokens)
