@@ -34,11 +34,14 @@ class PackedInputs:
     lora_logits: LoRAPlan | None
 
 
-def pack(batch: Batch, prompts: dict[str, list[int]], block_size: int, device: torch.device) -> PackedInputs:
+def pack(
+    batch: Batch, prompts: dict[str, list[int]], block_size: int, device: torch.device, backend: str
+) -> PackedInputs:
     """Lay out a batch with at least one sequence.
 
     Args:
         prompts: Prompt ids of the sequences whose prompts are scored in this step.
+        backend: Which kernels run it (``kernels.backend.choose``).
     """
     sequences = batch.sequences
     lengths = np.array([sequence.num_tokens for sequence in sequences], dtype=np.int32)
@@ -72,9 +75,9 @@ def pack(batch: Batch, prompts: dict[str, list[int]], block_size: int, device: t
         logits_rows=_to(np.array(logits_rows, dtype=np.int64), device),
         sampled=[sequence for _, sequence in sampled],
         scored=scored,
-        attention=_attention(sequences, query_start, starts + lengths, positions, lengths, block_size, device),
-        lora=LoRAPlan.from_rows(np.repeat(slots, lengths)),
-        lora_logits=LoRAPlan.from_rows(np.array(logits_slots, dtype=np.int32)),
+        attention=_attention(sequences, query_start, starts + lengths, positions, lengths, block_size, device, backend),
+        lora=LoRAPlan.from_rows(np.repeat(slots, lengths), backend),
+        lora_logits=LoRAPlan.from_rows(np.array(logits_slots, dtype=np.int32), backend),
     )
 
 
@@ -86,6 +89,7 @@ def _attention(
     lengths: np.ndarray,
     block_size: int,
     device: torch.device,
+    backend: str,
 ) -> AttentionMetadata:
     tables = np.zeros((len(sequences), max(len(sequence.block_table) for sequence in sequences)), dtype=np.int32)
     for table, sequence in zip(tables, sequences, strict=True):
@@ -104,6 +108,7 @@ def _attention(
         slot_mapping_t=_to(slot_mapping, device),
         max_query_len=int(lengths.max()),
         max_context_len=int(context_lens.max()),
+        backend=backend,
     )
 
 

@@ -48,12 +48,18 @@ class ModelRunner:
     """
 
     def __init__(
-        self, model: PreTrainedModel, kv: KVCachePool, store: AdapterStore, eos_token_ids: tuple[int, ...]
+        self,
+        model: PreTrainedModel,
+        kv: KVCachePool,
+        store: AdapterStore,
+        eos_token_ids: tuple[int, ...],
+        backend: str = "torch",
     ) -> None:
         self.model = model
         self.kv = kv
         self.store = store
         self.device = model.device
+        self.backend = backend
         self.eos_token_ids = eos_token_ids
         self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
         self.records: dict[str, SequenceRecord] = {}
@@ -92,7 +98,7 @@ class ModelRunner:
     def _forward(self, step: PendingStep) -> None:
         batch = step.batch
         prompts = {s.request_id: self.records[s.request_id].prompt_token_ids for s in batch.sequences}
-        inputs = pack(batch, prompts, self.kv.block_size, self.device)
+        inputs = pack(batch, prompts, self.kv.block_size, self.device, self.backend)
         self._fill_pending(inputs)
         logits = self._logits(inputs)
         if inputs.sampled:

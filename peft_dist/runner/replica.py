@@ -85,7 +85,8 @@ def build_replica(config: EngineConfig) -> Replica:
     num_blocks = count_blocks(config, device, per_block, longest, lambda: _warm_up(model, shapes, store, config))
     longest = min(longest, num_blocks * config.block_size)
     kv = KVCachePool(shapes, num_blocks, config.block_size, model.dtype, device, config.num_host_blocks)
-    runner = ModelRunner(model, kv, store, eos)
+    kernels = backend.choose(device, config.compile_kernels, model.dtype)
+    runner = ModelRunner(model, kv, store, eos, kernels)
     depth = config.depth if config.depth is not None else int(device.type == "cuda")
     limits = SchedulerLimits(
         max_model_len=longest,
@@ -102,7 +103,6 @@ def build_replica(config: EngineConfig) -> Replica:
 
 
 def _describe(config: EngineConfig, runner: ModelRunner, longest: int, depth: int) -> ModelInfo:
-    kernels = backend.choose(runner.device, config.compile_kernels)
     return ModelInfo(
         model=config.model,
         served_model_name=config.served_model_name or Path(config.model).name,
@@ -115,8 +115,8 @@ def _describe(config: EngineConfig, runner: ModelRunner, longest: int, depth: in
         device=str(runner.device),
         dtype=str(runner.model.dtype).removeprefix("torch."),
         depth=depth,
-        attention_backend=kernels,
-        lora_backend=kernels,
+        attention_backend=runner.backend,
+        lora_backend=runner.backend,
         tokenizer=config.model if has_tokenizer(config.model) else None,
         versions=_versions(),
     )

@@ -1,0 +1,52 @@
+"""The name of an adapter's content, which the whole system keys on."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+# Raised whenever the same adapter would hash differently.
+HASH_VERSION = b"peft_dist lora 1"
+# Bytes of one leaf: leaves are hashed side by side, and their size decides the hash.
+LEAF_BYTES = 1 << 20
+MAX_THREADS = 4
+MIN_LEAVES_FOR_THREADS = 4
+
+
+def content_hash(description: bytes, stream: Iterable[memoryview]) -> str:
+    """SHA-256 over an adapter's content, as 64 hexadecimal digits.
+
+    It is cryptographic because requests of different users share KV blocks on the strength of it.
+
+    Args:
+        description: Everything but the weights' bytes; it must tell how ``stream`` is divided among the tensors.
+        stream: The bytes of all tensors; how they are cut into views does not count.
+    """
+    leaves = list(_leaves(stream))
+    if len(leaves) < MIN_LEAVES_FOR_THREADS:
+        digests = [_digest(leaf) for leaf in leaves]
+    else:
+        with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
+            digests = list(pool.map(_digest, leaves))
+    return hashlib.sha256(HASH_VERSION + _digest([description]) + b"".join(digests)).hexdigest()
+
+
+def _leaves(stream: Iterable[memoryview]) -> Iterator[list[memoryview]]:
+    leaf: list[memoryview] = []
+    room = LEAF_BYTES
+    for view in stream:
+        while len(view) >= room:
+            yield [*leaf, view[:room]]
+            leaf, view, room = [], view[room:], LEAF_BYTES
+        leaf.append(view)
+        room -= len(view)
+    yield leaf
+
+
+def _digest(leaf: Iterable[bytes | memoryview]) -> bytes:
+    digest = hashlib.sha256()
+    for part in leaf:
+        digest.update(part)
+    return digest.digest()

@@ -1,0 +1,126 @@
+"""From an adapter's folder to checked weights, near the speed of reading the file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import torch
+
+from peft_dist.core.adapter import AdapterSpec
+from peft_dist.core.errors import AdapterError
+from peft_dist.runner.adapter_check import TensorMap, map_tensors
+from peft_dist.runner.adapter_config import LoraSettings, read_settings
+from peft_dist.runner.adapter_hash import content_hash
+from peft_dist.runner.adapter_modules import ModuleShape
+from peft_dist.runner.adapter_weights import WeightsFile, is_finite, open_weights
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleWeights:
+    """What one module gets: its output grows by ``scaling * B @ (A @ x)``.
+
+    Attributes:
+        A: ``[r, in_features]`` (an embedding: ``[r, num_embeddings]``), contiguous, as stored: float32, float16
+            or bfloat16.
+        B: ``[out_features, r]`` (an embedding: ``[embedding_dim, r]``), likewise.
+        scaling: ``alpha / r`` or, with rank-stabilised LoRA, ``alpha / sqrt(r)``.
+    """
+
+    A: torch.Tensor
+    B: torch.Tensor
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        return int(self.A.shape[0])
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedAdapter:
+    """A checked adapter. Its tensors may be views of one buffer: do not write to them.
+
+    Attributes:
+        spec: Its identity. The content hash covers what the weights compute (module paths, ranks, scalings, types
+            and bytes) and nothing else of the files, so one adapter saved twice hashes alike.
+        weights: By module path in the base model, in sorted order.
+    """
+
+    spec: AdapterSpec
+    weights: dict[str, ModuleWeights]
+
+
+def load_adapter(
+    name: str, path: Path, modules: Mapping[str, ModuleShape], *, allow_pickle: bool = False
+) -> LoadedAdapter:
+    """Read the PEFT LoRA adapter in ``path`` and check all of it against the base model.
+
+    Args:
+        name: What users call the adapter; no part of its content hash.
+        path: Folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        modules: The base model (see ``describe_modules``).
+        allow_pickle: Read ``adapter_model.bin`` where there is no safetensors file.
+
+    Raises:
+        AdapterError: the adapter cannot be served; the message names it, what is wrong and the remedy.
+    """
+    try:
+        settings = read_settings(path)
+        with open_weights(path, allow_pickle) as file:
+            found = map_tensors(file.shapes, modules, settings)
+            weights = _read(file, found, modules, settings)
+            digest = _hash(file, found, weights)
+    except AdapterError as error:
+        raise AdapterError(f"adapter {name!r} in {path}: {error}") from error
+    ranks = {module: w.rank for module, w in weights.items()}
+    num_bytes = sum(w.A.nbytes + w.B.nbytes for w in weights.values())
+    return LoadedAdapter(AdapterSpec(name, digest, str(path), ranks, num_bytes), weights)
+
+
+def _read(
+    file: WeightsFile, found: TensorMap, modules: Mapping[str, ModuleShape], settings: LoraSettings
+) -> dict[str, ModuleWeights]:
+    tensors = file.read()
+    if not file.all_finite():
+        bad = next(name for name, tensor in tensors.items() if not is_finite(tensor))
+        raise AdapterError(f"tensor {bad} holds NaN or an infinity: the training diverged, use an earlier checkpoint")
+    for name, path in found.copies.items():
+        _check_copy(name, tensors[name], modules[path])
+    # A copied base weight can be many times the adapter: views would keep its memory.
+    keep = torch.clone if found.copies else _as_is
+    return {
+        path: ModuleWeights(keep(tensors[pair.A]), keep(tensors[pair.B]), settings.scaling(path))
+        for path, pair in found.pairs.items()
+    }
+
+
+def _as_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _check_copy(name: str, copy: torch.Tensor, module: ModuleShape) -> None:
+    """PEFT saves targeted embeddings whole; a copy that equals the base changes nothing, any other is refused."""
+    if module.weight is not None and not _same_weight(copy, module.weight().detach().cpu()):
+        raise AdapterError(
+            f"tensor {name} is a base weight that differs from this base's (trained, resized or of another "
+            "model): merge the adapter with PEFT's merge_and_unload and serve that model"
+        )
+
+
+def _same_weight(copy: torch.Tensor, base: torch.Tensor) -> bool:
+    """Equality of one weight held in two types, up to one rounding to the coarser of them."""
+    if copy.dtype == base.dtype:
+        return bool(torch.equal(copy, base))
+    coarse = max(torch.finfo(copy.dtype).eps, torch.finfo(base.dtype).eps)
+    return bool(torch.allclose(copy.float(), base.float(), rtol=coarse, atol=2.0**-24))
+
+
+def _hash(file: WeightsFile, found: TensorMap, weights: Mapping[str, ModuleWeights]) -> str:
+    description = [
+        (path, w.rank, w.scaling.hex(), str(w.A.dtype), str(w.B.dtype), w.A.nbytes, w.B.nbytes)
+        for path, w in weights.items()
+    ]
+    names = (name for pair in found.pairs.values() for name in (pair.A, pair.B))
+    return content_hash(msgspec.msgpack.encode(description), file.stream(names))
