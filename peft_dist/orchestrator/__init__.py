@@ -1,0 +1,1 @@
+"""Admission, dispatch and the adapter registry, and the asyncio service around them. No torch."""

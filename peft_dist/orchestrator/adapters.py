@@ -1,0 +1,142 @@
+"""Which adapters users can name, and which content the replicas still hold."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from peft_dist.core.adapter import BASE_NAMES, AdapterSpec
+from peft_dist.core.config import ModelInfo
+from peft_dist.core.errors import AdapterError, PeftDistError, UnknownModelError
+
+_MAX_LISTED = 20
+
+
+@dataclass(slots=True)
+class _Load:
+    """A load that the replicas in ``waiting`` have not answered yet."""
+
+    name: str
+    waiting: set[int]
+    spec: AdapterSpec | None = None
+    error: PeftDistError | None = None
+
+
+class AdapterRegistry:
+    """Names are what new requests can use; content lives on as long as a name or a running request needs it."""
+
+    def __init__(self) -> None:
+        self._by_name: dict[str, AdapterSpec] = {}
+        self._held: set[str] = set()
+        self._uses: Counter[str] = Counter()
+        self._base_names: tuple[str, ...] = tuple(name for name in BASE_NAMES if name)
+        self._loads: dict[int, _Load] = {}
+
+    def set_base(self, model: ModelInfo) -> None:
+        names = (model.served_model_name, model.model, *(name for name in BASE_NAMES if name))
+        self._base_names = tuple(dict.fromkeys(names))
+
+    def specs(self) -> list[AdapterSpec]:
+        return list(self._by_name.values())
+
+    def resolve(self, name: str | None) -> AdapterSpec | None:
+        """The adapter ``name`` means, None for the base; "base:adapter" means the adapter.
+
+        Raises:
+            UnknownModelError: there is no such base or adapter.
+        """
+        if name is None or name in self._base_names:
+            return None
+        if name in self._by_name:
+            return self._by_name[name]
+        for base in self._base_names:
+            adapter = name.removeprefix(f"{base}:")
+            if adapter != name and adapter in self._by_name:
+                return self._by_name[adapter]
+        raise UnknownModelError(f"The model {name!r} does not exist. {self._served()}")
+
+    def check_new_name(self, name: str, *, replace: bool) -> None:
+        """Raises AdapterError when an adapter cannot be loaded under this name now."""
+        if not name or name != name.strip():
+            raise AdapterError(f"adapter name {name!r} is empty or padded: give a name without surrounding spaces")
+        if name in self._base_names or any(name.startswith(f"{base}:") for base in self._base_names):
+            raise AdapterError(f"adapter name {name!r} belongs to the base model: choose another name")
+        if any(load.name == name for load in self._loads.values()):
+            raise AdapterError(f"adapter {name!r} is being loaded already: wait for that to end")
+        if name in self._by_name and not replace:
+            raise AdapterError(f"adapter {name!r} is loaded already: unload it first, or load it in place")
+
+    def held(self, spec: AdapterSpec) -> None:
+        """A replica told that it holds this content."""
+        self._held.add(spec.content_hash)
+
+    def begin_load(self, call_id: int, name: str, replica_ids: set[int]) -> None:
+        self._loads[call_id] = _Load(name, replica_ids)
+
+    def loads_on(self, replica_id: int) -> list[int]:
+        """Loads that this replica has not answered yet."""
+        return [call_id for call_id, load in self._loads.items() if replica_id in load.waiting]
+
+    def cancel_loads(self) -> list[int]:
+        """Forget all loads under way, and return their call ids."""
+        calls = list(self._loads)
+        self._loads.clear()
+        return calls
+
+    def settle(
+        self, call_id: int, replica_id: int, spec: AdapterSpec | None, error: PeftDistError | str | None
+    ) -> AdapterSpec | PeftDistError | None:
+        """One replica's answer to a load: the outcome when it was the last one awaited, None before.
+
+        The adapter gets its name only when every replica holds it.
+        """
+        load = self._loads[call_id]
+        load.waiting.discard(replica_id)
+        load.spec = spec or load.spec
+        if error is not None:
+            load.error = AdapterError(error) if isinstance(error, str) else error
+        if load.waiting:
+            return None
+        del self._loads[call_id]
+        if load.error is not None or load.spec is None:
+            return load.error or AdapterError(f"adapter {load.name!r}: the replica neither loaded nor refused it")
+        self._by_name[load.name] = load.spec
+        return load.spec
+
+    def remove(self, name: str) -> None:
+        """Raises UnknownModelError when no adapter has this name."""
+        if self._by_name.pop(name, None) is None:
+            raise UnknownModelError(f"The adapter {name!r} is not loaded. {self._served()}")
+
+    def forget_all(self) -> None:
+        """No replica holds anything any more: every adapter must be loaded again."""
+        self._by_name.clear()
+        self._held.clear()
+
+    def acquire(self, spec: AdapterSpec | None) -> None:
+        if spec is not None:
+            self._uses[spec.content_hash] += 1
+
+    def release(self, spec: AdapterSpec | None) -> None:
+        if spec is not None:
+            self._uses[spec.content_hash] -= 1
+            if not self._uses[spec.content_hash]:
+                del self._uses[spec.content_hash]
+
+    def take_unused(self) -> list[str]:
+        """Content hashes that the replicas may drop; each is returned once.
+
+        Nothing is unused while a load is under way: it may turn out to bring the same content again.
+        """
+        if self._loads:
+            return []
+        named = {spec.content_hash for spec in self._by_name.values()}
+        unused = sorted(self._held - named - self._uses.keys())
+        self._held.difference_update(unused)
+        return unused
+
+    def _served(self) -> str:
+        names = list(self._by_name)
+        more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+        adapters = ", ".join(map(repr, names[:_MAX_LISTED])) + more if names else "none"
+        return f"Served here: base {self._base_names[0]!r}; adapters: {adapters}."

@@ -1,0 +1,128 @@
+"""What the HTTP layer asks of the engines behind it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from peft_dist.core.adapter import AdapterSpec
+from peft_dist.core.config import ModelInfo
+from peft_dist.core.messages import ReplicaStats, SequenceProgress
+from peft_dist.core.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class NewRequest:
+    """One prompt as it arrives.
+
+    Attributes:
+        request_id: Unique among unfinished requests; sequence i is known to replicas as ``f"{request_id}-{i}"``.
+        prompt_token_ids: At least one id of the model's vocabulary.
+        params: ``params.n`` sequences are drawn; ``seed`` and ``max_tokens`` may be None.
+        model: Name of the base or of an adapter as the user wrote it; None is the base.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    model: str | None = None
+
+
+class RequestStream(Protocol):
+    """Tokens of one request as they are drawn: (sequence index, progress), sequences interleaved.
+
+    Ends after the last sequence's progress with a ``finish_reason`` ("stop", "length", "abort", or "error"
+    with ``progress.error`` set). Close it (``aclose``) in a ``finally``: closing early aborts what still
+    runs within one engine step; closing a stream that ended does nothing. Cancelling whoever waits for the
+    next item closes it too.
+    """
+
+    def __aiter__(self) -> RequestStream: ...
+
+    async def __anext__(self) -> tuple[int, SequenceProgress]:
+        """Raises EngineDeadError when the replica died or the server stops before the end."""
+        ...
+
+    async def aclose(self) -> None: ...
+
+
+class EngineClient(Protocol):
+    """All replicas as one engine. Every method runs on the event loop's thread and returns at once or awaits."""
+
+    @property
+    def model(self) -> ModelInfo: ...
+
+    @property
+    def is_healthy(self) -> bool: ...
+
+    @property
+    def health_error(self) -> str | None:
+        """Why ``is_healthy`` is False."""
+        ...
+
+    def adapters(self) -> list[AdapterSpec]:
+        """Adapters that new requests can name, in order of loading."""
+        ...
+
+    def resolve(self, name: str | None) -> AdapterSpec | None:
+        """The adapter that a user's model name means, None for the base.
+
+        Raises:
+            UnknownModelError: nothing of that name is served.
+        """
+        ...
+
+    def generate(
+        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, model: str | None
+    ) -> RequestStream:
+        """Admit a request and return its stream.
+
+        Admission happens in the call itself, before anything is awaited, so a caller can still answer
+        with an error status.
+
+        Raises:
+            UnknownModelError: ``model`` is not served.
+            InvalidRequestError: prompt or parameters can never be served.
+            QueueFullError: too many requests wait.
+            EngineDeadError: no replica is alive, or the server is stopping.
+        """
+        ...
+
+    def abort(self, request_id: str, sequence_index: int | None = None) -> None:
+        """End a request, or one of its sequences, as "abort"; unknown or finished ones are ignored."""
+        ...
+
+    async def load_adapter(
+        self,
+        name: str,
+        path: str,
+        *,
+        replace: bool = False,
+        allow_hub: bool = False,
+        root: str | None = None,
+        allow_pickle: bool = False,
+    ) -> AdapterSpec:
+        """Load an adapter from a folder (below ``root`` when given) or, with ``allow_hub``, a hub id.
+
+        With ``replace``, requests that arrive afterwards use the new content under the same name, running
+        ones finish with the old.
+
+        Raises:
+            AdapterError: the name is taken or reserved, or the adapter was refused.
+            EngineDeadError: the replica died meanwhile.
+        """
+        ...
+
+    async def unload_adapter(self, name: str) -> None:
+        """Stop serving an adapter: new requests are refused at once, running ones finish.
+
+        Raises:
+            UnknownModelError: no adapter of that name is loaded.
+        """
+        ...
+
+    def stats(self) -> ReplicaStats: ...
+
+    async def stop(self) -> None:
+        """Fail what still runs with EngineDeadError and end the replicas. Idempotent."""
+        ...

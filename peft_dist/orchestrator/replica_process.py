@@ -1,0 +1,23 @@
+"""How the service starts and ends replicas, without knowing what runs them."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class ReplicaProcess(Protocol):
+    """A started replica: all processes of one launch."""
+
+    async def wait(self) -> int:
+        """Return code when it has ended; negative is the signal that killed it."""
+        ...
+
+    async def stop(self, grace: float) -> None:
+        """Wait ``grace`` seconds for it to end by itself, then terminate it, then kill it. Idempotent."""
+        ...
+
+
+class ReplicaLauncher(Protocol):
+    async def start(self, endpoint: str, replica_id: int, epoch: int) -> ReplicaProcess:
+        """Start a replica that connects to ``endpoint`` and names itself by id and epoch."""
+        ...

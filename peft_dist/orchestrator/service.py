@@ -1,0 +1,265 @@
+"""The asyncio service around the Orchestrator: sockets, the clock, and the replicas' processes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Coroutine, Iterable
+from typing import Any
+
+from peft_dist.core.adapter import AdapterSpec
+from peft_dist.core.config import ModelInfo
+from peft_dist.core.errors import PeftDistError
+from peft_dist.core.messages import ProtocolError, ReplicaStats, decode_report
+from peft_dist.core.sampling_params import SamplingParams
+from peft_dist.orchestrator.client import NewRequest
+from peft_dist.orchestrator.core import Orchestrator, OrchestratorOptions
+from peft_dist.orchestrator.link import Link
+from peft_dist.orchestrator.records import (
+    AdapterLoaded,
+    AdapterRefused,
+    Event,
+    Notice,
+    Outgoing,
+    ReplicaLost,
+    ReplicaReady,
+    RequestFailed,
+    SequenceEvent,
+)
+from peft_dist.orchestrator.replica_process import ReplicaLauncher, ReplicaProcess
+from peft_dist.orchestrator.streams import Stream
+
+logger = logging.getLogger(__name__)
+_GRACE_WHILE_STARTING = 1.0
+
+
+class EngineService:
+    """An ``EngineClient`` over replicas in processes of their own. Lives on one event loop.
+
+    Sending never waits: the queue bound of the Orchestrator limits what can be under way.
+    """
+
+    def __init__(
+        self,
+        launcher: ReplicaLauncher,
+        options: OrchestratorOptions,
+        *,
+        start_timeout: float | None = None,
+        stop_grace: float = 10.0,
+    ) -> None:
+        """``start_timeout`` and ``stop_grace`` are the seconds a replica gets to become ready, and to end."""
+        self._loop = asyncio.get_running_loop()
+        self._core = Orchestrator(options)
+        self._link = Link()
+        self._launcher = launcher
+        self._start_timeout = start_timeout
+        self._stop_grace = stop_grace
+        self._streams: dict[str, Stream] = {}
+        self._calls: dict[int, asyncio.Future[AdapterSpec]] = {}
+        self._processes: dict[int, ReplicaProcess] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._ready: asyncio.Future[ModelInfo] = self._loop.create_future()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._stopping: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Start a replica and return when it is ready. Call ``stop`` also when this fails.
+
+        Raises:
+            EngineDeadError: it failed to start, in its own words, or was not ready within ``start_timeout``.
+        """
+        self._spawn(self._receive())
+        replica = self._core.add_replica(0, self._now(), self._start_timeout)
+        if replica.start_deadline is not None:
+            self._loop.call_at(replica.start_deadline, self._tick)
+        process = await self._launcher.start(self._link.endpoint, replica.replica_id, replica.epoch)
+        self._processes[replica.replica_id] = process
+        self._spawn(self._supervise(process, replica.replica_id, replica.epoch))
+        await asyncio.shield(self._ready)
+
+    # EngineClient
+
+    @property
+    def model(self) -> ModelInfo:
+        return self._core.model
+
+    @property
+    def is_healthy(self) -> bool:
+        return self._core.health_error is None
+
+    @property
+    def health_error(self) -> str | None:
+        return self._core.health_error
+
+    def adapters(self) -> list[AdapterSpec]:
+        return self._core.adapters.specs()
+
+    def resolve(self, name: str | None) -> AdapterSpec | None:
+        return self._core.adapters.resolve(name)
+
+    def generate(
+        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, model: str | None
+    ) -> Stream:
+        new = NewRequest(request_id, prompt_token_ids, params, model)
+        commands = self._core.submit(new, self._now())
+        stream = Stream(params.n, lambda: self._abandon(request_id))
+        self._streams[request_id] = stream
+        self._idle.clear()
+        self._act(commands)
+        return stream
+
+    def abort(self, request_id: str, sequence_index: int | None = None) -> None:
+        self._act(self._core.abort(request_id, self._now(), sequence_index))
+
+    async def load_adapter(
+        self,
+        name: str,
+        path: str,
+        *,
+        replace: bool = False,
+        allow_hub: bool = False,
+        root: str | None = None,
+        allow_pickle: bool = False,
+    ) -> AdapterSpec:
+        call_id, commands = self._core.load_adapter(
+            name, path, replace=replace, allow_hub=allow_hub, root=root, allow_pickle=allow_pickle
+        )
+        future: asyncio.Future[AdapterSpec] = self._loop.create_future()
+        self._calls[call_id] = future
+        self._act(commands)
+        return await future
+
+    async def unload_adapter(self, name: str) -> None:
+        self._act(self._core.unload_adapter(name))
+
+    def stats(self) -> ReplicaStats:
+        return self._core.stats()
+
+    def replica_pids(self) -> dict[int, int]:
+        """Process id of each ready replica's rank 0."""
+        return {r.replica_id: r.pid for r in self._core.replicas.ready() if r.pid is not None}
+
+    async def drain(self, timeout: float) -> bool:
+        """Admit nothing any more and wait for what runs; False when ``timeout`` seconds were not enough."""
+        self._core.drain()
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout)
+        except TimeoutError:
+            return False
+        return True
+
+    async def stop(self) -> None:
+        if self._stopping is None:
+            self._stopping = asyncio.create_task(self._stop())
+        await asyncio.shield(self._stopping)
+
+    # Inside
+
+    async def _stop(self) -> None:
+        self._act(self._core.shut_down())
+        await asyncio.gather(*(process.stop(self._grace()) for process in self._processes.values()))
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._link.close()
+
+    def _grace(self) -> float:
+        """A replica that never was ready may be stuck in loading, and has nothing to finish."""
+        was_ready = self._ready.done() and self._ready.exception() is None
+        return self._stop_grace if was_ready else min(self._stop_grace, _GRACE_WHILE_STARTING)
+
+    def _now(self) -> float:
+        return self._loop.time()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is None:
+            return
+        # Without this task nothing would ever answer the streams again.
+        logger.error("a task of the orchestrator failed", exc_info=error)
+        for replica in self._core.replicas.all_alive():
+            reason = f"The orchestrator failed: {type(error).__name__}: {error}"
+            self._act(self._core.lose_replica(replica.replica_id, replica.epoch, reason))
+
+    async def _receive(self) -> None:
+        while True:
+            replica_id, epoch, data = await self._link.receive()
+            try:
+                envelope = decode_report(data)
+            except ProtocolError as error:
+                reason = f"Replica {replica_id} cannot be understood: {error}"
+                self._act(self._core.lose_replica(replica_id, epoch, reason))
+            else:
+                self._act(self._core.observe(replica_id, envelope.epoch, envelope.message, self._now()))
+
+    async def _supervise(self, process: ReplicaProcess, replica_id: int, epoch: int) -> None:
+        code = await process.wait()
+        end = f"exited with status {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
+        self._act(self._core.lose_replica(replica_id, epoch, f"Replica {replica_id} {end}."))
+
+    def _tick(self) -> None:
+        self._act(self._core.tick(self._now()))
+
+    def _abandon(self, request_id: str) -> None:
+        self._drop_stream(request_id)
+        self.abort(request_id)
+
+    def _drop_stream(self, request_id: str) -> Stream | None:
+        stream = self._streams.pop(request_id, None)
+        if not self._streams:
+            self._idle.set()
+        return stream
+
+    def _act(self, commands: Iterable[Outgoing]) -> None:
+        for out in commands:
+            self._link.send(out)
+        for event in self._core.drain_events():
+            self._deliver(event)
+
+    def _deliver(self, event: Event) -> None:
+        match event:
+            case SequenceEvent(request_id, index, progress):
+                stream = self._streams.get(request_id)
+                if stream is not None and stream.put(index, progress):
+                    self._drop_stream(request_id)
+            case RequestFailed(request_id, error):
+                stream = self._drop_stream(request_id)
+                if stream is not None:
+                    stream.fail(error)
+            case AdapterLoaded(call_id, spec):
+                self._answer(call_id, spec)
+            case AdapterRefused(call_id, error):
+                self._answer(call_id, error)
+            case ReplicaReady(_, model):
+                if not self._ready.done():
+                    self._ready.set_result(model)
+            case ReplicaLost(replica_id, error):
+                self._lost(replica_id, error)
+            case Notice(replica_id, text):
+                logger.warning("replica %d: %s", replica_id, text)
+
+    def _answer(self, call_id: int, answer: AdapterSpec | PeftDistError) -> None:
+        call = self._calls.pop(call_id)
+        if call.done():
+            return  # Whoever asked was cancelled.
+        if isinstance(answer, AdapterSpec):
+            call.set_result(answer)
+        else:
+            call.set_exception(answer)
+
+    def _lost(self, replica_id: int, error: PeftDistError) -> None:
+        logger.error("replica %d is lost: %s", replica_id, error)
+        process = self._processes.get(replica_id)
+        if process is not None:
+            self._spawn(process.stop(self._grace()))
+        if not self._ready.done():
+            self._ready.set_exception(error)

@@ -1,0 +1,1 @@
+"""The per-rank process that runs one replica, and what starts it."""

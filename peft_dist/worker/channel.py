@@ -1,0 +1,55 @@
+"""The replica's end of the socket to the orchestrator."""
+
+from __future__ import annotations
+
+import zmq
+
+from peft_dist.core.messages import AnyCommand, AnyReport, decode_command, encode_report
+
+_LAST_WORDS_MS = 5000
+
+
+class Channel:
+    """Sends reports and receives commands of one incarnation of a replica. Belongs to one thread."""
+
+    def __init__(self, endpoint: str, replica_id: int, epoch: int) -> None:
+        self._epoch = epoch
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.SocketType.DEALER)
+        self._socket.set(zmq.SocketOption.IDENTITY, f"{replica_id}.{epoch}".encode())
+        self._socket.set(zmq.SocketOption.SNDHWM, 0)
+        self._socket.set(zmq.SocketOption.RCVHWM, 0)
+        self._socket.connect(endpoint)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.PollEvent.POLLIN)
+
+    def watch(self, fd: int) -> None:
+        """Let ``wait`` also return when this file descriptor is readable."""
+        self._poller.register(fd, zmq.PollEvent.POLLIN)
+
+    def send(self, report: AnyReport) -> None:
+        self._socket.send(encode_report(report, self._epoch))
+
+    def wait(self, timeout_ms: int | None = None) -> None:
+        """Return when a command or a watched descriptor is readable, at the latest after ``timeout_ms``."""
+        self._poller.poll(timeout_ms)
+
+    def receive(self) -> list[AnyCommand]:
+        """All commands that have arrived, in order; those for another incarnation are left out.
+
+        Raises:
+            ProtocolError: the orchestrator speaks another version.
+        """
+        commands: list[AnyCommand] = []
+        while True:
+            try:
+                data = self._socket.recv(zmq.Flag.NOBLOCK)
+            except zmq.Again:
+                return commands
+            envelope = decode_command(data)
+            if envelope.epoch == self._epoch:
+                commands.append(envelope.message)
+
+    def close(self) -> None:
+        """Close; what was sent gets a few seconds to leave."""
+        self._context.destroy(linger=_LAST_WORDS_MS)

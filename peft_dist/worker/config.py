@@ -1,0 +1,56 @@
+"""What a worker process is told when it starts."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from peft_dist.core.config import EngineConfig
+from peft_dist.core.errors import ConfigError
+
+DEFAULT_REPLICA_FACTORY = "peft_dist.runner.replica:build_replica"
+
+
+class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Written by a launcher as JSON, read by the worker.
+
+    Attributes:
+        endpoint: ZeroMQ address of the orchestrator.
+        replica_id, epoch: Which incarnation of which replica this is.
+        engine: Options of the replica.
+        world_size: Processes that the replica should have.
+        replica_factory: "module:function" that makes a replica of an ``EngineConfig``.
+        log_level: Of the worker's own log on stderr.
+    """
+
+    endpoint: str
+    replica_id: int
+    epoch: int
+    engine: EngineConfig
+    world_size: int = 1
+    replica_factory: str = DEFAULT_REPLICA_FACTORY
+    log_level: str = "info"
+
+    def write(self, path: Path) -> None:
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(self)))
+
+    @classmethod
+    def read(cls, path: Path) -> WorkerConfig:
+        """Raises ConfigError when the file holds anything else than a WorkerConfig."""
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=cls)
+        except msgspec.MsgspecError as error:
+            raise ConfigError(f"{path} is no worker configuration of this release: {error}") from error
+
+    def load_factory(self) -> Callable[[EngineConfig], Any]:
+        """Raises ConfigError when there is no such function."""
+        module, _, function = self.replica_factory.partition(":")
+        try:
+            factory: Callable[[EngineConfig], Any] = getattr(importlib.import_module(module), function)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ConfigError(f"replica_factory={self.replica_factory!r} cannot be used: {error}") from error
+        return factory

@@ -1,0 +1,136 @@
+"""Starts replicas as supervised child processes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from peft_dist.core.config import EngineConfig
+from peft_dist.worker.config import DEFAULT_REPLICA_FACTORY, WorkerConfig
+
+_TERMINATE_SECONDS = 5.0
+
+
+class LaunchedReplica:
+    """A replica's process group. It ends with this process, whose end of the lifeline then closes."""
+
+    def __init__(self, process: asyncio.subprocess.Process, lifeline: int, folder: Path) -> None:
+        self._process = process
+        self._lifeline = lifeline
+        self._folder = folder
+        self._end = asyncio.ensure_future(self._wait())
+
+    async def wait(self) -> int:
+        return await asyncio.shield(self._end)
+
+    async def stop(self, grace: float) -> None:
+        if not await self._ends_within(grace):
+            self._signal(signal.SIGTERM)
+            if not await self._ends_within(_TERMINATE_SECONDS):
+                self._signal(signal.SIGKILL)
+                await self.wait()
+
+    async def _wait(self) -> int:
+        code = await self._process.wait()
+        # What the launcher left behind when it was killed itself.
+        self._signal(signal.SIGKILL)
+        os.close(self._lifeline)
+        shutil.rmtree(self._folder, ignore_errors=True)
+        return code
+
+    async def _ends_within(self, seconds: float) -> bool:
+        done, _ = await asyncio.wait([self._end], timeout=seconds)
+        return bool(done)
+
+    def _signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, number)
+
+
+class PlainLauncher:
+    """Runs ``python -m peft_dist.worker`` directly: one process, no accelerate."""
+
+    def __init__(
+        self,
+        engine: EngineConfig,
+        *,
+        log_level: str = "info",
+        replica_factory: str = DEFAULT_REPLICA_FACTORY,
+    ) -> None:
+        self._engine = engine
+        self._log_level = log_level
+        self._replica_factory = replica_factory
+
+    async def start(self, endpoint: str, replica_id: int, epoch: int) -> LaunchedReplica:
+        """Start the process. Raises OSError when it cannot be started."""
+        folder = Path(tempfile.mkdtemp(prefix="peft-dist-"))
+        with contextlib.ExitStack() as undo:
+            undo.callback(shutil.rmtree, folder, ignore_errors=True)
+            self._config(endpoint, replica_id, epoch).write(folder / "worker.json")
+            # The worker reads its standard input to notice our end, however it comes.
+            read_end, lifeline = os.pipe()
+            undo.callback(os.close, lifeline)
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *self._command(folder), stdin=read_end, start_new_session=True
+                )
+            finally:
+                os.close(read_end)
+            undo.pop_all()
+        return LaunchedReplica(process, lifeline, folder)
+
+    def _config(self, endpoint: str, replica_id: int, epoch: int) -> WorkerConfig:
+        return WorkerConfig(
+            endpoint=endpoint,
+            replica_id=replica_id,
+            epoch=epoch,
+            engine=self._engine,
+            replica_factory=self._replica_factory,
+            log_level=self._log_level,
+        )
+
+    def _command(self, folder: Path) -> Sequence[str]:
+        return [sys.executable, "-m", "peft_dist.worker", str(folder / "worker.json")]
+
+
+class AccelerateLauncher(PlainLauncher):
+    """Runs the worker under ``accelerate launch``, which costs about 3 s (it imports torch before it starts).
+
+    The launch gets a configuration file of its own: a user's default one may ask for several processes,
+    FSDP or DeepSpeed.
+    """
+
+    def _command(self, folder: Path) -> Sequence[str]:
+        config = folder / "accelerate.json"
+        config.write_text(json.dumps(self._accelerate_config()))
+        return [
+            *(sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config)),
+            *("--num_cpu_threads_per_process", str(self._num_threads())),
+            *("-m", "peft_dist.worker", str(folder / "worker.json")),
+        ]
+
+    def _accelerate_config(self) -> dict[str, object]:
+        return {
+            "compute_environment": "LOCAL_MACHINE",
+            "distributed_type": "NO",
+            "num_machines": 1,
+            "num_processes": 1,
+            "machine_rank": 0,
+            "mixed_precision": "no",
+            "gpu_ids": "all",
+            "use_cpu": self._engine.device == "cpu",
+            "debug": False,
+        }
+
+    def _num_threads(self) -> int:
+        """Without this option accelerate sets OMP_NUM_THREADS to 1."""
+        asked = self._engine.num_threads or os.environ.get("OMP_NUM_THREADS")
+        return int(asked) if asked else len(os.sched_getaffinity(0))

@@ -1,0 +1,117 @@
+"""The worker's loop: commands in, engine steps, reports out."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from peft_dist.core.adapter import AdapterSpec
+from peft_dist.core.errors import PeftDistError
+from peft_dist.core.messages import (
+    AbortRequest,
+    AdapterResult,
+    AddRequest,
+    AnyCommand,
+    LoadAdapter,
+    Progress,
+    SequenceProgress,
+    Shutdown,
+    UnloadAdapter,
+)
+from peft_dist.engine.commands import make_request
+from peft_dist.worker.channel import Channel
+from peft_dist.worker.fetcher import AdapterFetcher
+from peft_dist.worker.replica import Replica
+
+logger = logging.getLogger(__name__)
+
+
+class WorkerLoop:
+    """Runs one replica for an orchestrator until it says Shutdown.
+
+    While the engine has work, commands are taken between two steps without waiting; without work the loop
+    waits for the next command.
+    """
+
+    def __init__(self, replica: Replica, channel: Channel, find_adapter: Callable[[LoadAdapter], Path]) -> None:
+        self._replica = replica
+        self._engine = replica.engine
+        self._channel = channel
+        self._fetcher = AdapterFetcher(find_adapter)
+        self._channel.watch(self._fetcher.fileno())
+        self._adapters: dict[str, AdapterSpec] = {}
+        self._refused: list[SequenceProgress] = []
+        self._stopped = False
+
+    def run(self) -> None:
+        """Raises whatever makes the engine unable to go on."""
+        while True:
+            if not self._engine.has_work:
+                self._channel.wait()
+            commands = self._channel.receive()
+            for command in commands:
+                self._handle(command)
+            for found in self._fetcher.take_found():
+                self._finish_load(*found)
+            if self._stopped:
+                return
+            self._step(report=bool(commands))
+
+    def _step(self, *, report: bool) -> None:
+        """One engine step; its stats are reported with its progress, after commands, and when work ran out."""
+        progress, self._refused = self._refused, []
+        if self._engine.has_work:
+            progress += self._engine.step(time.monotonic())
+            report |= not self._engine.has_work
+        if progress or report:
+            self._channel.send(Progress(sequences=progress, stats=self._engine.stats()))
+
+    def _handle(self, command: AnyCommand) -> None:
+        match command:
+            case AddRequest():
+                self._add(command)
+            case AbortRequest(request_ids=request_ids):
+                self._engine.abort(request_ids)
+            case LoadAdapter():
+                self._fetcher.start(command)
+            case UnloadAdapter():
+                self._adapters.pop(command.content_hash, None)
+                self._engine.forget_adapter(command.content_hash)
+                self._channel.send(AdapterResult(call_id=command.call_id))
+            case Shutdown():
+                self._stopped = True
+
+    def _add(self, command: AddRequest) -> None:
+        try:
+            self._engine.add_request(make_request(command, self._adapters, time.monotonic()))
+        except (PeftDistError, ValueError) as error:
+            self._refused.append(
+                SequenceProgress(
+                    request_id=command.request_id,
+                    token_ids=[],
+                    first_index=len(command.output_token_ids),
+                    finish_reason="error",
+                    error=str(error),
+                )
+            )
+
+    def _finish_load(self, command: LoadAdapter, found: Path | Exception) -> None:
+        try:
+            if isinstance(found, Exception):
+                raise found
+            spec = self._replica.load_adapter(command.name, found, allow_pickle=command.allow_pickle)
+            self._engine.register_adapter(spec)
+        except Exception as error:  # No adapter, however broken, may end the serving of the others.
+            if not isinstance(error, PeftDistError):
+                logger.exception("loading adapter %r failed", command.name)
+            self._channel.send(AdapterResult(call_id=command.call_id, error=describe(error)))
+        else:
+            self._adapters[spec.content_hash] = spec
+            self._channel.send(AdapterResult(call_id=command.call_id, spec=spec))
+
+
+def describe(error: BaseException) -> str:
+    """An error in one message: our own speak for themselves, others need their type."""
+    return str(error) if isinstance(error, PeftDistError) else f"{type(error).__name__}: {error}"

@@ -1,0 +1,102 @@
+"""The process of one rank: connects, builds the replica, runs the loop, and ends with the orchestrator."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+
+from peft_dist.core.errors import ConfigError
+from peft_dist.core.messages import Fatal, LoadAdapter, Ready
+from peft_dist.worker.channel import Channel
+from peft_dist.worker.config import WorkerConfig
+from peft_dist.worker.loop import WorkerLoop, describe
+from peft_dist.worker.replica import Replica
+
+logger = logging.getLogger(__name__)
+
+EXIT_ORPHANED = 3
+_LAST_WORDS_MS = 5000
+
+
+def run_worker(config: WorkerConfig) -> int:
+    """Serve until told to stop; returns the exit status. A failure is reported before it ends the process."""
+    channel = Channel(config.endpoint, config.replica_id, config.epoch)
+    try:
+        _serve(config, channel)
+        return 0
+    except Exception as error:  # The last thing this process can do for its streams is to say why they end.
+        logger.exception("replica %d cannot go on", config.replica_id)
+        channel.send(Fatal(error=f"Replica {config.replica_id}: {describe(error)}"))
+        # The answer is Shutdown: leaving earlier, the bare exit status could overtake these words.
+        channel.wait(_LAST_WORDS_MS)
+        return 1
+    finally:
+        channel.close()
+
+
+def _serve(config: WorkerConfig, channel: Channel) -> None:
+    check_world(config.world_size)
+    replica: Replica = config.load_factory()(config.engine)
+    channel.send(Ready(model=replica.model_info, pid=os.getpid()))
+    WorkerLoop(replica, channel, find_adapter).run()
+    # Not after a failure: an engine that failed may fail again, and its first words are the ones that count.
+    replica.close()
+
+
+def check_world(world_size: int) -> None:
+    """Raises ConfigError when the launcher started another number of processes than were asked for."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != world_size:
+        raise ConfigError(
+            f"the launcher started {started} processes where {world_size} were asked for: "
+            "check the options and the environment of accelerate launch"
+        )
+
+
+def find_adapter(command: LoadAdapter) -> Path:
+    """The local folder of the adapter that a command names. Raises AdapterError."""
+    from peft_dist.runner.adapter_source import resolve_adapter
+
+    folder: Path = resolve_adapter(
+        command.path,
+        root=None if command.root is None else Path(command.root),
+        allow_hub=command.allow_hub,
+        allow_pickle=command.allow_pickle,
+    )
+    return folder
+
+
+def watch_lifeline() -> None:
+    """End this process when its standard input ends: the orchestrator, which held the other end, is gone."""
+    threading.Thread(target=_follow_lifeline, name="lifeline", daemon=True).start()
+
+
+def _follow_lifeline() -> None:
+    while os.read(sys.__stdin__.fileno() if sys.__stdin__ else 0, 4096):
+        pass
+    logger.error("the orchestrator is gone: this worker ends")
+    # Not an exception: the main thread may be inside a long computation, and there is nobody to report to.
+    os._exit(EXIT_ORPHANED)
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + signum)
+
+
+def main(argv: list[str]) -> int:
+    """``python -m peft_dist.worker CONFIG.json``, with the orchestrator's lifeline as standard input."""
+    if len(argv) != 1:
+        print("usage: python -m peft_dist.worker CONFIG.json", file=sys.stderr)
+        return 2
+    config = WorkerConfig.read(Path(argv[0]))
+    logging.basicConfig(
+        level=config.log_level.upper(), format=f"%(asctime)s %(levelname)s [replica {config.replica_id}] %(message)s"
+    )
+    signal.signal(signal.SIGTERM, _terminate)
+    watch_lifeline()
+    return run_worker(config)

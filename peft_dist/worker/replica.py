@@ -1,0 +1,49 @@
+"""What a worker asks of the replica it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+from peft_dist.core.adapter import AdapterSpec
+from peft_dist.core.config import ModelInfo
+from peft_dist.core.messages import ReplicaStats, SequenceProgress
+from peft_dist.core.request import Request
+
+
+class ReplicaEngine(Protocol):
+    """The engine's side that faces the worker."""
+
+    @property
+    def has_work(self) -> bool: ...
+
+    def add_request(self, request: Request) -> None:
+        """Raises ValueError when the request cannot be taken."""
+        ...
+
+    def abort(self, request_ids: Iterable[str]) -> None: ...
+
+    def step(self, now: float) -> list[SequenceProgress]: ...
+
+    def register_adapter(self, spec: AdapterSpec) -> None: ...
+
+    def forget_adapter(self, content_hash: str) -> None: ...
+
+    def stats(self) -> ReplicaStats: ...
+
+
+class Replica(Protocol):
+    """A loaded model with its engine. Every call comes from the worker's one thread."""
+
+    @property
+    def engine(self) -> ReplicaEngine: ...
+
+    @property
+    def model_info(self) -> ModelInfo: ...
+
+    def load_adapter(self, name: str, path: Path, *, allow_pickle: bool) -> AdapterSpec:
+        """Read an adapter and check it whole. Raises AdapterError when it is refused."""
+        ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,76 @@
+"""A replica in miniature, for driving an Orchestrator without processes."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from peft_dist.core.adapter import AdapterSpec
+from peft_dist.core.messages import (
+    AbortRequest,
+    AdapterResult,
+    AddRequest,
+    AnyCommand,
+    AnyReport,
+    LoadAdapter,
+    Progress,
+    Ready,
+    ReplicaStats,
+    SequenceProgress,
+    UnloadAdapter,
+)
+from tests.worker.fake_replica import fake_model
+
+
+class MiniReplica:
+    """Takes commands in order, and reports in order; both wait in queues until a test moves them."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.commands: deque[AnyCommand] = deque()
+        self.reports: deque[AnyReport] = deque([Ready(model=fake_model("org/mini", max_model_len=20), pid=1)])
+        self.running: dict[str, tuple[AddRequest, int]] = {}
+        self.held: set[str] = set()
+
+    def work(self) -> None:
+        """Take one command."""
+        match self.commands.popleft():
+            case AddRequest() as add:
+                assert add.content_hash is None or add.content_hash in self.held, "an adapter the replica lacks"
+                assert add.request_id not in self.running
+                self.running[add.request_id] = (add, 0)
+            case AbortRequest(request_ids=ids):
+                for request_id in ids:
+                    self.running.pop(request_id, None)
+            case LoadAdapter() as load:
+                self._load(load)
+            case UnloadAdapter(call_id=call_id, content_hash=content_hash):
+                used = {add.content_hash for add, _ in self.running.values()}
+                assert content_hash not in used, "an adapter dropped while a request uses it"
+                self.held.remove(content_hash)
+                self.reports.append(AdapterResult(call_id=call_id))
+
+    def step(self) -> None:
+        """One token for every running sequence."""
+        progress = []
+        for request_id, (add, drawn) in list(self.running.items()):
+            last = drawn + 1 == add.params.max_tokens
+            progress.append(
+                SequenceProgress(
+                    request_id=request_id,
+                    token_ids=[drawn % 7],
+                    first_index=drawn,
+                    finish_reason="length" if last else None,
+                )
+            )
+            self.running[request_id] = (add, drawn + 1)
+            if last:
+                del self.running[request_id]
+        self.reports.append(Progress(sequences=progress, stats=ReplicaStats(num_running=len(self.running))))
+
+    def _load(self, load: LoadAdapter) -> None:
+        if load.path == "broken":
+            self.reports.append(AdapterResult(call_id=load.call_id, error="broken: mend it"))
+            return
+        spec = AdapterSpec(name=load.name, content_hash=f"h-{load.path}", path=load.path, ranks={"q": 4}, num_bytes=1)
+        self.held.add(spec.content_hash)
+        self.reports.append(AdapterResult(call_id=load.call_id, spec=spec))

@@ -1,0 +1,136 @@
+"""A replica without a model, for tests of the processes around it. Imported by worker processes."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+
+from peft_dist.core.adapter import AdapterSpec
+from peft_dist.core.config import EngineConfig, ModelInfo
+from peft_dist.core.errors import AdapterError, ConfigError
+from peft_dist.core.messages import ReplicaStats, SequenceProgress
+from peft_dist.core.request import Request
+
+# First prompt tokens that make a request special.
+HOLD, FAIL, CRASH, REFUSE = 1, 2, 3, 4
+VOCAB_SIZE = 1000
+NUM_BLOCKS = 64
+
+
+def expected_token(seed: int, index: int, draw: int, content_hash: str) -> int:
+    """What the fake engine draws."""
+    return hash((seed, index, draw, int(content_hash or "0", 16))) % VOCAB_SIZE
+
+
+class FakeEngine:
+    """Each request gets one token a step; HOLD requests get one token and then wait to be aborted."""
+
+    def __init__(self) -> None:
+        self.requests: dict[str, Request] = {}
+        self.adapters: dict[str, AdapterSpec] = {}
+
+    @property
+    def has_work(self) -> bool:
+        return any(self._runs(request) for request in self.requests.values())
+
+    def add_request(self, request: Request) -> None:
+        if request.prompt_token_ids[0] == REFUSE:
+            raise ValueError("refused by the fake")
+        assert request.adapter is None or request.adapter.content_hash in self.adapters
+        self.requests[request.request_id] = request
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        for request_id in request_ids:
+            self.requests.pop(request_id, None)
+
+    def step(self, now: float) -> list[SequenceProgress]:
+        return [self._advance(request) for request in list(self.requests.values()) if self._runs(request)]
+
+    def register_adapter(self, spec: AdapterSpec) -> None:
+        self.adapters[spec.content_hash] = spec
+
+    def forget_adapter(self, content_hash: str) -> None:
+        assert all(r.content_hash != content_hash for r in self.requests.values()), "dropped while in use"
+        del self.adapters[content_hash]
+
+    def stats(self) -> ReplicaStats:
+        return ReplicaStats(
+            num_running=len(self.requests),
+            num_blocks=NUM_BLOCKS,
+            num_free_blocks=NUM_BLOCKS - len(self.requests),
+            resident_adapters=sorted(self.adapters),
+        )
+
+    def _runs(self, request: Request) -> bool:
+        return request.prompt_token_ids[0] != HOLD or not request.output_token_ids
+
+    def _advance(self, request: Request) -> SequenceProgress:
+        kind = request.prompt_token_ids[0]
+        if kind == CRASH:
+            raise RuntimeError("the fake crashed")
+        if kind == FAIL:
+            return self._end(request, [], "error", error="logits were not finite")
+        draw = len(request.output_token_ids)
+        token = expected_token(request.seed, request.sequence_index, draw, request.content_hash)
+        request.output_token_ids.append(token)
+        if len(request.output_token_ids) >= request.max_output_tokens:
+            return self._end(request, [token], "length")
+        return SequenceProgress(request_id=request.request_id, token_ids=[token], first_index=draw)
+
+    def _end(self, request: Request, tokens: list[int], reason: str, error: str | None = None) -> SequenceProgress:
+        del self.requests[request.request_id]
+        first = len(request.output_token_ids) - len(tokens)
+        return SequenceProgress(
+            request_id=request.request_id, token_ids=tokens, first_index=first, finish_reason=reason, error=error
+        )
+
+
+class FakeReplica:
+    def __init__(self, config: EngineConfig) -> None:
+        self.engine = FakeEngine()
+        self.model_info = fake_model(config.model, name=config.served_model_name)
+
+    def load_adapter(self, name: str, path: Path, *, allow_pickle: bool) -> AdapterSpec:
+        text = (Path(path) / "adapter_config.json").read_text()
+        if "bad" in text:
+            raise AdapterError(f"adapter {name!r} is bad: make it good")
+        if "explode" in text:
+            raise MemoryError("no room")
+        content_hash = hashlib.sha256(text.encode()).hexdigest()[:8]
+        return AdapterSpec(name=name, content_hash=content_hash, path=str(path), ranks={"q": 8}, num_bytes=len(text))
+
+    def close(self) -> None:
+        self.engine.requests.clear()
+
+
+def fake_model(model: str = "fake", max_model_len: int = 500, name: str | None = None) -> ModelInfo:
+    return ModelInfo(
+        model=model,
+        served_model_name=name or model.rsplit("/", 1)[-1],
+        max_model_len=max_model_len,
+        vocab_size=VOCAB_SIZE,
+        eos_token_ids=(0,),
+        num_blocks=NUM_BLOCKS,
+        num_host_blocks=0,
+        block_size=16,
+        device="cpu",
+        dtype="float32",
+        depth=0,
+        attention_backend="fake",
+        lora_backend="fake",
+    )
+
+
+def build(config: EngineConfig) -> FakeReplica:
+    return FakeReplica(config)
+
+
+def build_failing(config: EngineConfig) -> FakeReplica:
+    raise ConfigError(f"model {config.model!r} cannot be loaded: choose another")
+
+
+def build_hanging(config: EngineConfig) -> FakeReplica:
+    threading.Event().wait()
+    raise AssertionError("unreachable")

@@ -1,0 +1,97 @@
+"""What accelerate is asked for: one process, all threads, whatever the user's own configuration says."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from peft_dist.core.config import EngineConfig
+from peft_dist.worker.config import WorkerConfig
+from peft_dist.worker.launcher import AccelerateLauncher, PlainLauncher
+
+PRINT_WORLD = """
+import json, os, sys
+names = ["RANK", "WORLD_SIZE", "OMP_NUM_THREADS", "ACCELERATE_USE_CPU"]
+open(sys.argv[1], "w").write(json.dumps({name: os.environ.get(name) for name in names}))
+sys.exit(7)
+"""
+
+
+class PrintingLauncher(AccelerateLauncher):
+    """Launches a script that tells its environment in place of the worker."""
+
+    def __init__(self, engine: EngineConfig, script: Path, answer: Path) -> None:
+        super().__init__(engine)
+        self.script, self.answer = script, answer
+
+    def _command(self, folder: Path) -> list[str]:
+        command = list(super()._command(folder))
+        end = command.index("-m", command.index("--config_file"))
+        return [*command[:end], str(self.script), str(self.answer)]
+
+
+def launch(launcher: PlainLauncher) -> int:
+    async def work() -> int:
+        replica = await launcher.start("ipc:///nowhere", 0, 1)
+        return await replica.wait()
+
+    return asyncio.run(work())
+
+
+def test_one_process_with_all_threads_against_a_misleading_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "accelerate"
+    home.mkdir()
+    misleading = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "FSDP", "num_processes": 4}
+    (home / "default_config.yaml").write_text(json.dumps(misleading))
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    (tmp_path / "script.py").write_text(PRINT_WORLD)
+    answer = tmp_path / "answer.json"
+    assert launch(PrintingLauncher(EngineConfig(model="m", device="cpu"), tmp_path / "script.py", answer)) == 1
+    found = json.loads(answer.read_text())
+    assert found == {
+        "RANK": None,
+        "WORLD_SIZE": None,
+        "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
+        "ACCELERATE_USE_CPU": "True",
+    }
+
+
+def test_threads_are_those_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def threads(engine: EngineConfig) -> str:
+        command = list(AccelerateLauncher(engine)._command(tmp_path))
+        return command[command.index("--num_cpu_threads_per_process") + 1]
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert threads(EngineConfig(model="m")) == "5"
+    assert threads(EngineConfig(model="m", num_threads=3)) == "3"
+
+
+def test_nothing_is_left_of_a_launch_but_its_return_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    descriptors = len(list(Path("/proc/self/fd").iterdir()))
+    launcher = PlainLauncher(EngineConfig(model="m"), replica_factory="nowhere:nothing")
+
+    async def work() -> int:
+        replica = await launcher.start(f"ipc://{tmp_path}/nobody", 0, 1)
+        # Nobody listens, so its last words stay with it until it is told to end.
+        await replica.stop(0.0)
+        await replica.stop(0.0)
+        return await replica.wait()
+
+    assert asyncio.run(work()) != 0
+    assert list(tmp_path.iterdir()) == []
+    assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
+
+
+def test_the_worker_reads_what_the_launcher_writes(tmp_path: Path) -> None:
+    engine = EngineConfig(model="org/model", device="cpu", max_model_len=77, seed=3)
+    config = WorkerConfig(endpoint="ipc:///x", replica_id=2, epoch=9, engine=engine)
+    config.write(tmp_path / "worker.json")
+    assert WorkerConfig.read(tmp_path / "worker.json") == config
