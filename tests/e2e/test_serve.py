@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,29 +20,41 @@ import pytest
 from tests.worker.fake_replica import HOLD
 
 ROOT = Path(__file__).parents[2]
+# A folder without a tokenizer: importing transformers would take most of the time of these tests.
+MODEL = ROOT / "tests" / "worker"
 COMMAND = [sys.executable, "-m", "peft_dist.cli"]
 FAKE = ["--launcher", "plain", "--replica-factory", "tests.worker.fake_replica:build", "--device", "cpu"]
 
 
 class Server:
     def __init__(self, folder: Path, *options: str, **environment: str) -> None:
-        port_file, self.log_file = folder / "port", folder / "log"
+        self.port_file, self.log_file = folder / "port", folder / "log"
         with self.log_file.open("w") as log:
             self.process = subprocess.Popen(
-                [*COMMAND, "serve", "org/fake", *FAKE, "--port", "0", "--port-file", str(port_file), *options],
+                [*COMMAND, "serve", str(MODEL), *FAKE, "--port", "0", "--port-file", str(self.port_file), *options],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=ROOT,
                 env={**os.environ, **environment},
             )
-        while not port_file.exists():
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{int(self.port_file.read_text())}"
+
+    def until(self, condition: Callable[[], object]) -> None:
+        """What another process does, and tells by a file, is no event that can be waited for."""
+        while not condition():
             assert self.process.poll() is None, self.log
-            time.sleep(0.02)  # Another process writes it: there is no event to wait for.
-        self.url = f"http://127.0.0.1:{int(port_file.read_text())}"
+            time.sleep(0.02)
 
     @property
     def log(self) -> str:
         return self.log_file.read_text()
+
+    def children(self) -> list[int]:
+        found = (file.read_text().split() for file in Path(f"/proc/{self.process.pid}/task").glob("*/children"))
+        return [int(pid) for pids in found for pid in pids]
 
     def post(self, path: str, body: dict[str, object], key: str | None = None) -> httpx.Response:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -57,6 +69,7 @@ class Server:
 def serving(folder: Path, *options: str, **environment: str) -> Iterator[Server]:
     server = Server(folder, *options, **environment)
     try:
+        server.until(server.port_file.exists)
         yield server
     finally:
         server.process.kill()
@@ -93,8 +106,7 @@ def test_it_serves_adapters_behind_keys_and_never_tells_the_keys(tmp_path: Path)
         assert server.post("/v1/load_lora_adapter", load, "boss").status_code == 200
         outside = {"lora_name": "out", "lora_path": str(sql)}
         assert server.post("/v1/load_lora_adapter", outside, "boss").status_code == 400
-        environment = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
-        worker = Path(f"/proc/{environment[0]}/environ").read_bytes()
+        worker = Path(f"/proc/{server.children()[0]}/environ").read_bytes()
         assert server.stop() == 0
         assert "broken" in server.log and "sql (rank 8)" in server.log
         for key in ("open", "sesame", "boss"):
@@ -102,7 +114,7 @@ def test_it_serves_adapters_behind_keys_and_never_tells_the_keys(tmp_path: Path)
 
 
 def test_a_stream_that_can_finish_does_so_after_sigterm(tmp_path: Path) -> None:
-    body = {"model": "fake", "prompt": [5], "max_tokens": 400, "stream": True}
+    body = {"model": "worker", "prompt": [5], "max_tokens": 400, "stream": True, "return_token_ids": True}
     with serving(tmp_path) as server, httpx.stream("POST", f"{server.url}/v1/completions", json=body) as response:
         found = events(response)
         next(found)
@@ -114,7 +126,7 @@ def test_a_stream_that_can_finish_does_so_after_sigterm(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("hurry", [False, True])
 def test_a_stream_that_cannot_finish_is_failed_properly(tmp_path: Path, hurry: bool) -> None:
-    body = {"model": "fake", "prompt": [HOLD], "max_tokens": 400, "stream": True}
+    body = {"model": "worker", "prompt": [HOLD], "max_tokens": 400, "stream": True, "return_token_ids": True}
     grace = "1000" if hurry else "0"
     with (
         serving(tmp_path, "--shutdown-timeout", grace) as server,
@@ -124,30 +136,39 @@ def test_a_stream_that_cannot_finish_is_failed_properly(tmp_path: Path, hurry: b
         next(found)
         server.process.send_signal(signal.SIGINT)
         if hurry:
-            while "Stopping" not in server.log:
-                time.sleep(0.02)  # Another process writes it: there is no event to wait for.
+            server.until(lambda: "Stopping" in server.log)
             server.process.send_signal(signal.SIGINT)
         assert "shut down" in str(list(found)[-1]["error"])
         assert server.process.wait(timeout=30) == 0
 
 
 def test_a_dead_worker_shows_in_health(tmp_path: Path) -> None:
-    body = {"model": "fake", "prompt": [HOLD], "max_tokens": 400, "stream": True}
+    body = {"model": "worker", "prompt": [HOLD], "max_tokens": 400, "stream": True, "return_token_ids": True}
     with serving(tmp_path) as server:
-        [worker] = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
         with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as response:
             found = events(response)
             next(found)
-            os.kill(int(worker), signal.SIGKILL)
+            os.kill(server.children()[0], signal.SIGKILL)
             assert "killed by SIGKILL" in str(list(found)[-1]["error"])
         assert httpx.get(f"{server.url}/health").status_code == 503
-        assert server.post("/v1/completions", {"model": "fake", "prompt": [5]}).status_code == 503
+        assert server.post("/v1/completions", {"model": "worker", "prompt": [5]}).status_code == 503
         assert server.stop() == 0
+
+
+def test_a_signal_while_the_model_loads_ends_everything(tmp_path: Path) -> None:
+    server = Server(tmp_path, "--replica-factory", "tests.worker.fake_replica:build_hanging")
+    try:
+        server.until(server.children)
+        assert server.stop(signal.SIGINT) == 0
+        assert not server.port_file.exists()
+    finally:
+        server.process.kill()
+        server.process.wait()
 
 
 def failing(*options: str) -> tuple[int, str]:
     done = subprocess.run(
-        [*COMMAND, "serve", "org/fake", *options], capture_output=True, text=True, cwd=ROOT, timeout=60
+        [*COMMAND, "serve", str(MODEL), *options], capture_output=True, text=True, cwd=ROOT, timeout=60
     )
     return done.returncode, done.stdout + done.stderr
 

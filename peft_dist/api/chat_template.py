@@ -1,0 +1,92 @@
+"""From chat messages to the text that the model was trained on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft_dist.api.protocol_chat import ChatCompletionRequest, ChatMessage
+from peft_dist.core.errors import InvalidRequestError
+
+# Arguments of apply_chat_template that are not the template's to see.
+_RESERVED = frozenset(
+    {
+        "add_generation_prompt",
+        "chat_template",
+        "continue_final_message",
+        "conversation",
+        "conversations",
+        "documents",
+        "max_length",
+        "messages",
+        "padding",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "sanitize_control_tokens",
+        "tokenize",
+        "tokenizer_kwargs",
+        "tools",
+        "truncation",
+    }
+)
+# A template is code of the model's author that meets a user's values: it may fail in any of these ways.
+_FAILURES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+
+
+def render_chat(tokenizer: Any, request: ChatCompletionRequest, template: str | None) -> str:
+    """The prompt's text by ``template``, or by the tokenizer's own.
+
+    Raises:
+        InvalidRequestError: the template refuses the messages or fails over them (param "messages"), there
+            is no template, or ``chat_template_kwargs`` holds a name that is not the template's.
+    """
+    if template is None and not tokenizer.chat_template:
+        raise InvalidRequestError(
+            "this model has no chat template: use /v1/completions, or start the server with --chat-template", "messages"
+        )
+    text: str = _rendering(tokenizer, request, template, _template_kwargs(request))
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        problem = "a template variable holds half of a surrogate pair: send valid Unicode"
+        raise InvalidRequestError(problem, "chat_template_kwargs") from error
+    return text
+
+
+def _rendering(tokenizer: Any, request: ChatCompletionRequest, template: str | None, kwargs: dict[str, Any]) -> Any:
+    from jinja2.exceptions import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(
+            [_as_dict(message) for message in request.messages],
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=_adds_generation_prompt(request),
+            continue_final_message=bool(request.continue_final_message),
+            **kwargs,
+        )
+    except (TemplateError, *_FAILURES) as error:
+        raise InvalidRequestError(f"the model's chat template refuses these messages: {error}", "messages") from error
+
+
+def _template_kwargs(request: ChatCompletionRequest) -> dict[str, Any]:
+    kwargs = request.chat_template_kwargs or {}
+    reserved = sorted(_RESERVED & kwargs.keys())
+    if reserved:
+        raise InvalidRequestError(
+            f"chat_template_kwargs may not hold {reserved[0]!r}: only the template's own variables",
+            "chat_template_kwargs",
+        )
+    return kwargs
+
+
+def _adds_generation_prompt(request: ChatCompletionRequest) -> bool:
+    if request.add_generation_prompt is None:
+        return not request.continue_final_message
+    return request.add_generation_prompt
+
+
+def _as_dict(message: ChatMessage) -> dict[str, str]:
+    role = "system" if message.role == "developer" else message.role
+    named = {"name": message.name} if message.name is not None else {}
+    return {"role": role, "content": message.content, **named}

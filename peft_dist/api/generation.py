@@ -1,0 +1,168 @@
+"""All sequences that one HTTP request asks for, as one flow of text pieces."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from peft_dist.api.errors import ApiError
+from peft_dist.api.output_processor import Delta, SequenceOutput
+from peft_dist.api.prompts import Prompt
+from peft_dist.core.messages import SequenceProgress
+from peft_dist.core.outputs import PositionLogprobs
+from peft_dist.core.sampling_params import SamplingParams
+from peft_dist.orchestrator.client import EngineClient, RequestStream
+
+_Queue = asyncio.Queue[tuple[int, tuple[int, SequenceProgress] | None]]
+
+
+@dataclass(slots=True)
+class Choice:
+    """One sequence of the answer; ``index`` is the prompt's number times n plus the sequence's."""
+
+    index: int
+    prompt: Prompt
+    output: SequenceOutput
+    started: bool = False
+    finished: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What became known of one choice. ``prompt_logprobs`` comes with the first piece when asked for."""
+
+    choice: Choice
+    delta: Delta
+    is_first: bool
+    prompt_logprobs: list[PositionLogprobs | None] | None
+
+
+@dataclass(slots=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+
+class Generation:
+    """Running requests of one or more prompts. Whoever starts one calls ``aclose`` in a ``finally``."""
+
+    def __init__(self, client: EngineClient, request_id: str, prompts: Sequence[Prompt], n: int) -> None:
+        self.request_id = request_id
+        self.choices: list[Choice] = []
+        self.usage = Usage(sum(len(prompt.token_ids) for prompt in prompts))
+        self._client = client
+        self._n = n
+        self._streams: list[RequestStream] = []
+
+    @classmethod
+    async def start(
+        cls,
+        client: EngineClient,
+        tokenizer: Any | None,
+        request_id: str,
+        prompts: Sequence[Prompt],
+        params: Sequence[SamplingParams],
+        model: str | None,
+    ) -> Generation:
+        """Admit every prompt, or none. ``params`` has one entry for each prompt, all with the same ``n``.
+
+        Raises:
+            UnknownModelError, InvalidRequestError, QueueFullError, EngineDeadError: a prompt was not admitted.
+        """
+        generation = cls(client, request_id, prompts, params[0].n)
+        admitted = False
+        try:
+            for number, (prompt, own) in enumerate(zip(prompts, params, strict=True)):
+                stream = client.generate(f"{request_id}-{number}", prompt.token_ids, own, model)
+                generation._streams.append(stream)
+                generation._add_choices(tokenizer, prompt, own)
+            admitted = True
+        finally:
+            if not admitted:
+                await generation.aclose()
+        return generation
+
+    def _add_choices(self, tokenizer: Any | None, prompt: Prompt, params: SamplingParams) -> None:
+        for i in range(self._n):
+            output = SequenceOutput(tokenizer, prompt.token_ids, params, i)
+            self.choices.append(Choice(len(self.choices), prompt, output))
+
+    async def aclose(self) -> None:
+        """Abort what still runs. Idempotent."""
+        for stream in self._streams:
+            await stream.aclose()
+
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
+        """Pieces of all choices as they come, until every choice has its finish reason.
+
+        Raises:
+            ApiError: 500, a sequence failed.
+            EngineDeadError: the replica died, or the server stops.
+        """
+        left = len(self.choices)
+        async with aclosing(self._progress()) as flow:
+            async for number, index, progress in flow:
+                choice = self.choices[number * self._n + index]
+                if choice.finished:
+                    continue
+                yield self._piece(choice, number, index, progress)
+                left -= choice.finished
+                if not left:
+                    return
+
+    def _piece(self, choice: Choice, number: int, index: int, progress: SequenceProgress) -> Piece:
+        if progress.error is not None:
+            raise ApiError(500, f"the model failed on this request: {progress.error}", code="generation_failed")
+        is_first, choice.started = not choice.started, True
+        if is_first and index == 0:
+            self.usage.cached_tokens += progress.num_cached_tokens
+        delta = choice.output.add(progress)
+        self.usage.completion_tokens += len(delta.token_ids)
+        choice.finished = delta.finish_reason is not None
+        if choice.output.must_abort:
+            self._client.abort(f"{self.request_id}-{number}", index)
+        positions = [None, *(progress.prompt_logprobs or [])] if is_first else None
+        return Piece(choice, delta, is_first, positions)
+
+    async def _progress(self) -> AsyncGenerator[tuple[int, int, SequenceProgress], None]:
+        """(number of the prompt, number of its sequence, progress) of all streams."""
+        if len(self._streams) == 1:
+            async for index, progress in self._streams[0]:
+                yield 0, index, progress
+            return
+        queue: _Queue = asyncio.Queue()
+        pumps = [asyncio.create_task(_pump(number, stream, queue)) for number, stream in enumerate(self._streams)]
+        running = len(pumps)
+        try:
+            while running:
+                number, item = await queue.get()
+                if item is None:
+                    await pumps[number]  # Raises what ended it.
+                    running -= 1
+                else:
+                    yield number, *item
+        finally:
+            for pump in pumps:
+                pump.cancel()
+            await asyncio.gather(*pumps, return_exceptions=True)
+
+
+async def _pump(number: int, stream: RequestStream, queue: _Queue) -> None:
+    """Hand on a stream's items, then None."""
+    try:
+        async for item in stream:
+            queue.put_nowait((number, item))
+    finally:
+        queue.put_nowait((number, None))

@@ -1,0 +1,76 @@
+"""From what a body holds to token ids."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from peft_dist.api.chat_template import render_chat
+from peft_dist.api.options import ServerOptions
+from peft_dist.api.protocol_chat import ChatCompletionRequest
+from peft_dist.api.protocol_completions import CompletionRequest
+from peft_dist.core.errors import InvalidRequestError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """``text`` is what the user wrote, or None for a prompt that came as ids."""
+
+    token_ids: list[int]
+    text: str | None = None
+
+
+class PromptReader:
+    """Renders and tokenises prompts. ``tokenizer`` is a Hugging Face tokenizer, or None.
+
+    Long texts are tokenised in a thread, so that other streams go on meanwhile.
+    """
+
+    def __init__(self, tokenizer: Any | None, options: ServerOptions) -> None:
+        self._tokenizer = tokenizer
+        self._options = options
+        if tokenizer is not None:
+            # The first call settles truncation and padding inside the tokenizer; from then on it is only
+            # read, which several threads may do at once.
+            self._encode("warm-up", True)
+
+    async def read_completion(self, request: CompletionRequest) -> list[Prompt]:
+        """The prompts of a body, in order; ids are passed on as they are.
+
+        Raises:
+            InvalidRequestError: (param "prompt") there is text, but no tokenizer.
+        """
+        special = request.add_special_tokens is not False
+        texts = [prompt for prompt in request.prompt if isinstance(prompt, str)]
+        if texts and self._tokenizer is None:
+            raise InvalidRequestError("this model has no tokenizer: send the prompt as a list of token ids", "prompt")
+        size = sum(len(text) for text in texts)
+        encoded = iter(await self._run(size, lambda: [self._encode(text, special) for text in texts]))
+        return [
+            Prompt(next(encoded), prompt) if isinstance(prompt, str) else Prompt(prompt) for prompt in request.prompt
+        ]
+
+    async def read_chat(self, request: ChatCompletionRequest) -> Prompt:
+        """Raises InvalidRequestError (param "messages") without a tokenizer, or when the template refuses."""
+        if self._tokenizer is None:
+            raise InvalidRequestError("this model has no tokenizer: use /v1/completions with token ids", "messages")
+        size = sum(len(message.content) for message in request.messages)
+        return await self._run(size, lambda: self._encode_chat(request))
+
+    def _encode_chat(self, request: ChatCompletionRequest) -> Prompt:
+        text = render_chat(self._tokenizer, request, self._options.chat_template)
+        # The template writes the special tokens itself.
+        return Prompt(self._encode(text, request.add_special_tokens is True), text)
+
+    def _encode(self, text: str, special: bool) -> list[int]:
+        assert self._tokenizer is not None
+        return list(self._tokenizer(text, add_special_tokens=special)["input_ids"])
+
+    async def _run(self, num_chars: int, work: Callable[[], T]) -> T:
+        if num_chars < self._options.tokenize_in_thread_chars:
+            return work()
+        return await asyncio.to_thread(work)

@@ -1,0 +1,48 @@
+"""The OpenAI-compatible application. Imports no torch: the model lives in another process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+
+import peft_dist
+from peft_dist.api.adapters import adapters_router
+from peft_dist.api.auth import AuthMiddleware
+from peft_dist.api.body import BodyMiddleware
+from peft_dist.api.chat import chat_router
+from peft_dist.api.completions import completions_router
+from peft_dist.api.errors import install_error_handlers
+from peft_dist.api.models import models_router
+from peft_dist.api.options import ServerOptions
+from peft_dist.api.protocol import ErrorAnswer
+from peft_dist.api.state import ServerState
+from peft_dist.api.system import system_router
+from peft_dist.orchestrator.client import EngineClient
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorAnswer, "description": "The request is at fault."},
+    "5XX": {"model": ErrorAnswer, "description": "The server is at fault."},
+}
+
+
+def build_app(client: EngineClient, tokenizer: Any | None, options: ServerOptions | None = None) -> FastAPI:
+    """The application that answers for ``client``.
+
+    Args:
+        client: Admits requests and streams their tokens; its owner starts and stops it.
+        tokenizer: A Hugging Face tokenizer, or None for a model without one (prompts are then token ids).
+        options: Keys, folders and limits.
+
+    Run it with uvicorn's ``proxy_headers`` off: who is on this machine must not depend on a header.
+    """
+    options = options or ServerOptions()
+    state = ServerState(client, tokenizer, options)
+    app = FastAPI(title="peft_dist", version=peft_dist.__version__, redirect_slashes=False)
+    for router in (completions_router, chat_router, models_router, adapters_router, system_router):
+        app.include_router(router(state), responses=_ERRORS)
+    install_error_handlers(app)
+    # The last one added runs first: nobody's body is looked at before his key is.
+    app.add_middleware(BodyMiddleware, max_bytes=options.max_body_bytes)
+    app.add_middleware(AuthMiddleware, options=options)
+    return app

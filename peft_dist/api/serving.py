@@ -1,0 +1,136 @@
+"""The way of a request that both completions and chat go: admit, then stream or collect, then let go."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any, Protocol
+
+from fastapi import Request
+from starlette.responses import Response
+
+from peft_dist.api.errors import ApiError, json_response
+from peft_dist.api.generation import Generation, Piece
+from peft_dist.api.prompts import Prompt
+from peft_dist.api.protocol import GenerationRequest
+from peft_dist.api.state import ServerState
+from peft_dist.api.streaming import ClientGoneError, EventStream, server_sent_events, until_disconnect
+from peft_dist.core.config import ModelInfo
+from peft_dist.core.errors import InvalidRequestError
+from peft_dist.core.sampling_params import SamplingParams
+from peft_dist.orchestrator.admission import resolve_max_tokens
+
+CLIENT_CLOSED_REQUEST = 499
+
+
+class AnswerFormat(Protocol):
+    """Writes one answer, whole or in chunks.
+
+    Attributes:
+        object_name, chunk_name: What ``object`` says in an answer and in a chunk.
+    """
+
+    object_name: str
+    chunk_name: str
+
+    def opening(self, generation: Generation) -> list[dict[str, Any]]:
+        """Entries of ``choices`` that a stream begins with, each in a chunk of its own."""
+        ...
+
+    def chunk(self, piece: Piece) -> list[dict[str, Any]]:
+        """Entries of ``choices`` that tell of this piece, each for a chunk of its own."""
+        ...
+
+    def take(self, piece: Piece) -> None:
+        """Keep a piece for the whole answer."""
+        ...
+
+    def answer(self, generation: Generation) -> dict[str, Any]:
+        """``choices`` of the whole answer, and what else the body asked for."""
+        ...
+
+
+def check_combinations(body: GenerationRequest) -> None:
+    """Raises InvalidRequestError for fields that do not go together."""
+    if body.stream_options is not None and not body.stream:
+        raise InvalidRequestError("stream_options needs stream=true: leave it out, or stream", "stream_options")
+    if body.prompt_logprobs is not None and body.stream:
+        raise InvalidRequestError("prompt_logprobs is not streamed: leave out one of the two", "prompt_logprobs")
+
+
+def fit_max_tokens(
+    prompt: Prompt, params: SamplingParams, model: ModelInfo, names: Mapping[str, str]
+) -> SamplingParams:
+    """``params`` with ``max_tokens`` set to what the model's length leaves when it is None.
+
+    ``names`` maps "prompt" and "max_tokens" to what they are called in the body.
+
+    Raises:
+        ApiError: 400 ``context_length_exceeded``.
+    """
+    try:
+        return resolve_max_tokens(len(prompt.token_ids), params, model)
+    except InvalidRequestError as error:
+        param = names.get(error.param or "", error.param)
+        raise ApiError(400, str(error), param=param, code="context_length_exceeded") from error
+
+
+async def serve_generation(
+    state: ServerState,
+    http: Request,
+    body: GenerationRequest,
+    prompts: Sequence[Prompt],
+    params: Sequence[SamplingParams],
+    names: Mapping[str, str],
+    kind: str,
+    answer_format: AnswerFormat,
+) -> Response:
+    """Run a validated request and answer it as its body asks, as a stream or whole."""
+    request_id = f"{kind}-{uuid.uuid4().hex}"
+    try:
+        generation = await Generation.start(
+            state.client, state.tokenizer, request_id, prompts, params, state.target(body.model)
+        )
+    except InvalidRequestError as error:
+        raise InvalidRequestError(str(error), names.get(error.param or "", error.param)) from error
+    head = {"id": request_id, "created": int(time.time()), "model": body.model}
+    headers = {"X-Request-Id": request_id}
+    if body.stream:
+        events = server_sent_events(_stream(head, body, generation, answer_format))
+        return EventStream(events, generation.aclose, headers)
+    try:
+        await until_disconnect(http.receive, _collect(generation, answer_format))
+    except ClientGoneError:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    finally:
+        await generation.aclose()
+    answer = {**answer_format.answer(generation), "usage": generation.usage.as_dict()}
+    return json_response({**head, "object": answer_format.object_name, **answer}, headers=headers)
+
+
+async def _collect(generation: Generation, answer_format: AnswerFormat) -> None:
+    async with aclosing(generation.pieces()) as pieces:
+        async for piece in pieces:
+            answer_format.take(piece)
+
+
+async def _stream(
+    head: Mapping[str, Any], body: GenerationRequest, generation: Generation, answer_format: AnswerFormat
+) -> AsyncGenerator[dict[str, Any], None]:
+    def with_usage(choice: dict[str, Any]) -> dict[str, Any]:
+        chunk = {**head, "object": answer_format.chunk_name, "choices": [choice]}
+        if body.wants_usage:
+            chunk["usage"] = generation.usage.as_dict() if body.wants_running_usage else None
+        return chunk
+
+    for choice in answer_format.opening(generation):
+        yield with_usage(choice)
+    async with aclosing(generation.pieces()) as pieces:
+        async for piece in pieces:
+            for choice in answer_format.chunk(piece):
+                yield with_usage(choice)
+    if body.wants_usage:
+        usage = generation.usage.as_dict()
+        yield {**head, "object": answer_format.chunk_name, "choices": [], "usage": usage}

@@ -1,0 +1,47 @@
+"""What every route of one server shares."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from peft_dist.api.options import ServerOptions
+from peft_dist.api.prompts import PromptReader
+from peft_dist.api.token_bytes import TokenBytes
+from peft_dist.core.config import ModelInfo
+from peft_dist.core.errors import EngineDeadError
+from peft_dist.orchestrator.client import EngineClient
+
+
+class ServerState:
+    """The engine client, the tokenizer (None for a model without one) and the options of one application."""
+
+    def __init__(self, client: EngineClient, tokenizer: Any | None, options: ServerOptions) -> None:
+        self.client = client
+        self.tokenizer = tokenizer
+        self.options = options
+        self.prompts = PromptReader(tokenizer, options)
+        self.texts = TokenBytes(tokenizer)
+        self.started = int(time.time())
+
+    @property
+    def model(self) -> ModelInfo:
+        return self.client.model
+
+    def check_alive(self) -> None:
+        """Raises EngineDeadError when nothing can be generated now."""
+        if not self.client.is_healthy:
+            raise EngineDeadError(self.client.health_error or "the engine is not running")
+
+    def target(self, name: str) -> str:
+        """``name`` as the engine client knows it: further names of the base become its own.
+
+        Raises:
+            UnknownModelError: neither the base nor an adapter has this name.
+        """
+        for alias in self.options.served_names:
+            if name == alias or name.startswith(f"{alias}:"):
+                name = self.model.served_model_name + name.removeprefix(alias)
+                break
+        self.client.resolve(name)
+        return name

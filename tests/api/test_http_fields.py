@@ -1,0 +1,205 @@
+"""Every field of a body: wrong values are refused by name, what is not implemented too, the unknown is ignored."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.api.http_support import BASE, BODIES, CHAT, COMPLETIONS, PADDED_VOCAB, ScriptedClient, error_of
+
+SHARED_FIELDS: list[tuple[str, Any]] = [
+    ("model", None),
+    ("model", 3),
+    ("n", 0),
+    ("n", 129),
+    ("n", True),
+    ("n", 1.5),
+    ("n", "2"),
+    ("temperature", -0.1),
+    ("temperature", "hot"),
+    ("temperature", True),
+    ("temperature", float("nan")),
+    ("temperature", float("inf")),
+    ("top_p", 0),
+    ("top_p", 1.1),
+    ("top_k", -2),
+    ("top_k", 2.5),
+    ("top_k", 2**70),
+    ("min_p", -0.5),
+    ("min_p", 2),
+    ("presence_penalty", 2.5),
+    ("frequency_penalty", -2.5),
+    ("repetition_penalty", 0),
+    ("logit_bias", [1]),
+    ("logit_bias", {"a": 1}),
+    ("logit_bias", {"1": 101}),
+    ("logit_bias", {"1": True}),
+    ("logit_bias", {str(PADDED_VOCAB): 1}),
+    ("seed", 1.5),
+    ("seed", 2**64),
+    ("max_tokens", -1),
+    ("max_tokens", "4"),
+    ("min_tokens", 5),
+    ("min_tokens", -1),
+    ("stop", 7),
+    ("stop", [""]),
+    ("stop", ["a", None]),
+    ("stop", ["a"] * 17),
+    ("stop_token_ids", [PADDED_VOCAB]),
+    ("stop_token_ids", [-1]),
+    ("stop_token_ids", "a"),
+    ("ignore_eos", 1),
+    ("skip_special_tokens", "yes"),
+    ("include_stop_str_in_output", 0),
+    ("prompt_logprobs", 21),
+    ("prompt_logprobs", -1),
+    ("stream", "true"),
+    ("stream_options", {"include_usage": True}),
+    ("return_token_ids", 1),
+    ("user", 5),
+]
+COMPLETION_FIELDS: list[tuple[str, Any]] = [
+    ("prompt", None),
+    ("prompt", 5),
+    ("prompt", []),
+    ("prompt", [[]]),
+    ("prompt", ["a", 5]),
+    ("prompt", [1, True]),
+    ("prompt", [1.0]),
+    ("prompt", [[1, "a"]]),
+    ("prompt", [[["a"]]]),
+    ("prompt", [-1]),
+    ("prompt", [PADDED_VOCAB]),
+    ("prompt", [2**80]),
+    ("echo", "no"),
+    ("logprobs", 21),
+    ("logprobs", True),
+]
+CHAT_FIELDS: list[tuple[str, Any]] = [
+    ("messages", None),
+    ("messages", []),
+    ("messages", "hello"),
+    ("logprobs", 1),
+    ("top_logprobs", 2),
+    ("top_logprobs", 21),
+    ("max_completion_tokens", -1),
+    ("add_generation_prompt", "x"),
+    ("chat_template_kwargs", []),
+    ("chat_template_kwargs", {"tokenize": True}),
+    ("chat_template_kwargs", {"chat_template": "{{ 1 }}"}),
+]
+
+
+@pytest.mark.parametrize(
+    ("route", "field", "value"),
+    [(route, *case) for route in BODIES for case in SHARED_FIELDS]
+    + [(COMPLETIONS, *case) for case in COMPLETION_FIELDS]
+    + [(CHAT, *case) for case in CHAT_FIELDS],
+)
+def test_wrong_values_are_named(
+    shared: httpx.Client, shared_engine: ScriptedClient, route: str, field: str, value: Any
+) -> None:
+    before = len(shared_engine.requests)
+    # httpx refuses NaN, Python's json does not.
+    body = json.dumps({**BODIES[route], field: value})
+    response = shared.post(route, content=body, headers={"Content-Type": "application/json"})
+    error = error_of(response, 400)
+    assert error["param"] == field
+    assert field in error["message"]
+    assert error["type"] == "invalid_request_error"
+    assert len(shared_engine.requests) == before, "a refused request reached the engine"
+
+
+@pytest.mark.parametrize(("route", "field"), [(COMPLETIONS, "prompt"), (CHAT, "messages"), (CHAT, "model")])
+def test_missing_fields_are_named(shared: httpx.Client, route: str, field: str) -> None:
+    body = {name: value for name, value in BODIES[route].items() if name != field}
+    assert error_of(shared.post(route, json=body), 400)["param"] == field
+
+
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        ({"role": "wizard", "content": "x"}, "messages[0].role"),
+        ({"role": "tool", "content": "x", "tool_call_id": "1"}, "messages[0].role"),
+        ({"content": "x"}, "messages[0].role"),
+        ({"role": "user"}, "messages[0].content"),
+        ({"role": "user", "content": None}, "messages[0].content"),
+        ({"role": "user", "content": 5}, "messages[0].content"),
+        ({"role": "user", "content": [{"type": "image_url"}]}, "messages[0].content"),
+        ({"role": "user", "content": [{"type": "text"}]}, "messages[0].content"),
+        ({"role": "user", "content": [5]}, "messages[0].content"),
+        ({"role": "assistant", "content": "x", "tool_calls": [{}]}, "messages[0].tool_calls"),
+        ("hello", "messages[0]"),
+        ({"role": "user", "content": "forbidden"}, "messages"),
+    ],
+)
+def test_wrong_messages(shared: httpx.Client, message: Any, param: str) -> None:
+    error = error_of(shared.post(CHAT, json={"model": BASE, "messages": [message]}), 400)
+    assert error["param"] == param
+
+
+def test_the_templates_own_words_are_passed_on(shared: httpx.Client) -> None:
+    body = {"model": BASE, "messages": [{"role": "user", "content": "forbidden"}]}
+    assert "this word is not allowed" in error_of(shared.post(CHAT, json=body), 400)["message"]
+
+
+UNIMPLEMENTED: list[tuple[str, Any, list[Any]]] = [
+    ("response_format", {"type": "json_object"}, [{"type": "text"}]),
+    ("best_of", 3, [1]),
+    ("suffix", "end", [""]),
+    ("guided_json", {"type": "object"}, []),
+    ("guided_regex", "a+", []),
+    ("guided_choice", ["a"], []),
+    ("guided_grammar", "root", []),
+    ("guided_decoding_backend", "x", []),
+    ("structured_outputs", {"json": {}}, [{}]),
+    ("use_beam_search", True, [False]),
+    ("length_penalty", 2, [1, 1.0]),
+    ("logits_processors", ["x"], [[]]),
+    ("logit_processors", ["x"], [[]]),
+    ("bad_words", ["x"], [[]]),
+    ("allowed_token_ids", [1], [[]]),
+    ("truncate_prompt_tokens", 5, []),
+    ("priority", 1, [0]),
+    ("use_beam_search", 0, []),
+]
+UNIMPLEMENTED_CHAT: list[tuple[str, Any, list[Any]]] = [
+    ("tools", [{"type": "function"}], [[]]),
+    ("tool_choice", "required", ["none", "auto"]),
+    ("functions", [{}], [[]]),
+    ("function_call", {"name": "f"}, ["none", "auto"]),
+    ("audio", {"voice": "x"}, []),
+    ("modalities", ["text", "audio"], [["text"]]),
+    ("prediction", {"type": "content"}, []),
+    ("reasoning_effort", "high", ["none"]),
+    ("web_search_options", {}, []),
+    ("chat_template", "{{ 1 }}", []),
+    ("documents", [{}], [[]]),
+]
+
+
+@pytest.mark.parametrize(
+    ("route", "field", "value", "neutral"),
+    [(route, *case) for route in BODIES for case in UNIMPLEMENTED] + [(CHAT, *case) for case in UNIMPLEMENTED_CHAT],
+)
+def test_known_fields_that_are_not_implemented(
+    shared: httpx.Client, route: str, field: str, value: Any, neutral: list[Any]
+) -> None:
+    error = error_of(shared.post(route, json={**BODIES[route], field: value}), 400)
+    assert (error["param"], error["code"]) == (field, "unsupported_parameter")
+    assert "not implemented" in error["message"]
+    for harmless in (None, *neutral):
+        assert shared.post(route, json={**BODIES[route], field: harmless}).status_code == 200, harmless
+
+
+def test_best_of_may_equal_n(shared: httpx.Client) -> None:
+    assert shared.post(COMPLETIONS, json={**BODIES[COMPLETIONS], "n": 2, "best_of": 2}).status_code == 200
+
+
+@pytest.mark.parametrize("route", BODIES)
+def test_fields_nobody_knows_are_ignored(shared: httpx.Client, route: str) -> None:
+    body = {**BODIES[route], "lora_path": "x", "frobnicate": {"deep": [1]}, "metadata": {}, "store": True}
+    assert shared.post(route, json=body).status_code == 200
