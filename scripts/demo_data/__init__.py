@@ -1,0 +1,1 @@
+"""Generated training and held-out rows for the demo adapters."""

@@ -1,0 +1,121 @@
+"""Sentences whose details are to be returned as one JSON object with the requested keys."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+
+from .json_templates import DOMAINS, SENTENCES
+from .lexicon import (
+    CITIES,
+    COLORS,
+    FIRST_NAMES,
+    ITEMS,
+    JOBS,
+    LAST_NAMES,
+    MONTHS,
+    invented_word,
+    numbers,
+)
+from .rows import Row, Split, keep
+
+Value = str | int
+# A random source and a split in; a value and the varying words it is made of out.
+Maker = Callable[[random.Random, Split], tuple[Value, list[str]]]
+
+
+def user_message(keys: Sequence[str], sentence: str) -> str:
+    """Return the message a user sends for this task: the wanted keys, then the sentence."""
+    return f"Extract {', '.join(keys)} from the sentence and answer with JSON only.\nSentence: {sentence}"
+
+
+def _place(rng: random.Random, split: Split) -> tuple[Value, list[str]]:
+    if rng.random() < 0.4:
+        word = invented_word(rng, split)
+        return word.capitalize(), [word]
+    city = rng.choice(keep(CITIES, split))
+    return city, [city]
+
+
+def _person(rng: random.Random, split: Split) -> tuple[Value, list[str]]:
+    known = rng.random() < 0.75
+    first = rng.choice(keep(FIRST_NAMES, split)) if known else invented_word(rng, split).capitalize()
+    shape = rng.random()
+    if shape < 0.4:
+        return first, [first]
+    last = rng.choice(keep(LAST_NAMES, split)) if shape < 0.7 else invented_word(rng, split).capitalize()
+    return f"{first} {last}", [first, last]
+
+
+def _company(rng: random.Random, split: Split) -> tuple[Value, list[str]]:
+    word = invented_word(rng, split)
+    suffix = rng.choice({"train": ("", " Ltd", " Group", " Labs"), "heldout": ("", " Works", " Partners")}[split])
+    return word.capitalize() + suffix, [word, *suffix.split()]
+
+
+def _date(rng: random.Random, split: Split) -> tuple[Value, list[str]]:
+    day = rng.choice(numbers(1, 28, split))
+    month = rng.choice(keep(MONTHS, split))
+    return (f"{day} {month}" if rng.random() < 0.5 else f"{month} {day}"), [month, str(day)]
+
+
+def _time(rng: random.Random, split: Split) -> tuple[Value, list[str]]:
+    clock = rng.choice(keep((f"{hour}:{minute:02d}" for hour in range(6, 24) for minute in range(0, 60, 5)), split))
+    return clock, [clock]
+
+
+def _amount(rng: random.Random, split: Split) -> tuple[Value, list[str]]:
+    number = rng.choice(numbers(2, 60, split))
+    return number, [str(number)]
+
+
+def _listed(words: list[str], invented: float = 0.0) -> Maker:
+    def make(rng: random.Random, split: Split) -> tuple[Value, list[str]]:
+        word = invented_word(rng, split) if rng.random() < invented else rng.choice(keep(words, split))
+        return word, [word]
+
+    return make
+
+
+MAKERS: dict[str, Maker] = {
+    "city": _place,
+    "person": _person,
+    "company": _company,
+    "date": _date,
+    "time": _time,
+    "amount": _amount,
+    "item": _listed(ITEMS, invented=0.3),
+    "color": _listed(COLORS),
+    "job": _listed(JOBS),
+}
+
+
+def parse_answer(text: str) -> dict[str, Value] | None:
+    """Return the JSON object in ``text``, whatever stands around it, or None when there is none."""
+    try:
+        value = json.loads(text[text.find("{") : text.rfind("}") + 1])
+    except json.JSONDecodeError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def make_row(rng: random.Random, split: Split) -> Row:
+    """Build one row for ``split``."""
+    domain = rng.choice(list(DOMAINS))
+    sentence = rng.choice(SENTENCES[domain][split])
+    slots = [slot for slot in DOMAINS[domain] if "{" + slot + "}" in sentence]
+    values: dict[str, Value] = {}
+    words: list[str] = []
+    for slot in slots:
+        while True:
+            value, made_of = MAKERS[DOMAINS[domain][slot]](rng, split)
+            # Two slots with one value would make the sentence ambiguous.
+            if value not in values.values():
+                break
+        values[slot] = value
+        words += made_of
+    rng.shuffle(slots)
+    wanted = slots[: rng.randint(2, len(slots))]
+    answer = json.dumps({slot: values[slot] for slot in wanted})
+    return Row(user_message(wanted, sentence.format(**values)), answer, (sentence,), tuple(words))
