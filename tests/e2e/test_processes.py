@@ -45,7 +45,7 @@ asyncio.run(main())
 
 @pytest.fixture(autouse=True)
 def workers_find_the_fake(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
 
 
 @asynccontextmanager

@@ -94,22 +94,24 @@ def test_it_serves_adapters_behind_keys_and_never_tells_the_keys(tmp_path: Path)
     adapter(folder / "broken", "bad")
     sql = adapter(tmp_path / "sql", "two")
     options = ["--adapter", f"sql={sql}", "--adapter-dir", str(folder), "--served-model-name", "tiny"]
-    with serving(tmp_path, *options, PEFT_DIST_API_KEY="open sesame", PEFT_DIST_ADMIN_KEY="boss") as server:
+    with serving(
+        tmp_path, *options, PEFT_DIST_API_KEY="key-of-anna key-of-ben", PEFT_DIST_ADMIN_KEY="key-of-boss"
+    ) as server:
         body = {"model": "tiny:sql", "prompt": [5, 6], "max_tokens": 3}
         assert server.post("/v1/completions", body).status_code == 401
-        answer = server.post("/v1/completions", body, "sesame")
+        answer = server.post("/v1/completions", body, "key-of-ben")
         assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 3
-        models = httpx.get(f"{server.url}/v1/models", headers={"Authorization": "Bearer open"}).json()["data"]
+        models = httpx.get(f"{server.url}/v1/models", headers={"Authorization": "Bearer key-of-anna"}).json()["data"]
         assert [model["id"] for model in models] == ["tiny", "sql", "json"]
         load = {"lora_name": "json2", "lora_path": "json"}
-        assert server.post("/v1/load_lora_adapter", load, "sesame").status_code in (401, 403)
-        assert server.post("/v1/load_lora_adapter", load, "boss").status_code == 200
+        assert server.post("/v1/load_lora_adapter", load, "key-of-ben").status_code in (401, 403)
+        assert server.post("/v1/load_lora_adapter", load, "key-of-boss").status_code == 200
         outside = {"lora_name": "out", "lora_path": str(sql)}
-        assert server.post("/v1/load_lora_adapter", outside, "boss").status_code == 400
+        assert server.post("/v1/load_lora_adapter", outside, "key-of-boss").status_code == 400
         worker = Path(f"/proc/{server.children()[0]}/environ").read_bytes()
         assert server.stop() == 0
         assert "broken" in server.log and "sql (rank 8)" in server.log
-        for key in ("open", "sesame", "boss"):
+        for key in ("key-of-anna", "key-of-ben", "key-of-boss"):
             assert not re.search(rf"\b{key}\b", server.log) and key.encode() not in worker
 
 

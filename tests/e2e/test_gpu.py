@@ -1,0 +1,50 @@
+"""The same answers on a CUDA device, with a step in flight (make test-gpu)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from peft_dist import LLM, SamplingParams
+from tests.e2e.test_exactness import NAMES, NUM_TOKENS, PROMPTS, make_adapters
+from tests.oracle import PeftOracle, assert_identical
+from tests.tiny_models import FAMILIES, make_model
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("depth", [0, 1])
+def test_tokens_are_pefts(family: str, depth: int, tmp_path: Path) -> None:
+    model = make_model(family, tmp_path / "base")
+    adapters = make_adapters(family, model, tmp_path)
+    oracle = PeftOracle(model, adapters)
+    greedy = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
+    with LLM(
+        tmp_path / "base", adapters, device="cuda", dtype="float32", depth=depth, num_blocks=64, max_num_batched_tokens=24
+    ) as llm:
+        assert llm.model_info.device.startswith("cuda") and llm.model_info.depth == depth
+        outputs = llm.generate(PROMPTS, greedy, NAMES, use_tqdm=False)
+    for output, prompt, name in zip(outputs, PROMPTS, NAMES, strict=True):
+        adapter = None if name == "__base__" else name
+        answer = oracle.answer(prompt, adapter, NUM_TOKENS)
+        assert_identical(output.outputs[0].token_ids, answer, oracle, prompt, adapter)
+
+
+def test_memory_is_measured_and_swapping_and_sampling_work(tmp_path: Path) -> None:
+    model = make_model("llama", tmp_path / "base")
+    adapters = make_adapters("llama", model, tmp_path)
+    params = SamplingParams(temperature=0.9, seed=3, max_tokens=30, ignore_eos=True, presence_penalty=0.3, logprobs=2)
+    prompts, names = PROMPTS[:5], NAMES[:5]
+    with LLM(tmp_path / "base", adapters, device="cuda", dtype="float32", gpu_memory_utilization=0.2) as llm:
+        assert llm.model_info.depth == 1
+        expected = llm.generate(prompts, params, names, use_tqdm=False)
+    with LLM(
+        tmp_path / "base", adapters, device="cuda", dtype="float32", num_blocks=8, block_size=8, num_host_blocks=40,
+        preemption="swap", max_model_len=64,
+    ) as llm:  # fmt: skip
+        outputs = llm.generate(prompts, params, names, use_tqdm=False)
+        assert llm._open.engine.stats().num_preemptions > 0
+    assert [o.outputs[0].token_ids for o in outputs] == [o.outputs[0].token_ids for o in expected]
