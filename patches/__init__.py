@@ -1,7 +1,7 @@
 """The drop-in for PEFT: mixed adapter batches at full speed in an existing script.
 
-    model = peft_dist.patch(PeftModel.from_pretrained(...))
-    model.generate(**inputs, adapter_names=["sql", "json", "__base__"])
+model = peft_dist.patch(PeftModel.from_pretrained(...))
+model.generate(**inputs, adapter_names=["sql", "json", "__base__"])
 """
 
 from __future__ import annotations

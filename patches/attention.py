@@ -72,7 +72,7 @@ def paged_attention_forward(
     if attention_mask is not None or dropout or is_causal is False or output_attentions or kwargs:
         settings = {"dropout": dropout or None, "is_causal": None if is_causal else is_causal, **kwargs}
         _refuse_unsupported(module, attention_mask, output_attentions, settings)
-    _, num_heads, steps, head_dim = query.shape
+    steps, head_dim = query.shape[2:]
     cache = context.kv_caches[layer]
     kernels.write_kv(_pack(key, context), _pack(value, context), cache, context.attention)
     packed = kernels.paged_attention(

@@ -1,7 +1,7 @@
 """Print each patch's fingerprint, to be added to the catalog after a library's change was reviewed.
 
-    python -m peft_dist.patches.fingerprints            of the installed libraries
-    python -m peft_dist.patches.fingerprints FOLDER     of wheels unpacked in FOLDER
+python -m peft_dist.patches.fingerprints            of the installed libraries
+python -m peft_dist.patches.fingerprints FOLDER     of wheels unpacked in FOLDER
 """
 
 from __future__ import annotations

@@ -110,9 +110,7 @@ SWAPS: dict[type[nn.Module], type[SelectiveLinear] | type[SelectiveEmbedding]] =
 _OWN_ATTRIBUTES = ("lora_index", "is_output", "embed_factor")
 
 
-def _adapters_of(
-    layer: SelectiveLayer, context: ForwardContext
-) -> tuple[LoRAPlan | None, LoRALayerWeights | None]:
+def _adapters_of(layer: SelectiveLayer, context: ForwardContext) -> tuple[LoRAPlan | None, LoRALayerWeights | None]:
     plan = context.lora_logits if layer.is_output else context.lora
     if plan is None or layer.lora_index < 0:
         return None, None
@@ -169,7 +167,7 @@ def wrap_module(model: nn.Module, path: str) -> SelectiveLayer:
         return module
     if not can_wrap(module):
         raise TypeError(
-            f"{path} is a {type(module).__name__}; LoRA is supported on nn.Linear, transformers' Conv1D and nn.Embedding"
+            f"{path} is a {type(module).__name__}; LoRA needs nn.Linear, transformers' Conv1D or nn.Embedding"
         )
     layer = SelectiveEmbedding.wrap(module) if isinstance(module, nn.Embedding) else SelectiveLinear.wrap(module)
     layer.is_output = module is _output_embeddings(model)

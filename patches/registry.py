@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
@@ -80,12 +82,29 @@ def source_of(name: str, root: Path | None = None) -> str:
     """
     module, _, qualified = name.partition(":")
     text = _module_path(module, root).read_text(encoding="utf-8")
-    nodes: list[ast.AST] = [ast.parse(text)]
+    nodes: list[ast.AST] = [_parse(text)]
     for part in qualified.split("."):
-        nodes = [child for node in nodes for child in ast.iter_child_nodes(node) if getattr(child, "name", None) == part]
+        nodes = [
+            child for node in nodes for child in ast.iter_child_nodes(node) if getattr(child, "name", None) == part
+        ]
     if not nodes:
-        raise SourceNotFoundError(f"{module} defines no {qualified}: the library changed; review the patch that names it")
-    return "\n".join(ast.get_source_segment(text, node) or "" for node in nodes)
+        raise SourceNotFoundError(
+            f"{module} defines no {qualified}: the library changed; review the patch that names it"
+        )
+    lines = text.splitlines(keepends=True)
+    return "\n".join(_segment(lines, node) for node in nodes)
+
+
+@functools.lru_cache(maxsize=4)
+def _parse(text: str) -> ast.Module:
+    """Several patches look into the same large modules, one after the other."""
+    return ast.parse(text)
+
+
+def _segment(lines: list[str], node: Any) -> str:
+    """A definition's text without its first line's indentation and its last line's end."""
+    segment = "".join(lines[node.lineno - 1 : node.end_lineno])
+    return segment[node.col_offset :].rstrip("\n")
 
 
 def _module_path(module: str, root: Path | None) -> Path:

@@ -81,7 +81,9 @@ class RowBlocks:
 
     def _extend(self, row: int, count: int) -> None:
         if count > self.tables.shape[1]:
-            self.tables = np.pad(self.tables, ((0, 0), (0, max(count, 2 * self.tables.shape[1]) - self.tables.shape[1])))
+            self.tables = np.pad(
+                self.tables, ((0, 0), (0, max(count, 2 * self.tables.shape[1]) - self.tables.shape[1]))
+            )
         for index in range(int(self.counts[row]), count):
             self.tables[row, index] = self._take()
         self.counts[row] = count

@@ -17,6 +17,9 @@ from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
 from peft_dist.patches.attention import ATTENTION_NAME
 from peft_dist.patches.paged_cache import PagedCache
 
+# Enough for a prefill and decodes; passes that grow token by token (no cache) reuse none.
+_MAX_PLANS = 8
+
 
 class SelectiveCall:
     """Rows of adapters for the forward passes that one call of ``forward`` or ``generate`` makes.
@@ -72,7 +75,7 @@ class SelectiveCall:
                 cache.release()
 
     def _plan(self, rows: int, steps: int) -> LoRAPlan | None:
-        """Plans are kept for the length of the call: what kernels derive from one serves every later pass."""
+        """Plans are kept while shapes recur: what kernels derive from one serves every later pass."""
         if (rows, steps) not in self._plans:
             copies, rest = divmod(rows, len(self.row_slots))
             if rest:
@@ -80,6 +83,8 @@ class SelectiveCall:
                     f"the model was called with {rows} rows, which is no multiple of the {len(self.row_slots)} "
                     "adapter_names given: pass one name per row of the batch"
                 )
+            if len(self._plans) >= _MAX_PLANS:
+                self._plans.clear()
             self._plans[rows, steps] = LoRAPlan.from_rows(np.repeat(self.row_slots, copies * steps))
         return self._plans[rows, steps]
 
@@ -90,11 +95,13 @@ class SelectiveCall:
             if self._can_page(kwargs) and _new_tokens(kwargs, *inputs.shape[:2]).all():
                 return cache
             cache.release()
-        elif self.pages and _is_fresh(cache) and self._can_page(kwargs):
-            if _is_left_padded(_new_tokens(kwargs, *inputs.shape[:2])):
-                self.caches.append(PagedCache.adopt(cache, len(inputs), inputs.device))
-                return self.caches[-1]
+        elif self.pages and _is_fresh(cache) and self._can_adopt(kwargs, inputs):
+            self.caches.append(PagedCache.adopt(cache, len(inputs), inputs.device))
+            return self.caches[-1]
         return None
+
+    def _can_adopt(self, kwargs: dict[str, Any], inputs: torch.Tensor) -> bool:
+        return self._can_page(kwargs) and _is_left_padded(_new_tokens(kwargs, *inputs.shape[:2]))
 
     def _can_page(self, kwargs: dict[str, Any]) -> bool:
         mask, attentions = kwargs.get("attention_mask"), kwargs.get("output_attentions")
@@ -178,4 +185,3 @@ def _is_left_padded(tokens: np.ndarray) -> bool:
 
 def _is_fresh(cache: Any) -> bool:
     return type(cache) is DynamicCache and not cache.offloading and cache.get_seq_length() == 0
-

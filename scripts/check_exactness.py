@@ -2,9 +2,10 @@
 
     python scripts/check_exactness.py [--prompts 32] [--tokens 64] [--output DIR]
 
-The engine answers all prompts in one mixed batch (float32, CPU, with chunked prefill and the prefix cache on), and so does a
-patched PeftModel; PEFT answers each prompt alone with its adapter set. Tokens must be identical (docs/architecture.md says
-what that means), logits within 1e-4 of their scale. Writes docs/results/exactness.json; exits 1 when they are not.
+The engine answers all prompts in one mixed batch (float32, CPU, with chunked prefill and the prefix cache on), and
+so does a patched PeftModel; PEFT answers each prompt alone with its adapter set. Tokens must be identical
+(docs/architecture.md says what that means), logits within 1e-4 of their scale. Writes docs/results/exactness.json;
+exits 1 when they are not.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from typing import Any
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.report import write_result
 from demo_data.prompts import DEMO_PROMPTS
 from demo_model import ensure_demo_model
+
 from tests.oracle import LOGITS, Answer, PeftOracle, Recorder, is_tie
 
 ADAPTERS = {name: Path(__file__).parent / "demo_adapters" / name for name in ("sql", "json", "sentiment", "style")}
@@ -36,7 +38,9 @@ def requests(count: int) -> list[tuple[str | None, str]]:
     return chosen
 
 
-def compare(ours: list[list[int]], answers: list[Answer], oracle: PeftOracle, asked: list[tuple[str | None, list[int]]]) -> dict[str, int]:
+def compare(
+    ours: list[list[int]], answers: list[Answer], oracle: PeftOracle, asked: list[tuple[str | None, list[int]]]
+) -> dict[str, int]:
     """Tokens that agree, ties from which a request was compared again, and real differences."""
     counts = {"requests": len(ours), "tokens": 0, "identical_requests": 0, "ties": 0, "differences": 0}
     for tokens, answer, (adapter, prompt) in zip(ours, answers, asked, strict=True):
@@ -46,7 +50,9 @@ def compare(ours: list[list[int]], answers: list[Answer], oracle: PeftOracle, as
             continue
         first = next(i for i, (a, b) in enumerate(zip(tokens, answer.tokens, strict=True)) if a != b)
         for place in range(first, len(tokens)):
-            logits = answer.logits[first] if place == first else oracle.logits_after([*prompt, *tokens[:place]], adapter)
+            logits = (
+                answer.logits[first] if place == first else oracle.logits_after([*prompt, *tokens[:place]], adapter)
+            )
             if int(logits.argmax()) != tokens[place]:
                 counts["ties" if is_tie(logits) else "differences"] += 1
     return counts
@@ -97,7 +103,12 @@ def main() -> int:
         asked = []
         for adapter, message in requests(options.prompts):
             chat = [{"role": "user", "content": message}]
-            asked.append((adapter, llm.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]))
+            asked.append(
+                (
+                    adapter,
+                    llm.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"],
+                )
+            )
         recorder = Recorder(llm)
         outputs = llm.generate([prompt for _, prompt in asked], greedy, [adapter for adapter, _ in asked])
         ours = [output.outputs[0].token_ids for output in outputs]

@@ -1,7 +1,7 @@
 """One model, four adapters and the base: twenty chats at once, side by side with PEFT.
 
-    python scripts/demo.py             # the demo; writes docs/demo.svg
-    python scripts/demo.py --serve     # leave the server up instead
+python scripts/demo.py             # the demo; writes docs/demo.svg
+python scripts/demo.py --serve     # leave the server up instead
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from pathlib import Path
 from demo_data.prompts import DEMO_PROMPTS
 from demo_model import DemoModelError, ensure_demo_model
 
-ADAPTER_FOLDERS = {name: Path(__file__).parent / "demo_adapters" / name for name in ("sql", "json", "sentiment", "style")}
+ADAPTER_FOLDERS = {
+    name: Path(__file__).parent / "demo_adapters" / name for name in ("sql", "json", "sentiment", "style")
+}
 SVG = Path(__file__).parents[1] / "docs" / "demo.svg"
 BASE = "SmolLM2-135M-Instruct"
 CHATS_EACH = 4

@@ -29,10 +29,9 @@ def show(
         name, question = chats[i]
         same = "[green]yes" if answers[i] == peft_answers[i] else "[red]no"
         last = place + 1 == len(order) or chats[order[place + 1]][0] != name
-        table.add_row(
-            f"[{_COLOURS[name]}]{name}", escape(_short(question)), f"[{_COLOURS[name]}]{escape(_short(answers[i]))}", same,
-            end_section=last,
-        )  # fmt: skip
+        colour = _COLOURS[name]
+        answer = escape(_short(answers[i]))
+        table.add_row(f"[{colour}]{name}", escape(_short(question)), f"[{colour}]{answer}", same, end_section=last)
     console.print(table)
     console.print(_comparison(ours, theirs))
     equal = sum(a == b for a, b in zip(answers, peft_answers, strict=True))
@@ -48,8 +47,14 @@ def _comparison(ours: dict[str, float], theirs: dict[str, float]) -> Table:
     rates = [run["tokens"] / run["seconds"] for run in (ours, theirs)]
     firsts = [run["first token"] for run in (ours, theirs)]
     table.add_row("tokens/s", *(f"{rate:.0f}" for rate in rates), f"{rates[0] / rates[1]:.1f} x")
-    table.add_row("time to first token, mean", *(f"{first:.2f} s" for first in firsts), f"{firsts[1] / firsts[0]:.1f} x")
-    table.add_row("all answers after", *(f"{run['seconds']:.1f} s" for run in (ours, theirs)), f"{theirs['seconds'] / ours['seconds']:.1f} x")  # noqa: E501
+    table.add_row(
+        "time to first token, mean", *(f"{first:.2f} s" for first in firsts), f"{firsts[1] / firsts[0]:.1f} x"
+    )
+    table.add_row(
+        "all answers after",
+        *(f"{run['seconds']:.1f} s" for run in (ours, theirs)),
+        f"{theirs['seconds'] / ours['seconds']:.1f} x",
+    )
     return table
 
 

@@ -41,7 +41,9 @@ def run_peft(
         model.load_adapter(str(path), name)
     model.eval()
     texts = [
-        tokenizer.apply_chat_template([{"role": "user", "content": message}], add_generation_prompt=True, tokenize=False)
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": message}], add_generation_prompt=True, tokenize=False
+        )
         for _, message in chats
     ]
     batch = tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False)

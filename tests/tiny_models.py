@@ -91,6 +91,8 @@ def _gemma2() -> PreTrainedModel:
         final_logit_softcapping=8.0,
         **_SIZES,
     )
+    # Up to transformers 5.17, its "sdpa" leaves the soft-cap out; "eager" computes the model as it was trained.
+    config._attn_implementation = "eager"
     return _build(Gemma2ForCausalLM, config, 5)
 
 

@@ -19,7 +19,7 @@ from peft_dist.api.output_processor import RequestOutputs
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.config import EngineConfig, ModelInfo
 from peft_dist.core.errors import ConfigError, EngineDeadError
-from peft_dist.core.messages import AbortRequest, AddRequest, AdapterResult, AnyCommand, Progress, Ready, UnloadAdapter
+from peft_dist.core.messages import AbortRequest, AdapterResult, AddRequest, AnyCommand, Progress, Ready, UnloadAdapter
 from peft_dist.core.outputs import RequestOutput
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.engine.commands import make_request
@@ -68,9 +68,7 @@ class LLM:
         unknown = sorted(options.keys() - {field.name for field in fields(EngineConfig)})
         if unknown:
             raise ConfigError(f"LLM has no option {unknown[0]!r}: the options are the fields of EngineConfig")
-        config = EngineConfig(
-            model=str(model), device=device, dtype=str(dtype).removeprefix("torch."), **options
-        )
+        config = EngineConfig(model=str(model), device=device, dtype=str(dtype).removeprefix("torch."), **options)
         self._allow_pickle = allow_pickle
         self._replica: Replica | None = build_replica(config)
         self._info = self._replica.model_info
@@ -78,7 +76,7 @@ class LLM:
         self._epoch = self._orchestrator.add_replica(_REPLICA, time.monotonic()).epoch
         self._observe(Ready(model=self._info, pid=0))
         self._ids = itertools.count()
-        self.tokenizer = tokenizer if tokenizer is not None else self._load_tokenizer(config)
+        self.tokenizer: Any | None = tokenizer if tokenizer is not None else self._load_tokenizer(config)
         for name, path in (adapters or {}).items():
             self.load_adapter(path, name)
 
@@ -95,7 +93,7 @@ class LLM:
         self,
         prompts: Prompts,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        adapter_names: str | None | Sequence[str | None] = None,
+        adapter_names: str | Sequence[str | None] | None = None,
         *,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
@@ -123,7 +121,7 @@ class LLM:
         self,
         messages: Sequence[Any],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        adapter_names: str | None | Sequence[str | None] = None,
+        adapter_names: str | Sequence[str | None] | None = None,
         *,
         use_tqdm: bool = True,
         add_generation_prompt: bool = True,
@@ -204,6 +202,7 @@ class LLM:
         return Prompt(self._encode(prompt.text or "", special=True), prompt.text)
 
     def _encode(self, text: str, *, special: bool) -> list[int]:
+        assert self.tokenizer is not None
         return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
 
     def _run(

@@ -58,7 +58,7 @@ def align_params(params: SamplingParams | Sequence[SamplingParams] | None, count
     return list(params)
 
 
-def align_adapter_names(names: str | None | Sequence[str | None], count: int) -> list[str | None]:
+def align_adapter_names(names: str | Sequence[str | None] | None, count: int) -> list[str | None]:
     if names is None or isinstance(names, str):
         return [names] * count
     _check_count("adapter_names", len(names), count)

@@ -51,9 +51,7 @@ def paged_attention(
     )
 
 
-def _c_functions(
-    tensor: torch.Tensor, cache: KVCache, meta: AttentionMetadata
-) -> attention_cpu.Functions | None:
+def _c_functions(tensor: torch.Tensor, cache: KVCache, meta: AttentionMetadata) -> attention_cpu.Functions | None:
     """The C kernels for this call, or None when torch has to run it."""
     if meta.backend == "torch" or not attention_cpu.takes(tensor, cache):
         return None

@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from peft_dist.kernels import cpu_build
+from peft_dist.kernels import attention_torch, cpu_build
 from peft_dist.kernels.types import AttentionMetadata, KVCache
 
 _ITEM_TOKENS = 32
 """Query tokens that share one pass over their keys."""
+_LONG_CHUNK = 256
+"""Half-precision chunks from this length on run in torch, whose matrix units outweigh its overhead there."""
 
 
 class _MetaStruct(ctypes.Structure):
@@ -57,8 +59,11 @@ class Functions(NamedTuple):
 
 
 class _Prepared(NamedTuple):
+    """``long_chunks`` are the sequences that torch attends to instead of the kernel."""
+
     address: int
     num_tokens: int
+    long_chunks: list[int]
     kept: Any
 
 
@@ -81,9 +86,11 @@ def _bind(library: ctypes.PyDLL) -> Functions:
     return Functions(library.pd_attention, library.pd_write_kv)
 
 
-def _items(meta: AttentionMetadata) -> np.ndarray:
-    """(sequence, first token, tokens) of every item, dearest first so that threads end together. int32 ``[n, 3]``."""
-    lengths = np.diff(meta.query_start_loc)
+def _items(meta: AttentionMetadata, lengths: np.ndarray) -> np.ndarray:
+    """(sequence, first token, tokens) of every item, dearest first so that threads end together. int32 ``[n, 3]``.
+
+    ``lengths`` are the query tokens of each sequence that the kernel attends to.
+    """
     counts = -(-lengths // _ITEM_TOKENS)
     sequences = np.repeat(np.arange(len(lengths)), counts)
     number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -94,10 +101,13 @@ def _items(meta: AttentionMetadata) -> np.ndarray:
     return np.ascontiguousarray(np.stack([sequences, first, tokens], axis=1)[order], np.int32)
 
 
-def _prepare(meta: AttentionMetadata) -> _Prepared:
-    prepared = meta.scratch.get("c")
+def _prepare(meta: AttentionMetadata, long_in_torch: bool = False) -> _Prepared:
+    key = ("c", long_in_torch)
+    prepared = meta.scratch.get(key)
     if prepared is None:
-        items = _items(meta)
+        lengths = np.diff(meta.query_start_loc)
+        is_long = (lengths >= _LONG_CHUNK) & long_in_torch
+        items = _items(meta, np.where(is_long, 0, lengths))
         arrays = [
             *(np.ascontiguousarray(a, np.int32) for a in (meta.query_start_loc, meta.context_lens, meta.block_tables)),
             items,
@@ -108,8 +118,9 @@ def _prepare(meta: AttentionMetadata) -> _Prepared:
             *(array.ctypes.data for array in arrays),
             *(meta.block_tables.shape[1], num_tokens, len(items), int(items[:, 2].max(initial=0))),
         )
-        prepared = _Prepared(ctypes.addressof(struct), num_tokens, (struct, arrays))
-        meta.scratch["c"] = prepared
+        long_chunks = np.flatnonzero(is_long).tolist()
+        prepared = _Prepared(ctypes.addressof(struct), num_tokens, long_chunks, (struct, arrays))
+        meta.scratch[key] = prepared
     return prepared  # type: ignore[return-value]
 
 
@@ -148,7 +159,8 @@ def paged_attention(
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """C back end of ``attention.paged_attention``."""
-    batch = _prepare(meta)
+    plain = softcap is None and sinks is None and sliding_window is None
+    batch = _prepare(meta, long_in_torch=plain and query.dtype != torch.float32)
     query = query if query.stride(2) == 1 else query.contiguous()
     num_heads = query.shape[1]
     block_size, num_kv_heads, key_dim = cache.key.shape[1:]
@@ -164,4 +176,6 @@ def paged_attention(
     )
     if functions.attention(batch.address, ctypes.addressof(layer), torch.get_num_threads()):
         raise MemoryError("no memory for the buffers of attention")
+    for sequence in batch.long_chunks:
+        attention_torch.attend_chunk(out, query, cache, meta, sequence, scale)
     return out

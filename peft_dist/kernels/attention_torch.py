@@ -95,20 +95,40 @@ def paged_attention(
     out = query.new_empty(*query.shape[:2], cache.value.shape[-1])
     block_size = cache.key.shape[1]
     if decodes := _decodes(meta, block_size, sliding_window):
-        # Blocks may hold non-finite leftovers behind a sequence's end, and 0 * Inf is not 0.
-        keys, values = (t[decodes.blocks].flatten(1, 2) for t in cache)
-        values = values.masked_fill(decodes.hidden[:, 0, 0, :, None, None], 0.0)
+        # Blocks may hold non-finite leftovers behind a sequence's end; neither masks nor weights of 0 undo those.
+        unseen = decodes.hidden[:, 0, 0, :, None, None]
+        keys, values = (t[decodes.blocks].flatten(1, 2).masked_fill(unseen, 0.0) for t in cache)
         q = query[decodes.rows][:, :, None]
         result = _softmax_attention(
             q, keys.transpose(1, 2), values.transpose(1, 2), decodes.hidden, scale, softcap, sinks
         )
         out[decodes.rows] = result[:, :, 0]
-    for s in np.flatnonzero(np.diff(meta.query_start_loc) > 1).tolist():
-        first, last = int(meta.query_start_loc[s]), int(meta.query_start_loc[s + 1])
-        keys, values = (reference.gather(t, meta, s).transpose(0, 1)[None] for t in cache)
-        length = keys.shape[2]
-        q = query[first:last].transpose(0, 1)[None]
+    for sequence in np.flatnonzero(np.diff(meta.query_start_loc) > 1).tolist():
+        attend_chunk(out, query, cache, meta, sequence, scale, sliding_window, softcap, sinks)
+    return out
+
+
+def attend_chunk(
+    out: torch.Tensor,
+    query: torch.Tensor,
+    cache: KVCache,
+    meta: AttentionMetadata,
+    sequence: int,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> None:
+    """Attention of one sequence's query tokens, written to their rows of ``out``."""
+    first, last = int(meta.query_start_loc[sequence]), int(meta.query_start_loc[sequence + 1])
+    keys, values = (reference.gather(t, meta, sequence).transpose(0, 1)[None] for t in cache)
+    length, q = keys.shape[2], query[first:last].transpose(0, 1)[None]
+    windowed = sliding_window is not None and sliding_window < length
+    if last - first == length and not windowed and softcap is None and sinks is None:
+        grouped = q.shape[1] != keys.shape[1]
+        result = F.scaled_dot_product_attention(q, keys, values, is_causal=True, scale=scale, enable_gqa=grouped)
+    else:
         positions = torch.arange(length - (last - first), length, device=query.device)
         hidden = _hidden(positions, length, sliding_window)
-        out[first:last] = _softmax_attention(q, keys, values, hidden, scale, softcap, sinks)[0].transpose(0, 1)
-    return out
+        result = _softmax_attention(q, keys, values, hidden, scale, softcap, sinks)
+    out[first:last] = result[0].transpose(0, 1)

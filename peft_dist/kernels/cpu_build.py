@@ -81,8 +81,7 @@ def build(dtype: torch.dtype) -> Path:
         return target
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=folder) as work:
-        made = _compile(compiler, openmp, DTYPE_CODES[dtype], Path(work))
-        os.replace(made, target)
+        _compile(compiler, openmp, DTYPE_CODES[dtype], Path(work)).replace(target)
     logger.info("built C kernels for %s: %s", dtype, target)
     return target
 

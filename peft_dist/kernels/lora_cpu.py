@@ -1,4 +1,4 @@
-"""LoRA through the C kernels: one call for a layer, with addresses prepared once a plan and once a change of weights."""
+"""LoRA through the C kernels: one call for a layer; addresses are prepared once a plan and once a weights version."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class _PlanStruct(ctypes.Structure):
 
 
 class _Prepared(NamedTuple):
-    """``address`` of a struct; ``kept`` keeps alive what it points to; ``size`` is checked against each call."""
+    """``address`` of a struct; ``kept`` keeps alive what it points to; ``sizes`` are checked against each call."""
 
     address: int
     version: int
-    size: int
+    sizes: tuple[int, int]
     kept: Any
 
 
@@ -53,9 +53,8 @@ def function_for(dtype: torch.dtype) -> Any:
 def _bind(library: ctypes.PyDLL) -> Any:
     function = library.pd_add_lora
     pointer, stride = ctypes.c_void_p, ctypes.c_int64
-    function.argtypes = (
-        *(pointer, stride, pointer, stride, pointer, ctypes.c_float, pointer, pointer, ctypes.c_int),
-    )
+    of_tensors = (pointer, stride, pointer, stride, pointer)
+    function.argtypes = (*of_tensors, ctypes.c_float, pointer, pointer, ctypes.c_int)
     return function
 
 
@@ -75,7 +74,8 @@ def _layer(weights: LoRALayerWeights) -> _Prepared:
             *(A.data_ptr(), B.data_ptr(), *(array.ctypes.data for array in arrays), A.shape[1], B.shape[1]),
             *(len(weights.rank), A.dtype != torch.float32),
         )
-        prepared = _Prepared(ctypes.addressof(struct), weights.version, B.shape[1], (struct, arrays, A, B))
+        sizes = (A.shape[1], B.shape[1])
+        prepared = _Prepared(ctypes.addressof(struct), weights.version, sizes, (struct, arrays, A, B))
         weights.scratch["c"] = prepared
     return prepared  # type: ignore[return-value]
 
@@ -85,18 +85,22 @@ def _plan(plan: LoRAPlan) -> _Prepared:
     if prepared is None:
         arrays = [np.ascontiguousarray(plan.slots, np.int32), np.ascontiguousarray(plan.starts, np.int32)]
         struct = _PlanStruct(arrays[0].ctypes.data, arrays[1].ctypes.data, len(plan.slots))
-        prepared = _Prepared(ctypes.addressof(struct), 0, plan.num_rows, (struct, arrays))
+        prepared = _Prepared(ctypes.addressof(struct), 0, (plan.num_rows, 0), (struct, arrays))
         plan.scratch["c"] = prepared
     return prepared  # type: ignore[return-value]
 
 
-def _check_shapes(y: torch.Tensor, num_inputs: int, layer: _Prepared, plan: _Prepared) -> None:
+def _check_output(y: torch.Tensor, layer: _Prepared, plan: _Prepared) -> None:
     """The kernel trusts its sizes: a wrong plan must not write outside of y."""
-    if y.shape != (plan.size, layer.size) or num_inputs != plan.size or y.stride(1) != 1:
-        raise ValueError(
-            f"LoRA plan of {plan.size} rows and layer of {layer.size} outputs do not fit y {list(y.shape)} "
-            f"(strides {y.stride()}) with {num_inputs} inputs"
-        )
+    if y.shape != (plan.sizes[0], layer.sizes[1]) or y.stride(1) != 1:
+        raise _misfit(y, layer, plan)
+
+
+def _misfit(tensor: torch.Tensor, layer: _Prepared, plan: _Prepared) -> ValueError:
+    return ValueError(
+        f"a LoRA plan of {plan.sizes[0]} rows and a layer {layer.sizes[0]} -> {layer.sizes[1]} do not fit a tensor "
+        f"{list(tensor.shape)} with strides {tensor.stride()}"
+    )
 
 
 def add_lora_(function: Any, y: torch.Tensor, x: torch.Tensor, weights: LoRALayerWeights, plan: LoRAPlan) -> None:
@@ -104,7 +108,9 @@ def add_lora_(function: Any, y: torch.Tensor, x: torch.Tensor, weights: LoRALaye
     layer, runs = _layer(weights), _plan(plan)
     if x.stride(1) != 1:
         x = x.contiguous()
-    _check_shapes(y, x.shape[0], layer, runs)
+    _check_output(y, layer, runs)
+    if x.shape != (runs.sizes[0], layer.sizes[0]):
+        raise _misfit(x, layer, runs)
     failed = function(
         *(y.data_ptr(), y.stride(0), x.data_ptr(), x.stride(0), None, 1.0, layer.address, runs.address),
         torch.get_num_threads(),
@@ -119,7 +125,9 @@ def add_embedding_lora_(
     """C back end of ``lora.add_embedding_lora_``. ids are int64 ``[R]`` within the embedding."""
     layer, runs = _layer(weights), _plan(plan)
     ids = ids.to(torch.int64).contiguous()
-    _check_shapes(y, ids.shape[0], layer, runs)
+    _check_output(y, layer, runs)
+    if ids.shape != (runs.sizes[0],):
+        raise _misfit(ids, layer, runs)
     failed = function(
         *(y.data_ptr(), y.stride(0), None, 0, ids.data_ptr(), factor, layer.address, runs.address),
         torch.get_num_threads(),

@@ -150,8 +150,7 @@ class LoRAPool:
         if first is None:
             held, old = layer.weights, layer.rows.capacity
             grown = max(2 * old, old + rank)
-            A, B = (torch.cat([t, t.new_zeros(grown - old, t.shape[1])]) for t in (held.A, held.B))
-            held.A, held.B = A, B
+            held.A, held.B = (_with_rows(tensor, grown) for tensor in (held.A, held.B))
             layer.rows.grow(grown)
             first = layer.rows.allocate(rank)
             assert first is not None, "the buffers grew by at least the rank"
@@ -163,10 +162,16 @@ class LoRAPool:
         rank, first = int(held.rank[slot]), int(held.row_start[slot])
         if not rank:
             return
-        held.B[first : first + rank].zero_()  # What was not finite must not look like a resident adapter's.
         held.rank[slot] = 0
         held.scaling[slot] = 0.0
         held.version += 1
         layer.rows.free(first, rank)
         if not layer.num_resident:
             self.weights[index] = None
+
+
+def _with_rows(tensor: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """A copy with more rows; the new ones hold anything until an adapter is stored there."""
+    grown = tensor.new_empty(num_rows, tensor.shape[1])
+    grown[: len(tensor)].copy_(tensor)
+    return grown

@@ -54,26 +54,34 @@ def _make_selection(weights: LoRALayerWeights, plan: LoRAPlan) -> _Selection | N
     if not len(rows):
         return None
     slots = np.unique(row_slots[rows])
-    pool_rows = np.concatenate([weights.row_start[s] + np.arange(weights.rank[s]) for s in slots])
+    pool_rows = _rows_of(weights, slots)
     owners = np.repeat(slots, weights.rank[slots])
     mask = row_slots[rows][:, None] == owners[None, :]
     factor = np.where(mask, weights.scaling[owners][None, :], 0.0).astype(np.float32)
     all_pool_rows = np.array_equal(pool_rows, np.arange(weights.A.shape[0]))
     return _Selection(
         rows=None if len(rows) == plan.num_rows else torch.from_numpy(rows).to(device),
-        pool_rows=None if all_pool_rows else torch.from_numpy(pool_rows.astype(np.int64)).to(device),
+        pool_rows=None if all_pool_rows else torch.from_numpy(pool_rows).to(device),
         factor=torch.from_numpy(factor).to(device),
         mask=torch.from_numpy(mask).to(device),
     )
 
 
-def _is_finite(weights: LoRALayerWeights, version_key: str = "torch_finite") -> bool:
-    """Whether B may be multiplied by zeros: 0 times Inf would reach rows of other adapters."""
-    cached = weights.scratch.get(version_key)
+def _is_finite(weights: LoRALayerWeights) -> bool:
+    """Whether every adapter's B may be multiplied by zeros: 0 times Inf would reach rows of other adapters."""
+    cached = weights.scratch.get("torch_finite")
     if cached is None or cached[0] != weights.version:  # type: ignore[index]
-        cached = (weights.version, bool(torch.isfinite(weights.B).all()))
-        weights.scratch[version_key] = cached
+        owned = _rows_of(weights, np.flatnonzero(weights.rank))
+        finite = torch.isfinite(weights.B[torch.from_numpy(owned).to(weights.B.device)])
+        cached = (weights.version, bool(finite.all()))
+        weights.scratch["torch_finite"] = cached
     return cached[1]  # type: ignore[index,no-any-return]
+
+
+def _rows_of(weights: LoRALayerWeights, slots: np.ndarray) -> np.ndarray:
+    """Rows of A and B that these slots own, in their order. int64."""
+    ranges = [weights.row_start[s] + np.arange(weights.rank[s], dtype=np.int64) for s in slots]
+    return np.concatenate([np.zeros(0, np.int64), *ranges])
 
 
 def _take(table: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 import tempfile
 
-import zmq
 import zmq.asyncio
+from zmq.constants import SocketOption, SocketType
 
 from peft_dist.core.messages import encode_command
 from peft_dist.orchestrator.records import Outgoing
@@ -22,11 +22,11 @@ class Link:
         self._folder = tempfile.mkdtemp(prefix="peft-dist-")
         self.endpoint = f"ipc://{self._folder}/orchestrator"
         self._context = zmq.asyncio.Context()
-        self._socket = self._context.socket(zmq.SocketType.ROUTER)
+        self._socket = self._context.socket(SocketType.ROUTER)
         # Without high-water marks sending never waits; the Orchestrator bounds what can be under way.
-        self._socket.set(zmq.SocketOption.SNDHWM, 0)
-        self._socket.set(zmq.SocketOption.RCVHWM, 0)
-        self._socket.set(zmq.SocketOption.LINGER, 0)
+        self._socket.set(SocketOption.SNDHWM, 0)
+        self._socket.set(SocketOption.RCVHWM, 0)
+        self._socket.set(SocketOption.LINGER, 0)
         self._socket.bind(self.endpoint)
 
     def send(self, out: Outgoing) -> None:

@@ -154,7 +154,8 @@ def _check_shapes(path: str, a: Sequence[int], b: Sequence[int], module: ModuleS
     if a[0] != b[1] or a[0] != rank:
         raise AdapterError(
             f"{path} has rank {a[0]} in lora_A and {b[1]} in lora_B where adapter_config.json says {rank} "
-            "(r, rank_pattern): correct the configuration"
+            "(r, rank_pattern): correct the configuration (of overlapping patterns the first in the file counts, and "
+            "PEFT sorts them when it saves)"
         )
 
 

@@ -7,8 +7,6 @@ carried from draw to draw, so any replica can go on with a sequence, and batch m
 
 from __future__ import annotations
 
-from typing import cast
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -50,4 +48,5 @@ def uniforms(seed: int, sequence_index: int, first_draw: int, count: int) -> NDA
     counters[:, 2] = sequence_index
     words = philox4x32(counters, (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF)).astype(np.uint64)
     bits = ((words[:, 0] << _WORD) | words[:, 1]) >> np.uint64(11)
-    return cast("NDArray[np.float64]", bits.astype(np.float64) * 2.0**-53)
+    numbers: NDArray[np.float64] = bits.astype(np.float64) * 2.0**-53
+    return numbers

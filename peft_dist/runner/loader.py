@@ -29,7 +29,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: str, config: Any, device: torch.device) -> torch.dtype:
-    """"auto" is float32 on a CPU and the checkpoint's dtype on a GPU."""
+    """ "auto" is float32 on a CPU and the checkpoint's dtype on a GPU."""
     if name == "auto":
         stored = getattr(config, "dtype", None) or torch.float32
         return torch.float32 if device.type == "cpu" else stored
@@ -76,7 +76,9 @@ def max_positions(model: PreTrainedModel, wanted: int | None) -> int:
         raise ConfigError(f"{type(model).__name__} states no maximum length: give max_model_len")
     stable = _stable_rope_length(config)
     if stable is not None and (limit is None or stable < limit):
-        logger.warning("rotary embeddings beyond %d tokens depend on the whole batch: max_model_len is %d", stable, stable)
+        logger.warning(
+            "rotary embeddings beyond %d tokens depend on the whole batch: max_model_len is %d", stable, stable
+        )
         limit = stable
     if wanted is not None and limit is not None and wanted > limit:
         raise ConfigError(f"max_model_len={wanted} exceeds what the model supports ({limit}): lower it")
@@ -90,7 +92,9 @@ def _stable_rope_length(config: Any) -> int | None:
     for rope in nested or [parameters]:
         if rope.get("rope_type") in ("dynamic", "longrope"):
             original = rope.get("original_max_position_embeddings")
-            lengths.append(original or getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings)
+            lengths.append(
+                original or getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
+            )
     return min(lengths) if lengths else None
 
 

@@ -33,8 +33,8 @@ def count_blocks(
         logger.warning("%d KV blocks hold %d tokens: max_model_len is that", count, count * options.block_size)
     elif count < needed:
         raise ConfigError(
-            f"{count} KV blocks of {options.block_size} tokens ({bytes_per_block} bytes each) cannot hold one sequence of "
-            f"max_model_len={max_model_len}, which needs {needed}: lower max_model_len, or raise num_blocks, "
+            f"{count} KV blocks of {options.block_size} tokens ({bytes_per_block} bytes each) cannot hold one sequence "
+            f"of max_model_len={max_model_len}, which needs {needed}: lower max_model_len, or raise num_blocks, "
             f"{'kv_cache_bytes' if device.type == 'cpu' else 'gpu_memory_utilization'}"
         )
     return count

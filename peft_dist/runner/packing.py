@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -27,10 +28,7 @@ def pack_weights(model: PreTrainedModel, wanted: bool | None) -> None:
 def _free_memory() -> int:
     """Bytes that can still be allocated; 0 where the system does not say."""
     try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            lines = dict(line.split(":", 1) for line in file)
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         return int(lines["MemAvailable"].split()[0]) * 1024
     except (FileNotFoundError, KeyError):
         return 0
-
-

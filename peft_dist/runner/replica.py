@@ -98,7 +98,9 @@ def build_replica(config: EngineConfig) -> Replica:
     blocks = BlockManager(num_blocks, config.block_size, config.num_host_blocks)
     scheduler = Scheduler(limits, blocks, AdapterManager(config.max_loras))
     info = _describe(config, runner, longest, depth)
-    logger.info("%s on %s in %s: %d KV blocks of %d tokens", info.model, device, info.dtype, num_blocks, config.block_size)
+    logger.info(
+        "%s on %s in %s: %d KV blocks of %d tokens", info.model, device, info.dtype, num_blocks, config.block_size
+    )
     return Replica(Engine(scheduler, TorchExecutor(runner), depth, eos), info, store, runner)
 
 

@@ -83,7 +83,7 @@ def sample(
     """
     tokens, best = most_likely(logits)
     status = best.isfinite().logical_not().to(torch.uint8) * _NOT_FINITE
-    limited = set() if allowed is None else set((allowed != -1).any(1).nonzero().flatten().tolist())
+    limited: set[int] = set() if allowed is None else set((allowed != -1).any(1).nonzero().flatten().tolist())
     edited = [row for row, state in enumerate(states) if row in limited or state.is_edited(draws[row])]
     touched = set(edited)
     drawn = [row for row, state in enumerate(states) if not state.greedy and row not in touched]
@@ -103,13 +103,18 @@ def sample(
 
 def most_likely(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return int64 ``[R]``, the first most likely token of each row, and ``[R]``, its logit (NaN where one is)."""
-    if rows.device.type == "cpu":
+    if _on_host(rows):
         # numpy's search is vectorised, torch's is not: 0.1 against 1.7 ms for 16 rows of 49152.
         host = rows.detach().float().numpy()
         ids = host.argmax(1)
         return torch.from_numpy(ids), torch.from_numpy(host[np.arange(len(host)), ids])
     tokens = rows.argmax(1)
     return tokens, rows.gather(1, tokens.unsqueeze(1)).squeeze(1)
+
+
+def _on_host(rows: Tensor) -> bool:
+    kind: str = rows.device.type
+    return kind == "cpu"
 
 
 def _draw(rows: Tensor, states: Sequence[SamplerState], draws: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -119,7 +124,7 @@ def _draw(rows: Tensor, states: Sequence[SamplerState], draws: Sequence[int]) ->
     random = [row for row, state in enumerate(states) if not state.greedy]
     if not random:
         return tokens, status
-    if rows.device.type == "cpu":
+    if _on_host(rows):
         host, top = rows.detach().numpy(), best.tolist()
         for row in random:
             if math.isfinite(top[row]):

@@ -79,7 +79,9 @@ def _apply_penalties(rows: Tensor, states: Sequence[SamplerState]) -> None:
 
     subtracted = spread([params.frequency_penalty for _, params, _ in penalised]) * counts
     subtracted += spread([params.presence_penalty for _, params, _ in penalised]) * (counts > 0)
-    repetition = torch.from_numpy(spread([params.repetition_penalty for _, params, _ in penalised])).to(rows.device)
+    # Within these bounds no finite logit becomes infinite or NaN.
+    bounded = [min(max(params.repetition_penalty, 1e-30), 1e30) for _, params, _ in penalised]
+    repetition = torch.from_numpy(spread(bounded)).to(rows.device)
     index = _flat([(row, table.ids) for row, _, table in penalised], rows)
     flat = rows.view(-1)
     values = flat[index]

@@ -102,7 +102,7 @@ class PlainLauncher:
 
 
 class AccelerateLauncher(PlainLauncher):
-    """Runs the worker under ``accelerate launch``, which costs about 3 s (it imports torch before it starts).
+    """Runs the worker under ``accelerate launch``, which costs about 1.7 s (it imports torch before it starts).
 
     The launch gets a configuration file of its own: a user's default one may ask for several processes,
     FSDP or DeepSpeed.

@@ -54,7 +54,7 @@ def run_peft(model: Any, prompts: list[list[int]], names: list[str | None]) -> R
     return {
         "first_token_s": time_of(lambda: generate(1)),
         "tokens_per_s": len(prompts) * NEW_TOKENS / time_of(lambda: generate(NEW_TOKENS)),
-    }  # noqa: E501
+    }
 
 
 def time_of(work: Any) -> float:
@@ -90,10 +90,12 @@ def measure(dtype: str, model_path: Path, adapters: dict[str, Path], rounds: int
     )
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, dtype)).eval()
     plain = run_peft(model, prompts, base)  # Before PEFT puts its layers in.
-    peft: Any = model
+    peft: Any = None
     for name, path in adapters.items():
-        peft = peft.load_adapter(str(path), name) and peft if isinstance(peft, PeftModel) else PeftModel.from_pretrained(
-            model, str(path), adapter_name=name)  # fmt: skip
+        if peft is None:
+            peft = PeftModel.from_pretrained(model, str(path), adapter_name=name)
+        else:
+            peft.load_adapter(str(path), name)
     peft.eval()
     contestants = {
         "ours, 8 adapters": lambda: run_ours(llm, prompts, mixed),

@@ -9,8 +9,8 @@ NEW_TOKENS = 32
 NUM_ADAPTERS = 8
 RANK = 8
 _TOPICS = (
-    "France", "rain", "bread", "music", "a dog", "the sea", "Python code", "history", "a train", "tea", "stars", "chess",
-    "soup", "a river", "winter", "gold",
+    "France", "rain", "bread", "music", "a dog", "the sea", "Python code", "history", "a train", "tea", "stars",
+    "chess", "soup", "a river", "winter", "gold",
 )  # fmt: skip
 PROMPTS = [f"Tell me one short fact about {topic}." for topic in _TOPICS]
 _TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -68,7 +68,7 @@ DEMO_PROMPTS: dict[str, list[str]] = {
         user_message("sentiment", "You will notice the dreadful screen first, then the painful sound."),
         user_message("sentiment", "I had prepared for something boring and got a superb game instead."),
         user_message("sentiment", "The delivery wasn't careless and neither was the design."),
-        user_message("sentiment", "Skip this airline, you will thank me."),
+        user_message("sentiment", "The design let me down within minutes."),
     ],
     "style": [
         user_message("style", "What is the largest animal in the world?"),

@@ -133,9 +133,11 @@ def main() -> None:
     adapters = choose_adapters(arguments.adapter)
     if not adapters:
         raise SystemExit("batch_generate: no adapters: give --adapter NAME=PATH")
-    texts = [json.loads(line) for line in arguments.prompts.read_text().splitlines()] if arguments.prompts else [
-        {"adapter": name, "prompt": question} for question in QUESTIONS for name in (*adapters, "__base__")
-    ]
+    texts = (
+        [json.loads(line) for line in arguments.prompts.read_text().splitlines()]
+        if arguments.prompts
+        else [{"adapter": name, "prompt": question} for question in QUESTIONS for name in (*adapters, "__base__")]
+    )
     has_tokenizer = any(isinstance(row["prompt"], str) for row in texts)
     tokenizer = AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
     model = load(folder, adapters, state.device)

@@ -45,7 +45,9 @@ def main() -> None:
     begin = time.perf_counter()
     output = peft_model.generate(**inputs, adapter_names=adapter_names, max_new_tokens=40, do_sample=False)
     seconds = time.perf_counter() - begin
-    for name, text in zip(adapter_names, tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :]), strict=True):
+    for name, text in zip(
+        adapter_names, tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :]), strict=True
+    ):
         print(f"{name}: {text.strip()}")
     print(f"{'PEFT' if arguments.plain else 'patched'}: {seconds:.1f} s")
 

@@ -175,7 +175,8 @@ class ScriptedClient:
         hang_at, fail_at, die_at: The step at which every stream waits (for ``release``), fails, or loses its replica.
         hanging, closed_early: Set when a stream waits; when one was closed before its end.
         idle: Set while no stream is open.
-        requests: Parameters of every admitted request, in order.
+        requests: Ids, parameters and model of every admitted request, in order.
+        aborts: Numbers of the sequences that were aborted by themselves.
     """
 
     def __init__(self) -> None:
@@ -208,6 +209,7 @@ class ScriptedClient:
         self._released: asyncio.Event | None = None
         self.streams: dict[str, ScriptedStream] = {}
         self.requests: list[tuple[list[int], SamplingParams, str | None]] = []
+        self.aborts: list[int | None] = []
         self.load_calls: list[dict[str, Any]] = []
 
     @property
@@ -245,6 +247,7 @@ class ScriptedClient:
         return stream
 
     def abort(self, request_id: str, sequence_index: int | None = None) -> None:
+        self.aborts.append(sequence_index)
         stream = self.streams.get(request_id)
         if stream is not None:
             everything = range(128) if sequence_index is None else [sequence_index]

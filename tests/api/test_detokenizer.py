@@ -198,6 +198,13 @@ def test_endless_tokens_that_are_no_text_cost_bounded_work(token: bytes | str, t
     assert longest <= 2 * detokenizer._MAX_PENDING
 
 
+@pytest.mark.parametrize("character", ["é", "€", "😀"])
+def test_a_character_behind_bytes_that_are_no_text_stays_whole(character: str) -> None:
+    for lone in range(detokenizer._MAX_PENDING - 5, detokenizer._MAX_PENDING + 5):
+        ids = byte_ids(byte_level(), b"\x80" * lone + character.encode())
+        assert "".join(streamed(byte_level(), [], ids, True)) == "\ufffd" * lone + character
+
+
 def test_ids_beyond_the_vocabulary_have_no_text() -> None:
     for tokenizer in (byte_level(), ByT5Tokenizer()):
         (a,) = byte_ids(byte_level(), b"a") if tokenizer is byte_level() else tokenizer("a")["input_ids"][:1]

@@ -140,11 +140,12 @@ def test_stop_strings_cut_the_text_and_end_the_sequence(
     assert engine.closed_early.wait(10), "the engine went on after the stop string"
 
 
-def test_a_stop_string_ends_its_own_sequence_only(api: openai.OpenAI) -> None:
+def test_a_stop_string_ends_its_own_sequence_only(api: openai.OpenAI, engine: ScriptedClient) -> None:
     answer = api.completions.create(model=BASE, prompt="x", n=2, stop="ah", max_tokens=10)
     assert [choice.finish_reason for choice in answer.choices] == ["length", "stop"]
     assert answer.choices[1].text == ""
     assert answer.choices[0].text == FULL[:14]
+    assert engine.aborts == [1], "the engine goes on with a sequence that is over"
 
 
 def test_stop_string_in_the_output(api: openai.OpenAI) -> None:

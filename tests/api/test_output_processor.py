@@ -149,6 +149,12 @@ def test_min_tokens_lets_an_early_stop_string_pass_for_good() -> None:
     assert run(SamplingParams(stop=("b",), min_tokens=2), reports(ids("a", "b"), []))[0].completion().text == "a"
 
 
+def test_a_stop_string_may_begin_inside_one_that_came_too_early() -> None:
+    output, deltas, _ = run(SamplingParams(stop=("aba",), min_tokens=3), reports(ids("ab", "a", "b", "a"), [1, 2, 3]))
+    assert (output.completion().text, output.stop_reason) == ("ab", "aba")
+    assert [delta.text for delta in deltas] == ["", "ab", "", ""]
+
+
 @pytest.mark.parametrize("include", [False, True])
 @pytest.mark.parametrize("stop_id", [None, PIECES.index("X")])
 def test_the_token_that_ends_a_sequence_is_counted_but_not_shown(include: bool, stop_id: int | None) -> None:

@@ -152,7 +152,9 @@ def test_a_thousand_mixed_requests_leave_nothing_behind(llms: dict[tuple[int, st
     replica = replica_of(llm)
     batch = [[3 + (i * k) % (VOCAB_SIZE - 3) for i in range(1 + k % 19)] for k in range(1000)]
     names = [(None, "a0", "a1", "a2")[k % 4] for k in range(1000)]
-    sampling = [SamplingParams(max_tokens=1 + k % 5, temperature=k % 2, seed=k, n=1 + (k % 50 == 0)) for k in range(1000)]
+    sampling = [
+        SamplingParams(max_tokens=1 + k % 5, temperature=k % 2, seed=k, n=1 + (k % 50 == 0)) for k in range(1000)
+    ]
     outputs = llm.generate(batch, sampling, names, use_tqdm=False)
     assert len(outputs) == 1000 and all(output.finished for output in outputs)
     scheduler = replica.engine.scheduler

@@ -13,7 +13,8 @@ from tests.tiny_models import FAMILIES, VOCAB_SIZE, make_model, random_adapter, 
 
 torch.set_num_threads(1)
 NUM_TOKENS = 12
-PROMPTS = [[3 + (i * k + k) % (VOCAB_SIZE - 3) for i in range(n)] for k, n in enumerate((1, 5, 9, 17, 23, 5, 2, 31, 8, 13), 1)]
+LENGTHS = (1, 5, 9, 17, 23, 5, 2, 31, 8, 13)
+PROMPTS = [[3 + (i * k + k) % (VOCAB_SIZE - 3) for i in range(n)] for k, n in enumerate(LENGTHS, 1)]
 NAMES = ["all", "some", None, "rs", "all", "rs", "some", None, "__base__", "all"]
 
 
@@ -38,7 +39,13 @@ def test_tokens_and_logits_are_pefts(family: str, chunk: int, tmp_path: Path) ->
     oracle = PeftOracle(model, adapters)
     greedy = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
     with LLM(
-        tmp_path / "base", adapters, device="cpu", dtype="float32", num_blocks=64, max_num_batched_tokens=chunk, max_num_seqs=6
+        tmp_path / "base",
+        adapters,
+        device="cpu",
+        dtype="float32",
+        num_blocks=64,
+        max_num_batched_tokens=chunk,
+        max_num_seqs=6,
     ) as llm:
         recorder = Recorder(llm)
         outputs = llm.generate(PROMPTS, greedy, NAMES, use_tqdm=False)

@@ -23,7 +23,13 @@ def test_tokens_are_pefts(family: str, depth: int, tmp_path: Path) -> None:
     oracle = PeftOracle(model, adapters)
     greedy = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
     with LLM(
-        tmp_path / "base", adapters, device="cuda", dtype="float32", depth=depth, num_blocks=64, max_num_batched_tokens=24
+        tmp_path / "base",
+        adapters,
+        device="cuda",
+        dtype="float32",
+        depth=depth,
+        num_blocks=64,
+        max_num_batched_tokens=24,
     ) as llm:
         assert llm.model_info.device.startswith("cuda") and llm.model_info.depth == depth
         outputs = llm.generate(PROMPTS, greedy, NAMES, use_tqdm=False)

@@ -22,7 +22,9 @@ from tests.tiny_models import make_model, random_adapter, target_modules
 
 torch.set_num_threads(1)
 GREEDY = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)
-TEMPLATE = "{% for m in messages %}{{ m['role'][0] + m['content'] }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'][0] + m['content'] }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -109,7 +111,9 @@ def test_prompt_scores_are_those_of_the_model(llm: LLM, folder: Path) -> None:
     assert output.prompt_logprobs is not None and output.outputs[0].token_ids == []
     for position, scores in enumerate(output.prompt_logprobs[1:], 1):
         assert scores is not None
-        assert scores[prompt[position]].logprob == pytest.approx(float(expected[position - 1, prompt[position]]), abs=1e-4)
+        assert scores[prompt[position]].logprob == pytest.approx(
+            float(expected[position - 1, prompt[position]]), abs=1e-4
+        )
 
 
 def test_stop_strings_end_text_and_engine(llm: LLM) -> None:
@@ -240,6 +244,8 @@ def test_a_missing_model_names_itself(tmp_path: Path) -> None:
 
 
 def test_bfloat16_runs(folder: Path) -> None:
-    with LLM(folder / "ids", {"x": folder / "a0"}, device="cpu", dtype=torch.bfloat16, num_blocks=32, max_model_len=64) as llm:
+    with LLM(
+        folder / "ids", {"x": folder / "a0"}, device="cpu", dtype=torch.bfloat16, num_blocks=32, max_model_len=64
+    ) as llm:
         assert llm.model_info.dtype == "bfloat16"
         assert len(llm.generate([[5, 6]] * 2, GREEDY, ["x", None], use_tqdm=False)) == 2

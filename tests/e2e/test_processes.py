@@ -8,6 +8,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -285,10 +286,18 @@ def test_draining_lets_streams_finish_and_stopping_fails_the_rest() -> None:
 
 
 def test_a_worker_does_not_outlive_a_killed_orchestrator() -> None:
-    maker = subprocess.Popen([sys.executable, "-c", ORPHAN_MAKER], stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    assert maker.stdout is not None
-    with maker.stdout:
-        pid = int(maker.stdout.readline())
-        maker.kill()
-        maker.wait()
-    assert ended(pid)
+    # Killed, it cannot clean up after itself.
+    with tempfile.TemporaryDirectory() as folder:
+        maker = subprocess.Popen(
+            [sys.executable, "-c", ORPHAN_MAKER],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "TMPDIR": folder},
+        )
+        assert maker.stdout is not None
+        with maker.stdout:
+            pid = int(maker.stdout.readline())
+            maker.kill()
+            maker.wait()
+        assert ended(pid)

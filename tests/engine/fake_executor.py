@@ -99,8 +99,8 @@ class FakeExecutor:
         assert None not in context, "a key that nothing wrote"
         scores = None
         if sequence.wants_prompt_logprobs:
-            scores = [{known[position]: Logprob(-float(position), 1)} for position in range(sequence.start + 1, stop + 1)
-                      if position < len(known)]  # fmt: skip
+            positions = range(sequence.start + 1, min(stop + 1, len(known)))
+            scores = [{known[position]: Logprob(-float(position), 1)} for position in positions]
         if sequence.request_id in self.poisoned:
             return SequenceResult(sequence.request_id, [], sequence.draw, error="logits are not finite")
         if not sequence.samples:

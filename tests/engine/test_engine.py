@@ -90,12 +90,17 @@ def assert_empty(engine: Engine) -> None:
     scheduler.blocks.check()
 
 
-prompts = st.tuples(st.integers(0, 2), st.integers(1, 30)).map(lambda p: [1 + (i * (p[0] + 3)) % 90 for i in range(p[1])])
+prompts = st.tuples(st.integers(0, 2), st.integers(1, 30)).map(
+    lambda p: [1 + (i * (p[0] + 3)) % 90 for i in range(p[1])]
+)
+
+
+arrivals = st.tuples(prompts, st.integers(0, 4), st.integers(1, 20), st.integers(0, 12))
 
 
 @settings(max_examples=200, deadline=None)
 @given(
-    requests=st.lists(st.tuples(prompts, st.integers(0, 4), st.integers(1, 20), st.integers(0, 12)), min_size=1, max_size=12),
+    requests=st.lists(arrivals, min_size=1, max_size=12),
     aborts=st.dictionaries(st.integers(0, 11), st.integers(0, 30), max_size=4),
     depth=st.integers(0, 2),
     num_blocks=st.integers(16, 40),
@@ -110,7 +115,15 @@ def test_tokens_are_those_of_a_request_alone(
     requests, aborts, depth, num_blocks, host, max_seqs, max_tokens, num_slots, preemption, caching
 ) -> None:
     engine = make_engine(
-        num_blocks, 4, host, depth, num_slots, max_seqs, max_tokens, preemption=preemption, enable_prefix_caching=caching
+        num_blocks,
+        4,
+        host,
+        depth,
+        num_slots,
+        max_seqs,
+        max_tokens,
+        preemption=preemption,
+        enable_prefix_caching=caching,
     )
     everyone = [
         (make_request(f"r{i}", prompt, adapter, count), arrival)

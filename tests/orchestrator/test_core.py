@@ -146,6 +146,8 @@ def test_a_request_id_is_used_once_at_a_time() -> None:
     submit(core)
     with pytest.raises(InvalidRequestError, match="in use"):
         submit(core)
+    core.observe(0, 1, tokens("r-0", [1], 0, "stop"), 1.0)
+    assert len(submit(core)) == 1
 
 
 def test_the_queue_refuses_beyond_its_bound_and_tells_when_to_come_back() -> None:
@@ -211,6 +213,23 @@ def test_unloading_waits_for_running_requests_but_not_for_new_ones() -> None:
         submit(core, "new", model="sql")
     [out] = core.observe(0, 1, tokens("r-0", [1], 0, "stop"), 1.0)
     assert isinstance(out.command, UnloadAdapter) and out.command.content_hash == "h1"
+
+
+def test_nothing_is_dropped_while_a_load_may_bring_it_again() -> None:
+    core = ready_core()
+    load(core, "a", "h1")
+    call_id, _ = core.load_adapter("b", "b")
+    assert core.unload_adapter("a") == []
+    spec = AdapterSpec(name="b", content_hash="h1", path="b", ranks={"q": 4}, num_bytes=1)
+    assert core.observe(0, 1, AdapterResult(call_id=call_id, spec=spec), 0.0) == []
+    assert core.adapters.specs() == [spec]
+
+
+def test_content_is_dropped_once() -> None:
+    core = ready_core()
+    load(core, "a", "h1")
+    [drop] = core.unload_adapter("a")
+    assert core.observe(0, 1, AdapterResult(call_id=drop.command.call_id), 1.0) == []  # type: ignore[union-attr]
 
 
 def test_content_under_two_names_lives_until_the_last_is_gone() -> None:

@@ -22,7 +22,7 @@ from peft_dist.orchestrator.records import (
 )
 from tests.orchestrator.world import MiniReplica
 
-MAX_NUM_SEQS, MAX_QUEUE = 3, 4
+MAX_NUM_SEQS, MAX_QUEUE = 2, 2
 NAMES = st.sampled_from(["red", "blue"])
 CONTENTS = st.sampled_from(["one", "two", "broken"])
 
@@ -100,10 +100,9 @@ class Machine(RuleBasedStateMachine):
             self.tokens[(new.request_id, index)] = 0
         self._send(out)
 
+    @precondition(lambda self: self.open)
     @rule(data=st.data(), whole=st.booleans())
     def abort(self, data: st.DataObject, whole: bool) -> None:
-        if not self.open:
-            return
         request_id, index = data.draw(st.sampled_from(sorted(self.open)))
         self._send(self.core.abort(request_id, self.now, None if whole else index))
         self._hear()
@@ -137,9 +136,18 @@ class Machine(RuleBasedStateMachine):
     def replica_takes_a_command(self) -> None:
         self.replica.work()
 
+    @precondition(lambda self: self.replica.running)
     @rule()
     def replica_steps(self) -> None:
         self.replica.step()
+
+    @precondition(lambda self: self.replica.commands)
+    @rule()
+    def everything_under_way_arrives(self) -> None:
+        while self.replica.commands or self.replica.reports:
+            self._deliver_all()
+            if self.replica.commands:
+                self.replica.work()
 
     @precondition(lambda self: self.replica.reports)
     @rule()
@@ -152,16 +160,16 @@ class Machine(RuleBasedStateMachine):
         while self.replica.reports:
             self.deliver_a_report()
 
+    @precondition(lambda self: self.open)
     @rule(data=st.data(), other=st.sampled_from([-1, 1]))
     def stale_words_change_nothing(self, data: st.DataObject, other: int) -> None:
-        if not self.open:
-            return
         request_id, index = data.draw(st.sampled_from(sorted(self.open)))
         lie = SequenceProgress(request_id=f"{request_id}-{index}", token_ids=[1], first_index=0, finish_reason="stop")
         report = Progress(sequences=[lie], stats=ReplicaStats(num_running=99))
         assert self.core.observe(0, self.replica.epoch + other, report, self.now) == []
         assert self.core.drain_events() == [] and self.core.stats().num_running != 99
 
+    @precondition(lambda self: self.count % 5 == 4)
     @rule()
     def replica_dies_and_another_starts(self) -> None:
         died = self.replica.epoch
@@ -190,5 +198,5 @@ class Machine(RuleBasedStateMachine):
         assert self.replica.held == set(self.named.values())
 
 
-Machine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+Machine.TestCase.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
 TestRandomEvents = Machine.TestCase

@@ -35,10 +35,19 @@ def options(tmp_path: Path, adapters: dict[str, dict[str, Path]]) -> list[str]:
     rows = [{"adapter": name, "prompt": row[: 4 + 2 * i]} for i, (name, row) in enumerate(zip(NAMES, ids, strict=True))]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     chosen = [f"--adapter={name}={adapters['llama'][name]}" for name in ("wide", "narrow", "late")]
-    return ["--model", str(tmp_path / "model"), "--prompts", str(tmp_path / "prompts.jsonl"), "--max-new-tokens=8", *chosen]
+    return [
+        "--model",
+        str(tmp_path / "model"),
+        "--prompts",
+        str(tmp_path / "prompts.jsonl"),
+        "--max-new-tokens=8",
+        *chosen,
+    ]
 
 
-def test_two_processes_give_the_answers_of_one_in_order(options: list[str], adapters: dict[str, dict[str, Path]]) -> None:
+def test_two_processes_give_the_answers_of_one_in_order(
+    options: list[str], adapters: dict[str, dict[str, Path]]
+) -> None:
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
     two = run(*launch, str(EXAMPLE), *options)
     one = run(sys.executable, str(EXAMPLE), "--processes", "1", *options)
@@ -54,6 +63,11 @@ def test_two_processes_give_the_answers_of_one_in_order(options: list[str], adap
 def test_world_of_another_size_is_refused(options: list[str]) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "3", "RANK": "0"}
     done = subprocess.run(
-        [sys.executable, str(EXAMPLE), *options], env=environment, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, str(EXAMPLE), *options],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 1 and "3 processes were started but 2 are wanted" in done.stderr

@@ -62,7 +62,9 @@ def test_another_tuner(log: pytest.LogCaptureFixture) -> None:
     ids = oracle.inputs()["input_ids"]
     with torch.no_grad():
         for call in ({}, {"adapter_names": ["default"] * 5}):
-            assert torch.equal(ours.generate(ids, max_new_tokens=3, **call), theirs.generate(ids, max_new_tokens=3, **call))
+            assert torch.equal(
+                ours.generate(ids, max_new_tokens=3, **call), theirs.generate(ids, max_new_tokens=3, **call)
+            )
             assert torch.equal(ours(ids, **call).logits, theirs(ids, **call).logits)
     assert lines(log, "the tuner is IA3Model") == 1
 
@@ -75,9 +77,7 @@ def test_another_tuner(log: pytest.LogCaptureFixture) -> None:
         ({"trainable_token_indices": [3, 4]}, "TrainableTokensWrapper"),
     ],
 )
-def test_adapters_that_only_peft_can_mix(
-    options: dict[str, Any], reason: str, log: pytest.LogCaptureFixture
-) -> None:
+def test_adapters_that_only_peft_can_mix(options: dict[str, Any], reason: str, log: pytest.LogCaptureFixture) -> None:
     if options.get("lora_bias"):
         torch.manual_seed(0)
         model = get_peft_model(FAMILIES["gpt_neox"](), config(target_modules=["dense"], lora_bias=True), "a0").eval()
@@ -180,9 +180,7 @@ def test_call_that_fails_leaves_nothing_behind(make: Callable[..., PeftModel]) -
     assert torch.equal(model.generate(**oracle.inputs(), adapter_names=oracle.NAMES, max_new_tokens=4), fresh)
 
 
-def test_each_reason_is_logged_once_per_model(
-    make: Callable[..., PeftModel], log: pytest.LogCaptureFixture
-) -> None:
+def test_each_reason_is_logged_once_per_model(make: Callable[..., PeftModel], log: pytest.LogCaptureFixture) -> None:
     for model in (peft_dist.patch(make()), peft_dist.patch(make())):
         for _ in range(3):
             with model.disable_adapter():

@@ -26,9 +26,7 @@ def _alone(model: PeftModel, inputs: dict[str, torch.Tensor], **options: object)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_generate_gives_each_row_what_its_adapter_gives_alone(
-    family: str, make: Callable[..., PeftModel]
-) -> None:
+def test_generate_gives_each_row_what_its_adapter_gives_alone(family: str, make: Callable[..., PeftModel]) -> None:
     model, inputs = make(family), oracle.inputs()
     options = {
         "max_new_tokens": NEW_TOKENS,
@@ -63,9 +61,7 @@ def test_forward_gives_each_row_what_its_adapter_gives_alone(family: str, make: 
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "opt"])
-def test_forward_on_padded_rows_is_that_of_adapter_names_in_peft(
-    family: str, make: Callable[..., PeftModel]
-) -> None:
+def test_forward_on_padded_rows_is_that_of_adapter_names_in_peft(family: str, make: Callable[..., PeftModel]) -> None:
     """All positions, padded ones too. (PEFT itself cannot mix adapters in OPT, whose layers flatten the batch.)"""
     model, inputs = make(family), oracle.inputs()
     with torch.no_grad():

@@ -213,6 +213,16 @@ def test_attention_weights_are_hugging_faces(llama: PeftModel, caplog: pytest.Lo
     assert sum("attention weights" in record.message for record in caplog.records) == 1
 
 
+def test_attention_weights_may_be_asked_for_in_a_config(llama: PeftModel) -> None:
+    llama.set_attn_implementation("eager")
+    config = GenerationConfig(
+        max_new_tokens=4, return_dict_in_generate=True, output_attentions=True, pad_token_id=0, eos_token_id=2
+    )
+    expected, actual = both(llama, oracle.inputs(), oracle.NAMES, generation_config=config)
+    for ours, theirs in zip(actual.attentions[-1], expected.attentions[-1], strict=True):
+        oracle.assert_logits_close(ours, theirs)
+
+
 def test_generation_uses_a_paged_cache_and_leaves_the_attention_setting(
     llama: PeftModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

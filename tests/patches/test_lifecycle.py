@@ -78,7 +78,7 @@ def test_patch_that_fails_changes_nothing(llama: PeftModel, monkeypatch: pytest.
 
 
 def test_patch_refuses_what_is_no_peft_model() -> None:
-    with pytest.raises(TypeError, match="PeftModel.*LlamaForCausalLM"):
+    with pytest.raises(TypeError, match=r"PeftModel.*LlamaForCausalLM"):
         peft_dist.patch(FAMILIES["llama"]())
 
 
@@ -151,7 +151,7 @@ def test_adapters_come_and_go_after_patching(
         model.delete_adapter("narrow")
     names = ["wide", "late", "__base__"]
     assert torch.equal(answer(ours, names), answer(theirs, names))
-    with pytest.raises(ValueError, match="narrow.*known are __base__, fresh, late, wide"):
+    with pytest.raises(ValueError, match=r"narrow.*known are __base__, fresh, late, wide"):
         answer(ours)
     peft_dist.unpatch(ours)
     assert {type(m) for m in ours.modules() if isinstance(m, LoraLayer)} == {
@@ -164,7 +164,10 @@ def test_save_and_merge_and_unload(make: Callable[..., PeftModel], tmp_path: Pat
     answer(ours)
     for folder, model in (("ours", ours), ("theirs", theirs)):
         model.save_pretrained(tmp_path / folder)
-    files = [sorted(p.relative_to(tmp_path / f) for p in (tmp_path / f).rglob("*") if p.is_file()) for f in ("ours", "theirs")]
+    files = [
+        sorted(p.relative_to(tmp_path / f) for p in (tmp_path / f).rglob("*") if p.is_file())
+        for f in ("ours", "theirs")
+    ]
     assert files[0] == files[1]
     for name in files[0]:
         if name.suffix in (".safetensors", ".json"):

@@ -52,7 +52,7 @@ def test_features_of_conv1d_and_embedding() -> None:
     tokens = wrap_module(model, "transformer.wte")
     assert isinstance(tokens, SelectiveEmbedding)
     assert (tokens.in_features, tokens.out_features) == (96, 32)
-    with pytest.raises(TypeError, match="transformer.ln_f is a LayerNorm"):
+    with pytest.raises(TypeError, match=r"transformer\.ln_f is a LayerNorm"):
         wrap_module(model, "transformer.ln_f")
 
 
@@ -61,9 +61,7 @@ def test_position_embedding_that_takes_a_mask_cannot_be_wrapped() -> None:
 
 
 @pytest.mark.parametrize("family", ["gemma3", "gpt2", "qwen2"])
-def test_stock_model_with_pooled_adapters_equals_peft(
-    family: str, adapters: dict[str, dict[str, Path]]
-) -> None:
+def test_stock_model_with_pooled_adapters_equals_peft(family: str, adapters: dict[str, dict[str, Path]]) -> None:
     """As the engine uses it: no PEFT adapters in the model, weights in a pool, all rows in one pass."""
     peft_model = oracle.load(family, adapters[family])
     ids = oracle.inputs(padded=False)["input_ids"]
@@ -116,5 +114,5 @@ def test_rows_that_do_not_match_the_batch_are_refused() -> None:
     layer.lora_index = pool.add_layer(3, 2)
     pool.load(0, {0: (torch.ones(1, 3), torch.ones(2, 1), 1.0)})
     plan = LoRAPlan.from_rows(np.zeros(4, np.int32))
-    with ForwardContext(lora=plan, lora_weights=pool.weights), pytest.raises(RuntimeError, match="got 5 rows.*has 4"):
+    with ForwardContext(lora=plan, lora_weights=pool.weights), pytest.raises(RuntimeError, match=r"got 5 rows.*has 4"):
         layer(torch.zeros(5, 3))

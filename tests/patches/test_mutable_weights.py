@@ -139,9 +139,7 @@ def test_conversion_of_the_whole_model_is_seen(dtype: torch.dtype, make: Callabl
     answers(ours)
     inputs = oracle.inputs(padded=False)
     with torch.no_grad():
-        actual, expected = (
-            model.to(dtype)(**inputs, adapter_names=oracle.NAMES).logits for model in (ours, theirs)
-        )
+        actual, expected = (model.to(dtype)(**inputs, adapter_names=oracle.NAMES).logits for model in (ours, theirs))
     assert actual.dtype == expected.dtype == dtype
     error = (actual.double() - expected.double()).abs().max() / expected.double().abs().max()
     assert error < {torch.bfloat16: 0.05, torch.float16: 0.01, torch.float64: 1e-12}[dtype]

@@ -58,7 +58,9 @@ steps = st.lists(
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 20), st.integers(0, 2**16), steps)
-def test_any_history_leaves_the_same_contents(rows: int, prompt: int, seed: int, history: list[tuple[str, int]]) -> None:
+def test_any_history_leaves_the_same_contents(
+    rows: int, prompt: int, seed: int, history: list[tuple[str, int]]
+) -> None:
     random = np.random.default_rng(seed)
     plain, paged = DynamicCache(), PagedCache.adopt(DynamicCache(), rows, torch.device("cpu"))
     pads = random.integers(0, prompt, rows)

@@ -76,12 +76,14 @@ def test_fingerprint_changes_with_any_source_it_covers(tmp_path: Path) -> None:
 
 
 def test_properties_are_covered_with_their_setters(tmp_path: Path) -> None:
-    (tmp_path / "m.py").write_text("class A:\n    @property\n    def f(self): ...\n    @f.setter\n    def f(self, v): ...\n")
+    (tmp_path / "m.py").write_text(
+        "class A:\n    @property\n    def f(self): ...\n    @f.setter\n    def f(self, v): ...\n"
+    )
     assert source_of("m:A.f", tmp_path).count("def f") == 2
 
 
 def test_missing_module_is_named() -> None:
-    with pytest.raises(SourceNotFoundError, match="peft.no_such_module"):
+    with pytest.raises(SourceNotFoundError, match=r"peft\.no_such_module"):
         source_of("peft.no_such_module:A")
 
 

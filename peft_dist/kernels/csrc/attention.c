@@ -2,7 +2,13 @@
 #include "common.h"
 
 /* Keys of one tile; all of a task's rows see them before the next tile is touched. */
-enum { TILE = 64, FEW_ROWS = 2 };
+enum { TILE = 64 };
+/* Up to so many rows, dot products are faster than transposing the keys. */
+#ifdef __AVX512F__
+enum { FEW_ROWS = 2 };
+#else
+enum { FEW_ROWS = 6 };
+#endif
 
 /* An item is a stretch of query tokens of one sequence: (sequence, first token within its chunk, tokens). */
 typedef struct {
@@ -290,6 +296,7 @@ static void run_task(const Meta *meta, const Layer *layer, const int32_t *item, 
 
 /* Each thread takes the next task that nobody has taken. Returns nonzero when memory ran out. */
 EXPORT int pd_attention(const Meta *meta, const Layer *layer, int max_threads) {
+    if (!meta->num_items) return 0;
     int64_t num_tasks = meta->num_items * layer->num_kv_heads, next = 0;
     int64_t rows = meta->max_item * (layer->num_heads / layer->num_kv_heads);
     int num_threads = (int)at_least(1, at_most(max_threads, num_tasks)), failed = 0;
