@@ -13,10 +13,10 @@ from typing import cast
 import torch
 from torch import nn
 
-# MKL lays out for a number of rows; this layout is near the best from 1 to 256 rows, beyond which plain
-# multiplication amortises its own rearranging.
+# MKL lays out for a number of rows; this layout is near the best for all in the range. One or two rows need no
+# rearranging (they are matrix-vector products), and many amortise it.
 _MKL_LAYOUT_ROWS = 64
-_MKL_MAX_ROWS = 256
+_MKL_MIN_ROWS, _MKL_MAX_ROWS = 3, 256
 
 Multiply = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
 """(input, packed weight, weight, bias) to output."""
@@ -26,7 +26,7 @@ def _multiply_mkl(
     x: torch.Tensor, packed: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     rows = x.numel() // x.shape[-1]
-    if rows > _MKL_MAX_ROWS or rows == 0:
+    if not _MKL_MIN_ROWS <= rows <= _MKL_MAX_ROWS:
         return torch.nn.functional.linear(x, weight, bias)
     # The last argument must be the input's own number of rows, or the operator ignores the packed copy.
     return cast(torch.Tensor, torch.ops.mkl._mkl_linear(x, packed, weight, bias, rows))

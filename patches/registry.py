@@ -91,7 +91,7 @@ def source_of(name: str, root: Path | None = None) -> str:
         raise SourceNotFoundError(
             f"{module} defines no {qualified}: the library changed; review the patch that names it"
         )
-    lines = text.splitlines(keepends=True)
+    lines = text.split("\n")
     return "\n".join(_segment(lines, node) for node in nodes)
 
 
@@ -103,8 +103,7 @@ def _parse(text: str) -> ast.Module:
 
 def _segment(lines: list[str], node: Any) -> str:
     """A definition's text without its first line's indentation and its last line's end."""
-    segment = "".join(lines[node.lineno - 1 : node.end_lineno])
-    return segment[node.col_offset :].rstrip("\n")
+    return "\n".join(lines[node.lineno - 1 : node.end_lineno])[node.col_offset :]
 
 
 def _module_path(module: str, root: Path | None) -> Path:

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from peft_dist.forward_context import ForwardContext
@@ -46,7 +48,7 @@ class SelectiveCall:
         self.caches: list[PagedCache] = []
         self._plans: dict[tuple[int, int], LoRAPlan | None] = {}
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._configs = list({id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values())
+        self._configs = _attention_configs(model) if pages else []
 
     def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """One forward pass of the base model."""
@@ -145,6 +147,19 @@ def use_paged_attention(configs: Sequence[PreTrainedConfig]) -> Iterator[None]:
     finally:
         for config, name in before:
             config._attn_implementation_internal = name
+
+
+def _attention_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """Every configuration object that a module outside of the adapter layers reads."""
+    found: dict[int, PreTrainedConfig] = {}
+    remaining: list[nn.Module] = [model]
+    while remaining:
+        module = remaining.pop()
+        config = module.__dict__.get("config")
+        if isinstance(config, PreTrainedConfig):
+            found[id(config)] = config
+        remaining += [child for child in module.children() if not isinstance(child, BaseTunerLayer)]
+    return list(found.values())
 
 
 def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:

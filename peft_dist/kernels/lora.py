@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from peft_dist.kernels import lora_cpu, lora_torch
@@ -25,11 +23,9 @@ def add_lora_(y: torch.Tensor, x: torch.Tensor, weights: LoRALayerWeights, plan:
     Returns:
         y itself.
     """
-    function = _c_function(y, weights, plan)
-    if function is None or x.dtype != y.dtype:
-        return lora_torch.add_lora_(y, x, weights, plan)
-    lora_cpu.add_lora_(function, y, x, weights, plan)
-    return y
+    if plan.backend != "torch" and lora_cpu.add_lora_(y, x, weights, plan):
+        return y
+    return lora_torch.add_lora_(y, x, weights, plan)
 
 
 def add_embedding_lora_(
@@ -45,15 +41,7 @@ def add_embedding_lora_(
     Returns:
         y itself.
     """
-    function = _c_function(y, weights, plan)
-    if function is None:
-        return lora_torch.add_embedding_lora_(y, ids, weights, plan, embed_scale)
-    lora_cpu.add_embedding_lora_(function, y, ids, weights, plan, 1.0 if embed_scale is None else embed_scale)
-    return y
-
-
-def _c_function(y: torch.Tensor, weights: LoRALayerWeights, plan: LoRAPlan) -> Any:
-    """The C kernel for this call, or None when torch has to run it."""
-    if plan.backend == "torch" or not lora_cpu.takes(y, weights):
-        return None
-    return lora_cpu.function_for(y.dtype)
+    factor = 1.0 if embed_scale is None else embed_scale
+    if plan.backend != "torch" and lora_cpu.add_embedding_lora_(y, ids, weights, plan, factor):
+        return y
+    return lora_torch.add_embedding_lora_(y, ids, weights, plan, embed_scale)

@@ -85,7 +85,8 @@ def _follow_lifeline() -> None:
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + signum)
+    # An exception could surface anywhere, and whoever sends this signal expects nothing more from us.
+    os._exit(128 + signum)
 
 
 def main(argv: list[str]) -> int:

@@ -25,7 +25,8 @@ def make_adapters(family: str, model: torch.nn.Module, folder: Path) -> dict[str
         "all": random_adapter(model, folder / "all", 4, 8.0, everything, seed=1),
         "some": random_adapter(model, folder / "some", 7, 5.0, inner[:2], layers_to_transform=[0, 2], seed=2),
         "rs": random_adapter(
-            model, folder / "rs", 3, 6.0, inner, use_rslora=True, rank_pattern={inner[0]: 9}, alpha_pattern={inner[-1]: 2.0},
+            model, folder / "rs", 3, 6.0, inner, use_rslora=True, rank_pattern={inner[0]: 9},
+            alpha_pattern={inner[-1]: 2.0},
             seed=3, dtype=torch.bfloat16,
         ),
     }  # fmt: skip

@@ -23,7 +23,7 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A process that has built nothing yet, with an empty cache."""
     monkeypatch.setenv("PEFT_DIST_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(cpu_build, "_libraries", {})
-    monkeypatch.setattr(lora_cpu, "_functions", {})
+    monkeypatch.setattr(lora_cpu, "_functions", lora_cpu._FunctionTable())
     monkeypatch.setattr(attention_cpu, "_functions", {})
     return tmp_path
 

@@ -67,9 +67,9 @@ static Body *const bodies[2] = {
     GLUE(GLUE(body_, X), GLUE(_, X)),
 };
 
-/* Either x (then ids is null) or ids is given. Returns nonzero when memory ran out. */
-EXPORT int pd_add_lora(void *y, int64_t y_stride, const void *x, int64_t x_stride, const int64_t *ids, float factor,
-                       const Layer *layer, const Plan *plan, int max_threads) {
+/* Either x or ids is null. Returns nonzero when memory ran out. */
+static int add(void *y, int64_t y_stride, const void *x, int64_t x_stride, const int64_t *ids, float factor,
+               const Layer *layer, const Plan *plan, int max_threads) {
     int64_t max_rank = 0, work = 0;
     for (int32_t i = 0; i < plan->num_runs; i++) {
         Run run = run_of(layer, plan, i);
@@ -90,4 +90,14 @@ EXPORT int pd_add_lora(void *y, int64_t y_stride, const void *x, int64_t x_strid
     body(y, y_stride, x, x_stride, ids, factor, layer, plan, t, max_rank, omp_get_thread_num(), omp_get_num_threads(),
          work);
     return 0;
+}
+
+EXPORT int pd_add_lora(void *y, int64_t y_stride, const void *x, int64_t x_stride, const Layer *layer,
+                       const Plan *plan, int max_threads) {
+    return add(y, y_stride, x, x_stride, NULL, 1, layer, plan, max_threads);
+}
+
+EXPORT int pd_add_embedding_lora(void *y, int64_t y_stride, const int64_t *ids, float factor, const Layer *layer,
+                                 const Plan *plan, int max_threads) {
+    return add(y, y_stride, NULL, 0, ids, factor, layer, plan, max_threads);
 }
