@@ -29,7 +29,7 @@ class FirstToken(BaseStreamer):
 def run_peft(
     model_path: Path, adapters: Mapping[str, Path], chats: list[tuple[str, str]], max_tokens: int
 ) -> tuple[list[str], dict[str, float]]:
-    """Answers and timings of ``generate(adapter_names=...)`` on the left-padded batch; the second of two runs."""
+    """Answers and timings of ``generate(adapter_names=...)`` on the left-padded batch; after a short warm-up."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -48,12 +48,12 @@ def run_peft(
     ]
     batch = tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False)
     names = ["__base__" if name == "base" else name for name, _ in chats]
-    for _ in range(2):
+    for count in (4, max_tokens):
         streamer = FirstToken()
         started = time.perf_counter()
         with torch.no_grad():
             output = model.generate(
-                **batch, adapter_names=names, max_new_tokens=max_tokens, do_sample=False, streamer=streamer,
+                **batch, adapter_names=names, max_new_tokens=count, do_sample=False, streamer=streamer,
                 pad_token_id=tokenizer.eos_token_id,
             )  # fmt: skip
         seconds = time.perf_counter() - started

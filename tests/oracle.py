@@ -67,10 +67,9 @@ class PeftOracle:
         return Answer(output.sequences[0, len(prompt) :].tolist(), torch.stack(output.logits)[:, 0])
 
 
-def is_tie(logits: torch.Tensor) -> bool:
-    """Whether the two highest logits lie within ``TIE`` of the logits' scale."""
-    first, second = logits.topk(2).values.tolist()
-    return first - second <= TIE * float(logits.abs().max())
+def is_tie(logits: torch.Tensor, token: int) -> bool:
+    """Whether ``token``'s logit lies within ``TIE`` of the logits' scale below the highest."""
+    return float(logits.max() - logits[token]) <= TIE * float(logits.abs().max())
 
 
 class Recorder:
@@ -97,14 +96,21 @@ def assert_identical(
     if list(ours) == answer.tokens:
         return 0
     first = next(i for i, (a, b) in enumerate(zip(ours, answer.tokens, strict=True)) if a != b)
-    assert is_tie(answer.logits[first]), f"token {first}: {ours[first]} is not {answer.tokens[first]}, and no tie"
+    assert is_tie(answer.logits[first], ours[first]), (
+        f"token {first}: {ours[first]} is not {answer.tokens[first]}, and no tie"
+    )
     ties = 1
     for i in range(first + 1, len(ours)):
         logits = oracle.logits_after([*prompt, *ours[:i]], adapter)
         if int(logits.argmax()) != ours[i]:
-            assert is_tie(logits), f"token {i} after a tie"
+            assert is_tie(logits, ours[i]), f"token {i} after a tie"
             ties += 1
     return ties
+
+
+def common_prefix(ours: Sequence[int], theirs: Sequence[int]) -> int:
+    """How many tokens agree before the first that does not."""
+    return next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
 
 
 def assert_close_logits(ours: Sequence[torch.Tensor], answer: Answer, num_tokens: int) -> None:

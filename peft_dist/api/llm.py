@@ -18,7 +18,7 @@ from peft_dist.api.offline_inputs import Prompt, Prompts, align_adapter_names, a
 from peft_dist.api.output_processor import RequestOutputs
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.config import EngineConfig, ModelInfo
-from peft_dist.core.errors import ConfigError, EngineDeadError
+from peft_dist.core.errors import ConfigError, EngineDeadError, InvalidRequestError, PeftDistError
 from peft_dist.core.messages import AbortRequest, AdapterResult, AddRequest, AnyCommand, Progress, Ready, UnloadAdapter
 from peft_dist.core.outputs import RequestOutput
 from peft_dist.core.sampling_params import SamplingParams
@@ -27,7 +27,7 @@ from peft_dist.orchestrator.client import NewRequest
 from peft_dist.orchestrator.core import Orchestrator, OrchestratorOptions
 from peft_dist.orchestrator.records import Outgoing, RequestFailed, SequenceEvent
 from peft_dist.runner.adapter_source import resolve_adapter
-from peft_dist.runner.replica import Replica, build_replica
+from peft_dist.runner.replica import Replica, build_replica, release_memory
 
 _REPLICA = 0
 _UNBOUNDED = 2**62
@@ -77,8 +77,12 @@ class LLM:
         self._observe(Ready(model=self._info, pid=0))
         self._ids = itertools.count()
         self.tokenizer: Any | None = tokenizer if tokenizer is not None else self._load_tokenizer(config)
-        for name, path in (adapters or {}).items():
-            self.load_adapter(path, name)
+        try:
+            for name, path in (adapters or {}).items():
+                self.load_adapter(path, name)
+        except PeftDistError:
+            self.close()
+            raise
 
     @property
     def model_info(self) -> ModelInfo:
@@ -107,7 +111,8 @@ class LLM:
                 model's own name for the base.
 
         Returns:
-            One output for each prompt, in order.
+            One output for each prompt, in order. A sequence whose logits were not finite ends alone, with the
+            finish reason "error" and the cause in ``error``.
 
         Raises:
             InvalidRequestError, UnknownModelError: a prompt cannot be served; nothing was run then.
@@ -115,6 +120,10 @@ class LLM:
         requests = [self._tokenize(prompt) for prompt in split_prompts(prompts)]
         params = align_params(sampling_params, len(requests))
         names = align_adapter_names(adapter_names, len(requests))
+        if self.tokenizer is None and any(own.stop for own in params):
+            raise InvalidRequestError(
+                "stop strings need a tokenizer, which this model lacks: use stop_token_ids", "stop"
+            )
         return self._run(requests, params, names, use_tqdm)
 
     def chat(
@@ -157,7 +166,8 @@ class LLM:
         call_id, _ = self._orchestrator.load_adapter(name, str(path), replace=replace, allow_pickle=self._allow_pickle)
         spec = None
         try:
-            spec = self._open.load_adapter(name, resolve_adapter(str(path)), allow_pickle=self._allow_pickle)
+            folder = resolve_adapter(str(path), allow_pickle=self._allow_pickle)
+            spec = self._open.load_adapter(name, folder, allow_pickle=self._allow_pickle)
         finally:
             # Whatever happens, the orchestrator must hear the end of the load that it began.
             error = None if spec else "refused"
@@ -172,8 +182,10 @@ class LLM:
     def close(self) -> None:
         """Give back the model's memory. Using the object afterwards raises; closing again does nothing."""
         if self._replica is not None:
-            self._replica.close()
-            self._replica = None
+            replica, self._replica = self._replica, None
+            replica.close()
+            del replica
+            release_memory()
 
     def __enter__(self) -> LLM:
         return self
@@ -237,8 +249,6 @@ class LLM:
                 raise event.error
             if not isinstance(event, SequenceEvent) or outputs[event.request_id].finished:
                 continue
-            if event.progress.error is not None:
-                raise EngineDeadError(f"request {event.request_id} failed: {event.progress.error}")
             output = outputs[event.request_id]
             if output.add(event.sequence_index, event.progress).must_abort:
                 self._send(self._orchestrator.abort(event.request_id, time.monotonic(), event.sequence_index))

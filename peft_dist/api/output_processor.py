@@ -56,6 +56,7 @@ class SequenceOutput:
         self.must_abort = False
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
+        self.error: str | None = None
         self._params = params
         self._stream: TextStream | None = None
         self._texts: TokenBytes | None = None
@@ -110,6 +111,7 @@ class SequenceOutput:
             cumulative_logprob=sum(p[token].logprob for token, p in chosen) if wants_logprobs else None,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
+            error=self.error,
         )
 
     def _take(self, progress: SequenceProgress, place: int) -> None:
@@ -139,7 +141,8 @@ class SequenceOutput:
             self._text.append(text[:out])
 
     def _end(self, progress: SequenceProgress) -> None:
-        reason = progress.finish_reason if progress.error is None else "abort"
+        reason = progress.finish_reason
+        self.error = progress.error
         if self.finish_reason is not None:
             self.must_abort = reason is None
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
+from collections.abc import Iterable
 
 
 class BlockManager:
@@ -81,10 +82,12 @@ class BlockManager:
             self._hash_of[block] = key
             self._block_of[key] = block
 
-    def withdraw(self, request_id: str) -> None:
-        """Take back the names of a sequence's blocks: their content cannot be trusted."""
-        for block in self._tables.get(request_id, ()):
-            self._forget_hash(block)
+    def withdraw(self, keys: Iterable[bytes]) -> None:
+        """Take back names: what the blocks hold cannot be trusted, whoever holds them now."""
+        for key in keys:
+            block = self._block_of.get(key)
+            if block is not None:
+                self._forget_hash(block)
 
     def free(self, request_id: str) -> None:
         """Return a sequence's blocks, wherever they are. The end of a sequence is reused before its start."""

@@ -20,8 +20,9 @@ PositionLogprobs = dict[int, Logprob]
 class CompletionOutput(msgspec.Struct):
     """One drawn sequence of a request.
 
-    ``finish_reason`` is "stop" (end of sequence, stop id or stop string), "length", "abort", or None while
-    it runs; ``stop_reason`` is the stop string or stop id that ended it, None for the model's own end.
+    ``finish_reason`` is "stop" (end of sequence, stop id or stop string), "length", "abort", "error" (then
+    ``error`` says why), or None while it runs; ``stop_reason`` is the stop string or stop id that ended it,
+    None for the model's own end.
     """
 
     index: int
@@ -31,6 +32,7 @@ class CompletionOutput(msgspec.Struct):
     cumulative_logprob: float | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    error: str | None = None
 
 
 class RequestOutput(msgspec.Struct):

@@ -100,9 +100,14 @@ class Engine:
         outcomes = {outcome.request_id: outcome for outcome in result.sequences}
         progress = []
         for request, sequence in zip(requests, batch.sequences, strict=True):
+            outcome = outcomes[request.request_id]
+            if outcome.error is not None:
+                # Its KV may hold what made it fail: nobody may find it by its prefix, even if the request was
+                # preempted or aborted meanwhile.
+                self.scheduler.blocks.withdraw(request.block_hashes)
             # A request may have ended, and its id be in use again, while this batch ran.
             if not request.is_finished:
-                progress += self._update_request(request, sequence, outcomes[request.request_id])
+                progress += self._update_request(request, sequence, outcome)
         self.scheduler.publish(requests)
         return progress
 
@@ -111,8 +116,6 @@ class Engine:
     ) -> list[SequenceProgress]:
         request.num_in_flight -= sequence.samples
         if outcome.error is not None:
-            # Its KV may hold what made it fail: no other request may find it by its prefix.
-            self.scheduler.blocks.withdraw(request.request_id)
             return [self._finish(request, "error", error=outcome.error)]
         if outcome.prompt_logprobs is not None:
             # A preempted prompt is computed again: positions that are already scored are not scored twice.

@@ -126,9 +126,8 @@ def _prepare(meta: AttentionMetadata, long_in_torch: bool = False) -> _Prepared:
 
 def takes(tensor: torch.Tensor, cache: KVCache) -> bool:
     """Whether the C kernels can run this call: on CPU, contiguous caches of the tensor's own type."""
-    return (
-        tensor.is_cpu and tensor.dtype == cache.key.dtype and cache.key.is_contiguous() and cache.value.is_contiguous()
-    )
+    same_type = tensor.is_cpu and tensor.dtype == cache.key.dtype
+    return bool(same_type and cache.key.is_contiguous() and cache.value.is_contiguous())
 
 
 def write_kv(

@@ -60,17 +60,14 @@ class KVCachePool:
         """Bytes of one block over all layers, keys and values."""
         return block_bytes(self._shapes, self.block_size, self.dtype)
 
-    @torch.no_grad()
     def swap_out(self, pairs: Pairs) -> None:
         """Copy device blocks to host blocks: pairs (device, host)."""
         self._transfer(self._device, self._host, pairs)
 
-    @torch.no_grad()
     def swap_in(self, pairs: Pairs) -> None:
         """Copy host blocks to device blocks: pairs (host, device)."""
         self._transfer(self._host, self._device, pairs)
 
-    @torch.no_grad()
     def copy(self, pairs: Pairs) -> None:
         """Copy device blocks to device blocks: pairs (source, destination). All sources are read first."""
         self._transfer(self._device, self._device, pairs)
@@ -80,13 +77,14 @@ class KVCachePool:
         if not pairs:
             return
         index = torch.tensor(pairs, dtype=torch.long)
-        for shape, origin in source.items():
-            blocks = origin.index_select(2, index[:, 0].to(origin.device))
-            destination = target[shape]
-            destination.index_copy_(2, index[:, 1].to(destination.device), blocks.to(destination.device))
+        with torch.no_grad():
+            for shape, origin in source.items():
+                blocks = origin.index_select(2, index[:, 0].to(origin.device))
+                destination = target[shape]
+                destination.index_copy_(2, index[:, 1].to(destination.device), blocks.to(destination.device))
 
 
 def block_bytes(shapes: Sequence[Shape], block_size: int, dtype: torch.dtype) -> int:
     """Bytes of one KV block over all layers of these (num_kv_heads, head_dim), keys and values."""
     per_token = sum(num_heads * head_dim for num_heads, head_dim in shapes)
-    return 2 * block_size * per_token * dtype.itemsize
+    return int(2 * block_size * per_token * dtype.itemsize)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from peft_dist.core.config import EngineConfig
@@ -51,7 +52,9 @@ def load_model(options: EngineConfig, device: torch.device) -> PreTrainedModel:
             raise ConfigError(f"{options.model} is an encoder-decoder model; only decoder-only models are served")
         dtype = resolve_dtype(options.dtype, config, device)
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, **source)
-    except (OSError, KeyError) as error:
+    except (OSError, KeyError, ValueError, ImportError, SafetensorError) as error:
+        if isinstance(error, ConfigError):
+            raise
         raise ConfigError(
             f"cannot load the base model {options.model!r}: {error}. Give a folder with config.json and safetensors, "
             "or a hub id that is reachable or cached"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -36,7 +37,7 @@ _VERSIONED = ("torch", "transformers", "peft", "accelerate")
 
 @dataclass
 class Replica:
-    """An engine with its model. ``close`` gives the memory back."""
+    """An engine with its model. ``close`` ends what runs; the memory goes with the object (``release_memory``)."""
 
     engine: Engine
     model_info: ModelInfo
@@ -61,8 +62,13 @@ class Replica:
         self.engine.abort(list(self.engine.requests))
         while self.engine.has_work:
             self.engine.step(0.0)
-        if self.runner.device.type == "cuda":
-            torch.cuda.empty_cache()
+
+
+def release_memory() -> None:
+    """Give what no object holds any more back to the device's driver."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def build_replica(config: EngineConfig) -> Replica:

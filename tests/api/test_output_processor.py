@@ -189,8 +189,10 @@ def test_an_end_without_tokens() -> None:
 
 def test_a_failed_sequence_ends() -> None:
     output = SequenceOutput(TOKENIZER, [], SamplingParams())
-    delta = output.add(SequenceProgress(request_id="r", token_ids=[], first_index=0, error="not finite"))
-    assert delta.finish_reason == "abort"
+    delta = output.add(
+        SequenceProgress(request_id="r", token_ids=[], first_index=0, finish_reason="error", error="not finite")
+    )
+    assert delta.finish_reason == "error" and output.completion().error == "not finite"
     assert not output.must_abort
 
 

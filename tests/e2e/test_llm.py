@@ -126,6 +126,26 @@ def test_stop_strings_end_text_and_engine(llm: LLM) -> None:
     assert llm._open.engine.scheduler.blocks.num_free == 64
 
 
+def test_a_sequence_that_fails_ends_alone(llm: LLM) -> None:
+    runner = llm._open.runner
+    original, prompts = runner._logits, [[40], [41], [42]]
+
+    def poisoned(inputs: object) -> torch.Tensor:
+        logits = original(inputs)
+        for row, sequence in enumerate(inputs.sampled):  # type: ignore[attr-defined]
+            if sequence.start == 0 and sequence.token_ids == [41]:
+                logits[row] = float("nan")
+        return logits
+
+    expected = llm.generate(prompts, GREEDY, use_tqdm=False)
+    runner._logits = poisoned  # type: ignore[method-assign]
+    outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+    runner._logits = original  # type: ignore[method-assign]
+    assert outputs[1].outputs[0].finish_reason == "error" and "not finite" in (outputs[1].outputs[0].error or "")
+    for i in (0, 2):
+        assert outputs[i].outputs[0].token_ids == expected[i].outputs[0].token_ids
+
+
 def test_chat_uses_the_template(llm: LLM) -> None:
     conversation = [{"role": "user", "content": "hi"}]
     [output] = llm.chat(conversation, GREEDY, use_tqdm=False)
@@ -140,6 +160,8 @@ def test_a_folder_without_a_tokenizer_works_with_ids(folder: Path) -> None:
         assert len(output.outputs[0].token_ids) == 5 and output.outputs[0].text == ""
         with pytest.raises(ConfigError, match="no tokenizer"):
             llm.generate(["text"], GREEDY)
+        with pytest.raises(InvalidRequestError, match="stop_token_ids"):
+            llm.generate([[5]], SamplingParams(stop="x"))
         with pytest.raises(ConfigError, match="no chat template"):
             llm.chat([{"role": "user", "content": "hi"}])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
@@ -265,6 +267,26 @@ def test_one_failing_sequence_fails_alone_and_leaves_no_prefix(depth: int) -> No
     assert got["again"][-1].num_cached_tokens == 0
     assert tokens_of(got["again"]) == expected(again)
     assert_empty(engine)
+
+
+def test_a_failure_that_comes_after_an_abort_or_a_preemption_leaves_no_prefix() -> None:
+    for interrupt in ("abort", "preempt"):
+        engine = make_engine(depth=1)
+        bad = make_request("bad", list(range(20, 40)), 1)
+        engine.executor.poisoned.add("bad")  # type: ignore[attr-defined]
+        engine.add_request(bad)
+        got: dict[str, list[SequenceProgress]] = {}
+        engine.scheduler.limits = replace(engine.scheduler.limits, max_num_batched_tokens=64)
+        step(engine, got)  # In flight, and its blocks are named.
+        if interrupt == "abort":
+            engine.abort(["bad"])
+        else:
+            engine.scheduler._preempt(bad)
+        drain(engine, got)
+        engine.add_request(make_request("again", list(range(20, 40)), 1))
+        drain(engine, got)
+        assert got["again"][-1].num_cached_tokens == 0, interrupt
+        assert_empty(engine)
 
 
 def test_more_adapters_than_slots_take_turns() -> None:

@@ -95,11 +95,13 @@ def test_broken_rows_reach_no_other_row(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
-def test_threads_divide_large_batches(backend: str, dtype: torch.dtype, num_threads: int) -> None:
+@pytest.mark.parametrize("rows", [3, 200])
+def test_threads_divide_the_work(backend: str, dtype: torch.dtype, num_threads: int, rows: int) -> None:
+    """Many rows are divided by rows, few by ranks and columns."""
     skip_without(backend, dtype)
     weights = layer_of([16, 0, 7, 33], (300, 520), dtype, seed=3)
-    plan = plan_of(np.sort(np.random.default_rng(0).integers(-1, 4, 200)), backend)
-    x, y = torch.randn(200, 300).to(dtype), torch.randn(200, 520).to(dtype)
+    plan = plan_of(np.sort(np.random.default_rng(0).integers(-1, 4, rows)), backend)
+    x, y = torch.randn(rows, 300).to(dtype), torch.randn(rows, 520).to(dtype)
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
@@ -107,6 +109,20 @@ def test_threads_divide_large_batches(backend: str, dtype: torch.dtype, num_thre
     finally:
         torch.set_num_threads(before)
     assert_close(got, reference.add_lora_(y.clone(), x, weights, plan))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(deadline=None, max_examples=20)
+@given(slots=row_slots(4, max_rows=20))
+def test_a_row_gets_the_same_bits_in_any_batch(dtype: torch.dtype, slots: np.ndarray) -> None:
+    """Whatever other rows and adapters there are: a request's tokens must not depend on its neighbours."""
+    skip_without("c", dtype)
+    weights = layer_of([5, 8, 0, 17], (70, 90), dtype, seed=2)
+    x, y = torch.randn(len(slots), 70).to(dtype), torch.randn(len(slots), 90).to(dtype)
+    together = lora.add_lora_(y.clone(), x, weights, plan_of(slots, "c"))
+    for row in range(len(slots)):
+        alone = lora.add_lora_(y[row : row + 1].clone(), x[row : row + 1], weights, plan_of(slots[row : row + 1], "c"))
+        assert torch.equal(alone[0], together[row])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

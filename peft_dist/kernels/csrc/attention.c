@@ -29,22 +29,21 @@ typedef struct {
 } Layer;
 
 INLINE int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
-INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
 
 /* For x up to 80; 0 below -87; a NaN stays one, so that a broken sequence is noticed. */
 INLINE vf exp_of(vf x) {
     vi tiny = x < -87.0f, broken = x != x;
     vf z = pick(tiny, splat(-87.0f), x);
+    /* x = n ln 2 + r with |r| <= ln 2 / 2; adding 1.5 * 2^23 rounds to an integer. */
     vf shifted = z * 1.44269504f + 12582912.0f;
     vi exponent = (vi)shifted - 0x4B400000;
     vf n = shifted - 12582912.0f;
     vf r = z - n * 0.693359375f + n * 2.12194440e-4f;
-    vf p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
+    vf p = r * (1.0f / 5040) + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
     vf y = p * r * r + r + 1.0f;
     vf scaled = (vf)(((vi)y + (exponent << 23)) & ~tiny);
     return pick(broken, x, scaled);
@@ -52,9 +51,14 @@ INLINE vf exp_of(vf x) {
 
 INLINE vf tanh_of(vf x) {
     vi sign = (vi)x & (vi)splat(-0.0f), broken = x != x;
-    vf z = (vf)((vi)x ^ sign);
-    z = pick(z > 15.0f, splat(15.0f), z);
-    vf t = 1.0f - 2.0f / (exp_of(z + z) + 1.0f);
+    vf z = (vf)((vi)x ^ sign), square = z * z;
+    vf p = square * (-1382.0f / 155925) + 62.0f / 2835;
+    p = p * square - 17.0f / 315;
+    p = p * square + 2.0f / 15;
+    p = p * square - 1.0f / 3;
+    vf near_zero = p * square * z + z;
+    vf capped = pick(z > 15.0f, splat(15.0f), z);
+    vf t = pick(z < 0.4f, near_zero, 1.0f - 2.0f / (exp_of(capped + capped) + 1.0f));
     return pick(broken, x, (vf)((vi)t | sign));
 }
 
@@ -245,53 +249,89 @@ static void transpose(const float *const *keys, int64_t dim, int64_t n, float *t
         }
 }
 
-static void run_task(const Meta *meta, const Layer *layer, const int32_t *item, int64_t head, Buffers b) {
-    int64_t sequence = item[0], num_tokens = item[2], group = layer->num_heads / layer->num_kv_heads;
-    int64_t first_row = meta->query_start_loc[sequence] + item[1], context = meta->context_lens[sequence];
-    int64_t chunk = meta->query_start_loc[sequence + 1] - meta->query_start_loc[sequence];
-    int64_t first_position = context - chunk + item[1], rows = num_tokens * group;
-    int64_t key_dim = padded(layer->key_dim), value_dim = padded(layer->value_dim);
-    const int32_t *blocks = meta->block_tables + sequence * meta->max_blocks;
-    for (int64_t r = 0; r < rows; r++) {
-        int64_t query_head = head * group + r % group;
-        float *q = b.q + r * key_dim;
-        widen(layer->query + (first_row + r / group) * layer->token_stride + query_head * layer->head_stride,
-              layer->key_dim, q);
-        for (int64_t d = 0; d < key_dim; d += LANES) store_f32(q + d, load_f32(q + d) * layer->scale);
-        b.highest[r] = layer->sinks ? layer->sinks[query_head] : -INFINITY;
-        b.total[r] = layer->sinks ? 1.0f : 0.0f;
+/* One item for one key head. Row r is query token r / group of the item, and the head's query head r % group. */
+typedef struct {
+    const Layer *layer;
+    Buffers b;
+    const int32_t *blocks;
+    int64_t head, group, rows, first_row, first_position, window, key_dim, value_dim;
+} Task;
+
+static Task task_of(const Meta *meta, const Layer *layer, const int32_t *item, int64_t head, Buffers b) {
+    const int32_t *starts = meta->query_start_loc + item[0];
+    int64_t group = layer->num_heads / layer->num_kv_heads, chunk = starts[1] - starts[0];
+    int64_t first_position = meta->context_lens[item[0]] - chunk + item[1];
+    return (Task){
+        .layer = layer,
+        .b = b,
+        .blocks = meta->block_tables + item[0] * meta->max_blocks,
+        .head = head,
+        .group = group,
+        .rows = item[2] * group,
+        .first_row = starts[0] + item[1],
+        .first_position = first_position,
+        .window = layer->window > 0 ? layer->window : first_position + item[2],
+        .key_dim = padded(layer->key_dim),
+        .value_dim = padded(layer->value_dim),
+    };
+}
+
+static void begin(const Task *t) {
+    const Layer *layer = t->layer;
+    for (int64_t r = 0; r < t->rows; r++) {
+        int64_t query_head = t->head * t->group + r % t->group, token = t->first_row + r / t->group;
+        float *q = t->b.q + r * t->key_dim;
+        widen(layer->query + token * layer->token_stride + query_head * layer->head_stride, layer->key_dim, q);
+        for (int64_t d = 0; d < t->key_dim; d += LANES) store_f32(q + d, load_f32(q + d) * layer->scale);
+        t->b.highest[r] = layer->sinks ? layer->sinks[query_head] : -INFINITY;
+        t->b.total[r] = layer->sinks ? 1.0f : 0.0f;
     }
-    memset(b.acc, 0, rows * value_dim * sizeof(float));
-    int64_t end = first_position + num_tokens, window = layer->window > 0 ? layer->window : end;
-    for (int64_t start = at_least(0, first_position - window + 1); start < end; start += TILE) {
-        const float *keys[TILE], *values[TILE];
-        int64_t n = at_most(TILE, end - start);
-        locate(layer->key, layer->key_dim, layer, blocks, head, start, n, b.keys, keys);
-        locate(layer->value, layer->value_dim, layer, blocks, head, start, n, b.values, values);
-        if (rows <= FEW_ROWS)
-            dots_all(b.q, key_dim, keys, n, b.scores, rows);
+    memset(t->b.acc, 0, t->rows * t->value_dim * sizeof(float));
+}
+
+/* All rows meet the n keys from position `start` on. */
+static void meet(const Task *t, int64_t start, int64_t n) {
+    const Layer *layer = t->layer;
+    const float *keys[TILE], *values[TILE];
+    locate(layer->key, layer->key_dim, layer, t->blocks, t->head, start, n, t->b.keys, keys);
+    locate(layer->value, layer->value_dim, layer, t->blocks, t->head, start, n, t->b.values, values);
+    if (t->rows <= FEW_ROWS)
+        dots_all(t->b.q, t->key_dim, keys, n, t->b.scores, t->rows);
+    else {
+        transpose(keys, t->key_dim, n, t->b.transposed);
+        products_all(t->b.q, t->key_dim, t->b.transposed, n, t->b.scores, t->rows);
+    }
+    for (int64_t r = 0; r < t->rows; r++) {
+        int64_t position = t->first_position + r / t->group;
+        int64_t low = at_least(0, position - t->window + 1 - start), high = at_most(n, position + 1 - start);
+        if (low < high)
+            soften(t->b.scores + r * TILE, low, high, layer->softcap, t->b.highest + r, t->b.total + r, t->b.decay + r);
         else {
-            transpose(keys, key_dim, n, b.transposed);
-            products_all(b.q, key_dim, b.transposed, n, b.scores, rows);
+            memset(t->b.scores + r * TILE, 0, TILE * sizeof(float));
+            t->b.decay[r] = 1.0f;
         }
-        for (int64_t r = 0; r < rows; r++) {
-            int64_t position = first_position + r / group;
-            int64_t low = at_least(0, position - window + 1 - start), high = at_most(n, position + 1 - start);
-            if (low >= high) {
-                memset(b.scores + r * TILE, 0, TILE * sizeof(float));
-                b.decay[r] = 1.0f;
-            } else
-                soften(b.scores + r * TILE, low, high, layer->softcap, b.highest + r, b.total + r, b.decay + r);
-        }
-        weigh_all(b.acc, value_dim, b.decay, b.scores, values, n, rows);
     }
-    for (int64_t r = 0; r < rows; r++) {
-        XT *out = layer->out + ((first_row + r / group) * layer->num_heads + head * group + r % group) * layer->value_dim;
-        int64_t d = 0;
-        for (; d + LANES <= layer->value_dim; d += LANES)
-            XSTORE(out + d, load_f32(b.acc + r * value_dim + d) / b.total[r]);
-        if (d < layer->value_dim) XSTORE_N(out + d, load_f32(b.acc + r * value_dim + d) / b.total[r], layer->value_dim - d);
+    weigh_all(t->b.acc, t->value_dim, t->b.decay, t->b.scores, values, n, t->rows);
+}
+
+static void finish(const Task *t) {
+    const Layer *layer = t->layer;
+    int64_t dim = layer->value_dim;
+    for (int64_t r = 0; r < t->rows; r++) {
+        int64_t token = t->first_row + r / t->group, query_head = t->head * t->group + r % t->group, d = 0;
+        XT *out = layer->out + (token * layer->num_heads + query_head) * dim;
+        const float *acc = t->b.acc + r * t->value_dim;
+        for (; d + LANES <= dim; d += LANES) XSTORE(out + d, load_f32(acc + d) / t->b.total[r]);
+        if (d < dim) XSTORE_N(out + d, load_f32(acc + d) / t->b.total[r], dim - d);
     }
+}
+
+static void run_task(Task t) {
+    int64_t end = t.first_position + t.rows / t.group;
+    begin(&t);
+    for (int64_t start = at_least(0, t.first_position - t.window + 1); start < end; start += TILE)
+        meet(&t, start, at_most(TILE, end - start));
+    finish(&t);
 }
 
 /* Each thread takes the next task that nobody has taken. Returns nonzero when memory ran out. */
@@ -307,8 +347,8 @@ EXPORT int pd_attention(const Meta *meta, const Layer *layer, int max_threads) {
         while (memory) {
             int64_t task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
             if (task >= num_tasks) break;
-            run_task(meta, layer, meta->items + 3 * (task / layer->num_kv_heads), task % layer->num_kv_heads,
-                     carve(memory, layer, rows));
+            const int32_t *item = meta->items + 3 * (task / layer->num_kv_heads);
+            run_task(task_of(meta, layer, item, task % layer->num_kv_heads, carve(memory, layer, rows)));
         }
     }
     return failed;

@@ -47,7 +47,8 @@ typedef _Float16 f16;
 #endif
 typedef uint16_t bf16;
 
-
+INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE vf splat(float value) { return value - (vf){0}; }
 
 INLINE vf load_f32(const float *p) {

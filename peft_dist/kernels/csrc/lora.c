@@ -44,7 +44,17 @@ INLINE int is_mine(Share *share, int64_t cost) {
     share->done += cost;
     return owner == share->thread;
 }
-INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* One call: either x or ids is null. t is [rows][t_stride], the rank intermediate; work is its size. */
+typedef struct {
+    void *y;
+    const void *x;
+    const int64_t *ids;
+    int64_t y_stride, x_stride, t_stride, work;
+    float factor, *t;
+    const Layer *layer;
+    const Plan *plan;
+} Call;
 
 #define WT float
 #define W f32
@@ -60,44 +70,48 @@ INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 #include "lora_body.h"
 #endif
 
-typedef void Body(void *, int64_t, const void *, int64_t, const int64_t *, float, const Layer *, const Plan *, float *,
-                  int64_t, int, int, int64_t);
-static Body *const bodies[2] = {
-    GLUE(GLUE(body_, X), _f32),
-    GLUE(GLUE(body_, X), GLUE(_, X)),
+typedef void Body(const Call *, int, int);
+typedef struct {
+    Body *by_rows, *by_columns;
+} Bodies;
+static const Bodies bodies[2] = {
+    {GLUE(GLUE(by_rows_, X), _f32), GLUE(GLUE(by_columns_, X), _f32)},
+    {GLUE(GLUE(by_rows_, X), GLUE(_, X)), GLUE(GLUE(by_columns_, X), GLUE(_, X))},
 };
 
-/* Either x or ids is null. Returns nonzero when memory ran out. */
-static int add(void *y, int64_t y_stride, const void *x, int64_t x_stride, const int64_t *ids, float factor,
-               const Layer *layer, const Plan *plan, int max_threads) {
-    int64_t max_rank = 0, work = 0;
-    for (int32_t i = 0; i < plan->num_runs; i++) {
-        Run run = run_of(layer, plan, i);
-        if (run.rank > max_rank) max_rank = run.rank;
-        work += run.rank * run.num_rows;
+/* Returns nonzero when memory ran out. */
+static int run_call(Call *call, int max_threads) {
+    const Layer *layer = call->layer;
+    int64_t rows = 0;
+    for (int32_t i = 0; i < call->plan->num_runs; i++) {
+        Run run = run_of(layer, call->plan, i);
+        call->t_stride = at_least(call->t_stride, run.rank);
+        call->work += run.rank * run.num_rows;
+        if (run.rank) rows += run.num_rows;
     }
-    if (!work) return 0;
-    float *t = scratch(max_rank * plan->starts[plan->num_runs]);
-    if (!t) return 1;
-    int64_t per_thread = 1 + work * (layer->in + layer->out) / 16384;
-    int num_threads = (int)min64(max_threads, per_thread);
-    Body *body = bodies[layer->is_narrow];
+    if (!call->work) return 0;
+    call->t = scratch(call->t_stride * call->plan->starts[call->plan->num_runs]);
+    if (!call->t) return 1;
+    const Bodies *body = &bodies[layer->is_narrow];
+    int num_threads = (int)at_most(max_threads, 1 + call->work * (layer->in + layer->out) / 16384);
     if (num_threads == 1) {
-        body(y, y_stride, x, x_stride, ids, factor, layer, plan, t, max_rank, 0, 1, work);
+        body->by_rows(call, 0, 1);
         return 0;
     }
+    Body *chosen = rows >= 4 * num_threads ? body->by_rows : body->by_columns;
 #pragma omp parallel num_threads(num_threads)
-    body(y, y_stride, x, x_stride, ids, factor, layer, plan, t, max_rank, omp_get_thread_num(), omp_get_num_threads(),
-         work);
+    chosen(call, omp_get_thread_num(), omp_get_num_threads());
     return 0;
 }
 
 EXPORT int pd_add_lora(void *y, int64_t y_stride, const void *x, int64_t x_stride, const Layer *layer,
                        const Plan *plan, int max_threads) {
-    return add(y, y_stride, x, x_stride, NULL, 1, layer, plan, max_threads);
+    Call call = {.y = y, .y_stride = y_stride, .x = x, .x_stride = x_stride, .layer = layer, .plan = plan};
+    return run_call(&call, max_threads);
 }
 
 EXPORT int pd_add_embedding_lora(void *y, int64_t y_stride, const int64_t *ids, float factor, const Layer *layer,
                                  const Plan *plan, int max_threads) {
-    return add(y, y_stride, NULL, 0, ids, factor, layer, plan, max_threads);
+    Call call = {.y = y, .y_stride = y_stride, .ids = ids, .factor = factor, .layer = layer, .plan = plan};
+    return run_call(&call, max_threads);
 }

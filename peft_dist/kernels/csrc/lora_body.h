@@ -111,7 +111,7 @@ INLINE void NAME(expand_rows)(XT *y, int64_t ys, const WT *b, int64_t out, int64
     for (; o + 4 * LANES <= columns; o += 4 * LANES) NAME(expand_block)(y + o, ys, b + o, out, rank, t, ts, M, 4);
     for (; o + 2 * LANES <= columns; o += 2 * LANES) NAME(expand_block)(y + o, ys, b + o, out, rank, t, ts, M, 2);
     for (; o < columns; o += LANES) {
-        int64_t n = min64(LANES, columns - o);
+        int64_t n = at_most(LANES, columns - o);
         for (int m = 0; m < M; m++) {
             vf acc = XLOAD_N(y + m * ys + o, n);
             for (int64_t k = 0; k < rank; k++) acc += t[m * ts + k] * WLOAD_N(b + k * out + o, n);
@@ -136,42 +136,64 @@ static void NAME(look_up)(const int64_t *ids, const WT *a, int64_t num_ids, int6
         }
 }
 
-/* One thread's share of both halves; t is [rows][ts]. */
-static void NAME(body)(void *y_, int64_t ys, const void *x_, int64_t xs, const int64_t *ids, float factor,
-                       const Layer *layer, const Plan *plan, float *t, int64_t ts, int thread, int num_threads,
-                       int64_t work) {
-    XT *y = y_;
-    const XT *x = x_;
-    const WT *A = layer->A, *B = layer->B;
-    Share share = {0, work, thread, num_threads};
-    for (int32_t i = 0; i < plan->num_runs; i++) {
-        Run run = run_of(layer, plan, i);
-        for (int64_t k = 0; k < run.rank; k += RANK_CHUNK)
-            for (int64_t m = 0; m < run.num_rows; m += ROW_CHUNK) {
-                int64_t ranks = min64(RANK_CHUNK, run.rank - k), rows = min64(ROW_CHUNK, run.num_rows - m);
-                if (!is_mine(&share, ranks * rows)) continue;
-                const WT *a = A + (run.first + k) * layer->in;
-                float *into = t + (run.row + m) * ts + k;
-                if (ids)
-                    NAME(look_up)(ids + run.row + m, a, layer->in, rows, ranks, into, ts, run.scaling * factor);
-                else
-                    NAME(shrink)(x + (run.row + m) * xs, xs, a, layer->in, rows, ranks, into, ts, run.scaling);
-            }
-    }
-    if (num_threads > 1) {
-#pragma omp barrier
-    }
-    share = (Share){0, work * layer->out, thread, num_threads};
-    for (int32_t i = 0; i < plan->num_runs; i++) {
-        Run run = run_of(layer, plan, i);
+/* Ranks [k, k + ranks) of the intermediate of rows [m, m + rows) of a run. */
+static void NAME(shrink_run)(const Call *call, Run run, int64_t m, int64_t rows, int64_t k, int64_t ranks) {
+    const Layer *layer = call->layer;
+    const WT *a = (const WT *)layer->A + (run.first + k) * layer->in;
+    float *t = call->t + (run.row + m) * call->t_stride + k;
+    if (call->ids)
+        NAME(look_up)(call->ids + run.row + m, a, layer->in, rows, ranks, t, call->t_stride,
+                      run.scaling * call->factor);
+    else
+        NAME(shrink)((const XT *)call->x + (run.row + m) * call->x_stride, call->x_stride, a, layer->in, rows, ranks, t,
+                     call->t_stride, run.scaling);
+}
+
+/* Columns [o, o + columns) of the output of these rows. */
+static void NAME(expand_run)(const Call *call, Run run, int64_t m, int64_t rows, int64_t o, int64_t columns) {
+    int64_t out = call->layer->out;
+    NAME(expand)((XT *)call->y + (run.row + m) * call->y_stride + o, call->y_stride,
+                 (const WT *)call->layer->B + run.first * out + o, out, columns, rows, run.rank,
+                 call->t + (run.row + m) * call->t_stride, call->t_stride);
+}
+
+/* Enough rows for every thread: each takes rows through both halves and waits for nobody. */
+static void NAME(by_rows)(const Call *call, int thread, int num_threads) {
+    Share share = {0, call->work, thread, num_threads};
+    int64_t chunk = at_most(ROW_CHUNK, at_least(4, call->plan->starts[call->plan->num_runs] / (4 * num_threads) / 4 * 4));
+    for (int32_t i = 0; i < call->plan->num_runs; i++) {
+        Run run = run_of(call->layer, call->plan, i);
         if (!run.rank) continue;
-        for (int64_t m = 0; m < run.num_rows; m += ROW_CHUNK)
-            for (int64_t o = 0; o < layer->out; o += COLUMN_CHUNK) {
-                int64_t columns = min64(COLUMN_CHUNK, layer->out - o), rows = min64(ROW_CHUNK, run.num_rows - m);
-                if (is_mine(&share, run.rank * rows * columns))
-                    NAME(expand)(y + (run.row + m) * ys + o, ys, B + run.first * layer->out + o, layer->out, columns, rows,
-                                 run.rank, t + (run.row + m) * ts, ts);
-            }
+        for (int64_t m = 0; m < run.num_rows; m += chunk) {
+            int64_t rows = at_most(chunk, run.num_rows - m);
+            if (!is_mine(&share, run.rank * rows)) continue;
+            NAME(shrink_run)(call, run, m, rows, 0, run.rank);
+            for (int64_t o = 0; o < call->layer->out; o += COLUMN_CHUNK)
+                NAME(expand_run)(call, run, m, rows, o, at_most(COLUMN_CHUNK, call->layer->out - o));
+        }
+    }
+}
+
+/* Few rows: threads divide the ranks of the first half, and after a barrier the columns of the second. */
+static void NAME(by_columns)(const Call *call, int thread, int num_threads) {
+    Share share = {0, call->work, thread, num_threads};
+    for (int32_t i = 0; i < call->plan->num_runs; i++) {
+        Run run = run_of(call->layer, call->plan, i);
+        for (int64_t k = 0; k < run.rank; k += RANK_CHUNK) {
+            int64_t ranks = at_most(RANK_CHUNK, run.rank - k);
+            if (is_mine(&share, ranks * run.num_rows)) NAME(shrink_run)(call, run, 0, run.num_rows, k, ranks);
+        }
+    }
+#pragma omp barrier
+    share = (Share){0, call->work * call->layer->out, thread, num_threads};
+    for (int32_t i = 0; i < call->plan->num_runs; i++) {
+        Run run = run_of(call->layer, call->plan, i);
+        if (!run.rank) continue;
+        for (int64_t o = 0; o < call->layer->out; o += COLUMN_CHUNK) {
+            int64_t columns = at_most(COLUMN_CHUNK, call->layer->out - o);
+            if (is_mine(&share, run.rank * run.num_rows * columns))
+                NAME(expand_run)(call, run, 0, run.num_rows, o, columns);
+        }
     }
 }
 
