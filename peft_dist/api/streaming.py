@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from peft_dist.api.errors import as_api_error, encode_json
 from peft_dist.core.errors import PeftDistError
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 _SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
@@ -52,7 +54,9 @@ async def server_sent_events(chunks: AsyncGenerator[dict[str, Any], None]) -> As
         async with aclosing(chunks):
             async for chunk in chunks:
                 yield _event(encode_json(chunk))
-    except PeftDistError as error:
+    except Exception as error:  # The status is sent already: only an event can tell the client what happened.
+        if not isinstance(error, PeftDistError):
+            logger.exception("a stream failed")
         yield _event(encode_json(as_api_error(error).body()))
     yield _event(b"[DONE]")
 

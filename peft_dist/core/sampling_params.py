@@ -18,6 +18,12 @@ def _fail(param: str, value: object, must: str) -> None:
     raise InvalidRequestError(f"{param}={value!r} is out of range: {param} must be {must}", param=param)
 
 
+def _tuple(param: str, value: Any, must: str) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple, set, frozenset)):
+        _fail(param, value, must)
+    return tuple(value)
+
+
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -80,8 +86,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             stop = (stop,)
         elif stop is None:
             stop = ()
-        msgspec.structs.force_setattr(self, "stop", tuple(stop))
-        msgspec.structs.force_setattr(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        msgspec.structs.force_setattr(self, "stop", _tuple("stop", stop, "a string or a list of strings"))
+        ids: Any = self.stop_token_ids or ()
+        msgspec.structs.force_setattr(self, "stop_token_ids", _tuple("stop_token_ids", ids, "a list of token ids"))
+        if self.logit_bias is not None and not isinstance(self.logit_bias, dict):
+            _fail("logit_bias", self.logit_bias, "a map from token ids to numbers")
         self._check_integers()
         self._check_numbers()
         self._check_stops()

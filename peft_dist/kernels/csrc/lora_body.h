@@ -160,7 +160,8 @@ static void NAME(expand_run)(const Call *call, Run run, int64_t m, int64_t rows,
 /* Enough rows for every thread: each takes rows through both halves and waits for nobody. */
 static void NAME(by_rows)(const Call *call, int thread, int num_threads) {
     Share share = {0, call->work, thread, num_threads};
-    int64_t chunk = at_most(ROW_CHUNK, at_least(4, call->plan->starts[call->plan->num_runs] / (4 * num_threads) / 4 * 4));
+    int64_t fair = call->plan->starts[call->plan->num_runs] / (4 * num_threads) / 4 * 4;
+    int64_t chunk = at_most(ROW_CHUNK, at_least(4, fair));
     for (int32_t i = 0; i < call->plan->num_runs; i++) {
         Run run = run_of(call->layer, call->plan, i);
         if (!run.rank) continue;
