@@ -29,6 +29,8 @@ SENTENCES: dict[str, dict[Split, list[str]]] = {
             "I'd like to eat in {city} with {people} people on {date}; write it down for {guest}.",
             "Keep a table free at {time} on {date}; {guest} comes with {people} people.",
             "a quiet corner for {people} in {city} around {time}, put down the name {guest}",
+            "{guest} shows up with a group of {people} on {date} at {time}.",
+            "Are there seats for {people} of my friends in {city} on {date} at about {time}?",
         ],
         "heldout": [
             "I'd love a spot for {people} in {city} at {time} on {date}; put it under {guest}.",
@@ -51,6 +53,8 @@ SENTENCES: dict[str, dict[Split, list[str]]] = {
             "There will be {seats} people going to {destination} on {date}, starting in {origin}.",
             "From {origin} to {destination} for {passenger}, please, {seats} places on {date}.",
             "Get me out of {origin} and into {destination} by {date}, says {passenger}.",
+            "{passenger} hopes to get from {origin} to {destination} and needs {seats} seats.",
+            "Look up a bus for {passenger} that starts in {origin} on {date} and ends in {destination}.",
         ],
         "heldout": [
             "Please find {passenger} a ride that departs {origin} on {date} and reaches {destination}.",
@@ -73,6 +77,8 @@ SENTENCES: dict[str, dict[Split, list[str]]] = {
             "Our shop in {city} is out of the {color} {item}, send {quantity} more to {customer}.",
             "{customer} lives in {city} and is waiting for {quantity} of your {item} in {color}.",
             "Bring the {item} in {color} to {customer} over in {city}.",
+            "{customer} in {city} hopes for {quantity} pieces of your {color} {item}.",
+            "Could {customer} get the {item}, but the {color} one, brought to {city}?",
         ],
         "heldout": [
             "{customer} is looking for {quantity} copies of our {color} {item} and lives in {city}.",
@@ -95,6 +101,8 @@ SENTENCES: dict[str, dict[Split, list[str]]] = {
             "Yesterday I met {name} of {company}, employed there as a {job}.",
             "Ask {name} from {company} when you need a {job} near {city}.",
             "The only {job} around {city} is {name}.",
+            "Near {city}, {company} employs {name} as its only {job}.",
+            "I talked to {name}, who has a desk at {company} in {city} and works as a {job}.",
         ],
         "heldout": [
             "I spoke with {name} from {company}, who is employed as a {job} near {city}.",
@@ -117,6 +125,9 @@ SENTENCES: dict[str, dict[Split, list[str]]] = {
             "{host} changed the call with {company} to {date} at {time}.",
             "Note for {host}: {company} visits the office in {city} on {date}.",
             "{company} and {host} agreed on {time}, {date}, in {city}.",
+            "Add {company} to the agenda of {host} for {date} at {time}.",
+            "In the planner of {host}: {company}, {date}, {time}, in the {city} branch.",
+            "Please note {company} on the list of {host} for {time} in {city}.",
         ],
         "heldout": [
             "Put {company} in the calendar of {host} for {date}, {time}, at the office in {city}.",
@@ -139,6 +150,10 @@ SENTENCES: dict[str, dict[Split, list[str]]] = {
             "The {item} that {sender} sent is on the road to {recipient} in {destination}.",
             "{sender} left a {item} of {weight} kilos for {recipient} at {destination}.",
             "A {weight} kg {item} travels from {sender} to {recipient}.",
+            "{recipient} of {destination} was promised a {item} by {sender}.",
+            "A {item} weighing {weight} kg left {sender} for {recipient} in {destination}.",
+            "{sender} handed over a {item}, {weight} kilos, meant for {recipient}.",
+            "In {destination}, {recipient} hopes for the {item} that {sender} shipped last week.",
         ],
         "heldout": [
             "A {item} of {weight} kg is on its way from {sender} to {recipient} at {destination}.",
