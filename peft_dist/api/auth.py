@@ -85,13 +85,16 @@ def _is_loopback(host: str) -> bool:
 
 
 def _bearer_token(headers: Headers) -> bytes | None:
-    scheme, _, token = headers.get("authorization", "").partition(" ")
-    return token.strip().encode() if scheme.lower() == "bearer" and token.strip() else None
+    # Back to the bytes of the wire, which Starlette decodes as Latin-1. Stripped as text they would lose the
+    # ends of UTF-8 characters that look like Latin-1's no-break space.
+    scheme, _, token = headers.get("authorization", "").encode("latin-1").partition(b" ")
+    return token.strip() or None if scheme.lower() == b"bearer" else None
 
 
 def _matches_any(token: bytes | None, keys: Iterable[str]) -> bool:
     # Every key is compared in full, so that timing tells neither which one nor how much of it was right.
-    matches = [hmac.compare_digest(token or b"", key.encode()) for key in keys]
+    # Clients send a key in UTF-8; surrogates stand for the bytes of a variable or option that is not UTF-8.
+    matches = [hmac.compare_digest(token or b"", key.encode("utf-8", "surrogateescape")) for key in keys]
     return any(matches)
 
 

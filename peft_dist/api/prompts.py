@@ -42,8 +42,12 @@ class PromptReader:
         """The prompts of a body, in order; ids are passed on as they are.
 
         Raises:
-            InvalidRequestError: (param "prompt") there is text, but no tokenizer.
+            InvalidRequestError: (param "prompt" or "stop") there is text, but no tokenizer.
         """
+        if request.stop and self._tokenizer is None:
+            raise InvalidRequestError(
+                "stop strings need a tokenizer, which this model lacks: send stop_token_ids instead", "stop"
+            )
         special = request.add_special_tokens is not False
         texts = [prompt for prompt in request.prompt if isinstance(prompt, str)]
         if texts and self._tokenizer is None:

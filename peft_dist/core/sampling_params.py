@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import msgspec
@@ -29,7 +30,8 @@ def _is_int(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # A comparison, because math.isfinite overflows on integers that no float holds.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,13 +89,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         elif stop is None:
             stop = ()
         msgspec.structs.force_setattr(self, "stop", _tuple("stop", stop, "a string or a list of strings"))
-        ids: Any = self.stop_token_ids or ()
+        ids: Any = () if self.stop_token_ids is None else self.stop_token_ids
         msgspec.structs.force_setattr(self, "stop_token_ids", _tuple("stop_token_ids", ids, "a list of token ids"))
         if self.logit_bias is not None and not isinstance(self.logit_bias, dict):
             _fail("logit_bias", self.logit_bias, "a map from token ids to numbers")
         self._check_integers()
         self._check_numbers()
         self._check_stops()
+        self._check_flags()
 
     def _check_integers(self) -> None:
         ranges: list[tuple[str, int | None, int | None, bool]] = [
@@ -136,3 +139,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             _fail("stop", self.stop, f"at most {MAX_STOP_STRINGS} non-empty strings")
         if not all(_is_int(t) and t >= 0 for t in self.stop_token_ids):
             _fail("stop_token_ids", self.stop_token_ids, "token ids")
+
+    def _check_flags(self) -> None:
+        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
+            if not isinstance(getattr(self, name), bool):
+                _fail(name, getattr(self, name), "True or False")

@@ -74,6 +74,16 @@ def test_bearer_in_any_case() -> None:
     assert ask(ServerOptions(api_keys=KEYS), "/v1/models", headers=headers).status_code == 200
 
 
+@pytest.mark.parametrize("key", ["clé-voilà", "ключ", "鍵\u0085", "\udcff\udca0"])
+def test_keys_beyond_ascii(key: str) -> None:
+    """An "à" ends in a byte that Latin-1 takes for a space; the last key came as bytes that are not UTF-8."""
+    options = ServerOptions(api_keys=("other", key))
+    sent = key.encode("utf-8", "surrogateescape")
+    for token, status in ((sent, 200), (sent[:-1], 401), (sent + b"\xa0", 401)):
+        headers: Any = {b"Authorization": b"Bearer " + token}
+        assert ask(options, "/v1/models", headers=headers).status_code == status
+
+
 def test_the_key_comes_before_the_body() -> None:
     response = ask(ServerOptions(api_keys=KEYS, max_body_bytes=10), "/v1/completions", COMPLETION)
     assert response.status_code == 401

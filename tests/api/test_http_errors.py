@@ -173,6 +173,8 @@ def test_no_tokenizer(engine: ScriptedClient) -> None:
     with serving(engine, tokenizer=None) as url, httpx.Client(base_url=url) as http:
         assert error_of(http.post(COMPLETIONS, json=BODIES[COMPLETIONS]), 400)["param"] == "prompt"
         assert error_of(http.post(CHAT, json=BODIES[CHAT]), 400)["param"] == "messages"
+        refused = http.post(COMPLETIONS, json={"model": BASE, "prompt": [5, 6], "stop": "x"})
+        assert error_of(refused, 400)["param"] == "stop" and not engine.requests
         body = {"model": BASE, "prompt": [5, 6], "max_tokens": 2, "logprobs": 0, "return_token_ids": True}
         (choice,) = http.post(COMPLETIONS, json=body).json()["choices"]
         assert choice["text"] == ""

@@ -137,3 +137,25 @@ def test_streams_end_with_an_error_when_the_engine_stops(engine: ScriptedClient,
     reader.join(30)
     assert '"code":"engine_dead"' in bodies[0]
     assert bodies[0].endswith("data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("prompt", ["hello", ["a", "b"]], ids=["one", "batch"])
+@pytest.mark.parametrize("step", [0, 1])
+def test_streams_end_with_an_error_whatever_goes_wrong(
+    engine: ScriptedClient,
+    url: str,
+    prompt: Any,
+    step: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def fail(k: int) -> None:
+        if k == step:
+            raise RuntimeError("an inner secret")
+
+    monkeypatch.setattr(engine, "before_step", fail)
+    response = httpx.post(f"{url}/v1/completions", json={**COMPLETION, "prompt": prompt, "stream": True}, timeout=30)
+    last = events(response)[-1]
+    assert last["error"]["type"] == "server_error" and "log" in last["error"]["message"]
+    assert "secret" not in response.text and "an inner secret" in caplog.text
+    assert engine.idle.wait(10)
