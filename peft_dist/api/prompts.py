@@ -68,13 +68,25 @@ class PromptReader:
     def _encode_chat(self, request: ChatCompletionRequest) -> Prompt:
         text = render_chat(self._tokenizer, request, self._options.chat_template)
         # The template writes the special tokens itself.
-        return Prompt(self._encode(text, request.add_special_tokens is True), text)
+        return Prompt(self._encode(text, request.add_special_tokens is True, "messages"), text)
 
-    def _encode(self, text: str, special: bool) -> list[int]:
+    def _encode(self, text: str, special: bool, param: str = "prompt") -> list[int]:
         assert self._tokenizer is not None
+        if not text.isascii():
+            _check_unicode(text, param)
         return list(self._tokenizer(text, add_special_tokens=special)["input_ids"])
 
     async def _run(self, num_chars: int, work: Callable[[], T]) -> T:
         if num_chars < self._options.tokenize_in_thread_chars:
             return work()
         return await asyncio.to_thread(work)
+
+
+def _check_unicode(text: str, param: str) -> None:
+    """JSON can escape half of a surrogate pair, which is no character and which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(
+            f"{param} holds a lone surrogate at {error.start}: send valid Unicode", param
+        ) from error

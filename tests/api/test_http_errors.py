@@ -202,3 +202,10 @@ def test_a_bug_is_a_500_that_tells_nothing(engine: ScriptedClient) -> None:
             return await client.get("/bug")
 
     assert "secret" not in str(error_of(asyncio.run(ask()), 500))
+
+
+@pytest.mark.parametrize("prompt", [r'"half \ud800 a pair"', r'["fine", "\udc00"]'])
+def test_text_that_is_no_unicode(shared: httpx.Client, prompt: str) -> None:
+    content = f'{{"model": "{BASE}", "prompt": {prompt}}}'
+    answer = shared.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "prompt"
