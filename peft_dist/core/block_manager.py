@@ -119,10 +119,6 @@ class BlockManager:
         self._tables[request_id] = table
         return list(zip(host, table, strict=False))
 
-    def clear_prefix_cache(self) -> None:
-        for block in list(self._block_of.values()):
-            self._forget_hash(block)
-
     def check(self) -> None:
         """Raise AssertionError unless every block is owned exactly as often as it is counted."""
         held = Counter(block for table in self._tables.values() for block in table)

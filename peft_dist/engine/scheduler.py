@@ -45,7 +45,6 @@ class Scheduler:
         self._swap_outs: list[tuple[int, int]] = []
         self._swap_ins: list[tuple[int, int]] = []
         self._starts: list[SequenceStart] = []
-        self._started: set[str] = set()
 
     @property
     def has_requests(self) -> bool:
@@ -84,7 +83,6 @@ class Scheduler:
         elif request.status is RequestStatus.WAITING:
             self.waiting.remove(request)
         self.blocks.free(request.request_id)
-        self._started.discard(request.request_id)
         request.status = RequestStatus.FINISHED
         request.finish_reason = reason
         request.stop_reason = stop_reason
@@ -175,11 +173,10 @@ class Scheduler:
         request.num_computed_tokens = num_cached
         request.num_published_blocks = len(prefix)
         if not request.num_preemptions:
+            # The first start of all: a preempted request is known to the executor already.
             request.num_cached_tokens = num_cached
             self.prefix_queries += request.num_tokens
             self.prefix_hits += num_cached
-        if request.request_id not in self._started:
-            self._started.add(request.request_id)
             self._starts.append(_start_of(request))
         return num_new
 

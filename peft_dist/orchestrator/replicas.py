@@ -61,9 +61,6 @@ class ReplicaTable:
         """Replicas that should have been ready by now."""
         return [r for r in self._by_id.values() if r.start_deadline is not None and r.start_deadline <= now]
 
-    def next_deadline(self) -> float | None:
-        return min((r.start_deadline for r in self._by_id.values() if r.start_deadline is not None), default=None)
-
     def health_error(self) -> str:
         """Why no replica is ready, in the words of the last one that died."""
         errors = [str(replica.error) for replica in self._by_id.values() if replica.error is not None]

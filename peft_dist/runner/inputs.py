@@ -20,7 +20,7 @@ class PackedInputs:
         pending: (row, request id) of those.
         logits_rows: int64 ``[L]``, rows that draw first, in order of ``sampled``, then rows to score.
         sampled: Sequences that draw a token in this step.
-        scored: (sequence, first of its rows among the logits, number of rows, ids that follow them).
+        scored: (sequence, first of its rows among the logits, ids that follow its inputs in the prompt).
     """
 
     input_ids: torch.Tensor

@@ -97,7 +97,8 @@ class ModelRunner:
 
     def _forward(self, step: PendingStep) -> None:
         batch = step.batch
-        prompts = {s.request_id: self.records[s.request_id].prompt_token_ids for s in batch.sequences}
+        scored = (sequence.request_id for sequence in batch.sequences if sequence.wants_prompt_logprobs)
+        prompts = {request_id: self.records[request_id].prompt_token_ids for request_id in scored}
         inputs = pack(batch, prompts, self.kv.block_size, self.device, self.backend)
         self._fill_pending(inputs)
         logits = self._logits(inputs)
