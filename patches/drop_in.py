@@ -13,7 +13,7 @@ from peft import PeftModel
 from peft_dist.patches import coverage
 from peft_dist.patches.adapter_rows import call_batch_size, expand_for_peft
 from peft_dist.patches.live_weights import LiveWeights
-from peft_dist.patches.lora_layers import restore_class, swap_class
+from peft_dist.patches.lora_layers import join_siblings, restore_class, swap_class
 from peft_dist.patches.paging import paging_reason
 from peft_dist.patches.selective_call import SelectiveCall, intercept
 
@@ -39,9 +39,11 @@ class DropIn:
         """Give layers that PEFT made since the last look their selective class."""
         output = model.get_base_model()
         head = output.get_output_embeddings() if hasattr(output, "get_output_embeddings") else None
-        for _, layer in coverage.tuner_layers(output):
-            if swap_class(layer):
-                layer.__dict__["is_output"] = layer is head
+        swapped = [layer for _, layer in coverage.tuner_layers(output) if swap_class(layer)]
+        for layer in swapped:
+            layer.__dict__["is_output"] = layer is head
+        if swapped:
+            join_siblings(output)
 
     def restore(self, model: PeftModel) -> None:
         """Give every layer its own class back."""

@@ -6,6 +6,7 @@ Outside of a ForwardContext each runs PEFT's own code, so training, merging and 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from transformers.pytorch_utils import Conv1D
 from peft_dist.forward_context import ForwardContext, current
 from peft_dist.kernels import lora as kernels
 from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
+from peft_dist.patches.packed_linear import call_together
+from peft_dist.patches.siblings import find_siblings
 
 
 class SelectiveLinear(LoraLinear):
@@ -26,10 +29,13 @@ class SelectiveLinear(LoraLinear):
     Attributes:
         lora_index: Where the layer's weights stand in ``ForwardContext.lora_weights``.
         is_output: The layer sees only the rows whose logits are wanted (``lm_head``).
+        siblings: The layers that are called with the same input, this one among them (``join_siblings``).
     """
 
     lora_index: int = -1
     is_output: bool = False
+    siblings: tuple[SelectiveLinear, ...] = ()
+    sibling_index: int = 0
 
     @classmethod
     def wrap(cls, base_layer: nn.Module) -> SelectiveLinear:
@@ -48,14 +54,12 @@ class SelectiveLinear(LoraLinear):
             return super().forward(x, *args, **kwargs)
         # PEFT's hooks pass names; they outlive a call that failed, and the context knows better.
         kwargs.pop("adapter_names", None)
-        y: torch.Tensor = self.base_layer(x, *args, **kwargs)
-        plan, weights = _adapters_of(self, context)
-        if plan is None or weights is None:
-            return y
-        rows = x.reshape(-1, x.shape[-1])
-        _check_rows(self, len(rows), plan)
-        out = y.reshape(-1, y.shape[-1])
-        return kernels.add_lora_(out, rows, weights, plan).view(y.shape)
+        if args or kwargs:
+            raise TypeError(f"a linear layer takes one tensor, not also {[*args, *kwargs]}")
+        if len(self.siblings) < 2:
+            return _run([self], x, context)[0]
+        siblings = self.siblings
+        return context.shared_output(siblings, self.sibling_index, x, lambda x: _run(siblings, x, context))
 
 
 class SelectiveEmbedding(LoraEmbedding):
@@ -107,7 +111,32 @@ SWAPS: dict[type[nn.Module], type[SelectiveLinear] | type[SelectiveEmbedding]] =
     LoraLinear: SelectiveLinear,
     LoraEmbedding: SelectiveEmbedding,
 }
-_OWN_ATTRIBUTES = ("lora_index", "is_output", "embed_factor")
+_OWN_ATTRIBUTES = ("lora_index", "is_output", "embed_factor", "siblings", "sibling_index")
+
+
+def join_siblings(model: nn.Module) -> None:
+    """Let selective layers that read one input run in one kernel call. To be called again when layers are added."""
+    for group in find_siblings(model, SelectiveLinear):
+        members = tuple(group)
+        for index, member in enumerate(members):
+            # Past nn.Module.__setattr__: these are no children of the layer.
+            member.__dict__.update(siblings=members, sibling_index=index)
+
+
+def _run(layers: Sequence[SelectiveLinear], x: torch.Tensor, context: ForwardContext) -> Sequence[torch.Tensor]:
+    """Base outputs of layers that read x, with their adapters' parts added."""
+    # Past nn.Module.__getattr__, which costs more than the rest of this function.
+    outputs = call_together([layer._modules["base_layer"] for layer in layers], x)
+    # Only lm_head sees other rows than the rest, and it has no siblings.
+    plan = context.lora_logits if layers[0].is_output else context.lora
+    if plan is None:
+        return outputs
+    resident = context.lora_weights
+    weights = [resident[layer.lora_index] if layer.lora_index >= 0 else None for layer in layers]
+    if weights.count(None) < len(weights):
+        _check_rows(layers[0], x.numel() // x.shape[-1], plan)
+        kernels.add_lora_group_(outputs, x, weights, plan)
+    return outputs
 
 
 def _adapters_of(layer: SelectiveLayer, context: ForwardContext) -> tuple[LoRAPlan | None, LoRALayerWeights | None]:

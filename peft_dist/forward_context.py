@@ -7,8 +7,8 @@ the code it replaced.
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -33,6 +33,7 @@ class ForwardContext:
             has no resident adapter.
         token_rows: int64 ``[T]``, the rows of a padded batch flattened to ``[B * S]`` that hold tokens, for
             attention; None when every row does (always, in a packed forward).
+        shared: Outputs that ``shared_output`` computed and nobody has taken yet.
     """
 
     attention: AttentionMetadata | None = None
@@ -41,7 +42,27 @@ class ForwardContext:
     lora_logits: LoRAPlan | None = None
     lora_weights: Sequence[LoRALayerWeights | None] = ()
     token_rows: torch.Tensor | None = None
+    shared: dict[object, tuple[torch.Tensor, list[torch.Tensor | None]]] = field(default_factory=dict)
     _token: contextvars.Token[ForwardContext | None] | None = None
+
+    def shared_output(
+        self, group: object, index: int, x: torch.Tensor, compute: Callable[[torch.Tensor], Sequence[torch.Tensor]]
+    ) -> torch.Tensor:
+        """Output ``index`` of a group of layers that are called one after another with one and the same tensor.
+
+        The first of them computes the outputs of all, the others take theirs. A member that is called with another
+        tensor, or again, computes anew, so that a group that is called otherwise than expected is only slower.
+        """
+        held = self.shared.get(group)
+        if held is None or held[0] is not x or held[1][index] is None:
+            held = self.shared[group] = (x, list(compute(x)))
+        outputs = held[1]
+        output = outputs[index]
+        assert output is not None
+        outputs[index] = None
+        if not any(left is not None for left in outputs):
+            del self.shared[group]
+        return output
 
     def __enter__(self) -> ForwardContext:
         if _current.get() is not None:

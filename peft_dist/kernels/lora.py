@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from peft_dist.kernels import lora_cpu, lora_torch
@@ -23,9 +25,31 @@ def add_lora_(y: torch.Tensor, x: torch.Tensor, weights: LoRALayerWeights, plan:
     Returns:
         y itself.
     """
-    if plan.backend != "torch" and lora_cpu.add_lora_(y, x, weights, plan):
-        return y
-    return lora_torch.add_lora_(y, x, weights, plan)
+    add_lora_group_([y], x, [weights], plan)
+    return y
+
+
+def add_lora_group_(
+    ys: Sequence[torch.Tensor], x: torch.Tensor, weights: Sequence[LoRALayerWeights | None], plan: LoRAPlan
+) -> None:
+    """``add_lora_`` for up to eight layers that read the same x (q/k/v, gate/up), in one call where the back end can.
+
+    Args:
+        ys: ``[..., out_features_i]`` of each layer, R rows, which may be columns of one wider tensor.
+        x: ``[..., in_features]``, R rows.
+        weights: Of each layer; None leaves its y as it is.
+    """
+    resident = [w for w in weights if w is not None]
+    if not resident:
+        return
+    if len(resident) < len(weights):
+        ys = [y for y, w in zip(ys, weights, strict=True) if w is not None]
+    if plan.backend != "torch" and lora_cpu.add_lora_group_(ys, x, resident, plan):
+        return
+    rows = x.reshape(-1, x.shape[-1])
+    for y, w in zip(ys, resident, strict=True):
+        # Leading dimensions of a y that is part of a wider tensor fold without a copy, or view says that they do not.
+        lora_torch.add_lora_(y.view(-1, y.shape[-1]), rows, w, plan)
 
 
 def add_embedding_lora_(

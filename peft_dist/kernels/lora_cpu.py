@@ -1,10 +1,14 @@
-"""LoRA through the C kernels: one call for a layer; addresses are prepared once a plan and once a weights version."""
+"""LoRA through the C kernels: one call for the layers that share an input.
+
+Addresses are prepared once a plan and once a weights version.
+"""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -17,13 +21,24 @@ class _LayerStruct(ctypes.Structure):
     _fields_ = (
         ("A", ctypes.c_void_p),
         ("B", ctypes.c_void_p),
-        ("row_start", ctypes.c_void_p),
-        ("rank", ctypes.c_void_p),
+        ("first_segment", ctypes.c_void_p),
+        ("segment_start", ctypes.c_void_p),
+        ("segment_rows", ctypes.c_void_p),
         ("scaling", ctypes.c_void_p),
         ("in_features", ctypes.c_int64),
         ("out_features", ctypes.c_int64),
         ("num_slots", ctypes.c_int32),
         ("is_narrow", ctypes.c_int32),
+    )
+
+
+class _MemberStruct(ctypes.Structure):
+    _fields_ = (
+        ("layer", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("y_stride", ctypes.c_int64),
+        ("work", ctypes.c_int64),
+        ("t_first", ctypes.c_int64),
     )
 
 
@@ -65,9 +80,9 @@ class _FunctionTable(dict[torch.dtype, _Functions | None]):
 
 def _bind(library: ctypes.PyDLL) -> _Functions:
     pointer, size = ctypes.c_void_p, ctypes.c_int64
-    library.pd_add_lora.argtypes = (pointer, size, pointer, size, pointer, pointer, ctypes.c_int)
-    of_embedding = (pointer, size, pointer, ctypes.c_float, pointer, pointer, ctypes.c_int)
-    library.pd_add_embedding_lora.argtypes = of_embedding
+    count = ctypes.c_int
+    library.pd_add_lora.argtypes = (pointer, size, pointer, count, pointer, count)
+    library.pd_add_embedding_lora.argtypes = (pointer, ctypes.c_float, pointer, pointer, count)
     return _Functions(library.pd_add_lora, library.pd_add_embedding_lora)
 
 
@@ -75,7 +90,11 @@ _functions = _FunctionTable()
 
 
 def _prepare_layer(weights: LoRALayerWeights) -> _Prepared:
-    arrays = [np.ascontiguousarray(a, np.int32) for a in (weights.row_start, weights.rank)]
+    owners = np.flatnonzero(weights.rank)
+    counts = np.zeros(len(weights.rank) + 1, np.int32)
+    counts[owners + 1] = 1
+    arrays = [np.cumsum(counts, dtype=np.int32)]
+    arrays += [np.ascontiguousarray(a[owners], np.int32) for a in (weights.row_start, weights.rank)]
     arrays.append(np.ascontiguousarray(weights.scaling, np.float32))
     A, B = weights.A.contiguous(), weights.B.contiguous()
     sizes, dtype = (A.shape[1], B.shape[1]), A.dtype
@@ -97,41 +116,86 @@ def _prepare_plan(plan: LoRAPlan) -> _Prepared:
     return prepared
 
 
-def _row_stride(tensor: torch.Tensor, rows: int, columns: int) -> int:
+@lru_cache(maxsize=1024)
+def _row_stride(shape: torch.Size, stride: tuple[int, ...], rows: int, columns: int) -> int:
     """Checked, because the kernel trusts its sizes: a wrong plan must not reach outside of a tensor."""
-    if tensor.shape != (rows, columns):
-        raise ValueError(f"LoRA: the plan and the layer's weights need {[rows, columns]}, not {list(tensor.shape)}")
-    if tensor.is_contiguous():
-        return columns
-    stride: tuple[int, ...] = tensor.stride()
-    if stride[1] != 1:
-        raise ValueError(f"LoRA: rows must have unit stride, not {stride}")
-    return stride[0]
+    if shape[-1] != columns or shape.numel() != rows * columns:
+        raise ValueError(f"LoRA: the plan and the layer's weights need {[rows, columns]}, not {list(shape)}")
+    if stride[-1] != 1 or not _rows_are_even(shape, stride):
+        raise ValueError(f"LoRA: rows must have unit stride and one distance, not strides {stride} of {list(shape)}")
+    return stride[-2]
 
 
-def _select(y: torch.Tensor, weights: LoRALayerWeights) -> tuple[_Prepared, _Functions | None]:
-    layer = weights.scratch.get("c")
-    if layer is None or layer.version != weights.version:  # type: ignore[attr-defined]
-        layer = _prepare_layer(weights)
-    functions = layer.functions  # type: ignore[attr-defined]
-    dtype = y.dtype
+def _rows_are_even(shape: torch.Size, stride: tuple[int, ...]) -> bool:
+    """Whether the rows of all leading dimensions lie in one distance of each other."""
+    return all(shape[i] == 1 or stride[i] == stride[i + 1] * shape[i + 1] for i in range(len(shape) - 2))
+
+
+def _layer_of(weights: LoRALayerWeights) -> _Prepared:
+    layer: Any = weights.scratch.get("c")
+    return layer if layer is not None and layer.version == weights.version else _prepare_layer(weights)
+
+
+def _functions_for(y: torch.Tensor, layer: _Prepared) -> _Functions | None:
+    functions, dtype = layer.functions, y.dtype
     if not y.is_cpu or (functions is not _functions and dtype not in functions):
-        return layer, None  # type: ignore[return-value]
-    return layer, functions[dtype]  # type: ignore[return-value]
+        return None
+    return functions[dtype]
 
 
-def add_lora_(y: torch.Tensor, x: torch.Tensor, weights: LoRALayerWeights, plan: LoRAPlan) -> bool:
-    """C back end of ``lora.add_lora_``; False when there is no kernel for this call and nothing was done."""
-    layer, functions = _select(y, weights)
-    if functions is None or x.dtype != y.dtype:
+class _Group(NamedTuple):
+    """Layers that one call serves, ready but for the addresses of their outputs.
+
+    Attributes:
+        versions: Of the weights, to tell whether they are still the same.
+    """
+
+    weights: Sequence[LoRALayerWeights]
+    versions: list[int]
+    layers: list[_Prepared]
+    members: ctypes.Array[_MemberStruct]
+    is_alike: bool
+
+
+def _group_of(weights: Sequence[LoRALayerWeights]) -> _Group:
+    group: Any = weights[0].scratch.get("c_group")
+    if group is not None and len(group.weights) == len(weights):
+        for before, version, now in zip(group.weights, group.versions, weights):
+            if before is not now or version != now.version:
+                break
+        else:
+            return cast(_Group, group)
+    layers = [_layer_of(w) for w in weights]
+    members = (_MemberStruct * len(layers))()
+    for member, layer in zip(members, layers, strict=True):
+        member.layer = layer.address
+        if layer.sizes[0] != layers[0].sizes[0]:
+            raise ValueError(f"LoRA: layers of one call read one input, not {[layer.sizes[0] for layer in layers]}")
+    is_alike = len({w.A.dtype for w in weights}) == 1
+    group = _Group(list(weights), [w.version for w in weights], layers, members, is_alike)
+    weights[0].scratch["c_group"] = group
+    return group
+
+
+def add_lora_group_(
+    ys: Sequence[torch.Tensor], x: torch.Tensor, weights: Sequence[LoRALayerWeights], plan: LoRAPlan
+) -> bool:
+    """C back end of ``lora.add_lora_group_``; False when there is no kernel for this call and nothing was done."""
+    group = _group_of(weights)
+    layers = group.layers
+    functions = _functions_for(x, layers[0])
+    if functions is None or not group.is_alike or any([y.dtype != x.dtype for y in ys]):
         return False
     runs: Any = plan.scratch.get("c") or _prepare_plan(plan)
-    rows, (inputs, outputs) = runs.sizes[0], layer.sizes
-    if not x.is_contiguous() and x.stride()[-1] != 1:
+    rows = runs.sizes[0]
+    if not x.is_contiguous() and not (x.stride()[-1] == 1 and _rows_are_even(x.shape, x.stride())):
         x = x.contiguous()
-    y_stride, x_stride = _row_stride(y, rows, outputs), _row_stride(x, rows, inputs)
-    threads = torch.get_num_threads()
-    if functions.add_lora(y.data_ptr(), y_stride, x.data_ptr(), x_stride, layer.address, runs.address, threads):
+    x_stride = _row_stride(x.shape, x.stride(), rows, layers[0].sizes[0])
+    members = group.members
+    for i, y in enumerate(ys):
+        member = members[i]
+        member.y, member.y_stride = y.data_ptr(), _row_stride(y.shape, y.stride(), rows, layers[i].sizes[1])
+    if functions.add_lora(x.data_ptr(), x_stride, members, len(layers), runs.address, torch.get_num_threads()):
         raise MemoryError("no memory for the rank intermediate of a LoRA layer")
     return True
 
@@ -140,15 +204,17 @@ def add_embedding_lora_(
     y: torch.Tensor, ids: torch.Tensor, weights: LoRALayerWeights, plan: LoRAPlan, factor: float
 ) -> bool:
     """C back end of ``lora.add_embedding_lora_``; ids lie within the embedding."""
-    layer, functions = _select(y, weights)
+    layer = _layer_of(weights)
+    functions = _functions_for(y, layer)
     if functions is None:
         return False
     runs: Any = plan.scratch.get("c") or _prepare_plan(plan)
     ids = ids.to(torch.int64).contiguous()
     if ids.shape != (runs.sizes[0],):
         raise ValueError(f"LoRA: the plan has {runs.sizes[0]} rows, ids {list(ids.shape)}")
-    y_stride, threads = _row_stride(y, runs.sizes[0], layer.sizes[1]), torch.get_num_threads()
-    pointers = (layer.address, runs.address)
-    if functions.add_embedding_lora(y.data_ptr(), y_stride, ids.data_ptr(), factor, *pointers, threads):
+    y_stride = _row_stride(y.shape, y.stride(), runs.sizes[0], layer.sizes[1])
+    member = _MemberStruct(layer.address, y.data_ptr(), y_stride)
+    pointers = (ctypes.addressof(member), runs.address)
+    if functions.add_embedding_lora(ids.data_ptr(), factor, *pointers, torch.get_num_threads()):
         raise MemoryError("no memory for the rank intermediate of a LoRA layer")
     return True

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.kernels.lora_pool import LoRAPool
-from peft_dist.patches.lora_layers import wrap_module
+from peft_dist.patches.lora_layers import join_siblings, wrap_module
 from peft_dist.runner.adapter_tensors import LoadedAdapter
 
 
@@ -27,8 +27,8 @@ class AdapterStore:
     def add(self, adapter: LoadedAdapter) -> None:
         """Keep a checked adapter. Adding the same content again changes nothing."""
         if adapter.spec.content_hash not in self._adapters:
-            for path in adapter.weights:
-                self._wrap(path)
+            if any([self._wrap(path) for path in adapter.weights]):  # noqa: C419 (all of them, not up to the first)
+                join_siblings(self._model)
             self._adapters[adapter.spec.content_hash] = adapter
 
     def remove(self, content_hash: str) -> None:
@@ -39,11 +39,13 @@ class AdapterStore:
         weights = self._adapters[spec.content_hash].weights
         self.pool.load(slot, {self._layers[path]: (w.A, w.B, w.scaling) for path, w in weights.items()})
 
-    def _wrap(self, path: str) -> None:
+    def _wrap(self, path: str) -> bool:
+        """Whether the module is wrapped for the first time."""
         if path in self._layers:
-            return
+            return False
         layer = wrap_module(self._model, path)
         layer.lora_index = self.pool.add_layer(
             layer.in_features, layer.out_features, embedding=isinstance(layer.base_layer, torch.nn.Embedding)
         )
         self._layers[path] = layer.lora_index
+        return True

@@ -8,7 +8,8 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_dist.patches.packed_linear import pack_linear
+from peft_dist.patches.packed_linear import pack_linear, pack_linears
+from peft_dist.patches.siblings import find_siblings
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +22,9 @@ def pack_weights(model: PreTrainedModel, wanted: bool | None) -> None:
         wanted = needed < _free_memory() // 2
     if not wanted:
         return
-    packed = sum(pack_linear(linear) for linear in linears)
+    grouped = [group for group in find_siblings(model, nn.Linear) if pack_linears(group)]
+    members = {id(member) for group in grouped for member in group}
+    packed = len(members) + sum(pack_linear(linear) for linear in linears if id(linear) not in members)
     logger.info("packed %d of %d linear layers (%.0f MiB)", packed, len(linears), needed / 2**20)
 
 

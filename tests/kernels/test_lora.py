@@ -45,6 +45,28 @@ def test_equals_reference(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@settings(deadline=None, max_examples=40)
+@given(data=st.data(), members=st.lists(ranks, min_size=1, max_size=3), seed=st.integers(0, 2**31))
+def test_layers_of_one_input_equal_reference(
+    backend: str, data: st.DataObject, members: list[list[int]], seed: int
+) -> None:
+    """Parts of one wide output, some of whose layers nobody adapts."""
+    dtype = data.draw(st.sampled_from(DTYPES))
+    skip_without(backend, dtype)
+    outs = [data.draw(st.sampled_from([1, 16, 40, 300])) for _ in members]
+    layers = [layer_of(r, (64, o), dtype, seed) if any(r) else None for r, o in zip(members, outs, strict=True)]
+    plan = plan_of(data.draw(row_slots(max(map(len, members)))), backend)
+    generator = torch.Generator().manual_seed(seed)
+    x, wide = (torch.randn(plan.num_rows, n, generator=generator).to(dtype) for n in (64, sum(outs)))
+    expected = wide.clone()
+    for y, weights in zip(expected.split(outs, dim=1), layers, strict=True):
+        if weights is not None:
+            y.copy_(reference.add_lora_(y.clone(), x, weights, plan))
+    lora.add_lora_group_(wide.split(outs, dim=1), x, layers, plan)
+    assert_close(wide, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @settings(deadline=None, max_examples=30)
 @given(data=st.data(), ranks=ranks, seed=st.integers(0, 2**31), scale=st.sampled_from((None, 24.0)))
 def test_embedding_equals_reference(

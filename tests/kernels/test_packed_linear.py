@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from peft_dist.patches import packed_linear
-from peft_dist.patches.packed_linear import PackedLinear, pack_linear, repack, unpack_linear
+from peft_dist.forward_context import ForwardContext
+from peft_dist.patches.packed_linear import PackedLinear, pack_linear, pack_linears, repack, unpack_linear
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 2e-3}
 
@@ -174,8 +174,59 @@ def test_other_modules_are_left_alone(module: nn.Module) -> None:
     assert type(module) is kind
 
 
-def test_a_build_without_the_libraries_leaves_modules_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+def test_a_build_without_the_library_leaves_modules_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert not pack_linear(nn.Linear(4, 4))
-    monkeypatch.setattr(packed_linear, "_has", lambda *_: False)
     assert not pack_linear(nn.Linear(4, 4).bfloat16())
+
+
+def group(dtype: torch.dtype, biases: tuple[bool, ...]) -> tuple[list[nn.Linear], list[nn.Linear]]:
+    """(packed as one, plain) layers that read 48 features."""
+    plain = [nn.Linear(48, 16 + 24 * i, bias=bias).to(dtype) for i, bias in enumerate(biases)]
+    packed = copy.deepcopy(plain)
+    if not pack_linears(packed):
+        pytest.skip(f"torch does not pack {dtype} here")
+    return packed, plain
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("biases", [(False, False, False), (True, True, True), (True, False)])
+@pytest.mark.parametrize("rows", [1, 16, 300])
+def test_layers_packed_as_one_are_multiplied_once(dtype: torch.dtype, biases: tuple[bool, ...], rows: int) -> None:
+    packed, plain = group(dtype, biases)
+    x = torch.randn(1, rows, 48).to(dtype)
+    with torch.inference_mode(), ForwardContext() as context:
+        for layer, twin in zip(packed, plain, strict=True):
+            assert_same(layer, twin, x)
+        assert not context.shared, "outputs that nobody will take are kept"
+        first = packed[0](x)
+        assert len(context.shared) == 1
+        rest = [layer(x) for layer in packed[1:]]
+        assert all(y.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() for y in rest)
+
+
+def test_layers_packed_as_one_may_be_called_otherwise() -> None:
+    packed, plain = group(torch.float32, (True, False, True))
+    a, b = torch.randn(3, 48), torch.randn(5, 48)
+    with torch.no_grad(), ForwardContext():
+        for index, x in ((0, a), (1, b), (1, b), (0, a), (2, a), (2, a), (1, a)):
+            assert_same(packed[index], plain[index], x)
+    for layer, twin in zip(packed, plain, strict=True):
+        assert_same(layer, twin, a)
+    assert_same(copy.deepcopy(packed[1]), plain[1], a)
+    packed[2].weight.data.mul_(2)
+    plain[2].weight.data.mul_(2)
+    repack(packed[2])
+    with ForwardContext():
+        assert_same(packed[2], plain[2], b)
+    unpack_linear(packed[0])
+    with ForwardContext():
+        assert_same(packed[0], plain[0], a)
+        assert_same(packed[1], plain[1], a)
+
+
+def test_layers_that_do_not_match_are_not_packed_as_one() -> None:
+    for other in (nn.Linear(8, 4), nn.Linear(4, 4).bfloat16(), nn.Embedding(4, 4)):
+        one = nn.Linear(4, 4)
+        assert not pack_linears([one, other])
+        assert type(one) is nn.Linear

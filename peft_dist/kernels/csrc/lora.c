@@ -1,33 +1,44 @@
 /* y += (x A^T * scaling) B for runs of rows that belong to different adapters. */
 #include "common.h"
 
-/* is_narrow: A and B are of the activations' type and not float. */
+/* is_narrow: A and B are of the activations' type and not float. Slot s owns the ranks of segments
+   first_segment[s] to first_segment[s + 1]: segment_rows[i] of them from row segment_start[i] of A and B. */
 typedef struct {
     const void *A, *B;
-    const int32_t *row_start, *rank;
+    const int32_t *first_segment, *segment_start, *segment_rows;
     const float *scaling;
     int64_t in, out;
     int32_t num_slots, is_narrow;
 } Layer;
+
+/* One output of a call: all members of a call read the same x. work: ranks times rows; t_first: the columns of the
+   rank intermediate before its own. Both are the kernel's. */
+typedef struct {
+    const Layer *layer;
+    void *y;
+    int64_t y_stride, work, t_first;
+} Member;
 
 typedef struct {
     const int32_t *slots, *starts;
     int32_t num_runs;
 } Plan;
 
+/* Rows of x with one slot, and the segments of that slot in one layer; rank 0: it does not adapt the layer. */
 typedef struct {
-    int64_t row, num_rows, first, rank;
+    int64_t row, num_rows, rank;
+    int32_t segment, end_segment;
     float scaling;
 } Run;
 
-/* rank 0: the run's slot does not adapt this layer. */
 INLINE Run run_of(const Layer *layer, const Plan *plan, int32_t i) {
-    Run run = {plan->starts[i], plan->starts[i + 1] - plan->starts[i], 0, 0, 0};
+    Run run = {.row = plan->starts[i], .num_rows = plan->starts[i + 1] - plan->starts[i]};
     int32_t slot = plan->slots[i];
     if (slot >= 0 && slot < layer->num_slots) {
-        run.first = layer->row_start[slot];
-        run.rank = layer->rank[slot];
+        run.segment = layer->first_segment[slot];
+        run.end_segment = layer->first_segment[slot + 1];
         run.scaling = layer->scaling[slot];
+        for (int32_t s = run.segment; s < run.end_segment; s++) run.rank += layer->segment_rows[s];
     }
     return run;
 }
@@ -47,12 +58,12 @@ INLINE int is_mine(Share *share, int64_t cost) {
 
 /* One call: either x or ids is null. t is [rows][t_stride], the rank intermediate; work is its size. */
 typedef struct {
-    void *y;
     const void *x;
     const int64_t *ids;
-    int64_t y_stride, x_stride, t_stride, work;
+    int64_t x_stride, t_stride, work;
     float factor, *t;
-    const Layer *layer;
+    Member *members;
+    int num_members, is_narrow;
     const Plan *plan;
 } Call;
 
@@ -81,19 +92,28 @@ static const Bodies bodies[2] = {
 
 /* Returns nonzero when memory ran out. */
 static int run_call(Call *call, int max_threads) {
-    const Layer *layer = call->layer;
-    int64_t rows = 0;
-    for (int32_t i = 0; i < call->plan->num_runs; i++) {
-        Run run = run_of(layer, call->plan, i);
-        call->t_stride = at_least(call->t_stride, run.rank);
-        call->work += run.rank * run.num_rows;
-        if (run.rank) rows += run.num_rows;
+    int64_t rows = 0, cost = 0;
+    for (int m = 0; m < call->num_members; m++) {
+        Member *member = call->members + m;
+        int64_t widest = 0, adapted = 0;
+        member->work = 0;
+        for (int32_t i = 0; i < call->plan->num_runs; i++) {
+            Run run = run_of(member->layer, call->plan, i);
+            widest = at_least(widest, run.rank);
+            member->work += run.rank * run.num_rows;
+            if (run.rank) adapted += run.num_rows;
+        }
+        member->t_first = call->t_stride;
+        call->t_stride += widest;
+        call->work += member->work;
+        cost += member->work * (member->layer->in + member->layer->out);
+        rows = at_least(rows, adapted);
     }
     if (!call->work) return 0;
     call->t = scratch(call->t_stride * call->plan->starts[call->plan->num_runs]);
     if (!call->t) return 1;
-    const Bodies *body = &bodies[layer->is_narrow];
-    int num_threads = (int)at_most(max_threads, 1 + call->work * (layer->in + layer->out) / 16384);
+    const Bodies *body = &bodies[call->is_narrow];
+    int num_threads = (int)at_most(max_threads, 1 + cost / 16384);
     if (num_threads == 1) {
         body->by_rows(call, 0, 1);
         return 0;
@@ -104,14 +124,17 @@ static int run_call(Call *call, int max_threads) {
     return 0;
 }
 
-EXPORT int pd_add_lora(void *y, int64_t y_stride, const void *x, int64_t x_stride, const Layer *layer,
-                       const Plan *plan, int max_threads) {
-    Call call = {.y = y, .y_stride = y_stride, .x = x, .x_stride = x_stride, .layer = layer, .plan = plan};
+/* All members' layers have x's width and are equally narrow. */
+EXPORT int pd_add_lora(const void *x, int64_t x_stride, Member *members, int num_members, const Plan *plan,
+                       int max_threads) {
+    Call call = {.x = x, .x_stride = x_stride, .members = members, .num_members = num_members,
+                 .is_narrow = members->layer->is_narrow, .plan = plan};
     return run_call(&call, max_threads);
 }
 
-EXPORT int pd_add_embedding_lora(void *y, int64_t y_stride, const int64_t *ids, float factor, const Layer *layer,
-                                 const Plan *plan, int max_threads) {
-    Call call = {.y = y, .y_stride = y_stride, .ids = ids, .factor = factor, .layer = layer, .plan = plan};
+EXPORT int pd_add_embedding_lora(const int64_t *ids, float factor, Member *member, const Plan *plan,
+                                 int max_threads) {
+    Call call = {.ids = ids, .factor = factor, .members = member, .num_members = 1,
+                 .is_narrow = member->layer->is_narrow, .plan = plan};
     return run_call(&call, max_threads);
 }
