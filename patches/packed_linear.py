@@ -107,7 +107,9 @@ class _Packing:
         if all(layer.bias is None for layer in self.layers):
             return None
         zeros = [layer.weight.new_zeros(layer.out_features) for layer in self.layers]
-        return torch.cat([z if layer.bias is None else layer.bias.detach() for layer, z in zip(self.layers, zeros)])
+        return torch.cat(
+            [z if layer.bias is None else layer.bias.detach() for layer, z in zip(self.layers, zeros, strict=True)]
+        )
 
 
 class PackedLinear(nn.Linear):

@@ -160,7 +160,7 @@ class _Group(NamedTuple):
 def _group_of(weights: Sequence[LoRALayerWeights]) -> _Group:
     group: Any = weights[0].scratch.get("c_group")
     if group is not None and len(group.weights) == len(weights):
-        for before, version, now in zip(group.weights, group.versions, weights):
+        for before, version, now in zip(group.weights, group.versions, weights, strict=True):
             if before is not now or version != now.version:
                 break
         else:
@@ -184,7 +184,7 @@ def add_lora_group_(
     group = _group_of(weights)
     layers = group.layers
     functions = _functions_for(x, layers[0])
-    if functions is None or not group.is_alike or any([y.dtype != x.dtype for y in ys]):
+    if functions is None or not group.is_alike or any(y.dtype != x.dtype for y in ys):
         return False
     runs: Any = plan.scratch.get("c") or _prepare_plan(plan)
     rows = runs.sizes[0]
