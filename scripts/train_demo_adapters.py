@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 ADAPTERS = Path(__file__).resolve().parent / "demo_adapters"
-TOKENS_PER_BATCH = 768
+TOKENS_PER_BATCH = 512
 WARMUP = 0.05
 IGNORED = -100
 
@@ -122,8 +122,22 @@ def learning_rate_factor(progress: float) -> float:
     return max(0.0, (1.0 - progress) / (1.0 - WARMUP))
 
 
-def fit(model: PeftModel, loader: DataLoader, accelerator: Accelerator, peak: float, minutes: float) -> TrainingResult:
-    """Train for one pass over ``loader``, or less when the minutes run out, and return what came of it."""
+def progress_of(step: int, steps: int, minutes: float, limit: float) -> float:
+    """Return how far the training is, 0 to 1, by its steps or, on a slow machine, by its time limit."""
+    # A machine that keeps up must not notice its clock, or two runs would differ. One that is too slow shows it by the
+    # middle of the limit; from then on its learning rate falls so that it also ends small.
+    late = minutes / limit if minutes > limit / 2 else 0.0
+    return max(step / steps, late)
+
+
+def fit(
+    model: PeftModel,
+    loader: DataLoader,
+    accelerator: Accelerator,
+    peak: float,
+    limit: float,
+) -> TrainingResult:
+    """Train for one pass over ``loader``, or less when ``limit`` minutes run out, and return what came of it."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=peak, weight_decay=0.0)
     optimizer, loader = accelerator.prepare(optimizer, loader)
     model.train()
@@ -131,8 +145,7 @@ def fit(model: PeftModel, loader: DataLoader, accelerator: Accelerator, peak: fl
     losses: list[float] = []
     rows = 0
     for step, batch in enumerate(loader):
-        # The rate falls with whichever budget runs out first, so that a slow machine also ends at a small rate.
-        progress = max(step / len(loader), (time.perf_counter() - start) / (60.0 * minutes))
+        progress = progress_of(step, len(loader), (time.perf_counter() - start) / 60.0, limit)
         if progress >= 1.0:
             break
         for group in optimizer.param_groups:

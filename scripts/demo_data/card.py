@@ -23,7 +23,10 @@ def hardware() -> str:
     if cpuinfo.is_file():
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = names[0] if names else model
-    return f"{model}, {os.cpu_count()} cores"
+    cores = os.cpu_count() or 1
+    # A process pinned to a few cores has those alone.
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
+    return f"{model}, {usable} of {cores} cores" if usable < cores else f"{model}, {cores} cores"
 
 
 def environment() -> dict[str, Any]:

@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 
+from . import wide_words as wide
 from .json_templates import DOMAINS, SENTENCES
 from .lexicon import (
     CITIES,
@@ -29,8 +30,20 @@ Value = str | int
 Maker = Callable[[random.Random, Split], tuple[Value, list[str]]]
 
 _KEYS = {key for slots in DOMAINS.values() for key in slots}
+
+
+def _pools(words: list[str], more: list[str]) -> dict[Split, list[str]]:
+    """Return the words of each split; ``more`` serves the training rows alone, which need the greater variety."""
+    return {"train": keep(words + more, "train"), "heldout": keep(words, "heldout")}
+
+
+_FIRST_NAMES = _pools(FIRST_NAMES, wide.FIRST_NAMES)
+_LAST_NAMES = _pools(LAST_NAMES, wide.LAST_NAMES)
 # Ordinary words that stand in for a city, a name or an item, none of which they are.
-BORROWED = [word for word in TABLE_NOUNS + NUMBER_COLUMNS + ITEMS + POSITIVE + NEGATIVE if word not in _KEYS]
+_BORROWED = _pools(
+    [word for word in TABLE_NOUNS + NUMBER_COLUMNS + ITEMS + POSITIVE + NEGATIVE if word not in _KEYS],
+    [word for word in wide.COMMON if word not in _KEYS],
+)
 
 
 def user_message(keys: Sequence[str], sentence: str) -> str:
@@ -39,31 +52,35 @@ def user_message(keys: Sequence[str], sentence: str) -> str:
 
 
 def _unfamiliar_word(rng: random.Random, split: Split) -> str:
-    return invented_word(rng, split) if rng.random() < 0.5 else rng.choice(keep(BORROWED, split))
+    # An invented word is spelled the same way everywhere, so training needs fewer of those than of known ones.
+    invented = rng.random() < {"train": 0.3, "heldout": 0.5}[split]
+    return invented_word(rng, split) if invented else rng.choice(_BORROWED[split])
 
 
-def _word(rng: random.Random, split: Split, words: list[str]) -> str:
+def _word(rng: random.Random, split: Split, pools: dict[Split, list[str]]) -> str:
     # Training leans on words that are no city, name or item at all, because they can only be copied; held-out rows
     # look more like what people write.
     if rng.random() < {"train": 0.5, "heldout": 0.15}[split]:
         word = _unfamiliar_word(rng, split)
-        return word.capitalize() if words[0][0].isupper() else word
-    return rng.choice(keep(words, split))
+        return word.capitalize() if pools[split][0][0].isupper() else word
+    return rng.choice(pools[split])
 
 
-def _listed(words: list[str]) -> Maker:
+def _listed(words: list[str], more: list[str]) -> Maker:
+    pools = _pools(words, more)
+
     def make(rng: random.Random, split: Split) -> tuple[Value, list[str]]:
-        word = _word(rng, split, words)
+        word = _word(rng, split, pools)
         return word, [word]
 
     return make
 
 
 def _person(rng: random.Random, split: Split) -> tuple[Value, list[str]]:
-    first = _word(rng, split, FIRST_NAMES)
+    first = _word(rng, split, _FIRST_NAMES)
     if rng.random() < 0.4:
         return first, [first]
-    last = _word(rng, split, LAST_NAMES)
+    last = _word(rng, split, _LAST_NAMES)
     return f"{first} {last}", [first, last]
 
 
@@ -90,15 +107,15 @@ def _amount(rng: random.Random, split: Split) -> tuple[Value, list[str]]:
 
 
 MAKERS: dict[str, Maker] = {
-    "city": _listed(CITIES),
+    "city": _listed(CITIES, wide.CITIES),
     "person": _person,
     "company": _company,
     "date": _date,
     "time": _time,
     "amount": _amount,
-    "item": _listed(ITEMS),
-    "color": _listed(COLORS),
-    "job": _listed(JOBS),
+    "item": _listed(ITEMS, wide.ITEMS),
+    "color": _listed(COLORS, wide.COLORS),
+    "job": _listed(JOBS, wide.JOBS),
 }
 
 
@@ -128,6 +145,10 @@ def make_row(rng: random.Random, split: Split) -> Row:
         words += made_of
     text = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", sentence.format(**values))
     rng.shuffle(slots)
-    wanted = slots[: rng.randint(2, len(slots))]
+    count = rng.randint(2, len(slots))
+    if split == "train":
+        # Every value asked for is one more to learn from, at the price of a few tokens.
+        count = max(count, rng.randint(2, len(slots)))
+    wanted = slots[:count]
     answer = json.dumps({slot: values[slot] for slot in wanted})
     return Row(user_message(wanted, text), answer, (sentence,), tuple(words))
