@@ -11,7 +11,7 @@ from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
 
 
 def add_lora_(y: torch.Tensor, x: torch.Tensor, weights: LoRALayerWeights, plan: LoRAPlan) -> torch.Tensor:
-    """In place, for each run of rows with slot s: ``y += (x @ A_s.T * scaling_s) @ B_s``.
+    """In place, for each run of rows with slot s: ``y += (x @ A_s.T * scaling_s * plan.factor) @ B_s``.
 
     Rows of the base (slot -1), and of slots that do not adapt this layer, are left as they are. The rank
     intermediate and all sums are float32; each element of y is rounded once.

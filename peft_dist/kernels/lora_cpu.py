@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from peft_dist.kernels import cpu_build
-from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
+from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan, rows_of_slots
 
 
 class _LayerStruct(ctypes.Structure):
@@ -43,7 +43,12 @@ class _MemberStruct(ctypes.Structure):
 
 
 class _PlanStruct(ctypes.Structure):
-    _fields_ = (("slots", ctypes.c_void_p), ("starts", ctypes.c_void_p), ("num_runs", ctypes.c_int32))
+    _fields_ = (
+        ("slots", ctypes.c_void_p),
+        ("starts", ctypes.c_void_p),
+        ("num_runs", ctypes.c_int32),
+        ("factor", ctypes.c_float),
+    )
 
 
 class _Prepared(NamedTuple):
@@ -89,13 +94,30 @@ def _bind(library: ctypes.PyDLL) -> _Functions:
 _functions = _FunctionTable()
 
 
+def _segments(weights: LoRALayerWeights) -> Sequence[np.ndarray]:
+    """``first_segment``, ``segment_start`` and ``segment_rows`` of all slots; pages side by side are one segment."""
+    tables = np.ascontiguousarray(weights.pages, np.int32), np.ascontiguousarray(weights.rank, np.int32)
+    return _find_segments(weights.page_rows, *(table.tobytes() for table in tables))
+
+
+@lru_cache(maxsize=64)
+def _find_segments(page_rows: int, pages: bytes, rank: bytes) -> Sequence[np.ndarray]:
+    """From the tables' bytes, because many layers have the same ones."""
+    ranks = np.frombuffer(rank, np.int32)
+    owners = np.flatnonzero(ranks)
+    table = np.frombuffer(pages, np.int32).reshape(len(ranks), -1)
+    rows = rows_of_slots(table, ranks, page_rows, owners)
+    slots = np.repeat(owners, ranks[owners])
+    is_first = np.ones(len(rows), bool)
+    is_first[1:] = (rows[1:] != rows[:-1] + 1) | (slots[1:] != slots[:-1])
+    first = np.flatnonzero(is_first)
+    counts = np.bincount(slots[first] + 1, minlength=len(ranks) + 1)
+    sizes = np.diff(first, append=len(rows))
+    return [array.astype(np.int32) for array in (np.cumsum(counts), rows[first], sizes)]
+
+
 def _prepare_layer(weights: LoRALayerWeights) -> _Prepared:
-    owners = np.flatnonzero(weights.rank)
-    counts = np.zeros(len(weights.rank) + 1, np.int32)
-    counts[owners + 1] = 1
-    arrays = [np.cumsum(counts, dtype=np.int32)]
-    arrays += [np.ascontiguousarray(a[owners], np.int32) for a in (weights.row_start, weights.rank)]
-    arrays.append(np.ascontiguousarray(weights.scaling, np.float32))
+    arrays = [*_segments(weights), np.ascontiguousarray(weights.scaling, np.float32)]
     A, B = weights.A.contiguous(), weights.B.contiguous()
     sizes, dtype = (A.shape[1], B.shape[1]), A.dtype
     is_wide = dtype == torch.float32
@@ -110,7 +132,7 @@ def _prepare_layer(weights: LoRALayerWeights) -> _Prepared:
 
 def _prepare_plan(plan: LoRAPlan) -> _Prepared:
     arrays = [np.ascontiguousarray(a, np.int32) for a in (plan.slots, plan.starts)]
-    struct = _PlanStruct(*(array.ctypes.data for array in arrays), len(plan.slots))
+    struct = _PlanStruct(*(array.ctypes.data for array in arrays), len(plan.slots), plan.factor)
     prepared = _Prepared(ctypes.addressof(struct), 0, (plan.num_rows, 0), {}, (struct, arrays))
     plan.scratch["c"] = prepared
     return prepared

@@ -1,50 +1,83 @@
-"""Device memory behind adapter slots: all resident adapters, stacked by rank rows in each layer."""
+"""Device memory behind adapter slots: pages of rank rows in each layer, and the tables that say whose they are."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
-from peft_dist.kernels.row_allocator import RowAllocator
+from peft_dist.kernels.lora_layer import PooledLayer
 from peft_dist.kernels.types import LoRALayerWeights
 
 LayerTensors = tuple[torch.Tensor, torch.Tensor, float]
 """A ``[r, in_features]``, B ``[out_features, r]`` as PEFT stores them, and the scaling."""
 
+_CPU_PAGE_ROWS = 4
+_DEVICE_PAGE_ROWS = 8
+
+
+def default_page_rows(device: torch.device | str) -> int:
+    """Rank rows of one page where nothing else is asked for."""
+    return _CPU_PAGE_ROWS if torch.device(device).type == "cpu" else _DEVICE_PAGE_ROWS
+
+
+class OutOfPagesError(RuntimeError):
+    """An adapter needs more pages of a layer than are free."""
+
 
 @dataclass(slots=True)
-class _Layer:
-    """One layer's stack; ``weights`` outlives its adapters so that kernels keep what they derived."""
+class Reservation:
+    """Pages that belong to one slot already, but that no kernel reads yet.
 
-    in_features: int
-    out_features: int
-    weights: LoRALayerWeights
-    rows: RowAllocator = field(default_factory=RowAllocator)
+    Attributes:
+        ranks: By ``lora_index``.
+        pages: Likewise.
+        scaling: Likewise; complete once the pages are filled.
+        finite: Every B is known to hold no NaN and no infinity.
+    """
 
-    @property
-    def num_resident(self) -> int:
-        return int(np.count_nonzero(self.weights.rank))
+    slot: int
+    ranks: dict[int, int]
+    pages: dict[int, list[int]]
+    scaling: dict[int, float] = field(default_factory=dict)
+    finite: bool = False
 
 
 class LoRAPool:
     """Adapters by slot in every LoRA layer of one model.
 
-    A layer stores an adapter in as many rows as its rank there, and nothing where it does not adapt the
-    layer. Buffers start empty and double when rows run out.
+    A layer stores an adapter in as many pages as its rank there needs, and nothing where it does not adapt the
+    layer. Any free pages will do, so an adapter fits whenever enough are free, and none is ever moved.
+
+    With ``num_rows`` the buffers are allocated once, and an adapter can be loaded beside running kernels: ``reserve``
+    and ``publish`` are cheap and belong to the thread that runs the model, ``fill`` may run on any other. Without, the
+    buffers start empty and double when pages run out, and only ``load`` may be used.
 
     Attributes:
         weights: What kernels read, by ``lora_index``; None while no resident adapter adapts the layer.
+        page_rows: Rank rows of one page.
+        num_rows: Rows of each layer, whole pages; None when they grow.
+        num_slots: Slots that the tables on a GPU have; None where they need none.
     """
 
-    def __init__(self, device: torch.device | str, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        page_rows: int | None = None,
+        num_rows: int | None = None,
+        num_slots: int | None = None,
+    ) -> None:
         self.device = torch.device(device)
         self.dtype = dtype
+        self.page_rows = page_rows or default_page_rows(self.device)
+        self.num_rows = None if num_rows is None else num_rows // self.page_rows * self.page_rows
+        self.num_slots = num_slots
         self.weights: list[LoRALayerWeights | None] = []
-        self._layers: list[_Layer] = []
-        self._targets: dict[int, frozenset[int]] = {}
+        self._layers: list[PooledLayer] = []
+        self._resident: dict[int, Reservation] = {}
+        self._pending: dict[int, Reservation] = {}
 
     def add_layer(self, in_features: int, out_features: int, *, embedding: bool = False) -> int:
         """Register a layer and return its ``lora_index``.
@@ -52,126 +85,184 @@ class LoRAPool:
         For an embedding ``in_features`` is the number of embeddings; an adapter's A is then ``[r, that]``.
         """
         del embedding  # Both kinds are stored alike; the argument documents the call.
-        weights = LoRALayerWeights(
-            A=torch.zeros(0, in_features, dtype=self.dtype, device=self.device),
-            B=torch.zeros(0, out_features, dtype=self.dtype, device=self.device),
-            row_start=np.zeros(0, np.int32),
-            rank=np.zeros(0, np.int32),
-            scaling=np.zeros(0, np.float32),
-        )
-        self._layers.append(_Layer(in_features, out_features, weights))
+        layer = PooledLayer(in_features, out_features, self.device, self.dtype, self.page_rows)
+        if self.num_rows is not None:
+            layer.grow(self.num_rows // self.page_rows)
+            if self.num_slots is not None and self.device.type != "cpu":
+                layer.add_device_tables(self.num_slots)
+        self._layers.append(layer)
         self.weights.append(None)
         return len(self._layers) - 1
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the buffers, rows that are free included."""
+        """Bytes of the buffers, pages that are free included."""
         return sum(t.numel() * t.element_size() for layer in self._layers for t in (layer.weights.A, layer.weights.B))
+
+    def read(self, slot: int) -> dict[int, LayerTensors]:
+        """A copy of what a slot holds, by ``lora_index``: A ``[r, in]``, B ``[out, r]``, the scaling."""
+        held = self._resident[slot]
+        return {index: self._layers[index].read(slot) for index in held.ranks}
+
+    def num_free_pages(self, index: int) -> int:
+        """Of one layer, as far as its buffers reach now."""
+        return self._layers[index].pages.num_free
+
+    # In the background
+
+    def reserve(self, slot: int, ranks: Mapping[int, int]) -> Reservation:
+        """Take pages for an adapter with these ranks (by ``lora_index``) in an empty slot.
+
+        Raises:
+            OutOfPagesError: fewer pages are free than it needs; nothing has changed.
+            ValueError: there is no such slot or layer, a rank is below 1, or the slot is in use; likewise.
+        """
+        self._check_slot(slot)
+        if slot in self._resident or slot in self._pending:
+            raise ValueError(f"adapter slot {slot} is in use: drop what it holds first")
+        for index, rank in ranks.items():
+            self._layer(index)
+            if rank < 1:
+                raise ValueError(f"LoRA layer {index}: rank {rank} must be at least 1")
+        self._check_room(ranks)
+        pages = {index: self._layers[index].take(rank) for index, rank in ranks.items()}
+        reservation = Reservation(slot, dict(ranks), pages)
+        self._pending[slot] = reservation
+        return reservation
+
+    def fill(self, reservation: Reservation, weights: Mapping[int, LayerTensors], *, finite: bool = False) -> None:
+        """Copy weights into reserved pages, and touch nothing else: any thread may do it while kernels run.
+
+        On a GPU the copies are queued on the current stream.
+
+        Args:
+            weights: By ``lora_index``, for exactly the layers that were reserved.
+            finite: Every B is known to be finite in the pool's dtype, so that kernels need not look.
+
+        Raises:
+            ValueError: the tensors are not those that the pages were reserved for.
+        """
+        if weights.keys() != reservation.ranks.keys():
+            raise ValueError(f"slot {reservation.slot}: pages were reserved for other layers than {sorted(weights)}")
+        for index, tensors in weights.items():
+            if self._rank_of(index, tensors) != reservation.ranks[index]:
+                raise ValueError(f"LoRA layer {index}: pages were reserved for rank {reservation.ranks[index]}")
+        with torch.no_grad():
+            copies = [
+                copy
+                for index, (A, B, _) in weights.items()
+                for copy in self._layers[index].copies(reservation.pages[index], A, B)
+            ]
+            # One call: copy by copy, this thread would ask for the interpreter, which the model's thread needs, anew.
+            if copies:
+                torch._foreach_copy_([target for target, _ in copies], [source for _, source in copies])
+        reservation.scaling = {index: scaling for index, (_, _, scaling) in weights.items()}
+        reservation.finite = finite
+
+    def publish(self, reservation: Reservation) -> None:
+        """Let kernels see filled pages from the next call on."""
+        if (
+            self._pending.get(reservation.slot) is not reservation
+            or reservation.scaling.keys() != reservation.ranks.keys()
+        ):
+            raise ValueError(f"slot {reservation.slot}: these pages are not reserved, or not filled")
+        del self._pending[reservation.slot]
+        self._show(reservation)
+
+    def cancel(self, reservation: Reservation) -> None:
+        """Give reserved pages back; nobody may be filling them any more."""
+        if self._pending.get(reservation.slot) is not reservation:
+            raise ValueError(f"slot {reservation.slot}: these pages are not reserved")
+        del self._pending[reservation.slot]
+        self._give_back(reservation)
+
+    # At once
 
     def load(self, slot: int, weights: Mapping[int, LayerTensors]) -> None:
         """Put an adapter into a slot, over whatever it held. ``weights`` is keyed by ``lora_index``.
 
         Raises:
-            ValueError: a tensor does not fit its layer, or the slot is negative; nothing has changed then.
+            OutOfPagesError: it does not fit even in place of what the slot holds; nothing has changed.
+            ValueError: a tensor does not fit its layer, or the slot is negative; likewise.
         """
-        if slot < 0:
-            raise ValueError(f"adapter slot {slot} is negative: slots count from 0")
-        for index, tensors in weights.items():
-            self._check_fits(index, tensors)
-        targets = frozenset(weights)
-        with torch.no_grad():
-            for index in self._targets.get(slot, frozenset()) - targets:
-                self._clear(index, slot)
-            self._targets[slot] = targets
-            for index, (A, B, scaling) in weights.items():
-                self._store(index, slot, A, B, scaling)
+        self._check_slot(slot)
+        ranks = {index: self._rank_of(index, tensors) for index, tensors in weights.items()}
+        held = self._resident.get(slot)
+        if held is None or held.ranks != ranks:
+            self._check_room(ranks, held)
+            self.drop(slot)
+            held = self.reserve(slot, ranks)
+            self.fill(held, weights)
+            self.publish(held)
+        else:
+            self.fill(held, weights)
+            self._show(held)
 
     def drop(self, slot: int) -> None:
-        """Free a slot's rows in every layer. A slot that holds nothing is left as it is."""
-        with torch.no_grad():
-            for index in self._targets.pop(slot, frozenset()):
-                self._clear(index, slot)
+        """Free a slot's pages in every layer. A slot that holds nothing is left as it is."""
+        held = self._resident.pop(slot, None)
+        if held is None:
+            return
+        for index in held.ranks:
+            layer = self._layers[index]
+            layer.hide(slot)
+            if not layer.num_resident:
+                self.weights[index] = None
+        self._give_back(held)
 
     def check(self) -> None:
-        """Raises RuntimeError unless every row has at most one owner and free rows are exactly the rest."""
+        """Raises RuntimeError unless every page has at most one owner, free pages are the rest, and tables agree."""
+        owners = [*self._resident.values(), *self._pending.values()]
         for index, layer in enumerate(self._layers):
-            held = layer.weights
-            owned = sorted((int(held.row_start[s]), int(held.rank[s])) for s in np.flatnonzero(held.rank))
-            problem = layer.rows.find_inconsistency(owned)
-            slots = {s for s, targets in self._targets.items() if index in targets}
-            if slots != set(np.flatnonzero(held.rank).tolist()):
-                problem = f"slots {sorted(slots)} are registered, ranks say {held.rank.tolist()}"
-            if layer.rows.capacity != held.A.shape[0] or held.A.shape[0] != held.B.shape[0]:
-                problem = f"{layer.rows.capacity} rows are managed, A and B have {held.A.shape[0]}, {held.B.shape[0]}"
+            owned = [page for owner in owners for page in owner.pages.get(index, [])]
+            resident = {r.slot: (r.ranks[index], r.pages[index]) for r in self._resident.values() if index in r.ranks}
+            problem = layer.pages.find_inconsistency(owned) or layer.find_inconsistency(resident)
             if (self.weights[index] is not None) != bool(layer.num_resident):
                 problem = "weights are published exactly while an adapter is resident, but are not"
             if problem:
                 raise RuntimeError(f"LoRA pool, layer {index}: {problem}")
 
-    def _check_fits(self, index: int, tensors: LayerTensors) -> None:
+    def _show(self, reservation: Reservation) -> None:
+        self._resident[reservation.slot] = reservation
+        for index, rank in reservation.ranks.items():
+            layer, pages = self._layers[index], reservation.pages[index]
+            layer.show(reservation.slot, rank, pages, reservation.scaling[index], reservation.finite)
+            self.weights[index] = layer.weights
+
+    def _give_back(self, reservation: Reservation) -> None:
+        for index, pages in reservation.pages.items():
+            self._layers[index].pages.free(pages)
+
+    def _check_slot(self, slot: int) -> None:
+        if slot < 0:
+            raise ValueError(f"adapter slot {slot} is negative: slots count from 0")
+        if self.num_slots is not None and slot >= self.num_slots:
+            raise ValueError(f"adapter slot {slot} does not exist: the pool has {self.num_slots}")
+
+    def _check_room(self, ranks: Mapping[int, int], instead_of: Reservation | None = None) -> None:
+        """Whether all pages are there, with those of ``instead_of`` counted as free."""
+        if self.num_rows is None:
+            return
+        for index, rank in ranks.items():
+            needed = -(-rank // self.page_rows)
+            free = self._layers[index].pages.num_free + len(instead_of.pages.get(index, []) if instead_of else [])
+            if needed > free:
+                raise OutOfPagesError(
+                    f"LoRA layer {index}: rank {rank} needs {needed} pages of {self.page_rows} rows, {free} of "
+                    f"{self.num_rows // self.page_rows} are free: drop an adapter, or make the pool larger"
+                )
+
+    def _layer(self, index: int) -> PooledLayer:
         if not 0 <= index < len(self._layers):
             raise ValueError(f"LoRA layer {index} does not exist: the pool has {len(self._layers)}")
-        layer, (A, B, _) = self._layers[index], tensors
+        return self._layers[index]
+
+    def _rank_of(self, index: int, tensors: LayerTensors) -> int:
+        layer, (A, B, _) = self._layer(index), tensors
         rank = A.shape[0] if A.dim() == 2 else 0
         if rank < 1 or A.shape != (rank, layer.in_features) or B.shape != (layer.out_features, rank):
             raise ValueError(
                 f"LoRA layer {index} takes A [r, {layer.in_features}] and B [{layer.out_features}, r] with r >= 1, "
                 f"not A {list(A.shape)} and B {list(B.shape)}"
             )
-
-    def _store(self, index: int, slot: int, A: torch.Tensor, B: torch.Tensor, scaling: float) -> None:
-        layer, rank = self._layers[index], A.shape[0]
-        self._fit_slots(layer.weights, slot)
-        held = layer.weights
-        if held.rank[slot] != rank:
-            self._clear(index, slot)
-            held.row_start[slot] = self._take_rows(layer, rank)
-            held.rank[slot] = rank
-        first = int(held.row_start[slot])
-        held.A[first : first + rank].copy_(A)
-        held.B[first : first + rank].copy_(B.T)
-        held.scaling[slot] = scaling
-        held.version += 1
-        self.weights[index] = held
-
-    @staticmethod
-    def _fit_slots(held: LoRALayerWeights, slot: int) -> None:
-        missing = slot + 1 - len(held.rank)
-        if missing > 0:
-            missing = max(missing, len(held.rank))
-            held.row_start = np.pad(held.row_start, (0, missing))
-            held.rank = np.pad(held.rank, (0, missing))
-            held.scaling = np.pad(held.scaling, (0, missing))
-
-    @staticmethod
-    def _take_rows(layer: _Layer, rank: int) -> int:
-        """First of ``rank`` free rows; the buffers grow when there are none."""
-        first = layer.rows.allocate(rank)
-        if first is None:
-            held, old = layer.weights, layer.rows.capacity
-            grown = max(2 * old, old + rank)
-            held.A, held.B = (_with_rows(tensor, grown) for tensor in (held.A, held.B))
-            layer.rows.grow(grown)
-            first = layer.rows.allocate(rank)
-            assert first is not None, "the buffers grew by at least the rank"
-        return first
-
-    def _clear(self, index: int, slot: int) -> None:
-        layer = self._layers[index]
-        held = layer.weights
-        rank, first = int(held.rank[slot]), int(held.row_start[slot])
-        if not rank:
-            return
-        held.rank[slot] = 0
-        held.scaling[slot] = 0.0
-        held.version += 1
-        layer.rows.free(first, rank)
-        if not layer.num_resident:
-            self.weights[index] = None
-
-
-def _with_rows(tensor: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """A copy with more rows; the new ones hold anything until an adapter is stored there."""
-    grown = tensor.new_empty(num_rows, tensor.shape[1])
-    grown[: len(tensor)].copy_(tensor)
-    return grown
+        return rank

@@ -31,7 +31,8 @@ def _layout_key(weights: LoRALayerWeights) -> bytes:
     """Equal for layers in which every slot has the same rows and scaling, so that they share a selection."""
     cached = weights.scratch.get("torch_layout")
     if cached is None or cached[0] != weights.version:  # type: ignore[index]
-        parts = (weights.row_start, weights.rank, weights.scaling, np.array(weights.A.shape[:1]))
+        owned = weights.rows_of(np.flatnonzero(weights.rank))
+        parts = (owned, weights.rank, weights.scaling, np.array(weights.A.shape[:1]))
         cached = (weights.version, b"|".join(part.tobytes() for part in parts) + str(weights.A.device).encode())
         weights.scratch["torch_layout"] = cached
     return cached[1]  # type: ignore[index,no-any-return]
@@ -54,10 +55,10 @@ def _make_selection(weights: LoRALayerWeights, plan: LoRAPlan) -> _Selection | N
     if not len(rows):
         return None
     slots = np.unique(row_slots[rows])
-    pool_rows = _rows_of(weights, slots)
+    pool_rows = weights.rows_of(slots)
     owners = np.repeat(slots, weights.rank[slots])
     mask = row_slots[rows][:, None] == owners[None, :]
-    factor = np.where(mask, weights.scaling[owners][None, :], 0.0).astype(np.float32)
+    factor = np.where(mask, weights.scaling[owners][None, :] * plan.factor, 0.0).astype(np.float32)
     all_pool_rows = np.array_equal(pool_rows, np.arange(weights.A.shape[0]))
     return _Selection(
         rows=None if len(rows) == plan.num_rows else torch.from_numpy(rows).to(device),
@@ -71,17 +72,13 @@ def _is_finite(weights: LoRALayerWeights) -> bool:
     """Whether every adapter's B may be multiplied by zeros: 0 times Inf would reach rows of other adapters."""
     cached = weights.scratch.get("torch_finite")
     if cached is None or cached[0] != weights.version:  # type: ignore[index]
-        owned = _rows_of(weights, np.flatnonzero(weights.rank))
-        finite = torch.isfinite(weights.B[torch.from_numpy(owned).to(weights.B.device)])
-        cached = (weights.version, bool(finite.all()))
+        doubtful = weights.rows_of(np.flatnonzero((weights.rank > 0) & ~weights.finite))
+        finite = not len(doubtful) or bool(
+            torch.isfinite(weights.B[torch.from_numpy(doubtful).to(weights.B.device)]).all()
+        )
+        cached = (weights.version, finite)
         weights.scratch["torch_finite"] = cached
     return cached[1]  # type: ignore[index,no-any-return]
-
-
-def _rows_of(weights: LoRALayerWeights, slots: np.ndarray) -> np.ndarray:
-    """Rows of A and B that these slots own, in their order. int64."""
-    ranges = [weights.row_start[s] + np.arange(weights.rank[s], dtype=np.int64) for s in slots]
-    return np.concatenate([np.zeros(0, np.int64), *ranges])
 
 
 def _take(table: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
@@ -118,7 +115,10 @@ def add_embedding_lora_(
         return y
     if not _is_finite(weights):
         return reference.add_embedding_lora_(y, ids, weights, plan, embed_scale)
-    columns = weights.A.index_select(1, _take(ids, chosen.rows).long())
-    t = _take(columns, chosen.pool_rows).float().T
+    columns = _take(ids, chosen.rows).long()
+    if chosen.pool_rows is None:
+        t = weights.A.index_select(1, columns).float().T
+    else:
+        t = weights.A[chosen.pool_rows[None, :], columns[:, None]].float()
     factor = chosen.factor if embed_scale is None else chosen.factor * embed_scale
     return _expand_(y, torch.where(chosen.mask, t * factor, 0.0), weights, chosen)

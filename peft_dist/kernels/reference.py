@@ -9,13 +9,13 @@ import torch
 from peft_dist.kernels.types import AttentionMetadata, KVCache, LoRALayerWeights, LoRAPlan
 
 
-def _adapted_runs(weights: LoRALayerWeights, plan: LoRAPlan) -> Iterator[tuple[slice, slice, float]]:
+def _adapted_runs(weights: LoRALayerWeights, plan: LoRAPlan) -> Iterator[tuple[slice, torch.Tensor, float]]:
     """(rows of the input, rows of A and B, scaling) of every run whose slot adapts this layer."""
     for i, slot in enumerate(plan.slots.tolist()):
         if 0 <= slot < len(weights.rank) and weights.rank[slot] > 0:
-            first = int(weights.row_start[slot])
-            pool_rows = slice(first, first + int(weights.rank[slot]))
-            yield slice(int(plan.starts[i]), int(plan.starts[i + 1])), pool_rows, float(weights.scaling[slot])
+            pool_rows = torch.from_numpy(weights.rows_of(slot)).to(weights.A.device)
+            scaling = float(weights.scaling[slot]) * plan.factor
+            yield slice(int(plan.starts[i]), int(plan.starts[i + 1])), pool_rows, scaling
 
 
 def add_lora_(y: torch.Tensor, x: torch.Tensor, weights: LoRALayerWeights, plan: LoRAPlan) -> torch.Tensor:
@@ -35,6 +35,13 @@ def add_embedding_lora_(
         factor = scaling if embed_scale is None else scaling * embed_scale
         y[rows] = (y[rows].float() + t * factor @ weights.B[pool_rows].float()).to(y.dtype)
     return y
+
+
+def merge_into_(
+    out: torch.Tensor, base: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """Twin of ``merge.merge_into_``."""
+    return out.copy_(base.float() + scaling * (B.float() @ A.float()))
 
 
 def write_kv(key: torch.Tensor, value: torch.Tensor, cache: KVCache, meta: AttentionMetadata) -> None:

@@ -47,29 +47,54 @@ class AttentionMetadata:
 
     @property
     def num_seqs(self) -> int:
+        """Sequences in the batch."""
         return len(self.context_lens)
 
 
 @dataclass(slots=True)
 class LoRALayerWeights:
-    """All resident adapters of one layer, stacked by rank rows: no adapter is padded to another's rank.
+    """All resident adapters of one layer, in pages of rank rows; a slot is a list of pages.
+
+    Rows of a slot's last page beyond its rank hold anything and are never read.
 
     Attributes:
-        A: ``[rows, in_features]``; adapter slot s owns rows ``row_start[s] : row_start[s] + rank[s]``.
+        A: ``[rows, in_features]``; page p is the rows ``p * page_rows : (p + 1) * page_rows``.
             For an embedding, ``[rows, num_embeddings]``.
-        B: ``[rows, out_features]``, the transpose of PEFT's ``lora_B``, same row ownership.
-        row_start, rank: int32 ``[slots]``; rank 0 where a slot does not adapt this layer.
+        B: ``[rows, out_features]``, the transpose of PEFT's ``lora_B``, in the same pages.
+        page_rows: Rows of one page.
+        pages: int32 ``[slots, max_pages]``; slot s has its ranks in ``pages[s, 0]``, ``pages[s, 1]`` and so on.
+        rank: int32 ``[slots]``; 0 where a slot does not adapt this layer.
         scaling: float32 ``[slots]``, applied to the rank intermediate (alpha / r or alpha / sqrt(r)).
+        finite: bool ``[slots]``; B is known to hold no NaN and no infinity.
+        pages_t, rank_t, scaling_t: The first three tables on the device of A, at addresses that stay; None on a CPU
+            and in a pool that grows.
         version: Counts changes; back ends may cache what they derive from one version.
     """
 
     A: torch.Tensor
     B: torch.Tensor
-    row_start: np.ndarray
+    page_rows: int
+    pages: np.ndarray
     rank: np.ndarray
     scaling: np.ndarray
+    finite: np.ndarray
+    pages_t: torch.Tensor | None = None
+    rank_t: torch.Tensor | None = None
+    scaling_t: torch.Tensor | None = None
     version: int = 0
     scratch: dict[object, object] = field(default_factory=dict)
+
+    def rows_of(self, slots: int | np.ndarray) -> np.ndarray:
+        """Rows of A and B that these slots (int or int ``[n]``) own, in order of slots and ranks. int64."""
+        return rows_of_slots(self.pages, self.rank, self.page_rows, np.atleast_1d(slots))
+
+
+def rows_of_slots(pages: np.ndarray, rank: np.ndarray, page_rows: int, slots: np.ndarray) -> np.ndarray:
+    """``LoRALayerWeights.rows_of`` for these tables."""
+    ranks = rank[slots]
+    columns = np.arange(-(-int(ranks.max(initial=0)) // page_rows) * page_rows)
+    rows = pages[slots[:, None], columns // page_rows].astype(np.int64) * page_rows
+    return (rows + columns % page_rows)[columns < ranks[:, None]]
 
 
 @dataclass(slots=True)
@@ -83,15 +108,18 @@ class LoRAPlan:
         slots: int32 ``[runs]``.
         starts: int32 ``[runs + 1]``, from 0 to the number of rows.
         backend: "c" or "torch"; None takes the best that the tensors' device has.
+        factor: Multiplies every adapter's part: -1 takes a part away that merged weights put in for all rows.
     """
 
     slots: np.ndarray
     starts: np.ndarray
     scratch: dict[object, object] = field(default_factory=dict)
     backend: str | None = None
+    factor: float = 1.0
 
     @property
     def num_rows(self) -> int:
+        """Rows of the layers' inputs, with and without an adapter."""
         return int(self.starts[-1])
 
     @classmethod

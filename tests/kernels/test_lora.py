@@ -94,7 +94,7 @@ def test_a_broken_adapter_reaches_no_other_row(backend: str, bad: float, part: s
     plan = plan_of(np.array([0, 1, 1, 2, -1]), backend)
     x, y = torch.randn(5, 40), torch.randn(5, 40)
     expected = lora.add_lora_(y.clone(), x, weights, plan)
-    getattr(weights, part)[weights.row_start[1]] = bad
+    getattr(weights, part)[weights.rows_of(1)[0]] = bad
     weights.version += 1
     got = lora.add_lora_(y.clone(), x, weights, plan)
     assert not torch.isfinite(got[1:3]).any()
@@ -156,7 +156,7 @@ def test_new_versions_are_seen_and_scratch_is_not_shared_between_layers(backend:
         weights = layer_of(ranks, (20, 20), torch.float32, seed)
         assert_close(lora.add_lora_(y.clone(), x, weights, plan), reference.add_lora_(y.clone(), x, weights, plan))
         weights.scaling[0] *= 3
-        weights.A[weights.row_start[0]] += 1
+        weights.A[weights.rows_of(0)[0]] += 1
         weights.version += 1
         assert_close(lora.add_lora_(y.clone(), x, weights, plan), reference.add_lora_(y.clone(), x, weights, plan))
 

@@ -8,47 +8,38 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_dist.kernels.lora_pool import LayerTensors, LoRAPool
-from peft_dist.kernels.row_allocator import RowAllocator
+from peft_dist.kernels.page_allocator import PageAllocator
 
 SIZES = [(6, 4), (3, 5), (8, 8)]
 
 
 @settings(max_examples=100)
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 9)), max_size=60))
-def test_allocated_ranges_never_overlap_and_none_are_lost(operations: list[tuple[bool, int]]) -> None:
-    rows, owned = RowAllocator(), []
-    for allocate, size in operations:
+def test_allocated_pages_never_overlap_and_none_are_lost(operations: list[tuple[bool, int]]) -> None:
+    allocator, owned = PageAllocator(3), []
+    for allocate, count in operations:
         if allocate:
-            first = rows.allocate(size)
-            if first is None:
-                rows.grow(max(2 * rows.capacity, rows.capacity + size))
-                first = rows.allocate(size)
-            assert first is not None
-            owned.append((first, size))
+            lowest = sorted(set(range(allocator.capacity)) - {page for pages in owned for page in pages})[:count]
+            pages = allocator.allocate(count)
+            if len(lowest) < count:
+                assert pages is None
+                allocator.grow(allocator.capacity + count)
+            else:
+                assert pages == lowest
+                owned.append(pages)
         elif owned:
-            rows.free(*owned.pop(size % len(owned)))
-        assert rows.find_inconsistency(owned) is None
-        assert rows.num_free == rows.capacity - sum(n for _, n in owned)
-    for piece in owned:
-        rows.free(*piece)
-    assert rows.capacity == 0 or rows.allocate(rows.capacity) == 0, "free neighbours did not merge"
-
-
-def test_the_lowest_range_that_fits_is_taken() -> None:
-    rows = RowAllocator(10)
-    assert [rows.allocate(n) for n in (2, 3, 5)] == [0, 2, 5]
-    rows.free(2, 3)
-    assert rows.allocate(4) is None
-    assert rows.allocate(1) == 2
-    assert rows.allocate(2) == 3
+            allocator.free(owned.pop(count % len(owned)))
+        flat = [page for pages in owned for page in pages]
+        assert allocator.find_inconsistency(flat) is None
+        assert allocator.num_free == allocator.capacity - len(flat)
 
 
 def test_inconsistencies_are_found() -> None:
-    rows = RowAllocator(4)
-    rows.allocate(2)
-    assert rows.find_inconsistency([(0, 2)]) is None
-    for wrong in ([], [(0, 1)], [(0, 3)], [(0, 2), (1, 1)]):
-        assert rows.find_inconsistency(wrong)
+    allocator = PageAllocator(4)
+    allocator.allocate(2)
+    assert allocator.find_inconsistency([0, 1]) is None
+    for wrong in ([], [0], [0, 1, 2], [0, 1, 1]):
+        assert allocator.find_inconsistency(wrong)
 
 
 def adapter(ranks: list[int], seed: int) -> dict[int, LayerTensors]:
@@ -68,7 +59,7 @@ def assert_holds(pool: LoRAPool, resident: dict[int, dict[int, LayerTensors]]) -
         assert (held is None) == (not expected)
         for slot, (A, B, scaling) in expected.items():
             assert held is not None
-            rows = slice(int(held.row_start[slot]), int(held.row_start[slot]) + int(held.rank[slot]))
+            rows = torch.from_numpy(held.rows_of(slot))
             assert torch.equal(held.A[rows], A) and torch.equal(held.B[rows], B.T) and held.scaling[slot] == scaling
 
 
@@ -97,13 +88,13 @@ def test_the_pool_holds_what_was_loaded_last(history: list[tuple[int, list[int] 
     assert_holds(pool, {})
 
 
-def test_ranks_are_not_padded() -> None:
-    pool = LoRAPool("cpu", torch.bfloat16)
+def test_a_growing_pool_holds_whole_pages_and_no_more() -> None:
+    pool = LoRAPool("cpu", torch.bfloat16, page_rows=2)
     pool.add_layer(100, 50)
     pool.load(0, {0: (torch.ones(3, 100), torch.ones(50, 3), 1.0)})
-    assert pool.num_bytes == 3 * 150 * 2
+    assert pool.num_bytes == 4 * 150 * 2
     pool.load(9, {0: (torch.ones(3, 100), torch.ones(50, 3), 1.0)})
-    assert pool.num_bytes == 6 * 150 * 2
+    assert pool.num_bytes == 8 * 150 * 2
 
 
 @pytest.mark.parametrize(

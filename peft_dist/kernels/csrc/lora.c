@@ -22,6 +22,7 @@ typedef struct {
 typedef struct {
     const int32_t *slots, *starts;
     int32_t num_runs;
+    float factor;
 } Plan;
 
 /* Rows of x with one slot, and the segments of that slot in one layer; rank 0: it does not adapt the layer. */
@@ -37,7 +38,7 @@ INLINE Run run_of(const Layer *layer, const Plan *plan, int32_t i) {
     if (slot >= 0 && slot < layer->num_slots) {
         run.segment = layer->first_segment[slot];
         run.end_segment = layer->first_segment[slot + 1];
-        run.scaling = layer->scaling[slot];
+        run.scaling = layer->scaling[slot] * plan->factor;
         for (int32_t s = run.segment; s < run.end_segment; s++) run.rank += layer->segment_rows[s];
     }
     return run;
