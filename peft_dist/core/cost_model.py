@@ -1,0 +1,335 @@
+"""Seconds that steps, switches and copies will take, fitted online to those that were measured.
+
+Every kind of work is a linear function of its size with coefficients of zero or more, so that predictions are never
+negative and grow with every feature. Coefficients minimise the relative errors of what was observed, older
+observations counting less, with a pull towards a prior for what was never observed (ridge regression with
+exponential forgetting, solved by coordinate descent on its normal equations). An outlier, such as a step during which
+something compiled, hardly counts, since its error is relative to its own length. When predictions stay wrong by one
+factor, all coefficients are multiplied by it: a machine that slows down does so in every mode, also in those not
+observed since.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from peft_dist.core.errors import ConfigError
+
+SwitchKind = Literal["merge", "unmerge"]
+Row = tuple[str, int, int]
+"""Adapter (content hash, "" for the base), tokens in this step, rank rows of the adapter."""
+
+FORMAT = 1
+# A few hundred steps: seconds of traffic, enough for ten coefficients.
+MEMORY = 300
+SWEEPS = 3
+# Mean logarithm of measured over predicted beyond which all modes are taken to have changed alike.
+MAX_DRIFT = 0.4
+# Share of the newest observation in the running mean of this logarithm.
+RATE = 0.1
+# Weight of the prior, in observations: enough to decide what was never observed, and nothing else.
+PRIOR_WEIGHT = 1e-4
+# Errors are relative, but below a millisecond they are noise.
+RESOLUTION = 1e-3
+# Sizes at which an unknown coefficient of a step may amount to a tenth of the step. Those of the merged terms are
+# larger: unless shown otherwise, merged weights are as fast as the base's.
+TYPICAL = (1.0, 16.0, 128.0, 10.0, 320.0, 1.0, 32.0, 4.0, 64.0, 512.0)
+STEP_TERMS = (
+    *("step", "decode_sequence", "prefill_token", "merged_step", "merged_token"),
+    *("lora_step", "lora_token", "adapter", "rank_row", "rank_row_token"),
+)
+REGIMES = ("unmerged", "base", "merged", "corrected")
+
+
+@dataclass(frozen=True, slots=True)
+class StepFeatures:
+    """What the seconds of one step depend on.
+
+    Attributes:
+        merged: Whether an adapter is merged into the weights.
+        decode_sequences: Sequences that compute one token.
+        prefill_tokens: Tokens of all other sequences.
+        lora_tokens: Tokens that pass through the LoRA kernel.
+        adapters: Distinct adapters that the kernel reads.
+        rank_rows: Rank rows of these adapters.
+        rank_row_tokens: Sum, over the kernel's tokens, of the rank rows each is multiplied with.
+    """
+
+    merged: bool
+    decode_sequences: int = 0
+    prefill_tokens: int = 0
+    lora_tokens: int = 0
+    adapters: int = 0
+    rank_rows: int = 0
+    rank_row_tokens: int = 0
+
+    @classmethod
+    def of(cls, rows: Iterable[Row], merged_adapter: str | None = None, merged_rank: int = 0) -> StepFeatures:
+        """Features of a batch. While merged, rows of the merged adapter cost no LoRA; rows of others (and of the base)
+        cost their own delta and the merged one, ``merged_rank`` rank rows, which must be taken off again."""
+        decodes = prefill = lora_tokens = row_tokens = 0
+        ranks: dict[str, int] = {}
+        for adapter, num_tokens, rank in rows:
+            decodes += num_tokens == 1
+            prefill += num_tokens if num_tokens != 1 else 0
+            corrected = merged_adapter is not None and adapter != merged_adapter
+            if not corrected and (merged_adapter is not None or not adapter):
+                continue
+            lora_tokens += num_tokens
+            row_tokens += num_tokens * (rank + (merged_rank if corrected else 0))
+            if adapter:
+                ranks[adapter] = rank
+            if merged_adapter is not None:
+                ranks[merged_adapter] = merged_rank
+        return cls(
+            merged_adapter is not None, decodes, prefill, lora_tokens, len(ranks), sum(ranks.values()), row_tokens
+        )
+
+    @property
+    def regime(self) -> str:
+        if self.merged:
+            return "corrected" if self.lora_tokens else "merged"
+        return "unmerged" if self.lora_tokens else "base"
+
+    def vector(self) -> tuple[float, ...]:
+        return (
+            1.0,
+            self.decode_sequences,
+            self.prefill_tokens,
+            self.merged,
+            self.merged * (self.decode_sequences + self.prefill_tokens),
+            self.lora_tokens > 0,
+            self.lora_tokens,
+            self.adapters,
+            self.rank_rows,
+            self.rank_row_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class CostPrior:
+    """What to believe before anything was measured: seconds, and seconds per unit.
+
+    ``merge`` and ``unmerge`` are (seconds, seconds per rank row); ``load``, ``swap`` and ``transfer`` are (seconds,
+    seconds per byte). The defaults are the order of magnitude of an 8B model on a datacentre GPU.
+    """
+
+    step: float = 5e-3
+    decode_sequence: float = 2e-5
+    prefill_token: float = 5e-5
+    merged_step: float = 0.0
+    merged_token: float = 0.0
+    lora_step: float = 1e-3
+    lora_token: float = 1e-5
+    adapter: float = 2e-5
+    rank_row: float = 0.0
+    rank_row_token: float = 0.0
+    merge: tuple[float, float] = (20e-3, 0.0)
+    unmerge: tuple[float, float] = (20e-3, 0.0)
+    load: tuple[float, float] = (1e-3, 1e-10)
+    swap: tuple[float, float] = (1e-3, 1e-10)
+    transfer: tuple[float, float] = (1e-3, 1e-10)
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            for number in value if isinstance(value, tuple | list) else (value,):
+                if not (math.isfinite(number) and number >= 0):
+                    raise ConfigError(f"cost prior {name}={value} must be finite seconds of zero or more")
+
+    def step_coefficients(self) -> tuple[float, ...]:
+        """In the order of ``StepFeatures.vector``."""
+        return tuple(getattr(self, name) for name in STEP_TERMS)
+
+
+class OnlineRegression:
+    """Non-negative linear regression, updated by one observation at a time.
+
+    Observations come in regimes, each with a memory of its own: while one regime lasts, what the others taught is
+    not forgotten, so that the difference between two modes stays known.
+    """
+
+    def __init__(self, prior: Sequence[float], typical: Sequence[float], regimes: Sequence[str]) -> None:
+        self.prior = list(prior)
+        self.coefficients = list(prior)
+        self.drift = 0.0
+        unit = max(sum(p * t for p, t in zip(prior, typical, strict=True)), RESOLUTION)
+        self._stiffness = [PRIOR_WEIGHT / max(p, 0.1 * unit / t) ** 2 for p, t in zip(prior, typical, strict=True)]
+        size = len(self.prior)
+        self._products = {regime: [[0.0] * size for _ in range(size)] for regime in regimes}
+        self._targets = {regime: [0.0] * size for regime in regimes}
+
+    def predict(self, features: Sequence[float]) -> float:
+        return sum(c * x for c, x in zip(self.coefficients, features, strict=True))
+
+    def observe(self, features: Sequence[float], value: float, regime: str) -> None:
+        """Learn one value (finite, zero or more; anything else is no measurement and raises ValueError)."""
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"cannot learn from a duration of {value} seconds")
+        predicted = self.predict(features)
+        # Errors are relative to the larger of both: what took far too long hardly counts.
+        unit = max(predicted, value, RESOLUTION)
+        self._accumulate([x / unit for x in features], value / unit, regime)
+        self._solve()
+        ratio = max(value, RESOLUTION) / max(predicted, RESOLUTION)
+        self.drift += RATE * (min(max(math.log(ratio), -1.0), 1.0) - self.drift)
+        if abs(self.drift) > MAX_DRIFT:
+            self._rescale(math.exp(self.drift))
+            self.drift = 0.0
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "prior": list(self.prior),
+            "stiffness": list(self._stiffness),
+            "coefficients": list(self.coefficients),
+            "drift": self.drift,
+            "products": {regime: [list(row) for row in rows] for regime, rows in self._products.items()},
+            "targets": {regime: list(targets) for regime, targets in self._targets.items()},
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from ``state()``. Raises ValueError when it is of another shape."""
+        products, targets = state["products"], state["targets"]
+        vectors = [state["prior"], state["stiffness"], state["coefficients"], *targets.values()]
+        vectors += [*products.values(), *(row for rows in products.values() for row in rows)]
+        known = self._products.keys()
+        if products.keys() != known or targets.keys() != known or {len(v) for v in vectors} != {len(self.prior)}:
+            raise ValueError("the state belongs to a regression with other features")
+        self.prior, self._stiffness = _floats(state["prior"]), _floats(state["stiffness"])
+        self.coefficients = _floats(state["coefficients"])
+        self.drift = float(state["drift"])
+        self._products = {regime: [_floats(row) for row in rows] for regime, rows in products.items()}
+        self._targets = {regime: _floats(row) for regime, row in targets.items()}
+
+    def _rescale(self, factor: float) -> None:
+        """Everything takes ``factor`` times as long as it did: the machine changed, or the prior was of another."""
+        self.prior = [factor * p for p in self.prior]
+        self.coefficients = [factor * c for c in self.coefficients]
+        self._stiffness = [s / factor**2 for s in self._stiffness]
+        for regime, products in self._products.items():
+            self._products[regime] = [[p / factor**2 for p in row] for row in products]
+            self._targets[regime] = [t / factor for t in self._targets[regime]]
+
+    def _accumulate(self, x: list[float], y: float, regime: str) -> None:
+        keep = 1.0 - 1.0 / MEMORY
+        targets = self._targets[regime]
+        for i, row in enumerate(self._products[regime]):
+            self._products[regime][i] = [keep * p + x[i] * xj for p, xj in zip(row, x, strict=True)]
+            targets[i] = keep * targets[i] + x[i] * y
+
+    def _solve(self) -> None:
+        """A few sweeps of coordinate descent from the last solution, which the next observation continues."""
+        theta = self.coefficients
+        size = range(len(theta))
+        matrices, vectors = list(self._products.values()), list(self._targets.values())
+        total = [[sum(column) for column in zip(*(m[i] for m in matrices), strict=True)] for i in size]
+        target = [sum(v[i] for v in vectors) + self._stiffness[i] * self.prior[i] for i in size]
+        for _ in range(SWEEPS):
+            for i in size:
+                row = total[i]
+                rest = sum(a * t for a, t in zip(row, theta, strict=True)) - row[i] * theta[i]
+                theta[i] = max(0.0, (target[i] - rest) / (row[i] + self._stiffness[i]))
+
+
+def _floats(values: Iterable[Any]) -> list[float]:
+    return [float(value) for value in values]
+
+
+class CostModel:
+    """Predicts seconds of steps, switches, loads, swaps and transfers.
+
+    A model that is ``fixed`` ignores observations: its predictions are those of its prior.
+    """
+
+    def __init__(self, prior: CostPrior | None = None, *, fixed: bool = False) -> None:
+        self.prior = prior or CostPrior()
+        self.fixed = fixed
+        self.num_steps = 0
+        self._step = OnlineRegression(self.prior.step_coefficients(), TYPICAL, REGIMES)
+        self._others = {
+            name: OnlineRegression(getattr(self.prior, name), (1.0, size), (name,))
+            for name, size in [("merge", 64.0), ("unmerge", 64.0), ("load", 1e8), ("swap", 1e8), ("transfer", 1e8)]
+        }
+
+    @classmethod
+    def paper(cls) -> CostModel:
+        """What dLoRA's authors measured for Llama-2-7B and wrote into their artifact (OSDI'24), whatever a batch holds:
+        15 ms for a merged step, 27 ms for an unmerged one, 20 ms for a switch. Fixed."""
+        flat = CostPrior(15e-3, decode_sequence=0, prefill_token=0, lora_step=12e-3, lora_token=0, adapter=0)
+        return cls(flat, fixed=True)
+
+    def step_seconds(self, features: StepFeatures) -> float:
+        return self._step.predict(features.vector())
+
+    def switch_seconds(self, current: str | None, target: str | None, rank_rows: int = 0) -> float:
+        """From one merged adapter (None: unmerged) to another; ``rank_rows`` are those of ``target``.
+
+        Merging over a merged adapter needs no unmerge between."""
+        if current == target:
+            return 0.0
+        return self._others["unmerge" if target is None else "merge"].predict((1.0, rank_rows))
+
+    def load_seconds(self, num_bytes: int) -> float:
+        """Bring an adapter from the host to the device."""
+        return self._others["load"].predict((1.0, num_bytes))
+
+    def swap_seconds(self, num_bytes: int) -> float:
+        """Move KV blocks between device and host."""
+        return self._others["swap"].predict((1.0, num_bytes))
+
+    def transfer_seconds(self, num_bytes: int) -> float:
+        """Move KV blocks or adapters to another replica."""
+        return self._others["transfer"].predict((1.0, num_bytes))
+
+    def observe_step(self, features: StepFeatures, seconds: float) -> None:
+        """Learn from a measured step. Raises ValueError for a negative or infinite duration, as all ``observe`` do."""
+        if not self.fixed:
+            self.num_steps += 1
+            self._step.observe(features.vector(), seconds, features.regime)
+
+    def observe_switch(self, kind: SwitchKind, seconds: float, rank_rows: int = 0) -> None:
+        self._observe(kind, rank_rows, seconds)
+
+    def observe_load(self, num_bytes: int, seconds: float) -> None:
+        self._observe("load", num_bytes, seconds)
+
+    def observe_swap(self, num_bytes: int, seconds: float) -> None:
+        self._observe("swap", num_bytes, seconds)
+
+    def observe_transfer(self, num_bytes: int, seconds: float) -> None:
+        self._observe("transfer", num_bytes, seconds)
+
+    def _observe(self, name: str, size: int, seconds: float) -> None:
+        if not self.fixed:
+            self._others[name].observe((1.0, size), seconds, name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole state in JSON's types: a profile that a simulator, or the next start, continues from."""
+        return {
+            "format": FORMAT,
+            "fixed": self.fixed,
+            "num_steps": self.num_steps,
+            "prior": asdict(self.prior),
+            "step": self._step.state(),
+            **{name: regression.state() for name, regression in self._others.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, state: dict[str, Any]) -> CostModel:
+        """Inverse of ``to_dict``. Raises ConfigError when ``state`` is no cost profile of this version."""
+        if state.get("format") != FORMAT:
+            raise ConfigError(f"cost profile of format {state.get('format')!r}: this version reads format {FORMAT}")
+        try:
+            prior: dict[str, Any] = {
+                key: tuple(value) if isinstance(value, list) else value for key, value in state["prior"].items()
+            }
+            model = cls(CostPrior(**prior), fixed=bool(state["fixed"]))
+            model.num_steps = int(state["num_steps"])
+            model._step.restore(state["step"])
+            for name, regression in model._others.items():
+                regression.restore(state[name])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(f"broken cost profile ({error!r}): measure it again") from error
+        return model

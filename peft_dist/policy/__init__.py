@@ -1,0 +1,1 @@
+"""Decisions over core types: no torch, no I/O, no clock, no randomness."""

@@ -1,0 +1,107 @@
+"""What a batching policy sees, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+BASE = ""
+"""The base model's place among adapters, as in ``Request.content_hash``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One unfinished request.
+
+    Attributes:
+        request_id: Unique among the unfinished.
+        adapter: Content hash of its adapter, "" for the base.
+        arrival_time: Seconds.
+        num_new_tokens: 1 for a decode, else the prompt (or recomputed) tokens still to compute; 0 when it has nothing
+            to run now.
+        rank: Rank rows of its adapter, 0 for the base.
+        is_resident: Whether its adapter can run in this step.
+    """
+
+    request_id: str
+    adapter: str
+    arrival_time: float
+    num_new_tokens: int
+    rank: int = 0
+    is_resident: bool = True
+
+
+def _any_adapter(adapter: str) -> bool:
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class QueueState:
+    """Everything a policy may decide from.
+
+    Attributes:
+        candidates: All unfinished requests, oldest first.
+        now: Seconds.
+        max_num_seqs: Seats of one step.
+        max_num_batched_tokens: Tokens of one step; prompts are cut to what is left.
+        max_loras: Distinct adapters, the base not counted, that one batch may read through the LoRA kernel.
+        merged_adapter: What the weights hold; None when unmerged.
+        mergeable: Whether an adapter can be merged into this base.
+    """
+
+    candidates: Sequence[Candidate]
+    now: float
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_loras: int
+    merged_adapter: str | None = None
+    mergeable: Callable[[str], bool] = _any_adapter
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The next step.
+
+    Attributes:
+        merged_adapter: What the weights must hold, None for unmerged; never "" (the base runs on unmerged weights).
+        candidates: Who runs, in order of priority, at most one a seat: the scheduler takes them while seats, tokens and
+            blocks last, and takes blocks from the last of them, or from requests not named, when they do not.
+        reason: Which branch decided.
+    """
+
+    merged_adapter: str | None
+    candidates: list[Candidate]
+    reason: str
+
+
+class BatchingPolicy(Protocol):
+    """Decides mode and members of every step. ``choose`` and ``ran`` alternate; neither needs the step's result."""
+
+    def choose(self, state: QueueState) -> Choice:
+        """The next step; depends on nothing but ``state`` and the calls so far, and changes nothing that counts."""
+        ...
+
+    def ran(self, state: QueueState, choice: Choice, scheduled: Collection[str]) -> None:
+        """``choice``, the answer to ``state``, was submitted with the requests ``scheduled`` (none: nothing could run).
+
+        Raises ValueError when ``choice`` is not what ``choose`` answered last.
+        """
+        ...
+
+    def forget(self, request_ids: Iterable[str]) -> None:
+        """These requests ended, or left for another replica."""
+        ...
+
+    def forget_adapter(self, adapter: str) -> None:
+        """No request of this adapter is left, nor will come soon: drop what is kept for it."""
+        ...
+
+    @property
+    def credits(self) -> dict[str, float]:
+        """What each adapter is owed; empty for a policy without credits."""
+        ...
+
+    def report(self) -> dict[str, float]:
+        """Numbers for metrics and the decision log, by name."""
+        ...

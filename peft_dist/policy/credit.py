@@ -1,0 +1,197 @@
+"""dLoRA's dynamic batching (OSDI'24): merged or unmerged by thresholds, fair by credits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from peft_dist.core.cost_model import CostModel, StepFeatures
+from peft_dist.policy.batching import BASE, Choice
+from peft_dist.policy.corrections import with_corrections
+from peft_dist.policy.credit_ledger import CreditLedger
+from peft_dist.policy.queue_view import QueueView
+from peft_dist.policy.request_steps import RequestSteps
+from peft_dist.policy.settings import PolicySettings
+from peft_dist.policy.settlement import Settlement
+from peft_dist.policy.thresholds import ThresholdTuner
+from peft_dist.policy.tracked import Pending, TrackedPolicy
+
+# Share of the newest step in the running mean of what merging saves.
+SAVING_RATE = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Ordinary:
+    """What would run if nobody were privileged or urgent.
+
+    Attributes:
+        choice: The step.
+        alone: The adapter that it runs alone or around, "" the base; None for a first-come batch.
+        leader: The adapter that would be merged: with the most requests.
+        speed_ratio: Predicted merged over unmerged seconds of the first-come batch.
+    """
+
+    choice: Choice
+    alone: str | None
+    leader: str | None
+    speed_ratio: float
+
+
+class CreditPolicy(TrackedPolicy):
+    """Merges an adapter with enough requests, compared with the first-come batch; lets adapters that this displaced too
+    often go first, unmerged.
+
+    The base takes part as an adapter that needs no merge: a batch of its requests alone runs free of LoRA.
+    """
+
+    def __init__(self, cost: CostModel, settings: PolicySettings) -> None:
+        super().__init__(cost, settings)
+        self.ledger = CreditLedger(settings.credit_gap, settings.credit_hysteresis, settings.max_debt)
+        self.settlement = Settlement(self.ledger, settings)
+        self.tuner = ThresholdTuner(settings)
+        self.steps = RequestSteps(settings.expected_steps)
+        self._alone: str | None = None
+        self._leader: str | None = None
+        self._mean_saving: float | None = None
+        self._ordinary: Ordinary | None = None
+        self._privileged: list[str] = []
+
+    @property
+    def credits(self) -> dict[str, float]:
+        return self.ledger.credits
+
+    def forget(self, request_ids: Iterable[str]) -> None:
+        ids = list(request_ids)
+        super().forget(ids)
+        self.steps.ended(ids)
+
+    def forget_adapter(self, adapter: str) -> None:
+        self.ledger.forget(adapter)
+
+    def report(self) -> dict[str, float]:
+        ratio = self._ordinary.speed_ratio if self._ordinary else 1.0
+        return {
+            **super().report(),
+            "alpha": self.tuner.alpha,
+            "beta": self.tuner.beta(ratio),
+            "speed_ratio": ratio,
+            "credit_gap": self.ledger.gap,
+            "expected_steps": self.steps.mean,
+        }
+
+    def _usual(self, view: QueueView) -> Choice:
+        self._ordinary = ordinary = self._decide(view)
+        self.ledger.gap = self._gap(view, ordinary)
+        self._privileged = self.ledger.privileged(view.groups)
+        front = [c for adapter in self._privileged for c in view.groups[adapter]]
+        members = {c.request_id for c in ordinary.choice.candidates}
+        if all(c.request_id in members for c in front[: view.seats]):
+            return ordinary.choice
+        return Choice(None, view.fill([*front, *view.runnable]), "privileged")
+
+    def _decide(self, view: QueueView) -> Ordinary:
+        ratio = self._speed_ratio(view)
+        current = self._current(view)
+        eligible = [a for a in view.groups if (a == BASE or view.is_mergeable(a)) and self.ledger.may_merge(a)]
+        leader = max(eligible, key=lambda a: len(view.groups[a]), default=None)
+        alone, reason = self._target(view, current if current in eligible else None, leader, ratio)
+        choice = Choice(alone or None, view.first_come if alone is None else view.alone(alone), reason)
+        if self.settings.merged_minority:
+            corrected = with_corrections(view, choice, leader, self._horizon(view, leader))
+            alone, choice = (alone if corrected is choice else corrected.merged_adapter), corrected
+        return Ordinary(choice, alone, leader, ratio)
+
+    def _target(self, view: QueueView, current: str | None, leader: str | None, ratio: float) -> tuple[str | None, str]:
+        """The adapter to run alone, None for a first-come batch; and why."""
+        batch = len(view.first_come)
+        enough = current is not None and len(view.groups[current]) >= self.tuner.beta(ratio) * batch
+        if current is not None and enough and not self._loses(view, current, ratio):
+            return current, "stay"
+        # While everybody has a seat, whoever is displaced would have cost the others nothing.
+        alpha = max(self.tuner.alpha, self.settings.seated_alpha if batch == len(view.runnable) else 0.0)
+        if leader is not None and len(view.groups[leader]) >= alpha * batch and self._pays(view, leader, ratio):
+            return leader, "enter"
+        return None, "first come"
+
+    def _current(self, view: QueueView) -> str | None:
+        """The adapter of the period that lasts, unless somebody else changed the weights meanwhile."""
+        merged = view.state.merged_adapter
+        return self._alone if (self._alone or None) == merged else merged
+
+    def _speed_ratio(self, view: QueueView) -> float:
+        """Of the same rows in both modes: comparing batches would count prompts that one of them puts off as saved."""
+        features = view.features(view.first_come, None)
+        merged = StepFeatures(True, features.decode_sequences, features.prefill_tokens)
+        return self.cost.step_seconds(merged) / max(self.cost.step_seconds(features), 1e-9)
+
+    def _pays(self, view: QueueView, leader: str, ratio: float) -> bool:
+        """Whether merging saves more than the switches to it and back take, over the steps that it may last."""
+        if not self.settings.amortise:
+            return True
+        target = leader or None
+        switches = view.switch(view.state.merged_adapter, target) + view.switch(target, None)
+        return self._saving(view, ratio) * self._horizon(view, leader) > switches
+
+    def _loses(self, view: QueueView, current: str, ratio: float) -> bool:
+        """Whether staying merged costs more than unmerging does."""
+        loss = -self._saving(view, ratio)
+        return self.settings.amortise and loss * self._horizon(view, current) > view.switch(current or None, None)
+
+    def _saving(self, view: QueueView, ratio: float) -> float:
+        """Seconds that merging saves a step, on average over the last steps: one with a long prompt, where the ratio is
+        another, says little about those to come."""
+        now = (1.0 - ratio) * view.seconds(view.first_come, None)
+        return now if self._mean_saving is None else self._mean_saving + SAVING_RATE * (now - self._mean_saving)
+
+    def _horizon(self, view: QueueView, leader: str | None) -> float:
+        """Steps for which the leader's requests are expected to keep the seats."""
+        waiting = len(view.groups[leader]) if leader is not None else 0
+        return self.steps.mean * max(1.0, waiting / view.seats)
+
+    def _gap(self, view: QueueView, ordinary: Ordinary) -> float:
+        """Credits are in seconds, and so is the gap: it grows with what an interruption of a merged period costs."""
+        if self.settings.displaced_credit:
+            return self.settings.credit_gap
+        target = ordinary.alone or ordinary.leader or None
+        interruption = view.switch(target, None) + view.seconds(view.first_come, None) + view.switch(None, target)
+        return self.settings.credit_gap * interruption
+
+    def _account(self, pending: Pending, scheduled: frozenset[str]) -> None:
+        view, choice, ordinary = pending.view, pending.choice, self._ordinary
+        assert ordinary is not None, "choose() sets it"
+        self.steps.ran(scheduled)
+        self._mean_saving = self._saving(view, ordinary.speed_ratio)
+        self.ledger.know(view.groups)
+        is_ordinary = choice is ordinary.choice
+        self._change(view, ordinary, ordinary.alone if is_ordinary else None)
+        ran = [c for c in choice.candidates if c.request_id in scheduled]
+        if not is_ordinary:
+            favoured = [*pending.urgent, *(c for a in self._privileged for c in view.groups[a])]
+            # Only merging makes debts: the bound alone must not, or this would not be first come, first served where
+            # merging cannot pay.
+            if ordinary.alone is not None or choice.reason == "privileged":
+                ratio = ordinary.speed_ratio if ordinary.alone is not None else 1.0
+                ids = frozenset(c.request_id for c in favoured)
+                self.settlement.interrupted(view, ran, ordinary.choice.candidates, ids, ratio)
+        else:
+            self._count(view, ordinary)
+            if ordinary.alone is not None:
+                self.settlement.alone(view, ran, choice.merged_adapter)
+        self.ledger.grant(self._privileged if choice.reason == "privileged" else ())
+        self._leader = ordinary.leader
+
+    def _change(self, view: QueueView, ordinary: Ordinary, alone: str | None) -> None:
+        """Tune the thresholds if this step begins a new period."""
+        if alone != self._alone:
+            switch = view.switch(self._alone or None, alone or None)
+            self.tuner.end_period(self._alone is not None, switch, ordinary.speed_ratio)
+        self._alone = alone
+
+    def _count(self, view: QueueView, ordinary: Ordinary) -> None:
+        """What each mode would have done in this step."""
+        merging = ordinary.alone if ordinary.alone is not None else ordinary.leader
+        seconds = view.seconds(view.first_come, None)
+        requests = len(view.alone(merging)) if merging is not None else 0
+        self.tuner.record(requests, len(view.first_come), seconds * ordinary.speed_ratio, seconds)
+        if ordinary.alone is None and ordinary.leader != self._leader:
+            self.tuner.virtual_switch(view.switch(None, ordinary.leader or None))

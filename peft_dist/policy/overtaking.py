@@ -1,0 +1,75 @@
+"""For how long requests were overtaken: the bound on starvation."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+
+from peft_dist.policy.batching import Candidate
+
+# An urgent request runs until half of its wait is paid back: with one step at a time it would get a token per bound.
+RELIEF = 0.5
+
+
+class OvertakingTracker:
+    """Seconds for which each request was overtaken.
+
+    A request is overtaken in a step in which a younger one runs and it does not, although it could have. Its seconds
+    grow while such steps last and shrink while it runs itself. It is urgent from when one more step would carry its
+    seconds past the bound until they have shrunk to half of the bound. A policy that never lets an urgent request be
+    overtaken keeps everybody's seconds below the bound.
+    """
+
+    def __init__(self, bound: float) -> None:
+        self.bound = bound
+        self._seconds: dict[str, float] = {}
+        self._urgent: set[str] = set()
+        self._overtaken: set[str] = set()
+        self._running: set[str] = set()
+        self._since: float | None = None
+
+    def seconds(self, request_id: str) -> float:
+        return self._seconds.get(request_id, 0.0)
+
+    @property
+    def longest(self) -> float:
+        """The largest number of seconds of all unfinished requests."""
+        return max(self._seconds.values(), default=0.0)
+
+    def advance(self, now: float) -> None:
+        """Count the seconds since the last call for those who ran, or were overtaken, in the last step."""
+        elapsed = max(0.0, now - self._since) if self._since is not None else 0.0
+        self._since = now
+        if not elapsed:
+            return
+        for request_id in self._overtaken:
+            self._seconds[request_id] = self.seconds(request_id) + elapsed
+        for request_id in self._running & self._seconds.keys():
+            self._seconds[request_id] -= elapsed
+            if self._seconds[request_id] <= self.bound * RELIEF:
+                self._urgent.discard(request_id)
+            if self._seconds[request_id] <= 0:
+                del self._seconds[request_id]
+
+    def urgent(self, runnable: Sequence[Candidate], next_step: float) -> list[Candidate]:
+        """Those who must not be overtaken in a step of ``next_step`` seconds (switches included), oldest first."""
+        limit = self.bound - next_step
+        return [
+            candidate
+            for candidate in runnable
+            if candidate.request_id in self._urgent or self.seconds(candidate.request_id) > limit
+        ]
+
+    def ran(self, runnable: Sequence[Candidate], urgent: Iterable[Candidate], scheduled: Collection[str]) -> None:
+        """The step in which ``scheduled`` ran was submitted, with ``urgent`` known to be so."""
+        self._urgent.update(candidate.request_id for candidate in urgent)
+        ids = [candidate.request_id for candidate in runnable]
+        last = max((index for index, request_id in enumerate(ids) if request_id in scheduled), default=-1)
+        self._running = set(scheduled)
+        self._overtaken = {request_id for request_id in ids[: last + 1] if request_id not in scheduled}
+
+    def forget(self, request_ids: Iterable[str]) -> None:
+        for request_id in request_ids:
+            self._seconds.pop(request_id, None)
+            self._urgent.discard(request_id)
+            self._overtaken.discard(request_id)
+            self._running.discard(request_id)

@@ -1,0 +1,121 @@
+"""A queue arranged for decisions: by age, by adapter, and cut to what one step can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+
+from peft_dist.core.cost_model import CostModel, StepFeatures
+from peft_dist.policy.batching import BASE, Candidate, QueueState
+
+
+class QueueView:
+    """What of a queue can run now, with at most ``seats`` requests a step."""
+
+    def __init__(self, state: QueueState, cost: CostModel, max_num_seqs: int | None = None) -> None:
+        self.state = state
+        self.cost = cost
+        self.seats = min(state.max_num_seqs, max_num_seqs or state.max_num_seqs)
+        self.runnable = [c for c in state.candidates if c.num_new_tokens > 0 and c.is_resident]
+
+    @cached_property
+    def groups(self) -> dict[str, list[Candidate]]:
+        """Runnable requests by adapter, oldest first; adapters by the age of their oldest request."""
+        groups: dict[str, list[Candidate]] = {}
+        for candidate in self.runnable:
+            groups.setdefault(candidate.adapter, []).append(candidate)
+        return groups
+
+    @cached_property
+    def age(self) -> dict[str, int]:
+        """Position of each runnable request, the oldest at 0."""
+        return {candidate.request_id: index for index, candidate in enumerate(self.runnable)}
+
+    @cached_property
+    def first_come(self) -> list[Candidate]:
+        """The batch of plain first come, first served."""
+        return self.fill(self.runnable)
+
+    @cached_property
+    def prefix(self) -> list[Candidate]:
+        """The same without passing anyone over: it ends at the first request whose adapter does not fit in."""
+        return self.fill(self.runnable, must=self.runnable)
+
+    def fill(
+        self, order: Iterable[Candidate], must: Sequence[Candidate] = (), merged_adapter: str | None = None
+    ) -> list[Candidate]:
+        """A batch from ``order``: no request twice, no more than the seats and the adapters of one step.
+
+        Nobody younger is taken than one of ``must`` that was passed over because its adapter did not fit in.
+        """
+        chosen: dict[str, Candidate] = {}
+        protected = {candidate.request_id for candidate in must}
+        free = {BASE, merged_adapter}
+        adapters: set[str] = set()
+        # While an adapter is merged, others are corrected with its rows too.
+        room = self.state.max_loras - (merged_adapter is not None)
+        barrier = len(self.runnable)
+        for candidate in order:
+            if len(chosen) == self.seats:
+                break
+            if candidate.request_id in chosen or self.age[candidate.request_id] > barrier:
+                continue
+            if candidate.adapter not in free and candidate.adapter not in adapters:
+                if len(adapters) == max(room, 0):
+                    if candidate.request_id in protected:
+                        barrier = min(barrier, self.age[candidate.request_id])
+                    continue
+                adapters.add(candidate.adapter)
+            chosen[candidate.request_id] = candidate
+        return [c for c in chosen.values() if self.age[c.request_id] <= barrier]
+
+    def oldest_first(self, candidates: Iterable[Candidate]) -> list[Candidate]:
+        return sorted(candidates, key=lambda candidate: self.age[candidate.request_id])
+
+    def alone(self, adapter: str) -> list[Candidate]:
+        """The batch of one adapter."""
+        return self.groups[adapter][: self.seats]
+
+    def joined(self, adapter: str) -> list[Candidate]:
+        """The batch of one adapter, merged, with the seats it leaves given to the oldest others."""
+        order = self.groups[adapter] + self.runnable
+        if self.state.max_loras < 1:
+            return self.alone(adapter)
+        return self.oldest_first(self.fill(order, merged_adapter=adapter))
+
+    def is_fair(self, batch: Sequence[Candidate], protected: Sequence[Candidate]) -> bool:
+        """Whether no step that takes ``batch`` in order, as far as it fits, overtakes one of ``protected``."""
+        if not protected:
+            return True
+        ages = [self.age[candidate.request_id] for candidate in batch]
+        inside = {candidate.request_id for candidate in batch}
+        youngest = max(ages, default=-1)
+        return ages == sorted(ages) and all(
+            candidate.request_id in inside or self.age[candidate.request_id] > youngest for candidate in protected
+        )
+
+    def is_mergeable(self, adapter: str) -> bool:
+        return adapter != BASE and self.state.mergeable(adapter)
+
+    def rank(self, adapter: str | None) -> int:
+        return self.groups[adapter][0].rank if adapter in self.groups else 0
+
+    def features(self, batch: Iterable[Candidate], merged_adapter: str | None) -> StepFeatures:
+        """Of ``batch``, cut to the tokens of one step."""
+        rows = []
+        tokens = self.state.max_num_batched_tokens
+        for candidate in batch:
+            num_tokens = min(candidate.num_new_tokens, tokens)
+            if not num_tokens:
+                break
+            tokens -= num_tokens
+            rows.append((candidate.adapter, num_tokens, candidate.rank))
+        return StepFeatures.of(rows, merged_adapter, self.rank(merged_adapter))
+
+    def seconds(self, batch: Iterable[Candidate], merged_adapter: str | None) -> float:
+        """Predicted seconds of a step."""
+        return self.cost.step_seconds(self.features(batch, merged_adapter))
+
+    def switch(self, current: str | None, target: str | None) -> float:
+        """Predicted seconds of a switch."""
+        return self.cost.switch_seconds(current, target, self.rank(target))

@@ -1,0 +1,84 @@
+"""What every policy shares: nobody is overtaken for longer than the bound, and ``ran`` follows ``choose``."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+from peft_dist.core.cost_model import CostModel
+from peft_dist.policy.batching import Candidate, Choice, QueueState
+from peft_dist.policy.overtaking import OvertakingTracker
+from peft_dist.policy.queue_view import QueueView
+from peft_dist.policy.settings import PolicySettings
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A choice that was not yet reported as run."""
+
+    view: QueueView
+    urgent: list[Candidate]
+    choice: Choice
+
+
+class TrackedPolicy(ABC):
+    """Puts the bound on overtaking before whatever a policy usually does."""
+
+    def __init__(self, cost: CostModel, settings: PolicySettings) -> None:
+        self.cost = cost
+        self.settings = settings
+        self.overtaking = OvertakingTracker(settings.max_adapter_wait)
+        self._pending: Pending | None = None
+
+    def choose(self, state: QueueState) -> Choice:
+        view = QueueView(state, self.cost, self.settings.max_num_seqs)
+        self.overtaking.advance(state.now)
+        urgent: list[Candidate] = []
+        if view.runnable:
+            choice = self._usual(view)
+            urgent = self.overtaking.urgent(view.runnable, self._seconds(view, choice))
+            if not view.is_fair(choice.candidates, urgent):
+                choice = self._rescue(view, urgent)
+        else:
+            choice = Choice(state.merged_adapter, [], "idle")
+        self._pending = Pending(view, urgent, choice)
+        return choice
+
+    def ran(self, state: QueueState, choice: Choice, scheduled: Collection[str]) -> None:
+        pending, self._pending = self._pending, None
+        if pending is None or pending.choice is not choice or pending.view.state is not state:
+            raise ValueError("ran() takes the state and the choice of the last choose(), once")
+        ids = frozenset(scheduled)
+        self.overtaking.ran(pending.view.runnable, pending.urgent, ids)
+        if ids:
+            self._account(pending, ids)
+
+    def forget(self, request_ids: Iterable[str]) -> None:
+        self.overtaking.forget(request_ids)
+
+    def forget_adapter(self, adapter: str) -> None:  # noqa: B027
+        """Nothing is kept for an adapter here."""
+
+    @property
+    def credits(self) -> dict[str, float]:
+        return {}
+
+    def report(self) -> dict[str, float]:
+        return {"longest_overtaken_seconds": self.overtaking.longest}
+
+    @abstractmethod
+    def _usual(self, view: QueueView) -> Choice:
+        """The choice while nobody is urgent."""
+
+    def _rescue(self, view: QueueView, urgent: Sequence[Candidate]) -> Choice:
+        """A choice in which none of ``urgent`` is overtaken."""
+        return Choice(None, view.fill([*urgent, *view.runnable], must=urgent), "urgent")
+
+    def _account(self, pending: Pending, scheduled: frozenset[str]) -> None:  # noqa: B027 (most have no books)
+        """Book a step that was submitted; ``scheduled`` is not empty."""
+
+    def _seconds(self, view: QueueView, choice: Choice) -> float:
+        """Predicted seconds of a choice, with the switch to it."""
+        mode = choice.merged_adapter
+        return view.switch(view.state.merged_adapter, mode) + view.seconds(choice.candidates, mode)

@@ -1,0 +1,67 @@
+"""Merged with corrections: weighed by predicted tokens a second."""
+
+from __future__ import annotations
+
+from peft_dist.core.cost_model import CostModel, CostPrior
+from peft_dist.policy.credit import CreditPolicy
+from peft_dist.policy.settings import PolicySettings
+from tests.policy.queues import ids, queue, step
+
+SETTINGS = PolicySettings(merged_minority=True, max_adapter_wait=1e9, credit_gap=1e9)
+# Each row through the kernel costs a lot, the kernel itself little.
+BY_ROW = CostPrior(step=10e-3, decode_sequence=1e-3, lora_step=0.0, lora_token=2e-3, adapter=0.0)
+# The other way round: whoever needs the kernel at all pays for it.
+BY_STEP = CostPrior(step=10e-3, decode_sequence=0.0, lora_step=40e-3, lora_token=0.0, adapter=0.0)
+
+
+def policy(prior: CostPrior, settings: PolicySettings = SETTINGS) -> CreditPolicy:
+    return CreditPolicy(CostModel(prior, fixed=True), settings)
+
+
+def test_a_minority_joins_when_its_rows_are_cheap() -> None:
+    choice = step(policy(BY_ROW), queue("aaaaab-aaaaaa"))
+    assert (choice.merged_adapter, choice.reason) == ("a", "corrected")
+    assert ids(choice)[4:8] == ["a4", "b5", "-6", "a7"], "in order of age"
+
+
+def test_not_when_unasked_for() -> None:
+    asked_not = PolicySettings(max_adapter_wait=1e9)
+    assert step(policy(BY_ROW, asked_not), queue("aaaaab-aaaaaa")).reason == "first come"
+
+
+def test_merged_only_wins_when_the_kernel_is_dear() -> None:
+    subject = policy(BY_STEP)
+    assert step(subject, queue("aaaaaaaa")).reason == "enter"
+    assert step(subject, queue("aaaaaaab", merged="a")).reason == "stay"
+
+
+def test_unmerged_wins_when_most_rows_would_need_correcting() -> None:
+    # Merging, with corrections, would save 1 of 8 rows the kernel.
+    dear = CostPrior(step=10e-3, decode_sequence=1e-3, lora_step=0.0, lora_token=1e-6, adapter=0.0, rank_row_token=1e-4)
+    choice = step(policy(dear), queue("abcdefgh"))
+    assert (choice.merged_adapter, choice.reason) == (None, "first come")
+
+
+def test_a_switch_must_be_worth_it() -> None:
+    slow = CostPrior(step=10e-3, decode_sequence=1e-3, lora_step=0.0, lora_token=2e-3, merge=(1e4, 0.0))
+    assert step(policy(slow), queue("aaaaab-aaaaaa")).merged_adapter is None
+
+
+def test_adapters_that_cannot_be_merged_are_no_hosts() -> None:
+    choice = step(policy(BY_ROW), queue("aaaaab-aaaaaa", mergeable=lambda adapter: adapter != "a"))
+    assert choice.merged_adapter != "a"
+
+
+def test_a_batch_that_nobody_joins_is_left_to_the_thresholds() -> None:
+    settings = PolicySettings(merged_minority=True, alpha=1.5, max_alpha=1.5)
+    assert step(policy(BY_ROW, settings), queue("a" * 16 + "b")).reason == "first come"
+
+
+def test_a_corrected_period_is_a_merged_period() -> None:
+    subject = policy(CostPrior(step=10e-3, decode_sequence=1e-3, lora_step=0.0, lora_token=5e-4, adapter=0.0))
+    for _ in range(5):
+        choice = step(subject, queue("aaaaab-aaaaaa", merged="a"))
+    assert choice.reason == "corrected"
+    assert subject.ledger.credit("a") <= 0
+    step(subject, queue("bc", merged="a"))
+    assert subject.tuner.period.merge_requests <= 1, "a new period began"
