@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import AttentionInterface
@@ -16,11 +16,11 @@ ATTENTION_NAME = "pd_paged"
 # the context's metadata, rotary embeddings are already in query and key. Everything else is refused when set.
 _WITHOUT_EFFECT = frozenset(
     {
-        "attention_mask",
         "cache_position",
         "logits_to_keep",
         "num_items_in_batch",
         "output_hidden_states",
+        "output_router_logits",
         "past_key_values",
         "position_embeddings",
         "position_ids",
@@ -28,6 +28,14 @@ _WITHOUT_EFFECT = frozenset(
         "use_cache",
     }
 )
+
+
+class UnsupportedAttentionError(NotImplementedError):
+    """A model asks of its attention what paged attention does not do. ``reason`` says what, without a remedy."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"{reason}: run this model with attention implementation 'sdpa'")
+        self.reason = reason
 
 
 def paged_attention_forward(
@@ -60,7 +68,7 @@ def paged_attention_forward(
 
     Raises:
         RuntimeError: no ForwardContext with attention metadata is entered.
-        NotImplementedError: the model passes an argument that would change the result.
+        UnsupportedAttentionError: the model passes an argument that would change the result, or not its window.
     """
     context = current()
     if context is None or context.attention is None:
@@ -70,8 +78,9 @@ def paged_attention_forward(
         )
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     if attention_mask is not None or dropout or is_causal is False or output_attentions or kwargs:
-        settings = {"dropout": dropout or None, "is_causal": None if is_causal else is_causal, **kwargs}
-        _refuse_unsupported(module, attention_mask, output_attentions, settings)
+        refuse_unsupported(module, attention_mask, dropout, is_causal, output_attentions, **kwargs)
+    if sliding_window is None and layer in context.windowed:
+        refuse_missing_window(module)
     steps, head_dim = query.shape[2:]
     cache = context.kv_caches[layer]
     kernels.write_kv(_pack(key, context), _pack(value, context), cache, context.attention)
@@ -101,20 +110,39 @@ def _unpack(packed: torch.Tensor, context: ForwardContext, batch: int, steps: in
     return packed.view(batch, steps, *packed.shape[1:])
 
 
-def _refuse_unsupported(
+def refuse_unsupported(
     module: torch.nn.Module,
-    attention_mask: torch.Tensor | None,
-    output_attentions: bool | None,
-    settings: dict[str, Any],
+    attention_mask: torch.Tensor | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    output_attentions: bool | None = None,
+    **settings: Any,
 ) -> None:
-    settings = {"attention_mask": attention_mask, "output_attentions": output_attentions or None, **settings}
-    ignored = _WITHOUT_EFFECT - {"attention_mask"}
-    bad = sorted(name for name, value in settings.items() if value is not None and name not in ignored)
+    """Raises UnsupportedAttentionError when a model passes one of these, or of ``settings``, to paged attention.
+
+    The arguments are those of ``paged_attention_forward`` that may have no effect.
+    """
+    settings = {name: value for name, value in settings.items() if name not in _WITHOUT_EFFECT}
+    settings |= {
+        "attention_mask": attention_mask,
+        "dropout": dropout or None,
+        "is_causal": None if is_causal else is_causal,
+        "output_attentions": output_attentions or None,
+    }
+    bad = sorted(name for name, value in settings.items() if value is not None)
     if bad:
-        raise NotImplementedError(
+        raise UnsupportedAttentionError(
             f"paged attention cannot honour {', '.join(bad)}, which {type(module).__name__} (layer "
-            f"{getattr(module, 'layer_idx', '?')}) passes: run this model with attention implementation 'sdpa'"
+            f"{getattr(module, 'layer_idx', '?')}) passes"
         )
+
+
+def refuse_missing_window(module: torch.nn.Module) -> NoReturn:
+    """Raises UnsupportedAttentionError for a layer whose window only the mask knows, which is not built here."""
+    raise UnsupportedAttentionError(
+        f"the mask has a sliding window, of which {type(module).__name__} (layer {module.layer_idx}) tells its "
+        "attention nothing"
+    )
 
 
 def register() -> None:

@@ -13,7 +13,7 @@ from peft import PeftModel
 from peft_dist.patches import coverage
 from peft_dist.patches.adapter_rows import call_batch_size, expand_for_peft
 from peft_dist.patches.live_weights import LiveWeights
-from peft_dist.patches.lora_layers import join_siblings, restore_class, swap_class
+from peft_dist.patches.lora_layers import join_siblings, restore_class, sees_kept_rows, swap_class
 from peft_dist.patches.paging import paging_reason
 from peft_dist.patches.selective_call import SelectiveCall, intercept
 
@@ -37,13 +37,12 @@ class DropIn:
 
     def rescan(self, model: PeftModel) -> None:
         """Give layers that PEFT made since the last look their selective class."""
-        output = model.get_base_model()
-        head = output.get_output_embeddings() if hasattr(output, "get_output_embeddings") else None
-        swapped = [layer for _, layer in coverage.tuner_layers(output) if swap_class(layer)]
-        for layer in swapped:
-            layer.__dict__["is_output"] = layer is head
+        base = model.get_base_model()
+        swapped = [(path, layer) for path, layer in coverage.tuner_layers(base) if swap_class(layer)]
+        for path, layer in swapped:
+            layer.__dict__["is_output"] = sees_kept_rows(base, path, layer)
         if swapped:
-            join_siblings(output)
+            join_siblings(base)
 
     def restore(self, model: PeftModel) -> None:
         """Give every layer its own class back."""
@@ -87,9 +86,12 @@ class DropIn:
 
     def _pages(self, model: PeftModel, kwargs: dict[str, Any]) -> bool:
         reason = paging_reason(model.get_base_model(), kwargs)
+        self._log_unpaged(reason)
+        return reason is None
+
+    def _log_unpaged(self, reason: str | None) -> None:
         if reason:
             self._log(f"{reason}: the adapters run as one batch, attention and cache are Hugging Face's")
-        return reason is None
 
     def _run(
         self,
@@ -111,6 +113,7 @@ class DropIn:
             return result
         finally:
             self._running.call = outer
+            self._log_unpaged(selective.refusal)
 
     def _forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The base model's forward: rows have adapters in the thread whose call runs, and in no other."""

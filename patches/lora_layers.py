@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora import Embedding as LoraEmbedding
@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_dist.forward_context import ForwardContext, current
 from peft_dist.kernels import lora as kernels
-from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
+from peft_dist.kernels.types import LoRAPlan
 from peft_dist.patches.packed_linear import call_together
 from peft_dist.patches.siblings import find_siblings
 
@@ -28,7 +28,7 @@ class SelectiveLinear(LoraLinear):
 
     Attributes:
         lora_index: Where the layer's weights stand in ``ForwardContext.lora_weights``.
-        is_output: The layer sees only the rows whose logits are wanted (``lm_head``).
+        is_output: The layer sees only the rows whose logits are wanted (``sees_kept_rows``).
         siblings: The layers that are called with the same input, this one among them (``join_siblings``).
     """
 
@@ -56,10 +56,10 @@ class SelectiveLinear(LoraLinear):
         kwargs.pop("adapter_names", None)
         if args or kwargs:
             raise TypeError(f"a linear layer takes one tensor, not also {[*args, *kwargs]}")
-        if len(self.siblings) < 2:
-            return _run([self], x, context)[0]
         siblings = self.siblings
-        return context.shared_output(siblings, self.sibling_index, x, lambda x: _run(siblings, x, context))
+        if len(siblings) < 2 or _has_hooks(self):
+            return _run([self], x, context)[0]
+        return context.shared_output(siblings, self.sibling_index, x, lambda x: _run_together(siblings, x, context))
 
 
 class SelectiveEmbedding(LoraEmbedding):
@@ -87,14 +87,18 @@ class SelectiveEmbedding(LoraEmbedding):
             return super().forward(x, *args, **kwargs)
         # PEFT's hooks pass names; they outlive a call that failed, and the context knows better.
         kwargs.pop("adapter_names", None)
-        y: torch.Tensor = self.base_layer(x, *args, **kwargs)
-        plan, weights = _adapters_of(self, context)
-        if plan is None or weights is None:
+        [base_layer] = _multiplied([self], context)
+        y: torch.Tensor = base_layer(x, *args, **kwargs)
+        plans = context.lora_plans(self.is_output)
+        weights = context.lora_weights[self.lora_index] if plans and self.lora_index >= 0 else None
+        if weights is None:
             return y
         ids = x.reshape(-1)
-        _check_rows(self, len(ids), plan)
         out = y.reshape(-1, y.shape[-1])
-        return kernels.add_embedding_lora_(out, ids, weights, plan, self._embed_factor()).view(y.shape)
+        for plan in plans:
+            _check_rows(self, len(ids), plan)
+            kernels.add_embedding_lora_(out, ids, weights, plan, self._embed_factor())
+        return out.view(y.shape)
 
     def _embed_factor(self) -> float | None:
         """Gemma multiplies its embeddings; read once, because reading a device tensor waits for the device."""
@@ -123,27 +127,49 @@ def join_siblings(model: nn.Module) -> None:
             member.__dict__.update(siblings=members, sibling_index=index)
 
 
+def _has_hooks(layer: SelectiveLinear) -> bool:
+    """Whether hooks may change what the layer reads, or have to run when it is called: then it is computed alone."""
+    base = layer._modules["base_layer"]
+    assert base is not None
+    return bool(layer._forward_pre_hooks or base._forward_pre_hooks or base._forward_hooks)
+
+
+def _run_together(
+    siblings: Sequence[SelectiveLinear], x: torch.Tensor, context: ForwardContext
+) -> Sequence[torch.Tensor | None]:
+    """Outputs of siblings that read x; None for those that are computed alone."""
+    layers = [layer for layer in siblings if not _has_hooks(layer)]
+    outputs = _run(layers, x, context)
+    if len(layers) == len(siblings):
+        return outputs
+    found = dict(zip(layers, outputs, strict=True))
+    return [found.get(layer) for layer in siblings]
+
+
 def _run(layers: Sequence[SelectiveLinear], x: torch.Tensor, context: ForwardContext) -> Sequence[torch.Tensor]:
     """Base outputs of layers that read x, with their adapters' parts added."""
-    # Past nn.Module.__getattr__, which costs more than the rest of this function.
-    outputs = call_together([layer._modules["base_layer"] for layer in layers], x)
-    # Only lm_head sees other rows than the rest, and it has no siblings.
-    plan = context.lora_logits if layers[0].is_output else context.lora
-    if plan is None:
+    outputs = call_together(_multiplied(layers, context), x)
+    # Only the head sees other rows than the rest, and nothing in it has siblings outside of it.
+    plans = context.lora_plans(layers[0].is_output)
+    if not plans:
         return outputs
     resident = context.lora_weights
     weights = [resident[layer.lora_index] if layer.lora_index >= 0 else None for layer in layers]
     if weights.count(None) < len(weights):
-        _check_rows(layers[0], x.numel() // x.shape[-1], plan)
-        kernels.add_lora_group_(outputs, x, weights, plan)
+        for plan in plans:
+            _check_rows(layers[0], x.numel() // x.shape[-1], plan)
+            kernels.add_lora_group_(outputs, x, weights, plan)
     return outputs
 
 
-def _adapters_of(layer: SelectiveLayer, context: ForwardContext) -> tuple[LoRAPlan | None, LoRALayerWeights | None]:
-    plan = context.lora_logits if layer.is_output else context.lora
-    if plan is None or layer.lora_index < 0:
-        return None, None
-    return plan, context.lora_weights[layer.lora_index]
+def _multiplied(layers: Sequence[SelectiveLayer], context: ForwardContext) -> list[nn.Module]:
+    """The modules that a pass runs below these layers: the base layers, or their twins with merged weights."""
+    # Past nn.Module.__getattr__, which costs more than the rest of this function.
+    modules = [cast(nn.Module, layer._modules["base_layer"]) for layer in layers]
+    if context.merged is None:
+        return modules
+    twins = context.merged.twins
+    return [twins.get(module, module) for module in modules]
 
 
 def _check_rows(layer: SelectiveLayer, rows: int, plan: LoRAPlan) -> None:
@@ -199,7 +225,7 @@ def wrap_module(model: nn.Module, path: str) -> SelectiveLayer:
             f"{path} is a {type(module).__name__}; LoRA needs nn.Linear, transformers' Conv1D or nn.Embedding"
         )
     layer = SelectiveEmbedding.wrap(module) if isinstance(module, nn.Embedding) else SelectiveLinear.wrap(module)
-    layer.is_output = module is _output_embeddings(model)
+    layer.is_output = sees_kept_rows(model, path, module)
     model.set_submodule(path, layer)
     return layer
 
@@ -214,7 +240,14 @@ def unwrap_module(model: nn.Module, path: str) -> nn.Module:
     return base
 
 
-def _output_embeddings(model: nn.Module) -> nn.Module | None:
+def sees_kept_rows(model: nn.Module, path: str, module: nn.Module) -> bool:
+    """Whether a linear layer of a causal language model gets only the rows whose logits are wanted.
+
+    Transformers' models drop the other rows between the decoder (``base_model_prefix``) and what follows it: the
+    output layer, and in some families (BERT) layers before that.
+    """
     getter = getattr(model, "get_output_embeddings", None)
-    output: nn.Module | None = getter() if getter is not None else None
-    return output
+    if getter is not None and module is getter():
+        return True
+    prefix = getattr(model, "base_model_prefix", "")
+    return bool(prefix) and hasattr(model, prefix) and not path.startswith(f"{prefix}.")

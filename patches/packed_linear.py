@@ -46,7 +46,7 @@ def _version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-class _Packing:
+class Packing:
     """The packed copy of the weights of one or more layers, and what tells whether they are still the same.
 
     Attributes:
@@ -64,15 +64,19 @@ class _Packing:
         self.dtype: torch.dtype | None = None
         self.states: list[_State] = [()] * len(self.layers)
 
-    def __reduce__(self) -> tuple[type[_Packing], tuple[()]]:
+    def __reduce__(self) -> tuple[type[Packing], tuple[()]]:
         # Packed tensors are opaque to pickle and deepcopy: a copied layer packs anew, alone, when it is first used.
-        return _Packing, ()
+        return Packing, ()
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor | None:
         """Outputs of all layers beside one another; None where the plain layers must run.
 
-        Packs again when a weight was replaced, moved or changed in place.
+        Packs again when a weight was replaced, moved or changed in place. While the pass has merged weights for
+        these layers, multiplies with those.
         """
+        merged = _merged(self)
+        if merged is not None:
+            return _multiply(x, merged, self.bias)
         for layer, state in zip(self.layers, self.states, strict=True):
             if _state(layer) != state:
                 self.refresh()
@@ -80,7 +84,7 @@ class _Packing:
         packed = self.packed
         if packed is None or x.dtype != self.dtype or x.shape[-1] != self.layers[0].in_features:
             return None
-        return cast(torch.Tensor, torch.ops.mkldnn._linear_pointwise(x, packed, self.bias, "none", [], ""))
+        return _multiply(x, packed, self.bias)
 
     def outputs(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
         """Of each layer."""
@@ -90,16 +94,17 @@ class _Packing:
         return joined.split(self.sizes, dim=-1)
 
     def refresh(self) -> None:
-        self.states = [_state(layer) for layer in self.layers]
+        """Pack again. Where this fails, the next multiplication tries once more."""
+        self.packed = self.bias = None
+        self.states = [()] * len(self.layers)
+        states = [_state(layer) for layer in self.layers]
         weights = [layer.weight.detach() for layer in self.layers]
         alike = len({(weight.dtype, weight.shape[1]) for weight in weights}) == 1
-        if not alike or not all(_can_pack(weight) for weight in weights):
-            self.packed = self.bias = None
-            return
-        self.dtype = weights[0].dtype
-        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-        self.packed = cast(torch.Tensor, torch.ops.mkldnn._reorder_linear_weight(weight, None))
-        self.bias = self._joined_bias()
+        if alike and all(_can_pack(weight) for weight in weights):
+            self.dtype = weights[0].dtype
+            self.packed = pack_weight(weights[0] if len(weights) == 1 else torch.cat(weights))
+            self.bias = self._joined_bias()
+        self.states = states
 
     def _joined_bias(self) -> torch.Tensor | None:
         if len(self.layers) == 1:
@@ -112,6 +117,20 @@ class _Packing:
         )
 
 
+def pack_weight(weight: torch.Tensor) -> torch.Tensor:
+    """A copy of ``[out, in]``, contiguous, in oneDNN's layout: opaque to everything but its multiplication."""
+    return cast(torch.Tensor, torch.ops.mkldnn._reorder_linear_weight(weight, None))
+
+
+def _multiply(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return cast(torch.Tensor, torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], ""))
+
+
+def _merged(packing: Packing) -> torch.Tensor | None:
+    context = current()
+    return None if context is None or context.merged is None else context.merged.packed.get(packing)
+
+
 class PackedLinear(nn.Linear):
     """``nn.Linear`` whose inference on CPU reads the packed copy; made by ``pack_linears`` from an instance.
 
@@ -121,15 +140,16 @@ class PackedLinear(nn.Linear):
     ForwardContext, where nothing can be kept for the others.
     """
 
-    _packing: _Packing
+    _packing: Packing
     _index: int
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """``[..., in_features]`` to ``[..., out_features]``."""
         packing = self._packing
         if not packing.layers:
-            packing = self.__dict__["_packing"] = _Packing([self])
+            packing = self.__dict__["_packing"] = Packing([self])
             self.__dict__["_index"] = 0
-        if torch.is_grad_enabled() or not input.numel():
+        if (torch.is_grad_enabled() or not input.numel()) and _merged(packing) is None:
             return super().forward(input)
         if len(packing.layers) == 1:
             output = packing.multiply(input)
@@ -163,7 +183,7 @@ def pack_linears(modules: Sequence[nn.Module]) -> bool:
         return False
     for module in modules:
         module.__class__ = PackedLinear
-    packing = _Packing(cast(Sequence[PackedLinear], modules))
+    packing = Packing(cast(Sequence[PackedLinear], modules))
     packing.refresh()
     for index, module in enumerate(modules):
         module.__dict__.update(_packing=packing, _index=index)
@@ -173,6 +193,13 @@ def pack_linears(modules: Sequence[nn.Module]) -> bool:
 def pack_linear(module: nn.Module) -> bool:
     """``pack_linears`` for one module."""
     return pack_linears([module])
+
+
+def packing_of(module: nn.Module) -> Packing | None:
+    """How a module is packed now; None where it is multiplied with its plain weight."""
+    if type(module) is not PackedLinear or not module._packing.layers or module._packing.packed is None:
+        return None
+    return module._packing
 
 
 def unpack_linear(module: nn.Module) -> None:

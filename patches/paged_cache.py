@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 from peft_dist.kernels.kv_pool import KVCachePool
 from peft_dist.kernels.types import AttentionMetadata, KVCache
+from peft_dist.patches.attention import UnsupportedAttentionError
 from peft_dist.patches.row_blocks import RowBlocks
 
 BLOCK_SIZE = 16
@@ -80,10 +81,12 @@ class PagedRows:
         return padded[0], padded[1]
 
     def select(self, rows: np.ndarray) -> None:
+        """Keep these rows, int ``[B']``; a row that is named several times shares its blocks."""
         self.blocks.select(rows)
         self.tokens = self.tokens[rows]
 
     def truncate(self, length: int) -> None:
+        """Keep the first ``length`` padded positions of every row."""
         self.tokens = self.tokens[:, :length]
         self.blocks.truncate(self.tokens.sum(1))
 
@@ -123,31 +126,46 @@ class PagedCache(DynamicCache):
     def release(self) -> None:
         """Become a plain dynamic cache again with the contents that Hugging Face's own would have."""
         paged = self.paged
-        del self.paged, self._lengths
-        self.__class__ = DynamicCache  # type: ignore[assignment]
+        self.discard()
         for layer in sorted(paged.caches):
             self.update(*paged.gather(layer), layer)
+
+    def discard(self) -> None:
+        """Become the empty dynamic cache again that was adopted."""
+        del self.paged, self._lengths
+        self.__class__ = DynamicCache  # type: ignore[assignment]
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hand one layer's new keys and values ``[B, heads, S, head_dim]`` through."""
+        if key_states.shape != value_states.shape:
+            raise UnsupportedAttentionError(
+                f"paged blocks hold keys and values of one shape, but layer {layer_idx} has keys "
+                f"{list(key_states.shape)} and values {list(value_states.shape)}"
+            )
         self.paged.ensure_layer(layer_idx, key_states)
         self._lengths[layer_idx] = self._lengths.get(layer_idx, 0) + key_states.shape[-2]
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Padded positions that a layer has seen."""
         return self._lengths.get(layer_idx, 0)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Length and offset of the keys that a mask would cover."""
         return self.get_seq_length(layer_idx) + query_length, 0
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Continue from rows ``beam_idx``, int64 ``[B]``."""
         self.paged.select(beam_idx.cpu().numpy())
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows that ``indices`` names, or marks where it is bool."""
         self.paged.select(np.arange(len(self.paged.tokens))[indices.cpu().numpy()])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """Put each row ``repeats`` times, one behind the other."""
         self.paged.select(np.repeat(np.arange(len(self.paged.tokens)), repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -158,6 +176,7 @@ class PagedCache(DynamicCache):
         self._lengths = dict.fromkeys(self._lengths, kept)
 
     def reset(self) -> None:
+        """Forget all tokens."""
         self.crop(-self.get_seq_length())
 
     def activate_past_recording(self) -> None:
@@ -165,12 +184,15 @@ class PagedCache(DynamicCache):
 
     @property
     def is_croppable(self) -> bool:
+        """Blocks can always be given back."""
         return True
 
     @property
     def is_initialized(self) -> bool:
+        """Whether any layer has seen tokens."""
         return bool(self._lengths)
 
     @property
     def batch_size(self) -> int:
+        """Rows."""
         return len(self.paged.tokens)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Collection
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -18,20 +20,37 @@ def paging_reason(model: PreTrainedModel, kwargs: dict[str, Any]) -> str | None:
     return _model_reason(model) or _call_reason(kwargs)
 
 
-def _model_reason(model: PreTrainedModel) -> str | None:
-    config = model.config
+def decoder_reason(model: PreTrainedModel) -> str | None:
+    """Why paged attention is not what the layers of this model's text decoder compute, or None."""
+    config = model.config.get_text_config(decoder=True)
     name = type(model).__name__
-    if not model._supports_attention_backend:
-        return f"{name} does not call its attention through transformers' interface"
-    if config.get_text_config(decoder=True) is not config:
-        return f"{name} has parts that are not a text decoder"
-    if set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES:
-        return f"{name} has layers other than {' and '.join(sorted(_LAYER_TYPES))}"
+    if not getattr(model, "_supports_attention_backend", False):
+        return f"{name} does not call its attention through transformers' AttentionInterface"
+    if others := sorted(set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES):
+        return f"{name} has layers of type {', '.join(others)} (not only {' and '.join(sorted(_LAYER_TYPES))})"
     if getattr(config, "kv_lora_rank", None) or getattr(config, "num_kv_shared_layers", None):
         return f"{name} compresses or shares its keys and values"
     if getattr(config, "is_causal", True) is False or getattr(config, "use_bidirectional_attention", None):
         return f"{name} is not causal"
     return None
+
+
+def windowed_layers(model: PreTrainedModel) -> Collection[int]:
+    """Numbers of the layers for which Hugging Face builds a mask with a sliding window.
+
+    Paged attention has no mask, so it must be told of the window; some families only put it into the mask.
+    """
+    config = model.config.get_text_config(decoder=True)
+    if types := getattr(config, "layer_types", None):
+        return frozenset(number for number, kind in enumerate(types) if kind == "sliding_attention")
+    masks = hasattr(sys.modules[type(model).__module__], "create_sliding_window_causal_mask")
+    return range(config.num_hidden_layers) if masks and getattr(config, "sliding_window", None) else ()
+
+
+def _model_reason(model: PreTrainedModel) -> str | None:
+    if model.config.get_text_config(decoder=True) is not model.config:
+        return f"{type(model).__name__} has parts that are not a text decoder"
+    return decoder_reason(model)
 
 
 def _call_reason(kwargs: dict[str, Any]) -> str | None:

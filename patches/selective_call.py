@@ -16,8 +16,9 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from peft_dist.forward_context import ForwardContext
 from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
-from peft_dist.patches.attention import ATTENTION_NAME
+from peft_dist.patches.attention import ATTENTION_NAME, UnsupportedAttentionError
 from peft_dist.patches.paged_cache import PagedCache
+from peft_dist.patches.paging import windowed_layers
 
 # Enough for a prefill and decodes; passes that grow token by token (no cache) reuse none.
 _MAX_PLANS = 8
@@ -32,6 +33,9 @@ class SelectiveCall:
             many rows (beams, returned sequences) repeats each slot k times.
         weights: Stacked weights by layer.
         pages: Whether an empty dynamic cache that Hugging Face brings is to become a paged one.
+
+    Attributes:
+        refusal: Why attention and cache were left to Hugging Face after all, once that is known.
     """
 
     def __init__(
@@ -45,29 +49,43 @@ class SelectiveCall:
         self.row_slots = row_slots
         self.weights = weights
         self.pages = pages
+        self.refusal: str | None = None
         self.caches: list[PagedCache] = []
         self._plans: dict[tuple[int, int], LoRAPlan | None] = {}
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._configs = _attention_configs(model) if pages else []
+        self._windowed = windowed_layers(model) if pages else ()
 
     def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """One forward pass of the base model."""
         inputs = _inputs(args, kwargs)
+        is_first = not isinstance(kwargs.get("past_key_values"), PagedCache)
+        cache = self._paged_cache(kwargs, inputs)
+        if cache is not None:
+            context = self._context(inputs, kwargs)
+            context.attention, context.token_rows = cache.paged.begin(_new_tokens(kwargs, *inputs.shape[:2]))
+            context.kv_caches, context.windowed = cache.paged.caches, self._windowed
+            try:
+                with context, use_paged_attention(self._configs):
+                    return forward(*args, **kwargs)
+            except UnsupportedAttentionError as error:
+                # What a model passes to its attention is only known when it does. Nothing has been answered yet in
+                # the first pass of a cache, so Hugging Face can begin anew; later ones were like the first.
+                if not is_first:
+                    raise
+                self.refusal, self.pages = error.reason, False
+                cache.discard()
+        with self._context(inputs, kwargs):
+            return forward(*args, **kwargs)
+
+    def _context(self, inputs: torch.Tensor, kwargs: dict[str, Any]) -> ForwardContext:
         rows, steps = inputs.shape[:2]
         kept = _kept(steps, kwargs.get("logits_to_keep")) if self._keeps_logits else steps
-        context = ForwardContext(
+        return ForwardContext(
             lora=self._plan(rows, steps),
             lora_logits=self._plan(rows, kept),
             lora_weights=self.weights,
         )
-        cache = self._paged_cache(kwargs, inputs)
-        if cache is None:
-            with context:
-                return forward(*args, **kwargs)
-        context.attention, context.token_rows = cache.paged.begin(_new_tokens(kwargs, rows, steps))
-        context.kv_caches = cache.paged.caches
-        with context, use_paged_attention(self._configs):
-            return forward(*args, **kwargs)
 
     def finish(self, result: Any) -> None:
         """Give back as Hugging Face's own what the result keeps of the caches."""

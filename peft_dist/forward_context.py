@@ -7,7 +7,7 @@ the code it replaced.
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from peft_dist.kernels.types import AttentionMetadata, KVCache, LoRALayerWeights, LoRAPlan
+    from peft_dist.patches.merged_layers import MergedLayers
 
 _current: contextvars.ContextVar[ForwardContext | None] = contextvars.ContextVar("peft_dist_forward", default=None)
 
@@ -31,8 +32,13 @@ class ForwardContext:
         lora_logits: The same for the rows that reach ``lm_head`` (only sampled positions do).
         lora_weights: Stacked adapter weights by the patched layer's ``lora_index``; None where the layer
             has no resident adapter.
+        merged: Weights with an adapter folded in, which all rows are multiplied with instead of the base's; None
+            takes the modules' own weights, whatever is in them.
+        lora_correction, lora_logits_correction: Second plans, added like ``lora`` and ``lora_logits``: under merged
+            weights they take the merged adapter's part away from the rows that it does not belong to (factor -1).
         token_rows: int64 ``[T]``, the rows of a padded batch flattened to ``[B * S]`` that hold tokens, for
             attention; None when every row does (always, in a packed forward).
+        windowed: Layers whose attention must bring its sliding window, where that was not checked before.
         shared: Outputs that ``shared_output`` computed and nobody has taken yet.
     """
 
@@ -41,17 +47,34 @@ class ForwardContext:
     lora: LoRAPlan | None = None
     lora_logits: LoRAPlan | None = None
     lora_weights: Sequence[LoRALayerWeights | None] = ()
+    merged: MergedLayers | None = None
+    lora_correction: LoRAPlan | None = None
+    lora_logits_correction: LoRAPlan | None = None
     token_rows: torch.Tensor | None = None
+    windowed: Collection[int] = ()
     shared: dict[object, tuple[torch.Tensor, list[torch.Tensor | None]]] = field(default_factory=dict)
     _token: contextvars.Token[ForwardContext | None] | None = None
 
+    def lora_plans(self, is_output: bool) -> list[LoRAPlan]:
+        """What is added to a layer's output; ``is_output``: the layer sees the rows that reach ``lm_head``."""
+        if is_output:
+            plans = (self.lora_logits, self.lora_logits_correction)
+        else:
+            plans = (self.lora, self.lora_correction)
+        return [plan for plan in plans if plan is not None]
+
     def shared_output(
-        self, group: object, index: int, x: torch.Tensor, compute: Callable[[torch.Tensor], Sequence[torch.Tensor]]
+        self,
+        group: object,
+        index: int,
+        x: torch.Tensor,
+        compute: Callable[[torch.Tensor], Sequence[torch.Tensor | None]],
     ) -> torch.Tensor:
         """Output ``index`` of a group of layers that are called one after another with one and the same tensor.
 
         The first of them computes the outputs of all, the others take theirs. A member that is called with another
-        tensor, or again, computes anew, so that a group that is called otherwise than expected is only slower.
+        tensor, or again, computes anew, so that a group that is called otherwise than expected is only slower. None
+        from ``compute`` is for members that do not ask here this time.
         """
         held = self.shared.get(group)
         if held is None or held[0] is not x or held[1][index] is None:

@@ -9,12 +9,22 @@ from typing import Any
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, TaskType, get_peft_model
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import (
+    DynamicCache,
+    PhimoeConfig,
+    PhimoeForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 import peft_dist
 from peft_dist.patches import drop_in
+from peft_dist.patches.paged_cache import PagedCache
 from tests.patches import oracle
-from tests.tiny_models import FAMILIES
+from tests.tiny_models import FAMILIES, VOCAB_SIZE
 
 
 def lines(caplog: pytest.LogCaptureFixture, part: str) -> int:
@@ -187,3 +197,66 @@ def test_each_reason_is_logged_once_per_model(make: Callable[..., PeftModel], lo
                 model.generate(**oracle.inputs(), adapter_names=oracle.NAMES, max_new_tokens=1)
     assert lines(log, "adapters are disabled") == 2
     assert drop_in.logger.name == "peft_dist.patches"
+
+
+def test_an_argument_that_attention_does_not_know(
+    make: Callable[..., PeftModel], log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As new architectures pass: the adapters still run as one batch, with Hugging Face's attention and cache."""
+    original = LlamaAttention.forward
+    monkeypatch.setattr(LlamaAttention, "forward", lambda self, *a, **k: original(self, *a, invented=1, **k))
+    call = {**oracle.inputs(), "adapter_names": oracle.NAMES, "max_new_tokens": 6, "min_new_tokens": 6}
+    options = {"return_dict_in_generate": True, "output_logits": True, "do_sample": False}
+    expected = make().generate(**call, **options)
+    model = peft_dist.patch(make())
+    for _ in range(2):
+        actual = model.generate(**call, **options)
+        assert torch.equal(actual.sequences, expected.sequences)
+        assert type(actual.past_key_values) is DynamicCache
+        oracle.assert_logits_close(torch.stack(actual.logits), torch.stack(expected.logits))
+    assert lines(log, "cannot honour invented, which LlamaAttention (layer 0) passes: the adapters run") == 1
+
+
+@pytest.mark.parametrize("kind", ["qwen2_moe", "phimoe"])
+def test_a_window_that_only_the_mask_knows(kind: str, log: pytest.LogCaptureFixture) -> None:
+    """Hugging Face builds a sliding mask for these models, whose attention never hears of the window."""
+
+    def make() -> PeftModel:
+        torch.manual_seed(0)
+        sizes = {
+            "vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 4,
+            "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        }  # fmt: skip
+        if kind == "phimoe":
+            base = PhimoeForCausalLM(PhimoeConfig(num_local_experts=4, **sizes))
+        else:
+            base = Qwen2MoeForCausalLM(
+                Qwen2MoeConfig(
+                    use_sliding_window=True, num_experts=4, moe_intermediate_size=16,
+                    shared_expert_intermediate_size=16, **sizes,
+                )
+            )  # fmt: skip
+        with torch.no_grad():
+            for parameter in base.parameters():
+                if parameter.dim() > 1:
+                    parameter.normal_(0.0, 0.25)
+        return get_peft_model(base, config(), adapter_name="a0").eval()
+
+    call = {**oracle.inputs(3), "adapter_names": ["a0", "__base__", "a0"], "max_new_tokens": 8, "do_sample": False}
+    expected = make().generate(**call)
+    assert torch.equal(peft_dist.patch(make()).generate(**call), expected)
+    assert lines(log, "sliding window, of which") == 1
+
+
+def test_keys_and_values_of_two_shapes(
+    make: Callable[..., PeftModel], log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache whose layer gets narrower values than keys."""
+    model, expected = peft_dist.patch(make()), make()
+    call = {**oracle.inputs(), "adapter_names": oracle.NAMES, "max_new_tokens": 4}
+    answer = expected.generate(**call)
+    update = PagedCache.update
+    monkeypatch.setattr(PagedCache, "update", lambda self, key, value, *a: update(self, key, value[..., :4], *a))
+    assert torch.equal(model.generate(**call), answer)
+    assert lines(log, "one shape") == 1

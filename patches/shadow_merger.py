@@ -1,0 +1,130 @@
+"""Merging into a second set of weights: the base's are never written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+
+from peft_dist.kernels.lora_pool import LayerTensors
+from peft_dist.kernels.merge import MergeItem, merge_group_
+from peft_dist.patches.lora_layers import SelectiveEmbedding, SelectiveLinear
+from peft_dist.patches.merged_layers import MergedLayers, twin_of
+from peft_dist.patches.merging import Merger, weight_of
+from peft_dist.patches.packed_linear import Packing, pack_weight, packing_of
+
+
+class ShadowMerger(Merger):
+    """Merged weights beside the base's; which of them a pass reads is a flag, so that unmerging costs nothing.
+
+    Layers that oneDNN packed get a packed copy of the merged weight; the layers that are packed as one with them
+    are in it. All others get a plain copy at an address that stays. On a GPU every known layer's copy is part of
+    ``layers``, with the base's weight where the merged adapter has none: a captured CUDA graph serves every adapter.
+    """
+
+    way = "shadow"
+    on_device = True
+
+    def __init__(self, model: nn.Module, paths: Iterable[str] = ()) -> None:
+        super().__init__(model, paths)
+        self._layers = MergedLayers()
+        self._twins: dict[nn.Module, nn.Module] = {}
+        # Twins that hold something else than their base's weight.
+        self._dirty: set[nn.Module] = set()
+        self._scratch = torch.empty(0)
+        self._holds_adapter = False
+
+    @property
+    def layers(self) -> MergedLayers | None:
+        return self._layers if self.is_merged else None
+
+    def bytes_with(self, paths: Iterable[str]) -> int:
+        """The copies, and room for the largest of the weights that have to be packed."""
+        modules = dict(self._modules) | dict.fromkeys(self._site(path) for path in paths)
+        packings = {packing for module in modules if (packing := packing_of(module))}
+        packed = [sum(weight_of(layer).nbytes for layer in packing.layers) for packing in packings]
+        plain = sum(weight_of(module).nbytes for module in modules if packing_of(module) is None)
+        return sum(packed) + max(packed, default=0) + plain
+
+    def allocate(self) -> None:
+        # Packed weights are made by the merge: their library returns new memory each time.
+        with torch.inference_mode(False), torch.no_grad():
+            for module in self._modules:
+                if packing_of(module) is None and module not in self._twins:
+                    self._twins[module] = twin_of(module, torch.empty_like(weight_of(module)))
+                    self._dirty.add(module)
+
+    def merge(self, adapter: Mapping[str, LayerTensors]) -> None:
+        tensors = self._checked(adapter)
+        for path in adapter:
+            if not isinstance(self._model.get_submodule(path), (SelectiveLinear, SelectiveEmbedding)):
+                raise ValueError(f"{path} has no LoRA layer around it, so that no pass would read the merged weight")
+        self.is_merged = self._holds_adapter = False
+        self._modules.update(dict.fromkeys(tensors))
+        self.allocate()
+        # Ordinary tensors whatever mode the caller is in: the next merge may come in another.
+        with torch.inference_mode(False), torch.no_grad():
+            self._merge_plain({m: t for m, t in tensors.items() if packing_of(m) is None})
+            self._merge_packed({m: t for m, t in tensors.items() if packing_of(m) is not None})
+        self.is_merged = self._holds_adapter = True
+
+    def unmerge(self) -> None:
+        self.is_merged = False
+
+    def resume(self) -> bool:
+        self.is_merged = self._holds_adapter
+        return self.is_merged
+
+    def copy_out(self) -> MergedLayers:
+        """A copy of the merged weights in host memory, for ``copy_in``."""
+        with torch.inference_mode(False), torch.no_grad():
+            host = [(m, twin_of(m, weight_of(twin).to("cpu", copy=True))) for m, twin in self._layers.twins.items()]
+            return MergedLayers(dict(host), {packing: t.clone() for packing, t in self._layers.packed.items()})
+
+    def copy_in(self, weights: MergedLayers) -> None:
+        """Merge what ``copy_out`` took, by copying; the twins keep their addresses."""
+        self.is_merged = self._holds_adapter = False
+        self._modules.update(dict.fromkeys(weights.twins))
+        self.allocate()
+        with torch.inference_mode(False), torch.no_grad():
+            for module, twin in weights.twins.items():
+                weight_of(self._twins[module]).copy_(weight_of(twin), non_blocking=True)
+            self._dirty.update(weights.twins)
+            self._layers.twins.clear()
+            self._layers.twins.update((module, self._twins[module]) for module in weights.twins)
+            self._layers.packed.clear()
+            self._layers.packed.update((packing, tensor.clone()) for packing, tensor in weights.packed.items())
+        self.is_merged = self._holds_adapter = True
+
+    def _merge_plain(self, tensors: Mapping[nn.Module, LayerTensors]) -> None:
+        merged = [m for m in self._twins if m in tensors or weight_of(m).is_cuda]
+        for module in self._dirty.intersection(merged).difference(tensors):
+            weight_of(self._twins[module]).copy_(weight_of(module))
+            self._dirty.discard(module)
+        self._dirty.update(tensors)
+        merge_group_([MergeItem(weight_of(self._twins[m]), weight_of(m), *t) for m, t in tensors.items()])
+        self._layers.twins.clear()
+        self._layers.twins.update((module, self._twins[module]) for module in merged)
+
+    def _merge_packed(self, tensors: Mapping[nn.Module, LayerTensors]) -> None:
+        packings = {packing: None for module in tensors if (packing := packing_of(module))}
+        for packing in self._layers.packed.keys() - packings.keys():
+            del self._layers.packed[packing]
+        for packing in packings:
+            self._layers.packed[packing] = pack_weight(self._joined(packing, tensors))
+
+    def _joined(self, packing: Packing, tensors: Mapping[nn.Module, LayerTensors]) -> torch.Tensor:
+        """The weights of layers packed as one, below one another, merged where the adapter has a part."""
+        weights = [weight_of(layer) for layer in packing.layers]
+        rows, columns, like = sum(packing.sizes), weights[0].shape[1], weights[0]
+        if self._scratch.dtype != like.dtype or self._scratch.numel() < rows * columns:
+            self._scratch = like.new_empty(rows * columns)
+        joined = self._scratch[: rows * columns].view(rows, columns)
+        parts = joined.split(packing.sizes)
+        for layer, weight, part in zip(packing.layers, weights, parts, strict=True):
+            if layer not in tensors:
+                part.copy_(weight)
+        items = zip(packing.layers, parts, weights, strict=True)
+        merge_group_([MergeItem(part, weight, *tensors[layer]) for layer, part, weight in items if layer in tensors])
+        return joined
