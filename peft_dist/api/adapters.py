@@ -13,6 +13,7 @@ from peft_dist.core.errors import UnknownModelError
 
 
 def adapters_router(state: ServerState) -> APIRouter:
+    """The routes that load and unload adapters."""
     router = APIRouter(tags=["adapters"])
 
     @router.post("/v1/load_lora_adapter", response_class=PlainTextResponse)

@@ -19,6 +19,7 @@ from peft_dist.core.sampling_params import SamplingParams
 
 
 def chat_router(state: ServerState) -> APIRouter:
+    """The route that answers conversations."""
     router = APIRouter(tags=["generation"])
 
     @router.post("/v1/chat/completions")
@@ -66,6 +67,7 @@ class ChatFormat:
         self._collected: dict[int, Collected] = {}
 
     def opening(self, generation: Generation) -> list[dict[str, Any]]:
+        """Who speaks, once for each choice."""
         delta = {"role": self._state.options.response_role, "content": ""}
         return [
             {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}
@@ -89,10 +91,12 @@ class ChatFormat:
         return entries
 
     def take(self, piece: Piece) -> None:
+        """Keep a piece for the whole answer."""
         collected = self._collected.setdefault(piece.choice.index, Collected())
         collected.take(piece, piece.delta.text, self._logprobs(piece))
 
     def answer(self, generation: Generation) -> dict[str, Any]:
+        """``choices`` of the whole answer, and the prompt where the body asked for it."""
         answer: dict[str, Any] = {"choices": [self._answer_choice(choice) for choice in generation.choices]}
         if self._body.prompt_logprobs is not None:
             positions = self._collected[0].prompt_logprobs or []

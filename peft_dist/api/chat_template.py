@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from peft_dist.api.protocol_chat import ChatCompletionRequest, ChatMessage
+from peft_dist.api.tokenizing import apply_template
 from peft_dist.core.errors import InvalidRequestError
 
 # Arguments of apply_chat_template that are not the template's to see.
@@ -29,8 +30,6 @@ _RESERVED = frozenset(
         "truncation",
     }
 )
-# A template is code of the model's author that meets a user's values: it may fail in any of these ways.
-_FAILURES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
 def render_chat(tokenizer: Any, request: ChatCompletionRequest, template: str | None) -> str:
@@ -44,29 +43,18 @@ def render_chat(tokenizer: Any, request: ChatCompletionRequest, template: str | 
         raise InvalidRequestError(
             "this model has no chat template: use /v1/completions, or start the server with --chat-template", "messages"
         )
-    text: str = _rendering(tokenizer, request, template, _template_kwargs(request))
+    arguments = {
+        "add_generation_prompt": _adds_generation_prompt(request),
+        "continue_final_message": bool(request.continue_final_message),
+        **_template_kwargs(request),
+    }
+    text = apply_template(tokenizer, [_as_dict(message) for message in request.messages], template, arguments)
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         problem = "a template variable holds half of a surrogate pair: send valid Unicode"
         raise InvalidRequestError(problem, "chat_template_kwargs") from error
     return text
-
-
-def _rendering(tokenizer: Any, request: ChatCompletionRequest, template: str | None, kwargs: dict[str, Any]) -> Any:
-    from jinja2.exceptions import TemplateError
-
-    try:
-        return tokenizer.apply_chat_template(
-            [_as_dict(message) for message in request.messages],
-            chat_template=template,
-            tokenize=False,
-            add_generation_prompt=_adds_generation_prompt(request),
-            continue_final_message=bool(request.continue_final_message),
-            **kwargs,
-        )
-    except (TemplateError, *_FAILURES) as error:
-        raise InvalidRequestError(f"the model's chat template refuses these messages: {error}", "messages") from error
 
 
 def _template_kwargs(request: ChatCompletionRequest) -> dict[str, Any]:

@@ -21,6 +21,7 @@ class Collected:
     stop_reason: int | str | None = None
 
     def take(self, piece: Piece, text: str, logprobs: dict[str, Any] | None) -> None:
+        """Add a piece, with its text and log-probabilities as the format writes them."""
         self.text.append(text)
         if logprobs is not None:
             self.logprobs.append(logprobs)
@@ -32,4 +33,5 @@ class Collected:
 
     @property
     def joined_text(self) -> str:
+        """All text so far."""
         return "".join(self.text)

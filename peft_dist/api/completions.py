@@ -21,6 +21,7 @@ from peft_dist.orchestrator.admission import token_limit
 
 
 def completions_router(state: ServerState) -> APIRouter:
+    """The route that continues prompts."""
     router = APIRouter(tags=["generation"])
 
     @router.post("/v1/completions")
@@ -61,9 +62,11 @@ class CompletionFormat:
         self._legacy: dict[int, LegacyLogprobs] = {}
 
     def opening(self, generation: Generation) -> list[dict[str, Any]]:
+        """Nothing: a completion begins with its text."""
         return []
 
     def chunk(self, piece: Piece) -> list[dict[str, Any]]:
+        """Text, tokens and end in one entry; none for a piece that tells nothing."""
         text, logprobs, delta = self._text(piece), self._logprobs(piece), piece.delta
         has_tokens = logprobs is not None or self._body.return_token_ids
         if not text and not (delta.token_ids and has_tokens) and delta.finish_reason is None:
@@ -75,10 +78,12 @@ class CompletionFormat:
         return [choice]
 
     def take(self, piece: Piece) -> None:
+        """Keep a piece for the whole answer."""
         collected = self._collected.setdefault(piece.choice.index, Collected())
         collected.take(piece, self._text(piece), self._logprobs(piece))
 
     def answer(self, generation: Generation) -> dict[str, Any]:
+        """``choices`` of the whole answer; what was asked of the prompt stands in each."""
         return {"choices": [self._answer_choice(choice) for choice in generation.choices]}
 
     def _answer_choice(self, choice: Choice) -> dict[str, Any]:

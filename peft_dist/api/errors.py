@@ -16,6 +16,7 @@ from starlette.responses import Response
 from peft_dist.api.validation import describe_validation_error
 from peft_dist.core.errors import (
     AdapterError,
+    AdapterNameError,
     EngineDeadError,
     InvalidRequestError,
     PeftDistError,
@@ -54,6 +55,7 @@ class ApiError(PeftDistError):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> Response:
+        """The error as the answer to a request."""
         return json_response(self.body(), self.status, self.headers)
 
 
@@ -63,6 +65,7 @@ def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | 
 
 
 def encode_json(content: Any) -> bytes:
+    """``content`` as JSON; half surrogate pairs are escaped instead of failing."""
     try:
         return msgspec.json.encode(content)
     except UnicodeEncodeError:
@@ -87,6 +90,8 @@ def as_api_error(error: BaseException) -> ApiError:
         return ApiError(400, str(error), param=error.param, code="invalid_value")
     if isinstance(error, UnknownModelError):
         return ApiError(404, str(error), param="model", code="model_not_found")
+    if isinstance(error, AdapterNameError):
+        return ApiError(400, str(error), param="lora_name", code="name_taken")
     if isinstance(error, AdapterError):
         return ApiError(400, str(error), param="lora_path", code="adapter_refused")
     if isinstance(error, QueueFullError):
@@ -95,6 +100,16 @@ def as_api_error(error: BaseException) -> ApiError:
     if isinstance(error, EngineDeadError):
         return ApiError(503, str(error), code="engine_dead")
     return ApiError(500, "the server failed while it handled this request; its log has the details")
+
+
+def _unreadable_body(cause: BaseException | None) -> ApiError:
+    if isinstance(cause, UnicodeDecodeError):
+        problem = f"byte {cause.start} does not belong to UTF-8 text"
+    elif isinstance(cause, RecursionError):
+        problem = "it is nested too deeply"
+    else:
+        problem = str(cause or "it cannot be read")
+    return ApiError(400, f"the body is not valid JSON: {problem}", code="invalid_json")
 
 
 def _from_http_exception(error: HTTPException) -> ApiError:
@@ -109,6 +124,9 @@ def install_error_handlers(app: FastAPI) -> None:
 
     async def on_http_exception(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
+        if error.status_code == 400:
+            # FastAPI's word for a body that the JSON parser stumbled over in any way but a syntax error.
+            return _unreadable_body(error.__cause__).response()
         api_error = _from_http_exception(error)
         if error.status_code in (404, 405):
             problem = "does not exist" if error.status_code == 404 else f"does not take {request.method}"

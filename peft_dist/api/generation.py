@@ -11,6 +11,8 @@ from typing import Any
 from peft_dist.api.errors import ApiError
 from peft_dist.api.output_processor import Delta, SequenceOutput
 from peft_dist.api.prompts import Prompt
+from peft_dist.api.request_metrics import GenerationWatch
+from peft_dist.core.errors import PeftDistError
 from peft_dist.core.messages import SequenceProgress
 from peft_dist.core.outputs import PositionLogprobs
 from peft_dist.core.sampling_params import SamplingParams
@@ -42,11 +44,14 @@ class Piece:
 
 @dataclass(slots=True)
 class Usage:
+    """Tokens of all prompts and choices of an answer so far."""
+
     prompt_tokens: int
     completion_tokens: int = 0
     cached_tokens: int = 0
 
     def as_dict(self) -> dict[str, Any]:
+        """``usage`` as the OpenAI API writes it."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
@@ -58,12 +63,15 @@ class Usage:
 class Generation:
     """Running requests of one or more prompts. Whoever starts one calls ``aclose`` in a ``finally``."""
 
-    def __init__(self, client: EngineClient, request_id: str, prompts: Sequence[Prompt], n: int) -> None:
+    def __init__(
+        self, client: EngineClient, request_id: str, prompts: Sequence[Prompt], n: int, watch: GenerationWatch
+    ) -> None:
         self.request_id = request_id
         self.choices: list[Choice] = []
         self.usage = Usage(sum(len(prompt.token_ids) for prompt in prompts))
         self._client = client
         self._n = n
+        self._watch = watch
         self._streams: list[RequestStream] = []
 
     @classmethod
@@ -75,13 +83,14 @@ class Generation:
         prompts: Sequence[Prompt],
         params: Sequence[SamplingParams],
         model: str | None,
+        watch: GenerationWatch,
     ) -> Generation:
         """Admit every prompt, or none. ``params`` has one entry for each prompt, all with the same ``n``.
 
         Raises:
             UnknownModelError, InvalidRequestError, QueueFullError, EngineDeadError: a prompt was not admitted.
         """
-        generation = cls(client, request_id, prompts, params[0].n)
+        generation = cls(client, request_id, prompts, params[0].n, watch)
         admitted = False
         try:
             for number, (prompt, own) in enumerate(zip(prompts, params, strict=True)):
@@ -89,6 +98,7 @@ class Generation:
                 generation._streams.append(stream)
                 generation._add_choices(tokenizer, prompt, own)
             admitted = True
+            watch.admitted(len(generation.choices), generation.usage.prompt_tokens)
         finally:
             if not admitted:
                 await generation.aclose()
@@ -101,6 +111,7 @@ class Generation:
 
     async def aclose(self) -> None:
         """Abort what still runs. Idempotent."""
+        self._watch.close("abort")
         for stream in self._streams:
             await stream.aclose()
 
@@ -112,15 +123,19 @@ class Generation:
             EngineDeadError: the replica died, or the server stops.
         """
         left = len(self.choices)
-        async with aclosing(self._progress()) as flow:
-            async for number, index, progress in flow:
-                choice = self.choices[number * self._n + index]
-                if choice.finished:
-                    continue
-                yield self._piece(choice, number, index, progress)
-                left -= choice.finished
-                if not left:
-                    return
+        try:
+            async with aclosing(self._progress()) as flow:
+                async for number, index, progress in flow:
+                    choice = self.choices[number * self._n + index]
+                    if choice.finished:
+                        continue
+                    yield self._piece(choice, number, index, progress)
+                    left -= choice.finished
+                    if not left:
+                        return
+        except PeftDistError:
+            self._watch.close("error")
+            raise
 
     def _piece(self, choice: Choice, number: int, index: int, progress: SequenceProgress) -> Piece:
         if progress.error is not None:
@@ -131,6 +146,7 @@ class Generation:
         delta = choice.output.add(progress)
         self.usage.completion_tokens += len(delta.token_ids)
         choice.finished = delta.finish_reason is not None
+        self._watch.progress(choice.index, len(delta.token_ids), delta.finish_reason)
         if choice.output.must_abort:
             self._client.abort(f"{self.request_id}-{number}", index)
         positions = [None, *(progress.prompt_logprobs or [])] if is_first else None

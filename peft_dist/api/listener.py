@@ -60,6 +60,7 @@ class Listener:
 
     @property
     def url(self) -> str:
+        """The address it listens on, as a URL."""
         return f"http://{f'[{self._host}]' if ':' in self._host else self._host}:{self.port}"
 
     async def start(self, app: Any, shutdown_timeout: float) -> asyncio.Task[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import select
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -12,13 +13,22 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer
 
-from peft_dist.api.offline_inputs import Prompt, Prompts, align_adapter_names, align_params, is_one, split_prompts
+from peft_dist.api.offline_inputs import (
+    Prompt,
+    Prompts,
+    align_adapter_names,
+    align_params,
+    check_adapter,
+    check_adapters,
+    split_conversations,
+    split_prompts,
+)
 from peft_dist.api.output_processor import RequestOutputs
+from peft_dist.api.tokenizing import apply_template, check_unicode, load_tokenizer
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.config import EngineConfig, ModelInfo
-from peft_dist.core.errors import ConfigError, EngineDeadError, InvalidRequestError, PeftDistError
+from peft_dist.core.errors import ConfigError, EngineDeadError, InvalidRequestError
 from peft_dist.core.messages import AbortRequest, AdapterResult, AddRequest, AnyCommand, Progress, Ready, UnloadAdapter
 from peft_dist.core.outputs import RequestOutput
 from peft_dist.core.sampling_params import SamplingParams
@@ -68,24 +78,27 @@ class LLM:
         unknown = sorted(options.keys() - {field.name for field in fields(EngineConfig)})
         if unknown:
             raise ConfigError(f"LLM has no option {unknown[0]!r}: the options are the fields of EngineConfig")
+        check_adapters(adapters)
         config = EngineConfig(model=str(model), device=device, dtype=str(dtype).removeprefix("torch."), **options)
         self._allow_pickle = allow_pickle
         self._replica: Replica | None = build_replica(config)
-        self._info = self._replica.model_info
-        self._orchestrator = Orchestrator(OrchestratorOptions(config.max_num_seqs, _UNBOUNDED, config.seed))
-        self._epoch = self._orchestrator.add_replica(_REPLICA, time.monotonic()).epoch
-        self._observe(Ready(model=self._info, pid=0))
-        self._ids = itertools.count()
-        self.tokenizer: Any | None = tokenizer if tokenizer is not None else self._load_tokenizer(config)
         try:
+            self._info = self._replica.model_info
+            self._orchestrator = Orchestrator(OrchestratorOptions(config.max_num_seqs, _UNBOUNDED, config.seed))
+            self._epoch = self._orchestrator.add_replica(_REPLICA, time.monotonic()).epoch
+            self._observe(Ready(model=self._info, pid=0))
+            self._ids = itertools.count()
+            self.tokenizer: Any | None = tokenizer if tokenizer is not None else self._load_tokenizer(config)
             for name, path in (adapters or {}).items():
                 self.load_adapter(path, name)
-        except PeftDistError:
+        except BaseException:
+            # Whatever it was, Ctrl-C included: nobody else can give the model's memory back.
             self.close()
             raise
 
     @property
     def model_info(self) -> ModelInfo:
+        """What was measured of the model when it was loaded."""
         return self._info
 
     @property
@@ -104,8 +117,8 @@ class LLM:
         """Answer every prompt, all together, each through its own adapter.
 
         Args:
-            prompts: One prompt or a list of them; each a string, a list of token ids, or a dict with
-                ``prompt_token_ids`` (and perhaps ``prompt``).
+            prompts: One prompt or a list of them; each a string, a list (or array, or tensor) of token ids, or a
+                dict with ``prompt_token_ids`` (and perhaps ``prompt``).
             sampling_params: One for all, or one for each prompt.
             adapter_names: One for all, or one for each prompt: an adapter's name, or None, "__base__" or the
                 model's own name for the base.
@@ -137,22 +150,25 @@ class LLM:
         chat_template: str | None = None,
         **template_arguments: Any,
     ) -> list[RequestOutput]:
-        """Answer one conversation (a list of ``{"role", "content"}``) or a list of them; otherwise as ``generate``."""
+        """Answer one conversation (a list of ``{"role", "content"}``) or a list of them; otherwise as ``generate``.
+
+        Raises:
+            ConfigError: the model has no tokenizer.
+            InvalidRequestError, UnknownModelError: as in ``generate``, or the template is missing or refuses.
+        """
         if self.tokenizer is None:
             raise ConfigError(f"{self._info.model} has no tokenizer, so no chat template: use generate with token ids")
-        conversations = [messages] if is_one(messages, dict) else messages
-        texts = [
-            self.tokenizer.apply_chat_template(
-                conversation,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                chat_template=chat_template,
-                **template_arguments,
+        # Tokenizers that write conversations without a template have no such attribute.
+        if chat_template is None and not getattr(self.tokenizer, "chat_template", True):
+            raise InvalidRequestError(
+                f"the tokenizer of {self._info.model} has no chat template: give chat_template=, or use generate",
+                "chat_template",
             )
-            for conversation in conversations
-        ]
+        arguments = {"add_generation_prompt": add_generation_prompt, **template_arguments}
+        conversations = split_conversations(messages)
+        texts = [apply_template(self.tokenizer, own, chat_template, arguments) for own in conversations]
         # The template writes the special tokens itself.
-        requests = [Prompt(self._encode(text, special=False), text) for text in texts]
+        requests = [Prompt(self._encode(text, "messages", special=False), text) for text in texts]
         params = align_params(sampling_params, len(requests))
         names = align_adapter_names(adapter_names, len(requests))
         return self._run(requests, params, names, use_tqdm)
@@ -163,6 +179,7 @@ class LLM:
         Raises:
             AdapterError: it was refused, or the name is taken; the others are untouched.
         """
+        check_adapter(path, name)
         call_id, _ = self._orchestrator.load_adapter(name, str(path), replace=replace, allow_pickle=self._allow_pickle)
         spec = None
         try:
@@ -202,43 +219,48 @@ class LLM:
     def _load_tokenizer(self, config: EngineConfig) -> Any | None:
         if self._info.tokenizer is None:
             return None
-        return AutoTokenizer.from_pretrained(
-            config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
+        return load_tokenizer(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
 
     def _tokenize(self, prompt: Prompt) -> Prompt:
         if prompt.token_ids is not None:
             return prompt
         if self.tokenizer is None:
             raise ConfigError(f"{self._info.model} has no tokenizer: give prompts as lists of token ids")
-        return Prompt(self._encode(prompt.text or "", special=True), prompt.text)
+        return Prompt(self._encode(prompt.text or "", "prompt", special=True), prompt.text)
 
-    def _encode(self, text: str, *, special: bool) -> list[int]:
+    def _encode(self, text: str, param: str, *, special: bool) -> list[int]:
         assert self.tokenizer is not None
+        check_unicode(text, param)
         return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
 
     def _run(
         self, prompts: list[Prompt], params: list[SamplingParams], names: list[str | None], use_tqdm: bool
     ) -> list[RequestOutput]:
         replica = self._open
+        admitted: list[str] = []
         outputs: dict[str, RequestOutputs] = {}
         try:
             for prompt, own, name in zip(prompts, params, names, strict=True):
                 request_id = str(next(self._ids))
                 spec = self._orchestrator.adapters.resolve(name)
-                outputs[request_id] = RequestOutputs(
-                    request_id, self.tokenizer, prompt.text, prompt.token_ids or [], own, spec.name if spec else None
-                )
                 new = NewRequest(request_id, prompt.token_ids or [], own, name)
-                self._send(self._orchestrator.submit(new, time.monotonic()))
+                # Before anything is built from them, the ids must be the model's.
+                commands = self._orchestrator.submit(new, time.monotonic())
+                admitted.append(request_id)
+                outputs[request_id] = RequestOutputs(
+                    request_id, self.tokenizer, prompt.text, new.prompt_token_ids, own, spec.name if spec else None
+                )
+                self._send(commands)
             with tqdm(total=len(outputs), disable=not use_tqdm, desc="prompts", unit="prompt") as bar:
                 while self._orchestrator.num_unfinished:
                     progress = replica.engine.step(time.monotonic())
                     self._observe(Progress(sequences=progress, stats=replica.engine.stats()))
                     self._hand_out(outputs, bar)
+                    if replica.engine.waits_for_load:
+                        select.select([replica.fileno()], [], [])
         finally:
             # After an error or an interrupt nothing of this call goes on.
-            for request_id in outputs:
+            for request_id in admitted:
                 self._send(self._orchestrator.abort(request_id, time.monotonic()))
             self._orchestrator.drain_events()
         return [output.output() for output in outputs.values()]

@@ -12,6 +12,7 @@ from peft_dist.api.state import ServerState
 
 
 def models_router(state: ServerState) -> APIRouter:
+    """The routes that list what ``model`` can name."""
     router = APIRouter(tags=["models"])
 
     @router.get("/v1/models")

@@ -1,12 +1,14 @@
-"""The shapes in which offline users give prompts, parameters and adapter names."""
+"""The shapes in which offline users give prompts, conversations, parameters and adapters, and what is none of them."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
-from peft_dist.core.errors import InvalidRequestError
+from peft_dist.core.errors import AdapterError, ConfigError, InvalidRequestError
 from peft_dist.core.sampling_params import SamplingParams
 
 OnePrompt = str | Sequence[int] | Mapping[str, Any]
@@ -21,50 +23,140 @@ class Prompt:
     text: str | None = None
 
 
-def is_one(value: Sequence[Any], kind: type) -> bool:
-    """Whether a list holds items of ``kind``, and so stands for one thing rather than for several."""
-    return len(value) > 0 and all(isinstance(item, kind) for item in value)
-
-
 def split_prompts(prompts: Prompts) -> list[Prompt]:
     """One prompt or many, mixed freely, as a list.
 
     Raises:
         InvalidRequestError: something in it is no prompt.
     """
-    if isinstance(prompts, (str, Mapping)) or is_one(prompts, int):
-        return [_prompt(prompts)]
-    return [_prompt(prompt) for prompt in prompts]
+    given: Any = _unpacked(prompts)
+    if isinstance(given, (str, Mapping)) or _token_ids(given):
+        return [_prompt(given)]
+    must = "a prompt (a string, a list of token ids, a dict with prompt_token_ids) or a list of prompts"
+    return [_prompt(prompt) for prompt in _as_list(given, "prompts", must, "prompt")]
+
+
+def split_conversations(messages: Any) -> list[list[Mapping[str, Any]]]:
+    """One conversation or several as a list; each message has a role, and a content or tool calls.
+
+    Raises:
+        InvalidRequestError: (param "messages") something in it is no message.
+    """
+    must = 'a conversation (a list of {"role": ..., "content": ...}) or a list of conversations'
+    given = _as_list(messages, "messages", must)
+    if given and all(isinstance(message, Mapping) for message in given):
+        return [[_message(message, f"messages[{i}]") for i, message in enumerate(given)]]
+    must = 'a non-empty list of {"role": ..., "content": ...}'
+    conversations = [_as_list(own, f"messages[{i}]", must, "messages") for i, own in enumerate(given)]
+    for i, own in enumerate(conversations):
+        if not own:
+            raise _no(f"messages[{i}]", own, must, "messages")
+    return [
+        [_message(message, f"messages[{i}][{j}]") for j, message in enumerate(own)]
+        for i, own in enumerate(conversations)
+    ]
+
+
+def align_params(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    """The parameters of each of ``count`` prompts. Raises InvalidRequestError, as for a dict in their place."""
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    must = "SamplingParams(temperature=...) or a list of them, one for each prompt"
+    listed = _as_list(params, "sampling_params", must)
+    _check_count("sampling_params", len(listed), count)
+    for i, own in enumerate(listed):
+        if not isinstance(own, SamplingParams):
+            raise _no(f"sampling_params[{i}]", own, "SamplingParams(temperature=...)", "sampling_params")
+    return listed
+
+
+def align_adapter_names(names: str | Sequence[str | None] | None, count: int) -> list[str | None]:
+    """The adapter's name for each of ``count`` prompts. Raises InvalidRequestError for what is no name."""
+    if names is None or isinstance(names, str):
+        return [names] * count
+    listed = _as_list(names, "adapter_names", "an adapter's name, None, or a list of them, one for each prompt")
+    _check_count("adapter_names", len(listed), count)
+    for i, name in enumerate(listed):
+        if not (name is None or isinstance(name, str)):
+            raise _no(f"adapter_names[{i}]", name, "an adapter's name, or None for the base", "adapter_names")
+    return listed
+
+
+def check_adapter(path: object, name: object) -> None:
+    """Raises AdapterError when these cannot be the path and the name of an adapter."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise AdapterError(f"path={path!r:.200} must be a folder or a hub id: load_adapter(path, name)")
+    if not isinstance(name, str):
+        raise AdapterError(f"name={name!r:.200} must be a string: load_adapter(path, name)")
+
+
+def check_adapters(adapters: object) -> None:
+    """Raises ConfigError for what is no map from names to paths."""
+    if adapters is not None and not isinstance(adapters, Mapping):
+        raise ConfigError(
+            f"adapters={adapters!r:.200} must map names to folders or hub ids: adapters={{'sql': 'adapters/sql'}}"
+        )
+
+
+def _unpacked(value: Any) -> Any:
+    """Arrays and tensors as lists; both have this method, so that neither library need be known here."""
+    return value.tolist() if callable(getattr(value, "tolist", None)) else value
+
+
+def _as_list(value: Any, name: str, must: str, param: str | None = None) -> list[Any]:
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray)):
+        return list(value)
+    remedy = "" if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__iter__") else f": list({name})"
+    raise InvalidRequestError(f"{name} must be {must}, not of type {type(value).__name__}{remedy}", param or name)
+
+
+def _token_ids(value: Any) -> list[int] | None:
+    """A list of integers of any kind as plain ones; None for everything else, booleans included."""
+    value = _unpacked(value)
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes, bytearray)):
+        return None
+    if all(type(token) is int for token in value):
+        return list(value)
+    if all(isinstance(token, Integral) and not isinstance(token, bool) for token in value):
+        return [int(token) for token in value]
+    return None
 
 
 def _prompt(prompt: Any) -> Prompt:
     if isinstance(prompt, str):
         return Prompt(None, prompt)
     if isinstance(prompt, Mapping) and "prompt_token_ids" in prompt:
-        return Prompt(list(prompt["prompt_token_ids"]), prompt.get("prompt"))
+        ids, text = _token_ids(prompt["prompt_token_ids"]), prompt.get("prompt")
+        if ids is None:
+            raise _no("prompt_token_ids", prompt["prompt_token_ids"], "a list of token ids", "prompt")
+        if not (text is None or isinstance(text, str)):
+            raise _no("prompt", text, "a string or None beside prompt_token_ids", "prompt")
+        return Prompt(ids, text)
     if isinstance(prompt, Mapping) and isinstance(prompt.get("prompt"), str):
         return Prompt(None, prompt["prompt"])
-    if isinstance(prompt, Sequence) and all(isinstance(token, int) for token in prompt):
-        return Prompt(list(prompt))
-    raise InvalidRequestError(
-        f"{prompt!r} is no prompt: give a string, a list of token ids, or a dict with prompt_token_ids", param="prompt"
-    )
+    ids = _token_ids(prompt)
+    if ids is None:
+        raise InvalidRequestError(
+            f"{prompt!r:.200} is no prompt: give a string, a list of token ids, or a dict with prompt_token_ids",
+            "prompt",
+        )
+    return Prompt(ids)
 
 
-def align_params(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
-    _check_count("sampling_params", len(params), count)
-    return list(params)
-
-
-def align_adapter_names(names: str | Sequence[str | None] | None, count: int) -> list[str | None]:
-    if names is None or isinstance(names, str):
-        return [names] * count
-    _check_count("adapter_names", len(names), count)
-    return list(names)
+def _message(message: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(message, Mapping):
+        raise _no(where, message, '{"role": ..., "content": ...}', "messages")
+    if not isinstance(message.get("role"), str):
+        raise _no(f"{where}['role']", message.get("role"), "a string such as 'user'", "messages")
+    if "content" not in message and "tool_calls" not in message:
+        raise InvalidRequestError(f"{where} has no 'content': give it a string", "messages")
+    return message
 
 
 def _check_count(what: str, found: int, count: int) -> None:
     if found != count:
         raise InvalidRequestError(f"{found} {what} for {count} prompts: give one for all, or one for each", param=what)
+
+
+def _no(name: str, value: object, must: str, param: str) -> InvalidRequestError:
+    return InvalidRequestError(f"{name}={value!r:.200} must be {must}", param)

@@ -23,10 +23,11 @@ class ServerOptions:
         chat_template: Jinja source used in place of the tokenizer's own chat template.
         response_role: The role that answers of ``/v1/chat/completions`` carry.
         max_body_bytes: Largest request body in bytes.
+        metrics_max_adapters: Adapters that have series of their own in ``/metrics``; the rest is summed.
         tokenize_in_thread_chars: Prompts from this many characters on are tokenised outside the event loop.
 
     Raises:
-        ConfigError: a key is empty, or ``adapter_dir`` is not a folder.
+        ConfigError: a key is empty, ``adapter_dir`` is not a folder, or a limit is too small.
     """
 
     api_keys: tuple[str, ...] = field(default=(), repr=False)
@@ -38,6 +39,7 @@ class ServerOptions:
     chat_template: str | None = None
     response_role: str = "assistant"
     max_body_bytes: int = 16 << 20
+    metrics_max_adapters: int = 100
     tokenize_in_thread_chars: int = 16_384
 
     def __post_init__(self) -> None:
@@ -47,3 +49,5 @@ class ServerOptions:
             raise ConfigError(f"adapter_dir={str(self.adapter_dir)!r} is not a folder: create it first")
         if self.max_body_bytes < 1:
             raise ConfigError(f"max_body_bytes={self.max_body_bytes} is too small: give at least 1")
+        if self.metrics_max_adapters < 0:
+            raise ConfigError(f"metrics_max_adapters={self.metrics_max_adapters} must be 0 (all are summed) or more")

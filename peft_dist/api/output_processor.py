@@ -179,6 +179,7 @@ class RequestOutputs:
 
     @property
     def finished(self) -> bool:
+        """Whether every sequence has ended."""
         return all(sequence.finish_reason is not None for sequence in self.sequences)
 
     def add(self, sequence_index: int, progress: SequenceProgress) -> SequenceOutput:

@@ -11,6 +11,7 @@ from peft_dist.api.chat_template import render_chat
 from peft_dist.api.options import ServerOptions
 from peft_dist.api.protocol_chat import ChatCompletionRequest
 from peft_dist.api.protocol_completions import CompletionRequest
+from peft_dist.api.tokenizing import check_unicode
 from peft_dist.core.errors import InvalidRequestError
 
 T = TypeVar("T")
@@ -72,21 +73,10 @@ class PromptReader:
 
     def _encode(self, text: str, special: bool, param: str = "prompt") -> list[int]:
         assert self._tokenizer is not None
-        if not text.isascii():
-            _check_unicode(text, param)
+        check_unicode(text, param)
         return list(self._tokenizer(text, add_special_tokens=special)["input_ids"])
 
     async def _run(self, num_chars: int, work: Callable[[], T]) -> T:
         if num_chars < self._options.tokenize_in_thread_chars:
             return work()
         return await asyncio.to_thread(work)
-
-
-def _check_unicode(text: str, param: str) -> None:
-    """JSON can escape half of a surrogate pair, which is no character and which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidRequestError(
-            f"{param} holds a lone surrogate at {error.start}: send valid Unicode", param
-        ) from error

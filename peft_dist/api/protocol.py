@@ -89,6 +89,8 @@ class ErrorAnswer(BaseModel):
 
 
 class StreamOptions(Strict):
+    """What a stream tells besides its text."""
+
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
 
@@ -123,14 +125,17 @@ class GenerationRequest(Strict):
 
     @property
     def num_choices(self) -> int:
+        """Sequences for each prompt."""
         return self.n or 1
 
     @property
     def wants_usage(self) -> bool:
+        """Whether a stream ends with a chunk that holds ``usage``."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     @property
     def wants_running_usage(self) -> bool:
+        """Whether every chunk of a stream holds ``usage``."""
         return self.wants_usage and self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
 
     def sampling_params(

@@ -22,10 +22,14 @@ Text = Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_prin
 
 
 class LoadAdapterRequest(Strict):
+    """Which adapter to load, and under which name."""
+
     lora_name: Text = Field(description="What requests will call the adapter in `model`.")
     lora_path: Text = Field(description="A folder on the server, or a Hub id `org/name@revision`.")
     load_inplace: bool | None = Field(None, description="Put it in the place of the adapter that has this name.")
 
 
 class UnloadAdapterRequest(Strict):
+    """Which adapter to stop serving."""
+
     lora_name: Text

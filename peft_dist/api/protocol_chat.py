@@ -55,12 +55,16 @@ Content = Annotated[
 
 
 class ChatMessage(Strict):
+    """One turn of a conversation; text parts arrive joined by newlines."""
+
     role: Literal["system", "developer", "user", "assistant"]
     content: Content
     name: str | None = None
 
 
 class ChatCompletionRequest(GenerationRequest):
+    """A conversation to answer."""
+
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: Count | None = Field(None, description="Goes before `max_tokens` when both are there.")
     logprobs: bool | None = None

@@ -13,6 +13,7 @@ DEFAULT_MAX_TOKENS = 16
 
 
 def is_token_ids(value: object) -> bool:
+    """Whether this is a list of integers, an empty one included; booleans are none."""
     return isinstance(value, list) and all(type(item) is int for item in value)
 
 
@@ -50,6 +51,8 @@ Prompts = Annotated[
 
 
 class CompletionRequest(GenerationRequest):
+    """Prompts to continue."""
+
     prompt: Prompts
     echo: bool | None = None
     logprobs: NumLogprobs | None = None

@@ -16,6 +16,7 @@ from peft_dist.api.errors import install_error_handlers
 from peft_dist.api.models import models_router
 from peft_dist.api.options import ServerOptions
 from peft_dist.api.protocol import ErrorAnswer
+from peft_dist.api.request_metrics import ErrorCountMiddleware
 from peft_dist.api.state import ServerState
 from peft_dist.api.system import system_router
 from peft_dist.orchestrator.client import EngineClient
@@ -45,4 +46,5 @@ def build_app(client: EngineClient, tokenizer: Any | None, options: ServerOption
     # The last one added runs first: nobody's body is looked at before his key is.
     app.add_middleware(BodyMiddleware, max_bytes=options.max_body_bytes)
     app.add_middleware(AuthMiddleware, options=options)
+    app.add_middleware(ErrorCountMiddleware, metrics=state.metrics.requests)
     return app

@@ -15,14 +15,13 @@ from peft_dist.api.errors import ApiError, json_response
 from peft_dist.api.generation import Generation, Piece
 from peft_dist.api.prompts import Prompt
 from peft_dist.api.protocol import GenerationRequest
+from peft_dist.api.request_metrics import CLIENT_CLOSED_REQUEST
 from peft_dist.api.state import ServerState
 from peft_dist.api.streaming import ClientGoneError, EventStream, server_sent_events, until_disconnect
 from peft_dist.core.config import ModelInfo
 from peft_dist.core.errors import InvalidRequestError
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.orchestrator.admission import resolve_max_tokens
-
-CLIENT_CLOSED_REQUEST = 499
 
 
 class AnswerFormat(Protocol):
@@ -89,10 +88,10 @@ async def serve_generation(
 ) -> Response:
     """Run a validated request and answer it as its body asks, as a stream or whole."""
     request_id = f"{kind}-{uuid.uuid4().hex}"
+    target = state.target(body.model)
+    watch = state.metrics.requests.watch(state.client.resolve(target))
     try:
-        generation = await Generation.start(
-            state.client, state.tokenizer, request_id, prompts, params, state.target(body.model)
-        )
+        generation = await Generation.start(state.client, state.tokenizer, request_id, prompts, params, target, watch)
     except InvalidRequestError as error:
         raise InvalidRequestError(str(error), names.get(error.param or "", error.param)) from error
     head = {"id": request_id, "created": int(time.time()), "model": body.model}

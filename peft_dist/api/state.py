@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from peft_dist.api.metrics import ServerMetrics
 from peft_dist.api.options import ServerOptions
 from peft_dist.api.prompts import PromptReader
 from peft_dist.api.token_bytes import TokenBytes
@@ -20,12 +21,14 @@ class ServerState:
         self.client = client
         self.tokenizer = tokenizer
         self.options = options
+        self.metrics = ServerMetrics(client, options.metrics_max_adapters)
         self.prompts = PromptReader(tokenizer, options)
         self.texts = TokenBytes(tokenizer)
         self.started = int(time.time())
 
     @property
     def model(self) -> ModelInfo:
+        """What the replica told of the base model."""
         return self.client.model
 
     def check_alive(self) -> None:

@@ -28,6 +28,7 @@ class TokenBytes:
         self._alphabet = _byte_level_alphabet() if "ByteLevel" in self._kinds else {}
 
     def is_special(self, token: int) -> bool:
+        """Whether the tokenizer holds this for no text, such as an end-of-sequence token."""
         return token in self._special
 
     def raw(self, token: int) -> bytes | None:

@@ -15,6 +15,12 @@ _COMMON: dict[str, tuple[Any, ...]] = {
     "cache_salt": (),
     "detokenize": (True,),
     "early_stopping": (False,),
+    "guided_choice": ([],),
+    "guided_decoding_backend": ("auto",),
+    "guided_grammar": ("",),
+    "guided_json_object": (False,),
+    "guided_regex": ("",),
+    "guided_whitespace_pattern": ("",),
     "kv_transfer_params": ({},),
     "length_penalty": (1, 1.0),
     "logit_processors": ([],),
@@ -74,7 +80,8 @@ def refuse_in_load(extra: Mapping[str, Any]) -> None:
 
 def _refuse(table: Mapping[str, tuple[Any, ...]], extra: Mapping[str, Any], prefix: str = "") -> None:
     for name, value in extra.items():
-        neutral = () if name.startswith("guided_") else table.get(name)
+        # Also those not in the table, such as guided_json, where {} is a schema too.
+        neutral = table.get(name, () if name.startswith("guided_") else None)
         if value is None or neutral is None or any(_same(value, other) for other in neutral):
             continue
         remedy = f" (or send {shorten(neutral[0])})" if neutral else ""

@@ -50,4 +50,5 @@ def shorten(value: object) -> str:
 
 
 def describe_type(value: object) -> str:
+    """What JSON calls a value's type, with its article."""
     return "null" if value is None else _TYPE_NAMES.get(type(value), "something else")

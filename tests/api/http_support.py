@@ -20,10 +20,11 @@ from peft_dist.api.server import build_app
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.config import ModelInfo
 from peft_dist.core.errors import AdapterError, EngineDeadError, QueueFullError, UnknownModelError
-from peft_dist.core.messages import ReplicaStats, SequenceProgress
+from peft_dist.core.messages import ReplicaDetail, ReplicaStats, SequenceProgress
 from peft_dist.core.outputs import Logprob, PositionLogprobs
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.orchestrator.admission import check_prompt, check_token_parameters, resolve_max_tokens
+from peft_dist.orchestrator.observation import ReplicaTotals, ReplicaView
 
 BASE = "tiny-base"
 MAX_MODEL_LEN = 512
@@ -177,6 +178,7 @@ class ScriptedClient:
         idle: Set while no stream is open.
         requests: Ids, parameters and model of every admitted request, in order.
         aborts: Numbers of the sequences that were aborted by themselves.
+        detail, resident: What its only replica tells of itself, and content hashes of the adapters on its device.
     """
 
     def __init__(self) -> None:
@@ -194,8 +196,11 @@ class ScriptedClient:
             depth=0,
             attention_backend="torch",
             lora_backend="torch",
+            max_loras=8,
         )
         self.loaded = {name: spec(name) for name in ("sql", "json")}
+        self.detail = ReplicaDetail()
+        self.resident: list[str] = []
         self.health_error: str | None = None
         self.full = False
         self.prefix_hits = False
@@ -284,7 +289,18 @@ class ScriptedClient:
             raise UnknownModelError(f"The adapter {name!r} is not loaded.")
 
     def stats(self) -> ReplicaStats:
-        return ReplicaStats(num_running=len(self.streams), num_waiting=2, num_free_blocks=250, num_blocks=1000)
+        return ReplicaStats(
+            num_running=len(self.streams),
+            num_waiting=2,
+            num_free_blocks=250,
+            num_blocks=1000,
+            resident_adapters=self.resident,
+        )
+
+    def replicas(self) -> list[ReplicaView]:
+        state = "ready" if self.is_healthy else "dead"
+        totals = ReplicaTotals.of(self.stats(), self.detail)
+        return [ReplicaView(0, state, self.model, self.stats(), self.detail, totals)]
 
     async def stop(self) -> None:
         self.health_error = "stopped"

@@ -141,15 +141,6 @@ def test_health_and_version(http: httpx.Client) -> None:
     assert http.get("/version").json() == {"version": peft_dist.__version__}
 
 
-def test_metrics(http: httpx.Client) -> None:
-    response = http.get("/metrics")
-    assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
-    values = dict(line.rsplit(" ", 1) for line in response.text.splitlines() if not line.startswith("#"))
-    assert float(values["peft_dist_requests_waiting"]) == 2
-    assert float(values["peft_dist_kv_cache_usage_ratio"]) == 0.75
-    assert float(values["peft_dist_adapters_served"]) == 2
-
-
 def test_openapi_document(http: httpx.Client) -> None:
     assert "swagger" in http.get("/docs").text
     document = http.get("/openapi.json").json()

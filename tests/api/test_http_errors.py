@@ -29,15 +29,19 @@ from tests.api.http_support import (
     [
         (b"{", "JSON"),
         (b'{"model": }', "JSON"),
-        (b"\xff\xfe\xfa", ""),
-        (b"", ""),
-        (b"[" * 15_000, ""),
+        (b"\xff\xfe\xfa", "JSON"),
+        (b'{"prompt": "\xff"}', "UTF-8"),
+        (b"", "object"),
+        (b"[" * 15_000, "deep"),
+        (b'{"seed": ' + b"1" * 5000 + b"}", "JSON"),
         (b"[1]", "object"),
     ],
 )
 def test_malformed_json(shared: httpx.Client, content: bytes, text: str) -> None:
     response = shared.post(COMPLETIONS, content=content, headers={"Content-Type": "application/json"})
-    assert text in error_of(response, 400)["message"]
+    error = error_of(response, 400)
+    assert (error["code"], error["param"]) == ("invalid_json", None)
+    assert text in error["message"] and "There was an error parsing" not in error["message"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,144 @@
+"""What is counted and timed while requests are answered. Nothing here is by adapter: histograms would multiply."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from peft_dist.core.adapter import AdapterSpec
+
+FINISH_REASONS = ("stop", "length", "abort", "error")
+CLIENT_CLOSED_REQUEST = 499
+_COUNTED_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
+
+# Upper bounds in seconds: from small models on fast devices to large ones on CPUs.
+_TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2.5, 5, 10)
+_FIRST_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
+_WHOLE_BUCKETS = (0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920)
+
+
+class RequestMetrics:
+    """Counters and histograms of one server, in a registry of their own: several servers may share a process.
+
+    Args:
+        num_recent: Adapters whose order of use is remembered.
+        clock: Seconds from any origin, never running backwards.
+    """
+
+    def __init__(self, num_recent: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.registry = CollectorRegistry()
+        self.clock = clock
+        self._num_recent = num_recent
+        self._recent: dict[str, None] = {}
+        self.first_token = self._histogram(
+            "time_to_first_token_seconds", "From admission to a sequence's first token.", _FIRST_BUCKETS
+        )
+        self.inter_token = self._histogram(
+            "inter_token_latency_seconds", "Between two tokens of a sequence.", _TOKEN_BUCKETS
+        )
+        self.whole = self._histogram(
+            "e2e_request_latency_seconds", "From admission to the end of a sequence that was completed.", _WHOLE_BUCKETS
+        )
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of admitted requests.")
+        self.generation_tokens = self._counter("generation_tokens", "Tokens that were drawn for clients.")
+        self.admitted = self._counter(
+            "sequences_admitted", "Sequences that were admitted; a request has n of each prompt."
+        )
+        self.finished = self._counter("sequences_finished", "Sequences that ended, by reason.", "finish_reason")
+        for reason in FINISH_REASONS:
+            self.finished.labels(reason)
+        self.refused = self._counter("request_errors", "Completions and chats answered by an HTTP error.", "code")
+
+    def watch(self, adapter: AdapterSpec | None) -> GenerationWatch:
+        """For the sequences of one HTTP request, which begins now."""
+        return GenerationWatch(self, adapter)
+
+    def use_adapter(self, content_hash: str) -> None:
+        """Remember that an adapter was asked for just now."""
+        self._recent.pop(content_hash, None)
+        self._recent[content_hash] = None
+        if len(self._recent) > self._num_recent:
+            del self._recent[next(iter(self._recent))]
+
+    def recent_adapters(self) -> list[str]:
+        """Content hashes of the adapters that were asked for last, the latest at the end."""
+        return list(self._recent)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"peft_dist:{name}", text, buckets=buckets, registry=self.registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"peft_dist:{name}", text, labels, registry=self.registry)
+
+
+class GenerationWatch:
+    """Times the sequences of one HTTP request, numbered from 0. They count once they are admitted.
+
+    Times are taken where tokens are handed to the client, so a client that reads too slowly shows in them.
+    """
+
+    def __init__(self, metrics: RequestMetrics, adapter: AdapterSpec | None) -> None:
+        self._metrics = metrics
+        self._adapter = adapter
+        self._started = metrics.clock()
+        self._last: dict[int, float | None] = {}
+
+    def admitted(self, num_sequences: int, num_prompt_tokens: int) -> None:
+        if self._adapter is not None:
+            self._metrics.use_adapter(self._adapter.content_hash)
+        self._metrics.admitted.inc(num_sequences)
+        self._metrics.prompt_tokens.inc(num_prompt_tokens)
+        self._last = dict.fromkeys(range(num_sequences))
+
+    def progress(self, index: int, num_tokens: int, finish_reason: str | None) -> None:
+        """New tokens of a sequence, or its end; what comes after the end is ignored."""
+        if index not in self._last:
+            return
+        metrics, now = self._metrics, self._metrics.clock()
+        if num_tokens:
+            last = self._last[index]
+            metrics.generation_tokens.inc(num_tokens)
+            if last is None:
+                metrics.first_token.observe(now - self._started)
+            else:
+                metrics.inter_token.observe((now - last) / num_tokens)
+            self._last[index] = now
+        if finish_reason is not None:
+            del self._last[index]
+            metrics.finished.labels(finish_reason).inc()
+            if finish_reason in ("stop", "length"):
+                metrics.whole.observe(now - self._started)
+
+    def close(self, finish_reason: str) -> None:
+        """Everything that has not ended ends for this reason."""
+        for index in list(self._last):
+            self.progress(index, 0, finish_reason)
+
+
+class ErrorCountMiddleware:
+    """Counts generation requests that are answered by an error status; outermost, so that it sees every refusal."""
+
+    def __init__(self, app: ASGIApp, metrics: RequestMetrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] not in _COUNTED_PATHS:
+            await self._app(scope, receive, send)
+            return
+        status = 500  # What the server answers when nothing below it did.
+
+        async def noting_status(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting_status)
+        finally:
+            if status >= 400 and status != CLIENT_CLOSED_REQUEST:
+                self._metrics.refused.labels(str(status)).inc()

@@ -1,0 +1,63 @@
+"""What can be seen of the replicas from outside."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+
+from peft_dist.core.config import ModelInfo
+from peft_dist.core.messages import ReplicaDetail, ReplicaStats
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaTotals:
+    """What a replica counted. Sums over all its incarnations never fall, as counters must not."""
+
+    num_preemptions: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
+    num_merged_steps: int = 0
+    num_unmerged_steps: int = 0
+    num_switches: int = 0
+    switch_seconds: float = 0.0
+    num_adapter_loads: int = 0
+    num_adapter_evictions: int = 0
+
+    @classmethod
+    def of(cls, stats: ReplicaStats, detail: ReplicaDetail) -> ReplicaTotals:
+        return cls(
+            num_preemptions=stats.num_preemptions,
+            prefix_cache_queries=stats.prefix_cache_queries,
+            prefix_cache_hits=stats.prefix_cache_hits,
+            num_merged_steps=detail.num_merged_steps,
+            num_unmerged_steps=detail.num_steps - detail.num_merged_steps,
+            num_switches=detail.num_switches,
+            switch_seconds=detail.switch_seconds,
+            num_adapter_loads=detail.num_adapter_loads,
+            num_adapter_evictions=detail.num_adapter_evictions,
+        )
+
+    def __add__(self, other: ReplicaTotals) -> ReplicaTotals:
+        return ReplicaTotals(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaView:
+    """One replica as it was last heard of.
+
+    Attributes:
+        state: "starting", "ready" or "dead"; what ``stats`` and ``detail`` say of now is worth something only
+            while it is ready.
+        model: None before it was ready for the first time.
+        totals: Counts over all incarnations.
+    """
+
+    replica_id: int
+    state: str
+    model: ModelInfo | None
+    stats: ReplicaStats
+    detail: ReplicaDetail
+    totals: ReplicaTotals
+
+    @property
+    def is_ready(self) -> bool:
+        return self.state == "ready"

@@ -1,0 +1,81 @@
+"""The parts of ``/metrics`` that need no server."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, generate_latest
+
+from peft_dist.api.metrics import StateCollector
+from peft_dist.api.request_metrics import RequestMetrics
+from peft_dist.core.messages import ReplicaDetail, ReplicaStats
+from peft_dist.orchestrator.observation import ReplicaTotals, ReplicaView
+from tests.api.http_support import BASE, ScriptedClient
+from tests.api.metrics_support import Scrape, adapter
+
+
+def scraped(registry: CollectorRegistry) -> Scrape:
+    return Scrape(generate_latest(registry).decode())
+
+
+def view(replica_id: int, state: str, stats: ReplicaStats, detail: ReplicaDetail) -> ReplicaView:
+    return ReplicaView(replica_id, state, ScriptedClient().model, stats, detail, ReplicaTotals.of(stats, detail))
+
+
+def test_times_are_those_of_the_sequences() -> None:
+    now = [10.0]
+    metrics = RequestMetrics(5, clock=lambda: now[0])
+    watch = metrics.watch(adapter("sql"))
+    assert metrics.recent_adapters() == [], "nothing is used before it is admitted"
+    watch.admitted(2, 7)
+    # The second sequence never draws: only its end is timed.
+    for at, index, num_tokens, reason in (
+        (12.0, 0, 1, None),
+        (12.5, 0, 1, None),
+        (13.5, 0, 2, None),
+        (14.0, 1, 0, "length"),
+        (16.0, 0, 0, "stop"),
+        (99.0, 0, 1, "stop"),
+    ):
+        now[0] = at
+        watch.progress(index, num_tokens, reason)
+    watch.close("abort")
+    scrape = scraped(metrics.registry)
+    assert scrape.value("peft_dist:time_to_first_token_seconds_sum") == 2.0
+    assert scrape.value("peft_dist:inter_token_latency_seconds_sum") == 0.5 + 0.5
+    assert scrape.value("peft_dist:inter_token_latency_seconds_bucket", le="0.5") == 2
+    assert scrape.value("peft_dist:e2e_request_latency_seconds_sum") == 4.0 + 6.0
+    assert scrape.value("peft_dist:generation_tokens_total") == 4
+    assert scrape.value("peft_dist:prompt_tokens_total") == 7
+    assert scrape.value("peft_dist:sequences_finished_total", finish_reason="abort") == 0
+    assert metrics.recent_adapters() == ["hash-sql"]
+
+
+def test_what_is_remembered_of_use_is_bounded() -> None:
+    metrics = RequestMetrics(3)
+    for name in "abcbda":
+        metrics.use_adapter(name)
+    assert metrics.recent_adapters() == ["b", "d", "a"]
+
+
+def test_replicas_have_series_of_their_own_but_are_one_to_a_router() -> None:
+    first = ReplicaStats(2, 1, 1, 50, 100, resident_adapters=["hash-a"])
+    second = ReplicaStats(3, 4, 0, 0, 100, resident_adapters=["hash-b"])
+    replicas = [
+        view(0, "ready", first, ReplicaDetail(running={"hash-a": 2})),
+        view(1, "ready", second, ReplicaDetail(merged_adapter="hash-b", waiting={"hash-c": 4})),
+        view(2, "dead", ReplicaStats(9, 9, 9, 0, 100), ReplicaDetail(running={"hash-a": 9}, num_switches=4)),
+        view(3, "starting", ReplicaStats(), ReplicaDetail()),
+    ]
+    registry = CollectorRegistry()
+    registry.register(StateCollector(replicas, [adapter(name) for name in "abc"], [], 100, 12.0))
+    scrape = scraped(registry)
+    assert scrape.by("peft_dist:replicas", "state") == {("starting",): 1, ("ready",): 2, ("dead",): 1}
+    assert scrape.by("peft_dist:merged", "replica") == {("0",): 0, ("1",): 1}
+    assert scrape.by("peft_dist:switches_total", "replica") == {("0",): 0, ("1",): 0, ("2",): 4, ("3",): 0}
+    assert scrape.value("peft_dist:adapter_requests_waiting", replica="1", adapter="c") == 4
+    labels = {"model_name": BASE, "engine": "0"}
+    assert scrape.value("vllm:num_requests_running", **labels) == 5
+    assert scrape.value("vllm:num_requests_waiting", **labels) == 6
+    assert scrape.value("vllm:kv_cache_usage_perc", **labels) == 0.75
+    assert scrape.value("vllm:cache_config_info", block_size="16", num_gpu_blocks="2000", engine="0") == 1
+    adapters = {"max_lora": "16", "running_lora_adapters": "a,b", "waiting_lora_adapters": "c"}
+    assert scrape.value("vllm:lora_requests_info", **adapters) == 12.0
