@@ -1,4 +1,4 @@
-"""Small random models of ten families, and random adapters for them in PEFT's file format."""
+"""Small random models of twelve families, and random adapters for them in PEFT's file format."""
 
 from __future__ import annotations
 
@@ -20,10 +20,14 @@ from transformers import (
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     Phi3Config,
@@ -134,6 +138,24 @@ def _gpt_neox() -> PreTrainedModel:
     return _build(GPTNeoXForCausalLM, GPTNeoXConfig(rotary_pct=0.5, **_SIZES), 10)
 
 
+def _mixtral() -> PreTrainedModel:
+    config = MixtralConfig(num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, **_SIZES)
+    return _build(MixtralForCausalLM, config, 11)
+
+
+def _gpt_oss() -> PreTrainedModel:
+    config = GptOssConfig(
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=6,
+        rope_scaling=None,
+        **_SIZES,
+    )
+    return _build(GptOssForCausalLM, config, 12)
+
+
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": _llama,
     "qwen2": _qwen2,
@@ -145,6 +167,8 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "opt": _opt,
     "gpt2": _gpt2,
     "gpt_neox": _gpt_neox,
+    "mixtral": _mixtral,
+    "gpt_oss": _gpt_oss,
 }
 
 _EMBEDDINGS = {"opt": ("embed_tokens",), "gpt2": ("wte",), "gpt_neox": ("embed_in",)}

@@ -25,8 +25,15 @@ class AdapterSpec(msgspec.Struct, frozen=True):
 
     @property
     def max_rank(self) -> int:
+        """Largest rank of any module."""
         return max(self.ranks.values())
 
     @property
+    def num_rank_rows(self) -> int:
+        """Rank rows over all modules: what the LoRA kernel's work grows with."""
+        return sum(self.ranks.values())
+
+    @property
     def target_modules(self) -> list[str]:
+        """Paths of the adapted modules in the base model, sorted."""
         return sorted(self.ranks)

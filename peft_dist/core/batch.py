@@ -47,7 +47,11 @@ class ScheduledSequence(msgspec.Struct, frozen=True):
 
 
 class Batch(msgspec.Struct, frozen=True):
-    """One step. Block copies come first: swap-outs (device, host), then swap-ins (host, device)."""
+    """One step. Block copies come first: swap-outs (device, host), then swap-ins (host, device).
+
+    With ``merged_adapter`` (a content hash) the weights hold that adapter: sequences in its slot ``merged_slot`` need
+    no LoRA kernel, all others are corrected by their own delta less the merged one. None: the base's own weights.
+    """
 
     step: int
     sequences: list[ScheduledSequence]
@@ -55,6 +59,7 @@ class Batch(msgspec.Struct, frozen=True):
     swap_outs: list[tuple[int, int]] = []
     swap_ins: list[tuple[int, int]] = []
     merged_adapter: str | None = None
+    merged_slot: int = NO_ADAPTER
 
     @property
     def num_tokens(self) -> int:
@@ -77,5 +82,11 @@ class SequenceResult(msgspec.Struct, frozen=True):
 
 
 class StepResult(msgspec.Struct, frozen=True):
+    """What the step of that number drew, for each sequence of its batch.
+
+    ``seconds`` is what it took on the device, None where nobody measured it.
+    """
+
     step: int
     sequences: list[SequenceResult]
+    seconds: float | None = None

@@ -32,12 +32,15 @@ class BlockManager:
 
     @property
     def num_free(self) -> int:
+        """Device blocks that can be given out, cached prefixes that nobody uses included."""
         return len(self._free)
 
     def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold ``num_tokens`` tokens."""
         return -(-num_tokens // self.block_size)
 
     def table(self, request_id: str) -> list[int]:
+        """Numbers of the request's device blocks, in the order of its tokens."""
         return self._tables[request_id]
 
     def find_prefix(self, hashes: list[bytes]) -> list[int]:

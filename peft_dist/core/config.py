@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+import re
+from dataclasses import dataclass, field, fields
+from typing import Literal, cast, get_args
 
 from peft_dist.core.errors import ConfigError
 
 Preemption = Literal["auto", "recompute", "swap"]
+MergeMethod = Literal["auto", "shadow", "host", "off"]
+
+_BYTE_UNITS = {"": 1, "b": 1}
+for _power, _letter in enumerate("kmgt", start=1):
+    _BYTE_UNITS.update({f"{_letter}b": 1000**_power, f"{_letter}ib": 1024**_power})
+
+
+def parse_bytes(option: str, text: str) -> int:
+    """Bytes from "512MiB", "1.5GiB", "2GB" (powers of 1000) or a bare number. Raises ConfigError naming the option."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([a-z]*)", text.strip().lower())
+    if match is None or match[2] not in _BYTE_UNITS:
+        raise ConfigError(f"{option} {text!r} is no size: write for example 512MiB or 2GiB")
+    return int(float(match[1]) * _BYTE_UNITS[match[2]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +47,29 @@ class EngineConfig:
             host memory, or "auto" (swap while the host has room).
         depth: Model steps in flight while the next one is scheduled; None is 0 on CPU, 1 on a GPU.
         max_loras: Adapters resident on the device at once.
+        adapter_device_memory: Bytes on the device for adapters, shared out to all modules that can be adapted, the
+            same number of rank rows to each. None is room for ``max_loras`` adapters of rank 16 (on CPU, where
+            memory that was never written costs nothing, of rank 64), and for one of rank 256 at least.
+        adapter_host_memory: Bytes of host memory for copies of adapters, from which they get to the device faster
+            than from disk. 0 keeps none.
+        adapter_load_timeout: Seconds for finding, reading and checking one adapter; None is no limit.
         num_threads: CPU threads of the model; torch's default when None.
         pack_weights: Keep a copy of the weights in the CPU library's packed layout (faster, twice the
             memory); None packs on CPU when the copy fits in half of the free memory.
         compile_kernels: Build the C kernels on first use on a CPU (needs gcc); off falls back to torch.
         seed: Seeds the seeds of requests that bring none; None draws from the system.
         trust_remote_code: Let the base model's repository run code. No adapter can set it.
+        policy: "credit" (dLoRA), "merge" (merged only) or "fcfs" (unmerged only); None is "credit", and "merge" for
+            the execution types that know nothing else.
+        exec_type: "dlora", or a baseline that runs one adapter at a time: "peft" (merged, no LoRA kernel) or "vllm"
+            (each adapter a whole merged model, a few of them resident).
+        resident_models: Merged models on the device at once with exec_type="vllm".
+        policy_profile: "default", or "artifact" for the constants and batching rules of the paper's artifact.
+        max_adapter_wait: Seconds that a request may be overtaken by younger ones.
+        merge: Where merged weights live: "shadow" (a second buffer), "host" (in place, the base's bits on the host),
+            "auto" (shadow where it fits), "off" (nothing is merged).
+        merged_minority: Let requests of other adapters join a merged batch, corrected by the LoRA kernel.
+        decision_log: File that gets every step's decision as a line of JSON.
     """
 
     model: str
@@ -58,29 +89,88 @@ class EngineConfig:
     preemption: Preemption = "auto"
     depth: int | None = None
     max_loras: int = 64
+    adapter_device_memory: int | None = None
+    adapter_host_memory: int = 2 << 30
+    adapter_load_timeout: float | None = 120.0
     num_threads: int | None = None
     pack_weights: bool | None = None
     compile_kernels: bool = True
     seed: int | None = None
     trust_remote_code: bool = False
+    policy: str | None = None
+    exec_type: str = "dlora"
+    resident_models: int = 2
+    policy_profile: str = "default"
+    max_adapter_wait: float = 5.0
+    merge: MergeMethod = "auto"
+    merged_minority: bool = False
+    decision_log: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "max_loras"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} is too small: give at least 1")
-        if not 0.0 < self.gpu_memory_utilization <= 1.0:
-            raise ConfigError(f"gpu_memory_utilization={self.gpu_memory_utilization} must be in (0, 1]")
-        if self.preemption not in ("auto", "recompute", "swap"):
-            raise ConfigError(f"preemption={self.preemption!r} is unknown: use auto, recompute or swap")
+        for option in fields(self):
+            _check(option.name, str(option.type).split(" | "), getattr(self, option.name))
         if self.preemption == "swap" and not self.num_host_blocks:
             raise ConfigError("preemption='swap' needs num_host_blocks above 0")
-        if self.depth is not None and self.depth < 0:
-            raise ConfigError(f"depth={self.depth} must be 0 (no overlap) or more")
+        if self.merge == "off" and (self.policy == "merge" or self.exec_type != "dlora"):
+            raise ConfigError("merge='off' leaves only unmerged execution: use policy 'fcfs' or 'credit' with 'dlora'")
+
+
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "int": int,
+    "float": (int, float),
+    "str": str,
+    "bool": bool,
+    "Preemption": str,
+    "MergeMethod": str,
+    "None": type(None),
+}
+_AT_LEAST_1 = (
+    *("max_model_len", "block_size", "num_blocks", "kv_cache_bytes", "max_num_seqs", "max_num_batched_tokens"),
+    *("max_loras", "num_threads", "resident_models", "adapter_device_memory"),
+)
+_LEAST = dict.fromkeys(_AT_LEAST_1, 1) | {"num_host_blocks": 0, "depth": 0, "adapter_host_memory": 0}
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "preemption": get_args(Preemption),
+    "merge": get_args(MergeMethod),
+    "policy_profile": ("default", "artifact"),
+    "exec_type": ("dlora", "peft", "vllm"),
+    "policy": ("credit", "merge", "fcfs", None),
+}
+
+
+def _check(name: str, kinds: list[str], value: object) -> None:
+    """Raises ConfigError when an option has another type than one of ``kinds``, or lies outside of its range."""
+    fits = any(isinstance(value, _KINDS[kind]) for kind in kinds) and (not isinstance(value, bool) or "bool" in kinds)
+    wanted = " or ".join(kinds)
+    if name in _CHOICES:
+        wanted = f"one of {', '.join(map(str, _CHOICES[name]))}"
+        fits = fits and value in _CHOICES[name]
+    elif name in _LEAST:
+        wanted = wanted.replace("int", f"an int of at least {_LEAST[name]}")
+        fits = fits and (value is None or cast(int, value) >= _LEAST[name])
+    elif name == "gpu_memory_utilization":
+        wanted = "a share above 0 and up to 1"
+        fits = fits and 0 < cast(float, value) <= 1
+    elif name == "adapter_load_timeout":
+        wanted = "seconds above 0, or None"
+        fits = fits and (value is None or cast(float, value) > 0)
+    elif name == "max_adapter_wait":
+        wanted = "seconds of 0 or more"
+        fits = fits and cast(float, value) >= 0
+    elif name == "model":
+        wanted = "a folder or hub id"
+        fits = fits and bool(value)
+    if not fits:
+        raise ConfigError(f"{name}={value!r} cannot be used: give {wanted}")
 
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What a loaded replica tells of its model: measured facts, kept apart from the configuration."""
+    """What a loaded replica tells of its model: measured facts, kept apart from the configuration.
+
+    ``max_loras`` adapters can be on the device at once. ``merge_way`` is "shadow", "host" or "off", ``merge_bytes``
+    what its second copies take.
+    """
 
     model: str
     served_model_name: str
@@ -95,5 +185,8 @@ class ModelInfo:
     depth: int
     attention_backend: str
     lora_backend: str
+    max_loras: int = 0
+    merge_way: str = "off"
+    merge_bytes: int = 0
     tokenizer: str | None = None
     versions: dict[str, str] = field(default_factory=dict)

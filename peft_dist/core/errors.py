@@ -30,6 +30,10 @@ class AdapterError(PeftDistError, ValueError):
     """An adapter was refused, or an operation on it; the others go on being served (HTTP 400)."""
 
 
+class AdapterNameError(AdapterError):
+    """An adapter cannot have this name, or not now; nothing was looked at but the name (HTTP 400)."""
+
+
 class QueueFullError(PeftDistError):
     """The waiting queue is at its bound (HTTP 429). ``retry_after`` is in seconds."""
 

@@ -39,6 +39,8 @@ class AddRequest(Command, frozen=True, kw_only=True):
 
 
 class AbortRequest(Command, frozen=True, kw_only=True):
+    """Stop these sequences; what is not running is passed over."""
+
     request_ids: list[str]
 
 
@@ -73,6 +75,8 @@ class Report(_Message, frozen=True, kw_only=True):
 
 
 class Ready(Report, frozen=True, kw_only=True):
+    """The model is loaded, by the process ``pid``, and commands may come."""
+
     model: ModelInfo
     pid: int
 
@@ -109,11 +113,42 @@ class ReplicaStats(msgspec.Struct, frozen=True):
     resident_adapters: list[str] = []
 
 
+class AdapterResidency(msgspec.Struct, frozen=True):
+    """Where one adapter's weights are: tier "device", "host" or "disk". ``rank`` is the largest of its modules."""
+
+    content_hash: str
+    tier: str
+    rank: int
+    num_bytes: int
+
+
+class ReplicaDetail(msgspec.Struct, frozen=True):
+    """What only people watching a replica want to know; sent about once a second while it works.
+
+    Counts by adapter are keyed by content hash, "" for the base. ``policy`` are the batching policy's own numbers,
+    ``credits`` its credit of each adapter. Seconds as floats.
+    """
+
+    merged_adapter: str | None = None
+    num_steps: int = 0
+    num_merged_steps: int = 0
+    num_switches: int = 0
+    switch_seconds: float = 0.0
+    waiting: dict[str, int] = {}
+    running: dict[str, int] = {}
+    policy: dict[str, float] = {}
+    credits: dict[str, float] = {}
+    adapters: list[AdapterResidency] = []
+    num_adapter_loads: int = 0
+    num_adapter_evictions: int = 0
+
+
 class Progress(Report, frozen=True, kw_only=True):
     """What one engine step brought."""
 
     sequences: list[SequenceProgress]
     stats: ReplicaStats
+    detail: ReplicaDetail | None = None
 
 
 class AdapterResult(Report, frozen=True, kw_only=True):
@@ -139,12 +174,16 @@ class ProtocolError(PeftDistError):
 
 
 class CommandEnvelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A command on the wire, with the protocol's version and the epoch it is meant for."""
+
     version: int
     epoch: int
     message: AnyCommand
 
 
 class ReportEnvelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A report on the wire, with the protocol's version and the epoch it comes from."""
+
     version: int
     epoch: int
     message: AnyReport
@@ -156,10 +195,12 @@ _reports = msgspec.msgpack.Decoder(ReportEnvelope)
 
 
 def encode_command(message: AnyCommand, epoch: int) -> bytes:
+    """A command as msgpack bytes in its envelope."""
     return _encoder.encode(CommandEnvelope(PROTOCOL_VERSION, epoch, message))
 
 
 def encode_report(message: AnyReport, epoch: int) -> bytes:
+    """A report as msgpack bytes in its envelope."""
     return _encoder.encode(ReportEnvelope(PROTOCOL_VERSION, epoch, message))
 
 

@@ -52,4 +52,5 @@ class RequestOutput(msgspec.Struct):
 
     @property
     def finished(self) -> bool:
+        """Whether every sequence has ended."""
         return all(output.finish_reason is not None for output in self.outputs)

@@ -11,6 +11,8 @@ from peft_dist.core.sampling_params import SamplingParams
 
 
 class RequestStatus(enum.Enum):
+    """Where a request is: queued (preempted ones too), in batches, with its KV on the host, or done."""
+
     WAITING = "waiting"
     RUNNING = "running"
     SWAPPED = "swapped"
@@ -64,6 +66,7 @@ class Request:
 
     @property
     def max_output_tokens(self) -> int:
+        """Most tokens to draw."""
         assert self.params.max_tokens is not None, "admission resolves max_tokens"
         return self.params.max_tokens
 
@@ -79,6 +82,7 @@ class Request:
 
     @property
     def is_finished(self) -> bool:
+        """Whether it has ended, for whatever reason."""
         return self.status is RequestStatus.FINISHED
 
     def tokens(self, start: int, stop: int) -> list[int]:

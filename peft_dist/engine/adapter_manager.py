@@ -2,34 +2,66 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, OrderedDict
+from collections.abc import Collection, Iterable
 
 from peft_dist.core.adapter import AdapterSpec
+from peft_dist.core.errors import AdapterError
+from peft_dist.engine.adapter_space import AdapterSpace, Lease
+
+logger = logging.getLogger(__name__)
 
 
 class AdapterManager:
-    """Assigns device slots to adapters, identified by content hash.
+    """Decides which adapters, identified by content hash, are on the device.
 
-    A slot stays with its adapter while any running request uses it. Unused adapters stay resident until
-    their slot is needed, least recently used first. Changes of slots are collected here and carried out by
-    the engine, in order with the batches.
+    An adapter is absent, loading or resident. ``want`` starts loads; whoever carries them out tells the end by
+    ``loaded`` or ``load_failed``. A resident one stays while a running request uses it or it is pinned; else it is
+    idle, and leaves when its room is needed, least recently used first. Changes of slots are collected here and
+    carried out by the engine, in order with the batches.
+
+    Attributes:
+        loads, load_failures, evictions: How many there have been.
     """
 
-    def __init__(self, num_slots: int) -> None:
-        self.num_slots = num_slots
+    def __init__(self, num_slots: int, page_rows: int = 1, num_rows: int | None = None) -> None:
+        self.space = AdapterSpace(num_slots, page_rows, num_rows)
+        self.loads = 0
+        self.load_failures = 0
+        self.evictions = 0
         self._changes: list[tuple[int, AdapterSpec | None]] = []
         self._discards: list[str] = []
-        self._slot_of: dict[str, int] = {}
-        self._free = list(range(num_slots - 1, -1, -1))
-        self._running: Counter[str] = Counter()
+        self._loading: dict[str, Lease] = {}
+        self._resident: dict[str, Lease] = {}
         self._idle: OrderedDict[str, None] = OrderedDict()
+        self._running: Counter[str] = Counter()
+        self._pins: Counter[str] = Counter()
         self._users: Counter[str] = Counter()
         self._leaving: set[str] = set()
 
     @property
     def resident(self) -> list[str]:
         """Content hashes on the device."""
-        return list(self._slot_of)
+        return list(self._resident)
+
+    @property
+    def resident_specs(self) -> list[AdapterSpec]:
+        return [lease.spec for lease in self._resident.values()]
+
+    @property
+    def loading(self) -> list[str]:
+        """Content hashes on their way to the device."""
+        return list(self._loading)
+
+    def check_fits(self, spec: AdapterSpec) -> None:
+        """Raises AdapterError when the adapter is larger than the whole device's room for adapters."""
+        if problem := self.space.find_excess(spec):
+            raise AdapterError(
+                f"adapter {spec.name!r} {problem}: raise adapter_device_memory (--adapter-device-memory)"
+            )
+
+    # What the engine tells of requests
 
     def add_user(self, spec: AdapterSpec) -> None:
         """A request for this adapter was admitted; it may wait before it runs."""
@@ -37,51 +69,86 @@ class AdapterManager:
 
     def remove_user(self, spec: AdapterSpec) -> None:
         """A request for this adapter ended."""
-        key = spec.content_hash
-        self._users[key] -= 1
-        if not self._users[key]:
-            del self._users[key]
-            if key in self._leaving:
-                self._drop(key)
+        _decrement(self._users, spec.content_hash)
+        self._drop_if_unneeded(spec.content_hash)
+
+    # What the scheduler asks
+
+    def is_resident(self, spec: AdapterSpec) -> bool:
+        return spec.content_hash in self._resident
+
+    def is_held(self, content_hash: str) -> bool:
+        """Whether an adapter is on the device or on its way there."""
+        return content_hash in self._resident or content_hash in self._loading
+
+    def want(self, specs: Iterable[AdapterSpec], spared: Collection[str] | None = None) -> None:
+        """Load adapters of queued requests, given in order of priority, as far as there is room or can be made.
+
+        Room is made of idle adapters that are neither pinned nor spared; None spares all of ``specs``. Where none can
+        be made for an adapter, nothing of lower priority is loaded either: it could only take what the first waits for.
+        """
+        queued = {spec.content_hash: spec for spec in specs}
+        keep = queued if spared is None else spared
+        for key, spec in queued.items():
+            if not self.is_held(key) and not self._start_load(spec, keep):
+                return
 
     def acquire(self, spec: AdapterSpec) -> int | None:
-        """Slot for one more running request; None while every slot is used by running requests."""
-        key = spec.content_hash
-        slot = self._slot_of.get(key)
-        if slot is None:
-            slot = self._make_room()
-            if slot is None:
-                return None
-            self._slot_of[key] = slot
-            self._changes.append((slot, spec))
-        self._running[key] += 1
-        self._idle.pop(key, None)
-        return slot
+        """Slot for one more running request; None while the adapter is not resident."""
+        lease = self._resident.get(spec.content_hash)
+        if lease is None:
+            return None
+        self._running[spec.content_hash] += 1
+        self._idle.pop(spec.content_hash, None)
+        return lease.slot
 
     def release(self, spec: AdapterSpec) -> None:
         """A running request stopped running: it ended or was preempted."""
         key = spec.content_hash
-        self._running[key] -= 1
+        _decrement(self._running, key)
         if not self._running[key]:
-            del self._running[key]
             self._idle[key] = None
 
-    def slot(self, spec: AdapterSpec) -> int:
-        return self._slot_of[spec.content_hash]
+    def slot(self, content_hash: str) -> int:
+        """Slot of a resident adapter."""
+        return self._resident[content_hash].slot
+
+    def pin(self, content_hash: str) -> None:
+        """Keep an adapter on the device, once it is there, until ``unpin`` is called as often."""
+        self._pins[content_hash] += 1
+
+    def unpin(self, content_hash: str) -> None:
+        _decrement(self._pins, content_hash)
+        self._drop_if_unneeded(content_hash)
+
+    # What becomes of registrations and loads
 
     def keep(self, content_hash: str) -> None:
         """An adapter was registered, perhaps again while its last requests were running out."""
         self._leaving.discard(content_hash)
 
     def forget(self, content_hash: str) -> None:
-        """Drop an adapter once no request needs it any more."""
-        if self._users[content_hash]:
-            self._leaving.add(content_hash)
-        else:
-            self._drop(content_hash)
+        """Drop an adapter once no request needs it any more and no load of it is under way."""
+        self._leaving.add(content_hash)
+        self._drop_if_unneeded(content_hash)
+
+    def loaded(self, content_hash: str) -> None:
+        """A load has ended: the adapter can run."""
+        self._resident[content_hash] = self._loading.pop(content_hash)
+        self._idle[content_hash] = None
+        self.loads += 1
+        self._drop_if_unneeded(content_hash)
+
+    def load_failed(self, content_hash: str, error: str) -> None:
+        """A load has failed, and its slot holds nothing; a request that comes later has it tried again."""
+        lease = self._loading.pop(content_hash)
+        self.space.give_back(lease)
+        self.load_failures += 1
+        logger.warning("adapter %r was not loaded: %s", lease.spec.name, error)
+        self._drop_if_unneeded(content_hash)
 
     def take_changes(self) -> list[tuple[int, AdapterSpec | None]]:
-        """Slots to fill with an adapter or, where it is None, to clear; in order, each given out once."""
+        """Slots to load an adapter into or, where it is None, to clear; in order, each given out once."""
         changes, self._changes = self._changes, []
         return changes
 
@@ -91,26 +158,44 @@ class AdapterManager:
         return discards
 
     def check(self) -> None:
-        """Raise AssertionError unless every slot is owned once."""
-        slots = list(self._slot_of.values())
-        assert sorted(slots + self._free) == list(range(self.num_slots)), "slots"
-        assert self._running.keys() | self._idle.keys() == self._slot_of.keys(), "resident adapters"
+        """Raise AssertionError unless every slot and page is owned once and everyone's state is consistent."""
+        assert not self._loading.keys() & self._resident.keys(), "an adapter both loading and resident"
+        self.space.check([*self._loading.values(), *self._resident.values()])
+        assert self._running.keys() | self._idle.keys() == self._resident.keys(), "resident adapters"
         assert not self._running.keys() & self._idle.keys(), "an adapter both running and idle"
         assert all(self._users[key] >= count > 0 for key, count in self._running.items()), "users"
+        assert all(count > 0 for count in self._pins.values()), "pins"
 
-    def _make_room(self) -> int | None:
-        if self._free:
-            return self._free.pop()
-        if not self._idle:
-            return None
-        key, _ = self._idle.popitem(last=False)
-        return self._slot_of.pop(key)
+    def _start_load(self, spec: AdapterSpec, queued: Collection[str]) -> bool:
+        """Whether there was room, or could be made."""
+        evictable = [self._resident[key] for key in self._idle if key not in queued and not self._pins[key]]
+        victims = self.space.victims(spec, evictable)
+        if victims is None:
+            return False
+        for victim in victims:
+            self._evict(victim.spec.content_hash)
+            self.evictions += 1
+        lease = self.space.take(spec)
+        self._loading[spec.content_hash] = lease
+        self._changes.append((lease.slot, spec))
+        return True
 
-    def _drop(self, key: str) -> None:
+    def _evict(self, key: str) -> None:
+        lease = self._resident.pop(key)
+        del self._idle[key]
+        self.space.give_back(lease)
+        self._changes.append((lease.slot, None))
+
+    def _drop_if_unneeded(self, key: str) -> None:
+        if key not in self._leaving or self._users[key] or self._pins[key] or key in self._loading:
+            return
         self._leaving.discard(key)
+        if key in self._resident:
+            self._evict(key)
         self._discards.append(key)
-        slot = self._slot_of.pop(key, None)
-        if slot is not None:
-            self._idle.pop(key, None)
-            self._free.append(slot)
-            self._changes.append((slot, None))
+
+
+def _decrement(counter: Counter[str], key: str) -> None:
+    counter[key] -= 1
+    if not counter[key]:
+        del counter[key]

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.batch import Batch, ScheduledSequence, SequenceResult, StepResult
-from peft_dist.core.messages import ReplicaStats, SequenceProgress
-from peft_dist.core.request import Request
+from peft_dist.core.cost_model import CostModel, StepFeatures
+from peft_dist.core.messages import ReplicaDetail, ReplicaStats, SequenceProgress
+from peft_dist.core.request import Request, RequestStatus
+from peft_dist.engine.decisions import Decision, describe
 from peft_dist.engine.executor import Executor
 from peft_dist.engine.scheduler import Scheduler
 from peft_dist.engine.stopping import check_stop
+
+
+@dataclass(frozen=True, slots=True)
+class _Submitted:
+    """A batch in flight, whom it serves, and what the cost model learns from it."""
+
+    batch: Batch
+    requests: list[Request]
+    features: StepFeatures
+    handle: Any
 
 
 class Engine:
@@ -20,20 +33,49 @@ class Engine:
 
     ``depth`` batches may be in flight while the next one is scheduled: 0 waits for each step, 1 lets the
     device run step n while step n + 1 is prepared.
+
+    Args:
+        cost: Learns from every step and switch; the batching policy predicts with it.
+        on_decision: Hears of every submitted step.
     """
 
-    def __init__(self, scheduler: Scheduler, executor: Executor, depth: int, eos_token_ids: Iterable[int]) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        depth: int,
+        eos_token_ids: Iterable[int],
+        cost: CostModel | None = None,
+        on_decision: Callable[[Decision], None] | None = None,
+    ) -> None:
         self.scheduler = scheduler
         self.executor = executor
         self.depth = depth
         self.eos_token_ids = frozenset(eos_token_ids)
+        self.cost = cost or CostModel()
+        self.on_decision = on_decision
         self.requests: dict[str, Request] = {}
         self.adapters: dict[str, AdapterSpec] = {}
-        self._in_flight: deque[tuple[Batch, list[Request], Any]] = deque()
+        self.merged_adapter: str | None = None
+        self.num_steps = 0
+        self.num_merged_steps = 0
+        self.num_switches = 0
+        self.switch_seconds = 0.0
+        self._in_flight: deque[_Submitted] = deque()
+        self._found_nothing = False
+        self.scheduler.mergeable = self._can_merge
 
     @property
     def has_work(self) -> bool:
-        return bool(self.requests or self._in_flight)
+        return bool(self.requests or self._in_flight or self.scheduler.adapters.loading)
+
+    @property
+    def waits_for_load(self) -> bool:
+        """The last step found nothing to run, and a load is under way: ``executor.fileno()`` tells when it has ended.
+
+        A step makes sense before that only after requests came or went.
+        """
+        return self._found_nothing and bool(self.scheduler.adapters.loading)
 
     def add_request(self, request: Request) -> None:
         """Queue a request. Its id must be new and its adapter registered."""
@@ -63,22 +105,25 @@ class Engine:
 
     def step(self, now: float) -> list[SequenceProgress]:
         """Submit the next batch if there is one; collect the oldest when enough are in flight."""
-        batch = self.scheduler.schedule()
-        self._apply_adapter_changes()
+        progress = self._take_loaded()
+        batch = self._schedule(now)
+        if batch is None and not self._in_flight and self.scheduler.adapters.loading:
+            # A load that was quick enough lets its requests run in this very step.
+            progress += self._take_loaded()
+            batch = self._schedule(now)
+        self._found_nothing = batch is None and not self._in_flight
         if batch is not None:
-            requests = [self.requests[sequence.request_id] for sequence in batch.sequences]
-            self._in_flight.append((batch, requests, self.executor.submit(batch)))
+            self._submit(batch, now)
         if self._in_flight and (batch is None or len(self._in_flight) > self.depth):
-            oldest, requests, handle = self._in_flight.popleft()
-            return self._update(oldest, requests, self.executor.collect(handle))
-        return []
+            progress += self._collect(self._in_flight.popleft())
+        return progress
 
     def stats(self) -> ReplicaStats:
         scheduler = self.scheduler
         return ReplicaStats(
-            num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting),
-            num_swapped=len(scheduler.swapped),
+            num_running=scheduler.count(RequestStatus.RUNNING),
+            num_waiting=scheduler.count(RequestStatus.WAITING),
+            num_swapped=scheduler.count(RequestStatus.SWAPPED),
             num_free_blocks=scheduler.blocks.num_free,
             num_blocks=scheduler.blocks.num_blocks,
             num_preemptions=scheduler.num_preemptions,
@@ -87,12 +132,97 @@ class Engine:
             resident_adapters=scheduler.adapters.resident,
         )
 
+    def detail(self) -> ReplicaDetail:
+        """What people who watch this replica want to know; walks over the queue."""
+        counts: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
+        for request in self.requests.values():
+            counts[request.status is RequestStatus.RUNNING][request.content_hash] += 1
+        policy, adapters = self.scheduler.policy, self.scheduler.adapters
+        return ReplicaDetail(
+            merged_adapter=self.merged_adapter,
+            num_steps=self.num_steps,
+            num_merged_steps=self.num_merged_steps,
+            num_switches=self.num_switches,
+            switch_seconds=self.switch_seconds,
+            waiting=dict(counts[False]),
+            running=dict(counts[True]),
+            policy=policy.report(),
+            credits=policy.credits,
+            adapters=self.executor.residency(),
+            num_adapter_loads=adapters.loads,
+            num_adapter_evictions=adapters.evictions,
+        )
+
+    def _submit(self, batch: Batch, now: float) -> None:
+        seconds = self._switch(batch.merged_adapter) if batch.sequences else 0.0
+        requests = [self.requests[sequence.request_id] for sequence in batch.sequences]
+        features = self._features(batch, requests)
+        self.num_steps += 1
+        self.num_merged_steps += batch.merged_adapter is not None
+        if self.on_decision is not None:
+            self.on_decision(describe(self.scheduler, batch, features, self.cost, seconds, now))
+        self._in_flight.append(_Submitted(batch, requests, features, self.executor.submit(batch)))
+
+    def _switch(self, merged_adapter: str | None) -> float:
+        """Have the weights hold what the next batch needs; seconds that it took."""
+        if merged_adapter == self.merged_adapter:
+            return 0.0
+        spec = None if merged_adapter is None else self._spec(merged_adapter)
+        seconds = self.executor.switch(spec)
+        self.merged_adapter = merged_adapter
+        self.num_switches += 1
+        self.switch_seconds += seconds
+        rank_rows = spec.num_rank_rows if spec else 0
+        self.cost.observe_switch("merge" if spec else "unmerge", seconds, rank_rows)
+        return seconds
+
+    def _spec(self, content_hash: str) -> AdapterSpec:
+        spec = self.adapters.get(content_hash)
+        if spec is None:
+            # Unregistered, but its last requests are running out.
+            spec = next(r.adapter for r in self.requests.values() if r.adapter and r.content_hash == content_hash)
+        return spec
+
+    def _can_merge(self, content_hash: str) -> bool:
+        return self.executor.can_merge(self._spec(content_hash))
+
+    def _features(self, batch: Batch, requests: list[Request]) -> StepFeatures:
+        rows = [
+            (request.content_hash, sequence.num_tokens, request.adapter.num_rank_rows if request.adapter else 0)
+            for request, sequence in zip(requests, batch.sequences, strict=True)
+        ]
+        merged_rank = max((rank for adapter, _, rank in rows if adapter == batch.merged_adapter), default=0)
+        return StepFeatures.of(rows, batch.merged_adapter, merged_rank)
+
+    def _collect(self, submitted: _Submitted) -> list[SequenceProgress]:
+        result = self.executor.collect(submitted.handle)
+        if result.seconds is not None and submitted.batch.sequences:
+            self.cost.observe_step(submitted.features, result.seconds)
+        return self._update(submitted.batch, submitted.requests, result)
+
+    def _schedule(self, now: float) -> Batch | None:
+        batch = self.scheduler.schedule(now)
+        self._apply_adapter_changes()
+        return batch
+
+    def _take_loaded(self) -> list[SequenceProgress]:
+        """Adapters that have arrived can run; requests for one that could not be loaded fail, and they alone."""
+        progress = []
+        for outcome in self.executor.take_loaded():
+            if outcome.error is None:
+                self.scheduler.adapters.loaded(outcome.content_hash)
+                continue
+            self.scheduler.adapters.load_failed(outcome.content_hash, outcome.error)
+            failed = [r for r in self.requests.values() if r.adapter and r.content_hash == outcome.content_hash]
+            progress += [self._finish(request, "error", error=outcome.error) for request in failed]
+        return progress
+
     def _apply_adapter_changes(self) -> None:
         for slot, spec in self.scheduler.adapters.take_changes():
             if spec is None:
                 self.executor.drop_adapter(slot)
             else:
-                self.executor.load_adapter(spec, slot)
+                self.executor.start_load(spec, slot)
         for content_hash in self.scheduler.adapters.take_discards():
             self.executor.discard_adapter(content_hash)
 
@@ -158,6 +288,8 @@ class Engine:
         if request.adapter is not None:
             self.scheduler.adapters.remove_user(request.adapter)
             self._apply_adapter_changes()
+        if not any(other.content_hash == request.content_hash for other in self.requests.values()):
+            self.scheduler.policy.forget_adapter(request.content_hash)
         first = len(request.output_token_ids) if first_index is None else first_index
         return self._progress(request, token_ids or [], first, logprobs, error)
 

@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.batch import Batch, StepResult
+from peft_dist.core.messages import AdapterResidency
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOutcome:
+    """How the load of an adapter ended; the slot is empty again when ``error`` says why it failed.
+
+    Attributes:
+        seconds: From ``start_load`` on.
+    """
+
+    content_hash: str
+    slot: int
+    error: str | None
+    seconds: float
 
 
 class Executor(Protocol):
@@ -25,18 +41,45 @@ class Executor(Protocol):
         """Wait for a submitted batch."""
         ...
 
+    def can_merge(self, spec: AdapterSpec) -> bool:
+        """Whether this adapter can be merged into the base weights."""
+        ...
+
+    def switch(self, spec: AdapterSpec | None) -> float:
+        """Merge a resident adapter into the weights (None: back to the base) for the batches submitted from now on.
+
+        Batches in flight keep the weights they were submitted for. Returns the seconds that it took, as far as the
+        caller was kept waiting.
+        """
+        ...
+
+    def residency(self) -> list[AdapterResidency]:
+        """Where the weights of the registered adapters are."""
+        ...
+
     def forget(self, request_ids: Sequence[str]) -> None:
         """Drop what is kept of sequences that ended or were aborted."""
         ...
 
-    def load_adapter(self, spec: AdapterSpec, slot: int) -> None:
-        """Put a registered adapter's weights into a device slot, over whatever was there."""
+    def start_load(self, spec: AdapterSpec, slot: int) -> None:
+        """Begin to load a registered adapter into an empty device slot, and return at once.
+
+        Its end is told by ``take_loaded``; until then no batch may use the slot, nor may it be dropped.
+        """
+        ...
+
+    def take_loaded(self) -> list[LoadOutcome]:
+        """Loads that have ended since the last call, without waiting."""
+        ...
+
+    def fileno(self) -> int:
+        """A file descriptor that is readable while ``take_loaded`` has something."""
         ...
 
     def drop_adapter(self, slot: int) -> None:
-        """Free a device slot."""
+        """Free the device slot of a loaded adapter."""
         ...
 
     def discard_adapter(self, content_hash: str) -> None:
-        """Free the host copy of an adapter that is in no slot."""
+        """Free what the host keeps of an adapter that is in no slot: its copy and where it came from."""
         ...

@@ -2,42 +2,61 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 
 from peft_dist.core.batch import NO_ADAPTER, PLACEHOLDER, Batch, ScheduledSequence, SequenceStart
 from peft_dist.core.block_hash import extend_block_hashes
 from peft_dist.core.block_manager import BlockManager
-from peft_dist.core.config import Preemption
 from peft_dist.core.request import Request, RequestStatus
 from peft_dist.engine.adapter_manager import AdapterManager
+from peft_dist.engine.limits import SchedulerLimits
+from peft_dist.policy.batching import BatchingPolicy, Candidate, Choice, QueueState
 
 
-@dataclass(frozen=True, slots=True)
-class SchedulerLimits:
-    max_model_len: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    enable_prefix_caching: bool = True
-    preemption: Preemption = "auto"
+@dataclass(slots=True)
+class _Draft:
+    """A batch in the making.
+
+    Attributes:
+        chosen: Ids that the policy named.
+        settled: Ids of those that are in the batch, or lost their blocks while it was made.
+        may_start: Whether a request without blocks may still join; nobody smaller takes those that an older one lacks.
+    """
+
+    chosen: frozenset[str]
+    sequences: list[ScheduledSequence] = field(default_factory=list)
+    settled: set[str] = field(default_factory=set)
+    may_start: bool = True
 
 
 class Scheduler:
-    """First come, first served, with prefill chunks and decodes in one batch.
+    """Carries out what the batching policy chooses: prefill chunks and decodes in one batch, merged or not.
 
-    Requests that run keep running; when KV blocks run out the youngest is preempted, its blocks swapped to
-    the host or dropped and computed again later. Tokens count as computed from the moment their batch is
-    scheduled, since batches run in order; a draw whose value is not known yet is a placeholder.
+    All unfinished requests stand in one queue by age. Those that have KV blocks keep them while the policy passes them
+    over; when blocks run out, those that were not chosen lose theirs first, then the youngest chosen ones: swapped to
+    the host, or dropped and computed again later. Tokens count as computed from the moment their batch is scheduled,
+    since batches run in order; a draw whose value is not known yet is a placeholder.
+
+    Attributes:
+        mergeable: Whether the adapter with this content hash can be merged into the base; the engine tells.
     """
 
-    def __init__(self, limits: SchedulerLimits, blocks: BlockManager, adapters: AdapterManager) -> None:
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        blocks: BlockManager,
+        adapters: AdapterManager,
+        policy: BatchingPolicy,
+    ) -> None:
         self.limits = limits
         self.blocks = blocks
         self.adapters = adapters
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []
-        self.swapped: deque[Request] = deque()
+        self.policy = policy
+        self.mergeable: Callable[[str], bool] = lambda _: False
+        self.queue: dict[str, Request] = {}
+        self.merged_adapter: str | None = None
+        self.choice = Choice(None, [], "idle")
         self.num_preemptions = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
@@ -48,40 +67,31 @@ class Scheduler:
 
     @property
     def has_requests(self) -> bool:
-        return bool(self.waiting or self.running or self.swapped)
+        return bool(self.queue)
+
+    def count(self, status: RequestStatus) -> int:
+        return sum(request.status is status for request in self.queue.values())
 
     def add(self, request: Request) -> None:
-        self.waiting.append(request)
+        """Queue a request by its arrival; one that comes from another replica may be older than what is here."""
+        newest = next(reversed(self.queue.values()), None)
+        self.queue[request.request_id] = request
+        if newest is not None and newest.arrival_time > request.arrival_time:
+            self.queue = dict(sorted(self.queue.items(), key=lambda item: item[1].arrival_time))
 
-    def schedule(self) -> Batch | None:
+    def schedule(self, now: float) -> Batch | None:
         """The next batch, or None when nothing can run now."""
-        budget = self.limits.max_num_batched_tokens
-        scheduled: list[ScheduledSequence] = []
-        preempted = False
-        index = 0
-        while index < len(self.running) and budget > 0:
-            request = self.running[index]
-            num_new = min(self._num_runnable(request), budget)
-            if num_new:
-                if not self._make_room(request, num_new):
-                    preempted = True
-                    break
-                scheduled.append(self._advance(request, num_new))
-                budget -= num_new
-            index += 1
-        if not preempted and not self._swap_outs:
-            scheduled += self._admit(budget)
-        return self._batch(scheduled)
+        self._want_adapters(now)
+        state = self._state(now)
+        self.choice = self.policy.choose(state)
+        draft = self._take(self.choice)
+        self.policy.ran(state, self.choice, [sequence.request_id for sequence in draft.sequences])
+        return self._batch(draft.sequences)
 
     def finish(self, request: Request, reason: str, stop_reason: int | None = None) -> None:
         """End a request, wherever it stands, and give back all that it holds."""
-        if request.status is RequestStatus.RUNNING:
-            self.running.remove(request)
-            self._release_slot(request)
-        elif request.status is RequestStatus.SWAPPED:
-            self.swapped.remove(request)
-        elif request.status is RequestStatus.WAITING:
-            self.waiting.remove(request)
+        self.queue.pop(request.request_id, None)
+        self.policy.forget([request.request_id])
         self.blocks.free(request.request_id)
         request.status = RequestStatus.FINISHED
         request.finish_reason = reason
@@ -95,68 +105,149 @@ class Scheduler:
             if request.status is RequestStatus.RUNNING:
                 self._publish(request)
 
-    def _publish(self, request: Request) -> None:
-        extend_block_hashes(request, self.blocks.block_size)
-        full = min(request.num_computed_tokens, request.num_known_tokens) // self.blocks.block_size
-        for index in range(request.num_published_blocks, full):
-            self.blocks.publish(request.request_id, index, request.block_hashes[index])
-        request.num_published_blocks = full
-
-    def _num_runnable(self, request: Request) -> int:
-        """Tokens of a running request whose KV is still to be computed and worth it."""
-        at_length = request.num_tokens >= self.limits.max_model_len
-        if request.num_in_flight and (at_length or request.num_output_tokens >= request.max_output_tokens):
-            return 0
-        return request.num_tokens - request.num_computed_tokens
-
-    def _make_room(self, request: Request, num_new: int) -> bool:
-        """Blocks for ``num_new`` tokens, taken from the youngest if need be; False when it was ``request``."""
-        while not self.blocks.grow(request.request_id, request.num_computed_tokens + num_new):
-            victim = self.running[-1]
-            self._preempt(victim)
-            if victim is request:
-                return False
-        return True
-
-    def _preempt(self, request: Request) -> None:
-        self.running.remove(request)
-        self._release_slot(request)
+    def preempt(self, request: Request) -> None:
+        """Take a running request's blocks."""
         request.num_preemptions += 1
         self.num_preemptions += 1
-        copies = self.blocks.swap_out(request.request_id) if self.limits.preemption != "recompute" else None
+        # Copies out come before copies in: a host block that a copy in reads in this step must not be overwritten.
+        may_swap = self.limits.preemption != "recompute" and not self._swap_ins
+        copies = self.blocks.swap_out(request.request_id) if may_swap else None
         if copies is not None:
             self._swap_outs += copies
             request.status = RequestStatus.SWAPPED
-            self.swapped.appendleft(request)
             return
         self.blocks.free(request.request_id)
         request.num_computed_tokens = 0
         request.status = RequestStatus.WAITING
-        self.waiting.appendleft(request)
 
-    def _admit(self, budget: int) -> list[ScheduledSequence]:
-        """Bring back swapped requests, then start waiting ones, oldest first and without overtaking."""
-        scheduled = []
-        while budget > 0 and len(self.running) < self.limits.max_num_seqs:
-            queue = self.swapped or self.waiting
-            if not queue or queue[0].num_in_flight:
-                break
-            request = queue[0]
-            if request.adapter is not None and self.adapters.acquire(request.adapter) is None:
-                break
-            num_new = self._resume(request, budget) if queue is self.swapped else self._start(request, budget)
-            if not num_new:
-                self._release_slot(request)
-                break
-            queue.popleft()
-            request.status = RequestStatus.RUNNING
-            self.running.append(request)
-            scheduled.append(self._advance(request, num_new))
-            budget -= num_new
-        return scheduled
+    def _want_adapters(self, now: float) -> None:
+        """Have the adapters of queued requests loaded, that of the oldest first.
 
-    def _resume(self, request: Request, budget: int) -> int:
-        num_new = min(request.num_tokens - request.num_computed_tokens, budget)
+        Those on the device stay there while anybody in the queue needs them, unless a request has waited for its own
+        adapter longer than the bound: then only those that its elders need are spared.
+        """
+        oldest: dict[str, Request] = {}
+        for request in self.queue.values():
+            if request.adapter is not None:
+                oldest.setdefault(request.content_hash, request)
+        spared: list[str] | None = None
+        for index, (content_hash, request) in enumerate(oldest.items()):
+            late = now - request.arrival_time > self.limits.max_adapter_wait
+            if late and not request.num_output_tokens and not self.adapters.is_held(content_hash):
+                spared = list(oldest)[: index + 1]
+                break
+        self.adapters.want([r.adapter for r in oldest.values() if r.adapter is not None], spared)
+
+    def _state(self, now: float) -> QueueState:
+        return QueueState(
+            candidates=[self._candidate(request) for request in self.queue.values()],
+            now=now,
+            max_num_seqs=self.limits.max_num_seqs,
+            max_num_batched_tokens=self.limits.max_num_batched_tokens,
+            max_loras=self.adapters.space.num_slots,
+            merged_adapter=self.merged_adapter,
+            mergeable=self.mergeable,
+        )
+
+    def _candidate(self, request: Request) -> Candidate:
+        adapter = request.adapter
+        return Candidate(
+            request_id=request.request_id,
+            adapter=request.content_hash,
+            arrival_time=request.arrival_time,
+            num_new_tokens=self._num_runnable(request),
+            rank=adapter.num_rank_rows if adapter else 0,
+            is_resident=adapter is None or self.adapters.is_resident(adapter),
+        )
+
+    def _num_runnable(self, request: Request) -> int:
+        """Tokens whose KV is still to be computed and worth it."""
+        at_length = request.num_tokens >= self.limits.max_model_len
+        if request.num_in_flight:
+            # Without blocks it has to wait: what it drew must be known to be computed again.
+            if request.status is not RequestStatus.RUNNING:
+                return 0
+            if at_length or request.num_output_tokens >= request.max_output_tokens:
+                return 0
+        return request.num_tokens - request.num_computed_tokens
+
+    def _take(self, choice: Choice) -> _Draft:
+        """What was chosen, in its order, while tokens and blocks last."""
+        budget = self.limits.max_num_batched_tokens
+        # Every decode behind a prompt keeps its token, so that no prompt makes all others wait for a step.
+        decodes = sum(candidate.num_new_tokens == 1 for candidate in choice.candidates)
+        draft = _Draft(frozenset(candidate.request_id for candidate in choice.candidates))
+        for candidate in choice.candidates:
+            is_decode = candidate.num_new_tokens == 1
+            decodes -= is_decode
+            if budget <= 0:
+                break
+            if candidate.request_id in draft.settled:
+                continue
+            room = budget if is_decode else min(budget, max(1, budget - decodes))
+            sequence = self._place(self.queue[candidate.request_id], room, draft)
+            if sequence is not None:
+                draft.sequences.append(sequence)
+                draft.settled.add(candidate.request_id)
+                budget -= sequence.num_tokens
+        return draft
+
+    def _place(self, request: Request, room: int, draft: _Draft) -> ScheduledSequence | None:
+        """Up to ``room`` tokens of a request, if there are blocks for them."""
+        slot = NO_ADAPTER
+        if request.adapter is not None:
+            held = self.adapters.acquire(request.adapter)
+            if held is None:
+                return None
+            slot = held
+            # The executor runs everything in order: once this batch is submitted, the slot may go to another adapter.
+            self.adapters.release(request.adapter)
+        is_running = request.status is RequestStatus.RUNNING
+        num_new = self._grow(request, room, draft) if is_running else self._admit(request, room, draft)
+        return self._advance(request, num_new, slot) if num_new else None
+
+    def _grow(self, request: Request, room: int, draft: _Draft) -> int:
+        """Blocks for the next tokens of a running request; 0 when it had to give up those it had."""
+        num_new = min(self._num_runnable(request), room)
+        while num_new and not self.blocks.grow(request.request_id, request.num_computed_tokens + num_new):
+            victim = self._youngest(draft.settled | draft.chosen) or self._youngest(draft.settled)
+            assert victim is not None, "the request itself"
+            self.preempt(victim)
+            draft.settled.add(victim.request_id)
+            draft.may_start = False
+            if victim is request:
+                return 0
+        return num_new
+
+    def _admit(self, request: Request, room: int, draft: _Draft) -> int:
+        """Blocks for the first tokens of a request that has none on the device; 0 when there are too few."""
+        while draft.may_start:
+            num_new = (
+                self._resume(request, room) if request.status is RequestStatus.SWAPPED else self._start(request, room)
+            )
+            if num_new:
+                request.status = RequestStatus.RUNNING
+                return num_new
+            # Those who were passed over make room for their elders, or for anybody if nothing else could run.
+            victim = self._youngest(draft.settled | draft.chosen, than=request if draft.sequences else None)
+            if victim is None:
+                draft.may_start = False
+            else:
+                self.preempt(victim)
+                draft.settled.add(victim.request_id)
+        return 0
+
+    def _youngest(self, spared: Iterable[str], than: Request | None = None) -> Request | None:
+        """The youngest running request that is not spared, younger than another one."""
+        for request in reversed(self.queue.values()):
+            if request is than:
+                return None
+            if request.status is RequestStatus.RUNNING and request.request_id not in spared:
+                return request
+        return None
+
+    def _resume(self, request: Request, room: int) -> int:
+        num_new = min(request.num_tokens - request.num_computed_tokens, room)
         copies = self.blocks.swap_in(request.request_id, request.num_computed_tokens + num_new)
         if copies is None:
             return 0
@@ -164,10 +255,10 @@ class Scheduler:
         request.num_published_blocks = 0
         return num_new
 
-    def _start(self, request: Request, budget: int) -> int:
+    def _start(self, request: Request, room: int) -> int:
         prefix = self._cached_prefix(request)
         num_cached = len(prefix) * self.blocks.block_size
-        num_new = min(request.num_tokens - num_cached, budget)
+        num_new = min(request.num_tokens - num_cached, room)
         if not self.blocks.allocate(request.request_id, prefix, num_cached + num_new):
             return 0
         request.num_computed_tokens = num_cached
@@ -188,11 +279,14 @@ class Scheduler:
         usable = (request.num_tokens - 1) // self.blocks.block_size
         return self.blocks.find_prefix(request.block_hashes[:usable])
 
-    def _release_slot(self, request: Request) -> None:
-        if request.adapter is not None:
-            self.adapters.release(request.adapter)
+    def _publish(self, request: Request) -> None:
+        extend_block_hashes(request, self.blocks.block_size)
+        full = min(request.num_computed_tokens, request.num_known_tokens) // self.blocks.block_size
+        for index in range(request.num_published_blocks, full):
+            self.blocks.publish(request.request_id, index, request.block_hashes[index])
+        request.num_published_blocks = full
 
-    def _advance(self, request: Request, num_new: int) -> ScheduledSequence:
+    def _advance(self, request: Request, num_new: int, slot: int) -> ScheduledSequence:
         start = request.num_computed_tokens
         stop = start + num_new
         tokens = request.tokens(start, min(stop, request.num_known_tokens))
@@ -203,7 +297,7 @@ class Scheduler:
             token_ids=tokens + [PLACEHOLDER] * (num_new - len(tokens)),
             start=start,
             block_table=list(self.blocks.table(request.request_id)),
-            adapter_slot=self.adapters.slot(request.adapter) if request.adapter else NO_ADAPTER,
+            adapter_slot=slot,
             samples=samples,
             draw=request.num_output_tokens,
             wants_prompt_logprobs=wants_scores,
@@ -219,9 +313,20 @@ class Scheduler:
     def _batch(self, scheduled: list[ScheduledSequence]) -> Batch | None:
         if not scheduled and not self._swap_outs:
             return None
+        if scheduled:
+            self.merged_adapter = self.choice.merged_adapter
         # Rows of one adapter stand together, so that its weights are read once per layer.
         scheduled.sort(key=lambda sequence: sequence.adapter_slot)
-        batch = Batch(self._step, scheduled, self._starts, self._swap_outs, self._swap_ins)
+        merged = self.merged_adapter
+        batch = Batch(
+            self._step,
+            scheduled,
+            self._starts,
+            self._swap_outs,
+            self._swap_ins,
+            merged_adapter=merged,
+            merged_slot=NO_ADAPTER if merged is None else self.adapters.slot(merged),
+        )
         self._step += 1
         self._starts, self._swap_outs, self._swap_ins = [], [], []
         return batch

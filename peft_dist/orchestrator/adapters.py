@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from peft_dist.core.adapter import BASE_NAMES, AdapterSpec
 from peft_dist.core.config import ModelInfo
-from peft_dist.core.errors import AdapterError, PeftDistError, UnknownModelError
+from peft_dist.core.errors import AdapterError, AdapterNameError, PeftDistError, UnknownModelError
 
 _MAX_LISTED = 20
 
@@ -56,15 +56,15 @@ class AdapterRegistry:
         raise UnknownModelError(f"The model {name!r} does not exist. {self._served()}")
 
     def check_new_name(self, name: str, *, replace: bool) -> None:
-        """Raises AdapterError when an adapter cannot be loaded under this name now."""
+        """Raises AdapterNameError when an adapter cannot be loaded under this name now."""
         if not name or name != name.strip():
-            raise AdapterError(f"adapter name {name!r} is empty or padded: give a name without surrounding spaces")
+            raise AdapterNameError(f"adapter name {name!r} is empty or padded: give a name without surrounding spaces")
         if name in self._base_names or any(name.startswith(f"{base}:") for base in self._base_names):
-            raise AdapterError(f"adapter name {name!r} belongs to the base model: choose another name")
+            raise AdapterNameError(f"adapter name {name!r} belongs to the base model: choose another name")
         if any(load.name == name for load in self._loads.values()):
-            raise AdapterError(f"adapter {name!r} is being loaded already: wait for that to end")
+            raise AdapterNameError(f"adapter {name!r} is being loaded already: wait for that to end")
         if name in self._by_name and not replace:
-            raise AdapterError(f"adapter {name!r} is loaded already: unload it first, or load it in place")
+            raise AdapterNameError(f"adapter {name!r} is loaded already: unload it first, or load it in place")
 
     def held(self, spec: AdapterSpec) -> None:
         """A replica told that it holds this content."""
@@ -105,7 +105,7 @@ class AdapterRegistry:
 
     def remove(self, name: str) -> None:
         """Raises UnknownModelError when no adapter has this name."""
-        if self._by_name.pop(name, None) is None:
+        if not isinstance(name, str) or self._by_name.pop(name, None) is None:
             raise UnknownModelError(f"The adapter {name!r} is not loaded. {self._served()}")
 
     def forget_all(self) -> None:

@@ -9,6 +9,7 @@ from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.config import ModelInfo
 from peft_dist.core.messages import ReplicaStats, SequenceProgress
 from peft_dist.core.sampling_params import SamplingParams
+from peft_dist.orchestrator.observation import ReplicaView
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,17 +44,23 @@ class RequestStream(Protocol):
         """Raises EngineDeadError when the replica died or the server stops before the end."""
         ...
 
-    async def aclose(self) -> None: ...
+    async def aclose(self) -> None:
+        """Stop reading; what still runs of the request is aborted."""
+        ...
 
 
 class EngineClient(Protocol):
     """All replicas as one engine. Every method runs on the event loop's thread and returns at once or awaits."""
 
     @property
-    def model(self) -> ModelInfo: ...
+    def model(self) -> ModelInfo:
+        """The served model."""
+        ...
 
     @property
-    def is_healthy(self) -> bool: ...
+    def is_healthy(self) -> bool:
+        """Whether requests can be served now."""
+        ...
 
     @property
     def health_error(self) -> str | None:
@@ -121,7 +128,13 @@ class EngineClient(Protocol):
         """
         ...
 
-    def stats(self) -> ReplicaStats: ...
+    def stats(self) -> ReplicaStats:
+        """The last report of a ready replica, or of the last known one when none is ready."""
+        ...
+
+    def replicas(self) -> list[ReplicaView]:
+        """Every replica as it was last heard of. Cheap: its parts are shared, and never change."""
+        ...
 
     async def stop(self) -> None:
         """Fail what still runs with EngineDeadError and end the replicas. Idempotent."""

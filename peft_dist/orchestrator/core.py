@@ -217,6 +217,7 @@ class Orchestrator:
         return out
 
     def drain_events(self) -> list[Event]:
+        """What happened since the last call, in order."""
         events, self._events = self._events, []
         return events
 
@@ -231,6 +232,7 @@ class Orchestrator:
 
     @property
     def health_error(self) -> str | None:
+        """Why no request can be served now, or None."""
         return None if self.replicas.ready() else self.replicas.health_error()
 
     @property
@@ -239,6 +241,7 @@ class Orchestrator:
         return self._requests.num_sequences
 
     def stats(self) -> ReplicaStats:
+        """The last report of a ready replica, or of the last known one when none is ready."""
         return self.replicas.stats()
 
     # Inside
@@ -281,7 +284,7 @@ class Orchestrator:
             self._events.append(RequestFailed(record.request_id, error))
 
     def _observe_progress(self, replica: Replica, report: Progress, now: float) -> list[Outgoing]:
-        replica.stats = report.stats
+        self.replicas.take_in(replica, report)
         out: list[Outgoing] = []
         for progress in report.sequences:
             owner = self._requests.owner(progress.request_id, replica.replica_id)

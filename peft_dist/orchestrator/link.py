@@ -41,6 +41,7 @@ class Link:
         return int(replica_id), int(epoch), data
 
     def close(self) -> None:
+        """Close the socket and remove its folder."""
         self._socket.close()
         self._context.term()
         shutil.rmtree(self._folder, ignore_errors=True)

@@ -14,6 +14,7 @@ class Pace:
         self._last: float | None = None
 
     def ended(self, now: float) -> None:
+        """Note that a sequence ended at ``now``, in seconds of a monotonic clock."""
         if self._last is not None:
             gap = max(now - self._last, 0.0)
             self._interval = gap if self._interval is None else self._interval + _WEIGHT * (gap - self._interval)

@@ -9,8 +9,9 @@ from typing import NamedTuple
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.config import ModelInfo
 from peft_dist.core.errors import PeftDistError
-from peft_dist.core.messages import AnyCommand, ReplicaStats, SequenceProgress
+from peft_dist.core.messages import AnyCommand, ReplicaDetail, ReplicaStats, SequenceProgress
 from peft_dist.core.sampling_params import SamplingParams
+from peft_dist.orchestrator.observation import ReplicaTotals
 
 
 class Outgoing(NamedTuple):
@@ -22,6 +23,8 @@ class Outgoing(NamedTuple):
 
 
 class ReplicaState(enum.Enum):
+    """Where an incarnation of a replica is in its life; DEAD is for good."""
+
     STARTING = "starting"
     READY = "ready"
     DEAD = "dead"
@@ -31,7 +34,8 @@ class ReplicaState(enum.Enum):
 class Replica:
     """One replica; ``epoch`` counts incarnations over all replicas, so that no two are alike.
 
-    ``start_deadline`` is the time by which a starting replica must be ready, None for no limit.
+    ``start_deadline`` is the time by which a starting replica must be ready, None for no limit. ``earlier`` is what
+    the incarnations before this one counted.
     """
 
     replica_id: int
@@ -41,6 +45,8 @@ class Replica:
     model: ModelInfo | None = None
     pid: int | None = None
     stats: ReplicaStats = field(default_factory=ReplicaStats)
+    detail: ReplicaDetail = field(default_factory=ReplicaDetail)
+    earlier: ReplicaTotals = field(default_factory=ReplicaTotals)
     error: PeftDistError | None = None
 
 
@@ -89,24 +95,32 @@ class RequestFailed:
 
 @dataclass(frozen=True, slots=True)
 class AdapterLoaded:
+    """A load succeeded: every replica has the adapter."""
+
     call_id: int
     spec: AdapterSpec
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterRefused:
+    """A load failed, and the adapter serves nobody."""
+
     call_id: int
     error: PeftDistError
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaReady:
+    """A replica has loaded its model."""
+
     replica_id: int
     model: ModelInfo
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaLost:
+    """A replica is dead, and why."""
+
     replica_id: int
     error: PeftDistError
 

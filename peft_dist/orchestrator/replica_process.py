@@ -18,6 +18,8 @@ class ReplicaProcess(Protocol):
 
 
 class ReplicaLauncher(Protocol):
+    """Starts replicas; each launch is one ``ReplicaProcess``."""
+
     async def start(self, endpoint: str, replica_id: int, epoch: int) -> ReplicaProcess:
         """Start a replica that connects to ``endpoint`` and names itself by id and epoch."""
         ...

@@ -23,6 +23,7 @@ class RequestTable:
 
     @property
     def num_sequences(self) -> int:
+        """Unfinished sequences of all requests."""
         return len(self._owners)
 
     def load(self, replica: Replica) -> int:
@@ -30,9 +31,11 @@ class RequestTable:
         return self._load[replica.replica_id]
 
     def records(self) -> list[RequestRecord]:
+        """All unfinished requests, oldest first."""
         return list(self._records.values())
 
     def on_replica(self, replica_id: int) -> list[RequestRecord]:
+        """Requests that have an unfinished sequence on a replica."""
         return [
             record
             for record in self._records.values()

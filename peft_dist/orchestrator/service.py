@@ -16,6 +16,7 @@ from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.orchestrator.client import NewRequest
 from peft_dist.orchestrator.core import Orchestrator, OrchestratorOptions
 from peft_dist.orchestrator.link import Link
+from peft_dist.orchestrator.observation import ReplicaView
 from peft_dist.orchestrator.records import (
     AdapterLoaded,
     AdapterRefused,
@@ -83,25 +84,31 @@ class EngineService:
 
     @property
     def model(self) -> ModelInfo:
+        """The served model."""
         return self._core.model
 
     @property
     def is_healthy(self) -> bool:
+        """Whether requests can be served now."""
         return self._core.health_error is None
 
     @property
     def health_error(self) -> str | None:
+        """Why no request can be served now, or None."""
         return self._core.health_error
 
     def adapters(self) -> list[AdapterSpec]:
+        """The adapters that requests can name."""
         return self._core.adapters.specs()
 
     def resolve(self, name: str | None) -> AdapterSpec | None:
+        """The adapter of a name; None for the base. Raises UnknownModelError for any other."""
         return self._core.adapters.resolve(name)
 
     def generate(
         self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, model: str | None
     ) -> Stream:
+        """Admit a request and return its stream. Raises what ``Orchestrator.submit`` raises."""
         new = NewRequest(request_id, prompt_token_ids, params, model)
         commands = self._core.submit(new, self._now())
         stream = Stream(params.n, lambda: self._abandon(request_id))
@@ -111,6 +118,7 @@ class EngineService:
         return stream
 
     def abort(self, request_id: str, sequence_index: int | None = None) -> None:
+        """End a request, or one of its sequences. Nothing happens when it has ended."""
         self._act(self._core.abort(request_id, self._now(), sequence_index))
 
     async def load_adapter(
@@ -123,6 +131,7 @@ class EngineService:
         root: str | None = None,
         allow_pickle: bool = False,
     ) -> AdapterSpec:
+        """As in ``EngineClient``."""
         call_id, commands = self._core.load_adapter(
             name, path, replace=replace, allow_hub=allow_hub, root=root, allow_pickle=allow_pickle
         )
@@ -132,10 +141,15 @@ class EngineService:
         return await future
 
     async def unload_adapter(self, name: str) -> None:
+        """As in ``EngineClient``."""
         self._act(self._core.unload_adapter(name))
 
     def stats(self) -> ReplicaStats:
+        """The last report of a ready replica, or of the last known one when none is ready."""
         return self._core.stats()
+
+    def replicas(self) -> list[ReplicaView]:
+        return self._core.replicas.views()
 
     def replica_pids(self) -> dict[int, int]:
         """Process id of each ready replica's rank 0."""
@@ -151,6 +165,7 @@ class EngineService:
         return True
 
     async def stop(self) -> None:
+        """Fail what still runs and end the replicas. Idempotent; every caller waits for the end."""
         if self._stopping is None:
             self._stopping = asyncio.create_task(self._stop())
         await asyncio.shield(self._stopping)

@@ -26,6 +26,7 @@ class Stream:
         return not self._unfinished
 
     def fail(self, error: PeftDistError) -> None:
+        """Let the reader get ``error`` after what came before it."""
         self._queue.put_nowait(error)
 
     def __aiter__(self) -> Stream:
@@ -47,6 +48,7 @@ class Stream:
         return item
 
     async def aclose(self) -> None:
+        """Stop reading; what still runs of the request is aborted."""
         self._close()
 
     def _close(self) -> None:

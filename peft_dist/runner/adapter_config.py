@@ -7,10 +7,11 @@ import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from peft_dist.core.errors import AdapterError
-from peft_dist.runner.adapter_fields import IGNORED_FIELDS, READ_FIELDS, refuse_unsupported
+from peft_dist.runner.adapter_fields import BOOLEAN_FIELDS, IGNORED_FIELDS, READ_FIELDS, refuse_unsupported
 from peft_dist.runner.adapter_files import CONFIG_NAME, open_regular
 from peft_dist.runner.adapter_patterns import ALL_LINEAR, LayerRule, NameSet, PatternMap, TargetRule
 
@@ -58,6 +59,9 @@ def read_settings(folder: Path) -> LoraSettings:
             a kind of adapter that cannot be served.
     """
     config = _read_json(folder / CONFIG_NAME)
+    for field in BOOLEAN_FIELDS:
+        if not isinstance(config.get(field), (bool, NoneType)):
+            raise _wrong(field, config[field], "true or false")
     refuse_unsupported(config)
     if unknown := sorted(config.keys() - READ_FIELDS - IGNORED_FIELDS):
         logger.warning("%s: fields unknown to this release are ignored, as PEFT does: %s", folder, ", ".join(unknown))
@@ -69,7 +73,7 @@ def read_settings(folder: Path) -> LoraSettings:
         alphas=_pattern_map(config, "alpha_pattern", _number),
         rule=_target_rule(config),
         ties_head=bool(config.get("ensure_weight_tying")),
-        base_model=config.get("base_model_name_or_path"),
+        base_model=_base_model(config),
     )
 
 
@@ -144,6 +148,13 @@ def _layers(config: dict[str, Any]) -> LayerRule | None:
     if not _is_list_of(containers, str):
         raise _wrong("layers_pattern", containers, "a list of names")
     return LayerRule(layers, containers)
+
+
+def _base_model(config: dict[str, Any]) -> str | None:
+    name = config.get("base_model_name_or_path")
+    if name is None or isinstance(name, str):
+        return name
+    raise _wrong("base_model_name_or_path", name, "a name or a path")
 
 
 def _is_list_of(value: object, kind: type) -> bool:

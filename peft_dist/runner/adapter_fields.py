@@ -25,6 +25,9 @@ READ_FIELDS = frozenset(
     }
 )
 
+# JSON's true and false only. PEFT takes "no" and "false" for true; whoever wrote them did not mean that.
+BOOLEAN_FIELDS = ("use_rslora", "ensure_weight_tying", "use_dora", "lora_bias", "use_qalora")
+
 # Served as PEFT serves it: these change training, merging or bookkeeping, not the answers of the adapter.
 # (fan_in_fan_out only turns the merged product; PEFT corrects a wrong value from the layer's class.)
 _WITHOUT_EFFECT = {

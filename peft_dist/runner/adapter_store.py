@@ -1,43 +1,133 @@
-"""Host copies of adapters, and the way from there into device slots."""
+"""Which adapters a model can get, where their files are, and what is kept of them on host and device."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
 from peft_dist.core.adapter import AdapterSpec
-from peft_dist.kernels.lora_pool import LoRAPool
+from peft_dist.core.errors import AdapterError
+from peft_dist.kernels.lora_pool import LayerTensors, LoRAPool
 from peft_dist.patches.lora_layers import join_siblings, wrap_module
-from peft_dist.runner.adapter_tensors import LoadedAdapter
+from peft_dist.runner.adapter_modules import ModuleShape
+from peft_dist.runner.adapter_tensors import LoadedAdapter, ModuleWeights, load_adapter
+from peft_dist.runner.host_tier import HostTier
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Where one registration found the content."""
+
+    name: str
+    path: Path
+    allow_pickle: bool
 
 
 class AdapterStore:
-    """Adapters of one model by content hash, ready to be copied into slots.
+    """Adapters of one model by content hash: registered (on disk), copied to the host, in slots of the pool.
 
-    A module is wrapped in a LoRA layer when the first adapter that targets it arrives, so that a model pays
-    only for what its adapters use.
+    A module is wrapped in a LoRA layer when the first adapter that targets it is registered, so that a model pays
+    only for what its adapters use. ``read`` is for loader threads, all else for the engine's.
     """
 
-    def __init__(self, model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
-        self.pool = LoRAPool(device, dtype)
+    def __init__(
+        self, model: PreTrainedModel, modules: Mapping[str, ModuleShape], pool: LoRAPool, host_memory: int
+    ) -> None:
+        """``modules`` describe the model as it was before it was wrapped; ``host_memory`` is in bytes."""
+        self.pool = pool
+        self.host = HostTier(host_memory)
         self._model = model
+        self._modules = modules
         self._layers: dict[str, int] = {}
-        self._adapters: dict[str, LoadedAdapter] = {}
+        self._sources: dict[str, list[_Source]] = {}
+        self._specs: dict[str, AdapterSpec] = {}
 
-    def add(self, adapter: LoadedAdapter) -> None:
-        """Keep a checked adapter. Adding the same content again changes nothing."""
-        if adapter.spec.content_hash not in self._adapters:
-            if any([self._wrap(path) for path in adapter.weights]):  # noqa: C419 (all of them, not up to the first)
-                join_siblings(self._model)
-            self._adapters[adapter.spec.content_hash] = adapter
+    @property
+    def specs(self) -> list[AdapterSpec]:
+        """Of the adapters that can be loaded, by the name they were registered under last."""
+        return list(self._specs.values())
+
+    @property
+    def registered(self) -> list[str]:
+        """Content hashes that can be loaded."""
+        return list(self._sources)
+
+    def inspect(self, name: str, path: Path, *, allow_pickle: bool) -> AdapterSpec:
+        """Check an adapter whole and tell its identity; nothing of it is kept. For any thread.
+
+        Raises:
+            AdapterError: it cannot be served.
+        """
+        return load_adapter(name, path, self._modules, allow_pickle=allow_pickle).spec
+
+    def register(self, spec: AdapterSpec, *, allow_pickle: bool) -> None:
+        """Remember where an adapter that ``inspect`` found good is, and ready the model for it."""
+        if any([self._wrap(path) for path in spec.ranks]):  # noqa: C419 (all of them, not up to the first)
+            join_siblings(self._model)
+        source = _Source(spec.name, Path(spec.path), allow_pickle)
+        sources = self._sources.setdefault(spec.content_hash, [])
+        if source in sources:
+            sources.remove(source)
+        sources.append(source)
+        self._specs[spec.content_hash] = spec
 
     def remove(self, content_hash: str) -> None:
-        self._adapters.pop(content_hash, None)
+        """Forget a registration and the host copy."""
+        self._sources.pop(content_hash, None)
+        self._specs.pop(content_hash, None)
+        self.host.remove(content_hash)
 
-    def fill_slot(self, spec: AdapterSpec, slot: int) -> None:
-        """Copy an adapter that was added into a device slot."""
-        weights = self._adapters[spec.content_hash].weights
-        self.pool.load(slot, {self._layers[path]: (w.A, w.B, w.scaling) for path, w in weights.items()})
+    def sources(self, spec: AdapterSpec) -> list[_Source]:
+        """Where the content was found, the latest first; to be given to ``read``."""
+        return self._sources[spec.content_hash][::-1]
+
+    def read(self, spec: AdapterSpec, sources: list[_Source]) -> LoadedAdapter:
+        """Read a registered adapter again, from the first source that still has its content.
+
+        Raises:
+            AdapterError: none has; the message is that of the first.
+        """
+        problem: AdapterError | None = None
+        for source in sources:
+            try:
+                return self._read(spec, source)
+            except AdapterError as error:
+                problem = problem or error
+        assert problem is not None, "a registered adapter comes from somewhere"
+        raise problem
+
+    def ranks(self, spec: AdapterSpec) -> dict[int, int]:
+        """By ``lora_index``."""
+        return {self._layers[path]: rank for path, rank in spec.ranks.items()}
+
+    def layer_tensors(self, adapter: LoadedAdapter) -> dict[int, LayerTensors]:
+        """What the pool takes."""
+        return {self._layers[path]: (w.A, w.B, w.scaling) for path, w in adapter.weights.items()}
+
+    def weights_in(self, slot: int) -> dict[str, ModuleWeights]:
+        """What a slot of the pool holds, by module path; on the pool's device and in its dtype."""
+        paths = {index: path for path, index in self._layers.items()}
+        return {paths[index]: ModuleWeights(*tensors) for index, tensors in self.pool.read(slot).items()}
+
+    def _read(self, spec: AdapterSpec, source: _Source) -> LoadedAdapter:
+        adapter = load_adapter(
+            source.name,
+            source.path,
+            self._modules,
+            allow_pickle=source.allow_pickle,
+            # The only memory from which a GPU copies while the host goes on.
+            pin_memory=self.pool.device.type == "cuda",
+        )
+        if adapter.spec.content_hash != spec.content_hash:
+            raise AdapterError(
+                f"adapter {source.name!r} in {source.path}: its files have changed since it was loaded, and the old "
+                "weights are in memory no more: load it again in place, and give new weights a folder of their own"
+            )
+        return adapter
 
     def _wrap(self, path: str) -> bool:
         """Whether the module is wrapped for the first time."""

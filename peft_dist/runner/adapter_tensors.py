@@ -53,7 +53,12 @@ class LoadedAdapter:
 
 
 def load_adapter(
-    name: str, path: Path, modules: Mapping[str, ModuleShape], *, allow_pickle: bool = False
+    name: str,
+    path: Path,
+    modules: Mapping[str, ModuleShape],
+    *,
+    allow_pickle: bool = False,
+    pin_memory: bool = False,
 ) -> LoadedAdapter:
     """Read the PEFT LoRA adapter in ``path`` and check all of it against the base model.
 
@@ -62,6 +67,7 @@ def load_adapter(
         path: Folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
         modules: The base model (see ``describe_modules``).
         allow_pickle: Read ``adapter_model.bin`` where there is no safetensors file.
+        pin_memory: Read into page-locked memory, from which a GPU copies while the host goes on.
 
     Raises:
         AdapterError: the adapter cannot be served; the message names it, what is wrong and the remedy.
@@ -70,7 +76,7 @@ def load_adapter(
         settings = read_settings(path)
         with open_weights(path, allow_pickle) as file:
             found = map_tensors(file.shapes, modules, settings)
-            weights = _read(file, found, modules, settings)
+            weights = _read(file, found, modules, settings, pin_memory)
             digest = _hash(file, found, weights)
     except AdapterError as error:
         raise AdapterError(f"adapter {name!r} in {path}: {error}") from error
@@ -80,9 +86,13 @@ def load_adapter(
 
 
 def _read(
-    file: WeightsFile, found: TensorMap, modules: Mapping[str, ModuleShape], settings: LoraSettings
+    file: WeightsFile,
+    found: TensorMap,
+    modules: Mapping[str, ModuleShape],
+    settings: LoraSettings,
+    pin_memory: bool,
 ) -> dict[str, ModuleWeights]:
-    tensors = file.read()
+    tensors = file.read(pin_memory)
     if not file.all_finite():
         bad = next(name for name, tensor in tensors.items() if not is_finite(tensor))
         raise AdapterError(f"tensor {bad} holds NaN or an infinity: the training diverged, use an earlier checkpoint")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 import pickle
 import struct
 from collections.abc import Iterable, Iterator, Mapping
@@ -46,7 +47,7 @@ class WeightsFile(Protocol):
         """Shape of each tensor, by name."""
         ...
 
-    def read(self) -> dict[str, torch.Tensor]:
+    def read(self, pin_memory: bool = False) -> dict[str, torch.Tensor]:
         """All tensors, by name, each contiguous; float32, float16 or bfloat16. Raises AdapterError."""
         ...
 
@@ -102,8 +103,8 @@ class SafetensorsFile:
         _check_layout(self._entries, self._num_bytes)
         self.shapes = {name: entry.shape for name, entry in self._entries.items()}
 
-    def read(self) -> dict[str, torch.Tensor]:
-        data = torch.empty(self._num_bytes, dtype=torch.uint8)
+    def read(self, pin_memory: bool = False) -> dict[str, torch.Tensor]:
+        data = _buffer(self._num_bytes, pin_memory)
         self._data = memoryview(data.numpy())
         read_exactly(self._file, self._data, SAFETENSORS_NAME)
         for dtype in {_DTYPES[entry.dtype] for entry in self._entries.values()}:
@@ -144,8 +145,10 @@ class PickleFile:
             self._tensors = _unpickle(path)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
-    def read(self) -> dict[str, torch.Tensor]:
+    def read(self, pin_memory: bool = False) -> dict[str, torch.Tensor]:
         self._tensors = {name: tensor.contiguous() for name, tensor in self._tensors.items()}
+        if pin_memory:
+            self._tensors = {name: tensor.pin_memory() for name, tensor in self._tensors.items()}
         return self._tensors
 
     def all_finite(self) -> bool:
@@ -153,6 +156,14 @@ class PickleFile:
 
     def stream(self, names: Iterable[str]) -> Iterator[memoryview]:
         return (memoryview(self._tensors[name].view(-1).view(torch.uint8).numpy()) for name in names)
+
+
+def _buffer(num_bytes: int, pin_memory: bool) -> torch.Tensor:
+    """uint8 ``[num_bytes]`` of anything."""
+    if pin_memory or not num_bytes:
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pin_memory)
+    # From the system and back to it: among the allocator's small objects, buffers that come and go would leave holes.
+    return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

@@ -9,6 +9,7 @@ import torch
 
 from peft_dist.core.batch import PLACEHOLDER, Batch, ScheduledSequence
 from peft_dist.kernels.types import AttentionMetadata, LoRAPlan
+from peft_dist.runner.merge_state import plans_for
 
 
 @dataclass(slots=True)
@@ -21,6 +22,8 @@ class PackedInputs:
         logits_rows: int64 ``[L]``, rows that draw first, in order of ``sampled``, then rows to score.
         sampled: Sequences that draw a token in this step.
         scored: (sequence, first of its rows among the logits, ids that follow its inputs in the prompt).
+        lora, lora_correction: Plans of the rows (``merge_state.plans_for``); ``lora_logits`` and
+            ``lora_logits_correction`` are those of the rows among the logits.
     """
 
     input_ids: torch.Tensor
@@ -31,7 +34,9 @@ class PackedInputs:
     scored: list[tuple[ScheduledSequence, int, list[int]]]
     attention: AttentionMetadata
     lora: LoRAPlan | None
+    lora_correction: LoRAPlan | None
     lora_logits: LoRAPlan | None
+    lora_logits_correction: LoRAPlan | None
 
 
 def pack(
@@ -68,6 +73,8 @@ def pack(
     if not logits_rows:
         # Some models cannot take logits of no row at all; one row costs nothing and nobody reads it.
         logits_rows, logits_slots = [0], [int(slots[0])]
+    lora, correction = plans_for(np.repeat(slots, lengths), batch.merged_slot, backend)
+    of_logits, correction_of_logits = plans_for(np.array(logits_slots, np.int32), batch.merged_slot, backend)
     return PackedInputs(
         input_ids=_to(ids, device)[None],
         position_ids=_to(positions, device)[None],
@@ -76,8 +83,10 @@ def pack(
         sampled=[sequence for _, sequence in sampled],
         scored=scored,
         attention=_attention(sequences, query_start, starts + lengths, positions, lengths, block_size, device, backend),
-        lora=LoRAPlan.from_rows(np.repeat(slots, lengths), backend),
-        lora_logits=LoRAPlan.from_rows(np.array(logits_slots, dtype=np.int32), backend),
+        lora=lora,
+        lora_correction=correction,
+        lora_logits=of_logits,
+        lora_logits_correction=correction_of_logits,
     )
 
 

@@ -16,17 +16,33 @@ from peft_dist.core.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DEVICES = "auto, cpu, cuda or cuda:N"
 _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 
 
 def resolve_device(name: str) -> torch.device:
-    """Raises ConfigError when the device is not there."""
+    """The device that "auto", "cpu", "cuda" or "cuda:N" names.
+
+    Raises:
+        ConfigError: it is none of them, or not there.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device={name!r} is unknown: use {_DEVICES}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device={name!r} is not supported: use {_DEVICES}")
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
         raise ConfigError(f"device={name!r}, but torch sees no CUDA device: use device='cpu' or install a CUDA torch")
-    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else device
+    if (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device={name!r}, but torch sees {torch.cuda.device_count()} CUDA devices: use a lower number"
+        )
+    return torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
 
 
 def resolve_dtype(name: str, config: Any, device: torch.device) -> torch.dtype:
@@ -84,8 +100,8 @@ def max_positions(model: PreTrainedModel, wanted: int | None) -> int:
         )
         limit = stable
     if wanted is not None and limit is not None and wanted > limit:
-        raise ConfigError(f"max_model_len={wanted} exceeds what the model supports ({limit}): lower it")
-    return int(wanted or limit)
+        raise ConfigError(f"max_model_len={wanted} exceeds what the model supports ({limit}): lower it or leave it out")
+    return int(limit if wanted is None else wanted)
 
 
 def _stable_rope_length(config: Any) -> int | None:

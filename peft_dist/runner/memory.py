@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -14,11 +15,17 @@ logger = logging.getLogger(__name__)
 
 
 def count_blocks(
-    options: EngineConfig, device: torch.device, bytes_per_block: int, max_model_len: int, warm_up: Callable[[], None]
+    options: EngineConfig,
+    device: torch.device,
+    bytes_per_block: int,
+    max_model_len: int,
+    adapter_bytes: int,
+    warm_up: Callable[[], None],
 ) -> int:
     """KV blocks to allocate: as asked, or as many as memory allows and requests can use.
 
-    On a GPU the model's peak is measured first by ``warm_up``, a forward of the largest batch.
+    On a GPU the model's peak is measured first by ``warm_up``, a forward of the largest batch, and ``adapter_bytes``
+    are left for pages of adapters that are allocated later.
 
     Raises:
         ConfigError: not even one sequence of ``max_model_len`` fits.
@@ -27,7 +34,10 @@ def count_blocks(
     if options.num_blocks is not None:
         count = options.num_blocks
     else:
-        room = options.kv_cache_bytes if device.type == "cpu" else _free_device_bytes(options, device, warm_up)
+        if device.type == "cpu":
+            room = options.kv_cache_bytes
+        else:
+            room = _free_device_bytes(options, device, warm_up) - adapter_bytes
         count = min(max(room, 0) // bytes_per_block, needed * options.max_num_seqs)
     if 0 < count < needed and options.max_model_len is None:
         logger.warning("%d KV blocks hold %d tokens: max_model_len is that", count, count * options.block_size)
@@ -35,9 +45,26 @@ def count_blocks(
         raise ConfigError(
             f"{count} KV blocks of {options.block_size} tokens ({bytes_per_block} bytes each) cannot hold one sequence "
             f"of max_model_len={max_model_len}, which needs {needed}: lower max_model_len, or raise num_blocks, "
-            f"{'kv_cache_bytes' if device.type == 'cpu' else 'gpu_memory_utilization'}"
+            f"{'kv_cache_bytes' if device.type == 'cpu' else 'gpu_memory_utilization, or lower adapter_device_memory'}"
         )
     return count
+
+
+def merge_budget(device: torch.device) -> int | None:
+    """Bytes that a second copy of the weights may take; None where nobody knows."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    free = free_memory()
+    return free // 2 if free else None
+
+
+def free_memory() -> int:
+    """Bytes of host memory that can still be allocated; 0 where the system does not say."""
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (FileNotFoundError, KeyError):
+        return 0
 
 
 def _free_device_bytes(options: EngineConfig, device: torch.device, warm_up: Callable[[], None]) -> int:

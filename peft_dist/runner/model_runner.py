@@ -14,8 +14,10 @@ from peft_dist.forward_context import ForwardContext
 from peft_dist.kernels.kv_pool import KVCachePool
 from peft_dist.runner.adapter_store import AdapterStore
 from peft_dist.runner.inputs import PackedInputs, pack
+from peft_dist.runner.merge_state import MergeState
 from peft_dist.runner.sampler import SampledTokens, SamplerState, sample
 from peft_dist.runner.sampler_logprobs import NonFiniteLogitsError, prompt_logprobs
+from peft_dist.runner.swapped_models import SwappedModels
 
 
 @dataclass(slots=True)
@@ -54,10 +56,13 @@ class ModelRunner:
         store: AdapterStore,
         eos_token_ids: tuple[int, ...],
         backend: str = "torch",
+        merge: MergeState | SwappedModels | None = None,
     ) -> None:
+        """``merge`` is what changes the weights between batches; None: they are always the base's."""
         self.model = model
         self.kv = kv
         self.store = store
+        self.merge = merge
         self.device = model.device
         self.backend = backend
         self.eos_token_ids = eos_token_ids
@@ -85,6 +90,7 @@ class ModelRunner:
         return step.result
 
     def forget(self, request_id: str) -> None:
+        """Drop the sampling state of a sequence that has ended."""
         self.records.pop(request_id, None)
 
     def _record(self, begin: SequenceStart) -> SequenceRecord:
@@ -125,6 +131,9 @@ class ModelRunner:
             lora=inputs.lora,
             lora_logits=inputs.lora_logits,
             lora_weights=self.store.pool.weights,
+            merged=self.merge.layers_for_context() if self.merge else None,
+            lora_correction=inputs.lora_correction,
+            lora_logits_correction=inputs.lora_logits_correction,
         )
         with context:
             output = self.model(

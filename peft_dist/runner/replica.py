@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,21 +16,29 @@ from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.batch import Batch, ScheduledSequence, SequenceStart
 from peft_dist.core.block_manager import BlockManager
 from peft_dist.core.config import EngineConfig, ModelInfo
+from peft_dist.core.cost_model import CostModel
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.engine.adapter_manager import AdapterManager
 from peft_dist.engine.engine import Engine
-from peft_dist.engine.scheduler import Scheduler, SchedulerLimits
+from peft_dist.engine.limits import SchedulerLimits
+from peft_dist.engine.scheduler import Scheduler
 from peft_dist.kernels import backend
 from peft_dist.kernels.kv_pool import KVCachePool, block_bytes
-from peft_dist.runner.adapter_modules import describe_modules
+from peft_dist.kernels.lora_pool import LoRAPool
+from peft_dist.policy.factory import make_policy
+from peft_dist.policy.settings import PolicySettings
+from peft_dist.runner.adapter_memory import count_rows, row_bytes
+from peft_dist.runner.adapter_modules import ModuleShape, describe_modules
 from peft_dist.runner.adapter_store import AdapterStore
-from peft_dist.runner.adapter_tensors import load_adapter
+from peft_dist.runner.decision_log import DecisionLog
 from peft_dist.runner.executor import TorchExecutor
 from peft_dist.runner.kv_probe import probe_kv_shapes
 from peft_dist.runner.loader import end_of_sequence_ids, has_tokenizer, load_model, max_positions, resolve_device
-from peft_dist.runner.memory import count_blocks
+from peft_dist.runner.memory import count_blocks, merge_budget
+from peft_dist.runner.merge_state import MergeState
 from peft_dist.runner.model_runner import ModelRunner
 from peft_dist.runner.packing import pack_weights
+from peft_dist.runner.swapped_models import SwappedModels
 
 logger = logging.getLogger(__name__)
 _VERSIONED = ("torch", "transformers", "peft", "accelerate")
@@ -43,24 +52,64 @@ class Replica:
     model_info: ModelInfo
     store: AdapterStore
     runner: ModelRunner
+    executor: TorchExecutor
+    config: EngineConfig
 
-    def __post_init__(self) -> None:
-        self._modules = describe_modules(self.runner.model)
+    @property
+    def load_timeout(self) -> float | None:
+        """Seconds for reading one adapter; None is no limit."""
+        return self.config.adapter_load_timeout
 
-    def load_adapter(self, name: str, path: str | Path, *, allow_pickle: bool = False) -> AdapterSpec:
-        """Read and check an adapter whole, keep it on the host, and let requests use it.
+    def inspect_adapter(self, name: str, path: str | Path, *, allow_pickle: bool = False) -> AdapterSpec:
+        """Read and check an adapter whole, and keep nothing of it. For any thread.
 
         Raises:
-            AdapterError: it is refused; nothing has changed.
+            AdapterError: it cannot be served.
         """
-        adapter = load_adapter(name, Path(path), self._modules, allow_pickle=allow_pickle)
-        self.store.add(adapter)
-        self.engine.register_adapter(adapter.spec)
-        return adapter.spec
+        return self.store.inspect(name, Path(path), allow_pickle=allow_pickle)
+
+    def register_adapter(self, spec: AdapterSpec, *, allow_pickle: bool = False) -> None:
+        """Let requests use an adapter that was inspected; its weights are read when the first of them comes.
+
+        Raises:
+            AdapterError: it is larger than the device's room for adapters; nothing has changed.
+        """
+        self.engine.scheduler.adapters.check_fits(spec)
+        self.store.register(spec, allow_pickle=allow_pickle)
+        self.engine.register_adapter(spec)
+
+    def load_adapter(self, name: str, path: str | Path, *, allow_pickle: bool = False) -> AdapterSpec:
+        """``inspect_adapter``, then ``register_adapter``."""
+        spec = self.inspect_adapter(name, path, allow_pickle=allow_pickle)
+        self.register_adapter(spec, allow_pickle=allow_pickle)
+        return spec
+
+    def restart(self, config: EngineConfig) -> Engine:
+        """Take a new engine, with other options, for the model as it was loaded; it has the same adapters registered.
+
+        What the old one was running is aborted. Its cost model goes on.
+        """
+        old = self.engine
+        self._drain()
+        self.executor.clear()
+        self.config = config
+        self.engine = new_engine(config, self.model_info, self.executor, old.cost)
+        for spec in old.adapters.values():
+            self.engine.register_adapter(spec)
+        return self.engine
+
+    def fileno(self) -> int:
+        """A file descriptor that is readable when an adapter's load has ended and ``engine.step`` should be called."""
+        return self.executor.fileno()
 
     def close(self) -> None:
+        """End what runs, and the loader's threads."""
+        self._drain()
+        self.executor.close()
+
+    def _drain(self) -> None:
         self.engine.abort(list(self.engine.requests))
-        while self.engine.has_work:
+        while self.engine.has_work and not self.engine.waits_for_load:
             self.engine.step(0.0)
 
 
@@ -84,30 +133,74 @@ def build_replica(config: EngineConfig) -> Replica:
     if device.type == "cpu":
         pack_weights(model, config.pack_weights)
     shapes = probe_kv_shapes(model)
-    store = AdapterStore(model, device, model.dtype)
+    modules = describe_modules(model)
+    num_rows = count_rows(config, modules, device, model.dtype)
+    pool = LoRAPool(device, model.dtype, num_rows=num_rows, num_slots=config.max_loras)
+    store = AdapterStore(model, modules, pool, config.adapter_host_memory)
     eos = end_of_sequence_ids(model)
     longest = max_positions(model, config.max_model_len)
     per_block = block_bytes(shapes, config.block_size, model.dtype)
-    num_blocks = count_blocks(config, device, per_block, longest, lambda: _warm_up(model, shapes, store, config))
+    adapter_bytes = num_rows * row_bytes(modules, model.dtype)
+    merge = _merge_state(config, model, modules, device)
+    reserved = adapter_bytes + (merge.device_bytes if merge else 0)
+    num_blocks = count_blocks(
+        config, device, per_block, longest, reserved, lambda: _warm_up(model, shapes, store, config)
+    )
     longest = min(longest, num_blocks * config.block_size)
     kv = KVCachePool(shapes, num_blocks, config.block_size, model.dtype, device, config.num_host_blocks)
     kernels = backend.choose(device, config.compile_kernels, model.dtype)
-    runner = ModelRunner(model, kv, store, eos, kernels)
+    runner = ModelRunner(model, kv, store, eos, kernels, merge)
     depth = config.depth if config.depth is not None else int(device.type == "cuda")
-    limits = SchedulerLimits(
-        max_model_len=longest,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        enable_prefix_caching=config.enable_prefix_caching,
-        preemption=config.preemption,
-    )
-    blocks = BlockManager(num_blocks, config.block_size, config.num_host_blocks)
-    scheduler = Scheduler(limits, blocks, AdapterManager(config.max_loras))
     info = _describe(config, runner, longest, depth)
     logger.info(
         "%s on %s in %s: %d KV blocks of %d tokens", info.model, device, info.dtype, num_blocks, config.block_size
     )
-    return Replica(Engine(scheduler, TorchExecutor(runner), depth, eos), info, store, runner)
+    logger.info("adapters: %d rank rows in each of %d modules, %d slots", num_rows, len(modules), config.max_loras)
+    executor = TorchExecutor(runner, config.adapter_load_timeout)
+    return Replica(new_engine(config, info, executor, CostModel()), info, store, runner, executor, config)
+
+
+def new_engine(config: EngineConfig, info: ModelInfo, executor: TorchExecutor, cost: CostModel) -> Engine:
+    """An engine with nothing in it, for a model that is loaded. Two must not use one executor at the same time."""
+    limits = SchedulerLimits(
+        max_model_len=info.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        enable_prefix_caching=config.enable_prefix_caching,
+        preemption=config.preemption,
+        max_adapter_wait=config.max_adapter_wait,
+    )
+    blocks = BlockManager(info.num_blocks, config.block_size, config.num_host_blocks)
+    pool = executor.runner.store.pool
+    adapters = AdapterManager(config.max_loras, pool.page_rows, pool.num_rows)
+    scheduler = Scheduler(
+        limits, blocks, adapters, make_policy(config.policy, config.exec_type, policy_settings(config), cost)
+    )
+    log = DecisionLog(Path(config.decision_log)) if config.decision_log else None
+    return Engine(scheduler, executor, info.depth, info.eos_token_ids, cost, log)
+
+
+def policy_settings(config: EngineConfig) -> PolicySettings:
+    if config.policy_profile == "artifact":
+        return PolicySettings.artifact()
+    return PolicySettings(max_adapter_wait=config.max_adapter_wait, merged_minority=config.merged_minority)
+
+
+def _merge_state(
+    config: EngineConfig, model: PreTrainedModel, modules: Mapping[str, ModuleShape], device: torch.device
+) -> MergeState | SwappedModels | None:
+    """What merges adapters into the model; None where the policy never does."""
+    if config.merge == "off" or config.policy == "fcfs":
+        return None
+    output = model.get_output_embeddings()
+    paths = [
+        path
+        for path, module in modules.items()
+        if module.kind != "embedding" and model.get_submodule(path) is not output
+    ]
+    if config.exec_type == "vllm":
+        return SwappedModels(model, paths, config.resident_models)
+    return MergeState(model, config.merge, merge_budget(device), paths)
 
 
 def _describe(config: EngineConfig, runner: ModelRunner, longest: int, depth: int) -> ModelInfo:
@@ -125,6 +218,9 @@ def _describe(config: EngineConfig, runner: ModelRunner, longest: int, depth: in
         depth=depth,
         attention_backend=runner.backend,
         lora_backend=runner.backend,
+        max_loras=config.max_loras,
+        merge_way=runner.merge.way if runner.merge else "off",
+        merge_bytes=runner.merge.num_bytes if runner.merge else 0,
         tokenizer=config.model if has_tokenizer(config.model) else None,
         versions=_versions(),
     )

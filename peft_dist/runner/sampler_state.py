@@ -31,10 +31,12 @@ class TokenTable:
 
     @property
     def ids(self) -> NDArray[np.int64]:
+        """The different token ids seen, in the order of their first place."""
         return self._ids[: len(self._place)]
 
     @property
     def counts(self) -> NDArray[np.float32]:
+        """How often each of ``ids`` was seen."""
         return self._counts[: len(self._place)]
 
     def count(self, token_ids: Iterable[int]) -> None:

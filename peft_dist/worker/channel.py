@@ -28,6 +28,7 @@ class Channel:
         self._poller.register(fd, zmq.PollEvent.POLLIN)
 
     def send(self, report: AnyReport) -> None:
+        """Send a report under this replica's epoch."""
         self._socket.send(encode_report(report, self._epoch))
 
     def wait(self, timeout_ms: int | None = None) -> None:

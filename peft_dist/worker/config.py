@@ -36,6 +36,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     log_level: str = "info"
 
     def write(self, path: Path) -> None:
+        """Write it as JSON, for ``read`` in the worker's process."""
         path.write_bytes(msgspec.json.format(msgspec.json.encode(self)))
 
     @classmethod

@@ -1,52 +1,45 @@
-"""Finds adapters (which may mean a download) without holding up the engine."""
+"""Finds and checks adapters (which may mean a download) without holding up the engine."""
 
 from __future__ import annotations
 
-import os
-import queue
-import threading
 from collections.abc import Callable
-from pathlib import Path
+from typing import Generic, TypeVar
 
+from peft_dist.core.errors import AdapterError
 from peft_dist.core.messages import LoadAdapter
+from peft_dist.runner.background import BackgroundCalls, Ended, TimeLimitError
 
-Found = tuple[LoadAdapter, Path | Exception]
+T = TypeVar("T")
+# Downloads wait for a network more than they work.
+NUM_THREADS = 8
 
 
-class AdapterFetcher:
-    """Runs ``find`` for each load on a thread of its own; ``fileno()`` is readable when one has ended.
+class AdapterFetcher(Generic[T]):
+    """Runs ``find`` for each load on other threads; ``fileno()`` is readable when one has ended."""
 
-    Reading the files and changing the model stay with the engine's thread, between two steps.
-    """
-
-    def __init__(self, find: Callable[[LoadAdapter], Path]) -> None:
+    def __init__(self, find: Callable[[LoadAdapter], T], time_limit: float | None = None) -> None:
+        """``time_limit``: Seconds for one load; None is no limit."""
         self._find = find
-        self._found: queue.SimpleQueue[Found] = queue.SimpleQueue()
-        self._wake_read, self._wake_write = os.pipe()
-        os.set_blocking(self._wake_read, False)
+        self._time_limit = time_limit
+        self._calls: BackgroundCalls[LoadAdapter, T] = BackgroundCalls("adapter-fetcher", NUM_THREADS, time_limit)
 
     def fileno(self) -> int:
-        return self._wake_read
+        return self._calls.fileno()
 
     def start(self, command: LoadAdapter) -> None:
-        # A daemon: a download must not hold up the end of the process.
-        threading.Thread(target=self._run, args=(command,), name=f"find-{command.name}", daemon=True).start()
+        self._calls.start(command, lambda call: self._find(command))
 
-    def take_found(self) -> list[Found]:
+    def take_found(self) -> list[tuple[LoadAdapter, T | Exception]]:
         """What has ended since the last call."""
-        try:
-            os.read(self._wake_read, 4096)
-        except BlockingIOError:
-            return []
-        found = []
-        while not self._found.empty():
-            found.append(self._found.get())
-        return found
+        return [(ended.key, self._outcome(ended)) for ended in self._calls.take()]
 
-    def _run(self, command: LoadAdapter) -> None:
-        try:
-            outcome: Path | Exception = self._find(command)
-        except Exception as error:  # noqa: BLE001  Whatever it is must reach whoever waits for this load.
-            outcome = error
-        self._found.put((command, outcome))
-        os.write(self._wake_write, b"\0")
+    def close(self) -> None:
+        self._calls.close()
+
+    def _outcome(self, ended: Ended[LoadAdapter, T]) -> T | Exception:
+        if isinstance(ended.error, TimeLimitError):
+            return AdapterError(
+                f"adapter {ended.key.name!r} from {ended.key.path} was not there within {self._time_limit:g} s: see to "
+                "the disk or the network, or raise adapter_load_timeout (--adapter-load-timeout)"
+            )
+        return ended.error if ended.error is not None else ended.result  # type: ignore[return-value]

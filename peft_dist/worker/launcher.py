@@ -29,9 +29,11 @@ class LaunchedReplica:
         self._end = asyncio.ensure_future(self._wait())
 
     async def wait(self) -> int:
+        """Return code when it has ended; negative is the signal that killed it."""
         return await asyncio.shield(self._end)
 
     async def stop(self, grace: float) -> None:
+        """Wait ``grace`` seconds for its end, then terminate it, then kill it."""
         if not await self._ends_within(grace):
             self._signal(signal.SIGTERM)
             if not await self._ends_within(_TERMINATE_SECONDS):

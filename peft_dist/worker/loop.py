@@ -16,6 +16,7 @@ from peft_dist.core.messages import (
     AnyCommand,
     LoadAdapter,
     Progress,
+    ReplicaDetail,
     SequenceProgress,
     Shutdown,
     UnloadAdapter,
@@ -26,38 +27,44 @@ from peft_dist.worker.fetcher import AdapterFetcher
 from peft_dist.worker.replica import Replica
 
 logger = logging.getLogger(__name__)
+DETAIL_SECONDS = 1.0
 
 
 class WorkerLoop:
     """Runs one replica for an orchestrator until it says Shutdown.
 
     While the engine has work, commands are taken between two steps without waiting; without work the loop
-    waits for the next command.
+    waits for the next command, and while only a load can give it work, for its end too.
     """
 
     def __init__(self, replica: Replica, channel: Channel, find_adapter: Callable[[LoadAdapter], Path]) -> None:
         self._replica = replica
         self._engine = replica.engine
         self._channel = channel
-        self._fetcher = AdapterFetcher(find_adapter)
+        self._find = find_adapter
+        self._fetcher = AdapterFetcher(self._inspect, replica.load_timeout)
         self._channel.watch(self._fetcher.fileno())
+        self._channel.watch(replica.fileno())
         self._adapters: dict[str, AdapterSpec] = {}
         self._refused: list[SequenceProgress] = []
         self._stopped = False
+        self._detail_sent = -DETAIL_SECONDS
+        self._worked = False
 
     def run(self) -> None:
         """Raises whatever makes the engine unable to go on."""
         while True:
-            if not self._engine.has_work:
+            if not self._engine.has_work or self._engine.waits_for_load:
                 self._channel.wait()
             commands = self._channel.receive()
             for command in commands:
                 self._handle(command)
-            for found in self._fetcher.take_found():
-                self._finish_load(*found)
+            found = self._fetcher.take_found()
+            for load in found:
+                self._finish_load(*load)
             if self._stopped:
                 return
-            self._step(report=bool(commands))
+            self._step(report=bool(commands or found))
 
     def _step(self, *, report: bool) -> None:
         """One engine step; its stats are reported with its progress, after commands, and when work ran out."""
@@ -66,7 +73,16 @@ class WorkerLoop:
             progress += self._engine.step(time.monotonic())
             report |= not self._engine.has_work
         if progress or report:
-            self._channel.send(Progress(sequences=progress, stats=self._engine.stats()))
+            self._channel.send(Progress(sequences=progress, stats=self._engine.stats(), detail=self._detail()))
+
+    def _detail(self) -> ReplicaDetail | None:
+        """Now and then, and whenever work ran out: it costs a walk over everything."""
+        now, works = time.monotonic(), self._engine.has_work
+        ran_out, self._worked = self._worked and not works, works
+        if not ran_out and now - self._detail_sent < DETAIL_SECONDS:
+            return None
+        self._detail_sent = now
+        return self._engine.detail()
 
     def _handle(self, command: AnyCommand) -> None:
         match command:
@@ -97,12 +113,17 @@ class WorkerLoop:
                 )
             )
 
-    def _finish_load(self, command: LoadAdapter, found: Path | Exception) -> None:
+    def _inspect(self, command: LoadAdapter) -> AdapterSpec:
+        """Runs on a thread of the fetcher, beside the engine's steps."""
+        path = self._find(command)
+        return self._replica.inspect_adapter(command.name, path, allow_pickle=command.allow_pickle)
+
+    def _finish_load(self, command: LoadAdapter, found: AdapterSpec | Exception) -> None:
         try:
             if isinstance(found, Exception):
                 raise found
-            spec = self._replica.load_adapter(command.name, found, allow_pickle=command.allow_pickle)
-            self._engine.register_adapter(spec)
+            spec = found
+            self._replica.register_adapter(spec, allow_pickle=command.allow_pickle)
         except Exception as error:  # No adapter, however broken, may end the serving of the others.
             if not isinstance(error, PeftDistError):
                 logger.exception("loading adapter %r failed", command.name)

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.config import ModelInfo
-from peft_dist.core.messages import ReplicaStats, SequenceProgress
+from peft_dist.core.messages import ReplicaDetail, ReplicaStats, SequenceProgress
 from peft_dist.core.request import Request
 
 
@@ -17,6 +17,11 @@ class ReplicaEngine(Protocol):
 
     @property
     def has_work(self) -> bool: ...
+
+    @property
+    def waits_for_load(self) -> bool:
+        """Whether another step is of no use before an adapter has been loaded, or requests come or go."""
+        ...
 
     def add_request(self, request: Request) -> None:
         """Raises ValueError when the request cannot be taken."""
@@ -32,9 +37,11 @@ class ReplicaEngine(Protocol):
 
     def stats(self) -> ReplicaStats: ...
 
+    def detail(self) -> ReplicaDetail: ...
+
 
 class Replica(Protocol):
-    """A loaded model with its engine. Every call comes from the worker's one thread."""
+    """A loaded model with its engine. Every call but ``inspect_adapter`` comes from the worker's one thread."""
 
     @property
     def engine(self) -> ReplicaEngine: ...
@@ -42,8 +49,21 @@ class Replica(Protocol):
     @property
     def model_info(self) -> ModelInfo: ...
 
-    def load_adapter(self, name: str, path: Path, *, allow_pickle: bool) -> AdapterSpec:
+    @property
+    def load_timeout(self) -> float | None:
+        """Seconds for finding, reading and checking one adapter; None is no limit."""
+        ...
+
+    def inspect_adapter(self, name: str, path: Path, *, allow_pickle: bool) -> AdapterSpec:
         """Read an adapter and check it whole. Raises AdapterError when it is refused."""
+        ...
+
+    def register_adapter(self, spec: AdapterSpec, *, allow_pickle: bool) -> None:
+        """Let requests use an adapter that was inspected. Raises AdapterError when it is refused."""
+        ...
+
+    def fileno(self) -> int:
+        """A file descriptor that is readable when a step makes sense again for an engine that waits for a load."""
         ...
 
     def close(self) -> None: ...

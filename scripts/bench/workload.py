@@ -16,8 +16,10 @@ PROMPTS = [f"Tell me one short fact about {topic}." for topic in _TOPICS]
 _TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def write_adapters(model_path: Path, folder: Path) -> dict[str, Path]:
-    """Random adapters of rank 8 on all seven linears of a Llama-like model, float32, in PEFT's format."""
+def write_adapters(
+    model_path: Path, folder: Path, rank: int = RANK, num_adapters: int = NUM_ADAPTERS
+) -> dict[str, Path]:
+    """Random adapters on all seven linears of a Llama-like model, float32, in PEFT's format."""
     import torch
     from safetensors.torch import save_file
 
@@ -30,7 +32,7 @@ def write_adapters(model_path: Path, folder: Path) -> dict[str, Path]:
         "mlp.down_proj": (inner, hidden),
     }  # fmt: skip
     paths = {}
-    for number in range(NUM_ADAPTERS):
+    for number in range(num_adapters):
         generator = torch.Generator().manual_seed(number)
         path = paths[f"adapter{number}"] = folder / f"adapter{number}"
         path.mkdir()
@@ -38,11 +40,11 @@ def write_adapters(model_path: Path, folder: Path) -> dict[str, Path]:
         for layer in range(config["num_hidden_layers"]):
             for name, (inputs, outputs) in shapes.items():
                 key = f"base_model.model.model.layers.{layer}.{name}"
-                tensors[f"{key}.lora_A.weight"] = torch.randn(RANK, inputs, generator=generator) * 0.02
-                tensors[f"{key}.lora_B.weight"] = torch.randn(outputs, RANK, generator=generator) * 0.02
+                tensors[f"{key}.lora_A.weight"] = torch.randn(rank, inputs, generator=generator) * 0.02
+                tensors[f"{key}.lora_B.weight"] = torch.randn(outputs, rank, generator=generator) * 0.02
         save_file(tensors, path / "adapter_model.safetensors")
         settings = {
-            "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": 2 * RANK, "lora_dropout": 0.0,
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.0,
             "bias": "none", "target_modules": _TARGETS, "base_model_name_or_path": "", "inference_mode": True,
         }  # fmt: skip
         (path / "adapter_config.json").write_text(json.dumps(settings))

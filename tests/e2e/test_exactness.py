@@ -1,4 +1,4 @@
-"""Exactly PEFT's answers, whatever else is in the batch: ten families, every target module."""
+"""Exactly PEFT's answers, whatever else is in the batch: every family, every target module."""
 
 from __future__ import annotations
 

@@ -203,7 +203,9 @@ def test_adapters_come_go_and_change(folder: Path) -> None:
         [second] = llm.generate([[5, 6]], GREEDY, "x", use_tqdm=False)
         assert len({tuple(o.outputs[0].token_ids) for o in (base, first, second)}) == 3
         llm.unload_adapter("x")
-        assert llm._open.store._adapters == {} and llm._open.engine.scheduler.adapters.resident == []
+        store = llm._open.store
+        assert store.registered == [] and store.host.num_bytes == 0
+        assert llm._open.engine.scheduler.adapters.resident == [] and set(store.pool.weights) == {None}
         with pytest.raises(UnknownModelError):
             llm.generate([[5, 6]], GREEDY, "x", use_tqdm=False)
         assert llm.load_adapter(folder / "a0", "y").content_hash == spec.content_hash
@@ -251,6 +253,10 @@ def test_several_live_together_and_a_closed_one_says_so(folder: Path) -> None:
         ({"num_blocks": 2}, "cannot hold one sequence|KV blocks"),
         ({"device": "cuda:77"}, "CUDA|cuda"),
         ({"preemption": "swap"}, "num_host_blocks"),
+        ({"max_model_len": 0}, r"max_model_len=0 .*at least 1"),
+        ({"device": "tpu"}, r"device='tpu' .*cuda:N"),
+        ({"device": "meta"}, r"device='meta' .*cuda:N"),
+        ({"device": 5}, "device=5 .*str"),
     ],
 )
 def test_wrong_options_name_themselves(folder: Path, options: dict[str, object], message: str) -> None:

@@ -115,6 +115,17 @@ def test_it_serves_adapters_behind_keys_and_never_tells_the_keys(tmp_path: Path)
             assert not re.search(rf"\b{key}\b", server.log) and key.encode() not in worker
 
 
+def test_keys_of_the_options_and_of_the_environment_count_together(tmp_path: Path) -> None:
+    keys = {"PEFT_DIST_API_KEY": "env-one env-two", "PEFT_DIST_ADMIN_KEY": "env-admin"}
+    with serving(tmp_path, "--api-key", "cli", "--admin-key", "cli-admin", **keys) as server:
+        body, load = {"model": "worker", "prompt": [5], "max_tokens": 1}, {"lora_name": "x", "lora_path": "/nowhere"}
+        for key, status in (("cli", 200), ("env-one", 200), ("env-two", 200), ("env-one env-two", 401), ("other", 401)):
+            assert server.post("/v1/completions", body, key).status_code == status, key
+        # There is one admin key: the option goes before the variable.
+        assert server.post("/v1/load_lora_adapter", load, "cli-admin").json()["error"]["code"] == "adapter_refused"
+        assert server.post("/v1/load_lora_adapter", load, "env-admin").status_code == 401
+
+
 def test_a_stream_that_can_finish_does_so_after_sigterm(tmp_path: Path) -> None:
     body = {"model": "worker", "prompt": [5], "max_tokens": 400, "stream": True, "return_token_ids": True}
     with serving(tmp_path) as server, httpx.stream("POST", f"{server.url}/v1/completions", json=body) as response:
@@ -168,9 +179,9 @@ def test_a_signal_while_the_model_loads_ends_everything(tmp_path: Path) -> None:
         server.process.wait()
 
 
-def failing(*options: str) -> tuple[int, str]:
+def failing(*options: str, model: Path = MODEL) -> tuple[int, str]:
     done = subprocess.run(
-        [*COMMAND, "serve", str(MODEL), *options], capture_output=True, text=True, cwd=ROOT, timeout=60
+        [*COMMAND, "serve", str(model), *options], capture_output=True, text=True, cwd=ROOT, timeout=60
     )
     return done.returncode, done.stdout + done.stderr
 

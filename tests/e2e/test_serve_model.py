@@ -123,7 +123,9 @@ def chat(api: openai.OpenAI, name: str, prompt: str, stream: bool) -> str:
 
 
 def gauge(server: ModelServer, name: str) -> int:
-    found = re.search(rf"^peft_dist_{name} (\S+)$", httpx.get(f"{server.url}/metrics").text, re.MULTILINE)
+    found = re.search(
+        rf'^peft_dist:{name}{{replica="0"}} (\S+)$', httpx.get(f"{server.url}/metrics").text, re.MULTILINE
+    )
     assert found is not None
     return int(float(found.group(1)))
 

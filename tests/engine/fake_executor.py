@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.batch import NO_ADAPTER, PLACEHOLDER, Batch, ScheduledSequence, SequenceResult, StepResult
+from peft_dist.core.messages import AdapterResidency
 from peft_dist.core.outputs import Logprob
+from peft_dist.engine.executor import LoadOutcome
 
 VOCAB = 97
 EOS = 0
@@ -37,16 +39,30 @@ def tokens_alone(
 class FakeExecutor:
     """Runs batches at once on a fake paged cache; results are handed out on ``collect``."""
 
-    def __init__(self, num_blocks: int, block_size: int, num_host_blocks: int = 0) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        num_host_blocks: int = 0,
+        load_delay: Callable[[AdapterSpec], int] = lambda spec: 0,
+    ) -> None:
+        """``load_delay``: How often ``take_loaded`` is asked in vain before it tells that an adapter has arrived."""
         self.block_size = block_size
         self.cache: list[list[tuple[int, str] | None]] = [[None] * block_size for _ in range(num_blocks)]
         self.host: list[list[tuple[int, str] | None]] = [[None] * block_size for _ in range(num_host_blocks)]
         self.slots: dict[int, str] = {}
         self.states: dict[str, tuple[int, int, list[int]]] = {}
+        self.load_delay = load_delay
+        self.loading: dict[int, tuple[AdapterSpec, int]] = {}
+        self.failing_loads: dict[str, str] = {}
         self.num_loads = 0
         self.discarded: list[str] = []
         self.poisoned: set[str] = set()
         self.max_batch_tokens = 0
+        self.merged = ""
+        self.num_switches = 0
+        self.modes: set[bool] = set()
+        self.unmergeable: set[str] = set()
 
     def submit(self, batch: Batch) -> StepResult:
         for device, host in batch.swap_outs:
@@ -56,28 +72,66 @@ class FakeExecutor:
         for start in batch.starts:
             known = start.prompt_token_ids + start.output_token_ids
             self.states[start.request_id] = (start.seed, start.sequence_index, list(known))
+        if batch.sequences:
+            assert (batch.merged_adapter or "") == self.merged, "the weights hold something else"
+            if batch.merged_adapter is not None:
+                assert self.slots[batch.merged_slot] == batch.merged_adapter
+            self.modes.add(batch.merged_adapter is not None)
         self.max_batch_tokens = max(self.max_batch_tokens, batch.num_tokens)
         # Like the real model: every layer writes all keys and values before it reads any.
         for sequence in batch.sequences:
             self._write(sequence)
-        return StepResult(batch.step, [self._read(sequence) for sequence in batch.sequences])
+        # Steps and switches of a made-up machine, so that policies have something to learn from.
+        seconds = 0.01 + 0.001 * len(batch.sequences) + (0.004 if not batch.merged_adapter else 0.0)
+        return StepResult(batch.step, [self._read(sequence) for sequence in batch.sequences], seconds)
 
     def collect(self, handle: StepResult) -> StepResult:
         return handle
+
+    def can_merge(self, spec: AdapterSpec) -> bool:
+        return spec.content_hash not in self.unmergeable
+
+    def switch(self, spec: AdapterSpec | None) -> float:
+        assert spec is None or spec.content_hash in self.slots.values()
+        self.merged = spec.content_hash if spec else ""
+        self.num_switches += 1
+        return 0.005 if spec else 0.0
+
+    def residency(self) -> list[AdapterResidency]:
+        return [AdapterResidency(content_hash, "device", 4, 10) for content_hash in self.slots.values()]
 
     def forget(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:
             self.states.pop(request_id, None)
 
-    def load_adapter(self, spec: AdapterSpec, slot: int) -> None:
-        self.slots[slot] = spec.content_hash
-        self.num_loads += 1
+    def start_load(self, spec: AdapterSpec, slot: int) -> None:
+        assert slot not in self.slots and slot not in self.loading, "a load over something"
+        assert spec.content_hash not in self.slots.values(), "loaded twice"
+        self.loading[slot] = (spec, self.load_delay(spec))
+
+    def take_loaded(self) -> list[LoadOutcome]:
+        outcomes = []
+        for slot, (spec, polls_left) in list(self.loading.items()):
+            if polls_left:
+                self.loading[slot] = (spec, polls_left - 1)
+                continue
+            del self.loading[slot]
+            error = self.failing_loads.get(spec.content_hash)
+            if error is None:
+                self.slots[slot] = spec.content_hash
+                self.num_loads += 1
+            outcomes.append(LoadOutcome(spec.content_hash, slot, error, 0.0))
+        return outcomes
+
+    def fileno(self) -> int:
+        raise AssertionError("nobody waits for a fake load")
 
     def drop_adapter(self, slot: int) -> None:
         del self.slots[slot]
 
     def discard_adapter(self, content_hash: str) -> None:
         assert content_hash not in self.slots.values()
+        assert content_hash not in [spec.content_hash for spec, _ in self.loading.values()]
         self.discarded.append(content_hash)
 
     def _write(self, sequence: ScheduledSequence) -> None:

@@ -10,12 +10,17 @@ from hypothesis import given, settings
 
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.block_manager import BlockManager
+from peft_dist.core.cost_model import CostModel
 from peft_dist.core.messages import SequenceProgress
 from peft_dist.core.request import Request
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.engine.adapter_manager import AdapterManager
+from peft_dist.engine.decisions import Decision
 from peft_dist.engine.engine import Engine
-from peft_dist.engine.scheduler import Scheduler, SchedulerLimits
+from peft_dist.engine.limits import SchedulerLimits
+from peft_dist.engine.scheduler import Scheduler
+from peft_dist.policy.factory import make_policy
+from peft_dist.policy.settings import PolicySettings
 from tests.engine.fake_executor import EOS, FakeExecutor, tokens_alone
 
 ADAPTERS = [None, *(AdapterSpec(f"a{i}", f"hash{i}", "", {"m": 4}, 10) for i in range(4))]
@@ -30,15 +35,20 @@ def make_engine(
     max_seqs: int = 8,
     max_tokens: int = 16,
     max_len: int = 64,
+    policy: str = "credit",
+    settings: PolicySettings | None = None,
     **limits: object,
 ) -> Engine:
     blocks = BlockManager(num_blocks, block_size, host)
+    cost = CostModel()
+    executor = FakeExecutor(num_blocks, block_size, host)
     scheduler = Scheduler(
         SchedulerLimits(max_len, max_seqs, max_tokens, **limits),  # type: ignore[arg-type]
         blocks,
         AdapterManager(num_slots),
+        make_policy(policy, settings=settings, cost_model=cost),
     )
-    engine = Engine(scheduler, FakeExecutor(num_blocks, block_size, host), depth, [EOS])
+    engine = Engine(scheduler, executor, depth, [EOS], cost)
     for spec in ADAPTERS:
         if spec is not None:
             engine.register_adapter(spec)
@@ -61,18 +71,18 @@ def expected(request: Request) -> list[int]:
     )
 
 
-def step(engine: Engine, into: dict[str, list[SequenceProgress]]) -> None:
-    for progress in engine.step(0.0):
+def step(engine: Engine, into: dict[str, list[SequenceProgress]], now: float = 0.0) -> None:
+    for progress in engine.step(now):
         into.setdefault(progress.request_id, []).append(progress)
     engine.scheduler.blocks.check()
     engine.scheduler.adapters.check()
 
 
-def drain(engine: Engine, into: dict[str, list[SequenceProgress]]) -> None:
-    for _ in range(5000):
+def drain(engine: Engine, into: dict[str, list[SequenceProgress]], now: float = 0.0) -> None:
+    for i in range(5000):
         if not engine.has_work:
             return
-        step(engine, into)
+        step(engine, into, now + i * 0.02)
     raise AssertionError("the engine does not come to an end")
 
 
@@ -112,10 +122,15 @@ arrivals = st.tuples(prompts, st.integers(0, 4), st.integers(1, 20), st.integers
     num_slots=st.integers(1, 4),
     preemption=st.sampled_from(["auto", "recompute"]),
     caching=st.booleans(),
+    policy=st.sampled_from(["fcfs", "merge", "credit"]),
+    minority=st.booleans(),
+    bound=st.sampled_from([0.0, 0.05, 5.0]),
+    fixed=st.sets(st.sampled_from(["hash0", "hash1"])),
 )  # fmt: skip
 def test_tokens_are_those_of_a_request_alone(
-    requests, aborts, depth, num_blocks, host, max_seqs, max_tokens, num_slots, preemption, caching
-) -> None:
+    requests, aborts, depth, num_blocks, host, max_seqs, max_tokens, num_slots, preemption, caching, policy, minority,
+    bound, fixed,
+) -> None:  # fmt: skip
     engine = make_engine(
         num_blocks,
         4,
@@ -124,9 +139,12 @@ def test_tokens_are_those_of_a_request_alone(
         num_slots,
         max_seqs,
         max_tokens,
+        policy=policy,
+        settings=PolicySettings(max_adapter_wait=bound, merged_minority=minority),
         preemption=preemption,
         enable_prefix_caching=caching,
     )
+    engine.executor.unmergeable |= fixed  # type: ignore[attr-defined]
     everyone = [
         (make_request(f"r{i}", prompt, adapter, count), arrival)
         for i, (prompt, adapter, count, arrival) in enumerate(requests)
@@ -141,8 +159,8 @@ def test_tokens_are_those_of_a_request_alone(
             if when == now and index < len(everyone) and everyone[index][0].request_id in engine.requests:
                 aborted.add(everyone[index][0].request_id)
                 engine.abort([everyone[index][0].request_id])
-        step(engine, got)
-    drain(engine, got)
+        step(engine, got, now * 0.02)
+    drain(engine, got, 31 * 0.02)
     for request, _ in everyone:
         progress = got.get(request.request_id, [])
         if request.request_id in aborted:
@@ -187,6 +205,46 @@ def test_prefix_hits_follow_content_not_names(depth: int) -> None:
     assert cached("same weights", twin) == 16
     assert cached("other weights", ADAPTERS[2]) == 0
     assert_empty(engine)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_hot_adapter_is_merged_and_others_get_their_turn(depth: int) -> None:
+    engine = make_engine(depth=depth, settings=PolicySettings(max_adapter_wait=0.5))
+    requests = [make_request(f"r{i}", [i + 1] * 5, 1 if i % 6 else 2, 40, ignore_eos=True) for i in range(12)]
+    for request in requests:
+        engine.add_request(request)
+    got: dict[str, list[SequenceProgress]] = {}
+    drain(engine, got)
+    assert [tokens_of(got[r.request_id]) for r in requests] == [expected(r) for r in requests]
+    assert engine.executor.modes == {False, True}  # type: ignore[attr-defined]
+    assert engine.num_switches > 1
+    assert_empty(engine)
+
+
+def test_what_cannot_be_merged_runs_unmerged() -> None:
+    for policy in ("credit", "merge"):
+        engine = make_engine(policy=policy)
+        engine.executor.unmergeable.add("hash0")  # type: ignore[attr-defined]
+        request = make_request("r", [4] * 5, 1, 9)
+        engine.add_request(request)
+        got: dict[str, list[SequenceProgress]] = {}
+        drain(engine, got)
+        assert tokens_of(got["r"]) == expected(request)
+        assert engine.executor.modes == {False}  # type: ignore[attr-defined]
+
+
+def test_every_step_is_told_to_the_decision_log() -> None:
+    decisions: list[Decision] = []
+    engine = make_engine(policy="merge")
+    engine.on_decision = decisions.append
+    for i in range(3):
+        engine.add_request(make_request(f"r{i}", [i + 1] * 5, 1 + i % 2, 4, ignore_eos=True))
+    got: dict[str, list[SequenceProgress]] = {}
+    drain(engine, got)
+    assert [d.step for d in decisions] == list(range(len(decisions)))
+    assert {d.merged_adapter for d in decisions} == {"hash0", "hash1"}
+    assert all(set(d.scheduled) == {d.merged_adapter} for d in decisions)
+    assert decisions[0].passed_over == {"hash1": 1} and decisions[0].switch_seconds > 0
 
 
 def test_twins_in_one_step_share_blocks() -> None:
@@ -281,7 +339,7 @@ def test_a_failure_that_comes_after_an_abort_or_a_preemption_leaves_no_prefix() 
         if interrupt == "abort":
             engine.abort(["bad"])
         else:
-            engine.scheduler._preempt(bad)
+            engine.scheduler.preempt(bad)
         drain(engine, got)
         engine.add_request(make_request("again", list(range(20, 40)), 1))
         drain(engine, got)

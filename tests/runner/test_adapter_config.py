@@ -120,11 +120,37 @@ def test_unsupported_kinds(folder, field, value, kind):
         ("exclude_modules", "[a"),
         ("layers_to_transform", ["0"]),
         ("layers_to_transform", "0"),
+        ("use_rslora", "yes"),
+        ("use_rslora", "false"),
+        ("use_rslora", 1),
+        ("use_rslora", 0.0),
+        ("ensure_weight_tying", "no"),
+        ("ensure_weight_tying", []),
+        ("use_dora", ""),
+        ("use_dora", "false"),
+        ("lora_bias", 0),
+        ("lora_bias", "none"),
+        ("use_qalora", {}),
+        ("base_model_name_or_path", 5),
     ],
 )
 def test_wrong_values(folder, field, value):
     set_config(folder, **{field: value})
     refused(folder, field, "correct it")
+
+
+@pytest.mark.parametrize("field", ["use_rslora", "ensure_weight_tying", "use_dora", "lora_bias", "use_qalora"])
+@pytest.mark.parametrize("value", [False, None])
+def test_flags_that_are_off(folder, field, value):
+    set_config(folder, **{field: value})
+    load(folder)
+
+
+def test_a_byte_order_mark_changes_nothing(folder):
+    expected = load(folder).spec
+    (folder / CONFIG).write_text((folder / CONFIG).read_text(), encoding="utf-8-sig")
+    assert (folder / CONFIG).read_bytes().startswith(b"\xef\xbb\xbf{")
+    assert load(folder).spec == expected
 
 
 def test_unusable_layers_pattern(folder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.config import EngineConfig, ModelInfo
 from peft_dist.core.errors import AdapterError, ConfigError
-from peft_dist.core.messages import ReplicaStats, SequenceProgress
+from peft_dist.core.messages import ReplicaDetail, ReplicaStats, SequenceProgress
 from peft_dist.core.request import Request
 
 # First prompt tokens that make a request special.
@@ -26,6 +27,8 @@ def expected_token(seed: int, index: int, draw: int, content_hash: str) -> int:
 
 class FakeEngine:
     """Each request gets one token a step; HOLD requests get one token and then wait to be aborted."""
+
+    waits_for_load = False
 
     def __init__(self) -> None:
         self.requests: dict[str, Request] = {}
@@ -63,6 +66,9 @@ class FakeEngine:
             resident_adapters=sorted(self.adapters),
         )
 
+    def detail(self) -> ReplicaDetail:
+        return ReplicaDetail(running={"": len(self.requests)})
+
     def _runs(self, request: Request) -> bool:
         return request.prompt_token_ids[0] != HOLD or not request.output_token_ids
 
@@ -88,11 +94,14 @@ class FakeEngine:
 
 
 class FakeReplica:
+    load_timeout: float | None = None
+
     def __init__(self, config: EngineConfig) -> None:
         self.engine = FakeEngine()
+        self._never_readable = os.pipe()
         self.model_info = fake_model(config.model, name=config.served_model_name)
 
-    def load_adapter(self, name: str, path: Path, *, allow_pickle: bool) -> AdapterSpec:
+    def inspect_adapter(self, name: str, path: Path, *, allow_pickle: bool) -> AdapterSpec:
         text = (Path(path) / "adapter_config.json").read_text()
         if "bad" in text:
             raise AdapterError(f"adapter {name!r} is bad: make it good")
@@ -100,6 +109,12 @@ class FakeReplica:
             raise MemoryError("no room")
         content_hash = hashlib.sha256(text.encode()).hexdigest()[:8]
         return AdapterSpec(name=name, content_hash=content_hash, path=str(path), ranks={"q": 8}, num_bytes=len(text))
+
+    def register_adapter(self, spec: AdapterSpec, *, allow_pickle: bool) -> None:
+        self.engine.register_adapter(spec)
+
+    def fileno(self) -> int:
+        return self._never_readable[0]
 
     def close(self) -> None:
         self.engine.requests.clear()

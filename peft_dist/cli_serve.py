@@ -1,0 +1,172 @@
+"""What ``peft-dist serve`` does once its options are known."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from peft_dist.core.config import EngineConfig
+from peft_dist.core.errors import AdapterError
+
+if TYPE_CHECKING:
+    from peft_dist.api.options import ServerOptions
+    from peft_dist.orchestrator.replica_process import ReplicaLauncher
+    from peft_dist.orchestrator.service import EngineService
+
+logger = logging.getLogger("peft_dist.serve")
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """Everything ``serve`` was asked for. Times in seconds."""
+
+    engine: EngineConfig
+    http: ServerOptions
+    adapters: list[tuple[str, str]]
+    host: str
+    port: int
+    port_file: Path | None
+    max_queue: int
+    launcher: str
+    replica_factory: str | None
+    start_timeout: float | None
+    shutdown_timeout: float
+    log_level: str
+
+
+async def run_server(settings: ServeSettings) -> None:
+    """Serve until a signal asks to stop, then let streams finish within the grace period and fail the rest.
+
+    Raises:
+        ConfigError, AdapterError, EngineDeadError: the server could not be started as asked.
+    """
+    from peft_dist.api.listener import Listener, write_port
+    from peft_dist.orchestrator.core import OrchestratorOptions
+    from peft_dist.orchestrator.service import EngineService
+
+    signals = _StopSignals()
+    listener = Listener(settings.host, settings.port)
+    options = OrchestratorOptions(settings.engine.max_num_seqs, settings.max_queue, settings.engine.seed)
+    service = EngineService(_launcher(settings), options, start_timeout=settings.start_timeout)
+    try:
+        http_app = await _unless(signals.stop, _prepare(settings, service))
+        if http_app is None:
+            return
+        serving = await listener.start(http_app, settings.shutdown_timeout)
+        _announce(service, settings, listener.url)
+        if settings.port_file is not None:
+            write_port(settings.port_file, listener.port)
+        await _unless(signals.stop, asyncio.wait({serving}))
+        logger.info("Stopping: streams get %g s to finish", settings.shutdown_timeout)
+        listener.finish()
+        if not await _unless(signals.hurry, service.drain(settings.shutdown_timeout)):
+            logger.warning("Some streams did not finish: failing them")
+    finally:
+        await service.stop()
+        await listener.close()
+
+
+class _StopSignals:
+    """SIGTERM or SIGINT sets ``stop``; another one ``hurry``."""
+
+    def __init__(self) -> None:
+        self.stop, self.hurry = asyncio.Event(), asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._received)
+
+    def _received(self) -> None:
+        (self.hurry if self.stop.is_set() else self.stop).set()
+
+
+async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, _T]) -> _T | None:
+    """The result of ``work``, or None when ``event`` is set first; the work is cancelled then."""
+    task, waiting = asyncio.create_task(work), asyncio.create_task(event.wait())
+    try:
+        await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        task.cancel()
+        waiting.cancel()
+        await asyncio.gather(task, waiting, return_exceptions=True)
+
+
+async def _prepare(settings: ServeSettings, service: EngineService) -> Any:
+    """The application, once the replica is ready and the adapters are loaded."""
+    from peft_dist.api.server import build_app
+
+    starting = [service.start()]
+    if _may_have_tokenizer(settings.engine.model):
+        # The import takes as long as a small model takes to load: both at once.
+        starting.append(asyncio.to_thread(_import_auto_tokenizer))
+    await asyncio.gather(*starting)
+    for name, path in settings.adapters:
+        await service.load_adapter(name, path, allow_hub=True, allow_pickle=settings.http.allow_pickle)
+    await _load_folder(settings, service)
+    tokenizer = await asyncio.to_thread(_load_tokenizer, service.model.tokenizer, settings.engine)
+    return build_app(service, tokenizer, settings.http)
+
+
+async def _load_folder(settings: ServeSettings, service: EngineService) -> None:
+    folder = settings.http.adapter_dir
+    if folder is None:
+        return
+    for config in sorted(folder.glob("*/adapter_config.json")):
+        name = config.parent.name
+        try:
+            await service.load_adapter(name, name, root=str(folder), allow_pickle=settings.http.allow_pickle)
+        except AdapterError as error:
+            logger.error("Not served: %s", error)
+
+
+def _may_have_tokenizer(model: str) -> bool:
+    folder = Path(model)
+    return not folder.is_dir() or any(folder.glob("*token*"))
+
+
+def _import_auto_tokenizer() -> None:
+    from transformers import AutoTokenizer  # noqa: F401
+
+
+def _load_tokenizer(source: str | None, engine: EngineConfig) -> Any | None:
+    """The base model's tokenizer; None for a model without one."""
+    if source is None:
+        return None
+    from peft_dist.api.tokenizing import load_tokenizer
+
+    return load_tokenizer(source, revision=engine.revision, trust_remote_code=engine.trust_remote_code)
+
+
+def _launcher(settings: ServeSettings) -> ReplicaLauncher:
+    from peft_dist.worker.config import DEFAULT_REPLICA_FACTORY
+    from peft_dist.worker.launcher import AccelerateLauncher, PlainLauncher
+
+    kind = AccelerateLauncher if settings.launcher == "accelerate" else PlainLauncher
+    factory = settings.replica_factory or DEFAULT_REPLICA_FACTORY
+    launcher: ReplicaLauncher = kind(settings.engine, log_level=settings.log_level, replica_factory=factory)
+    return launcher
+
+
+def _announce(service: EngineService, settings: ServeSettings, url: str) -> None:
+    model = service.model
+    adapters = ", ".join(f"{spec.name} (rank {spec.max_rank})" for spec in service.adapters()) or "none"
+    tokens = model.num_blocks * model.block_size
+    logger.info("Model     %s as %r, %s in %s", model.model, model.served_model_name, model.device, model.dtype)
+    logger.info("Back ends attention %s, LoRA %s, depth %d", model.attention_backend, model.lora_backend, model.depth)
+    logger.info("KV cache  %d blocks of %d = %d tokens", model.num_blocks, model.block_size, tokens)
+    logger.info("Limits    %d tokens a request, %d waiting sequences", model.max_model_len, settings.max_queue)
+    logger.info("Adapters  %s", adapters)
+    logger.info("API keys  %s", "asked for" if settings.http.api_keys else "none: whoever reaches the port is served")
+    logger.info("Serving   %s/v1", url)
+
+
+def configure_logging(level: str) -> None:
+    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(message)s")
+    if level != "debug":
+        for name in ("uvicorn.error", "httpx", "asyncio"):
+            logging.getLogger(name).setLevel(logging.WARNING)

@@ -1,0 +1,61 @@
+"""What the engine decided in each step, for a log that can be read again."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import msgspec
+
+from peft_dist.core.batch import Batch
+from peft_dist.core.cost_model import CostModel, StepFeatures
+from peft_dist.core.request import RequestStatus
+from peft_dist.engine.scheduler import Scheduler
+
+
+class Decision(msgspec.Struct, frozen=True):
+    """One step as it was submitted.
+
+    Attributes:
+        now: Seconds on the engine's clock.
+        reason: The branch of the policy that decided.
+        merged_adapter: Content hash of what the weights hold; None when unmerged.
+        switch_seconds: What it took to get there from the mode before.
+        predicted_seconds: What the cost model expects of the step itself.
+        scheduled: Sequences of the batch by content hash ("" is the base).
+        passed_over: The other unfinished requests, likewise.
+        policy: The policy's own numbers (credits, thresholds).
+    """
+
+    step: int
+    now: float
+    reason: str
+    merged_adapter: str | None
+    switch_seconds: float
+    predicted_seconds: float
+    num_tokens: int
+    scheduled: dict[str, int]
+    passed_over: dict[str, int]
+    num_waiting: int
+    policy: dict[str, float]
+
+
+def describe(
+    scheduler: Scheduler, batch: Batch, features: StepFeatures, cost: CostModel, switch_seconds: float, now: float
+) -> Decision:
+    scheduled = {sequence.request_id for sequence in batch.sequences}
+    groups: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
+    for request in scheduler.queue.values():
+        groups[request.request_id not in scheduled][request.content_hash] += 1
+    return Decision(
+        step=batch.step,
+        now=now,
+        reason=scheduler.choice.reason,
+        merged_adapter=batch.merged_adapter,
+        switch_seconds=switch_seconds,
+        predicted_seconds=cost.step_seconds(features),
+        num_tokens=batch.num_tokens,
+        scheduled=dict(groups[False]),
+        passed_over=dict(groups[True]),
+        num_waiting=scheduler.count(RequestStatus.WAITING),
+        policy=scheduler.policy.report(),
+    )

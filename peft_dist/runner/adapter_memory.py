@@ -1,0 +1,44 @@
+"""How many rank rows of adapters fit on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from peft_dist.core.config import EngineConfig
+from peft_dist.core.errors import ConfigError
+from peft_dist.kernels.lora_pool import default_page_rows
+from peft_dist.runner.adapter_modules import ModuleShape
+
+# Without a budget there is room for max_loras adapters of this rank, and for one of the largest.
+_USUAL_RANK = 16
+_USUAL_RANK_CPU = 64
+_LARGEST_RANK = 256
+
+
+def row_bytes(modules: Mapping[str, ModuleShape], dtype: torch.dtype) -> int:
+    """Bytes of one rank row of A and B in every module that can be adapted."""
+    return sum(module.in_features + module.out_features for module in modules.values()) * dtype.itemsize
+
+
+def count_rows(
+    config: EngineConfig, modules: Mapping[str, ModuleShape], device: torch.device, dtype: torch.dtype
+) -> int:
+    """Rank rows that each module has for adapters, in whole pages.
+
+    Raises:
+        ConfigError: the budget is not enough for a single page of each.
+    """
+    page_rows = default_page_rows(device)
+    if config.adapter_device_memory is None:
+        usual = _USUAL_RANK_CPU if device.type == "cpu" else _USUAL_RANK
+        return -(-max(config.max_loras * usual, _LARGEST_RANK) // page_rows) * page_rows
+    each = row_bytes(modules, dtype)
+    rows = config.adapter_device_memory // each // page_rows * page_rows
+    if not rows:
+        raise ConfigError(
+            f"adapter_device_memory={config.adapter_device_memory} holds no page of {page_rows} rank rows, which take "
+            f"{page_rows * each} bytes in this model: give more (--adapter-device-memory)"
+        )
+    return rows

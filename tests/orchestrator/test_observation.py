@@ -1,0 +1,46 @@
+"""What the orchestrator remembers of its replicas for those who watch them."""
+
+from __future__ import annotations
+
+from peft_dist.core.messages import Progress, Ready, ReplicaDetail, ReplicaStats
+from peft_dist.orchestrator.core import Orchestrator, OrchestratorOptions
+from peft_dist.orchestrator.observation import ReplicaTotals
+from tests.worker.fake_replica import fake_model
+
+DETAIL = ReplicaDetail(num_steps=10, num_merged_steps=4, num_switches=3, switch_seconds=0.5, num_adapter_loads=2)
+
+
+def ready(core: Orchestrator) -> int:
+    """Start replica 0 once more, and return its epoch."""
+    epoch = core.add_replica(0, 0.0).epoch
+    core.observe(0, epoch, Ready(model=fake_model(), pid=1), 0.0)
+    return epoch
+
+
+def test_details_last_until_the_next_ones() -> None:
+    core = Orchestrator(OrchestratorOptions())
+    epoch = ready(core)
+    [before] = core.replicas.views()
+    assert (before.state, before.detail, before.totals) == ("ready", ReplicaDetail(), ReplicaTotals())
+    core.observe(0, epoch, Progress(sequences=[], stats=ReplicaStats(), detail=DETAIL), 1.0)
+    core.observe(0, epoch, Progress(sequences=[], stats=ReplicaStats(num_running=2)), 2.0)
+    [view] = core.replicas.views()
+    assert view.detail is DETAIL and view.stats.num_running == 2
+    assert (view.totals.num_merged_steps, view.totals.num_unmerged_steps) == (4, 6)
+
+
+def test_totals_go_on_in_the_next_incarnation() -> None:
+    core = Orchestrator(OrchestratorOptions())
+    stats = ReplicaStats(num_preemptions=1, prefix_cache_queries=8, prefix_cache_hits=5)
+    for times in (1, 2, 3):
+        epoch = ready(core)
+        [started] = core.replicas.views()
+        assert started.totals.num_switches == 3 * (times - 1) and started.detail == ReplicaDetail()
+        core.observe(0, epoch, Progress(sequences=[], stats=stats, detail=DETAIL), 1.0)
+        core.lose_replica(0, epoch, "it was killed")
+        core.observe(0, epoch, Progress(sequences=[], stats=stats, detail=ReplicaDetail()), 2.0)
+        [lost] = core.replicas.views()
+        assert lost.state == "dead" and lost.model is not None
+        assert lost.totals == ReplicaTotals(
+            times, 8 * times, 5 * times, 4 * times, 6 * times, 3 * times, 0.5 * times, 2 * times, 0
+        )
