@@ -64,6 +64,7 @@ class Engine:
         self._in_flight: deque[_Submitted] = deque()
         self._found_nothing = False
         self.scheduler.mergeable = self._can_merge
+        self.scheduler.held_adapter = executor.held_adapter
 
     @property
     def has_work(self) -> bool:
@@ -168,12 +169,14 @@ class Engine:
         if merged_adapter == self.merged_adapter:
             return 0.0
         spec = None if merged_adapter is None else self._spec(merged_adapter)
+        is_free = merged_adapter is not None and merged_adapter == self.executor.held_adapter()
         seconds = self.executor.switch(spec)
         self.merged_adapter = merged_adapter
         self.num_switches += 1
         self.switch_seconds += seconds
-        rank_rows = spec.num_rank_rows if spec else 0
-        self.cost.observe_switch("merge" if spec else "unmerge", seconds, rank_rows)
+        if not is_free:
+            rank_rows = spec.num_rank_rows if spec else 0
+            self.cost.observe_switch("merge" if spec else "unmerge", seconds, rank_rows)
         return seconds
 
     def _spec(self, content_hash: str) -> AdapterSpec:

@@ -53,6 +53,10 @@ class Executor(Protocol):
         """
         ...
 
+    def held_adapter(self) -> str | None:
+        """Content hash of the adapter that was merged last and comes back at no cost; None where none does."""
+        ...
+
     def residency(self) -> list[AdapterResidency]:
         """Where the weights of the registered adapters are."""
         ...

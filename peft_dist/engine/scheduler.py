@@ -40,6 +40,7 @@ class Scheduler:
 
     Attributes:
         mergeable: Whether the adapter with this content hash can be merged into the base; the engine tells.
+        held_adapter: Which adapter comes back into the weights at no cost; the engine tells.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Scheduler:
         self.adapters = adapters
         self.policy = policy
         self.mergeable: Callable[[str], bool] = lambda _: False
+        self.held_adapter: Callable[[], str | None] = lambda: None
         self.queue: dict[str, Request] = {}
         self.merged_adapter: str | None = None
         self.choice = Choice(None, [], "idle")
@@ -146,6 +148,7 @@ class Scheduler:
             max_num_batched_tokens=self.limits.max_num_batched_tokens,
             max_loras=self.adapters.space.num_slots,
             merged_adapter=self.merged_adapter,
+            held_adapter=self.held_adapter(),
             mergeable=self.mergeable,
         )
 

@@ -48,6 +48,7 @@ class QueueState:
         max_loras: Distinct adapters, the base not counted, that one batch may read through the LoRA kernel.
         merged_adapter: What the weights hold; None when unmerged.
         mergeable: Whether an adapter can be merged into this base.
+        held_adapter: What was merged last and comes back at no cost; None where nothing does.
     """
 
     candidates: Sequence[Candidate]
@@ -57,6 +58,7 @@ class QueueState:
     max_loras: int
     merged_adapter: str | None = None
     mergeable: Callable[[str], bool] = _any_adapter
+    held_adapter: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,5 +117,7 @@ class QueueView:
         return self.cost.step_seconds(self.features(batch, merged_adapter))
 
     def switch(self, current: str | None, target: str | None) -> float:
-        """Predicted seconds of a switch."""
+        """Predicted seconds of a switch; what is held already costs nothing."""
+        if target is not None and target == self.state.held_adapter:
+            return 0.0
         return self.cost.switch_seconds(current, target, self.rank(target))

@@ -76,6 +76,9 @@ class TorchExecutor:
             merge.switch(spec.content_hash, weights)
         return time.perf_counter() - began
 
+    def held_adapter(self) -> str | None:
+        return self.runner.merge.held if self.runner.merge is not None else None
+
     def residency(self) -> list[AdapterResidency]:
         store = self.runner.store
         on_host = {spec.content_hash for spec in store.host.specs}

@@ -68,6 +68,11 @@ class MergeState:
         return self._merger.num_bytes if self._merger.on_device else 0
 
     @property
+    def held(self) -> str | None:
+        """The adapter that comes back at no cost after the base: what the shadow holds. None in place."""
+        return self._held if self.way == "shadow" else None
+
+    @property
     def cannot(self) -> Mapping[str, str]:
         """Why not, by the path of each layer that no adapter can be merged into."""
         return self._merger.cannot

@@ -46,6 +46,11 @@ class SwappedModels:
     def device_bytes(self) -> int:
         return self.num_bytes
 
+    @property
+    def held(self) -> str | None:
+        """A model that ``switch`` brings at no cost (any resident one does; the latest is named)."""
+        return next(reversed(self._resident), None)
+
     def mergeable(self, paths: Collection[str]) -> str | None:
         """Why an adapter of these modules cannot be made a model; None when it can."""
         return self._probe.reason_against(paths)

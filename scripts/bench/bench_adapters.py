@@ -165,10 +165,8 @@ class Driver:
             select.select([self.replica.fileno()], [], [], timeout)
             if engine.has_work:
                 waited = time.perf_counter() - start
-                scheduler = engine.scheduler
-                could_run = scheduler.running or any(
-                    r.adapter is None or scheduler.adapters.is_resident(r.adapter) for r in scheduler.waiting
-                )
+                manager = engine.scheduler.adapters
+                could_run = any(r.adapter is None or manager.is_resident(r.adapter) for r in engine.requests.values())
                 if could_run:
                     self.trace.blocked += waited
                 else:
@@ -283,10 +281,12 @@ def _milliseconds(seconds: list[float]) -> dict[str, float]:
 
 def measure(folder: Path, num_adapters: int, num_requests: int) -> dict[str, Any]:
     paths = make_files(folder, num_adapters)
+    # Unpacked: for packed weights oneDNN keeps a kernel for each number of rows that a batch ever had, up to 1024 of
+    # them, and that growth, which ends, would hide any other.
     replica = build_replica(
         EngineConfig(
             str(folder / "base"), device="cpu", num_blocks=256, max_model_len=64, max_num_seqs=32, max_loras=ROOM,
-            adapter_host_memory=HOST_BYTES, num_threads=1,
+            adapter_host_memory=HOST_BYTES, num_threads=1, pack_weights=False,
         )
     )  # fmt: skip
     start = time.perf_counter()

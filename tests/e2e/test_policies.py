@@ -63,7 +63,9 @@ def check(llm: LLM, oracle: PeftOracle) -> None:
         answer = oracle.answer(prompt, adapter, NUM_TOKENS)
         ties += assert_identical(output.outputs[0].token_ids, answer, oracle, prompt, adapter)
         same = common_prefix(output.outputs[0].token_ids, answer.tokens)
-        assert_close_logits(recorder.logits[output.request_id], answer, min(same + 1, NUM_TOKENS))
+        assert_close_logits(
+            [row.cpu() for row in recorder.logits[output.request_id]], answer, min(same + 1, NUM_TOKENS)
+        )
     assert ties == 0
 
 

@@ -60,6 +60,7 @@ class FakeExecutor:
         self.poisoned: set[str] = set()
         self.max_batch_tokens = 0
         self.merged = ""
+        self.held: str | None = None
         self.num_switches = 0
         self.modes: set[bool] = set()
         self.unmergeable: set[str] = set()
@@ -95,7 +96,11 @@ class FakeExecutor:
         assert spec is None or spec.content_hash in self.slots.values()
         self.merged = spec.content_hash if spec else ""
         self.num_switches += 1
-        return 0.005 if spec else 0.0
+        was_held, self.held = self.held, self.merged or self.held
+        return 0.005 if spec and self.held != was_held else 0.0
+
+    def held_adapter(self) -> str | None:
+        return self.held
 
     def residency(self) -> list[AdapterResidency]:
         return [AdapterResidency(content_hash, "device", 4, 10) for content_hash in self.slots.values()]

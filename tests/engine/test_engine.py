@@ -233,6 +233,21 @@ def test_what_cannot_be_merged_runs_unmerged() -> None:
         assert engine.executor.modes == {False}  # type: ignore[attr-defined]
 
 
+def test_a_merge_that_costs_nothing_teaches_nothing() -> None:
+    """The shadow holds what was merged last: had its return been learned, every merge would look cheap."""
+    engine = make_engine(policy="merge")
+    seen: list[tuple[str, float]] = []
+    observe = engine.cost.observe_switch
+    engine.cost.observe_switch = lambda kind, seconds, rows=0: (  # type: ignore[method-assign]
+        seen.append((kind, seconds)), observe(kind, seconds, rows)
+    )[1]  # fmt: skip
+    for name, adapter in (("a", 1), ("base", 0), ("again", 1), ("other", 2)):
+        engine.add_request(make_request(name, [4] * 5, adapter, 2, ignore_eos=True))
+        drain(engine, {})
+    assert engine.num_switches == 4
+    assert seen == [("merge", 0.005), ("unmerge", 0.0), ("merge", 0.005)]
+
+
 def test_every_step_is_told_to_the_decision_log() -> None:
     decisions: list[Decision] = []
     engine = make_engine(policy="merge")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from peft_dist.core.cost_model import StepFeatures
@@ -70,3 +72,10 @@ def test_predictions() -> None:
     assert queued.seconds(queued.groups["a"], "a") == pytest.approx(15e-3)
     assert queued.switch("a", "a") == 0
     assert queued.switch("a", None) == queued.switch(None, "b") == pytest.approx(20e-3)
+
+
+def test_what_is_held_comes_back_at_no_cost() -> None:
+    state = dataclasses.replace(queue("ab"), held_adapter="a")
+    held = QueueView(state, CostModel.paper())
+    assert held.switch(None, "a") == held.switch("b", "a") == 0.0
+    assert held.switch(None, "b") == held.switch("a", "b") == held.switch("a", None) == 20e-3
