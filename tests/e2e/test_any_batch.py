@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,8 @@ def test_tokens_are_those_of_a_request_alone(
             tokens[progress.request_id] += progress.token_ids
         engine.scheduler.blocks.check()
         engine.scheduler.adapters.check()
+        if engine.waits_for_load:
+            assert select.select([replica.fileno()], [], [], 20)[0], "a load got lost"
         if now > 12 and not engine.has_work:
             break
     engine.scheduler.limits = limits

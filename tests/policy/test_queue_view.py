@@ -6,8 +6,9 @@ import dataclasses
 
 import pytest
 
-from peft_dist.core.cost_model import StepFeatures
-from tests.policy.queues import view
+from peft_dist.core.cost_model import CostModel, StepFeatures
+from peft_dist.policy.queue_view import QueueView
+from tests.policy.queues import queue, view
 
 
 def names(candidates: list) -> str:
