@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Callable
@@ -53,6 +54,10 @@ class WorkerLoop:
 
     def run(self) -> None:
         """Raises whatever makes the engine unable to go on."""
+        # Model and libraries live as long as this process. Left to the collector, they would stop all threads for a
+        # quarter of a second whenever enough requests and adapters have come and gone.
+        gc.collect()
+        gc.freeze()
         while True:
             if not self._engine.has_work or self._engine.waits_for_load:
                 self._channel.wait()

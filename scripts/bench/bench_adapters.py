@@ -18,6 +18,7 @@ Writes docs/results/adapters.json.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import random
 import resource
@@ -289,6 +290,8 @@ def measure(folder: Path, num_adapters: int, num_requests: int) -> dict[str, Any
             adapter_host_memory=HOST_BYTES, num_threads=1, pack_weights=False,
         )
     )  # fmt: skip
+    gc.collect()
+    gc.freeze()  # As a worker does.
     start = time.perf_counter()
     specs = [replica.load_adapter(path.name, path) for path in paths]
     registering = time.perf_counter() - start
