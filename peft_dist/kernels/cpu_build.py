@@ -74,7 +74,7 @@ def build(dtype: torch.dtype) -> Path:
         OSError: the cache folder cannot be written.
     """
     compiler = _find_compiler()
-    openmp = _openmp_runtime()
+    openmp = openmp_runtime()
     folder = cache_dir() / "kernels"
     target = folder / f"{str(dtype).removeprefix('torch.')}-{_key(compiler, openmp)}.so"
     if target.exists():
@@ -115,7 +115,7 @@ def _find_compiler() -> str:
     return found
 
 
-def _openmp_runtime() -> str:
+def openmp_runtime() -> str:
     """File of the OpenMP runtime that torch's operators run on, whatever it is called and wherever it lies."""
     torch_library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from peft_dist.kernels.threads import use_one_thread
+
 K = TypeVar("K")
 T = TypeVar("T")
 
@@ -121,6 +123,7 @@ class BackgroundCalls(Generic[K, T]):
         threading.Thread(target=target, name=self._name, daemon=True).start()
 
     def _run(self) -> None:
+        use_one_thread()
         while (item := self._todo.get()) is not None and self._serve(*item):
             # Nothing of a call that has ended may be kept alive while this thread waits for the next.
             del item

@@ -77,7 +77,7 @@ def test_a_built_library_is_reused_until_its_sources_change(fresh: Path, monkeyp
     written = first.stat().st_mtime_ns
     assert cpu_build.build(torch.float32) == first and first.stat().st_mtime_ns == written
     monkeypatch.setattr(cpu_build, "_FLAGS", (*cpu_build._FLAGS, "-DOTHER"))
-    assert cpu_build._key(cpu_build._find_compiler(), cpu_build._openmp_runtime()) not in first.name
+    assert cpu_build._key(cpu_build._find_compiler(), cpu_build.openmp_runtime()) not in first.name
     assert sorted(p.suffix for p in first.parent.iterdir()) == [".so"], "work files were left behind"
 
 

@@ -1,0 +1,38 @@
+"""Threads that load adapters start no teams of their own, and change nobody else's number."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import torch
+
+from peft_dist.kernels.threads import use_one_thread
+
+
+def num_tasks() -> int:
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+def test_a_thread_on_one_thread_starts_no_team() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    found: dict[str, int] = {}
+
+    def work() -> None:
+        use_one_thread()
+        found["threads"] = torch.get_num_threads()
+        found["tasks before"] = num_tasks()
+        torch.randn(1000, 1000).exp_()
+        found["tasks after"] = num_tasks()
+
+    try:
+        torch.randn(1000, 1000).exp_()
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert found["threads"] == 1
+    assert found["tasks after"] == found["tasks before"]
