@@ -158,6 +158,7 @@ def _announce(service: EngineService, settings: ServeSettings, url: str) -> None
     tokens = model.num_blocks * model.block_size
     logger.info("Model     %s as %r, %s in %s", model.model, model.served_model_name, model.device, model.dtype)
     logger.info("Back ends attention %s, LoRA %s, depth %d", model.attention_backend, model.lora_backend, model.depth)
+    logger.info("Merging   %s, second copies of %.0f MiB", model.merge_way, model.merge_bytes / 2**20)
     logger.info("KV cache  %d blocks of %d = %d tokens", model.num_blocks, model.block_size, tokens)
     logger.info("Limits    %d tokens a request, %d waiting sequences", model.max_model_len, settings.max_queue)
     logger.info("Adapters  %s", adapters)

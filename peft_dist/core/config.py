@@ -111,6 +111,10 @@ class EngineConfig:
             _check(option.name, str(option.type).split(" | "), getattr(self, option.name))
         if self.preemption == "swap" and not self.num_host_blocks:
             raise ConfigError("preemption='swap' needs num_host_blocks above 0")
+        if self.exec_type != "dlora" and self.policy not in (None, "merge"):
+            raise ConfigError(
+                f"exec_type={self.exec_type!r} runs one adapter at a time: policy={self.policy!r} needs 'dlora'"
+            )
         if self.merge == "off" and (self.policy == "merge" or self.exec_type != "dlora"):
             raise ConfigError("merge='off' leaves only unmerged execution: use policy 'fcfs' or 'credit' with 'dlora'")
 

@@ -27,6 +27,7 @@ class Request:
     ``sequence_index``: from these any replica continues it with the same tokens.
 
     ``num_computed_tokens`` tokens have their KV in the cache once every submitted step has run.
+    ``last_scheduled`` is when it last ran, in seconds of the engine's clock; None before the first time.
     ``num_in_flight`` draws were scheduled and are not known yet (placeholders behind ``output_token_ids``).
     """
 
@@ -43,6 +44,7 @@ class Request:
     num_in_flight: int = 0
     num_cached_tokens: int = 0
     num_preemptions: int = 0
+    last_scheduled: float | None = None
     block_hashes: list[bytes] = field(default_factory=list)
     num_published_blocks: int = 0
     prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from peft_dist.core.adapter import AdapterSpec
-from peft_dist.core.batch import Batch, ScheduledSequence, SequenceResult, StepResult
+from peft_dist.core.batch import NO_ADAPTER, Batch, ScheduledSequence, SequenceResult, StepResult
 from peft_dist.core.cost_model import CostModel, StepFeatures
 from peft_dist.core.messages import ReplicaDetail, ReplicaStats, SequenceProgress
 from peft_dist.core.request import Request, RequestStatus
@@ -16,6 +19,8 @@ from peft_dist.engine.decisions import Decision, describe
 from peft_dist.engine.executor import Executor
 from peft_dist.engine.scheduler import Scheduler
 from peft_dist.engine.stopping import check_stop
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +61,13 @@ class Engine:
         self.on_decision = on_decision
         self.requests: dict[str, Request] = {}
         self.adapters: dict[str, AdapterSpec] = {}
-        self.merged_adapter: str | None = None
         self.num_steps = 0
         self.num_merged_steps = 0
         self.num_switches = 0
         self.switch_seconds = 0.0
         self._in_flight: deque[_Submitted] = deque()
         self._found_nothing = False
+        self._unmergeable: set[str] = set()
         self.scheduler.mergeable = self._can_merge
         self.scheduler.held_adapter = executor.held_adapter
 
@@ -140,7 +145,7 @@ class Engine:
             counts[request.status is RequestStatus.RUNNING][request.content_hash] += 1
         policy, adapters = self.scheduler.policy, self.scheduler.adapters
         return ReplicaDetail(
-            merged_adapter=self.merged_adapter,
+            merged_adapter=self.executor.merged_adapter(),
             num_steps=self.num_steps,
             num_merged_steps=self.num_merged_steps,
             num_switches=self.num_switches,
@@ -155,29 +160,48 @@ class Engine:
         )
 
     def _submit(self, batch: Batch, now: float) -> None:
-        seconds = self._switch(batch.merged_adapter) if batch.sequences else 0.0
         requests = [self.requests[sequence.request_id] for sequence in batch.sequences]
-        features = self._features(batch, requests)
-        self.num_steps += 1
-        self.num_merged_steps += batch.merged_adapter is not None
-        if self.on_decision is not None:
-            self.on_decision(describe(self.scheduler, batch, features, self.cost, seconds, now))
-        self._in_flight.append(_Submitted(batch, requests, features, self.executor.submit(batch)))
+        try:
+            batch, seconds = self._switch(batch) if batch.sequences else (batch, 0.0)
+            features = self._features(batch, requests)
+            self.num_steps += 1
+            self.num_merged_steps += batch.merged_adapter is not None
+            if self.on_decision is not None:
+                self.on_decision(describe(self.scheduler, batch, features, self.cost, seconds, now))
+            handle = self.executor.submit(batch)
+        except BaseException:
+            # Their blocks were named when they were scheduled, and will not be written.
+            for request in requests:
+                self.scheduler.blocks.withdraw(request.block_hashes)
+            raise
+        self._in_flight.append(_Submitted(batch, requests, features, handle))
 
-    def _switch(self, merged_adapter: str | None) -> float:
-        """Have the weights hold what the next batch needs; seconds that it took."""
-        if merged_adapter == self.merged_adapter:
-            return 0.0
-        spec = None if merged_adapter is None else self._spec(merged_adapter)
-        is_free = merged_adapter is not None and merged_adapter == self.executor.held_adapter()
-        seconds = self.executor.switch(spec)
-        self.merged_adapter = merged_adapter
+    def _switch(self, batch: Batch) -> tuple[Batch, float]:
+        """Have the weights hold what the batch needs, and tell the seconds that it took.
+
+        A merge that fails costs nobody an answer: the batch runs unmerged, and so does that adapter from then on.
+        """
+        target = batch.merged_adapter
+        if target == self.executor.merged_adapter():
+            return batch, 0.0
+        spec = None if target is None else self._spec(target)
+        is_free = target is not None and target == self.executor.held_adapter()
+        try:
+            seconds = self.executor.switch(spec)
+        except Exception as error:
+            if spec is None:
+                raise
+            logger.exception("adapter %r could not be merged (%s): it runs unmerged from now on", spec.name, error)
+            self._unmergeable.add(spec.content_hash)
+            self.executor.switch(None)
+            self.scheduler.merged_adapter = None
+            return msgspec.structs.replace(batch, merged_adapter=None, merged_slot=NO_ADAPTER), 0.0
         self.num_switches += 1
         self.switch_seconds += seconds
         if not is_free:
             rank_rows = spec.num_rank_rows if spec else 0
             self.cost.observe_switch("merge" if spec else "unmerge", seconds, rank_rows)
-        return seconds
+        return batch, seconds
 
     def _spec(self, content_hash: str) -> AdapterSpec:
         spec = self.adapters.get(content_hash)
@@ -187,7 +211,7 @@ class Engine:
         return spec
 
     def _can_merge(self, content_hash: str) -> bool:
-        return self.executor.can_merge(self._spec(content_hash))
+        return content_hash not in self._unmergeable and self.executor.can_merge(self._spec(content_hash))
 
     def _features(self, batch: Batch, requests: list[Request]) -> StepFeatures:
         rows = [

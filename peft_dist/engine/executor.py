@@ -49,8 +49,12 @@ class Executor(Protocol):
         """Merge a resident adapter into the weights (None: back to the base) for the batches submitted from now on.
 
         Batches in flight keep the weights they were submitted for. Returns the seconds that it took, as far as the
-        caller was kept waiting.
+        caller was kept waiting. Whatever it raises, the weights are the base's or those of ``merged_adapter``.
         """
+        ...
+
+    def merged_adapter(self) -> str | None:
+        """Content hash of what the weights hold for the next batch; None: the base."""
         ...
 
     def held_adapter(self) -> str | None:

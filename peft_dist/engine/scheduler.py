@@ -87,7 +87,10 @@ class Scheduler:
         state = self._state(now)
         self.choice = self.policy.choose(state)
         draft = self._take(self.choice)
-        self.policy.ran(state, self.choice, [sequence.request_id for sequence in draft.sequences])
+        scheduled = [sequence.request_id for sequence in draft.sequences]
+        for request_id in scheduled:
+            self.queue[request_id].last_scheduled = now
+        self.policy.ran(state, self.choice, scheduled)
         return self._batch(draft.sequences)
 
     def finish(self, request: Request, reason: str, stop_reason: int | None = None) -> None:
@@ -125,20 +128,20 @@ class Scheduler:
     def _want_adapters(self, now: float) -> None:
         """Have the adapters of queued requests loaded, that of the oldest first.
 
-        Those on the device stay there while anybody in the queue needs them, unless a request has waited for its own
-        adapter longer than the bound: then only those that its elders need are spared.
+        Those on the device stay there while anybody in the queue needs them, unless a request has not run for longer
+        than the bound because its own is not there: for that one all are given up that no elder needs.
         """
         oldest: dict[str, Request] = {}
         for request in self.queue.values():
             if request.adapter is not None:
                 oldest.setdefault(request.content_hash, request)
-        spared: list[str] | None = None
+        specs = [request.adapter for request in oldest.values() if request.adapter is not None]
         for index, (content_hash, request) in enumerate(oldest.items()):
-            late = now - request.arrival_time > self.limits.max_adapter_wait
-            if late and not request.num_output_tokens and not self.adapters.is_held(content_hash):
-                spared = list(oldest)[: index + 1]
+            last = request.arrival_time if request.last_scheduled is None else request.last_scheduled
+            if now - last > self.limits.max_adapter_wait and not self.adapters.is_held(content_hash):
+                self.adapters.want(specs[: index + 1], spared=list(oldest)[: index + 1])
                 break
-        self.adapters.want([r.adapter for r in oldest.values() if r.adapter is not None], spared)
+        self.adapters.want(specs)
 
     def _state(self, now: float) -> QueueState:
         return QueueState(
@@ -225,14 +228,15 @@ class Scheduler:
     def _admit(self, request: Request, room: int, draft: _Draft) -> int:
         """Blocks for the first tokens of a request that has none on the device; 0 when there are too few."""
         while draft.may_start:
-            num_new = (
-                self._resume(request, room) if request.status is RequestStatus.SWAPPED else self._start(request, room)
-            )
-            if num_new:
+            bring = self._resume if request.status is RequestStatus.SWAPPED else self._start
+            if num_new := bring(request, room):
                 request.status = RequestStatus.RUNNING
                 return num_new
             # Those who were passed over make room for their elders, or for anybody if nothing else could run.
             victim = self._youngest(draft.settled | draft.chosen, than=request if draft.sequences else None)
+            if victim is None and self.choice.reason == "urgent":
+                # Whoever must not be overtaken any longer takes the blocks of those who would overtake it.
+                victim = self._youngest(draft.settled, than=request)
             if victim is None:
                 draft.may_start = False
             else:
@@ -328,7 +332,7 @@ class Scheduler:
             self._swap_outs,
             self._swap_ins,
             merged_adapter=merged,
-            merged_slot=NO_ADAPTER if merged is None else self.adapters.slot(merged),
+            merged_slot=self.adapters.slot(merged) if merged is not None and scheduled else NO_ADAPTER,
         )
         self._step += 1
         self._starts, self._swap_outs, self._swap_ins = [], [], []

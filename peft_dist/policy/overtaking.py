@@ -21,6 +21,7 @@ class OvertakingTracker:
 
     def __init__(self, bound: float) -> None:
         self.bound = bound
+        self.longest_ever = 0.0
         self._seconds: dict[str, float] = {}
         self._urgent: set[str] = set()
         self._overtaken: set[str] = set()
@@ -43,6 +44,7 @@ class OvertakingTracker:
             return
         for request_id in self._overtaken:
             self._seconds[request_id] = self.seconds(request_id) + elapsed
+            self.longest_ever = max(self.longest_ever, self._seconds[request_id])
         for request_id in self._running & self._seconds.keys():
             self._seconds[request_id] -= elapsed
             if self._seconds[request_id] <= self.bound * RELIEF:

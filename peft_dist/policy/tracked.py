@@ -65,7 +65,7 @@ class TrackedPolicy(ABC):
         return {}
 
     def report(self) -> dict[str, float]:
-        return {"longest_overtaken_seconds": self.overtaking.longest}
+        return {"longest_overtaken_seconds": self.overtaking.longest_ever}
 
     @abstractmethod
     def _usual(self, view: QueueView) -> Choice:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import msgspec
@@ -9,20 +10,31 @@ import msgspec
 from peft_dist.core.errors import ConfigError
 from peft_dist.engine.decisions import Decision
 
+logger = logging.getLogger(__name__)
+
 
 class DecisionLog:
-    """Appends every decision to a file, which is whole after each line.
+    """Appends every decision to a file; it grows by some hundred bytes a step.
+
+    A file that can no longer be written ends the log, not the serving.
 
     Raises:
-        ConfigError: the file cannot be written.
+        ConfigError: the file cannot be opened.
     """
 
     def __init__(self, path: Path) -> None:
+        self._encoder = msgspec.json.Encoder()
+        self._is_broken = False
         try:
             self._file = path.open("ab", buffering=0)
         except OSError as error:
             raise ConfigError(f"decision_log={str(path)!r} cannot be written: {error}") from error
-        self._encoder = msgspec.json.Encoder()
 
     def __call__(self, decision: Decision) -> None:
-        self._file.write(self._encoder.encode(decision) + b"\n")
+        if self._is_broken:
+            return
+        try:
+            self._file.write(self._encoder.encode(decision) + b"\n")
+        except OSError as error:
+            self._is_broken = True
+            logger.warning("decision_log %s ends here: %s", self._file.name, error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,6 +16,8 @@ from peft_dist.core.messages import AdapterResidency
 from peft_dist.engine.executor import LoadOutcome
 from peft_dist.runner.adapter_loader import AdapterLoader
 from peft_dist.runner.model_runner import ModelRunner, PendingStep
+
+logger = logging.getLogger(__name__)
 
 
 class Submitted(NamedTuple):
@@ -62,7 +65,10 @@ class TorchExecutor:
             return False
         if key not in self._mergeable:
             # Asked at every step; what can be merged depends on the adapter's modules alone.
-            self._mergeable[key] = merge.mergeable(spec.ranks.keys()) is None
+            reason = merge.mergeable(spec.ranks.keys())
+            self._mergeable[key] = reason is None
+            if reason is not None:
+                logger.warning("adapter %r runs unmerged: %s", spec.name, reason)
         return self._mergeable[key]
 
     def switch(self, spec: AdapterSpec | None) -> float:
@@ -75,6 +81,9 @@ class TorchExecutor:
             weights = self.runner.store.weights_in(self._slots[spec.content_hash])
             merge.switch(spec.content_hash, weights)
         return time.perf_counter() - began
+
+    def merged_adapter(self) -> str | None:
+        return self.runner.merge.current if self.runner.merge is not None else None
 
     def held_adapter(self) -> str | None:
         return self.runner.merge.held if self.runner.merge is not None else None

@@ -17,6 +17,7 @@ from peft_dist.core.batch import Batch, ScheduledSequence, SequenceStart
 from peft_dist.core.block_manager import BlockManager
 from peft_dist.core.config import EngineConfig, ModelInfo
 from peft_dist.core.cost_model import CostModel
+from peft_dist.core.errors import AdapterError
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.engine.adapter_manager import AdapterManager
 from peft_dist.engine.engine import Engine
@@ -72,9 +73,15 @@ class Replica:
         """Let requests use an adapter that was inspected; its weights are read when the first of them comes.
 
         Raises:
-            AdapterError: it is larger than the device's room for adapters; nothing has changed.
+            AdapterError: it is larger than the device's room for adapters, or cannot be merged where that is all that
+                runs; nothing has changed.
         """
         self.engine.scheduler.adapters.check_fits(spec)
+        merge = self.runner.merge
+        if self.config.exec_type != "dlora" and merge is not None and (reason := merge.mergeable(spec.ranks.keys())):
+            raise AdapterError(
+                f"adapter {spec.name!r}: {reason}, and exec_type={self.config.exec_type!r} runs nothing else"
+            )
         self.store.register(spec, allow_pickle=allow_pickle)
         self.engine.register_adapter(spec)
 

@@ -61,6 +61,7 @@ class FakeExecutor:
         self.max_batch_tokens = 0
         self.merged = ""
         self.held: str | None = None
+        self.failing_merges: set[str] = set()
         self.num_switches = 0
         self.modes: set[bool] = set()
         self.unmergeable: set[str] = set()
@@ -94,10 +95,16 @@ class FakeExecutor:
 
     def switch(self, spec: AdapterSpec | None) -> float:
         assert spec is None or spec.content_hash in self.slots.values()
+        if spec is not None and spec.content_hash in self.failing_merges:
+            self.merged, self.held = "", None
+            raise MemoryError("no room for the merged weights")
         self.merged = spec.content_hash if spec else ""
         self.num_switches += 1
         was_held, self.held = self.held, self.merged or self.held
         return 0.005 if spec and self.held != was_held else 0.0
+
+    def merged_adapter(self) -> str | None:
+        return self.merged or None
 
     def held_adapter(self) -> str | None:
         return self.held

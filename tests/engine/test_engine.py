@@ -248,6 +248,58 @@ def test_a_merge_that_costs_nothing_teaches_nothing() -> None:
     assert seen == [("merge", 0.005), ("unmerge", 0.0), ("merge", 0.005)]
 
 
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_merge_that_fails_costs_nobody_an_answer(depth: int) -> None:
+    engine = make_engine(policy="merge", depth=depth)
+    executor = engine.executor
+    executor.failing_merges.add("hash0")  # type: ignore[attr-defined]
+    requests = [make_request(f"r{i}", [4] * 9, adapter, 6) for i, adapter in enumerate((2, 1, 1, 2))]
+    got: dict[str, list[SequenceProgress]] = {}
+    for request in requests:
+        engine.add_request(request)
+        drain(engine, got)
+    assert [tokens_of(got[r.request_id]) for r in requests] == [expected(r) for r in requests]
+    assert executor.modes == {False, True}  # type: ignore[attr-defined]
+    assert executor.merged_adapter() == "hash1"
+    assert_empty(engine)
+
+
+def test_what_was_not_submitted_leaves_no_prefix() -> None:
+    engine = make_engine()
+    submit = engine.executor.submit
+    engine.executor.submit = lambda batch: 1 / 0  # type: ignore[method-assign,assignment]
+    engine.add_request(make_request("r", list(range(20, 40)), 1))
+    with pytest.raises(ZeroDivisionError):
+        step(engine, {})
+    engine.executor.submit = submit  # type: ignore[method-assign]
+    engine.abort(["r"])
+    engine.executor.states.clear()  # type: ignore[attr-defined]
+    again = make_request("again", list(range(20, 40)), 1)
+    engine.add_request(again)
+    got: dict[str, list[SequenceProgress]] = {}
+    drain(engine, got)
+    assert got["again"][-1].num_cached_tokens == 0
+    assert tokens_of(got["again"]) == expected(again)
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "credit", "merge"])
+def test_a_generating_request_gets_its_adapter_back(policy: str) -> None:
+    """One slot, and a steady stream for another adapter that took it: every bound the turn changes."""
+    engine = make_engine(num_slots=1, policy=policy)
+    patient = make_request("patient", [7] * 4, 2, 20, ignore_eos=True)
+    engine.add_request(patient)
+    got: dict[str, list[SequenceProgress]] = {}
+    now = 0.0
+    while not patient.is_finished and now < 200:
+        stream = make_request(f"s{now}", [5] * 4, 1, 3, ignore_eos=True)
+        stream.arrival_time = now
+        engine.add_request(stream)
+        step(engine, got, now)
+        now += 1.0
+    assert patient.is_finished
+    assert tokens_of(got["patient"]) == expected(patient)
+
+
 def test_every_step_is_told_to_the_decision_log() -> None:
     decisions: list[Decision] = []
     engine = make_engine(policy="merge")
