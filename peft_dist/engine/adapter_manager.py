@@ -46,10 +46,6 @@ class AdapterManager:
         return list(self._resident)
 
     @property
-    def resident_specs(self) -> list[AdapterSpec]:
-        return [lease.spec for lease in self._resident.values()]
-
-    @property
     def loading(self) -> list[str]:
         """Content hashes on their way to the device."""
         return list(self._loading)
@@ -66,6 +62,10 @@ class AdapterManager:
     def add_user(self, spec: AdapterSpec) -> None:
         """A request for this adapter was admitted; it may wait before it runs."""
         self._users[spec.content_hash] += 1
+
+    def has_users(self, content_hash: str) -> bool:
+        """Whether an unfinished request is for this adapter."""
+        return self._users[content_hash] > 0
 
     def remove_user(self, spec: AdapterSpec) -> None:
         """A request for this adapter ended."""

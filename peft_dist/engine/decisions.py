@@ -56,6 +56,6 @@ def describe(
         num_tokens=batch.num_tokens,
         scheduled=dict(groups[False]),
         passed_over=dict(groups[True]),
-        num_waiting=scheduler.count(RequestStatus.WAITING),
+        num_waiting=scheduler.counts()[RequestStatus.WAITING],
         policy=scheduler.policy.report(),
     )

@@ -69,6 +69,7 @@ class Engine:
         self._found_nothing = False
         self._unmergeable: set[str] = set()
         self.scheduler.mergeable = self._can_merge
+        self.scheduler.merged_adapter = executor.merged_adapter
         self.scheduler.held_adapter = executor.held_adapter
 
     @property
@@ -125,11 +126,11 @@ class Engine:
         return progress
 
     def stats(self) -> ReplicaStats:
-        scheduler = self.scheduler
+        scheduler, counts = self.scheduler, self.scheduler.counts()
         return ReplicaStats(
-            num_running=scheduler.count(RequestStatus.RUNNING),
-            num_waiting=scheduler.count(RequestStatus.WAITING),
-            num_swapped=scheduler.count(RequestStatus.SWAPPED),
+            num_running=counts[RequestStatus.RUNNING],
+            num_waiting=counts[RequestStatus.WAITING],
+            num_swapped=counts[RequestStatus.SWAPPED],
             num_free_blocks=scheduler.blocks.num_free,
             num_blocks=scheduler.blocks.num_blocks,
             num_preemptions=scheduler.num_preemptions,
@@ -194,7 +195,6 @@ class Engine:
             logger.exception("adapter %r could not be merged (%s): it runs unmerged from now on", spec.name, error)
             self._unmergeable.add(spec.content_hash)
             self.executor.switch(None)
-            self.scheduler.merged_adapter = None
             return msgspec.structs.replace(batch, merged_adapter=None, merged_slot=NO_ADAPTER), 0.0
         self.num_switches += 1
         self.switch_seconds += seconds
@@ -315,7 +315,10 @@ class Engine:
         if request.adapter is not None:
             self.scheduler.adapters.remove_user(request.adapter)
             self._apply_adapter_changes()
-        if not any(other.content_hash == request.content_hash for other in self.requests.values()):
+            is_last = not self.scheduler.adapters.has_users(request.content_hash)
+        else:
+            is_last = all(other.adapter is not None for other in self.requests.values())
+        if is_last:
             self.scheduler.policy.forget_adapter(request.content_hash)
         first = len(request.output_token_ids) if first_index is None else first_index
         return self._progress(request, token_ids or [], first, logprobs, error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -40,7 +41,7 @@ class Scheduler:
 
     Attributes:
         mergeable: Whether the adapter with this content hash can be merged into the base; the engine tells.
-        held_adapter: Which adapter comes back into the weights at no cost; the engine tells.
+        merged_adapter, held_adapter: What the weights hold, and what comes back into them at no cost; the engine tells.
     """
 
     def __init__(
@@ -55,9 +56,9 @@ class Scheduler:
         self.adapters = adapters
         self.policy = policy
         self.mergeable: Callable[[str], bool] = lambda _: False
+        self.merged_adapter: Callable[[], str | None] = lambda: None
         self.held_adapter: Callable[[], str | None] = lambda: None
         self.queue: dict[str, Request] = {}
-        self.merged_adapter: str | None = None
         self.choice = Choice(None, [], "idle")
         self.num_preemptions = 0
         self.prefix_queries = 0
@@ -71,8 +72,9 @@ class Scheduler:
     def has_requests(self) -> bool:
         return bool(self.queue)
 
-    def count(self, status: RequestStatus) -> int:
-        return sum(request.status is status for request in self.queue.values())
+    def counts(self) -> Counter[RequestStatus]:
+        """Unfinished requests by status."""
+        return Counter(request.status for request in self.queue.values())
 
     def add(self, request: Request) -> None:
         """Queue a request by its arrival; one that comes from another replica may be older than what is here."""
@@ -150,7 +152,7 @@ class Scheduler:
             max_num_seqs=self.limits.max_num_seqs,
             max_num_batched_tokens=self.limits.max_num_batched_tokens,
             max_loras=self.adapters.space.num_slots,
-            merged_adapter=self.merged_adapter,
+            merged_adapter=self.merged_adapter(),
             held_adapter=self.held_adapter(),
             mergeable=self.mergeable,
         )
@@ -320,11 +322,9 @@ class Scheduler:
     def _batch(self, scheduled: list[ScheduledSequence]) -> Batch | None:
         if not scheduled and not self._swap_outs:
             return None
-        if scheduled:
-            self.merged_adapter = self.choice.merged_adapter
         # Rows of one adapter stand together, so that its weights are read once per layer.
         scheduled.sort(key=lambda sequence: sequence.adapter_slot)
-        merged = self.merged_adapter
+        merged = self.choice.merged_adapter if scheduled else self.merged_adapter()
         batch = Batch(
             self._step,
             scheduled,
