@@ -32,11 +32,15 @@ class LayerTables(NamedTuple):
 
     def of_shrink(self) -> tuple[Any, ...]:
         """Its arguments of ``shrink_kernel``."""
-        return self.A, self.pages, self.rank, self.scaling, self.rank.stride(0), self.rank.shape[0]
+        return self.A, self.pages, self.rank, self.scaling, *self.sizes()
 
     def of_expand(self) -> tuple[Any, ...]:
         """Its arguments of ``expand_kernel``."""
-        return self.B, self.pages, self.rank, self.rank.stride(0), self.rank.shape[0]
+        return self.B, self.pages, self.rank, *self.sizes()
+
+    def sizes(self) -> tuple[int, int, int]:
+        """Distance of two slots in the tables, slots, columns of ``pages``."""
+        return self.rank.stride(0), *self.pages.shape
 
 
 class Group(NamedTuple):
@@ -58,10 +62,11 @@ class Group(NamedTuple):
         """One for each argument of the kernels, which always take three."""
         return three([layer_tables(weights) for weights in self.weights])
 
-    def plan(self, tiles: LoRATiles) -> GroupPlan:
+    def plan(self, tiles: LoRATiles, wide: bool) -> GroupPlan:
         """How to launch it. Tiles are counted in powers of two, so that many batch sizes share a compiled kernel."""
         count = 1 << max(tiles.max_tiles - 1, 0).bit_length()
-        return plan_for(GroupShape(tiles.tile_rows, count, self.in_features, self.out_features), self.device_name)
+        shape = GroupShape(tiles.tile_rows, count, self.in_features, self.out_features)
+        return plan_for(shape, self.device_name, wide)
 
     def workspace(self) -> LoRAWorkspace:
         """That of the pool; weights without one have their own."""

@@ -48,7 +48,9 @@ class GroupPlan:
 
     Attributes:
         split: Parts of the inputs, each summed by a program of its own.
-        block_k, block_n, block_r: Inputs, outputs and ranks that a program has in work at once; powers of two from 16.
+        block_k, block_n: Inputs and outputs that a program has in work at once; powers of two from 16.
+        shrink_r: Likewise ranks, in the shrink. An adapter of a lower rank computes with zeros, but reads none.
+        gate_n, gate_warps: ``block_n`` and warps of the expand that is fused with a gated activation.
         pdl: The expand starts while the shrink still runs, and reads what does not depend on it (programmatic dependent
             launch, from sm_90 on). Both have to be queued one after the other on one stream.
     """
@@ -56,12 +58,28 @@ class GroupPlan:
     block_k: int
     split: int
     block_n: int
-    block_r: int = 16
+    shrink_r: int = 16
     shrink_warps: int = 4
     shrink_stages: int = 3
     expand_warps: int = 4
-    expand_stages: int = 1
+    gate_n: int = 64
+    gate_warps: int = 4
     pdl: bool = False
+
+    def in_float32(self) -> GroupPlan:
+        """For products in float32, whose operands do not fit into registers otherwise."""
+        return replace(
+            self,
+            block_k=min(self.block_k, 64),
+            block_n=min(self.block_n, 32),
+            gate_n=min(self.gate_n, 32),
+            shrink_r=16,
+            shrink_warps=8,
+            expand_warps=8,
+            gate_warps=8,
+            # In a pipeline such products are slower, and as TF32 were miscompiled for sm_90.
+            shrink_stages=1,
+        )
 
 
 def default_plan(shape: GroupShape) -> GroupPlan:
@@ -79,16 +97,28 @@ def default_plan(shape: GroupShape) -> GroupPlan:
         block_n *= 2
     block_n = min(block_n, _power_of_two(max(shape.out_features)))
     warps = 8 if shape.tile_rows == 128 else 4
-    return GroupPlan(block_k, split, block_n, shrink_warps=warps, expand_warps=warps)
+    # A long tile's inputs are too many to be read again for every 16 ranks.
+    shrink_r = min(64, shape.tile_rows)
+    return GroupPlan(
+        block_k,
+        split,
+        block_n,
+        shrink_r,
+        shrink_warps=warps,
+        expand_warps=warps,
+        gate_n=max(16, block_n // 2),
+        gate_warps=warps,
+    )
 
 
-def plan_for(shape: GroupShape, device_name: str) -> GroupPlan:
-    """The plan of a shape on this card."""
-    return _find_plan(shape, tables_of(device_name))
+@lru_cache(maxsize=4096)
+def plan_for(shape: GroupShape, device_name: str, wide: bool = False) -> GroupPlan:
+    """The plan of a shape on this card; ``wide``: its products are in float32. The split does not depend on that."""
+    plan = _find_plan(shape, tables_of(device_name))
+    return plan.in_float32() if wide else plan
 
 
-@lru_cache(maxsize=1024)
-def _find_plan(shape: GroupShape, table: tuple[tuple[GroupShape, GroupPlan], ...]) -> GroupPlan:
+def _find_plan(shape: GroupShape, table: Sequence[tuple[GroupShape, GroupPlan]]) -> GroupPlan:
     best = min(table, key=lambda entry: _distance(shape, entry[0]), default=None)
     if best is None or _distance(shape, best[0]) > _FARTHEST:
         return default_plan(shape)
@@ -101,7 +131,8 @@ def fit_plan(plan: GroupPlan, shape: GroupShape) -> GroupPlan:
     block_n = min(plan.block_n, _power_of_two(max(shape.out_features)))
     chunks = -(-shape.in_features // block_k)
     chunks_each = -(-chunks // min(plan.split, chunks))
-    return replace(plan, block_k=block_k, block_n=block_n, split=-(-chunks // chunks_each))
+    gate_n = min(plan.gate_n, block_n)
+    return replace(plan, block_k=block_k, block_n=block_n, gate_n=gate_n, split=-(-chunks // chunks_each))
 
 
 def _distance(a: GroupShape, b: GroupShape) -> float:

@@ -53,9 +53,9 @@ def lora_shrink_group(
     tiles = tiles_of(plan, x.device)
     rows = even_rows("x", x, plan.num_rows, group.in_features)
     workspace = workspace or group.workspace()
-    launch = group.plan(tiles)
-    partials = workspace.take(tiles.max_tiles * group.size * launch.split * tiles.tile_rows * workspace.max_rank)
     wide = is_wide(x.dtype, group.dtype)
+    launch = group.plan(tiles, wide)
+    partials = workspace.take(tiles.max_tiles * group.size * launch.split * tiles.tile_rows * workspace.max_rank)
     members = [part for layer in group.layers() for part in layer.of_shrink()]
     with on_device(x.device):
         shrink_kernel[(group.size * launch.split, tiles.max_tiles)](
@@ -74,12 +74,11 @@ def lora_shrink_group(
             TILE=tiles.tile_rows,
             SPLIT=launch.split,
             BLOCK_K=launch.block_k,
-            BLOCK_R=min(launch.block_r, workspace.max_rank),
+            BLOCK_R=min(launch.shrink_r, workspace.max_rank),
             WIDE=wide,
             PDL=False,
             num_warps=launch.shrink_warps,
-            # Full float32 products in a pipeline are slower, and were miscompiled for sm_90 as TF32.
-            num_stages=1 if wide else launch.shrink_stages,
+            num_stages=launch.shrink_stages,
         )
 
 
@@ -107,11 +106,11 @@ def lora_expand_group_(
     adapted = [y for y, w in zip(ys, weights, strict=True) if w is not None]
     rows = [even_rows("y", y, plan.num_rows, n) for y, n in zip(adapted, widths, strict=True)]
     workspace = workspace or group.workspace()
-    launch = group.plan(tiles)
+    wide = is_wide(group.dtype)
+    launch = group.plan(tiles, wide)
     partials = workspace.take(0)
     members = [part for layer in group.layers() for part in layer.of_expand()]
     padded = three(rows)
-    wide = is_wide(group.dtype)
     with on_device(ys[0].device):
         expand_kernel[(sum(-(-n // launch.block_n) for n in widths), tiles.max_tiles)](
             *padded,
@@ -128,11 +127,9 @@ def lora_expand_group_(
             TILE=tiles.tile_rows,
             SPLIT=launch.split,
             BLOCK_N=launch.block_n,
-            BLOCK_R=min(launch.block_r, workspace.max_rank),
             WIDE=wide,
             PDL=launch.pdl,
             num_warps=launch.expand_warps,
-            num_stages=1 if wide else launch.expand_stages,
             **({"launch_pdl": True} if launch.pdl else {}),
         )
 
