@@ -76,11 +76,20 @@ class ShadowMerger(Merger):
         self.is_merged = self._holds_adapter
         return self.is_merged
 
+    @property
+    def copy_bytes(self) -> int:
+        """What ``copy_out`` takes now."""
+        packed = sum(tensor.nbytes for tensor in self._layers.packed.values())
+        return packed + sum(_host_bytes(weight_of(twin)) for twin in self._layers.twins.values())
+
     def copy_out(self) -> MergedLayers:
-        """A copy of the merged weights in host memory, for ``copy_in``."""
+        """A copy of the merged weights in host memory, pinned where they are on a GPU, for ``copy_in``.
+
+        A GPU copies them in order with what runs on its current stream: nobody but ``copy_in`` may read them.
+        """
         with torch.inference_mode(False), torch.no_grad():
-            host = [(m, twin_of(m, weight_of(twin).to("cpu", copy=True))) for m, twin in self._layers.twins.items()]
-            return MergedLayers(dict(host), {packing: t.clone() for packing, t in self._layers.packed.items()})
+            host = {module: twin_of(module, _to_host(weight_of(twin))) for module, twin in self._layers.twins.items()}
+            return MergedLayers(host, {packing: t.clone() for packing, t in self._layers.packed.items()})
 
     def copy_in(self, weights: MergedLayers) -> None:
         """Merge what ``copy_out`` took, by copying; the twins keep their addresses."""
@@ -88,22 +97,24 @@ class ShadowMerger(Merger):
         self._modules.update(dict.fromkeys(weights.twins))
         self.allocate()
         with torch.inference_mode(False), torch.no_grad():
+            self._cover(weights.twins)
             for module, twin in weights.twins.items():
                 weight_of(self._twins[module]).copy_(weight_of(twin), non_blocking=True)
-            self._dirty.update(weights.twins)
-            self._layers.twins.clear()
-            self._layers.twins.update((module, self._twins[module]) for module in weights.twins)
             self._layers.packed.clear()
             self._layers.packed.update((packing, tensor.clone()) for packing, tensor in weights.packed.items())
         self.is_merged = self._holds_adapter = True
 
     def _merge_plain(self, tensors: Mapping[nn.Module, LayerTensors]) -> None:
-        merged = [m for m in self._twins if m in tensors or weight_of(m).is_cuda]
-        for module in self._dirty.intersection(merged).difference(tensors):
+        self._cover(tensors)
+        merge_group_([MergeItem(weight_of(self._twins[m]), weight_of(m), *t) for m, t in tensors.items()])
+
+    def _cover(self, written: Mapping[nn.Module, object]) -> None:
+        """Choose the twins of ``layers``: those about to be written, and on a GPU all others, as the base has them."""
+        merged = [m for m in self._twins if m in written or weight_of(m).is_cuda]
+        for module in self._dirty.intersection(merged).difference(written):
             weight_of(self._twins[module]).copy_(weight_of(module))
             self._dirty.discard(module)
-        self._dirty.update(tensors)
-        merge_group_([MergeItem(weight_of(self._twins[m]), weight_of(m), *t) for m, t in tensors.items()])
+        self._dirty.update(written)
         self._layers.twins.clear()
         self._layers.twins.update((module, self._twins[module]) for module in merged)
 
@@ -128,3 +139,12 @@ class ShadowMerger(Merger):
         items = zip(packing.layers, parts, weights, strict=True)
         merge_group_([MergeItem(part, weight, *tensors[layer]) for layer, part, weight in items if layer in tensors])
         return joined
+
+
+def _to_host(weight: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(weight, device="cpu", pin_memory=weight.is_cuda).copy_(weight, non_blocking=True)
+
+
+def _host_bytes(weight: torch.Tensor) -> int:
+    """The allocator of pinned memory rounds up to a power of two."""
+    return 1 << (weight.nbytes - 1).bit_length() if weight.is_cuda and weight.nbytes else weight.nbytes

@@ -7,14 +7,14 @@ import os
 import sys
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 try:
     import typer
 except ModuleNotFoundError as missing:
     raise SystemExit("peft-dist needs the server's packages: pip install 'peft-dist[server]'") from missing
 
-from peft_dist.core.config import EngineConfig, parse_bytes
+from peft_dist.core.config import EngineConfig, MergeMethod, Preemption, parse_bytes
 from peft_dist.core.errors import ConfigError, PeftDistError
 
 API_KEYS_VARIABLE = "PEFT_DIST_API_KEY"
@@ -105,7 +105,7 @@ def serve(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             enable_prefix_caching=not no_prefix_caching,
-            preemption=_one_of("preemption", preemption, ("auto", "recompute", "swap")),
+            preemption=cast(Preemption, preemption),
             depth=depth,
             max_loras=max_loras,
             adapter_device_memory=None
@@ -121,7 +121,7 @@ def serve(
             resident_models=resident_models,
             policy_profile=policy_profile,
             max_adapter_wait=max_adapter_wait,
-            merge=_one_of("merge", merge, ("auto", "shadow", "host", "off")),
+            merge=cast(MergeMethod, merge),
             merged_minority=merged_minority,
             decision_log=None if decision_log is None else str(decision_log),
         ),

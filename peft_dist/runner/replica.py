@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,17 +28,16 @@ from peft_dist.kernels.lora_pool import LoRAPool
 from peft_dist.policy.factory import make_policy
 from peft_dist.policy.settings import PolicySettings
 from peft_dist.runner.adapter_memory import count_rows, row_bytes
-from peft_dist.runner.adapter_modules import ModuleShape, describe_modules
+from peft_dist.runner.adapter_modules import describe_modules
 from peft_dist.runner.adapter_store import AdapterStore
 from peft_dist.runner.decision_log import DecisionLog
 from peft_dist.runner.executor import TorchExecutor
 from peft_dist.runner.kv_probe import probe_kv_shapes
 from peft_dist.runner.loader import end_of_sequence_ids, has_tokenizer, load_model, max_positions, resolve_device
-from peft_dist.runner.memory import count_blocks, merge_budget
-from peft_dist.runner.merge_state import MergeState
+from peft_dist.runner.memory import MemoryLeft, count_blocks
+from peft_dist.runner.merge_setup import as_in_the_base, later_device_bytes, make_merging
 from peft_dist.runner.model_runner import ModelRunner
 from peft_dist.runner.packing import pack_weights
-from peft_dist.runner.swapped_models import SwappedModels
 
 logger = logging.getLogger(__name__)
 _VERSIONED = ("torch", "transformers", "peft", "accelerate")
@@ -77,8 +75,8 @@ class Replica:
                 runs; nothing has changed.
         """
         self.engine.scheduler.adapters.check_fits(spec)
-        merge = self.runner.merge
-        if self.config.exec_type != "dlora" and merge is not None and (reason := merge.mergeable(spec.ranks.keys())):
+        reason = self.executor.prepare_merge(spec)
+        if reason and self.config.exec_type != "dlora":
             raise AdapterError(
                 f"adapter {spec.name!r}: {reason}, and exec_type={self.config.exec_type!r} runs nothing else"
             )
@@ -143,18 +141,26 @@ def build_replica(config: EngineConfig) -> Replica:
     modules = describe_modules(model)
     num_rows = count_rows(config, modules, device, model.dtype)
     pool = LoRAPool(device, model.dtype, num_rows=num_rows, num_slots=config.max_loras)
-    store = AdapterStore(model, modules, pool, config.adapter_host_memory)
     eos = end_of_sequence_ids(model)
     longest = max_positions(model, config.max_model_len)
     per_block = block_bytes(shapes, config.block_size, model.dtype)
     adapter_bytes = num_rows * row_bytes(modules, model.dtype)
-    merge = _merge_state(config, model, modules, device)
-    reserved = adapter_bytes + (merge.device_bytes if merge else 0)
+    left = MemoryLeft(config, device, pool, adapter_bytes)
+    left.promised = (config.num_blocks or 0) * per_block
+    merge = make_merging(config, model, modules, left)
+    store = AdapterStore(model, as_in_the_base(modules, merge), pool, config.adapter_host_memory)
     num_blocks = count_blocks(
-        config, device, per_block, longest, reserved, lambda: _warm_up(model, shapes, store, config)
+        config,
+        device,
+        per_block,
+        longest,
+        adapter_bytes + later_device_bytes(config, merge, modules),
+        lambda: _warm_up(model, shapes, store, config),
+        merge.remedy if merge is not None and merge.on_device else None,
     )
     longest = min(longest, num_blocks * config.block_size)
     kv = KVCachePool(shapes, num_blocks, config.block_size, model.dtype, device, config.num_host_blocks)
+    left.promised = 0
     kernels = backend.choose(device, config.compile_kernels, model.dtype)
     runner = ModelRunner(model, kv, store, eos, kernels, merge)
     depth = config.depth if config.depth is not None else int(device.type == "cuda")
@@ -191,23 +197,6 @@ def policy_settings(config: EngineConfig) -> PolicySettings:
     if config.policy_profile == "artifact":
         return PolicySettings.artifact()
     return PolicySettings(max_adapter_wait=config.max_adapter_wait, merged_minority=config.merged_minority)
-
-
-def _merge_state(
-    config: EngineConfig, model: PreTrainedModel, modules: Mapping[str, ModuleShape], device: torch.device
-) -> MergeState | SwappedModels | None:
-    """What merges adapters into the model; None where the policy never does."""
-    if config.merge == "off" or config.policy == "fcfs":
-        return None
-    output = model.get_output_embeddings()
-    paths = [
-        path
-        for path, module in modules.items()
-        if module.kind != "embedding" and model.get_submodule(path) is not output
-    ]
-    if config.exec_type == "vllm":
-        return SwappedModels(model, paths, config.resident_models)
-    return MergeState(model, config.merge, merge_budget(device), paths)
 
 
 def _describe(config: EngineConfig, runner: ModelRunner, longest: int, depth: int) -> ModelInfo:
