@@ -92,7 +92,10 @@ class MergeState:
             return None
         left = self._room(self.on_device)
         if left is not None and needed > left:
-            return f"second copies of its layers would need {needed} bytes more, {left} are left: {self.remedy}"
+            return (
+                f"second copies of its layers would need {needed} bytes more, {max(left, 0)} are left: {self.remedy}, "
+                "or ask for fewer KV blocks (--num-blocks)"
+            )
         try:
             self._merger.expect(paths)
         except (torch.OutOfMemoryError, MemoryError) as error:

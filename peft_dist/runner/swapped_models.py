@@ -88,7 +88,10 @@ class SwappedModels:
             return reason
         needed, left = self.more_bytes(paths), self._room(self.on_device)
         if needed and left is not None and needed > left:
-            return f"{len(self._mergers)} merged models would need {needed} bytes more, {left} are left: {self.remedy}"
+            return (
+                f"{len(self._mergers)} merged models would need {needed} bytes more, {max(left, 0)} are left: "
+                f"{self.remedy}, or ask for fewer KV blocks (--num-blocks)"
+            )
         try:
             for merger in self._mergers:
                 merger.expect(paths)

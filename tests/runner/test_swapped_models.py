@@ -74,6 +74,8 @@ def test_models_come_and_go(device: str, packed: bool) -> None:
     for name in (None, "d", "b", None, "a", "c"):
         case.check(state, name, has_copy=True)
     assert digest(case.model) == case.before
+    copies = [twin.weight for weights, _ in state._host.values() for twin in weights.twins.values()]
+    assert all(copy.device.type == "cpu" and copy.is_pinned() == (device == "cuda") for copy in copies)
 
 
 @pytest.mark.parametrize("packed", [False, True])
