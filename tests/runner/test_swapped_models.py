@@ -124,6 +124,16 @@ def test_an_adapter_that_is_gone_leaves_nothing_behind() -> None:
     case.check(state, "a")
 
 
+def test_the_model_of_an_adapter_that_is_gone_is_the_first_to_leave() -> None:
+    case = Case()
+    state = SwappedModels(case.model, case.paths, 2)
+    for name in "ab":
+        case.check(state, name)
+    state.discard("b")
+    case.check(state, "c")
+    assert [state.holds(name) for name in "abc"] == [True, False, True]
+
+
 def test_a_merge_that_fails_loses_no_place() -> None:
     case = Case()
     state = SwappedModels(case.model, case.paths, 1)
