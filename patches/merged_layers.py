@@ -23,6 +23,11 @@ class MergedLayers:
     twins: dict[nn.Module, nn.Module] = field(default_factory=dict)
     packed: dict[Packing, torch.Tensor] = field(default_factory=dict)
 
+    @property
+    def key(self) -> tuple[int, int]:
+        """Changes when a captured CUDA graph that read these weights must not be replayed for them."""
+        return id(self), len(self.twins)
+
 
 def twin_of(module: nn.Module, weight: torch.Tensor) -> nn.Module:
     """A module of the same class that shares everything with ``module`` but its weight, so that whatever the class

@@ -72,6 +72,13 @@ class ShadowMerger(Merger):
     def unmerge(self) -> None:
         self.is_merged = False
 
+    def ready_layers(self) -> MergedLayers:
+        """What passes will read when an adapter is merged, with the base's weights: to capture CUDA graphs with."""
+        if not self._holds_adapter:
+            with torch.inference_mode(False), torch.no_grad():
+                self._cover({})
+        return self._layers
+
     def resume(self) -> bool:
         self.is_merged = self._holds_adapter
         return self.is_merged

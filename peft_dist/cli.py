@@ -75,6 +75,7 @@ def serve(
     chat_template: Annotated[Path | None, typer.Option(help="Jinja file in place of the model's template.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the model.")] = None,
     depth: Annotated[int | None, typer.Option(help="Steps in flight: 0 on CPU and 1 on a GPU if not given.")] = None,
+    enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="Capture no CUDA graphs.")] = False,
     preemption: Annotated[str, typer.Option(help="auto, recompute or swap.")] = "auto",
     no_prefix_caching: Annotated[bool, typer.Option("--no-prefix-caching", help="Never reuse a prefix's KV.")] = False,
     seed: Annotated[int | None, typer.Option(help="Seeds the requests that bring no seed.")] = None,
@@ -123,6 +124,7 @@ def serve(
             max_adapter_wait=max_adapter_wait,
             merge=cast(MergeMethod, merge),
             merged_minority=merged_minority,
+            enforce_eager=enforce_eager,
             decision_log=None if decision_log is None else str(decision_log),
         ),
         http=ServerOptions(

@@ -59,6 +59,7 @@ class EngineConfig:
         pack_weights: Keep a copy of the weights in the CPU library's packed layout (faster, twice the
             memory); None packs on CPU when the copy fits in half of the free memory.
         compile_kernels: Build the C kernels on first use on a CPU (needs gcc); off falls back to torch.
+        enforce_eager: Capture no CUDA graphs: decode steps run operator by operator, as prefills do.
         seed: Seeds the seeds of requests that bring none; None draws from the system.
         trust_remote_code: Let the base model's repository run code. No adapter can set it.
         policy: "credit" (dLoRA), "merge" (merged only) or "fcfs" (unmerged only); None is "credit", and "merge" for
@@ -99,6 +100,7 @@ class EngineConfig:
     num_threads: int | None = None
     pack_weights: bool | None = None
     compile_kernels: bool = True
+    enforce_eager: bool = False
     seed: int | None = None
     trust_remote_code: bool = False
     policy: str | None = None

@@ -162,8 +162,8 @@ def build_replica(config: EngineConfig) -> Replica:
     kv = KVCachePool(shapes, num_blocks, config.block_size, model.dtype, device, config.num_host_blocks)
     left.promised = 0
     kernels = backend.choose(device, config.compile_kernels, model.dtype)
-    runner = ModelRunner(model, kv, store, eos, kernels, merge)
     depth = config.depth if config.depth is not None else int(device.type == "cuda")
+    runner = ModelRunner(model, kv, store, eos, kernels, merge, config.max_num_seqs, depth)
     info = _describe(config, runner, longest, depth)
     logger.info(
         "%s on %s in %s: %d KV blocks of %d tokens", info.model, device, info.dtype, num_blocks, config.block_size
