@@ -55,7 +55,8 @@ class ModelRunner:
         kv: KVCachePool,
         store: AdapterStore,
         eos_token_ids: tuple[int, ...],
-        backend: str = "torch",
+        lora_backend: str = "torch",
+        attention_backend: str = "torch",
         merge: MergeState | SwappedModels | None = None,
     ) -> None:
         """``merge`` is what changes the weights between batches; None: they are always the base's."""
@@ -64,7 +65,7 @@ class ModelRunner:
         self.store = store
         self.merge = merge
         self.device = model.device
-        self.backend = backend
+        self.lora_backend, self.attention_backend = lora_backend, attention_backend
         self.eos_token_ids = eos_token_ids
         self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
         self.records: dict[str, SequenceRecord] = {}
@@ -105,7 +106,8 @@ class ModelRunner:
         batch = step.batch
         scored = (sequence.request_id for sequence in batch.sequences if sequence.wants_prompt_logprobs)
         prompts = {request_id: self.records[request_id].prompt_token_ids for request_id in scored}
-        inputs = pack(batch, prompts, self.kv.block_size, self.device, self.backend)
+        backends = self.lora_backend, self.attention_backend
+        inputs = pack(batch, prompts, self.kv.block_size, self.device, *backends)
         self._fill_pending(inputs)
         logits = self._logits(inputs)
         if inputs.sampled:

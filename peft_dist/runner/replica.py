@@ -17,13 +17,14 @@ from peft_dist.core.batch import Batch, ScheduledSequence, SequenceStart
 from peft_dist.core.block_manager import BlockManager
 from peft_dist.core.config import EngineConfig, ModelInfo
 from peft_dist.core.cost_model import CostModel
-from peft_dist.core.errors import AdapterError
+from peft_dist.core.errors import AdapterError, ConfigError
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.engine.adapter_manager import AdapterManager
 from peft_dist.engine.engine import Engine
 from peft_dist.engine.limits import SchedulerLimits
 from peft_dist.engine.scheduler import Scheduler
-from peft_dist.kernels import backend
+from peft_dist.kernels import attention_backends, backend
+from peft_dist.kernels.attention_interface import BackendUnavailableError
 from peft_dist.kernels.kv_pool import KVCachePool, block_bytes
 from peft_dist.kernels.lora_pool import LoRAPool
 from peft_dist.policy.factory import make_policy
@@ -144,6 +145,7 @@ def build_replica(config: EngineConfig) -> Replica:
     num_rows = count_rows(config, modules, device, model.dtype)
     pool = LoRAPool(device, model.dtype, num_rows=num_rows, num_slots=config.max_loras)
     store = AdapterStore(model, modules, pool, config.adapter_host_memory)
+    attention = _choose_attention(config, device, model.dtype, shapes)
     eos = end_of_sequence_ids(model)
     longest = max_positions(model, config.max_model_len)
     per_block = block_bytes(shapes, config.block_size, model.dtype)
@@ -151,12 +153,12 @@ def build_replica(config: EngineConfig) -> Replica:
     merge = _merge_state(config, model, modules, device)
     reserved = adapter_bytes + (merge.device_bytes if merge else 0)
     num_blocks = count_blocks(
-        config, device, per_block, longest, reserved, lambda: _warm_up(model, shapes, store, config)
+        config, device, per_block, longest, reserved, lambda: _warm_up(model, shapes, store, config, attention)
     )
     longest = min(longest, num_blocks * config.block_size)
     kv = KVCachePool(shapes, num_blocks, config.block_size, model.dtype, device, config.num_host_blocks)
-    kernels = backend.choose(device, config.compile_kernels, model.dtype)
-    runner = ModelRunner(model, kv, store, eos, kernels, merge)
+    lora = backend.choose(device, config.compile_kernels, model.dtype)
+    runner = ModelRunner(model, kv, store, eos, lora, attention, merge)
     depth = config.depth if config.depth is not None else int(device.type == "cuda")
     info = _describe(config, runner, longest, depth)
     logger.info(
@@ -165,6 +167,17 @@ def build_replica(config: EngineConfig) -> Replica:
     logger.info("adapters: %d rank rows in each of %d modules, %d slots", num_rows, len(modules), config.max_loras)
     executor = TorchExecutor(runner, config.adapter_load_timeout)
     return Replica(new_engine(config, info, executor, CostModel()), info, store, runner, executor, config)
+
+
+def _choose_attention(
+    config: EngineConfig, device: torch.device, dtype: torch.dtype, shapes: list[tuple[int, int]]
+) -> str:
+    try:
+        return attention_backends.choose(
+            device, dtype, shapes, config.block_size, config.attention_backend, config.compile_kernels
+        )
+    except BackendUnavailableError as error:
+        raise ConfigError(f"attention_backend={config.attention_backend!r}: {error}") from error
 
 
 def new_engine(config: EngineConfig, info: ModelInfo, executor: TorchExecutor, cost: CostModel) -> Engine:
@@ -223,8 +236,8 @@ def _describe(config: EngineConfig, runner: ModelRunner, longest: int, depth: in
         device=str(runner.device),
         dtype=str(runner.model.dtype).removeprefix("torch."),
         depth=depth,
-        attention_backend=runner.backend,
-        lora_backend=runner.backend,
+        attention_backend=runner.attention_backend,
+        lora_backend=runner.lora_backend,
         max_loras=config.max_loras,
         merge_way=runner.merge.way if runner.merge else "off",
         merge_bytes=runner.merge.num_bytes if runner.merge else 0,
@@ -243,11 +256,13 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _warm_up(model: PreTrainedModel, shapes: list[tuple[int, int]], store: AdapterStore, config: EngineConfig) -> None:
+def _warm_up(
+    model: PreTrainedModel, shapes: list[tuple[int, int]], store: AdapterStore, config: EngineConfig, attention: str
+) -> None:
     """Run the largest batch once, on a KV pool just big enough, so that the model's peak memory is known."""
     blocks = -(-config.max_num_batched_tokens // config.block_size)
     kv = KVCachePool(shapes, blocks, config.block_size, model.dtype, model.device)
-    runner = ModelRunner(model, kv, store, ())
+    runner = ModelRunner(model, kv, store, (), attention_backend=attention)
     start = SequenceStart("warm-up", [0] * config.max_num_batched_tokens, [], SamplingParams(temperature=0.0), 0, 0)
     sequence = ScheduledSequence("warm-up", start.prompt_token_ids, 0, list(range(blocks)), samples=True)
     runner.finish(runner.start(Batch(0, [sequence], [start])))
