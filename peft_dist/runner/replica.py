@@ -24,6 +24,7 @@ from peft_dist.kernels import attention_backends, backend
 from peft_dist.kernels.attention_interface import BackendUnavailableError
 from peft_dist.kernels.kv_pool import KVCachePool, block_bytes
 from peft_dist.kernels.lora_pool import LoRAPool
+from peft_dist.patches.joining import join_weights
 from peft_dist.policy.factory import make_policy
 from peft_dist.policy.settings import PolicySettings
 from peft_dist.runner.adapter_memory import count_rows, row_bytes
@@ -146,6 +147,8 @@ def build_replica(config: EngineConfig) -> Replica:
     model = load_model(config, device)
     if device.type == "cpu":
         pack_weights(model, config.pack_weights)
+    else:
+        join_weights(model)
     shapes = probe_kv_shapes(model)
     modules = describe_modules(model)
     num_rows = count_rows(config, modules, device, model.dtype)
