@@ -82,10 +82,11 @@ class Replica:
             raise AdapterError(
                 f"adapter {spec.name!r}: {reason}, and exec_type={self.config.exec_type!r} runs nothing else"
             )
-        num_layers = self.store.num_layers
+        captured_for = self._captured_for
         self.store.register(spec, allow_pickle=allow_pickle)
+        self.store.pool.workspace.admit(spec.max_rank)
         self.engine.register_adapter(spec)
-        if self.runner.graphs is not None and self.store.num_layers > num_layers:
+        if self.runner.graphs is not None and self._captured_for != captured_for:
             self.runner.graphs.clear()
 
     def load_adapter(self, name: str, path: str | Path, *, allow_pickle: bool = False) -> AdapterSpec:
@@ -122,6 +123,11 @@ class Replica:
         self._drain()
         self.executor.close()
 
+    @property
+    def _captured_for(self) -> tuple[int, int]:
+        """What captured steps with adapters take for granted."""
+        return self.store.num_layers, self.store.pool.workspace.max_rank
+
     def _drain(self) -> None:
         self.engine.abort(list(self.engine.requests))
         while self.engine.has_work and not self.engine.waits_for_load:
@@ -154,7 +160,7 @@ def build_replica(config: EngineConfig) -> Replica:
     num_rows = count_rows(config, modules, device, model.dtype)
     pool = LoRAPool(device, model.dtype, num_rows=num_rows, num_slots=config.max_loras)
     attention = _choose_attention(config, device, model.dtype, shapes)
-    lora = backend.choose(device, config.compile_kernels, model.dtype)
+    lora = backend.choose_lora(device, config.compile_kernels, model.dtype)
     captured = are_captured(config, device, attention)
     eos = end_of_sequence_ids(model)
     longest = max_positions(model, config.max_model_len)
