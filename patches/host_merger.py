@@ -39,6 +39,7 @@ class HostMerger(Merger):
         modules = dict(self._modules) | dict.fromkeys(self._site(path) for path in paths)
         return sum(weight_of(module).nbytes for module in modules)
 
+    @torch.no_grad()
     def allocate(self) -> None:
         for module in self._modules:
             if module not in self._copies:
@@ -46,6 +47,10 @@ class HostMerger(Merger):
                 weight = weight_of(module)
                 copy = torch.empty_like(weight, device="cpu", pin_memory=weight.is_cuda)
                 self._copies[module] = copy.copy_(weight)
+
+    def base_weight(self, path: str) -> torch.Tensor:
+        module = self._site(path)
+        return self._copies.get(module, weight_of(module))
 
     def merge(self, adapter: Mapping[str, LayerTensors]) -> None:
         checked = self._checked(adapter)

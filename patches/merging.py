@@ -73,6 +73,26 @@ class Merger(ABC):
     def allocate(self) -> None:
         """Make the second copies of all layers known so far now, not at the first merge."""
 
+    def expect(self, paths: Iterable[str]) -> None:
+        """Make the second copies of further layers, of which adapters will be merged.
+
+        Raises:
+            ValueError: one of them cannot be merged into; nothing has changed.
+            Exception: whatever made a copy fail (memory); the layers are as unknown as before.
+        """
+        new = dict.fromkeys(module for path in paths if (module := self._site(path)) not in self._modules)
+        self._modules.update(new)
+        try:
+            self.allocate()
+        except BaseException:
+            for module in new:
+                del self._modules[module]
+            raise
+
+    def base_weight(self, path: str) -> torch.Tensor:
+        """The weight of a layer that can be merged into, as it is without adapters. For any thread."""
+        return weight_of(self._site(path))
+
     @property
     @abstractmethod
     def layers(self) -> MergedLayers | None:

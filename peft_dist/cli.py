@@ -7,14 +7,14 @@ import os
 import sys
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 try:
     import typer
 except ModuleNotFoundError as missing:
     raise SystemExit("peft-dist needs the server's packages: pip install 'peft-dist[server]'") from missing
 
-from peft_dist.core.config import EngineConfig, parse_bytes
+from peft_dist.core.config import AttentionName, EngineConfig, MergeMethod, Preemption, parse_bytes
 from peft_dist.core.errors import ConfigError, PeftDistError
 
 API_KEYS_VARIABLE = "PEFT_DIST_API_KEY"
@@ -49,6 +49,9 @@ def serve(
     max_num_batched_tokens: Annotated[int, typer.Option(help="Most tokens in one step.")] = 2048,
     block_size: Annotated[int, typer.Option(help="Tokens in one KV block.")] = 16,
     num_blocks: Annotated[int | None, typer.Option(help="KV blocks on the device; from memory if not given.")] = None,
+    attention_backend: Annotated[
+        str, typer.Option(help="auto, vllm-flash-attn, flashinfer, triton, c or torch.")
+    ] = "auto",
     num_host_blocks: Annotated[int, typer.Option(help="KV blocks in host memory, for preemption by swap.")] = 0,
     gpu_memory_utilization: Annotated[float, typer.Option(help="Share of the device's memory to use.")] = 0.9,
     max_loras: Annotated[int, typer.Option(help="Adapters on the device at once.")] = 64,
@@ -75,6 +78,7 @@ def serve(
     chat_template: Annotated[Path | None, typer.Option(help="Jinja file in place of the model's template.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the model.")] = None,
     depth: Annotated[int | None, typer.Option(help="Steps in flight: 0 on CPU and 1 on a GPU if not given.")] = None,
+    enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="Capture no CUDA graphs.")] = False,
     preemption: Annotated[str, typer.Option(help="auto, recompute or swap.")] = "auto",
     no_prefix_caching: Annotated[bool, typer.Option("--no-prefix-caching", help="Never reuse a prefix's KV.")] = False,
     seed: Annotated[int | None, typer.Option(help="Seeds the requests that bring no seed.")] = None,
@@ -101,11 +105,12 @@ def serve(
             block_size=block_size,
             num_blocks=num_blocks,
             num_host_blocks=num_host_blocks,
+            attention_backend=cast(AttentionName, attention_backend),
             gpu_memory_utilization=gpu_memory_utilization,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             enable_prefix_caching=not no_prefix_caching,
-            preemption=_one_of("preemption", preemption, ("auto", "recompute", "swap")),
+            preemption=cast(Preemption, preemption),
             depth=depth,
             max_loras=max_loras,
             adapter_device_memory=None
@@ -121,8 +126,9 @@ def serve(
             resident_models=resident_models,
             policy_profile=policy_profile,
             max_adapter_wait=max_adapter_wait,
-            merge=_one_of("merge", merge, ("auto", "shadow", "host", "off")),
+            merge=cast(MergeMethod, merge),
             merged_minority=merged_minority,
+            enforce_eager=enforce_eager,
             decision_log=None if decision_log is None else str(decision_log),
         ),
         http=ServerOptions(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 
-import torch
-
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+
 if not torch.cuda.is_available():
-    # Read when a kernel is defined. The same kernel tests run on a GPU where there is one.
+    # Triton reads it when kernels are decorated: they then run on CPU tensors, in its interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")

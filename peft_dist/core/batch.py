@@ -84,9 +84,11 @@ class SequenceResult(msgspec.Struct, frozen=True):
 class StepResult(msgspec.Struct, frozen=True):
     """What the step of that number drew, for each sequence of its batch.
 
-    ``seconds`` is what it took on the device, None where nobody measured it.
+    ``seconds`` is what it took on the device, None where nobody measured it; ``switch_seconds`` likewise what the
+    change of weights before it took, where ``Executor.switch`` could not tell.
     """
 
     step: int
     sequences: list[SequenceResult]
     seconds: float | None = None
+    switch_seconds: float | None = None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Literal, cast, get_args
 
@@ -10,6 +12,7 @@ from peft_dist.core.errors import ConfigError
 
 Preemption = Literal["auto", "recompute", "swap"]
 MergeMethod = Literal["auto", "shadow", "host", "off"]
+AttentionName = Literal["auto", "vllm-flash-attn", "flashinfer", "triton", "c", "torch"]
 
 _BYTE_UNITS = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
@@ -57,18 +60,24 @@ class EngineConfig:
         pack_weights: Keep a copy of the weights in the CPU library's packed layout (faster, twice the
             memory); None packs on CPU when the copy fits in half of the free memory.
         compile_kernels: Build the C kernels on first use on a CPU (needs gcc); off falls back to torch.
+        enforce_eager: Capture no CUDA graphs: decode steps run operator by operator, as prefills do.
+        attention_backend: "auto" takes the fastest that is installed: on a GPU "vllm-flash-attn" (found in vllm, the
+            kernels package or vllm_flash_attn), "flashinfer", "triton" or "torch", on a CPU "c" or "torch". A layer
+            that it does not take runs in the next one.
         seed: Seeds the seeds of requests that bring none; None draws from the system.
         trust_remote_code: Let the base model's repository run code. No adapter can set it.
         policy: "credit" (dLoRA), "merge" (merged only) or "fcfs" (unmerged only); None is "credit", and "merge" for
             the execution types that know nothing else.
         exec_type: "dlora", or a baseline that runs one adapter at a time: "peft" (merged, no LoRA kernel) or "vllm"
             (each adapter a whole merged model, a few of them resident).
-        resident_models: Merged models on the device at once with exec_type="vllm".
-        policy_profile: "default", or "artifact" for the constants and batching rules of the paper's artifact.
+        resident_models: Merged models on the device at once with exec_type="vllm" (and with no other).
+        policy_profile: "default", or "artifact" for the constants and batching rules of the paper's artifact, which
+            know no ``max_adapter_wait`` and no ``merged_minority``.
         max_adapter_wait: Seconds that a request may be overtaken by younger ones.
         merge: Where merged weights live: "shadow" (a second buffer), "host" (in place, the base's bits on the host),
-            "auto" (shadow where it fits), "off" (nothing is merged).
-        merged_minority: Let requests of other adapters join a merged batch, corrected by the LoRA kernel.
+            "auto" (shadow where it fits), "off" (nothing is merged). With exec_type="vllm" only "auto".
+        merged_minority: Let requests of other adapters join a merged batch, corrected by the LoRA kernel. With the
+            policy "credit" alone.
         decision_log: File that gets every step's decision as a line of JSON.
     """
 
@@ -95,6 +104,8 @@ class EngineConfig:
     num_threads: int | None = None
     pack_weights: bool | None = None
     compile_kernels: bool = True
+    enforce_eager: bool = False
+    attention_backend: AttentionName = "auto"
     seed: int | None = None
     trust_remote_code: bool = False
     policy: str | None = None
@@ -111,14 +122,41 @@ class EngineConfig:
             _check(option.name, str(option.type).split(" | "), getattr(self, option.name))
         if self.preemption == "swap" and not self.num_host_blocks:
             raise ConfigError("preemption='swap' needs num_host_blocks above 0")
-        if self.exec_type != "dlora" and self.policy not in (None, "merge"):
-            raise ConfigError(
-                f"exec_type={self.exec_type!r} runs one adapter at a time: policy={self.policy!r} needs 'dlora'"
-            )
-        if self.merge == "off" and (self.policy == "merge" or self.exec_type != "dlora"):
-            raise ConfigError("merge='off' leaves only unmerged execution: use policy 'fcfs' or 'credit' with 'dlora'")
+        if problem := next(_contradictions(self), None):
+            raise ConfigError(problem)
 
 
+def _contradictions(options: EngineConfig) -> Iterator[str]:
+    """What one option asks for and another leaves no room for; an option that has its default asks for nothing."""
+    policy, exec_type, profile = (f"{n}={getattr(options, n)!r}" for n in ("policy", "exec_type", "policy_profile"))
+    if options.exec_type != "dlora" and options.policy not in (None, "merge"):
+        yield f"{exec_type} runs one adapter at a time: {policy} needs exec_type='dlora'"
+    if options.merge == "off" and (options.policy == "merge" or options.exec_type != "dlora"):
+        asked = exec_type if options.exec_type != "dlora" else policy
+        yield f"merge='off' leaves only unmerged execution, {asked} only merged: use policy 'fcfs' or 'credit'"
+    if options.exec_type == "vllm" and options.merge in ("shadow", "host"):
+        yield (
+            f"merge={options.merge!r} says where one merged adapter lives, but {exec_type} keeps whole merged models "
+            "(resident_models of them): leave merge at 'auto'"
+        )
+    if options.exec_type != "vllm" and options.resident_models != _DEFAULTS["resident_models"]:
+        yield f"resident_models={options.resident_models} counts the models of exec_type='vllm', not of {exec_type}"
+    if options.merged_minority:
+        minority = "merged_minority=True lets others join a batch of policy='credit' that is merged"
+        if options.exec_type != "dlora" or options.policy not in (None, "credit"):
+            yield f"{minority}: {exec_type if options.exec_type != 'dlora' else policy} has no such batch"
+        if options.merge == "off":
+            yield f"{minority}: merge='off' merges none"
+        if options.policy_profile == "artifact":
+            yield f"{minority}, which the paper's artifact does not know: leave it out, or {profile}"
+    if options.policy_profile == "artifact" and options.max_adapter_wait not in (
+        _DEFAULTS["max_adapter_wait"],
+        math.inf,
+    ):
+        yield f"{profile} has no bound on waiting: leave out max_adapter_wait={options.max_adapter_wait}"
+
+
+_DEFAULTS = {option.name: option.default for option in fields(EngineConfig)}
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "int": int,
     "float": (int, float),
@@ -126,6 +164,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "bool": bool,
     "Preemption": str,
     "MergeMethod": str,
+    "AttentionName": str,
     "None": type(None),
 }
 _AT_LEAST_1 = (
@@ -136,6 +175,7 @@ _LEAST = dict.fromkeys(_AT_LEAST_1, 1) | {"num_host_blocks": 0, "depth": 0, "ada
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "preemption": get_args(Preemption),
     "merge": get_args(MergeMethod),
+    "attention_backend": get_args(AttentionName),
     "policy_profile": ("default", "artifact"),
     "exec_type": ("dlora", "peft", "vllm"),
     "policy": ("credit", "merge", "fcfs", None),

@@ -19,7 +19,7 @@ class Decision(msgspec.Struct, frozen=True):
         now: Seconds on the engine's clock.
         reason: The branch of the policy that decided.
         merged_adapter: Content hash of what the weights hold; None when unmerged.
-        switch_seconds: What it took to get there from the mode before.
+        switch_seconds: What it took to get there from the mode before; None where only the device knows, later.
         predicted_seconds: What the cost model expects of the step itself.
         scheduled: Sequences of the batch by content hash ("" is the base).
         passed_over: The other unfinished requests, likewise.
@@ -30,7 +30,7 @@ class Decision(msgspec.Struct, frozen=True):
     now: float
     reason: str
     merged_adapter: str | None
-    switch_seconds: float
+    switch_seconds: float | None
     predicted_seconds: float
     num_tokens: int
     scheduled: dict[str, int]
@@ -40,7 +40,12 @@ class Decision(msgspec.Struct, frozen=True):
 
 
 def describe(
-    scheduler: Scheduler, batch: Batch, features: StepFeatures, cost: CostModel, switch_seconds: float, now: float
+    scheduler: Scheduler,
+    batch: Batch,
+    features: StepFeatures,
+    cost: CostModel,
+    switch_seconds: float | None,
+    now: float,
 ) -> Decision:
     scheduled = {sequence.request_id for sequence in batch.sequences}
     groups: tuple[Counter[str], Counter[str]] = (Counter(), Counter())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -19,17 +18,17 @@ from peft_dist.engine.decisions import Decision, describe
 from peft_dist.engine.executor import Executor
 from peft_dist.engine.scheduler import Scheduler
 from peft_dist.engine.stopping import check_stop
-
-logger = logging.getLogger(__name__)
+from peft_dist.engine.switching import Switch, Switcher
 
 
 @dataclass(frozen=True, slots=True)
 class _Submitted:
-    """A batch in flight, whom it serves, and what the cost model learns from it."""
+    """A batch in flight, whom it serves, and what the cost model learns from it and the switch before it."""
 
     batch: Batch
     requests: list[Request]
     features: StepFeatures
+    switch: Switch | None
     handle: Any
 
 
@@ -63,14 +62,20 @@ class Engine:
         self.adapters: dict[str, AdapterSpec] = {}
         self.num_steps = 0
         self.num_merged_steps = 0
-        self.num_switches = 0
-        self.switch_seconds = 0.0
         self._in_flight: deque[_Submitted] = deque()
         self._found_nothing = False
-        self._unmergeable: set[str] = set()
+        self._switcher = Switcher(executor, self.cost)
         self.scheduler.mergeable = self._can_merge
         self.scheduler.merged_adapter = executor.merged_adapter
-        self.scheduler.held_adapter = executor.held_adapter
+        self.scheduler.holds_merged = executor.holds_merged
+
+    @property
+    def num_switches(self) -> int:
+        return self._switcher.num_switches
+
+    @property
+    def switch_seconds(self) -> float:
+        return self._switcher.seconds
 
     @property
     def has_work(self) -> bool:
@@ -163,11 +168,12 @@ class Engine:
     def _submit(self, batch: Batch, now: float) -> None:
         requests = [self.requests[sequence.request_id] for sequence in batch.sequences]
         try:
-            batch, seconds = self._switch(batch) if batch.sequences else (batch, 0.0)
+            batch, switch = self._switch(batch) if batch.sequences else (batch, None)
             features = self._features(batch, requests)
             self.num_steps += 1
             self.num_merged_steps += batch.merged_adapter is not None
             if self.on_decision is not None:
+                seconds = switch.seconds if switch else 0.0
                 self.on_decision(describe(self.scheduler, batch, features, self.cost, seconds, now))
             handle = self.executor.submit(batch)
         except BaseException:
@@ -175,33 +181,17 @@ class Engine:
             for request in requests:
                 self.scheduler.blocks.withdraw(request.block_hashes)
             raise
-        self._in_flight.append(_Submitted(batch, requests, features, handle))
+        self._in_flight.append(_Submitted(batch, requests, features, switch, handle))
 
-    def _switch(self, batch: Batch) -> tuple[Batch, float]:
-        """Have the weights hold what the batch needs, and tell the seconds that it took.
-
-        A merge that fails costs nobody an answer: the batch runs unmerged, and so does that adapter from then on.
-        """
+    def _switch(self, batch: Batch) -> tuple[Batch, Switch | None]:
+        """Have the weights hold what the batch needs, or let it run unmerged where its adapter cannot be merged."""
         target = batch.merged_adapter
         if target == self.executor.merged_adapter():
-            return batch, 0.0
-        spec = None if target is None else self._spec(target)
-        is_free = target is not None and target == self.executor.held_adapter()
-        try:
-            seconds = self.executor.switch(spec)
-        except Exception as error:
-            if spec is None:
-                raise
-            logger.exception("adapter %r could not be merged (%s): it runs unmerged from now on", spec.name, error)
-            self._unmergeable.add(spec.content_hash)
-            self.executor.switch(None)
-            return msgspec.structs.replace(batch, merged_adapter=None, merged_slot=NO_ADAPTER), 0.0
-        self.num_switches += 1
-        self.switch_seconds += seconds
-        if not is_free:
-            rank_rows = spec.num_rank_rows if spec else 0
-            self.cost.observe_switch("merge" if spec else "unmerge", seconds, rank_rows)
-        return batch, seconds
+            return batch, None
+        switch = self._switcher.switch(None if target is None else self._spec(target))
+        if switch is None:
+            batch = msgspec.structs.replace(batch, merged_adapter=None, merged_slot=NO_ADAPTER)
+        return batch, switch
 
     def _spec(self, content_hash: str) -> AdapterSpec:
         spec = self.adapters.get(content_hash)
@@ -211,7 +201,7 @@ class Engine:
         return spec
 
     def _can_merge(self, content_hash: str) -> bool:
-        return content_hash not in self._unmergeable and self.executor.can_merge(self._spec(content_hash))
+        return self._switcher.can_merge(self._spec(content_hash))
 
     def _features(self, batch: Batch, requests: list[Request]) -> StepFeatures:
         rows = [
@@ -225,6 +215,8 @@ class Engine:
         result = self.executor.collect(submitted.handle)
         if result.seconds is not None and submitted.batch.sequences:
             self.cost.observe_step(submitted.features, result.seconds)
+        if result.switch_seconds is not None and submitted.switch is not None:
+            self._switcher.took(submitted.switch, result.switch_seconds)
         return self._update(submitted.batch, submitted.requests, result)
 
     def _schedule(self, now: float) -> Batch | None:

@@ -45,11 +45,13 @@ class Executor(Protocol):
         """Whether this adapter can be merged into the base weights."""
         ...
 
-    def switch(self, spec: AdapterSpec | None) -> float:
+    def switch(self, spec: AdapterSpec | None) -> float | None:
         """Merge a resident adapter into the weights (None: back to the base) for the batches submitted from now on.
 
-        Batches in flight keep the weights they were submitted for. Returns the seconds that it took, as far as the
-        caller was kept waiting. Whatever it raises, the weights are the base's or those of ``merged_adapter``.
+        Batches in flight keep the weights they were submitted for. Returns the seconds that it took, or None where the
+        device does it in its own time: the result of the next batch submitted tells them then (``switch_seconds``),
+        once the device has measured them. Whatever it raises, the weights are the base's or those of
+        ``merged_adapter``.
         """
         ...
 
@@ -57,8 +59,8 @@ class Executor(Protocol):
         """Content hash of what the weights hold for the next batch; None: the base."""
         ...
 
-    def held_adapter(self) -> str | None:
-        """Content hash of the adapter that was merged last and comes back at no cost; None where none does."""
+    def holds_merged(self, content_hash: str) -> bool:
+        """Whether ``switch`` to this adapter costs nothing, because its merged weights are still on the device."""
         ...
 
     def residency(self) -> list[AdapterResidency]:

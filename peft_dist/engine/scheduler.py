@@ -41,7 +41,7 @@ class Scheduler:
 
     Attributes:
         mergeable: Whether the adapter with this content hash can be merged into the base; the engine tells.
-        merged_adapter, held_adapter: What the weights hold, and what comes back into them at no cost; the engine tells.
+        merged_adapter, holds_merged: What the weights hold, and whether an adapter comes back into them at no cost.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Scheduler:
         self.policy = policy
         self.mergeable: Callable[[str], bool] = lambda _: False
         self.merged_adapter: Callable[[], str | None] = lambda: None
-        self.held_adapter: Callable[[], str | None] = lambda: None
+        self.holds_merged: Callable[[str], bool] = lambda _: False
         self.queue: dict[str, Request] = {}
         self.choice = Choice(None, [], "idle")
         self.num_preemptions = 0
@@ -153,8 +153,8 @@ class Scheduler:
             max_num_batched_tokens=self.limits.max_num_batched_tokens,
             max_loras=self.adapters.space.num_slots,
             merged_adapter=self.merged_adapter(),
-            held_adapter=self.held_adapter(),
             mergeable=self.mergeable,
+            holds_merged=self.holds_merged,
         )
 
     def _candidate(self, request: Request) -> Candidate:

@@ -103,6 +103,11 @@ class LoRAPool:
         """Bytes of the buffers, pages that are free included."""
         return sum(t.numel() * t.element_size() for layer in self._layers for t in (layer.weights.A, layer.weights.B))
 
+    @property
+    def addressed_weights(self) -> list[LoRALayerWeights]:
+        """Of every layer, resident adapters or not: tables and buffers of a sized pool never move."""
+        return [layer.weights for layer in self._layers]
+
     def read(self, slot: int) -> dict[int, LayerTensors]:
         """A copy of what a slot holds, by ``lora_index``: A ``[r, in]``, B ``[out, r]``, the scaling."""
         held = self._resident[slot]

@@ -36,6 +36,10 @@ def _any_adapter(adapter: str) -> bool:
     return True
 
 
+def _no_adapter(adapter: str) -> bool:
+    return False
+
+
 @dataclass(frozen=True, slots=True)
 class QueueState:
     """Everything a policy may decide from.
@@ -48,7 +52,7 @@ class QueueState:
         max_loras: Distinct adapters, the base not counted, that one batch may read through the LoRA kernel.
         merged_adapter: What the weights hold; None when unmerged.
         mergeable: Whether an adapter can be merged into this base.
-        held_adapter: What was merged last and comes back at no cost; None where nothing does.
+        holds_merged: Whether a switch to an adapter costs nothing, because its merged weights are still there.
     """
 
     candidates: Sequence[Candidate]
@@ -58,7 +62,7 @@ class QueueState:
     max_loras: int
     merged_adapter: str | None = None
     mergeable: Callable[[str], bool] = _any_adapter
-    held_adapter: str | None = None
+    holds_merged: Callable[[str], bool] = _no_adapter
 
 
 @dataclass(frozen=True, slots=True)

@@ -118,6 +118,6 @@ class QueueView:
 
     def switch(self, current: str | None, target: str | None) -> float:
         """Predicted seconds of a switch; what is held already costs nothing."""
-        if target is not None and target == self.state.held_adapter:
+        if target is not None and self.state.holds_merged(target):
             return 0.0
         return self.cost.switch_seconds(current, target, self.rank(target))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,15 +112,25 @@ def _as_is(tensor: torch.Tensor) -> torch.Tensor:
 
 def _check_copy(name: str, copy: torch.Tensor, module: ModuleShape) -> None:
     """PEFT saves targeted embeddings whole; a copy that equals the base changes nothing, any other is refused."""
-    if module.weight is not None and not _same_weight(copy, module.weight().detach().cpu()):
+    if module.weight is not None and _differs(copy, module.weight):
         raise AdapterError(
             f"tensor {name} is a base weight that differs from this base's (trained, resized or of another "
             "model): merge the adapter with PEFT's merge_and_unload and serve that model"
         )
 
 
+def _differs(copy: torch.Tensor, read_base: Callable[[], torch.Tensor]) -> bool:
+    base = read_base()
+    if _same_weight(copy, base):
+        return False
+    # An adapter may have been merged into it while it was read: the base's bits are somewhere else then.
+    again = read_base()
+    return again is base or not _same_weight(copy, again)
+
+
 def _same_weight(copy: torch.Tensor, base: torch.Tensor) -> bool:
     """Equality of one weight held in two types, up to one rounding to the coarser of them."""
+    base = base.detach().cpu()
     if copy.dtype == base.dtype:
         return bool(torch.equal(copy, base))
     coarse = max(torch.finfo(copy.dtype).eps, torch.finfo(base.dtype).eps)

@@ -20,12 +20,36 @@ from peft_dist.runner.model_runner import ModelRunner, PendingStep
 logger = logging.getLogger(__name__)
 
 
+class DeviceSpan:
+    """Around work that is queued on a GPU's current stream: how long that takes there."""
+
+    def __init__(self) -> None:
+        self._first = torch.cuda.Event(enable_timing=True)
+        self._last = torch.cuda.Event(enable_timing=True)
+
+    def __enter__(self) -> DeviceSpan:
+        self._first.record()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._last.record()
+
+    def seconds(self) -> float:
+        """Waits until the work is done."""
+        self._last.synchronize()
+        return self._first.elapsed_time(self._last) / 1e3
+
+
 class Submitted(NamedTuple):
-    """A step under way, and what measures it: the seconds of ``start`` on a CPU, two events on a GPU."""
+    """A step under way, and what measures it: the seconds of ``start`` on a CPU, a span on a GPU.
+
+    ``switch`` is around the change of weights that was queued before it.
+    """
 
     step: PendingStep
     seconds: float
-    events: tuple[torch.cuda.Event, torch.cuda.Event] | None
+    span: DeviceSpan | None
+    switch: DeviceSpan | None
 
 
 class TorchExecutor:
@@ -37,56 +61,73 @@ class TorchExecutor:
         self._loader = AdapterLoader(runner.store, load_timeout)
         self._slots: dict[str, int] = {}
         self._mergeable: dict[str, bool] = {}
+        self._switch: DeviceSpan | None = None
 
     def submit(self, batch: Batch) -> Submitted:
         if self.runner.device.type != "cuda":
             began = time.perf_counter()
             step = self.runner.start(batch)
-            return Submitted(step, time.perf_counter() - began, None)
-        events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-        events[0].record()
-        step = self.runner.start(batch)
-        events[1].record()
-        return Submitted(step, 0.0, events)
+            return Submitted(step, time.perf_counter() - began, None, None)
+        switch, self._switch = self._switch, None
+        with DeviceSpan() as span:
+            step = self.runner.start(batch)
+        return Submitted(step, 0.0, span, switch)
 
     def collect(self, handle: Submitted) -> StepResult:
         began = time.perf_counter()
         result = self.runner.finish(handle.step)
-        if handle.events is None:
+        if handle.span is None:
             seconds = handle.seconds + time.perf_counter() - began
         else:
-            handle.events[1].synchronize()
-            seconds = handle.events[0].elapsed_time(handle.events[1]) / 1e3
-        return msgspec.structs.replace(result, seconds=seconds)
+            seconds = handle.span.seconds()
+        switch_seconds = handle.switch.seconds() if handle.switch is not None else None
+        return msgspec.structs.replace(result, seconds=seconds, switch_seconds=switch_seconds)
+
+    def prepare_merge(self, spec: AdapterSpec) -> str | None:
+        """Settle whether an adapter can be merged, and take the memory for it; why it cannot, None when it can.
+
+        To be called when it is registered: what was settled is answered by ``can_merge`` until it is discarded.
+        """
+        merge = self.runner.merge
+        if merge is None:
+            self._mergeable[spec.content_hash] = False
+            return "nothing is merged here"
+        reason = merge.reserve(spec.ranks.keys())
+        self._mergeable[spec.content_hash] = reason is None
+        if reason is not None:
+            logger.warning("adapter %r cannot be merged: %s", spec.name, reason)
+        return reason
 
     def can_merge(self, spec: AdapterSpec) -> bool:
-        merge, key = self.runner.merge, spec.content_hash
-        if merge is None:
-            return False
-        if key not in self._mergeable:
-            # Asked at every step; what can be merged depends on the adapter's modules alone.
-            reason = merge.mergeable(spec.ranks.keys())
-            self._mergeable[key] = reason is None
-            if reason is not None:
-                logger.warning("adapter %r runs unmerged: %s", spec.name, reason)
-        return self._mergeable[key]
+        if spec.content_hash not in self._mergeable:
+            self.prepare_merge(spec)
+        return self._mergeable[spec.content_hash]
 
-    def switch(self, spec: AdapterSpec | None) -> float:
+    def switch(self, spec: AdapterSpec | None) -> float | None:
+        if self.runner.device.type != "cuda":
+            began = time.perf_counter()
+            self._merge(spec)
+            return time.perf_counter() - began
+        with DeviceSpan() as span:
+            self._merge(spec)
+        self._switch = span
+        return None
+
+    def _merge(self, spec: AdapterSpec | None) -> None:
         merge = self.runner.merge
         assert merge is not None, "nothing is mergeable, so nobody asks"
-        began = time.perf_counter()
         if spec is None:
             merge.switch(None)
+        elif merge.holds(spec.content_hash):
+            merge.switch(spec.content_hash)
         else:
-            weights = self.runner.store.weights_in(self._slots[spec.content_hash])
-            merge.switch(spec.content_hash, weights)
-        return time.perf_counter() - began
+            merge.switch(spec.content_hash, self.runner.store.weights_in(self._slots[spec.content_hash]))
 
     def merged_adapter(self) -> str | None:
         return self.runner.merge.current if self.runner.merge is not None else None
 
-    def held_adapter(self) -> str | None:
-        return self.runner.merge.held if self.runner.merge is not None else None
+    def holds_merged(self, content_hash: str) -> bool:
+        return self.runner.merge is not None and self.runner.merge.holds(content_hash)
 
     def residency(self) -> list[AdapterResidency]:
         store = self.runner.store
@@ -120,11 +161,14 @@ class TorchExecutor:
     def discard_adapter(self, content_hash: str) -> None:
         self.runner.store.remove(content_hash)
         self._mergeable.pop(content_hash, None)
+        if self.runner.merge is not None:
+            self.runner.merge.discard(content_hash)
 
     def clear(self) -> None:
         """Bring the base weights back and empty every slot. No batch and no load may be under way."""
         if self.runner.merge is not None:
             self.runner.merge.switch(None)
+        self._switch = None
         for slot in self._slots.values():
             self.runner.store.pool.drop(slot)
         self._slots.clear()

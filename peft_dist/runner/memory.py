@@ -10,8 +10,39 @@ import torch
 
 from peft_dist.core.config import EngineConfig
 from peft_dist.core.errors import ConfigError
+from peft_dist.kernels.lora_pool import LoRAPool
 
 logger = logging.getLogger(__name__)
+
+Room = Callable[[bool], int | None]
+"""Bytes that can still be taken now, on the model's device (True) or of the host; None where nobody knows."""
+
+
+def no_limit(on_device: bool) -> None:
+    """Room where nobody counts."""
+
+
+class MemoryLeft:
+    """What is left of a replica's share of its device, and of the host's memory. A ``Room``.
+
+    Attributes:
+        promised: Bytes on the device that will be taken by something else.
+    """
+
+    def __init__(self, options: EngineConfig, device: torch.device, pool: LoRAPool, adapter_bytes: int) -> None:
+        """``pool`` takes up to ``adapter_bytes`` of the device, of which it has allocated a part."""
+        self.promised = 0
+        self._utilization = options.gpu_memory_utilization
+        self._device = device
+        self._pool = pool
+        self._adapter_bytes = adapter_bytes
+
+    def __call__(self, on_device: bool) -> int | None:
+        if not on_device or self._device.type == "cpu":
+            return free_memory() or None
+        free, total = torch.cuda.mem_get_info(self._device)
+        used = total - free + self._adapter_bytes - self._pool.num_bytes + self.promised
+        return int(total * self._utilization) - used
 
 
 def count_blocks(
@@ -19,13 +50,19 @@ def count_blocks(
     device: torch.device,
     bytes_per_block: int,
     max_model_len: int,
-    adapter_bytes: int,
+    reserved_bytes: int,
     warm_up: Callable[[], None],
+    remedy: str | None = None,
+    graph_bytes: Callable[[int], int] | None = None,
 ) -> int:
     """KV blocks to allocate: as asked, or as many as memory allows and requests can use.
 
-    On a GPU the model's peak is measured first by ``warm_up``, a forward of the largest batch, and ``adapter_bytes``
-    are left for pages of adapters that are allocated later.
+    On a GPU the model's peak is measured first by ``warm_up``, a forward of the largest batch. What is allocated by
+    then (the shadow of merged weights) is in it; ``reserved_bytes`` are left for what comes later (pages of adapters).
+
+    Args:
+        remedy: What else would leave more memory to KV blocks.
+        graph_bytes: What captured steps will take, from the bytes that the largest batch takes while it runs.
 
     Raises:
         ConfigError: not even one sequence of ``max_model_len`` fits.
@@ -37,25 +74,18 @@ def count_blocks(
         if device.type == "cpu":
             room = options.kv_cache_bytes
         else:
-            room = _free_device_bytes(options, device, warm_up) - adapter_bytes
+            room = _free_device_bytes(options, device, warm_up, graph_bytes) - reserved_bytes
         count = min(max(room, 0) // bytes_per_block, needed * options.max_num_seqs)
     if 0 < count < needed and options.max_model_len is None:
         logger.warning("%d KV blocks hold %d tokens: max_model_len is that", count, count * options.block_size)
     elif count < needed:
+        on_device = "gpu_memory_utilization, or lower adapter_device_memory" + (f", or {remedy}" if remedy else "")
         raise ConfigError(
             f"{count} KV blocks of {options.block_size} tokens ({bytes_per_block} bytes each) cannot hold one sequence "
             f"of max_model_len={max_model_len}, which needs {needed}: lower max_model_len, or raise num_blocks, "
-            f"{'kv_cache_bytes' if device.type == 'cpu' else 'gpu_memory_utilization, or lower adapter_device_memory'}"
+            f"{'kv_cache_bytes' if device.type == 'cpu' else on_device}"
         )
     return count
-
-
-def merge_budget(device: torch.device) -> int | None:
-    """Bytes that a second copy of the weights may take; None where nobody knows."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 2
-    free = free_memory()
-    return free // 2 if free else None
 
 
 def free_memory() -> int:
@@ -67,13 +97,21 @@ def free_memory() -> int:
         return 0
 
 
-def _free_device_bytes(options: EngineConfig, device: torch.device, warm_up: Callable[[], None]) -> int:
+def _free_device_bytes(
+    options: EngineConfig,
+    device: torch.device,
+    warm_up: Callable[[], None],
+    graph_bytes: Callable[[int], int] | None,
+) -> int:
     torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
     warm_up()
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device)
     free, total = torch.cuda.mem_get_info(device)
     others = total - free - torch.cuda.memory_reserved(device)
     room = int(total * options.gpu_memory_utilization) - peak - others
+    if graph_bytes is not None:
+        room -= graph_bytes(peak - before)
     logger.info("device memory: %.2f GiB in all, %.2f GiB at the model's peak", total / 2**30, peak / 2**30)
     return room

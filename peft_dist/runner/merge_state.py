@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Literal
 
 import numpy as np
+import torch
 from torch import nn
 
 from peft_dist.kernels.types import LoRAPlan
@@ -15,8 +15,7 @@ from peft_dist.patches.merged_layers import MergedLayers
 from peft_dist.patches.merging import Merger
 from peft_dist.patches.shadow_merger import ShadowMerger
 from peft_dist.runner.adapter_tensors import ModuleWeights
-
-logger = logging.getLogger(__name__)
+from peft_dist.runner.memory import Room, no_limit
 
 MergeWay = Literal["auto", "shadow", "host"]
 
@@ -29,28 +28,23 @@ class MergeState:
     """
 
     def __init__(
-        self, model: nn.Module, way: MergeWay = "auto", budget_bytes: int | None = None, paths: Collection[str] = ()
+        self, model: nn.Module, way: MergeWay = "auto", room: Room = no_limit, paths: Collection[str] = ()
     ) -> None:
         """Choose the way; nothing is copied yet (``allocate``).
 
         Args:
-            way: "auto" takes "shadow" where its bytes for ``paths`` fit the budget, else "host".
-            budget_bytes: What "auto" may give to the shadow; None: whatever it needs. An adapter that brings further
-                layers is not mergeable when their copies would exceed it.
+            way: "auto" takes "shadow" where its bytes for ``paths`` are no more than half of the room on the device
+                (KV blocks need the rest), else "host".
+            room: What second copies may still take where they lie, asked when layers join later (``reserve``) too.
             paths: Layers that adapters are expected to target. Those that cannot be merged into are passed over.
         """
         self.current: str | None = None
         self._held: str | None = None
-        self._budget = budget_bytes if way == "auto" else None
+        self._room = room
         self._merger: Merger = ShadowMerger(model, paths)
-        if way == "host" or (self._budget is not None and self._merger.num_bytes > self._budget):
-            self._merger, self._budget = HostMerger(model, paths), None
-        logger.info(
-            "adapters are merged by way of %s: %.0f MiB of second copies, %.0f MiB of them on the device",
-            self.way,
-            self.num_bytes / 2**20,
-            self.device_bytes / 2**20,
-        )
+        left = room(True) if way == "auto" else None
+        if way == "host" or (left is not None and 2 * self._merger.num_bytes > left):
+            self._merger = HostMerger(model, paths)
 
     @property
     def way(self) -> str:
@@ -63,36 +57,71 @@ class MergeState:
         return self._merger.num_bytes
 
     @property
-    def device_bytes(self) -> int:
-        """Those of them that the model's device holds: to be counted when KV is sized."""
-        return self._merger.num_bytes if self._merger.on_device else 0
+    def on_device(self) -> bool:
+        """Whether the second copies lie on the model's device, not on the host."""
+        return self._merger.on_device
 
     @property
-    def held(self) -> str | None:
-        """The adapter that comes back at no cost after the base: what the shadow holds. None in place."""
-        return self._held if self.way == "shadow" else None
+    def remedy(self) -> str:
+        """What would take less memory of where they lie."""
+        return "merge in place (--merge host)" if self.way == "shadow" else "merge nothing (--merge off)"
 
     @property
     def cannot(self) -> Mapping[str, str]:
         """Why not, by the path of each layer that no adapter can be merged into."""
         return self._merger.cannot
 
+    def more_bytes(self, paths: Iterable[str]) -> int:
+        """By how much ``num_bytes`` grows with adapters of these layers too, of those that can be merged into."""
+        return self._merger.bytes_with(path for path in paths if self._merger.can_merge([path])) - self.num_bytes
+
     def allocate(self) -> None:
         """Make the second copies now. Those of layers packed by oneDNN are made by the merge itself."""
         self._merger.allocate()
 
-    def mergeable(self, paths: Collection[str]) -> str | None:
-        """Why an adapter of these layers has to run unmerged; None when it can be merged."""
+    def reserve(self, paths: Collection[str]) -> str | None:
+        """Make the second copies of these layers that are not there yet, if there is room.
+
+        Returns:
+            Why an adapter of these layers has to run unmerged; None when it can be merged, now and later.
+        """
         if reason := self._merger.reason_against(paths):
             return reason
-        needed = self._merger.bytes_with(paths)
-        if self._budget is not None and needed > self._budget:
-            return f"its merged weights would need {needed} bytes in all, and {self._budget} are given to them"
+        needed = self.more_bytes(paths)
+        if not needed:
+            return None
+        left = self._room(self.on_device)
+        if left is not None and needed > left:
+            return (
+                f"second copies of its layers would need {needed} bytes more, {max(left, 0)} are left: {self.remedy}, "
+                "or ask for fewer KV blocks (--num-blocks)"
+            )
+        try:
+            self._merger.expect(paths)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            return f"there is no memory for second copies of its layers ({error}): {self.remedy}"
         return None
+
+    def base_weight(self, path: str) -> torch.Tensor:
+        """The weight of a layer that can be merged into, as it is without adapters. For any thread."""
+        return self._merger.base_weight(path)
+
+    def holds(self, content_hash: str) -> bool:
+        """Whether ``switch`` brings this adapter at no cost: the shadow holds what was merged last. Never in place."""
+        return self.way == "shadow" and content_hash == self._held
+
+    def discard(self, content_hash: str) -> None:
+        """An adapter is gone. The second copies stay for the others."""
+        if content_hash == self._held != self.current:
+            self._held = None
 
     def layers_for_context(self) -> MergedLayers | None:
         """For ``ForwardContext.merged`` of every pass."""
         return self._merger.layers
+
+    def layers_for_capture(self) -> MergedLayers | None:
+        """What ``layers_for_context`` will be when an adapter is merged; None in place."""
+        return self._merger.ready_layers() if isinstance(self._merger, ShadowMerger) else None
 
     def switch(self, content_hash: str | None, weights: Mapping[str, ModuleWeights] | None = None) -> None:
         """Let the passes from here on see the base (None) or an adapter merged into it.
@@ -104,7 +133,7 @@ class MergeState:
             weights: The adapter's, by path; not needed for the base.
 
         Raises:
-            ValueError: the adapter is not ``mergeable``, or does not fit the model; nothing has changed.
+            ValueError: the adapter cannot be merged (``reserve``), or does not fit the model; nothing has changed.
             Exception: whatever else failed; ``current`` is None then, and the model the base's.
         """
         if content_hash == self.current:
@@ -118,7 +147,7 @@ class MergeState:
             self._merge(content_hash, weights or {})
 
     def _merge(self, content_hash: str, weights: Mapping[str, ModuleWeights]) -> None:
-        reason = self.mergeable(weights) if weights else "its weights were not given"
+        reason = self.reserve(weights) if weights else "its weights were not given"
         if reason:
             raise ValueError(f"adapter {content_hash}: {reason}")
         try:
@@ -144,11 +173,16 @@ def plans_for(
     Returns:
         For ``ForwardContext.lora`` and ``lora_correction`` (or ``lora_logits`` and ``lora_logits_correction``).
     """
-    row_slots = np.asarray(row_slots, dtype=np.int32)
+    wanted, correction = split_slots(np.asarray(row_slots, dtype=np.int32), merged_slot)
+    plan = LoRAPlan.from_rows(correction, backend)
+    if plan is not None:
+        plan.factor = -1.0
+    return LoRAPlan.from_rows(wanted, backend), plan
+
+
+def split_slots(row_slots: np.ndarray, merged_slot: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """What each row of a pass gets added, and what it gets taken away: int32 ``[rows]`` each, -1 for nothing."""
     if merged_slot is None or merged_slot < 0:
-        return LoRAPlan.from_rows(row_slots, backend), None
+        return row_slots, np.full_like(row_slots, -1)
     is_merged = row_slots == merged_slot
-    correction = LoRAPlan.from_rows(np.where(is_merged, -1, merged_slot), backend)
-    if correction is not None:
-        correction.factor = -1.0
-    return LoRAPlan.from_rows(np.where(is_merged, -1, row_slots), backend), correction
+    return np.where(is_merged, -1, row_slots), np.where(is_merged, -1, merged_slot).astype(np.int32)

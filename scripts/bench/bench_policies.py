@@ -110,7 +110,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         max_num_batched_tokens=512,
         enable_prefix_caching=False,
         merge=options.merge,
-        merged_minority=options.merged_minority,
     )
     replica = build_replica(config)
     runs: list[dict[str, Any]] = []
@@ -124,7 +123,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 load = arrivals(share, rate, options.requests, seed)
                 turn = seed % len(POLICIES)
                 for policy in POLICIES[turn:] + POLICIES[:turn]:
-                    run = serve(replica, replace(config, policy=policy), specs, load)
+                    minority = options.merged_minority and policy == "credit"
+                    chosen = replace(config, policy=policy, merged_minority=minority)
+                    run = serve(replica, chosen, specs, load)
                     runs.append({"skew": skew, "seed": seed, "policy": policy, **run})
                     print(f"{skew:12} seed {seed} {policy:7} mean {run['mean']:.4f} P90 {run['p90']:.4f} s/token, "
                           f"{run['switches']} switches", flush=True)  # fmt: skip

@@ -54,6 +54,48 @@ def test_wrong_values(name: str, value: Any, remedy: str) -> None:
     assert remedy in message
 
 
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"exec_type": "vllm", "merge": "shadow"}, ("merge='shadow'", "exec_type='vllm'")),
+        ({"exec_type": "vllm", "merge": "host"}, ("merge='host'", "exec_type='vllm'")),
+        ({"exec_type": "vllm", "merge": "off"}, ("merge='off'", "exec_type='vllm'")),
+        ({"exec_type": "peft", "merge": "off"}, ("merge='off'", "exec_type='peft'")),
+        ({"policy": "merge", "merge": "off"}, ("merge='off'", "policy='merge'")),
+        ({"exec_type": "peft", "policy": "credit"}, ("exec_type='peft'", "policy='credit'")),
+        ({"resident_models": 3}, ("resident_models=3", "exec_type='dlora'")),
+        ({"merged_minority": True, "policy": "fcfs"}, ("merged_minority=True", "policy='fcfs'")),
+        ({"merged_minority": True, "policy": "merge"}, ("merged_minority=True", "policy='merge'")),
+        ({"merged_minority": True, "exec_type": "peft"}, ("merged_minority=True", "exec_type='peft'")),
+        ({"merged_minority": True, "merge": "off"}, ("merged_minority=True", "merge='off'")),
+        (
+            {"merged_minority": True, "policy_profile": "artifact"},
+            ("merged_minority=True", "policy_profile='artifact'"),
+        ),
+        (
+            {"max_adapter_wait": 2.0, "policy_profile": "artifact"},
+            ("max_adapter_wait=2.0", "policy_profile='artifact'"),
+        ),
+    ],
+)
+def test_options_that_exclude_one_another_are_both_named(options: dict[str, Any], named: tuple[str, str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        EngineConfig(model="m", **options)
+    assert all(name in str(caught.value) for name in named), caught.value
+
+
+def test_options_that_go_together() -> None:
+    for options in (
+        {"exec_type": "vllm", "resident_models": 3},
+        {"exec_type": "peft", "merge": "host", "policy": "merge"},
+        {"merged_minority": True},
+        {"merged_minority": True, "policy": "credit", "merge": "shadow", "max_adapter_wait": 1.0},
+        {"policy_profile": "artifact", "max_adapter_wait": float("inf")},
+        {"policy_profile": "artifact", "policy": "fcfs", "merge": "off"},
+    ):
+        EngineConfig(model="m", **options)  # type: ignore[arg-type]
+
+
 def test_right_values() -> None:
     lowest = dict.fromkeys((*COUNTS, "max_loras", "num_threads"), 1)
     EngineConfig(model="m", **lowest, num_host_blocks=0, depth=0, gpu_memory_utilization=1, seed=-3, pack_weights=True)

@@ -54,3 +54,15 @@ def test_memory_is_measured_and_swapping_and_sampling_work(tmp_path: Path) -> No
         outputs = llm.generate(prompts, params, names, use_tqdm=False)
         assert llm._open.engine.stats().num_preemptions > 0
     assert [o.outputs[0].token_ids for o in outputs] == [o.outputs[0].token_ids for o in expected]
+
+
+@pytest.mark.parametrize("way", ["shadow", "host"])
+def test_switches_are_timed_on_the_device(way: str, tmp_path: Path) -> None:
+    model = make_model("llama", tmp_path / "base")
+    adapters = make_adapters("llama", model, tmp_path)
+    greedy = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+    options = {"device": "cuda", "dtype": "float32", "num_blocks": 64, "policy": "merge", "merge": way}
+    with LLM(tmp_path / "base", adapters, **options) as llm:
+        llm.generate(PROMPTS, greedy, NAMES, use_tqdm=False)
+        engine = llm._open.engine
+        assert engine.num_switches > 1 and 0 < engine.switch_seconds < 60

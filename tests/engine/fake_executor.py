@@ -60,7 +60,11 @@ class FakeExecutor:
         self.poisoned: set[str] = set()
         self.max_batch_tokens = 0
         self.merged = ""
-        self.held: str | None = None
+        self.num_held = 1
+        self.held: list[str] = []
+        # On a GPU the seconds of a switch are known with the step after it.
+        self.late_switches = False
+        self.late_seconds: float | None = None
         self.failing_merges: set[str] = set()
         self.num_switches = 0
         self.modes: set[bool] = set()
@@ -85,7 +89,8 @@ class FakeExecutor:
             self._write(sequence)
         # Steps and switches of a made-up machine, so that policies have something to learn from.
         seconds = 0.01 + 0.001 * len(batch.sequences) + (0.004 if not batch.merged_adapter else 0.0)
-        return StepResult(batch.step, [self._read(sequence) for sequence in batch.sequences], seconds)
+        late, self.late_seconds = self.late_seconds, None
+        return StepResult(batch.step, [self._read(sequence) for sequence in batch.sequences], seconds, late)
 
     def collect(self, handle: StepResult) -> StepResult:
         return handle
@@ -93,21 +98,24 @@ class FakeExecutor:
     def can_merge(self, spec: AdapterSpec) -> bool:
         return spec.content_hash not in self.unmergeable
 
-    def switch(self, spec: AdapterSpec | None) -> float:
+    def switch(self, spec: AdapterSpec | None) -> float | None:
         assert spec is None or spec.content_hash in self.slots.values()
         if spec is not None and spec.content_hash in self.failing_merges:
-            self.merged, self.held = "", None
+            self.merged, self.held = "", []
             raise MemoryError("no room for the merged weights")
         self.merged = spec.content_hash if spec else ""
         self.num_switches += 1
-        was_held, self.held = self.held, self.merged or self.held
-        return 0.005 if spec and self.held != was_held else 0.0
+        seconds = 0.005 if spec and self.merged not in self.held else 0.0
+        if spec:
+            self.held = [*(key for key in self.held if key != self.merged), self.merged][-self.num_held :]
+        self.late_seconds = seconds if self.late_switches else None
+        return None if self.late_switches else seconds
 
     def merged_adapter(self) -> str | None:
         return self.merged or None
 
-    def held_adapter(self) -> str | None:
-        return self.held
+    def holds_merged(self, content_hash: str) -> bool:
+        return content_hash in self.held
 
     def residency(self) -> list[AdapterResidency]:
         return [AdapterResidency(content_hash, "device", 4, 10) for content_hash in self.slots.values()]

@@ -233,19 +233,78 @@ def test_what_cannot_be_merged_runs_unmerged() -> None:
         assert engine.executor.modes == {False}  # type: ignore[attr-defined]
 
 
-def test_a_merge_that_costs_nothing_teaches_nothing() -> None:
-    """The shadow holds what was merged last: had its return been learned, every merge would look cheap."""
-    engine = make_engine(policy="merge")
+def observed_switches(engine: Engine) -> list[tuple[str, float]]:
+    """What the cost model is told from now on."""
     seen: list[tuple[str, float]] = []
     observe = engine.cost.observe_switch
     engine.cost.observe_switch = lambda kind, seconds, rows=0: (  # type: ignore[method-assign]
         seen.append((kind, seconds)), observe(kind, seconds, rows)
     )[1]  # fmt: skip
+    return seen
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_merge_that_costs_nothing_teaches_nothing(depth: int, late: bool) -> None:
+    """The shadow holds what was merged last: had its return been learned, every merge would look cheap."""
+    engine = make_engine(policy="merge", depth=depth)
+    engine.executor.late_switches = late  # type: ignore[attr-defined]
+    seen = observed_switches(engine)
     for name, adapter in (("a", 1), ("base", 0), ("again", 1), ("other", 2)):
         engine.add_request(make_request(name, [4] * 5, adapter, 2, ignore_eos=True))
         drain(engine, {})
     assert engine.num_switches == 4
     assert seen == [("merge", 0.005), ("unmerge", 0.0), ("merge", 0.005)]
+
+
+def test_every_merged_model_that_is_still_there_comes_back_for_nothing() -> None:
+    """Not the latest alone: with exec_type="vllm" several are."""
+    engine = make_engine(policy="merge")
+    engine.executor.num_held = 2  # type: ignore[attr-defined]
+    seen = observed_switches(engine)
+    asked: list[set[str]] = []
+    choose = engine.scheduler.policy.choose
+    engine.scheduler.policy.choose = (
+        lambda state: (  # type: ignore[method-assign]
+            asked.append({spec.content_hash for spec in ADAPTERS[1:] if state.holds_merged(spec.content_hash)}),
+            choose(state),
+        )[1]
+    )
+    for name, adapter in (("a", 1), ("b", 2), ("again", 1), ("other", 3), ("b again", 2)):
+        engine.add_request(make_request(name, [4] * 5, adapter, 1, ignore_eos=True))
+        drain(engine, {})
+    assert engine.num_switches == 5
+    assert seen == [("merge", 0.005)] * 4
+    assert {"hash0", "hash1"} in asked and {"hash0", "hash2"} in asked
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_switch_whose_seconds_come_later_counts_when_they_come(depth: int) -> None:
+    decisions: list[Decision] = []
+    engine = make_engine(policy="merge", depth=depth)
+    engine.executor.late_switches = True  # type: ignore[attr-defined]
+    engine.on_decision = decisions.append
+    seen = observed_switches(engine)
+    engine.add_request(make_request("r", [4] * 5, 1, 3, ignore_eos=True))
+    step(engine, {})
+    assert engine.num_switches == 1
+    assert decisions[0].switch_seconds is None
+    assert (engine.switch_seconds, seen) == ((0.0, []) if depth else (0.005, [("merge", 0.005)]))
+    drain(engine, {})
+    assert engine.detail().switch_seconds == engine.switch_seconds == 0.005
+    assert seen == [("merge", 0.005)]
+    assert [decision.switch_seconds for decision in decisions[1:]] == [0.0, 0.0]
+
+
+def test_the_seconds_of_a_failed_merge_are_nobodys() -> None:
+    """The base comes back after it, and that switch was not asked for."""
+    engine = make_engine(policy="merge")
+    engine.executor.late_switches = True  # type: ignore[attr-defined]
+    engine.executor.failing_merges.add("hash0")  # type: ignore[attr-defined]
+    seen = observed_switches(engine)
+    engine.add_request(make_request("r", [4] * 5, 1, 3, ignore_eos=True))
+    drain(engine, {})
+    assert (engine.num_switches, engine.switch_seconds, seen) == (0, 0.0, [])
 
 
 @pytest.mark.parametrize("depth", [0, 1])

@@ -76,7 +76,7 @@ def test_predictions() -> None:
 
 
 def test_what_is_held_comes_back_at_no_cost() -> None:
-    state = dataclasses.replace(queue("ab"), held_adapter="a")
+    state = dataclasses.replace(queue("abc"), holds_merged={"a", "c"}.__contains__)
     held = QueueView(state, CostModel.paper())
-    assert held.switch(None, "a") == held.switch("b", "a") == 0.0
+    assert held.switch(None, "a") == held.switch("b", "a") == held.switch("a", "c") == 0.0
     assert held.switch(None, "b") == held.switch("a", "b") == held.switch("a", None) == 20e-3

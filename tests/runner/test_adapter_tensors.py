@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from peft_dist.core.errors import AdapterError
+from peft_dist.runner.adapter_modules import describe_modules
+from peft_dist.runner.adapter_tensors import load_adapter
 from tests.runner.adapter_folder import (
     KEY,
     MODEL,
@@ -158,6 +164,17 @@ def test_copies_of_base_weights(folder, name):
     own[3, 3] += 0.5
     edit(folder, lambda t: t.update({key: own}))
     refused(folder, key, "differs from this base's")
+
+
+def test_a_base_weight_that_is_merged_into_while_it_is_read_is_read_again(folder):
+    own = MODEL.lm_head.weight.detach().clone()
+    edit(folder, lambda t: t.update({"base_model.model.lm_head.weight": own}))
+    for second, refusal in ((own, False), (own + 2, True)):
+        reads = iter([own + 1, second])
+        modules = describe_modules(MODEL)
+        modules["lm_head"] = replace(modules["lm_head"], weight=lambda reads=reads: next(reads))
+        with pytest.raises(AdapterError, match="differs") if refusal else nullcontext():
+            load_adapter("x", folder, modules)
 
 
 def test_copies_do_not_keep_their_memory(folder):

@@ -42,7 +42,7 @@ def test_switching(way: MergeWay, model: torch.nn.Module, adapters: list[Weights
     before = digest(model)
     state = MergeState(model, way, paths=adapters[0])
     assert (state.way, state.current, state.cannot) == (way, None, {})
-    assert state.num_bytes == state.device_bytes == sum(_bytes(model, path) for path in adapters[0])
+    assert state.num_bytes == sum(_bytes(model, path) for path in adapters[0]) and state.on_device
     state.allocate()
     answers = [logits(model, state)]
     for number, adapter in enumerate(adapters):
@@ -98,28 +98,96 @@ def test_a_switch_that_fails_leaves_the_base(
     assert torch.equal(logits(model, state), merged)
 
 
-def test_the_way_goes_by_the_budget(model: torch.nn.Module, adapters: list[Weights]) -> None:
+def test_the_way_goes_by_the_room(model: torch.nn.Module, adapters: list[Weights]) -> None:
+    """Half of the room has to be left for KV blocks."""
     paths = list(adapters[0])
     needed = MergeState(model, "shadow", paths=paths).num_bytes
-    assert MergeState(model, "auto", needed, paths).way == "shadow"
-    assert MergeState(model, "auto", None, paths).way == "shadow"
-    small = MergeState(model, "auto", needed - 1, paths)
-    assert small.way == "host" and small.mergeable(paths) is None
-    assert MergeState(model, "shadow", 0, paths).mergeable(paths) is None
+    assert MergeState(model, "auto", lambda _: 2 * needed, paths).way == "shadow"
+    assert MergeState(model, "auto", lambda _: None, paths).way == "shadow"
+    assert MergeState(model, "auto", lambda _: 2 * needed - 1, paths).way == "host"
+    assert MergeState(model, "shadow", lambda _: 0, paths).way == "shadow"
 
 
-def test_layers_that_come_later_count_too(model: torch.nn.Module, adapters: list[Weights]) -> None:
+@pytest.mark.parametrize("way", ["shadow", "host"])
+def test_layers_that_come_later_count_too(way: MergeWay, model: torch.nn.Module, adapters: list[Weights]) -> None:
     wrap_all(model, ("k_proj",))
+    room = 0
     paths = list(adapters[0])
-    budget = MergeState(model, "shadow", paths=paths).num_bytes
-    state = MergeState(model, "auto", budget, paths)
-    more = [*paths, "model.layers.0.self_attn.k_proj"]
-    assert state.mergeable(paths) is None
-    assert f"{budget} are given" in str(state.mergeable(more))
-    assert "no layer of the model" in str(state.mergeable(["model.norm"]))
-    weights = adapters[0] | {more[-1]: ModuleWeights(torch.ones(1, 32), torch.ones(16, 1), 1.0)}
-    with pytest.raises(ValueError, match="adapter big: its merged weights would need"):
+    late = "model.layers.0.self_attn.k_proj"
+    state = MergeState(model, way, lambda _: room, paths)
+    before = state.num_bytes
+    state.allocate()
+    needed = _bytes(model, late)
+    assert state.more_bytes([*paths, late, "model.norm"]) == needed
+    assert state.reserve(paths) is None
+    assert f"need {needed} bytes more, 0 are left" in str(state.reserve([*paths, late]))
+    assert "no layer of the model" in str(state.reserve(["model.norm"]))
+    weights = adapters[0] | {late: ModuleWeights(torch.ones(1, 32), torch.ones(16, 1), 1.0)}
+    with pytest.raises(ValueError, match="adapter big: second copies of its layers would need"):
         state.switch("big", weights)
+    assert state.num_bytes == before
+    room = needed
+    assert state.reserve([*paths, late]) is None
+    room = 0
+    # What was promised is kept.
+    assert state.reserve([*paths, late]) is None and state.num_bytes == before + needed
+    state.switch("big", weights)
+    assert state.current == "big"
+
+
+@pytest.mark.parametrize("way", ["shadow", "host"])
+def test_no_merge_allocates_what_was_reserved(
+    way: MergeWay, model: torch.nn.Module, adapters: list[Weights], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = MergeState(model, way, paths=list(adapters[0])[:2])
+    state.allocate()
+    assert state.reserve(adapters[0].keys()) is None
+    monkeypatch.setattr(torch, "empty_like", _fail)
+    for number, adapter in enumerate(adapters):
+        state.switch(f"hash{number}", adapter)
+    state.switch(None)
+
+
+def test_layers_for_which_memory_runs_out_are_as_unknown_as_before(
+    model: torch.nn.Module, adapters: list[Weights], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = MergeState(model, "shadow")
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "empty_like", _fail)
+        assert "no more memory" in str(state.reserve(adapters[0].keys()))
+    assert state.num_bytes == 0
+    assert state.reserve(adapters[0].keys()) is None and state.num_bytes > 0
+
+
+def test_what_the_shadow_holds_is_told(model: torch.nn.Module, adapters: list[Weights]) -> None:
+    state = MergeState(model, "shadow")
+    state.switch("a", adapters[0])
+    state.switch(None)
+    assert state.holds("a") and not state.holds("b")
+    state.switch("b", adapters[1])
+    assert state.holds("b") and not state.holds("a")
+    state.discard("b")
+    assert state.holds("b"), "the weights hold it now"
+    state.switch(None)
+    state.discard("b")
+    assert not state.holds("b")
+    in_place = MergeState(FAMILIES["llama"](), "host")
+    wrap_all(in_place._merger._model, ("q_proj", "v_proj", "down_proj"))  # type: ignore[arg-type]
+    in_place.switch("a", adapters[0])
+    in_place.switch(None)
+    assert not in_place.holds("a")
+
+
+def test_the_base_is_read_as_it_is_while_something_is_merged_in_place(
+    model: torch.nn.Module, adapters: list[Weights]
+) -> None:
+    path = next(iter(adapters[0]))
+    weight: torch.Tensor = model.get_submodule(path).base_layer.weight
+    original = weight.detach().clone()
+    state = MergeState(model, "host", paths=[path])
+    assert torch.equal(state.base_weight(path), original)
+    state.switch("a", adapters[0])
+    assert not torch.equal(weight, original) and torch.equal(state.base_weight(path), original)
 
 
 def _bytes(model: torch.nn.Module, path: str) -> int:

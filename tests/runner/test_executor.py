@@ -1,0 +1,117 @@
+"""What the executor says of seconds: measured on the device where the host has only queued the work."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from peft_dist.core.adapter import AdapterSpec
+from peft_dist.core.batch import Batch, StepResult
+from peft_dist.runner.executor import TorchExecutor
+
+SPEC = AdapterSpec("a", "hash", "", {"m": 4}, 10)
+
+
+class FakeClock:
+    """A device's time in milliseconds, and events that take it down when they are recorded."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.waits = 0
+
+    def event(self, enable_timing: bool) -> Any:
+        assert enable_timing
+        event = SimpleNamespace()
+        event.record = lambda: setattr(event, "at", self.now)
+        event.synchronize = lambda: setattr(self, "waits", self.waits + 1)
+        event.elapsed_time = lambda other: other.at - event.at
+        return event
+
+
+class FakeMerging:
+    """Each merge takes 30 ms of the device."""
+
+    def __init__(self, clock: FakeClock) -> None:
+        self.clock = clock
+        self.current: str | None = None
+
+    def holds(self, content_hash: str) -> bool:
+        return False
+
+    def switch(self, content_hash: str | None, weights: object = None) -> None:
+        self.clock.now += 30.0
+        if content_hash == "bad":
+            raise MemoryError("no room")
+        self.current = content_hash
+
+
+class FakeRunner:
+    """Each step takes 8 ms of the device."""
+
+    device = torch.device("cuda")
+
+    def __init__(self, clock: FakeClock) -> None:
+        self.clock = clock
+        self.merge = FakeMerging(clock)
+        self.store = SimpleNamespace(
+            pool=SimpleNamespace(device=torch.device("cpu")), weights_in=lambda slot: {}, remove=lambda key: None
+        )
+
+    def start(self, batch: Batch) -> int:
+        self.clock.now += 8.0
+        return batch.step
+
+    def finish(self, step: int) -> StepResult:
+        return StepResult(step, [])
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+    clock = FakeClock()
+    monkeypatch.setattr(torch.cuda, "Event", clock.event)
+    return clock
+
+
+@pytest.fixture
+def executor(clock: FakeClock) -> Any:
+    runner: Any = FakeRunner(clock)
+    made = TorchExecutor(runner)
+    made._slots = {"hash": 0, "bad": 1}
+    yield made
+    made.close()
+
+
+def test_a_switch_is_told_with_the_step_after_it(executor: TorchExecutor, clock: FakeClock) -> None:
+    first = executor.submit(Batch(0, []))
+    assert executor.switch(SPEC) is None
+    clock.now += 5.0
+    second = executor.submit(Batch(1, []))
+    third = executor.submit(Batch(2, []))
+    assert clock.waits == 0, "nobody waits before a result is asked for"
+    results = [executor.collect(handle) for handle in (first, second, third)]
+    assert [result.switch_seconds for result in results] == [None, pytest.approx(0.030), None]
+    assert [result.seconds for result in results] == [pytest.approx(0.008)] * 3
+
+
+def test_a_switch_that_failed_or_was_cleared_is_nobodys(executor: TorchExecutor) -> None:
+    with pytest.raises(MemoryError):
+        executor.switch(AdapterSpec("bad", "bad", "", {"m": 4}, 10))
+    assert executor.collect(executor.submit(Batch(0, []))).switch_seconds is None
+    executor._slots.clear()
+    assert executor.switch(None) is None
+    executor.clear()
+    assert executor.collect(executor.submit(Batch(1, []))).switch_seconds is None
+
+
+def test_on_a_cpu_the_caller_was_kept_waiting(clock: FakeClock) -> None:
+    runner: Any = FakeRunner(clock)
+    runner.device = torch.device("cpu")
+    executor = TorchExecutor(runner)
+    executor._slots = {"hash": 0}
+    seconds = executor.switch(SPEC)
+    assert seconds is not None and seconds >= 0
+    assert executor.collect(executor.submit(Batch(0, []))).switch_seconds is None
+    executor.close()
