@@ -10,6 +10,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from peft_dist.kernels.lora_group import even_rows, group_of, is_wide, layer_tables, on_device, tiles_of
+from peft_dist.kernels.lora_plans import GroupPlan
 from peft_dist.kernels.lora_triton_kernels import expand_part, find_adapter
 from peft_dist.kernels.lora_workspace import LoRAWorkspace
 from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
@@ -109,6 +110,9 @@ def lora_expand_gate(
     activation: str = "silu",
     out: torch.Tensor | None = None,
     workspace: LoRAWorkspace | None = None,
+    *,
+    is_next: bool = False,
+    launch: GroupPlan | None = None,
 ) -> torch.Tensor:
     """``activation(gate + its part) * (up + its part)`` for all rows in tiles, those of the base too.
 
@@ -121,6 +125,7 @@ def lora_expand_gate(
         plan: With tiles that hold the base's rows (``has_base``). Rows in no tile (padding) keep what ``out`` holds.
         activation: "silu" or "gelu_tanh".
         out: Contiguous, of gate's shape and dtype, none of the two; None makes one.
+        workspace, is_next, launch: As in ``lora_expand_group_``.
 
     Raises:
         ValueError: the tensors do not fit, the plan's tiles lack the base's rows, or the activation is another.
@@ -139,7 +144,8 @@ def lora_expand_gate(
     rows = [even_rows("y", tensor, plan.num_rows, width) for tensor in (gate, up, out)]
     workspace = workspace or group.workspace()
     wide = is_wide(group.dtype)
-    launch = group.plan(tiles, wide)
+    launch = group.plan(tiles, wide, launch)
+    pdl = launch.pdl and is_next
     gate_part, up_part = (layer_tables(w or resident[0]).of_expand() for w in weights)
     with on_device(gate.device):
         _gate_kernel[(-(-width // launch.gate_n), tiles.max_tiles)](
@@ -164,8 +170,8 @@ def lora_expand_gate(
             BLOCK_N=launch.gate_n,
             WIDE=wide,
             SILU=activation == "silu",
-            PDL=launch.pdl,
+            PDL=pdl,
             num_warps=launch.gate_warps,
-            **({"launch_pdl": True} if launch.pdl else {}),
+            **({"launch_pdl": True} if pdl else {}),
         )
     return out

@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 logger = logging.getLogger(__name__)
 
 FOLDER_VARIABLE = "PEFT_DIST_TUNED"
-# Two for each of an H100's or H200's 132 processors.
-_PROGRAMS = 264
-_MOST_PARTS = 16
+# Six small or two large ones for each of an H100's or H200's 132 processors.
+_DECODE_PROGRAMS, _PREFILL_PROGRAMS = 792, 264
+# Every block of outputs adds the parts up again: for long tiles more of them would be more to read than the outputs.
+_DECODE_PARTS, _PREFILL_PARTS = 16, 4
 # In octaves, summed over tiles, K and N: beyond that a measured shape says nothing.
 _FARTHEST = 4.0
 
@@ -83,17 +84,22 @@ class GroupPlan:
 
 
 def default_plan(shape: GroupShape) -> GroupPlan:
-    """From the shape alone: about two programs for each processor of the card, and loads of 512 bytes a row."""
-    block_k = 256 if shape.tile_rows == 16 else 128 if shape.tile_rows < 128 else 64
+    """From the shape alone: as many programs as the card runs at once, and loads of 512 bytes a row at decode.
+
+    A decode step has one row in most tiles, or few tiles: then partial sums are few however many parts there are.
+    """
+    is_decode = shape.tile_rows == 16
+    wanted, most = (_DECODE_PROGRAMS, _DECODE_PARTS) if is_decode else (_PREFILL_PROGRAMS, _PREFILL_PARTS)
+    block_k = 256 if is_decode else 128 if shape.tile_rows < 128 else 64
     block_k = min(block_k, _power_of_two(shape.in_features))
     chunks = -(-shape.in_features // block_k)
     programs = shape.max_tiles * len(shape.out_features)
-    chunks_each = max(1, round(chunks * programs / _PROGRAMS), -(-chunks // _MOST_PARTS))
+    chunks_each = max(1, round(chunks * programs / wanted), -(-chunks // most))
     split = -(-chunks // chunks_each)
     columns = sum(shape.out_features)
     block_n = 64
     # Wider blocks add up fewer partial sums again, as long as there are enough of them.
-    while block_n < (256 if shape.tile_rows == 16 else 128) and columns * shape.max_tiles > 2 * block_n * _PROGRAMS:
+    while block_n < (256 if is_decode else 128) and columns * shape.max_tiles > 2 * block_n * _PREFILL_PROGRAMS:
         block_n *= 2
     block_n = min(block_n, _power_of_two(max(shape.out_features)))
     warps = 8 if shape.tile_rows == 128 else 4
@@ -128,10 +134,10 @@ def _find_plan(shape: GroupShape, table: Sequence[tuple[GroupShape, GroupPlan]])
 def fit_plan(plan: GroupPlan, shape: GroupShape) -> GroupPlan:
     """A plan that was made for a similar shape, with no part of the inputs left empty."""
     block_k = min(plan.block_k, _power_of_two(shape.in_features))
-    block_n = min(plan.block_n, _power_of_two(max(shape.out_features)))
+    widest = _power_of_two(max(shape.out_features))
+    block_n, gate_n = min(plan.block_n, widest), min(plan.gate_n, widest)
     chunks = -(-shape.in_features // block_k)
     chunks_each = -(-chunks // min(plan.split, chunks))
-    gate_n = min(plan.gate_n, block_n)
     return replace(plan, block_k=block_k, block_n=block_n, gate_n=gate_n, split=-(-chunks // chunks_each))
 
 
@@ -174,7 +180,7 @@ def tables_of(device_name: str) -> tuple[tuple[GroupShape, GroupPlan], ...]:
             continue
         try:
             found.update(read_table(path))
-        except (ValueError, TypeError, KeyError, OSError) as error:
+        except (ValueError, TypeError, LookupError, OSError) as error:
             logger.warning("the table of LoRA plans %s is left out: %s", path, error)
         else:
             logger.info("LoRA kernels on %s: plans from %s", device_name, path)
