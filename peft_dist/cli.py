@@ -33,6 +33,31 @@ def version() -> None:
 
 
 @app.command()
+def tune(
+    model: Annotated[str, typer.Argument(help="Folder or hub id of the base model whose layers are measured.")],
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters that are measured.")] = 16,
+    max_loras: Annotated[int, typer.Option(min=1, help="Adapters on the device at once.")] = 64,
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="Most sequences in one step.")] = 256,
+    max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="Most tokens in one step.")] = 2048,
+    tile_rows: Annotated[list[int] | None, typer.Option(help="16 (decode), 32, 64, 128; all if not given.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the table, if not the user's cache.")] = None,
+) -> None:
+    """Measure how to launch the LoRA kernels on this GPU, and keep the answers for every later start."""
+    from peft_dist.runner import tune as tuning
+
+    path = tuning.tune(
+        tuning.model_sizes(model),
+        rank=rank,
+        max_loras=max_loras,
+        max_num_seqs=max_num_seqs,
+        max_tokens=max_num_batched_tokens,
+        tile_rows=tuple(tile_rows or (16, 32, 64, 128)),
+        folder=output,
+    )
+    typer.echo(path)
+
+
+@app.command()
 def serve(
     model: Annotated[str, typer.Argument(help="Folder or hub id of the base model.")],
     adapter: Annotated[list[str] | None, typer.Option(metavar="NAME=PATH", help="A folder or hub id.")] = None,

@@ -91,6 +91,12 @@ def add_embedding_lora_(
         y itself.
     """
     factor = 1.0 if embed_scale is None else embed_scale
-    if plan.backend != "torch" and lora_cpu.add_embedding_lora_(y, ids, weights, plan, factor):
+    backend = _backend_of(plan, y)
+    if backend == "c" and lora_cpu.add_embedding_lora_(y, ids, weights, plan, factor):
         return y
+    if backend == "triton":
+        from peft_dist.kernels import lora_embedding_triton
+
+        if lora_embedding_triton.add_embedding_lora_(y, ids, weights, plan, factor):
+            return y
     return lora_torch.add_embedding_lora_(y, ids, weights, plan, embed_scale)
