@@ -8,17 +8,11 @@ import torch
 from peft_dist.kernels import reference_glue as reference
 from peft_dist.kernels.glue import Norm, implementation
 from peft_dist.kernels.types import KVCache
+from tests.kernels.device_cases import DEVICES
 
 pytest.importorskip("triton")
 glue = implementation("triton")
 
-DEVICES = [
-    pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles for the GPU")),
-    pytest.param(
-        "cuda",
-        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
-    ),
-]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STYLES = {"llama": (False, True), "gemma": (True, False), "gpt_oss": (False, False)}
 # The interpreter runs one program after another.
