@@ -104,6 +104,7 @@ def serve(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the model.")] = None,
     depth: Annotated[int | None, typer.Option(help="Steps in flight: 0 on CPU and 1 on a GPU if not given.")] = None,
     enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="Capture no CUDA graphs.")] = False,
+    no_fuse: Annotated[bool, typer.Option("--no-fuse", help="Run the model's own code between its layers.")] = False,
     preemption: Annotated[str, typer.Option(help="auto, recompute or swap.")] = "auto",
     no_prefix_caching: Annotated[bool, typer.Option("--no-prefix-caching", help="Never reuse a prefix's KV.")] = False,
     seed: Annotated[int | None, typer.Option(help="Seeds the requests that bring no seed.")] = None,
@@ -154,6 +155,7 @@ def serve(
             merge=cast(MergeMethod, merge),
             merged_minority=merged_minority,
             enforce_eager=enforce_eager,
+            fuse=not no_fuse,
             decision_log=None if decision_log is None else str(decision_log),
         ),
         http=ServerOptions(

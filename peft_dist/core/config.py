@@ -61,6 +61,8 @@ class EngineConfig:
             memory); None packs on CPU when the copy fits in half of the free memory.
         compile_kernels: Build the C kernels on first use on a CPU (needs gcc); off falls back to torch.
         enforce_eager: Capture no CUDA graphs: decode steps run operator by operator, as prefills do.
+        fuse: On a GPU, join the weights of q/k/v and of gate/up and run norms, gates and rotary embedding as kernels of
+            this package, in the modules whose code is known; off runs Hugging Face's code.
         attention_backend: "auto" takes the fastest that is installed: on a GPU "vllm-flash-attn" (found in vllm, the
             kernels package or vllm_flash_attn), "flashinfer", "triton" or "torch", on a CPU "c" or "torch". A layer
             that it does not take runs in the next one.
@@ -105,6 +107,7 @@ class EngineConfig:
     pack_weights: bool | None = None
     compile_kernels: bool = True
     enforce_eager: bool = False
+    fuse: bool = True
     attention_backend: AttentionName = "auto"
     seed: int | None = None
     trust_remote_code: bool = False

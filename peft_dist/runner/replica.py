@@ -24,7 +24,6 @@ from peft_dist.kernels import attention_backends, backend
 from peft_dist.kernels.attention_interface import BackendUnavailableError
 from peft_dist.kernels.kv_pool import KVCachePool, block_bytes
 from peft_dist.kernels.lora_pool import LoRAPool
-from peft_dist.patches.joining import join_weights
 from peft_dist.policy.factory import make_policy
 from peft_dist.policy.settings import PolicySettings
 from peft_dist.runner.adapter_memory import count_rows, row_bytes
@@ -38,7 +37,7 @@ from peft_dist.runner.loader import end_of_sequence_ids, has_tokenizer, load_mod
 from peft_dist.runner.memory import MemoryLeft, count_blocks
 from peft_dist.runner.merge_setup import as_in_the_base, later_device_bytes, make_merging
 from peft_dist.runner.model_runner import ModelRunner
-from peft_dist.runner.packing import pack_weights
+from peft_dist.runner.packing import prepare_layers
 from peft_dist.runner.warm_up import run_largest_batch
 
 logger = logging.getLogger(__name__)
@@ -151,10 +150,7 @@ def build_replica(config: EngineConfig) -> Replica:
         torch.set_num_threads(config.num_threads)
     device = resolve_device(config.device)
     model = load_model(config, device)
-    if device.type == "cpu":
-        pack_weights(model, config.pack_weights)
-    else:
-        join_weights(model)
+    prepare_layers(model, config)
     shapes = probe_kv_shapes(model)
     modules = describe_modules(model)
     num_rows = count_rows(config, modules, device, model.dtype)
