@@ -338,4 +338,5 @@ class Engine:
             stop_reason=request.stop_reason,
             num_cached_tokens=request.num_cached_tokens,
             error=error,
+            queue_seconds=request.queue_seconds,
         )

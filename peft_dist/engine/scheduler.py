@@ -76,7 +76,10 @@ class Scheduler:
         draft = self._take(self.choice)
         scheduled = [sequence.request_id for sequence in draft.sequences]
         for request_id in scheduled:
-            self.queue[request_id].last_scheduled = now
+            request = self.queue[request_id]
+            request.last_scheduled = now
+            if request.first_scheduled is None:
+                request.first_scheduled = now
         self.policy.ran(state, self.choice, scheduled)
         return self._batch(draft.sequences)
 
