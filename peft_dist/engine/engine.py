@@ -223,6 +223,8 @@ class Engine:
             self.cost.observe_step(submitted.features, result.seconds)
         if result.switch_seconds is not None and submitted.switch is not None:
             self._switcher.took(submitted.switch, result.switch_seconds)
+        if result.swap_seconds is not None:
+            self.cost.observe_swap(result.swap_bytes, result.swap_seconds)
         return self._update(submitted.batch, submitted.requests, result)
 
     def _schedule(self, now: float) -> Batch | None:
@@ -236,7 +238,9 @@ class Engine:
         for outcome in self.executor.take_loaded():
             self.residency_version += 1
             if outcome.error is None:
-                self.scheduler.adapters.loaded(outcome.content_hash)
+                spec = self.scheduler.adapters.loaded(outcome.content_hash)
+                if outcome.copy_seconds is not None:
+                    self.cost.observe_load(spec.num_bytes, outcome.copy_seconds)
                 continue
             self.scheduler.adapters.load_failed(outcome.content_hash, outcome.error)
             failed = [r for r in self.requests.values() if r.adapter and r.content_hash == outcome.content_hash]
