@@ -93,6 +93,7 @@ def serve(
     merge: Annotated[str, typer.Option(help="auto, shadow, host or off: where merged weights live.")] = "auto",
     merged_minority: Annotated[bool, typer.Option("--merged-minority", help="Others may join merged batches.")] = False,
     decision_log: Annotated[Path | None, typer.Option(help="Write every step's decision here, a JSON a line.")] = None,
+    cost_profile: Annotated[Path | None, typer.Option(help="Measured seconds, kept here between two starts.")] = None,
     metrics_max_adapters: Annotated[int, typer.Option(min=0, help="Adapters with metrics of their own.")] = 100,
     max_queue: Annotated[int, typer.Option(min=0, help="Sequences that may wait; more are refused.")] = 1024,
     api_key: Annotated[list[str] | None, typer.Option(help=f"Guards /v1; repeatable. And {API_KEYS_VARIABLE}.")] = None,
@@ -157,6 +158,7 @@ def serve(
             enforce_eager=enforce_eager,
             fuse=not no_fuse,
             decision_log=None if decision_log is None else str(decision_log),
+            cost_profile=None if cost_profile is None else str(cost_profile),
         ),
         http=ServerOptions(
             api_keys=(*(api_key or ()), *more_keys),

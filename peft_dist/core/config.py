@@ -81,6 +81,8 @@ class EngineConfig:
         merged_minority: Let requests of other adapters join a merged batch, corrected by the LoRA kernel. With the
             policy "credit" alone.
         decision_log: File that gets every step's decision as a line of JSON.
+        cost_profile: File with the measured seconds of steps and switches: read at the start if it is there and of this
+            model on this device, written when the replica is closed.
     """
 
     model: str
@@ -119,6 +121,7 @@ class EngineConfig:
     merge: MergeMethod = "auto"
     merged_minority: bool = False
     decision_log: str | None = None
+    cost_profile: str | None = None
 
     def __post_init__(self) -> None:
         for option in fields(self):
