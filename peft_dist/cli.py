@@ -14,7 +14,7 @@ try:
 except ModuleNotFoundError as missing:
     raise SystemExit("peft-dist needs the server's packages: pip install 'peft-dist[server]'") from missing
 
-from peft_dist.core.config import AttentionName, EngineConfig, MergeMethod, Preemption, parse_bytes
+from peft_dist.core.config import AttentionName, EngineConfig, LoadFormat, MergeMethod, Preemption, parse_bytes
 from peft_dist.core.errors import ConfigError, PeftDistError
 
 API_KEYS_VARIABLE = "PEFT_DIST_API_KEY"
@@ -69,6 +69,7 @@ def serve(
     revision: Annotated[str | None, typer.Option(help="Hub revision of the base model.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    load_format: Annotated[str, typer.Option(help="auto, or dummy: random weights, for benchmarks.")] = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and output together, in tokens.")] = None,
     max_num_seqs: Annotated[int, typer.Option(help="Most sequences in one step.")] = 256,
     max_num_batched_tokens: Annotated[int, typer.Option(help="Most tokens in one step.")] = 2048,
@@ -128,6 +129,7 @@ def serve(
             revision=revision,
             device=device,
             dtype=dtype,
+            load_format=cast(LoadFormat, load_format),
             max_model_len=max_model_len,
             block_size=block_size,
             num_blocks=num_blocks,

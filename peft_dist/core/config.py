@@ -13,6 +13,7 @@ from peft_dist.core.errors import ConfigError
 Preemption = Literal["auto", "recompute", "swap"]
 MergeMethod = Literal["auto", "shadow", "host", "off"]
 AttentionName = Literal["auto", "vllm-flash-attn", "flashinfer", "triton", "c", "torch"]
+LoadFormat = Literal["auto", "dummy"]
 
 _BYTE_UNITS = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
@@ -37,6 +38,8 @@ class EngineConfig:
         revision: Hub revision of the base model.
         device: "auto", "cpu", "cuda" or "cuda:N".
         dtype: "auto" (the checkpoint's on a GPU, float32 on CPU), "float32", "bfloat16" or "float16".
+        load_format: "auto" reads the checkpoint; "dummy" needs config.json alone and draws random weights from ``seed``
+            on the device, as the model initialises itself (for benchmarks: the answers mean nothing).
         max_model_len: Longest prompt plus output in tokens; the model's own limit when None.
         block_size: Tokens in one KV block.
         num_blocks: KV blocks on the device; sized from memory when None.
@@ -90,6 +93,7 @@ class EngineConfig:
     revision: str | None = None
     device: str = "auto"
     dtype: str = "auto"
+    load_format: LoadFormat = "auto"
     max_model_len: int | None = None
     block_size: int = 16
     num_blocks: int | None = None
@@ -171,6 +175,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "Preemption": str,
     "MergeMethod": str,
     "AttentionName": str,
+    "LoadFormat": str,
     "None": type(None),
 }
 _AT_LEAST_1 = (
@@ -182,6 +187,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "preemption": get_args(Preemption),
     "merge": get_args(MergeMethod),
     "attention_backend": get_args(AttentionName),
+    "load_format": get_args(LoadFormat),
     "policy_profile": ("default", "artifact"),
     "exec_type": ("dlora", "peft", "vllm"),
     "policy": ("credit", "merge", "fcfs", None),
