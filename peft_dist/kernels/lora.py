@@ -8,6 +8,7 @@ import torch
 
 from peft_dist.kernels import lora_cpu, lora_torch
 from peft_dist.kernels.backend import has_triton
+from peft_dist.kernels.lora_beside import ShrinkBeside
 from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
 
 
@@ -57,6 +58,17 @@ def add_lora_group_(
     for y, w in zip(ys, resident, strict=True):
         # Leading dimensions of a y that is part of a wider tensor fold without a copy, or view says that they do not.
         lora_torch.add_lora_(y.view(-1, y.shape[-1]), rows, w, plan)
+
+
+def begin_lora(x: torch.Tensor, weights: Sequence[LoRALayerWeights | None], plan: LoRAPlan) -> ShrinkBeside | None:
+    """Start ``add_lora_group_`` before the layers' own outputs are there, while a step is captured on a GPU.
+
+    Returns:
+        What ``finish_(ys)`` ends the work of; None: nothing was begun, and ``add_lora_group_`` does it all.
+    """
+    if not x.is_cuda or _backend_of(plan, x) != "triton" or not torch.cuda.is_current_stream_capturing():
+        return None
+    return ShrinkBeside.begin(x, weights, plan)
 
 
 def _backend_of(plan: LoRAPlan, x: torch.Tensor) -> str:

@@ -31,6 +31,11 @@ def add_lora_group_(
     return True
 
 
+def is_one_launch(x: torch.Tensor, weights: Sequence[LoRALayerWeights]) -> bool:
+    """Whether layers that read x, and whose outputs have one dtype, are one shrink and one expand."""
+    return x.dtype in _KINDS and len(list(_alike([x] * len(weights), weights))) == 1
+
+
 def lora_shrink_group(
     x: torch.Tensor,
     weights: Sequence[LoRALayerWeights | None],
