@@ -142,6 +142,7 @@ def lora_expand_group_(
             TILE=tiles.tile_rows,
             SPLIT=launch.split,
             BLOCK_N=launch.block_n,
+            PART_N=min(launch.block_n, launch.part_n),
             WIDE=wide,
             PDL=pdl,
             num_warps=launch.expand_warps,
