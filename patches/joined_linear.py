@@ -6,8 +6,9 @@ reads or writes them sees what it saw, and no weight is in memory twice.
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, SupportsIndex, cast
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Joint:
-    """The buffer that the weights of several layers are rows of. An unpickled or deep copy is empty.
+    """The buffer that the weights of several layers are rows of.
 
     Attributes:
         layers: In the order of their rows.
@@ -30,15 +31,11 @@ class Joint:
 
     __slots__ = ("bias", "layers", "sizes", "weight")
 
-    def __init__(self, layers: Sequence[JoinedLinear] = ()) -> None:
+    def __init__(self, layers: Sequence[JoinedLinear]) -> None:
         self.layers = tuple(layers)
         self.sizes = [layer.out_features for layer in layers]
         self.weight: torch.Tensor | None = None
         self.bias: torch.Tensor | None = None
-
-    def __reduce__(self) -> tuple[type[Joint], tuple[()]]:
-        # The copied Parameters have memory of their own.
-        return Joint, ()
 
     @property
     def is_intact(self) -> bool:
@@ -106,7 +103,7 @@ class Joint:
         if weight is not None and (self.is_intact or any(_shares(layer.weight, weight) for layer in self.layers)):
             return
         self.weight = self.bias = None
-        if self.layers and reason_against(self.layers) is None:
+        if reason_against(self.layers) is None:
             self.join()
 
 
@@ -127,7 +124,7 @@ class JoinedLinear(nn.Linear):
     """``nn.Linear`` that is computed together with its siblings inside a ForwardContext; made by ``join_linears``.
 
     Elsewhere, and with gradients enabled, it is a plain ``nn.Linear``. After a Parameter was replaced or moved alone
-    every layer multiplies by itself; after ``model.to(...)`` they are joined again.
+    every layer multiplies by itself; after ``model.to(...)`` they are joined again. Copies and pickles are plain.
     """
 
     _joint: Joint
@@ -137,11 +134,15 @@ class JoinedLinear(nn.Linear):
         """``[..., in_features]`` to ``[..., out_features]``."""
         joint = self._joint
         context = current()
-        if context is None or not joint.layers:
+        if context is None:
             return super().forward(input)
         if torch.is_grad_enabled() and (context.merged is None or joint not in context.merged.joined):
             return super().forward(input)
         return context.shared_output(joint, self._index, input, joint.outputs)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        state = {key: value for key, value in self.__dict__.items() if key not in ("_joint", "_index")}
+        return copyreg._reconstructor, (nn.Linear, object, None), state  # type: ignore[attr-defined]
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> JoinedLinear:
         super()._apply(fn, recurse)
@@ -188,7 +189,7 @@ def join_linears(layers: Sequence[nn.Module]) -> bool:
 
 def joint_of(module: nn.Module) -> Joint | None:
     """What a module's weight is a part of; None for a module that is not joined."""
-    return module._joint if type(module) is JoinedLinear and module._joint.layers else None
+    return module._joint if type(module) is JoinedLinear else None
 
 
 def part_linear(module: nn.Module) -> None:
@@ -200,12 +201,6 @@ def part_linear(module: nn.Module) -> None:
         return
     joint = module._joint
     joint.part()
-    for layer in {module, *joint.layers}:
-        release(layer)
-
-
-def release(module: nn.Module) -> None:
-    """Take the class off one module that is joined, and leave its parameters where they are."""
-    if type(module) is JoinedLinear:
-        del module.__dict__["_joint"], module.__dict__["_index"]
-        module.__class__ = nn.Linear
+    for layer in joint.layers:
+        del layer.__dict__["_joint"], layer.__dict__["_index"]
+        layer.__class__ = nn.Linear

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from peft_dist.patches.joined_linear import Joint, release
+from peft_dist.patches.joined_linear import Joint
 from peft_dist.patches.packed_linear import Packing, unpack_linear
 
 
@@ -36,9 +36,8 @@ def twin_of(module: nn.Module, weight: torch.Tensor) -> nn.Module:
     """A module of the same class that shares everything with ``module`` but its weight, so that whatever the class
     does beside multiplying (a bias, Gemma's factor) is done to the merged weight as well."""
     twin = copy.copy(module)
-    # A packing or a joint knows the original's weight alone.
+    # A packing knows the original's weight alone. (The copy of a joined layer is plain already.)
     unpack_linear(twin)
-    release(twin)
     # The copy shares these dictionaries with the original.
     twin.__dict__["_parameters"] = {**module._parameters, "weight": nn.Parameter(weight, requires_grad=False)}
     return twin

@@ -76,6 +76,7 @@ class Glue(Protocol):
         """
 
 
+@cache
 def implementation(name: str) -> Glue:
     """ "triton" or "reference"."""
     module = {"triton": "glue_triton", "reference": "reference_glue"}[name]
