@@ -117,7 +117,7 @@ def default_plan(shape: GroupShape) -> GroupPlan:
         shrink_r=shrink_r,
         shrink_warps=warps,
         expand_warps=warps,
-        gate_n=max(16, block_n // 2),
+        gate_n=max(16, min(block_n, 256) // 2),
         gate_warps=warps,
     )
 

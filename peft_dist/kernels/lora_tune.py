@@ -40,7 +40,8 @@ def fields_of(shape: GroupShape, gate: bool) -> dict[str, tuple[Any, ...]]:
         "shrink_warps": (2, 4, 8) if is_decode else (4, 8),
         "shrink_stages": (2, 3, 4),
         "shrink_r": (16, 32) if is_decode else (16, 32, 64),
-        "block_n": (64, 128, 256) if is_decode else (64, 128),
+        "block_n": (64, 128, 256, 512, 1024) if is_decode else (64, 128),
+        "part_n": (64, 128, 256) if is_decode else (64, 128),
         "expand_warps": (2, 4, 8) if is_decode else (4, 8),
         "pdl": (False, True),
     }
