@@ -22,18 +22,18 @@ PROMPT_TOKENS, NEW_TOKENS = 128, 129
 REQUESTS = 512
 MIXED_RANKS = (8, 16, 64, 128)
 SHAPES: dict[str, dict[str, Any]] = {
-    "8b": dict(
-        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=128, vocab_size=128256, max_position_embeddings=8192,
-    ),
-    "mid": dict(
-        hidden_size=2048, intermediate_size=5632, num_hidden_layers=8, num_attention_heads=16,
-        num_key_value_heads=8, head_dim=128, vocab_size=32000, max_position_embeddings=8192,
-    ),
-    "tiny": dict(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, vocab_size=2048, max_position_embeddings=2048,
-    ),
+    "8b": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256, "max_position_embeddings": 8192,
+    },
+    "mid": {
+        "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 8, "num_attention_heads": 16,
+        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 32000, "max_position_embeddings": 8192,
+    },
+    "tiny": {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 2048, "max_position_embeddings": 2048,
+    },
 }  # fmt: skip
 
 Lengths = list[tuple[int, int]]
@@ -78,26 +78,26 @@ def write_base(shape: str, folder: Path) -> Path:
 
 
 def write_adapters(
-    shape: str, folder: Path, ranks: Sequence[int], device: str = "cpu", label: str = "adapter", seed: int = 0
+    shape: str, folder: Path, ranks: Sequence[int], device: str = "cpu", label: str = "adapter", std: float = 0.01
 ) -> dict[str, Path]:
-    """Random bf16 adapters (standard deviation 0.01, alpha twice the rank) by name; those there already are kept."""
+    """Random bf16 adapters (``std`` of A and B, alpha twice the rank) by name; those there already are kept."""
     paths = {}
     for number, rank in enumerate(ranks):
-        path = folder / f"{label}-{shape}-r{rank}-{seed + number}"
+        path = folder / f"{label}-{shape}-r{rank}-std{std}-{number}"
         paths[f"{label}{number}"] = path
         if not (path / "adapter_config.json").exists():
-            _write_adapter(path, shape, rank, seed + number, device)
+            _write_adapter(path, shape, rank, number, device, std)
     return paths
 
 
-def _write_adapter(path: Path, shape: str, rank: int, seed: int, device: str) -> None:
+def _write_adapter(path: Path, shape: str, rank: int, seed: int, device: str, std: float) -> None:
     import torch
     from safetensors.torch import save_file
 
     generator = torch.Generator(device=device).manual_seed(seed)
 
     def draw(*size: int) -> torch.Tensor:
-        return torch.randn(*size, device=device, generator=generator).mul_(0.01).to(torch.bfloat16).cpu()
+        return torch.randn(*size, device=device, generator=generator).mul_(std).to(torch.bfloat16).cpu()
 
     linears, tensors = linear_shapes(shape), {}
     for layer in range(SHAPES[shape]["num_hidden_layers"]):
@@ -144,7 +144,9 @@ class Stream:
             return None
         if kind == "zipf":
             return [min(int(self._chance.paretovariate(1.0)) - 1, self._adapters - 1) for _ in range(count)]
-        return [i % {"same": 1, "distinct": self._adapters, "eight": min(8, self._adapters)}[kind] for i in range(count)]
+        return [
+            i % {"same": 1, "distinct": self._adapters, "eight": min(8, self._adapters)}[kind] for i in range(count)
+        ]
 
 
 def choose_for_throughput(kind: str, count: int, adapters: int = ADAPTERS) -> list[int] | None:

@@ -25,8 +25,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.gpu_engine import DEVICE, add_engine_options, runner, start, synchronize
 from bench.gpu_options import kinds_of, make_parser, parse, sizes_of
 from bench.gpu_workload import (
-    NEW_TOKENS, SHAPES, clocked, emit, linear_shapes, ranks_of, time_decode, time_throughput, write_adapters,
-)  # fmt: skip
+    NEW_TOKENS,
+    SHAPES,
+    clocked,
+    emit,
+    linear_shapes,
+    ranks_of,
+    time_decode,
+    time_throughput,
+    write_adapters,
+)
 
 KINDS = {"base": ("none",), "lora": ("none", "same", "zipf", "distinct", "eight"), "merged": ("same",)}
 
@@ -109,7 +117,7 @@ def main() -> None:
     ready = time.perf_counter()
     first = runner(llm)([[1000] * 128], [1], None)
     info = llm.model_info
-    label = {"engine": "ours", "mode": options.mode, "rank": options.rank, "resident": len(ranks)}
+    label = {"engine": "ours", "mode": options.mode, "shape": options.shape, "rank": options.rank, "resident": count}
     if options.resident_rank:
         label["resident_rank"] = options.resident_rank
         runner(llm)([[1000] * 16], [2], [count])

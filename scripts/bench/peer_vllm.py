@@ -20,8 +20,16 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.gpu_options import kinds_of, make_parser, parse, sizes_of
 from bench.gpu_workload import (
-    NEW_TOKENS, Run, clocked, emit, ranks_of, time_decode, time_throughput, write_adapters, write_base,
-)  # fmt: skip
+    NEW_TOKENS,
+    Run,
+    clocked,
+    emit,
+    ranks_of,
+    time_decode,
+    time_throughput,
+    write_adapters,
+    write_base,
+)
 
 _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
