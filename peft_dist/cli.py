@@ -14,7 +14,7 @@ try:
 except ModuleNotFoundError as missing:
     raise SystemExit("peft-dist needs the server's packages: pip install 'peft-dist[server]'") from missing
 
-from peft_dist.core.config import EngineConfig, LoadFormat, MergeMethod, Preemption, parse_bytes
+from peft_dist.core.config import AttentionName, EngineConfig, LoadFormat, MergeMethod, Preemption, parse_bytes
 from peft_dist.core.errors import ConfigError, PeftDistError
 
 API_KEYS_VARIABLE = "PEFT_DIST_API_KEY"
@@ -30,6 +30,31 @@ def version() -> None:
     from peft_dist import __version__
 
     typer.echo(__version__)
+
+
+@app.command()
+def tune(
+    model: Annotated[str, typer.Argument(help="Folder or hub id of the base model whose layers are measured.")],
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters that are measured.")] = 16,
+    max_loras: Annotated[int, typer.Option(min=1, help="Adapters on the device at once.")] = 64,
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="Most sequences in one step.")] = 256,
+    max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="Most tokens in one step.")] = 2048,
+    tile_rows: Annotated[list[int] | None, typer.Option(help="16 (decode), 32, 64, 128; all if not given.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the table, if not the user's cache.")] = None,
+) -> None:
+    """Measure how to launch the LoRA kernels on this GPU, and keep the answers for every later start."""
+    from peft_dist.runner import tune as tuning
+
+    path = tuning.tune(
+        tuning.model_sizes(model),
+        rank=rank,
+        max_loras=max_loras,
+        max_num_seqs=max_num_seqs,
+        max_tokens=max_num_batched_tokens,
+        tile_rows=tuple(tile_rows or (16, 32, 64, 128)),
+        folder=output,
+    )
+    typer.echo(path)
 
 
 @app.command()
@@ -50,6 +75,9 @@ def serve(
     max_num_batched_tokens: Annotated[int, typer.Option(help="Most tokens in one step.")] = 2048,
     block_size: Annotated[int, typer.Option(help="Tokens in one KV block.")] = 16,
     num_blocks: Annotated[int | None, typer.Option(help="KV blocks on the device; from memory if not given.")] = None,
+    attention_backend: Annotated[
+        str, typer.Option(help="auto, vllm-flash-attn, flashinfer, triton, c or torch.")
+    ] = "auto",
     num_host_blocks: Annotated[int, typer.Option(help="KV blocks in host memory, for preemption by swap.")] = 0,
     gpu_memory_utilization: Annotated[float, typer.Option(help="Share of the device's memory to use.")] = 0.9,
     max_loras: Annotated[int, typer.Option(help="Adapters on the device at once.")] = 64,
@@ -66,6 +94,7 @@ def serve(
     merge: Annotated[str, typer.Option(help="auto, shadow, host or off: where merged weights live.")] = "auto",
     merged_minority: Annotated[bool, typer.Option("--merged-minority", help="Others may join merged batches.")] = False,
     decision_log: Annotated[Path | None, typer.Option(help="Write every step's decision here, a JSON a line.")] = None,
+    cost_profile: Annotated[Path | None, typer.Option(help="Measured seconds, kept here between two starts.")] = None,
     metrics_max_adapters: Annotated[int, typer.Option(min=0, help="Adapters with metrics of their own.")] = 100,
     max_queue: Annotated[int, typer.Option(min=0, help="Sequences that may wait; more are refused.")] = 1024,
     api_key: Annotated[list[str] | None, typer.Option(help=f"Guards /v1; repeatable. And {API_KEYS_VARIABLE}.")] = None,
@@ -76,6 +105,8 @@ def serve(
     chat_template: Annotated[Path | None, typer.Option(help="Jinja file in place of the model's template.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the model.")] = None,
     depth: Annotated[int | None, typer.Option(help="Steps in flight: 0 on CPU and 1 on a GPU if not given.")] = None,
+    enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="Capture no CUDA graphs.")] = False,
+    no_fuse: Annotated[bool, typer.Option("--no-fuse", help="Run the model's own code between its layers.")] = False,
     preemption: Annotated[str, typer.Option(help="auto, recompute or swap.")] = "auto",
     no_prefix_caching: Annotated[bool, typer.Option("--no-prefix-caching", help="Never reuse a prefix's KV.")] = False,
     seed: Annotated[int | None, typer.Option(help="Seeds the requests that bring no seed.")] = None,
@@ -103,6 +134,7 @@ def serve(
             block_size=block_size,
             num_blocks=num_blocks,
             num_host_blocks=num_host_blocks,
+            attention_backend=cast(AttentionName, attention_backend),
             gpu_memory_utilization=gpu_memory_utilization,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
@@ -125,7 +157,10 @@ def serve(
             max_adapter_wait=max_adapter_wait,
             merge=cast(MergeMethod, merge),
             merged_minority=merged_minority,
+            enforce_eager=enforce_eager,
+            fuse=not no_fuse,
             decision_log=None if decision_log is None else str(decision_log),
+            cost_profile=None if cost_profile is None else str(cost_profile),
         ),
         http=ServerOptions(
             api_keys=(*(api_key or ()), *more_keys),

@@ -12,6 +12,7 @@ from peft_dist.core.errors import ConfigError
 
 Preemption = Literal["auto", "recompute", "swap"]
 MergeMethod = Literal["auto", "shadow", "host", "off"]
+AttentionName = Literal["auto", "vllm-flash-attn", "flashinfer", "triton", "c", "torch"]
 LoadFormat = Literal["auto", "dummy"]
 
 _BYTE_UNITS = {"": 1, "b": 1}
@@ -62,6 +63,12 @@ class EngineConfig:
         pack_weights: Keep a copy of the weights in the CPU library's packed layout (faster, twice the
             memory); None packs on CPU when the copy fits in half of the free memory.
         compile_kernels: Build the C kernels on first use on a CPU (needs gcc); off falls back to torch.
+        enforce_eager: Capture no CUDA graphs: decode steps run operator by operator, as prefills do.
+        fuse: On a GPU, join the weights of q/k/v and of gate/up and run norms, gates and rotary embedding as kernels of
+            this package, in the modules whose code is known; off runs Hugging Face's code.
+        attention_backend: "auto" takes the fastest that is installed: on a GPU "vllm-flash-attn" (found in vllm, the
+            kernels package or vllm_flash_attn), "flashinfer", "triton" or "torch", on a CPU "c" or "torch". A layer
+            that it does not take runs in the next one.
         seed: Seeds the seeds of requests that bring none; None draws from the system.
         trust_remote_code: Let the base model's repository run code. No adapter can set it.
         policy: "credit" (dLoRA), "merge" (merged only) or "fcfs" (unmerged only); None is "credit", and "merge" for
@@ -77,6 +84,8 @@ class EngineConfig:
         merged_minority: Let requests of other adapters join a merged batch, corrected by the LoRA kernel. With the
             policy "credit" alone.
         decision_log: File that gets every step's decision as a line of JSON.
+        cost_profile: File with the measured seconds of steps and switches: read at the start if it is there and of this
+            model on this device, written when the replica is closed.
     """
 
     model: str
@@ -103,6 +112,9 @@ class EngineConfig:
     num_threads: int | None = None
     pack_weights: bool | None = None
     compile_kernels: bool = True
+    enforce_eager: bool = False
+    fuse: bool = True
+    attention_backend: AttentionName = "auto"
     seed: int | None = None
     trust_remote_code: bool = False
     policy: str | None = None
@@ -113,6 +125,7 @@ class EngineConfig:
     merge: MergeMethod = "auto"
     merged_minority: bool = False
     decision_log: str | None = None
+    cost_profile: str | None = None
 
     def __post_init__(self) -> None:
         for option in fields(self):
@@ -161,6 +174,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "bool": bool,
     "Preemption": str,
     "MergeMethod": str,
+    "AttentionName": str,
     "LoadFormat": str,
     "None": type(None),
 }
@@ -172,6 +186,7 @@ _LEAST = dict.fromkeys(_AT_LEAST_1, 1) | {"num_host_blocks": 0, "depth": 0, "ada
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "preemption": get_args(Preemption),
     "merge": get_args(MergeMethod),
+    "attention_backend": get_args(AttentionName),
     "load_format": get_args(LoadFormat),
     "policy_profile": ("default", "artifact"),
     "exec_type": ("dlora", "peft", "vllm"),

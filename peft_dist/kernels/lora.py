@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from peft_dist.kernels import lora_cpu, lora_torch
+from peft_dist.kernels.backend import has_triton
+from peft_dist.kernels.lora_beside import ShrinkBeside
 from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
 
 
@@ -44,12 +46,35 @@ def add_lora_group_(
         return
     if len(resident) < len(weights):
         ys = [y for y, w in zip(ys, weights, strict=True) if w is not None]
-    if plan.backend != "torch" and lora_cpu.add_lora_group_(ys, x, resident, plan):
+    backend = _backend_of(plan, x)
+    if backend == "c" and lora_cpu.add_lora_group_(ys, x, resident, plan):
         return
+    if backend == "triton":
+        from peft_dist.kernels import lora_triton
+
+        if lora_triton.add_lora_group_(ys, x, resident, plan):
+            return
     rows = x.reshape(-1, x.shape[-1])
     for y, w in zip(ys, resident, strict=True):
         # Leading dimensions of a y that is part of a wider tensor fold without a copy, or view says that they do not.
         lora_torch.add_lora_(y.view(-1, y.shape[-1]), rows, w, plan)
+
+
+def begin_lora(x: torch.Tensor, weights: Sequence[LoRALayerWeights | None], plan: LoRAPlan) -> ShrinkBeside | None:
+    """Start ``add_lora_group_`` before the layers' own outputs are there, while a step is captured on a GPU.
+
+    Returns:
+        What ``finish_(ys)`` ends the work of; None: nothing was begun, and ``add_lora_group_`` does it all.
+    """
+    if not x.is_cuda or _backend_of(plan, x) != "triton" or not torch.cuda.is_current_stream_capturing():
+        return None
+    return ShrinkBeside.begin(x, weights, plan)
+
+
+def _backend_of(plan: LoRAPlan, x: torch.Tensor) -> str:
+    if plan.backend is not None:
+        return plan.backend
+    return "triton" if x.is_cuda and has_triton() else "c"
 
 
 def add_embedding_lora_(
@@ -66,6 +91,12 @@ def add_embedding_lora_(
         y itself.
     """
     factor = 1.0 if embed_scale is None else embed_scale
-    if plan.backend != "torch" and lora_cpu.add_embedding_lora_(y, ids, weights, plan, factor):
+    backend = _backend_of(plan, y)
+    if backend == "c" and lora_cpu.add_embedding_lora_(y, ids, weights, plan, factor):
         return y
+    if backend == "triton":
+        from peft_dist.kernels import lora_embedding_triton
+
+        if lora_embedding_triton.add_embedding_lora_(y, ids, weights, plan, factor):
+            return y
     return lora_torch.add_embedding_lora_(y, ids, weights, plan, embed_scale)

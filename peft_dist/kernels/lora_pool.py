@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from peft_dist.kernels.lora_layer import PooledLayer
+from peft_dist.kernels.lora_workspace import LoRAWorkspace
 from peft_dist.kernels.types import LoRALayerWeights
 
 LayerTensors = tuple[torch.Tensor, torch.Tensor, float]
@@ -59,6 +60,7 @@ class LoRAPool:
         page_rows: Rank rows of one page.
         num_rows: Rows of each layer, whole pages; None when they grow.
         num_slots: Slots that the tables on a GPU have; None where they need none.
+        workspace: For kernels on a device; has room for the highest rank that was ever loaded.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class LoRAPool:
         self.page_rows = page_rows or default_page_rows(self.device)
         self.num_rows = None if num_rows is None else num_rows // self.page_rows * self.page_rows
         self.num_slots = num_slots
+        self.workspace = LoRAWorkspace(self.device)
         self.weights: list[LoRALayerWeights | None] = []
         self._layers: list[PooledLayer] = []
         self._resident: dict[int, Reservation] = {}
@@ -86,6 +89,7 @@ class LoRAPool:
         """
         del embedding  # Both kinds are stored alike; the argument documents the call.
         layer = PooledLayer(in_features, out_features, self.device, self.dtype, self.page_rows)
+        layer.weights.workspace = self.workspace
         if self.num_rows is not None:
             layer.grow(self.num_rows // self.page_rows)
             if self.num_slots is not None and self.device.type != "cpu":
@@ -98,6 +102,11 @@ class LoRAPool:
     def num_bytes(self) -> int:
         """Bytes of the buffers, pages that are free included."""
         return sum(t.numel() * t.element_size() for layer in self._layers for t in (layer.weights.A, layer.weights.B))
+
+    @property
+    def addressed_weights(self) -> list[LoRALayerWeights]:
+        """Of every layer, resident adapters or not: tables and buffers of a sized pool never move."""
+        return [layer.weights for layer in self._layers]
 
     def read(self, slot: int) -> dict[int, LayerTensors]:
         """A copy of what a slot holds, by ``lora_index``: A ``[r, in]``, B ``[out, r]``, the scaling."""
@@ -125,6 +134,7 @@ class LoRAPool:
             if rank < 1:
                 raise ValueError(f"LoRA layer {index}: rank {rank} must be at least 1")
         self._check_room(ranks)
+        self.workspace.admit(max(ranks.values(), default=0))
         pages = {index: self._layers[index].take(rank) for index, rank in ranks.items()}
         reservation = Reservation(slot, dict(ranks), pages)
         self._pending[slot] = reservation

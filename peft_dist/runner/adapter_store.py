@@ -52,6 +52,11 @@ class AdapterStore:
         return list(self._specs.values())
 
     @property
+    def num_layers(self) -> int:
+        """Modules that registered adapters have wrapped so far; it never falls."""
+        return len(self._layers)
+
+    @property
     def registered(self) -> list[str]:
         """Content hashes that can be loaded."""
         return list(self._sources)

@@ -53,6 +53,7 @@ def count_blocks(
     reserved_bytes: int,
     warm_up: Callable[[], None],
     remedy: str | None = None,
+    graph_bytes: Callable[[int], int] | None = None,
 ) -> int:
     """KV blocks to allocate: as asked, or as many as memory allows and requests can use.
 
@@ -61,6 +62,7 @@ def count_blocks(
 
     Args:
         remedy: What else would leave more memory to KV blocks.
+        graph_bytes: What captured steps will take, from the bytes that the largest batch takes while it runs.
 
     Raises:
         ConfigError: not even one sequence of ``max_model_len`` fits.
@@ -72,7 +74,7 @@ def count_blocks(
         if device.type == "cpu":
             room = options.kv_cache_bytes
         else:
-            room = _free_device_bytes(options, device, warm_up) - reserved_bytes
+            room = _free_device_bytes(options, device, warm_up, graph_bytes) - reserved_bytes
         count = min(max(room, 0) // bytes_per_block, needed * options.max_num_seqs)
     if 0 < count < needed and options.max_model_len is None:
         logger.warning("%d KV blocks hold %d tokens: max_model_len is that", count, count * options.block_size)
@@ -95,13 +97,21 @@ def free_memory() -> int:
         return 0
 
 
-def _free_device_bytes(options: EngineConfig, device: torch.device, warm_up: Callable[[], None]) -> int:
+def _free_device_bytes(
+    options: EngineConfig,
+    device: torch.device,
+    warm_up: Callable[[], None],
+    graph_bytes: Callable[[int], int] | None,
+) -> int:
     torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
     warm_up()
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device)
     free, total = torch.cuda.mem_get_info(device)
     others = total - free - torch.cuda.memory_reserved(device)
     room = int(total * options.gpu_memory_utilization) - peak - others
+    if graph_bytes is not None:
+        room -= graph_bytes(peak - before)
     logger.info("device memory: %.2f GiB in all, %.2f GiB at the model's peak", total / 2**30, peak / 2**30)
     return room

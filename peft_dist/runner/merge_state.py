@@ -119,6 +119,10 @@ class MergeState:
         """For ``ForwardContext.merged`` of every pass."""
         return self._merger.layers
 
+    def layers_for_capture(self) -> MergedLayers | None:
+        """What ``layers_for_context`` will be when an adapter is merged; None in place."""
+        return self._merger.ready_layers() if isinstance(self._merger, ShadowMerger) else None
+
     def switch(self, content_hash: str | None, weights: Mapping[str, ModuleWeights] | None = None) -> None:
         """Let the passes from here on see the base (None) or an adapter merged into it.
 
@@ -169,11 +173,16 @@ def plans_for(
     Returns:
         For ``ForwardContext.lora`` and ``lora_correction`` (or ``lora_logits`` and ``lora_logits_correction``).
     """
-    row_slots = np.asarray(row_slots, dtype=np.int32)
+    wanted, correction = split_slots(np.asarray(row_slots, dtype=np.int32), merged_slot)
+    plan = LoRAPlan.from_rows(correction, backend)
+    if plan is not None:
+        plan.factor = -1.0
+    return LoRAPlan.from_rows(wanted, backend), plan
+
+
+def split_slots(row_slots: np.ndarray, merged_slot: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """What each row of a pass gets added, and what it gets taken away: int32 ``[rows]`` each, -1 for nothing."""
     if merged_slot is None or merged_slot < 0:
-        return LoRAPlan.from_rows(row_slots, backend), None
+        return row_slots, np.full_like(row_slots, -1)
     is_merged = row_slots == merged_slot
-    correction = LoRAPlan.from_rows(np.where(is_merged, -1, merged_slot), backend)
-    if correction is not None:
-        correction.factor = -1.0
-    return LoRAPlan.from_rows(np.where(is_merged, -1, row_slots), backend), correction
+    return np.where(is_merged, -1, row_slots), np.where(is_merged, -1, merged_slot).astype(np.int32)

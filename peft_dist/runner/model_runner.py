@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel
 
-from peft_dist.core.batch import Batch, SequenceResult, SequenceStart, StepResult
+from peft_dist.core.batch import Batch, ScheduledSequence, SequenceResult, SequenceStart, StepResult
 from peft_dist.core.outputs import PositionLogprobs
 from peft_dist.forward_context import ForwardContext
 from peft_dist.kernels.kv_pool import KVCachePool
 from peft_dist.runner.adapter_store import AdapterStore
+from peft_dist.runner.drawn_tokens import DrawnTokens
+from peft_dist.runner.host_copy import HostCopy
 from peft_dist.runner.inputs import PackedInputs, pack
 from peft_dist.runner.merge_state import MergeState
 from peft_dist.runner.sampler import SampledTokens, SamplerState, sample
 from peft_dist.runner.sampler_logprobs import NonFiniteLogitsError, prompt_logprobs
+from peft_dist.runner.step_graphs import StepGraphs
 from peft_dist.runner.swapped_models import SwappedModels
 
 
@@ -32,10 +36,18 @@ class SequenceRecord:
 
 @dataclass(slots=True)
 class PendingStep:
-    """A step whose tokens may still be on their way from the device."""
+    """A step whose tokens may still be on their way from the device.
+
+    Attributes:
+        first: Where in ``DrawnTokens`` the draw of row 0 is.
+        rows: Row of each sequence that draws.
+        copy: Of ``sampled``, to the host.
+    """
 
     batch: Batch
+    first: int
     sampled: SampledTokens | None = None
+    copy: HostCopy | None = None
     rows: dict[str, int] = field(default_factory=dict)
     scores: dict[str, list[PositionLogprobs]] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
@@ -55,33 +67,47 @@ class ModelRunner:
         kv: KVCachePool,
         store: AdapterStore,
         eos_token_ids: tuple[int, ...],
-        backend: str = "torch",
+        lora_backend: str = "torch",
+        attention_backend: str = "torch",
         merge: MergeState | SwappedModels | None = None,
+        max_num_seqs: int = 256,
+        depth: int = 1,
     ) -> None:
-        """``merge`` is what changes the weights between batches; None: they are always the base's."""
+        """
+        Args:
+            merge: What changes the weights between batches; None: they are always the base's.
+            max_num_seqs: Most sequences that draw in one step.
+            depth: Steps in flight while the next one is started.
+        """
         self.model = model
         self.kv = kv
         self.store = store
         self.merge = merge
         self.device = model.device
-        self.backend = backend
+        self.lora_backend, self.attention_backend = lora_backend, attention_backend
         self.eos_token_ids = eos_token_ids
         self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
         self.records: dict[str, SequenceRecord] = {}
+        self.drawn = DrawnTokens(max_num_seqs, depth + 2, self.device)
+        self.graphs: StepGraphs | None = None
         self._unfinished: deque[PendingStep] = deque()
 
     @torch.inference_mode()
     def start(self, batch: Batch) -> PendingStep:
-        """Copy blocks, run the forward pass, sample. Does not wait for the device."""
-        self.kv.swap_out(batch.swap_outs)
-        self.kv.swap_in(batch.swap_ins)
+        """Run the forward pass and sample; ``copy_blocks`` comes before. Does not wait for the device."""
         for begin in batch.starts:
             self.records[begin.request_id] = self._record(begin)
-        step = PendingStep(batch)
+        step = PendingStep(batch, self.drawn.begin())
         if batch.sequences:
             self._forward(step)
         self._unfinished.append(step)
         return step
+
+    def copy_blocks(self, batch: Batch) -> int:
+        """Copy the batch's KV blocks between device and host; the bytes that are copied."""
+        self.kv.swap_out(batch.swap_outs)
+        self.kv.swap_in(batch.swap_ins)
+        return (len(batch.swap_outs) + len(batch.swap_ins)) * self.kv.bytes_per_block
 
     def finish(self, step: PendingStep) -> StepResult:
         """Wait for a step's tokens. Steps finish in the order in which they were started."""
@@ -92,6 +118,8 @@ class ModelRunner:
     def forget(self, request_id: str) -> None:
         """Drop the sampling state of a sequence that has ended."""
         self.records.pop(request_id, None)
+        if self.graphs is not None:
+            self.graphs.forget(request_id)
 
     def _record(self, begin: SequenceStart) -> SequenceRecord:
         return SequenceRecord(
@@ -103,19 +131,40 @@ class ModelRunner:
 
     def _forward(self, step: PendingStep) -> None:
         batch = step.batch
+        if self.graphs is not None and (shape := self.graphs.shape_for(batch)) is not None:
+            captured = self.graphs.run(batch, shape, self._find_draw, step.first)
+            if sampled := [sequence for sequence in batch.sequences if sequence.samples]:
+                best = captured.tokens[: len(sampled)], captured.status[: len(sampled)]
+                self._sample(step, captured.logits[: len(sampled)], sampled, best)
+            return
         scored = (sequence.request_id for sequence in batch.sequences if sequence.wants_prompt_logprobs)
         prompts = {request_id: self.records[request_id].prompt_token_ids for request_id in scored}
-        inputs = pack(batch, prompts, self.kv.block_size, self.device, self.backend)
+        backends = self.lora_backend, self.attention_backend
+        inputs = pack(batch, prompts, self.kv.block_size, self.device, *backends)
         self._fill_pending(inputs)
         logits = self._logits(inputs)
         if inputs.sampled:
-            states = [self.records[sequence.request_id].sampler for sequence in inputs.sampled]
-            if any(state.tokens is not None for state in states):
-                self._resolve_all()
-            step.sampled = sample(logits[: len(states)], states, [sequence.draw for sequence in inputs.sampled])
-            step.rows = {sequence.request_id: row for row, sequence in enumerate(inputs.sampled)}
+            self._sample(step, logits[: len(inputs.sampled)], inputs.sampled)
         for sequence, first, following in inputs.scored:
             self._score_prompt(step, sequence.request_id, logits[first : first + len(following)], following)
+
+    def _sample(
+        self,
+        step: PendingStep,
+        logits: torch.Tensor,
+        sequences: Sequence[ScheduledSequence],
+        best: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> None:
+        """Draw for these rows; ``best`` is known, and its tokens are in ``drawn``, where the step was captured."""
+        states = [self.records[sequence.request_id].sampler for sequence in sequences]
+        if any(state.tokens is not None for state in states):
+            self._resolve_all()
+        draws = [sequence.draw for sequence in sequences]
+        step.sampled = sample(logits, states, draws, best=best)
+        if best is None or not all(state.greedy for state in states) or any(map(SamplerState.is_edited, states, draws)):
+            self.drawn.write(step.first, step.sampled.token_ids)
+        step.rows = {sequence.request_id: row for row, sequence in enumerate(sequences)}
+        step.copy = step.sampled.send()
 
     def _score_prompt(self, step: PendingStep, request_id: str, logits: torch.Tensor, following: list[int]) -> None:
         try:
@@ -147,24 +196,35 @@ class ModelRunner:
 
     def _fill_pending(self, inputs: PackedInputs) -> None:
         """Put ids that an unfinished step draws where the batch only has placeholders."""
+        if not inputs.pending:
+            return
+        sources = torch.full(inputs.input_ids.shape, -1, dtype=torch.int64)
+        ids = torch.zeros_like(sources)
         for row, request_id in inputs.pending:
-            inputs.input_ids[0, row] = self._last_draw(request_id)
+            sources[0, row], ids[0, row] = self._find_draw(request_id)
+        if self.device.type == "cuda":
+            ids, sources = ids.pin_memory(), sources.pin_memory()
+        known = torch.where(inputs.input_ids < 0, ids.to(self.device, non_blocking=True), inputs.input_ids)
+        inputs.input_ids = self.drawn.fill_pending(known, sources.to(self.device, non_blocking=True))
 
-    def _last_draw(self, request_id: str) -> torch.Tensor | int:
+    def _find_draw(self, request_id: str) -> tuple[int, int]:
+        """Where in ``drawn`` a sequence's latest draw is, or -1 and the token."""
         for step in reversed(self._unfinished):
-            if request_id in step.rows and step.sampled is not None:
-                return step.sampled.token_ids[step.rows[request_id]]
+            row = step.rows.get(request_id)
+            if row is not None:
+                return step.first + row, 0
         # The draw arrived early because another sequence of its step had to know its own.
         token = self.records[request_id].last_token
         assert token is not None, f"{request_id}: a placeholder without a draw"
-        return token
+        return -1, token
 
     def _resolve_all(self) -> None:
         while self._unfinished:
             self._resolve(self._unfinished.popleft())
 
     def _resolve(self, step: PendingStep) -> None:
-        drawn = step.sampled.collect() if step.sampled is not None else []
+        sampled = step.sampled.arrived(step.copy) if step.sampled is not None and step.copy is not None else None
+        drawn = sampled.collect() if sampled is not None else []
         outcomes = []
         for sequence in step.batch.sequences:
             request_id = sequence.request_id

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from peft_dist.core.outputs import PositionLogprobs
+from peft_dist.runner.host_copy import HostCopy
 from peft_dist.runner.sampler_dense import draw_tokens
 from peft_dist.runner.sampler_edits import edit_logits
 from peft_dist.runner.sampler_host import draw_token
@@ -56,8 +57,18 @@ class SampledTokens:
     logprob_rows: Sequence[int] = ()
     logprob_counts: Sequence[int] = ()
 
+    def send(self) -> HostCopy:
+        """Queue the copy of everything to the host; for ``arrived``."""
+        scores = self.logprobs
+        return HostCopy([self.token_ids, self.status, *(scores.tensors() if scores is not None else ())])
+
+    def arrived(self, copy: HostCopy) -> SampledTokens:
+        """The same on the host, once the copy has arrived."""
+        tokens, status, *scores = copy.wait()
+        return replace(self, token_ids=tokens, status=status, logprobs=TokenLogprobs(*scores) if scores else None)
+
     def collect(self) -> list[SampledToken]:
-        """Copy everything to the host (the only point that waits for the device)."""
+        """Everything as Python objects; waits for all that the device has to do, unless it has ``arrived``."""
         found: dict[int, PositionLogprobs] = {}
         if self.logprobs is not None:
             found = dict(zip(self.logprob_rows, self.logprobs.positions(self.logprob_counts), strict=True))
@@ -68,7 +79,11 @@ class SampledTokens:
 
 
 def sample(
-    logits: Tensor, states: Sequence[SamplerState], draws: Sequence[int], allowed: Tensor | None = None
+    logits: Tensor,
+    states: Sequence[SamplerState],
+    draws: Sequence[int],
+    allowed: Tensor | None = None,
+    best: tuple[Tensor, Tensor] | None = None,
 ) -> SampledTokens:
     """Draw one token for each row.
 
@@ -80,9 +95,9 @@ def sample(
         draws: The number of each row's draw, 0 for the first token of a sequence's output.
         allowed: int32 ``[S, ceil(V / 32)]`` on the host: bit ``t % 32`` of word ``t // 32`` lets token ``t`` of a
             row pass; rows of all ones (-1) cost nothing.
+        best: What ``best_tokens(logits)`` gave, where it is known; it is changed in place.
     """
-    tokens, best = most_likely(logits)
-    status = best.isfinite().logical_not().to(torch.uint8) * _NOT_FINITE
+    tokens, status = best or best_tokens(logits)
     limited: set[int] = set() if allowed is None else set((allowed != -1).any(1).nonzero().flatten().tolist())
     edited = [row for row, state in enumerate(states) if row in limited or state.is_edited(draws[row])]
     touched = set(edited)
@@ -97,8 +112,16 @@ def sample(
                 edit_logits(values, part, part_draws, allowed[rows] if allowed is not None and limited else None)
             tokens[index], left = _draw(values, part, part_draws)
             status[index] = torch.where(status[index] == _OK, left, status[index])
-    tokens.masked_fill_(status != _OK, 0)
+    if edited or drawn:
+        tokens.masked_fill_(status != _OK, 0)
     return _with_logprobs(logits, states, tokens, status)
+
+
+def best_tokens(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """int64 ``[S]``, each row's first most likely token, and uint8 ``[S]``, its status; 0 where a row failed."""
+    tokens, best = most_likely(logits)
+    failed = best.isfinite().logical_not()
+    return tokens.masked_fill_(failed, 0), failed.to(torch.uint8) * _NOT_FINITE
 
 
 def most_likely(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -33,6 +33,10 @@ class TokenLogprobs:
     top_ids: Tensor
     top: Tensor
 
+    def tensors(self) -> list[Tensor]:
+        """All fields, in order."""
+        return [self.ids, self.chosen, self.rank, self.top_ids, self.top]
+
     def positions(self, counts: Sequence[int]) -> list[PositionLogprobs]:
         """Copy to the host; ``counts[r]`` of the most likely tokens are kept for position ``r``."""
         rows = zip(

@@ -106,6 +106,10 @@ class SwappedModels:
     def layers_for_context(self) -> MergedLayers | None:
         return None if self.current is None else self._resident[self.current].layers
 
+    def layers_for_capture(self) -> MergedLayers | None:
+        """None: graphs are captured when a model is first on the device."""
+        return None
+
     def holds(self, content_hash: str) -> bool:
         """Whether ``switch`` brings this model at no cost: any that is on the device."""
         return content_hash in self._resident

@@ -1,0 +1,309 @@
+"""Triton kernels of LoRA: a shrink (x by A), and an expand (the rank intermediate by B, added to y).
+
+Both go by ``LoRATiles`` and read adapters through the pool's device tables, so nothing on the host decides what they
+read. Up to three layers that read one x are one launch. The shrink splits the inputs among ``SPLIT`` programs, each of
+which stores its float32 partial sums; the expand adds them up. So there is nothing to clear and nothing atomic, and a
+row gets the same bits whatever other rows are in its batch, as long as the launch plan is the same.
+
+Partials are float32 ``[tiles, GROUP, SPLIT, TILE, max_rank]``; what no row owns is neither written nor read, and
+of a rank whole blocks of 16 are.
+
+At decode every step of a chain of loads that wait for each other costs as much as all of the arithmetic, so what can be
+asked for at once is: tile, slot and rows; then rank, scaling and pages; then weights and inputs.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+EXPAND_RANKS = tl.constexpr(16)
+"""Ranks that an expand has in work at once."""
+
+
+@triton.jit
+def pick(index, first, second, third, GROUP: tl.constexpr):
+    """Argument of the layer with this index."""
+    chosen = first
+    # Nested, because only the outer conditions are known when it is compiled.
+    if GROUP > 1:  # noqa: SIM102
+        if index == 1:
+            chosen = second
+    if GROUP > 2:  # noqa: SIM102
+        if index == 2:
+            chosen = third
+    return chosen
+
+
+@triton.jit
+def load_pages(pages, r, columns, PAGE: tl.constexpr):
+    """Pages of the ranks ``r``, as far as the table reaches: asked for before the rank is known."""
+    return tl.load(pages + r // PAGE, mask=r // PAGE < columns, other=0)
+
+
+@triton.jit
+def multiply(a, b, acc, WIDE: tl.constexpr):
+    """``acc + a @ b``, exact products; WIDE: one of them is float32, or they differ."""
+    if WIDE:
+        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        acc = tl.dot(a, b, acc)
+    return acc
+
+
+@triton.jit
+def multiply_intermediate(h, b, acc, WIDE: tl.constexpr):
+    """``acc + h @ b`` for float32 h. In half precision two products, of h and of what its rounding left."""
+    if WIDE:
+        acc = tl.dot(h, b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        high = h.to(b.dtype)
+        acc = tl.dot(high, b, acc)
+        acc = tl.dot((h - high.to(tl.float32)).to(b.dtype), b, acc)
+    return acc
+
+
+@triton.jit
+def load_b(B, page, r, rank, n, width, PAGE: tl.constexpr):
+    """``[len(r), len(n)]`` of a slot's B; zeros behind its rank and behind the last column."""
+    row = (page * PAGE + r % PAGE).to(tl.int64) * width
+    return tl.load(B + row[:, None] + n[None, :], mask=(r < rank)[:, None] & (n < width)[None, :], other=0.0)
+
+
+@triton.jit
+def find_adapter(B, pages, ranks, table, slots, columns, slot, length, n, width, PAGE: tl.constexpr):
+    """Pages and rank of a tile's slot in one layer, and its first block of B; rank 0 where there is nothing to add."""
+    is_known = (length > 0) & (slot >= 0) & (slot < slots)
+    slot = tl.where(is_known, slot, 0)
+    pages = pages + slot * table
+    rank = tl.load(ranks + slot * table, mask=is_known, other=0)
+    r = tl.arange(0, EXPAND_RANKS)
+    b = load_b(B, load_pages(pages, r, tl.where(is_known, columns, 0), PAGE), r, rank, n, width, PAGE)
+    return pages, rank, b
+
+
+@triton.jit
+def expand_part(
+    source,
+    B,
+    b,
+    pages,
+    columns,
+    rank,
+    is_row,
+    n,
+    width,
+    max_rank,
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """One layer's part of columns ``n``, float32 ``[TILE, BLOCK_N]``.
+
+    ``source``: ``[TILE, 1]``, the rows' first partials; ``b``: what ``load_b`` gave for the first block of ranks.
+    """
+    acc = tl.zeros((TILE, BLOCK_N), tl.float32)
+    first = 0
+    while first < rank:
+        r = first + tl.arange(0, EXPAND_RANKS)
+        h = tl.zeros((TILE, EXPAND_RANKS), tl.float32)
+        for split in tl.static_range(SPLIT):
+            h += tl.load(source + split * TILE * max_rank + r[None, :], mask=is_row[:, None], other=0.0)
+        acc = multiply_intermediate(h, b, acc, WIDE)
+        first += EXPAND_RANKS
+        r += EXPAND_RANKS
+        b = load_b(B, load_pages(pages, r, columns, PAGE), r, rank, n, width, PAGE)
+    return acc
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("table0", "table1", "table2", "slots0", "slots1", "slots2", "columns0", "columns1", "columns2"),
+    ]
+)
+def shrink_kernel(
+    x,
+    partials,
+    tile_rows,
+    tile_slots,
+    tile_lens,
+    A0,
+    pages0,
+    ranks0,
+    scalings0,
+    table0,
+    slots0,
+    columns0,
+    A1,
+    pages1,
+    ranks1,
+    scalings1,
+    table1,
+    slots1,
+    columns1,
+    A2,
+    pages2,
+    ranks2,
+    scalings2,
+    table2,
+    slots2,
+    columns2,
+    factor,
+    max_rank,
+    K: tl.constexpr,
+    X_STRIDE: tl.constexpr,
+    PAGE: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    WIDE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Program (layer and part of the inputs, tile)."""
+    layer = tl.program_id(0) // SPLIT
+    split = tl.program_id(0) % SPLIT
+    tile = tl.program_id(1)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    m = tl.arange(0, TILE)
+    length = tl.load(tile_lens + tile)
+    slot = tl.load(tile_slots + tile)
+    row = tl.load(tile_rows + tile * TILE + m)
+    if length == 0:
+        return
+    table = pick(layer, table0, table1, table2, GROUP)
+    columns = pick(layer, columns0, columns1, columns2, GROUP)
+    is_known = (slot >= 0) & (slot < pick(layer, slots0, slots1, slots2, GROUP))
+    slot = tl.where(is_known, slot, 0)
+    pages = pick(layer, pages0, pages1, pages2, GROUP) + slot * table
+    rank = tl.load(pick(layer, ranks0, ranks1, ranks2, GROUP) + slot * table, mask=is_known, other=0)
+    scaling = tl.load(pick(layer, scalings0, scalings1, scalings2, GROUP) + slot * table, mask=is_known, other=0.0)
+    page = load_pages(pages, tl.arange(0, BLOCK_R), tl.where(is_known, columns, 0), PAGE)
+    if rank == 0:
+        return
+    A = pick(layer, A0, A1, A2, GROUP)
+    is_row = m < length
+    x_row = x + row.to(tl.int64)[:, None] * X_STRIDE
+    part: tl.constexpr = (K + SPLIT * BLOCK_K - 1) // (SPLIT * BLOCK_K) * BLOCK_K
+    out = partials + (((tile * GROUP + layer) * SPLIT + split).to(tl.int64) * TILE + m[:, None]) * max_rank
+    stored = (rank + EXPAND_RANKS - 1) // EXPAND_RANKS * EXPAND_RANKS
+    first = 0
+    while first < rank:
+        r = first + tl.arange(0, BLOCK_R)
+        a_row = (page * PAGE + r % PAGE).to(tl.int64) * K
+        acc = tl.zeros((TILE, BLOCK_R), tl.float32)
+        for begin in range(0, part, BLOCK_K):
+            k = split * part + begin + tl.arange(0, BLOCK_K)
+            x_mask, a_mask = is_row[:, None], (r < rank)[None, :]
+            if part * SPLIT > K:
+                x_mask, a_mask = x_mask & (k < K)[None, :], a_mask & (k < K)[:, None]
+            xs = tl.load(x_row + k[None, :], mask=x_mask, other=0.0)
+            a = tl.load(A + a_row[None, :] + k[:, None], mask=a_mask, other=0.0)
+            acc = multiply(xs, a, acc, WIDE)
+        # Zeros where the rank ends, so that the expand reads whole blocks.
+        tl.store(out + r[None, :], acc * (scaling * factor), mask=is_row[:, None] & (r < stored)[None, :])
+        first += BLOCK_R
+        page = load_pages(pages, r + BLOCK_R, columns, PAGE)
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("table0", "table1", "table2", "slots0", "slots1", "slots2", "columns0", "columns1", "columns2"),
+    ]
+)
+def expand_kernel(
+    y0,
+    y1,
+    y2,
+    partials,
+    tile_rows,
+    tile_slots,
+    tile_lens,
+    B0,
+    pages0,
+    ranks0,
+    table0,
+    slots0,
+    columns0,
+    B1,
+    pages1,
+    ranks1,
+    table1,
+    slots1,
+    columns1,
+    B2,
+    pages2,
+    ranks2,
+    table2,
+    slots2,
+    columns2,
+    max_rank,
+    N0: tl.constexpr,
+    N1: tl.constexpr,
+    N2: tl.constexpr,
+    Y_STRIDE0: tl.constexpr,
+    Y_STRIDE1: tl.constexpr,
+    Y_STRIDE2: tl.constexpr,
+    PAGE: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WIDE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Program (layer and block of its outputs, tile)."""
+    block = tl.program_id(0)
+    tile = tl.program_id(1)
+    m = tl.arange(0, TILE)
+    length = tl.load(tile_lens + tile)
+    slot = tl.load(tile_slots + tile)
+    row = tl.load(tile_rows + tile * TILE + m).to(tl.int64)
+    if not PDL:  # noqa: SIM102
+        if length == 0:
+            return
+    blocks0: tl.constexpr = (N0 + BLOCK_N - 1) // BLOCK_N
+    blocks1: tl.constexpr = (N1 + BLOCK_N - 1) // BLOCK_N if GROUP > 1 else 0
+    layer = 0
+    if GROUP > 1:
+        layer = (block >= blocks0).to(tl.int32)
+    if GROUP > 2:
+        layer += (block >= blocks0 + blocks1).to(tl.int32)
+    width = pick(layer, N0, N1, N2, GROUP)
+    n = (block - pick(layer, 0, blocks0, blocks0 + blocks1, GROUP)) * BLOCK_N + tl.arange(0, BLOCK_N)
+    B = pick(layer, B0, B1, B2, GROUP)
+    columns = pick(layer, columns0, columns1, columns2, GROUP)
+    pages, rank, b = find_adapter(
+        B,
+        pick(layer, pages0, pages1, pages2, GROUP),
+        pick(layer, ranks0, ranks1, ranks2, GROUP),
+        pick(layer, table0, table1, table2, GROUP),
+        pick(layer, slots0, slots1, slots2, GROUP),
+        columns,
+        slot,
+        length,
+        n,
+        width,
+        PAGE,
+    )
+    if PDL:
+        # What is above may run beside the shrink, what is below reads what the shrink and others wrote. No program ends
+        # without it: what is queued behind this kernel relies on all that came before.
+        gdc_launch_dependents()
+        gdc_wait()
+    if rank == 0:
+        return
+    y_stride = pick(layer, Y_STRIDE0, Y_STRIDE1, Y_STRIDE2, GROUP)
+    here = pick(layer, y0, y1, y2, GROUP) + row[:, None] * y_stride + n[None, :]
+    is_row = m < length
+    y_mask = is_row[:, None] & (n < width)[None, :]
+    before = tl.load(here, mask=y_mask, other=0.0)
+    source = partials + ((tile * GROUP + layer).to(tl.int64) * SPLIT * TILE + m[:, None]) * max_rank
+    acc = expand_part(source, B, b, pages, columns, rank, is_row, n, width, max_rank, PAGE, TILE, SPLIT, BLOCK_N, WIDE)
+    tl.store(here, (before.to(tl.float32) + acc).to(before.dtype), mask=y_mask)

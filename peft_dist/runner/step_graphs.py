@@ -1,0 +1,253 @@
+"""Steps from input ids to drawn tokens, captured once for each size and replayed."""
+
+from __future__ import annotations
+
+import bisect
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from peft_dist.core.batch import NO_ADAPTER, Batch
+from peft_dist.forward_context import ForwardContext
+from peft_dist.kernels.capture import Capture
+from peft_dist.kernels.kv_pool import KVCachePool
+from peft_dist.kernels.lora_pool import LoRAPool
+from peft_dist.kernels.lora_tiles import LoRATiles
+from peft_dist.kernels.types import AttentionMetadata, LoRAPlan
+from peft_dist.patches.merged_layers import MergedLayers
+from peft_dist.runner.drawn_tokens import DrawnTokens
+from peft_dist.runner.merge_state import MergeState
+from peft_dist.runner.sampler import best_tokens
+from peft_dist.runner.step_buffer import TILE_ROWS, PlanBuffers, StepBuffer, StepShape, TileBuffers
+from peft_dist.runner.step_inputs import FindDraw, StepInputs
+from peft_dist.runner.swapped_models import SwappedModels
+
+logger = logging.getLogger(__name__)
+
+MOST_MIXED_TOKENS = 1024
+_FEW_ROWS = 16
+
+
+class Variant(NamedTuple):
+    """What a captured step was captured for.
+
+    Attributes:
+        shape: Padding included.
+        lora: Rows have adapters' parts added.
+        corrected: Rows have the merged adapter's part taken away.
+        merged: ``MergedLayers.key`` of the weights that stand in for the modules' own.
+    """
+
+    shape: StepShape
+    lora: bool
+    corrected: bool
+    merged: tuple[int, ...] | None
+
+
+@dataclass(slots=True)
+class CapturedStep:
+    """One graph, and what it leaves: logits ``[rows, vocab]``, int64 tokens and uint8 status ``[rows]``."""
+
+    inputs: StepBuffer
+    replay: Callable[[], None]
+    logits: torch.Tensor
+    tokens: torch.Tensor
+    status: torch.Tensor
+
+
+def decode_sizes(max_num_seqs: int) -> list[int]:
+    """Sequences of captured decode steps: a few rows apart where a step is short, at most an eighth beyond."""
+    sizes = {1, 2, 3, 4, 6, *range(8, 65, 4), *range(72, 129, 8), *range(144, 513, 16)}
+    return sorted(size for size in {*sizes, max_num_seqs} if size <= max_num_seqs)
+
+
+def mixed_sizes(max_num_seqs: int, max_num_batched_tokens: int) -> list[tuple[int, int]]:
+    """(tokens, sequences) of captured steps with prompts in them.
+
+    Beyond the largest, a step takes the device longer than Python needs to launch it.
+    """
+    most = min(max_num_batched_tokens, MOST_MIXED_TOKENS)
+    rows = sorted({min(_FEW_ROWS, max_num_seqs), max_num_seqs})
+    return [(tokens, few) for tokens in sorted({*range(64, most + 1, 64), most}) for few in rows if tokens != few]
+
+
+class StepGraphs:
+    """Captured steps of one model, by rows and variant, made when they are first needed or ahead by ``capture``.
+
+    Args:
+        max_num_seqs, max_num_batched_tokens: Sequences and tokens of the largest step.
+        max_blocks: Blocks of the longest sequence.
+        lora_backend, attention_backend: Names for plans and metadata; theirs must read device tensors alone.
+        capture: ``CudaCapture``, or a stand-in for tests.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        kv: KVCachePool,
+        pool: LoRAPool,
+        drawn: DrawnTokens,
+        merge: MergeState | SwappedModels | None,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_blocks: int,
+        attention_backend: str,
+        lora_backend: str,
+        capture: Capture,
+    ) -> None:
+        slots = pool.num_slots or max_num_seqs
+        self._decodes = [StepShape(rows, rows, max_blocks, slots) for rows in decode_sizes(max_num_seqs)]
+        mixed = mixed_sizes(max_num_seqs, max_num_batched_tokens)
+        self._mixed = [StepShape(tokens, rows, max_blocks, slots) for tokens, rows in mixed]
+        self._model, self._kv, self._pool, self._drawn, self._merge = model, kv, pool, drawn, merge
+        self._backends = attention_backend, lora_backend
+        self._capture = capture
+        num_bytes = max(StepBuffer.num_bytes(shape) for shape in self._decodes + self._mixed)
+        self._memory = torch.zeros(num_bytes, dtype=torch.uint8, device=model.device)
+        self._inputs = StepInputs(num_bytes, max_blocks, kv.block_size, model.device)
+        self._steps: dict[Variant, CapturedStep] = {}
+
+    def shape_for(self, batch: Batch) -> StepShape | None:
+        """The smallest captured size that takes a batch; None when it has to run operator by operator."""
+        sequences, tokens = batch.sequences, batch.num_tokens
+        if not sequences or any(sequence.wants_prompt_logprobs for sequence in sequences):
+            return None
+        only_decodes = tokens == len(sequences) and all(sequence.samples for sequence in sequences)
+        shapes = self._decodes if only_decodes else self._mixed
+        first = bisect.bisect_left(shapes, tokens, key=lambda shape: shape.tokens)
+        return next((shape for shape in shapes[first:] if len(sequences) <= shape.rows), None)
+
+    def run(self, batch: Batch, shape: StepShape, find_draw: FindDraw, first: int) -> CapturedStep:
+        """Queue a batch in the size that ``shape_for`` gave; row i of the outputs is the i-th sequence that draws.
+
+        The outputs stand until the next run.
+
+        Args:
+            find_draw: As in ``StepInputs.send``.
+            first: Where the draws go (``DrawnTokens.begin``).
+        """
+        layers = self._merge.layers_for_context() if self._merge else None
+        slots = {sequence.adapter_slot for sequence in batch.sequences}
+        corrected = batch.merged_slot >= 0 and slots != {batch.merged_slot}
+        lora = corrected or (batch.merged_slot < 0 and slots != {NO_ADAPTER})
+        step = self._step(Variant(shape, lora, corrected, layers.key if layers is not None else None), layers)
+        destinations = first, self._drawn.dump
+        self._inputs.send(step.inputs, shape, batch.sequences, batch.merged_slot, find_draw, destinations)
+        step.replay()
+        return step
+
+    def forget(self, request_id: str) -> None:
+        """A sequence has ended."""
+        self._inputs.forget(request_id)
+
+    def clear(self) -> None:
+        """Drop the captured steps with adapters, because other layers have adapters now."""
+        self._steps = {variant: step for variant, step in self._steps.items() if not variant.lora}
+
+    def capture(self, *, lora: bool, progress: bool = False) -> None:
+        """Make the decode steps ahead of time, the largest first, so that the smaller ones find memory in its pool.
+
+        Args:
+            lora: With those that adapters need, unmerged and merged.
+        """
+        layers = self._merge.layers_for_capture() if lora and self._merge else None
+        kinds: list[tuple[bool, bool, MergedLayers | None]] = [(False, False, None)]
+        if lora:
+            kinds += [(True, False, None)] + ([(False, False, layers), (True, True, layers)] if layers else [])
+        wanted = [(shape, *kind) for shape in reversed(self._decodes) for kind in kinds]
+        for shape, added, corrected, merged in tqdm(wanted, desc="CUDA graphs", unit="graph", disable=not progress):
+            self._step(Variant(shape, added, corrected, merged.key if merged is not None else None), merged)
+
+    def _step(self, variant: Variant, merged: MergedLayers | None) -> CapturedStep:
+        if variant not in self._steps:
+            self._steps[variant] = self._build(variant, merged)
+        return self._steps[variant]
+
+    @torch.inference_mode()
+    def _build(self, variant: Variant, merged: MergedLayers | None) -> CapturedStep:
+        shape = variant.shape
+        inputs = StepBuffer.over(self._memory, shape)
+        # Until the first real batch arrives, nothing is written anywhere: no row has a place in the KV cache.
+        inputs.memory.zero_()
+        inputs.slot_mapping.fill_(-1)
+        if shape.decodes:
+            inputs.query_start_loc.copy_(torch.arange(shape.rows + 1))
+        inputs.destinations.fill_(self._drawn.dump)
+        inputs.sources.fill_(-1)
+        outputs: list[torch.Tensor] = []
+
+        def run() -> None:
+            outputs[:] = self._forward(inputs, shape, self._context(inputs, variant, merged))
+
+        replay = self._capture(run)
+        return CapturedStep(inputs, replay, *outputs)
+
+    def _forward(
+        self, inputs: StepBuffer, shape: StepShape, context: ForwardContext
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        ids = self._drawn.fill_pending(inputs.input_ids, inputs.sources)
+        with context:
+            output = self._model(
+                input_ids=ids[None],
+                position_ids=inputs.positions[None],
+                use_cache=False,
+                logits_to_keep=0 if shape.decodes else inputs.logits_rows,
+            )
+        logits = output.logits[0]
+        tokens, status = best_tokens(logits)
+        self._drawn.tokens.index_copy_(0, inputs.destinations, tokens)
+        return logits, tokens, status
+
+    def _context(self, inputs: StepBuffer, variant: Variant, merged: MergedLayers | None) -> ForwardContext:
+        """Fresh for each pass: what back ends derive once a pass must be derived inside of the graph."""
+        tokens, rows = variant.shape.tokens, variant.shape.rows
+        lora, correction = self._plans(inputs.lora, tokens, variant)
+        of_logits = (lora, correction) if variant.shape.decodes else self._plans(inputs.lora_logits, rows, variant)
+        return ForwardContext(
+            attention=self._attention(inputs, variant.shape),
+            kv_caches=self._kv.caches,
+            lora=lora,
+            lora_logits=of_logits[0],
+            lora_weights=self._pool.addressed_weights if variant.lora else (),
+            merged=merged,
+            lora_correction=correction,
+            lora_logits_correction=of_logits[1],
+        )
+
+    def _plans(self, plans: PlanBuffers, rows: int, variant: Variant) -> tuple[LoRAPlan | None, LoRAPlan | None]:
+        if not variant.lora:
+            return None, None
+        return self._plan(plans.added, rows, 1.0), self._plan(plans.taken, rows, -1.0) if variant.corrected else None
+
+    def _plan(self, tiles: TileBuffers, rows: int, factor: float) -> LoRAPlan:
+        return LoRAPlan(
+            slots=np.zeros(1, np.int32),
+            starts=np.array([0, rows], np.int32),
+            backend=self._backends[1],
+            factor=factor,
+            tiles=LoRATiles(tiles.rows, tiles.slots, tiles.lens, TILE_ROWS),
+        )
+
+    def _attention(self, inputs: StepBuffer, shape: StepShape) -> AttentionMetadata:
+        """What the host arrays say is true of no batch: kernels that can be captured read the device's alone."""
+        longest = shape.max_blocks * self._kv.block_size
+        return AttentionMetadata(
+            query_start_loc=np.linspace(0, shape.tokens, shape.rows + 1).astype(np.int32),
+            context_lens=np.full(shape.rows, longest, np.int32),
+            block_tables=np.zeros((shape.rows, shape.max_blocks), np.int32),
+            slot_mapping=np.full(shape.tokens, -1, np.int64),
+            query_start_loc_t=inputs.query_start_loc,
+            context_lens_t=inputs.context_lens,
+            block_tables_t=inputs.block_tables,
+            slot_mapping_t=inputs.slot_mapping,
+            max_query_len=1 if shape.decodes else shape.tokens,
+            max_context_len=longest,
+            backend=self._backends[0],
+        )
