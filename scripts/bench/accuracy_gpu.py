@@ -179,7 +179,9 @@ def main() -> None:
     def load(dtype: torch.dtype, autocast: bool) -> Any:
         from transformers import AutoModelForCausalLM
 
-        base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(DEVICE)
+        # Fused attention may round float32 to TF32, which a reference must not.
+        attention = "eager" if dtype is torch.float32 else "sdpa"
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention).to(DEVICE)
         model = with_adapters(base, paths, autocast)
         return model.float() if dtype is torch.float32 else model
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.gpu_checks import Lines, checks
 from bench.gpu_tables import tables
 from bench.gpu_workload import read_lines
-from bench.report import environment, write_result
+from bench.report import write_result
 
 _SOME = ["--part", "decode", "--kinds", "distinct"]
 _THREE = ["--batches", "8", "32", "128"]
@@ -42,7 +43,8 @@ RUNS: dict[str, list[str]] = {
     "peft": ["peer_peft.py", "--part", "base", "one", "mixed"],
     "dropin": ["peer_peft.py", "--part", "dropin"],
     "ours-eight": ["ours_gpu.py", "lora", "--part", "decode", "--kinds", "eight", *_THREE],
-    **{f"rank-{rank}": ["ours_gpu.py", "lora", "--rank", rank, *_SOME, *_THREE]
+    **{f"rank-{rank}": ["ours_gpu.py", "lora", "--rank", rank, *_SOME, *_THREE,
+                         *(["--discard"] if rank in ("64", "128") else [])]
        for rank in ("8", "64", "128", "mix")},
     "neighbour": ["ours_gpu.py", "lora", "--rank", "8", "--resident-rank", "128", *_SOME, *_THREE],
     **{f"resident-{count}": ["ours_gpu.py", "lora", "--adapters", count, *_SOME, "--batches", "32", "128"]
@@ -68,24 +70,45 @@ def execute(name: str, options: argparse.Namespace, seconds: float | None, lines
     script, *arguments = RUNS[name]
     is_vllm = script == "peer_vllm.py"
     python = options.vllm_python if is_vllm and options.vllm_python else sys.executable
-    command = [python, str(Path(__file__).with_name(script)), *arguments, *(["--tiny"] if options.tiny else [])]
+    command = [python, str(Path(__file__).parent / script), *arguments, *(["--tiny"] if options.tiny else [])]
     if options.folder:
         command += ["--folder", str(options.folder)]
+    if options.set and not script.startswith("peer"):
+        command += ["--set", *options.set]
     print(f"== {name}: {' '.join(command[1:])}", flush=True)
+    # A session of its own: an engine's own processes hold the device, and have to end with it.
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env=environment_of(options) if is_vllm else None
-    )
+        command, stdout=subprocess.PIPE, text=True, start_new_session=True,
+        env=environment_of(options) if is_vllm else None,
+    )  # fmt: skip
     assert process.stdout is not None
-    alarm = threading.Timer(seconds or threading.TIMEOUT_MAX, process.kill)
+    alarm = threading.Timer(seconds or threading.TIMEOUT_MAX, end, [process])
     alarm.daemon = True
     alarm.start()
-    for text in process.stdout:
-        print(text, end="", flush=True)
-        for line in read_lines(text):
-            lines.write(json.dumps({**line, "run": name}) + "\n")
-            lines.flush()
-    alarm.cancel()
-    return process.wait() == 0
+    try:
+        for text in process.stdout:
+            print(text, end="", flush=True)
+            for line in read_lines(text):
+                lines.write(json.dumps({**line, "run": name}) + "\n")
+                lines.flush()
+        return process.wait() == 0
+    finally:
+        alarm.cancel()
+        if process.poll() is None:
+            end(process)
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """Kill a process and those that it started."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def environment() -> dict[str, Any]:
+    """Of this machine, asked in another process: the one that starts engines must not hold a CUDA context."""
+    told = subprocess.run([sys.executable, str(Path(__file__).with_name("report.py"))], capture_output=True, check=True)
+    found: dict[str, Any] = json.loads(told.stdout)
+    return found
 
 
 def run_all(names: Iterable[str], options: argparse.Namespace, lines: TextIO) -> list[str]:
@@ -130,6 +153,7 @@ def main() -> None:
     parser.add_argument("--tables", action="store_true", help="run nothing")
     parser.add_argument("--folder", type=Path, help="where models and adapters are written")
     parser.add_argument("--output", type=Path, help="folder for gpu.json (default: docs/results)")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=JSON", help="options of our engine")
     parser.add_argument("--tiny", action="store_true", help="small shapes, to try everything on a CPU")
     options = parser.parse_args()
     found = [line for path in options.join for line in read_lines(path.read_text())]

@@ -25,9 +25,7 @@ def start_replica(options: Namespace, ranks: list[int], **more: Any) -> Any:
 def register(replica: Any, paths: dict[str, Path]) -> list[Any]:
     """Have requests be able to name these adapters, and steps captured; their specs, in order."""
     specs = [replica.load_adapter(name, path) for name, path in paths.items()]
-    capture = getattr(replica, "capture_graphs", None)
-    if capture is not None:
-        capture()
+    replica.capture_graphs()
     return specs
 
 

@@ -69,3 +69,7 @@ def _processor() -> str:
     except FileNotFoundError:
         pass
     return flags or platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    print(json.dumps(environment()))

@@ -86,7 +86,7 @@ def main() -> None:
     if options.tiny:
         options.loads, options.rounds = min(options.loads, 40), min(options.rounds, 3)
     count = HOT + WARM + COLD
-    paths = write_adapters(options.shape, options.folder, ranks_of(options.rank, count), DEVICE, "ttft")
+    paths = write_adapters(options.shape, options.folder, ranks_of(options.rank, count), DEVICE)
     replica = start_replica(options, ranks_of(options.rank, HOT + WARM + SPARE))
     driver, stream = Driver(replica), Stream("ttft", options.shape)
     specs = register(replica, paths)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -216,3 +217,18 @@ def test_the_others_run_small(script: str, tmp_path: Path) -> None:
         assert all(line["ours_over_peft_autocast"] < 1.05 for line in found)
     if script == "ttft_gpu.py":
         assert found[0]["loads"]["without_loads"] == 0 and found[0]["loads"]["with_loads"] >= 100
+
+
+def test_a_run_that_takes_too_long_ends_with_what_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "long.py"
+    script.write_text(
+        "import subprocess, sys\n"
+        'print(\'{"part": "before"}\', flush=True)\n'
+        "subprocess.run([sys.executable, '-c', 'import signal; signal.pause()'])\n"
+    )
+    monkeypatch.setitem(bench_gpu.RUNS, "long", [str(script)])
+    options = argparse.Namespace(tiny=False, folder=None, set=[], vllm_python=None, budget=None)
+    with (tmp_path / "lines").open("w") as lines:
+        # The child holds our pipe open: the call only returns because it ended too.
+        assert not bench_gpu.execute("long", options, 2.0, lines)
+    assert [line["run"] for line in read_lines((tmp_path / "lines").read_text())] == ["long"]
