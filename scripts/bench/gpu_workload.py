@@ -80,7 +80,10 @@ def write_base(shape: str, folder: Path) -> Path:
 def write_adapters(
     shape: str, folder: Path, ranks: Sequence[int], device: str = "cpu", label: str = "adapter", std: float = 0.01
 ) -> dict[str, Path]:
-    """Random bf16 adapters (``std`` of A and B, alpha twice the rank) by name; those there already are kept."""
+    """Random bf16 adapters (``std`` of A and B, alpha twice the rank) by name; those there already are kept.
+
+    ``device`` "auto" is the GPU where there is one; that is looked up only when something has to be written.
+    """
     paths = {}
     for number, rank in enumerate(ranks):
         path = folder / f"{label}-{shape}-r{rank}-std{std}-{number}"
@@ -94,6 +97,8 @@ def _write_adapter(path: Path, shape: str, rank: int, seed: int, device: str, st
     import torch
     from safetensors.torch import save_file
 
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device=device).manual_seed(seed)
 
     def draw(*size: int) -> torch.Tensor:

@@ -232,3 +232,56 @@ def test_a_run_that_takes_too_long_ends_with_what_it_started(tmp_path: Path, mon
         # The child holds our pipe open: the call only returns because it ended too.
         assert not bench_gpu.execute("long", options, 2.0, lines)
     assert [line["run"] for line in read_lines((tmp_path / "lines").read_text())] == ["long"]
+
+
+FAKE_VLLM = {
+    "vllm/__init__.py": """
+import json, os
+__version__ = "0.0.stand-in"
+class SamplingParams:
+    def __init__(self, **options):
+        self.max_tokens = options.pop("max_tokens")
+        assert options == {"temperature": 0.0, "ignore_eos": True, "detokenize": False}
+class LLM:
+    def __init__(self, **options):
+        flags = os.environ.get("VLLM_LORA_ENABLE_DUAL_STREAM")
+        print(json.dumps({"part": "options", "dual_stream": flags, **options}), flush=True)
+    def generate(self, prompts, params, lora_request, use_tqdm):
+        from types import SimpleNamespace as Record
+        assert lora_request is None or len(lora_request) == len(prompts)
+        assert all(isinstance(token, int) for prompt in prompts for token in prompt["prompt_token_ids"])
+        return [Record(outputs=[Record(token_ids=[0] * own.max_tokens)]) for own in params]
+""",
+    "vllm/lora/__init__.py": "",
+    "vllm/lora/request.py": """
+from pathlib import Path
+class LoRARequest:
+    def __init__(self, name, number, path):
+        assert number > 0 and (Path(path) / "adapter_model.safetensors").exists()
+""",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["base", "lora", "tuned"])
+def test_vllm_gets_the_documented_options(mode: str, tmp_path: Path) -> None:
+    for name, text in FAKE_VLLM.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    lines, folder = tmp_path / "lines", str(tmp_path / "out")
+    usual = ("--lines", str(lines), "--folder", folder, "--output", folder)
+    run_script("bench_gpu.py", "--only", f"vllm-{mode}", "--vllm-path", str(tmp_path), *usual)
+    found = list(read_lines(lines.read_text()))
+    options = next(line for line in found if line["part"] == "options")
+    assert options["load_format"] == "dummy" and options["gpu_memory_utilization"] == 0.6
+    assert options["enable_prefix_caching"] is False and options["max_num_seqs"] == 256
+    assert (options.get("max_loras"), options.get("max_lora_rank")) == ((None, None) if mode == "base" else (8, 16))
+    assert options.get("specialize_active_lora", False) == (mode == "tuned") == (options["dual_stream"] == "1")
+    kinds = {"base": ["none"], "lora": ["none", "same", "zipf", "distinct"], "tuned": ["same", "zipf", "distinct"]}[
+        mode
+    ]
+    measured = [(line["adapters"], line["batch"]) for line in found if line["part"] == "decode"]
+    assert measured == [(kind, batch) for kind in kinds for batch in (1, 8)]
+    assert [line["adapters"] for line in found if line["part"] == "throughput"] == kinds
+    result = json.loads((tmp_path / "out/gpu.json").read_text())
+    assert result["environment"]["vllm version"] == "0.0.stand-in"
