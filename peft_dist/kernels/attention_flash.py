@@ -33,6 +33,9 @@ _NAMES = {
 }
 _LENGTHS = ("seqused_k", "cache_seqlens")
 _LENGTH_SUMS = "cu_seqlens_k"
+# From here on its own tiles can be whole KV blocks, which the copy engine brings without a mask: what another sequence
+# left in them, NaN even, would be multiplied by zero.
+_WHOLE_BLOCK = 64
 _LONG_CONTEXT = 8192
 """Up to this context, a batch that fills the GPU with its sequences alone is not split over keys."""
 
@@ -78,6 +81,8 @@ class FlashAttention:
             return f"head size {needs.head_dim} (values {needs.value_dim}): it takes multiples of 8 up to 256"
         if needs.block_size % library.block_multiple:
             return f"KV blocks of {needs.block_size} tokens: this build takes multiples of {library.block_multiple}"
+        if library.version == 3 and needs.block_size >= _WHOLE_BLOCK:
+            return f"KV blocks of {needs.block_size} tokens are read whole, with what lies behind a sequence's end in them"
         if needs.softcap and self._names["softcap"] is None:
             return "a soft cap, which this build does not know"
         if needs.sinks is not None:
@@ -147,7 +152,7 @@ class FlashAttention:
         rows = len(query) * query.shape[1] // num_kv_heads
         tiles = max(meta.num_seqs, rows // 128) * num_kv_heads
         processors = torch.cuda.get_device_properties(query.device).multi_processor_count if query.is_cuda else 1
-        return int(tiles >= 2 * processors and meta.max_context_len <= _LONG_CONTEXT)
+        return int(2 * tiles >= 3 * processors and meta.max_context_len <= _LONG_CONTEXT)
 
     def _metadata(
         self,
