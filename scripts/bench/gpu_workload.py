@@ -78,26 +78,31 @@ def write_base(shape: str, folder: Path) -> Path:
 
 
 def write_adapters(
-    shape: str, folder: Path, ranks: Sequence[int], device: str = "cpu", label: str = "adapter", seed: int = 0
+    shape: str, folder: Path, ranks: Sequence[int], device: str = "cpu", label: str = "adapter", std: float = 0.01
 ) -> dict[str, Path]:
-    """Random bf16 adapters (standard deviation 0.01, alpha twice the rank) by name; those there already are kept."""
+    """Random bf16 adapters (``std`` of A and B, alpha twice the rank) by name; those there already are kept.
+
+    ``device`` "auto" is the GPU where there is one; that is looked up only when something has to be written.
+    """
     paths = {}
     for number, rank in enumerate(ranks):
-        path = folder / f"{label}-{shape}-r{rank}-{seed + number}"
+        path = folder / f"{label}-{shape}-r{rank}-std{std}-{number}"
         paths[f"{label}{number}"] = path
         if not (path / "adapter_config.json").exists():
-            _write_adapter(path, shape, rank, seed + number, device)
+            _write_adapter(path, shape, rank, number, device, std)
     return paths
 
 
-def _write_adapter(path: Path, shape: str, rank: int, seed: int, device: str) -> None:
+def _write_adapter(path: Path, shape: str, rank: int, seed: int, device: str, std: float) -> None:
     import torch
     from safetensors.torch import save_file
 
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device=device).manual_seed(seed)
 
     def draw(*size: int) -> torch.Tensor:
-        return torch.randn(*size, device=device, generator=generator).mul_(0.01).to(torch.bfloat16).cpu()
+        return torch.randn(*size, device=device, generator=generator).mul_(std).to(torch.bfloat16).cpu()
 
     linears, tensors = linear_shapes(shape), {}
     for layer in range(SHAPES[shape]["num_hidden_layers"]):

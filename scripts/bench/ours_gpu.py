@@ -10,6 +10,7 @@ the device that no request asks for. One JSON line a measurement.
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from argparse import Namespace
@@ -34,7 +35,7 @@ from bench.gpu_workload import (
     time_decode,
     time_throughput,
     write_adapters,
-)  # fmt: skip
+)
 
 KINDS = {"base": ("none",), "lora": ("none", "same", "zipf", "distinct", "eight"), "merged": ("same",)}
 
@@ -105,6 +106,7 @@ def main() -> None:
     add_engine_options(parser)
     parser.add_argument("mode", choices=tuple(KINDS))
     parser.add_argument("--resident-rank", type=int, help="one more adapter, which no request asks for")
+    parser.add_argument("--discard", action="store_true", help="remove the adapters at the end: they are large")
     options = parse(parser)
     count = {"base": 0, "lora": options.adapters, "merged": 2}[options.mode]
     ranks = ranks_of(options.rank, count)
@@ -117,7 +119,7 @@ def main() -> None:
     ready = time.perf_counter()
     first = runner(llm)([[1000] * 128], [1], None)
     info = llm.model_info
-    label = {"engine": "ours", "mode": options.mode, "rank": options.rank, "resident": len(ranks)}
+    label = {"engine": "ours", "mode": options.mode, "shape": options.shape, "rank": options.rank, "resident": count}
     if options.resident_rank:
         label["resident_rank"] = options.resident_rank
         runner(llm)([[1000] * 16], [2], [count])
@@ -129,6 +131,8 @@ def main() -> None:
     if "merge" in options.part and options.mode == "merged":
         emit(**label, part="merge", **measure_merge(llm, options))
     llm.close()
+    for path in paths.values() if options.discard else ():
+        shutil.rmtree(path)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from bench.gpu_workload import (
     time_throughput,
     write_adapters,
     write_base,
-)  # fmt: skip
+)
 
 _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -62,6 +62,7 @@ def runner(llm: Any, paths: dict[str, Path]) -> Run:
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     known = [LoRARequest(name, number + 1, str(path)) for number, (name, path) in enumerate(paths.items())]
 
     def run(prompts: list[list[int]], counts: list[int], adapters: list[int] | None) -> float:
@@ -74,7 +75,7 @@ def runner(llm: Any, paths: dict[str, Path]) -> Run:
             drawn = [len(output.outputs[0].token_ids) for output in outputs]
             assert drawn == counts, "answers of another length than asked"
 
-        return clocked(generate, torch.cuda.synchronize)
+        return clocked(generate, synchronize)
 
     return run
 
@@ -91,7 +92,7 @@ def main() -> None:
     ranks = ranks_of(options.rank, options.adapters) if options.mode != "base" else []
     # In a process of their own, so that this one's CUDA context does not exist when vLLM starts its engine.
     made = (options.shape, options.folder, ranks)
-    writer = multiprocessing.get_context("spawn").Process(target=write_adapters, args=(*made, "cuda"))
+    writer = multiprocessing.get_context("spawn").Process(target=write_adapters, args=(*made, "auto"))
     writer.start()
     writer.join()
     paths = write_adapters(*made)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
+import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,7 +28,7 @@ def environment() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
     }
     if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
+        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "driver": _driver()}
     for package in _PACKAGES:
         try:
             found[package] = version(package)
@@ -35,12 +37,24 @@ def environment() -> dict[str, Any]:
     return found
 
 
-def write_result(name: str, figures: Any, folder: Path | None = None) -> Path:
-    """Write ``name``.json and return its path."""
+def write_result(
+    name: str, figures: Any, folder: Path | None = None, measured_on: dict[str, Any] | None = None
+) -> Path:
+    """Write ``name``.json and return its path; ``measured_on`` is the environment where it is not this one."""
     path = (folder or RESULTS) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"environment": environment(), "figures": figures}, indent=2) + "\n")
+    path.write_text(json.dumps({"environment": measured_on or environment(), "figures": figures}, indent=2) + "\n")
     return path
+
+
+def _driver() -> str:
+    """Version of the NVIDIA driver; "unknown" without its tool."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return "unknown"
+    command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    told = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+    return told[0] if told else "unknown"
 
 
 def _processor() -> str:
@@ -55,3 +69,7 @@ def _processor() -> str:
     except FileNotFoundError:
         pass
     return flags or platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    print(json.dumps(environment()))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 
 Interval = tuple[str, float, float]
@@ -34,7 +34,7 @@ def summarise(intervals: list[Interval], steps: int, top: int = 25) -> dict[str,
         raise ValueError("nothing was recorded: is another profiler attached to the device?")
     spans = busy_spans(intervals)
     window = spans[-1][1] - spans[0][0]
-    gaps = [after[0] - before[1] for before, after in itertools.pairwise(spans)]
+    gaps = [after[0] - before[1] for before, after in pairwise(spans)]
     idle = sum(gaps)
     return {
         "recorded_step_ms": round(window / steps / 1e3, 4),

@@ -1,0 +1,85 @@
+"""Drives a replica as a worker does, without sockets: requests go in at any time, steps come out."""
+
+from __future__ import annotations
+
+import select
+import time
+from argparse import Namespace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from bench.gpu_engine import engine_options
+from bench.gpu_workload import write_base
+
+
+def start_replica(options: Namespace, ranks: list[int], **more: Any) -> Any:
+    """A replica of the random model with room for adapters of ``ranks``, and no adapter yet."""
+    from peft_dist.core.config import EngineConfig
+    from peft_dist.runner.replica import build_replica
+
+    base = write_base(options.shape, options.folder)
+    return build_replica(EngineConfig(str(base), **engine_options(options, ranks, **more)))
+
+
+def register(replica: Any, paths: dict[str, Path]) -> list[Any]:
+    """Have requests be able to name these adapters, and steps captured; their specs, in order."""
+    specs = [replica.load_adapter(name, path) for name, path in paths.items()]
+    replica.capture_graphs()
+    return specs
+
+
+class Driver:
+    """One replica's requests.
+
+    Attributes:
+        arrived: When each request that was submitted arrived, until it ends; the same clock as ``first_token``.
+        first_token: When a request's first token came.
+        errors: Of requests that failed.
+        tokens: Drawn so far by all.
+        finished, aborted: How many have ended by themselves, and not.
+    """
+
+    def __init__(self, replica: Any) -> None:
+        self.replica = replica
+        self.arrived: dict[str, float] = {}
+        self.first_token: dict[str, float] = {}
+        self.errors: list[str] = []
+        self.tokens = self.finished = self.aborted = 0
+        self._ids = count()
+
+    def submit(self, spec: Any, prompt: list[int], params: Any, arrival: float | None = None) -> str:
+        from peft_dist.core.request import Request
+
+        now = time.perf_counter() if arrival is None else arrival
+        request_id = f"r{next(self._ids)}"
+        self.replica.engine.add_request(Request(request_id, prompt, params, 0, now, spec))
+        self.arrived[request_id] = now
+        return request_id
+
+    def abort(self, request_id: str) -> None:
+        self.replica.engine.abort([request_id])
+        del self.arrived[request_id]
+        self.aborted += 1
+
+    def step(self, until: float | None = None) -> None:
+        """One step, or where only a load (or time, up to ``until``) can help, a wait for it."""
+        engine = self.replica.engine
+        if not engine.has_work or engine.waits_for_load:
+            timeout = None if until is None else max(0.0, until - time.perf_counter())
+            select.select([self.replica.fileno()], [], [], timeout)
+        for progress in engine.step(time.perf_counter()) if engine.has_work else ():
+            self.tokens += len(progress.token_ids)
+            if progress.request_id not in self.arrived:
+                continue
+            if progress.token_ids:
+                self.first_token.setdefault(progress.request_id, time.perf_counter())
+            if progress.error:
+                self.errors.append(progress.error)
+            if progress.finish_reason:
+                del self.arrived[progress.request_id]
+                self.finished += 1
+
+    def drain(self) -> None:
+        while self.replica.engine.has_work:
+            self.step()

@@ -1,0 +1,121 @@
+"""Time to the first token of adapters that stay on the device, alone and while a thousand others load and leave.
+
+    python scripts/bench/ttft_gpu.py [--rounds 5] [--loads 1000] [--rate 80] [--rank 8]
+
+Poisson arrivals. Half of the requests go to eight adapters that stay; their times are reported. The other half go to
+sixteen more that stay ("without loads"), or each to the next of 64 that take turns in eight places, so that every one
+of them loads ("with loads"). One round runs the same arrivals both ways; the order changes from round to round. The
+figure is P99 with loads over P99 without, of each round and of all rounds together (target: at most 1.1).
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from bench.gpu_driver import Driver, register, start_replica
+from bench.gpu_engine import DEVICE, add_engine_options
+from bench.gpu_options import make_parser, parse
+from bench.gpu_workload import PROMPT_TOKENS, Stream, emit, ranks_of, write_adapters
+
+HOT, WARM, SPARE, COLD = 8, 16, 8, 64
+ROUND_TOKENS = 16
+
+
+def arrivals(seed: int, others: int, rate: float) -> list[tuple[float, bool]]:
+    """(seconds, whether it goes to one that stays hot), until ``others`` have gone elsewhere."""
+    chance = random.Random(seed)
+    found: list[tuple[float, bool]] = []
+    now = 0.0
+    while others:
+        now += chance.expovariate(rate)
+        hot = chance.random() < 0.5
+        others -= not hot
+        found.append((now, hot))
+    return found
+
+
+def ttft_round(
+    driver: Driver, schedule: list[tuple[float, bool]], hot: list[Any], others: Iterator[Any], stream: Stream
+) -> list[float]:
+    """Seconds to the first token, from when it was due, of each request to a hot adapter."""
+    from peft_dist import SamplingParams
+
+    params = SamplingParams(temperature=0.0, max_tokens=ROUND_TOKENS, ignore_eos=True)
+    prompts = [stream.prompt(PROMPT_TOKENS) for _ in schedule]
+    chosen = [hot[i % len(hot)] if is_hot else next(others) for i, (_, is_hot) in enumerate(schedule)]
+    due: dict[str, float] = {}
+    start, position = time.perf_counter(), 0
+    while position < len(schedule) or driver.arrived:
+        while position < len(schedule) and time.perf_counter() - start >= schedule[position][0]:
+            at, is_hot = schedule[position]
+            request_id = driver.submit(chosen[position], prompts[position], params, start + at)
+            if is_hot:
+                due[request_id] = start + at
+            position += 1
+        driver.step(start + schedule[position][0] if position < len(schedule) else None)
+    return [driver.first_token[request_id] - at for request_id, at in due.items()]
+
+
+def percentile(values: list[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def milliseconds(values: list[float]) -> dict[str, float]:
+    shares = {"p50_ms": 0.5, "p90_ms": 0.9, "p99_ms": 0.99}
+    return {"n": len(values), **{name: round(percentile(values, at) * 1e3, 3) for name, at in shares.items()}}
+
+
+def main() -> None:
+    parser = make_parser(__doc__, ("ttft",))
+    add_engine_options(parser)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--loads", type=int, default=1000, help="in each round")
+    parser.add_argument("--rate", type=float, default=80.0, help="requests a second")
+    parser.set_defaults(rank="8")
+    options = parse(parser)
+    if options.tiny:
+        options.loads, options.rounds = min(options.loads, 40), min(options.rounds, 3)
+    count = HOT + WARM + COLD
+    paths = write_adapters(options.shape, options.folder, ranks_of(options.rank, count), DEVICE)
+    replica = start_replica(options, ranks_of(options.rank, HOT + WARM + SPARE))
+    driver, stream = Driver(replica), Stream("ttft", options.shape)
+    specs = register(replica, paths)
+    hot, warm, cold = specs[:HOT], specs[HOT : HOT + WARM], specs[HOT + WARM :]
+    manager = replica.engine.scheduler.adapters
+    for spec in hot + warm:
+        manager.pin(spec.content_hash)
+    others = {"without_loads": cycle(warm), "with_loads": cycle(cold)}
+    for way in others.values():  # Warms up.
+        ttft_round(driver, arrivals(-1, 20, options.rate), hot, way, stream)
+    found: dict[str, list[list[float]]] = {name: [] for name in others}
+    loads = dict.fromkeys(others, 0)
+    for number in range(options.rounds):
+        schedule = arrivals(number, options.loads, options.rate)
+        for name in list(others) if number % 2 else list(others)[::-1]:
+            before = manager.loads
+            found[name].append(ttft_round(driver, schedule, hot, others[name], stream))
+            loads[name] += manager.loads - before
+    replica.close()
+    assert not driver.errors, driver.errors[:3]
+    ratios = [percentile(a, 0.99) / percentile(b, 0.99) for a, b in zip(*list(found.values())[::-1], strict=True)]
+    pooled = {name: [value for values in rounds for value in values] for name, rounds in found.items()}
+    emit(
+        engine="ours", part="ttft", rank=options.rank, rate=options.rate, rounds=options.rounds, loads=loads,
+        **{name: milliseconds(values) for name, values in pooled.items()},
+        p99_ratios=[round(ratio, 3) for ratio in ratios], median_p99_ratio=round(statistics.median(ratios), 3),
+        pooled_p99_ratio=round(percentile(pooled["with_loads"], 0.99) / percentile(pooled["without_loads"], 0.99), 3),
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
