@@ -59,6 +59,10 @@ class LoRAPool:
         page_rows: Rank rows of one page.
         num_rows: Rows of each layer, whole pages; None when they grow.
         num_slots: Slots that the tables on a GPU have; None where they need none.
+
+    Args:
+        grows_tables: A pool that grows has tables on its device too, which move when they or the buffers grow
+            (``layout`` tells).
     """
 
     def __init__(
@@ -68,12 +72,16 @@ class LoRAPool:
         page_rows: int | None = None,
         num_rows: int | None = None,
         num_slots: int | None = None,
+        *,
+        grows_tables: bool = False,
     ) -> None:
         self.device = torch.device(device)
         self.dtype = dtype
         self.page_rows = page_rows or default_page_rows(self.device)
         self.num_rows = None if num_rows is None else num_rows // self.page_rows * self.page_rows
         self.num_slots = num_slots
+        self._grows_tables = grows_tables
+        self._max_rank = 1
         self.weights: list[LoRALayerWeights | None] = []
         self._layers: list[PooledLayer] = []
         self._resident: dict[int, Reservation] = {}
@@ -85,7 +93,9 @@ class LoRAPool:
         For an embedding ``in_features`` is the number of embeddings; an adapter's A is then ``[r, that]``.
         """
         del embedding  # Both kinds are stored alike; the argument documents the call.
-        layer = PooledLayer(in_features, out_features, self.device, self.dtype, self.page_rows)
+        layer = PooledLayer(
+            in_features, out_features, self.device, self.dtype, self.page_rows, grows_tables=self._grows_tables
+        )
         if self.num_rows is not None:
             layer.grow(self.num_rows // self.page_rows)
             if self.num_slots is not None and self.device.type != "cpu":
@@ -98,6 +108,11 @@ class LoRAPool:
     def num_bytes(self) -> int:
         """Bytes of the buffers, pages that are free included."""
         return sum(t.numel() * t.element_size() for layer in self._layers for t in (layer.weights.A, layer.weights.B))
+
+    @property
+    def layout(self) -> tuple[int, int]:
+        """Changes with whatever a captured kernel call goes by: addresses, and the room that the ranks need."""
+        return sum(layer.moves for layer in self._layers), 1 << (self._max_rank - 1).bit_length()
 
     @property
     def addressed_weights(self) -> list[LoRALayerWeights]:
@@ -130,6 +145,7 @@ class LoRAPool:
             if rank < 1:
                 raise ValueError(f"LoRA layer {index}: rank {rank} must be at least 1")
         self._check_room(ranks)
+        self._max_rank = max(self._max_rank, *ranks.values(), 1)
         pages = {index: self._layers[index].take(rank) for index, rank in ranks.items()}
         reservation = Reservation(slot, dict(ranks), pages)
         self._pending[slot] = reservation

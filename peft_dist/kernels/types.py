@@ -8,6 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from peft_dist.kernels.lora_tiles import LoRATiles
+
 
 class KVCache(NamedTuple):
     """Paged keys and values of one layer, each ``[num_blocks, block_size, num_kv_heads, head_dim]``."""
@@ -109,6 +111,8 @@ class LoRAPlan:
         starts: int32 ``[runs + 1]``, from 0 to the number of rows.
         backend: "c" or "torch"; None takes the best that the tensors' device has.
         factor: Multiplies every adapter's part: -1 takes a part away that merged weights put in for all rows.
+        tiles: The same rows in tiles on the device, for the Triton kernels, which read nothing else of the plan then
+            but ``num_rows`` and ``factor``; None: they make them from the runs.
     """
 
     slots: np.ndarray
@@ -116,6 +120,7 @@ class LoRAPlan:
     scratch: dict[object, object] = field(default_factory=dict)
     backend: str | None = None
     factor: float = 1.0
+    tiles: LoRATiles | None = None
 
     @property
     def num_rows(self) -> int:

@@ -1,0 +1,406 @@
+"""Captured decode passes give the answers of passes that run operator by operator, and give way to those."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import DynamicCache, GenerationMixin
+from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaRotaryEmbedding
+
+import peft_dist
+from peft_dist.patches.decode_graphs import DecodeGraphs, capture_for
+from peft_dist.patches.paged_cache import PagedRows
+from tests.patches import oracle
+from tests.patches.test_generate import OPTIONS
+from tests.patches.test_mutable_weights import CHANGES
+from tests.tiny_models import NUM_LAYERS
+
+NEW = 8
+
+
+class Recorder:
+    """Captures on a CPU: runs the function again, on what lies in its buffers then."""
+
+    def __init__(self) -> None:
+        self.captured = 0
+        self.replayed = 0
+
+    def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
+        run()
+        self.captured += 1
+
+        def replay() -> None:
+            self.replayed += 1
+            run()
+
+        return replay
+
+
+def patched(model: PeftModel) -> tuple[PeftModel, Recorder]:
+    """A patched model whose decode passes are captured by the recorder."""
+    recorder = Recorder()
+    peft_dist.patch(model).__dict__["_peft_dist"].graphs = DecodeGraphs(lambda device: recorder)
+    return model, recorder
+
+
+def call(model: PeftModel, names: list[str] = oracle.NAMES, **options: Any) -> Any:
+    given = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, **options}
+    torch.manual_seed(7)
+    inputs = given.pop("inputs", None) or oracle.inputs(len(names))
+    return model.generate(**inputs, adapter_names=names, return_dict_in_generate=True, output_logits=True, **given)
+
+
+def assert_same(actual: Any, expected: Any) -> None:
+    assert torch.equal(actual.sequences, expected.sequences)
+    oracle.assert_logits_close(torch.stack(actual.logits), torch.stack(expected.logits))
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt2", "qwen3"])
+def test_every_decode_pass_is_replayed_and_a_second_call_captures_nothing(
+    family: str, make: Callable[..., PeftModel]
+) -> None:
+    expected = call(make(family))
+    model, recorder = patched(make(family))
+    for number in (1, 2):
+        assert_same(call(model), expected)
+        assert (recorder.captured, recorder.replayed) == (1, number * (NEW - 1))
+
+
+def test_other_adapters_and_prompts_use_the_same_capture(make: Callable[..., PeftModel]) -> None:
+    (model, recorder), plain = patched(make()), make()
+    call(model)
+    names = ["late", "wide", "narrow", "narrow", "__base__"]
+    inputs = oracle.inputs(seed=5)
+    assert_same(call(model, names, inputs=inputs), call(plain, names, inputs=inputs))
+    assert recorder.captured == 1
+
+
+def test_rows_without_adapters_and_other_batches_have_captures_of_their_own(make: Callable[..., PeftModel]) -> None:
+    (model, recorder), plain = patched(make()), make()
+    batches = {
+        ("wide", "narrow", "late"): 1,
+        ("__base__",) * 3: 2,
+        ("wide",) * 3: 3,
+        ("late",) * 3: 3,
+        ("late",) * 2: 4,
+    }
+    for names, captured in batches.items():
+        assert_same(call(model, list(names)), call(plain, list(names)))
+        assert recorder.captured == captured
+
+
+@pytest.mark.parametrize("option", [name for name in OPTIONS if name not in ("no cache", "static cache")])
+def test_options_of_generate(option: str, make: Callable[..., PeftModel]) -> None:
+    options = {"max_new_tokens": NEW, "min_new_tokens": 0, **OPTIONS[option]}
+    if option == "chunked prefill":
+        # Padding at the end of the first chunk leaves the cache to Hugging Face.
+        options["inputs"] = oracle.inputs(padded=False)
+    model, recorder = patched(make())
+    expected = call(make(), **options)
+    for _ in range(2):
+        assert_same(call(model, **options), expected)
+    assert recorder.replayed
+
+
+def test_beams_that_change_their_rows(make: Callable[..., PeftModel]) -> None:
+    options = {"num_beams": 4, "max_new_tokens": 40, "min_new_tokens": 40}
+    model, recorder = patched(make())
+    assert torch.equal(call(model, **options).sequences, call(make(), **options).sequences)
+    assert recorder.replayed == 39
+
+
+def test_blocks_are_enough_from_the_start_and_are_kept(make: Callable[..., PeftModel]) -> None:
+    model, recorder = patched(make())
+    graphs = model.__dict__["_peft_dist"].graphs
+    call(model, max_new_tokens=100, min_new_tokens=100)
+    memory, blocks = graphs.memory, graphs.memory.num_blocks
+    assert memory.version == NUM_LAYERS and recorder.captured == 1
+    assert_same(call(model), call(make()))
+    assert graphs.memory is memory and memory.num_blocks == blocks and memory.version == NUM_LAYERS
+
+
+def test_a_longer_call_takes_more_memory_and_captures_again(make: Callable[..., PeftModel]) -> None:
+    (model, recorder), plain = patched(make()), make()
+    call(model)
+    for options in ({"max_new_tokens": 60, "min_new_tokens": 60}, {}):
+        assert_same(call(model, **options), call(plain, **options))
+    assert recorder.captured == 2
+
+
+def test_memory_that_grows_within_a_call(make: Callable[..., PeftModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peft_dist.patches.selective_call.blocks_for", lambda *_: 6)
+    model, recorder = patched(make())
+    options = {"max_new_tokens": 60, "min_new_tokens": 60}
+    assert_same(call(model, **options), call(make(), **options))
+    assert recorder.captured > 1 and recorder.replayed == 59
+
+
+def test_the_returned_cache_is_hugging_faces(make: Callable[..., PeftModel]) -> None:
+    (model, _), plain = patched(make()), make()
+    actual, expected = call(model).past_key_values, call(plain).past_key_values
+    assert type(actual) is DynamicCache and actual.get_seq_length() == expected.get_seq_length()
+    before = [layer.keys.clone() for layer in actual.layers]
+    call(model, inputs=oracle.inputs(seed=9))
+    assert all(torch.equal(layer.keys, kept) for layer, kept in zip(actual.layers, before, strict=True))
+    row = expected.layers[2].keys[0]
+    oracle.assert_logits_close(actual.layers[2].keys[0], row)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_change_of_weights_is_seen(
+    change: Callable[..., None], make: Callable[..., PeftModel], adapters: dict[str, dict[str, Path]]
+) -> None:
+    (model, recorder), plain = patched(make()), make()
+    call(model)
+    for changed in (model, plain):
+        change(changed, adapters["llama"])
+    assert_same(call(model), call(plain))
+    assert recorder.replayed == 2 * (NEW - 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_another_dtype_is_seen(dtype: torch.dtype, make: Callable[..., PeftModel]) -> None:
+    (model, recorder), plain = patched(make()), peft_dist.patch(make())
+    call(model)
+    actual, expected = call(model.to(dtype)), call(plain.to(dtype))
+    assert torch.equal(actual.sequences, expected.sequences)
+    assert torch.equal(torch.stack(actual.logits), torch.stack(expected.logits))
+    assert (recorder.captured, recorder.replayed) == (2, 2 * (NEW - 1))
+
+
+def test_adapters_that_come_later(make: Callable[..., PeftModel], adapters: dict[str, dict[str, Path]]) -> None:
+    (model, recorder), plain = patched(make()), make()
+    call(model)
+    for loaded in (model, plain):
+        loaded.load_adapter(adapters["llama"]["spare"], adapter_name="spare")
+        loaded.eval()
+    names = ["spare", "wide", "__base__", "spare", "late"]
+    assert_same(call(model, names), call(plain, names))
+    assert recorder.replayed == 2 * (NEW - 1)
+
+
+def test_the_mask_is_read_once_a_call(make: Callable[..., PeftModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    original = peft_dist.patches.selective_call._new_tokens
+    monkeypatch.setattr("peft_dist.patches.selective_call._new_tokens", lambda *a: read.append(a[1:]) or original(*a))
+    model, _ = patched(make())
+    call(model)
+    assert read == [(5, oracle.PROMPT)]
+
+
+def test_inference_mode_in_one_call_and_not_in_the_next(make: Callable[..., PeftModel]) -> None:
+    (model, recorder), expected = patched(make()), call(make())
+    for mode in (True, False, True):
+        with torch.inference_mode(mode):
+            assert_same(call(model), expected)
+    assert recorder.captured == 1
+
+
+# What gives way to a pass that runs operator by operator
+
+
+def hook_on_a_layer(model: PeftModel, patch: pytest.MonkeyPatch) -> str:
+    model.get_base_model().model.layers[1].register_forward_hook(lambda *_: None)
+    return "has forward hooks"
+
+
+def global_hook(model: PeftModel, patch: pytest.MonkeyPatch) -> str:
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    patch.callback = handle.remove
+    return "global forward hooks"
+
+
+def forward_of_its_own(model: PeftModel, patch: pytest.MonkeyPatch) -> str:
+    mlp = model.get_base_model().model.layers[0].mlp
+    mlp.forward = mlp.forward
+    return "has a forward of its own"
+
+
+def part_in_training_mode(model: PeftModel, patch: pytest.MonkeyPatch) -> str:
+    model.get_base_model().model.norm.training = True
+    return "is in training mode"
+
+
+def dynamic_rope(model: PeftModel, patch: pytest.MonkeyPatch) -> str:
+    patch.setattr(model.get_base_model().model.rotary_emb, "rope_type", "longrope", raising=False)
+    patch.setattr(LlamaRotaryEmbedding, "forward", inspect.unwrap(LlamaRotaryEmbedding.forward))
+    return "changes with the length"
+
+
+def model_that_reads_the_length(model: PeftModel, patch: pytest.MonkeyPatch) -> str:
+    original = LlamaForCausalLM.forward
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs["past_key_values"].get_seq_length()
+        return original(self, *args, **kwargs)
+
+    patch.setattr(LlamaForCausalLM, "forward", forward)
+    return "asks its cache for what changes"
+
+
+def model_that_reads_the_mask(model: PeftModel, patch: pytest.MonkeyPatch) -> str:
+    original = LlamaForCausalLM.forward
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, attention_mask: torch.Tensor, **kwargs: Any) -> Any:
+        attention_mask.sum()
+        return original(self, *args, attention_mask=attention_mask, **kwargs)
+
+    patch.setattr(LlamaForCausalLM, "forward", forward)
+    return "reads its attention mask"
+
+
+def model_that_answers_with_more(model: PeftModel, patch: pytest.MonkeyPatch) -> str:
+    original = LlamaForCausalLM.forward
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = original(self, *args, **kwargs)
+        output.attentions = (output.logits,)
+        return output
+
+    patch.setattr(LlamaForCausalLM, "forward", forward)
+    return "answers with attentions, a tuple"
+
+
+def capture_that_fails(model: PeftModel, patch: pytest.MonkeyPatch) -> str:
+    def fail(run: Callable[[], None]) -> Callable[[], None]:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    model.__dict__["_peft_dist"].graphs = DecodeGraphs(lambda device: fail)
+    return "not permitted when stream is capturing"
+
+
+@pytest.mark.parametrize(
+    "obstacle",
+    [
+        hook_on_a_layer,
+        global_hook,
+        forward_of_its_own,
+        part_in_training_mode,
+        dynamic_rope,
+        model_that_reads_the_length,
+        model_that_reads_the_mask,
+        model_that_answers_with_more,
+        capture_that_fails,
+    ],
+    ids=lambda obstacle: obstacle.__name__,
+)
+def test_what_cannot_be_captured_runs_as_before(
+    obstacle: Callable[..., str],
+    make: Callable[..., PeftModel],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    expected = call(make())
+    model, recorder = patched(make())
+    reason = obstacle(model, monkeypatch)
+    with caplog.at_level(logging.INFO, "peft_dist.patches"):
+        try:
+            for _ in range(2):
+                assert_same(call(model), expected)
+        finally:
+            getattr(monkeypatch, "callback", lambda: None)()
+    assert recorder.replayed == 0
+    assert any(reason in record.message for record in caplog.records)
+
+
+@pytest.mark.parametrize(
+    "options", [{"output_hidden_states": True}, {"use_cache": False}, {"cache_implementation": "static"}], ids=str
+)
+def test_passes_that_are_not_plain(options: dict[str, Any], make: Callable[..., PeftModel]) -> None:
+    model, recorder = patched(make())
+    assert_same(call(model, **options), call(make(), **options))
+    assert recorder.replayed == 0
+
+
+def test_a_family_that_asks_for_lengths(make: Callable[..., PeftModel]) -> None:
+    """OPT does so whether it needs them or not; PEFT cannot mix adapters in it."""
+    model, recorder = patched(make("opt"))
+    assert_same(call(model), call(peft_dist.patch(make("opt"))))
+    assert recorder.replayed == 0
+
+
+def test_hidden_states_in_one_call_do_not_keep_the_next_from_being_captured(make: Callable[..., PeftModel]) -> None:
+    model, recorder = patched(make())
+    call(model, output_hidden_states=True)
+    assert_same(call(model), call(make()))
+    assert recorder.replayed == NEW - 1
+
+
+def test_several_new_tokens_and_single_ones_in_turn(make: Callable[..., PeftModel]) -> None:
+    """Assisted decoding: candidates are checked in one pass, and taken back where they were wrong."""
+    options = {"max_new_tokens": 30, "min_new_tokens": 30}
+    model, _ = patched(make())
+    ids = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5, 6]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    expected = call(make(), ["wide"], inputs=inputs, **options)
+    found = call(model, ["wide"], inputs=inputs, prompt_lookup_num_tokens=3, **options)
+    assert torch.equal(found.sequences, expected.sequences)
+
+
+def test_a_mask_that_hides_a_new_token(make: Callable[..., PeftModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop of the model's own may write zeros: its masks are read, and such a pass is Hugging Face's."""
+
+    def update(self: Any, outputs: Any, kwargs: dict[str, Any], **options: Any) -> dict[str, Any]:
+        kwargs = GenerationMixin._update_model_kwargs_for_generation(self, outputs, kwargs, **options)
+        if kwargs["attention_mask"].shape[1] == oracle.PROMPT + 3:
+            kwargs["attention_mask"][:, -1] = 0
+        return kwargs
+
+    monkeypatch.setattr(LlamaForCausalLM, "_update_model_kwargs_for_generation", update)
+    model, recorder = patched(make())
+    assert_same(call(model), call(make()))
+    assert recorder.replayed == 2
+
+
+def test_a_prompt_in_single_tokens_is_read_token_by_token(make: Callable[..., PeftModel]) -> None:
+    inputs = oracle.inputs(padded=False)
+    inputs["attention_mask"][1, 5] = 0
+    options = {"prefill_chunk_size": 1, "inputs": inputs}
+    model, _ = patched(make())
+    assert_same(call(model, **options), call(make(), **options))
+
+
+def test_passes_outside_of_generates_own_cache_are_not_captured(make: Callable[..., PeftModel]) -> None:
+    """Guidance runs a second cache beside the first, whose blocks lie elsewhere."""
+    model, recorder = patched(make())
+    assert_same(call(model, guidance_scale=1.5), call(make(), guidance_scale=1.5))
+    assert recorder.replayed == NEW - 1
+
+
+def test_unpatch_gives_the_memory_back(make: Callable[..., PeftModel]) -> None:
+    model, _ = patched(make())
+    call(model)
+    graphs = model.__dict__["_peft_dist"].graphs
+    assert graphs.memory.num_bytes and graphs.num_graphs == 1
+    peft_dist.unpatch(model)
+    assert graphs.memory is None and graphs.num_graphs == 0
+
+
+def test_memory_that_is_too_much_is_not_kept(make: Callable[..., PeftModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peft_dist.patches.kv_memory.KVMemory.may_be_kept", False)
+    (model, recorder), expected = patched(make()), call(make())
+    for captured in (1, 2):
+        assert_same(call(model), expected)
+        assert recorder.captured == captured and model.__dict__["_peft_dist"].graphs.memory is None
+
+
+def test_nothing_is_captured_on_a_cpu_and_memory_grows_as_it_is_needed(
+    make: Callable[..., PeftModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    original = PagedRows.__init__
+    monkeypatch.setattr(PagedRows, "__init__", lambda self, *a: made.append(self) or original(self, *a))
+    call(peft_dist.patch(make()), max_new_tokens=200)
+    assert capture_for(torch.device("cpu")) is None
+    assert made[0].memory.version > NUM_LAYERS
