@@ -11,10 +11,11 @@ from typing import TypeVar, overload
 from peft import PeftModel
 
 from peft_dist.patches.every_model import patch_every_model, unpatch_every_model
+from peft_dist.patches.fused_model import Fused, fuse, unfuse
 from peft_dist.patches.peft_model import is_patched, patch_model, unpatch_model
 from peft_dist.patches.registry import UnsupportedVersionError
 
-__all__ = ["UnsupportedVersionError", "is_patched", "patch", "unpatch"]
+__all__ = ["Fused", "UnsupportedVersionError", "fuse", "is_patched", "patch", "unfuse", "unpatch"]
 
 M = TypeVar("M", bound=PeftModel)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -135,6 +136,11 @@ def refuse_unsupported(
             f"paged attention cannot honour {', '.join(bad)}, which {type(module).__name__} (layer "
             f"{getattr(module, 'layer_idx', '?')}) passes"
         )
+
+
+def changes_nothing(settings: Mapping[str, Any]) -> bool:
+    """Whether paged attention takes these keyword arguments, that is ignores them."""
+    return all(value is None or name in _WITHOUT_EFFECT for name, value in settings.items())
 
 
 def refuse_missing_window(module: torch.nn.Module) -> NoReturn:

@@ -133,5 +133,69 @@ PEFT_MODEL_INIT = Patch(
     relies_on=("peft.peft_model:PeftModel.__init__",),
     fingerprints={"0.21.0": "6056c671dff3aefc", "0.21.2": "6056c671dff3aefc"},
 )
+FUSED_NORM = Patch(
+    target="transformers.models.llama.modeling_llama:LlamaRMSNorm",
+    replacement="peft_dist.patches.fused_norm:FusedNorm",
+    kind="class swap",
+    file="patches/fused_norm.py",
+    library="transformers",
+    versions=TRANSFORMERS,
+    reason="One kernel for a norm, and for the addition before it.",
+    relies_on=(
+        "transformers.models.llama.modeling_llama:LlamaRMSNorm.forward",
+        "transformers.models.gemma.modeling_gemma:GemmaRMSNorm.forward",
+        "transformers.models.gemma.modeling_gemma:GemmaRMSNorm._norm",
+        "transformers.models.gpt_oss.modeling_gpt_oss:GptOssRMSNorm.forward",
+    ),
+    fingerprints={"5.17.0": "509b78896d026243", "5.23.0": "509b78896d026243"},
+)
+FUSED_MLP = Patch(
+    target="transformers.models.llama.modeling_llama:LlamaMLP",
+    replacement="peft_dist.patches.fused_mlp:FusedMLP",
+    kind="class swap",
+    file="patches/fused_mlp.py",
+    library="transformers",
+    versions=TRANSFORMERS,
+    reason="Activation and product in one kernel, read from the joint projection.",
+    relies_on=("transformers.models.llama.modeling_llama:LlamaMLP.forward",),
+    fingerprints={"5.17.0": "3997a4458faa14a5", "5.23.0": "3997a4458faa14a5"},
+)
+FUSED_ATTENTION = Patch(
+    target="transformers.models.llama.modeling_llama:LlamaAttention",
+    replacement="peft_dist.patches.fused_attention:FusedAttention",
+    kind="class swap",
+    file="patches/fused_attention.py",
+    library="transformers",
+    versions=TRANSFORMERS,
+    reason="Rotary embedding and KV write in one kernel, read from the joint projection.",
+    relies_on=(
+        "transformers.models.llama.modeling_llama:LlamaAttention.forward",
+        "transformers.models.mistral.modeling_mistral:MistralAttention.forward",
+        "transformers.models.qwen2.modeling_qwen2:Qwen2Attention.forward",
+        "transformers.models.qwen3.modeling_qwen3:Qwen3Attention.forward",
+        "transformers.models.gemma2.modeling_gemma2:Gemma2Attention.forward",
+        "transformers.models.gemma3.modeling_gemma3:Gemma3Attention.forward",
+        "transformers.models.llama.modeling_llama:apply_rotary_pos_emb",
+        "transformers.models.llama.modeling_llama:rotate_half",
+    ),
+    fingerprints={"5.17.0": "84bc9edb5f74ac76", "5.23.0": "84bc9edb5f74ac76"},
+)
+FUSED_LAYER = Patch(
+    target="transformers.models.llama.modeling_llama:LlamaDecoderLayer",
+    replacement="peft_dist.patches.fused_layer:FusedLayer",
+    kind="class swap",
+    file="patches/fused_layer.py",
+    library="transformers",
+    versions=TRANSFORMERS,
+    reason="Each addition in one kernel with the norm that reads the sum.",
+    relies_on=(
+        "transformers.models.llama.modeling_llama:LlamaDecoderLayer.forward",
+        "transformers.models.mixtral.modeling_mixtral:MixtralDecoderLayer.forward",
+        "transformers.models.gemma2.modeling_gemma2:Gemma2DecoderLayer.forward",
+        "transformers.models.gemma3.modeling_gemma3:Gemma3DecoderLayer.forward",
+    ),
+    fingerprints={"5.17.0": "8e9831926507cd78", "5.23.0": "1d656f269fab52d4"},
+)
 
-PATCHES = (ATTENTION, ATTENTION_NAME, CACHE, BASE_FORWARD, LINEAR, EMBEDDING, PEFT_MODEL, PEFT_MODEL_INIT)
+FUSIONS = (FUSED_NORM, FUSED_MLP, FUSED_ATTENTION, FUSED_LAYER)
+PATCHES = (ATTENTION, ATTENTION_NAME, CACHE, BASE_FORWARD, LINEAR, EMBEDDING, PEFT_MODEL, PEFT_MODEL_INIT, *FUSIONS)

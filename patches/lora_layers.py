@@ -19,8 +19,8 @@ from transformers.pytorch_utils import Conv1D
 from peft_dist.forward_context import ForwardContext, current
 from peft_dist.kernels import lora as kernels
 from peft_dist.kernels.types import LoRAPlan
-from peft_dist.patches.packed_linear import call_together
 from peft_dist.patches.siblings import find_siblings
+from peft_dist.patches.together import call_together
 
 
 class SelectiveLinear(LoraLinear):

@@ -39,7 +39,7 @@ def find_sites(model: nn.Module, exclusive: bool) -> MergeSites:
     Args:
         exclusive: The weights themselves are written, so one that a second module reads cannot be merged into.
     """
-    shared = _shared_weights(model) if exclusive else {}
+    shared = shared_weights(model) if exclusive else {}
     modules: dict[str, nn.Module] = {}
     cannot: dict[str, str] = {}
     for path, module in _base_layers(model):
@@ -88,7 +88,7 @@ def _reason_against(module: nn.Module) -> str | None:
     return None
 
 
-def _shared_weights(model: nn.Module) -> dict[int, str]:
+def shared_weights(model: nn.Module) -> dict[int, str]:
     """Why not, by the id of a module whose weight overlaps in memory with a parameter of another module."""
     spans = []
     for path, module in model.named_modules():

@@ -160,16 +160,6 @@ class PackedLinear(nn.Linear):
         return context.shared_output(packing, self._index, input, packing.outputs)
 
 
-def call_together(modules: Sequence[nn.Module], x: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Outputs of modules that read x: in one multiplication where these very modules are packed as one."""
-    first = modules[0]
-    if type(first) is PackedLinear and not torch.is_grad_enabled() and x.numel():
-        packing = first._packing
-        if len(packing.layers) == len(modules) and all(a is b for a, b in zip(packing.layers, modules, strict=True)):
-            return packing.outputs(x)
-    return [module(x) for module in modules]
-
-
 def pack_linears(modules: Sequence[nn.Module]) -> bool:
     """Turn ``nn.Linear`` modules, which are called with one and the same input, into packed ones in place.
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from peft_dist.kernels.lora_pool import LayerTensors
 from peft_dist.kernels.merge import MergeItem, merge_group_
+from peft_dist.patches.joined_linear import Joint, joint_of
 from peft_dist.patches.lora_layers import SelectiveEmbedding, SelectiveLinear
 from peft_dist.patches.merged_layers import MergedLayers, twin_of
 from peft_dist.patches.merging import Merger, weight_of
@@ -19,8 +20,9 @@ class ShadowMerger(Merger):
     """Merged weights beside the base's; which of them a pass reads is a flag, so that unmerging costs nothing.
 
     Layers that oneDNN packed get a packed copy of the merged weight; the layers that are packed as one with them
-    are in it. All others get a plain copy at an address that stays. On a GPU every known layer's copy is part of
-    ``layers``, with the base's weight where the merged adapter has none: a captured CUDA graph serves every adapter.
+    are in it. All others get a plain copy at an address that stays; those of joined layers lie in one buffer as well.
+    On a GPU every known layer's copy is part of ``layers``, with the base's weight where the merged adapter has none:
+    a captured CUDA graph serves every adapter.
     """
 
     way = "shadow"
@@ -30,6 +32,10 @@ class ShadowMerger(Merger):
         super().__init__(model, paths)
         self._layers = MergedLayers()
         self._twins: dict[nn.Module, nn.Module] = {}
+        # What the twins of joined layers are views of.
+        self._buffers: dict[Joint, torch.Tensor] = {}
+        # Twins that the merged pass reads.
+        self._covered: dict[nn.Module, nn.Module] = {}
         # Twins that hold something else than their base's weight.
         self._dirty: set[nn.Module] = set()
         self._scratch = torch.empty(0)
@@ -44,16 +50,27 @@ class ShadowMerger(Merger):
         modules = dict(self._modules) | dict.fromkeys(self._site(path) for path in paths)
         packings = {packing for module in modules if (packing := packing_of(module))}
         packed = [sum(weight_of(layer).nbytes for layer in packing.layers) for packing in packings]
-        plain = sum(weight_of(module).nbytes for module in modules if packing_of(module) is None)
+        plain = sum(weight_of(module).nbytes for module in _with_joined(modules) if packing_of(module) is None)
         return sum(packed) + max(packed, default=0) + plain
 
     def allocate(self) -> None:
         # Packed weights are made by the merge: their library returns new memory each time.
         with torch.inference_mode(False), torch.no_grad():
-            for module in self._modules:
+            for module in _with_joined(self._modules):
                 if packing_of(module) is None and module not in self._twins:
-                    self._twins[module] = twin_of(module, torch.empty_like(weight_of(module)))
-                    self._dirty.add(module)
+                    self._make_twins(module)
+
+    def _make_twins(self, module: nn.Module) -> None:
+        """Of a module, and of those that it is joined with."""
+        joint = joint_of(module)
+        if joint is None:
+            twins = {module: torch.empty_like(weight_of(module))}
+        else:
+            buffer = weight_of(module).new_empty(sum(joint.sizes), joint.layers[0].in_features)
+            self._buffers[joint] = buffer
+            twins = dict(zip(joint.layers, buffer.split(joint.sizes), strict=True))
+        self._twins.update((layer, twin_of(layer, weight)) for layer, weight in twins.items())
+        self._dirty.update(twins)
 
     def merge(self, adapter: Mapping[str, LayerTensors]) -> None:
         tensors = self._checked(adapter)
@@ -87,15 +104,16 @@ class ShadowMerger(Merger):
     def copy_bytes(self) -> int:
         """What ``copy_out`` takes now."""
         packed = sum(tensor.nbytes for tensor in self._layers.packed.values())
-        return packed + sum(_host_bytes(weight_of(twin)) for twin in self._layers.twins.values())
+        return packed + sum(_host_bytes(weight_of(twin)) for twin in self._covered.values())
 
     def copy_out(self) -> MergedLayers:
         """A copy of the merged weights in host memory, pinned where they are on a GPU, for ``copy_in``.
 
-        A GPU copies them in order with what runs on its current stream: nobody but ``copy_in`` may read them.
+        Layer by layer, joined ones too. A GPU copies them in order with what runs on its current stream: nobody but
+        ``copy_in`` may read them.
         """
         with torch.inference_mode(False), torch.no_grad():
-            host = {module: twin_of(module, _to_host(weight_of(twin))) for module, twin in self._layers.twins.items()}
+            host = {module: twin_of(module, _to_host(weight_of(twin))) for module, twin in self._covered.items()}
             return MergedLayers(host, {packing: t.clone() for packing, t in self._layers.packed.items()})
 
     def copy_in(self, weights: MergedLayers) -> None:
@@ -117,13 +135,16 @@ class ShadowMerger(Merger):
 
     def _cover(self, written: Mapping[nn.Module, object]) -> None:
         """Choose the twins of ``layers``: those about to be written, and on a GPU all others, as the base has them."""
-        merged = [m for m in self._twins if m in written or weight_of(m).is_cuda]
+        merged = _with_joined(m for m in self._twins if m in written or weight_of(m).is_cuda)
         for module in self._dirty.intersection(merged).difference(written):
             weight_of(self._twins[module]).copy_(weight_of(module))
             self._dirty.discard(module)
         self._dirty.update(written)
+        self._covered = {module: self._twins[module] for module in merged}
         self._layers.twins.clear()
-        self._layers.twins.update((module, self._twins[module]) for module in merged)
+        self._layers.twins.update((m, twin) for m, twin in self._covered.items() if joint_of(m) is None)
+        self._layers.joined.clear()
+        self._layers.joined.update((joint, self._buffers[joint]) for m in merged if (joint := joint_of(m)))
 
     def _merge_packed(self, tensors: Mapping[nn.Module, LayerTensors]) -> None:
         packings = {packing: None for module in tensors if (packing := packing_of(module))}
@@ -146,6 +167,15 @@ class ShadowMerger(Merger):
         items = zip(packing.layers, parts, weights, strict=True)
         merge_group_([MergeItem(part, weight, *tensors[layer]) for layer, part, weight in items if layer in tensors])
         return joined
+
+
+def _with_joined(modules: Iterable[nn.Module]) -> dict[nn.Module, None]:
+    """These modules and those that they are joined with, each once, in order."""
+    found: dict[nn.Module, None] = {}
+    for module in modules:
+        joint = joint_of(module)
+        found.update(dict.fromkeys(joint.layers if joint else [module]))
+    return found
 
 
 def _to_host(weight: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ try:
 except ModuleNotFoundError as missing:
     raise SystemExit("peft-dist needs the server's packages: pip install 'peft-dist[server]'") from missing
 
-from peft_dist.core.config import EngineConfig, MergeMethod, Preemption, parse_bytes
+from peft_dist.core.config import AttentionName, EngineConfig, MergeMethod, Preemption, parse_bytes
 from peft_dist.core.errors import ConfigError, PeftDistError
 
 API_KEYS_VARIABLE = "PEFT_DIST_API_KEY"
@@ -49,6 +49,9 @@ def serve(
     max_num_batched_tokens: Annotated[int, typer.Option(help="Most tokens in one step.")] = 2048,
     block_size: Annotated[int, typer.Option(help="Tokens in one KV block.")] = 16,
     num_blocks: Annotated[int | None, typer.Option(help="KV blocks on the device; from memory if not given.")] = None,
+    attention_backend: Annotated[
+        str, typer.Option(help="auto, vllm-flash-attn, flashinfer, triton, c or torch.")
+    ] = "auto",
     num_host_blocks: Annotated[int, typer.Option(help="KV blocks in host memory, for preemption by swap.")] = 0,
     gpu_memory_utilization: Annotated[float, typer.Option(help="Share of the device's memory to use.")] = 0.9,
     max_loras: Annotated[int, typer.Option(help="Adapters on the device at once.")] = 64,
@@ -102,6 +105,7 @@ def serve(
             block_size=block_size,
             num_blocks=num_blocks,
             num_host_blocks=num_host_blocks,
+            attention_backend=cast(AttentionName, attention_backend),
             gpu_memory_utilization=gpu_memory_utilization,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,

@@ -87,6 +87,10 @@ class ForwardContext:
             del self.shared[group]
         return output
 
+    def hand_over(self, group: object, x: torch.Tensor, output: torch.Tensor) -> None:
+        """Give a layer that is called next what it will compute of x: it takes it by ``shared_output``."""
+        self.shared[group] = (x, [output])
+
     def __enter__(self) -> ForwardContext:
         if _current.get() is not None:
             raise RuntimeError("a ForwardContext is already entered in this thread: model calls do not nest")

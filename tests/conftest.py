@@ -6,3 +6,9 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+
+if not torch.cuda.is_available():
+    # Triton reads it when kernels are decorated: they then run on CPU tensors, in its interpreter.
+    os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -91,6 +91,7 @@ class LLM:
             self.tokenizer: Any | None = tokenizer if tokenizer is not None else self._load_tokenizer(config)
             for name, path in (adapters or {}).items():
                 self.load_adapter(path, name)
+            self._replica.capture_graphs(progress=True)
         except BaseException:
             # Whatever it was, Ctrl-C included: nobody else can give the model's memory back.
             self.close()

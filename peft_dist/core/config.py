@@ -12,6 +12,7 @@ from peft_dist.core.errors import ConfigError
 
 Preemption = Literal["auto", "recompute", "swap"]
 MergeMethod = Literal["auto", "shadow", "host", "off"]
+AttentionName = Literal["auto", "vllm-flash-attn", "flashinfer", "triton", "c", "torch"]
 
 _BYTE_UNITS = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
@@ -60,6 +61,9 @@ class EngineConfig:
             memory); None packs on CPU when the copy fits in half of the free memory.
         compile_kernels: Build the C kernels on first use on a CPU (needs gcc); off falls back to torch.
         enforce_eager: Capture no CUDA graphs: decode steps run operator by operator, as prefills do.
+        attention_backend: "auto" takes the fastest that is installed: on a GPU "vllm-flash-attn" (found in vllm, the
+            kernels package or vllm_flash_attn), "flashinfer", "triton" or "torch", on a CPU "c" or "torch". A layer
+            that it does not take runs in the next one.
         seed: Seeds the seeds of requests that bring none; None draws from the system.
         trust_remote_code: Let the base model's repository run code. No adapter can set it.
         policy: "credit" (dLoRA), "merge" (merged only) or "fcfs" (unmerged only); None is "credit", and "merge" for
@@ -101,6 +105,7 @@ class EngineConfig:
     pack_weights: bool | None = None
     compile_kernels: bool = True
     enforce_eager: bool = False
+    attention_backend: AttentionName = "auto"
     seed: int | None = None
     trust_remote_code: bool = False
     policy: str | None = None
@@ -159,6 +164,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "bool": bool,
     "Preemption": str,
     "MergeMethod": str,
+    "AttentionName": str,
     "None": type(None),
 }
 _AT_LEAST_1 = (
@@ -169,6 +175,7 @@ _LEAST = dict.fromkeys(_AT_LEAST_1, 1) | {"num_host_blocks": 0, "depth": 0, "ada
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "preemption": get_args(Preemption),
     "merge": get_args(MergeMethod),
+    "attention_backend": get_args(AttentionName),
     "policy_profile": ("default", "artifact"),
     "exec_type": ("dlora", "peft", "vllm"),
     "policy": ("credit", "merge", "fcfs", None),

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from peft_dist.kernels import attention_cpu, attention_torch
+from peft_dist.kernels import attention_backends
+from peft_dist.kernels.attention_interface import AttentionBackend, AttentionNeeds
 from peft_dist.kernels.types import AttentionMetadata, KVCache
 
 
 def write_kv(key: torch.Tensor, value: torch.Tensor, cache: KVCache, meta: AttentionMetadata) -> None:
-    """Store this step's keys and values (each ``[T, num_kv_heads, head_dim]``) at ``meta.slot_mapping``."""
-    functions = _c_functions(key, cache, meta)
-    if functions is None:
-        attention_torch.write_kv(key, value, cache, meta)
-    else:
-        attention_cpu.write_kv(functions, key, value, cache, meta)
+    """Store this step's keys and values (each ``[T, num_kv_heads, head_dim]``) at ``meta.slot_mapping``.
+
+    On a GPU a slot of -1 stands for a padded row and is skipped.
+    """
+    _backend(key, cache, meta).write_kv(key, value, cache, meta)
 
 
 def paged_attention(
@@ -39,20 +39,43 @@ def paged_attention(
         sinks: ``[num_heads]``, a score per head that takes part in the softmax and brings no value.
 
     Returns:
-        ``[T, num_heads, head_dim of the values]`` in the query's dtype.
+        ``[T, num_heads, head_dim of the values]`` in the query's dtype; anything in the rows of sequences without
+        context, which only a padded batch has.
     """
-    functions = _c_functions(query, cache, meta)
-    if functions is None:
-        return attention_torch.paged_attention(
-            query, cache, meta, scale=scale, sliding_window=sliding_window, softcap=softcap, sinks=sinks
-        )
-    return attention_cpu.paged_attention(
-        functions, query, cache, meta, scale=scale, sliding_window=sliding_window, softcap=softcap, sinks=sinks
+    backend = _backend(query, cache, meta, sliding_window is not None, softcap is not None, sinks)
+    return backend.paged_attention(
+        query, cache, meta, scale=scale, sliding_window=sliding_window, softcap=softcap, sinks=sinks
     )
 
 
-def _c_functions(tensor: torch.Tensor, cache: KVCache, meta: AttentionMetadata) -> attention_cpu.Functions | None:
-    """The C kernels for this call, or None when torch has to run it."""
-    if meta.backend == "torch" or not attention_cpu.takes(tensor, cache):
-        return None
-    return attention_cpu.functions_for(tensor.dtype)
+def _backend(
+    tensor: torch.Tensor,
+    cache: KVCache,
+    meta: AttentionMetadata,
+    window: bool = False,
+    softcap: bool = False,
+    sinks: torch.Tensor | None = None,
+) -> AttentionBackend:
+    """What runs a call whose queries, or keys, are ``tensor``."""
+    _, block_size, num_kv_heads, head_dim = cache.key.shape
+    needs = AttentionNeeds(
+        tensor.device,
+        tensor.dtype,
+        cache.key.dtype,
+        tensor.shape[1],
+        num_kv_heads,
+        head_dim,
+        cache.value.shape[3],
+        block_size,
+        window,
+        softcap,
+        None if sinks is None else sinks.dtype,
+        cache.key.is_contiguous() and cache.value.is_contiguous(),
+    )
+    backend = attention_backends.resolve(meta.backend, needs)
+    if not backend.graph_capturable and tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"attention back end {backend.name!r} reads host memory and cannot be part of a CUDA graph: "
+            f"run this model without graphs, or with a back end that takes all of its layers ({needs})"
+        )
+    return backend

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from peft_dist.kernels import attention_torch, cpu_build
+from peft_dist.kernels.attention_interface import AttentionNeeds
 from peft_dist.kernels.types import AttentionMetadata, KVCache
 
 _ITEM_TOKENS = 32
@@ -124,10 +125,48 @@ def _prepare(meta: AttentionMetadata, long_in_torch: bool = False) -> _Prepared:
     return prepared  # type: ignore[return-value]
 
 
-def takes(tensor: torch.Tensor, cache: KVCache) -> bool:
-    """Whether the C kernels can run this call: on CPU, contiguous caches of the tensor's own type."""
-    same_type = tensor.is_cpu and tensor.dtype == cache.key.dtype
-    return bool(same_type and cache.key.is_contiguous() and cache.value.is_contiguous())
+class CAttention:
+    """The C kernels: on CPU, contiguous caches of the activations' own type."""
+
+    name = description = "c"
+    graph_capturable = False
+
+    def supports(self, needs: AttentionNeeds) -> str | None:
+        """Why a layer cannot run here, or None."""
+        if needs.device.type != "cpu":
+            return f"it runs on CPU, not on {needs.device.type}"
+        if needs.dtype != needs.cache_dtype:
+            return f"{needs.dtype} activations with a {needs.cache_dtype} cache"
+        if not needs.contiguous:
+            return "a cache that is not contiguous"
+        if functions_for(needs.dtype) is None:
+            return f"no compiled library for {needs.dtype}"
+        return None
+
+    def write_kv(self, key: torch.Tensor, value: torch.Tensor, cache: KVCache, meta: AttentionMetadata) -> None:
+        """As ``attention.write_kv``."""
+        write_kv(_library(key.dtype), key, value, cache, meta)
+
+    def paged_attention(
+        self,
+        query: torch.Tensor,
+        cache: KVCache,
+        meta: AttentionMetadata,
+        *,
+        scale: float,
+        sliding_window: int | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """As ``attention.paged_attention``."""
+        options = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap, "sinks": sinks}
+        return paged_attention(_library(query.dtype), query, cache, meta, **options)  # type: ignore[arg-type]
+
+
+def _library(dtype: torch.dtype) -> Functions:
+    functions = functions_for(dtype)
+    assert functions is not None, "supports() was asked before"
+    return functions
 
 
 def write_kv(

@@ -9,7 +9,38 @@ import torch
 import torch.nn.functional as F
 
 from peft_dist.kernels import reference
+from peft_dist.kernels.attention_interface import AttentionNeeds
 from peft_dist.kernels.types import AttentionMetadata, KVCache
+
+
+class TorchAttention:
+    """Takes everything, on any device; reads the metadata's host arrays, so that no graph can hold it."""
+
+    name = description = "torch"
+    graph_capturable = False
+
+    def supports(self, needs: AttentionNeeds) -> str | None:
+        """None: it takes every layer."""
+        return None
+
+    def write_kv(self, key: torch.Tensor, value: torch.Tensor, cache: KVCache, meta: AttentionMetadata) -> None:
+        """As ``attention.write_kv``."""
+        write_kv(key, value, cache, meta)
+
+    def paged_attention(
+        self,
+        query: torch.Tensor,
+        cache: KVCache,
+        meta: AttentionMetadata,
+        *,
+        scale: float,
+        sliding_window: int | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """As ``attention.paged_attention``."""
+        options = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap, "sinks": sinks}
+        return paged_attention(query, cache, meta, **options)  # type: ignore[arg-type]
 
 
 class _Decodes(NamedTuple):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 
@@ -23,3 +25,17 @@ def choose(device: torch.device | str, compile_kernels: bool = True, dtype: torc
     name = "c" if usable else "torch"
     logger.info("kernels for %s on %s: %s", dtype, device, name)
     return name
+
+
+def choose_lora(device: torch.device | str, compile_kernels: bool = True, dtype: torch.dtype = torch.float32) -> str:
+    """What goes into ``LoRAPlan.backend``: "triton" on a GPU that has Triton, else what ``choose`` says."""
+    if torch.device(device).type != "cuda" or not has_triton():
+        return choose(device, compile_kernels, dtype)
+    logger.info("LoRA kernels for %s on %s: triton", dtype, device)
+    return "triton"
+
+
+@cache
+def has_triton() -> bool:
+    """Whether the package is there; it is imported when a kernel is first called."""
+    return find_spec("triton") is not None

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from peft_dist.kernels import lora_cpu, lora_torch
+from peft_dist.kernels.backend import has_triton
 from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
 
 
@@ -44,12 +45,24 @@ def add_lora_group_(
         return
     if len(resident) < len(weights):
         ys = [y for y, w in zip(ys, weights, strict=True) if w is not None]
-    if plan.backend != "torch" and lora_cpu.add_lora_group_(ys, x, resident, plan):
+    backend = _backend_of(plan, x)
+    if backend == "c" and lora_cpu.add_lora_group_(ys, x, resident, plan):
         return
+    if backend == "triton":
+        from peft_dist.kernels import lora_triton
+
+        if lora_triton.add_lora_group_(ys, x, resident, plan):
+            return
     rows = x.reshape(-1, x.shape[-1])
     for y, w in zip(ys, resident, strict=True):
         # Leading dimensions of a y that is part of a wider tensor fold without a copy, or view says that they do not.
         lora_torch.add_lora_(y.view(-1, y.shape[-1]), rows, w, plan)
+
+
+def _backend_of(plan: LoRAPlan, x: torch.Tensor) -> str:
+    if plan.backend is not None:
+        return plan.backend
+    return "triton" if x.is_cuda and has_triton() else "c"
 
 
 def add_embedding_lora_(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from peft_dist.kernels.lora_layer import PooledLayer
+from peft_dist.kernels.lora_workspace import LoRAWorkspace
 from peft_dist.kernels.types import LoRALayerWeights
 
 LayerTensors = tuple[torch.Tensor, torch.Tensor, float]
@@ -59,6 +60,7 @@ class LoRAPool:
         page_rows: Rank rows of one page.
         num_rows: Rows of each layer, whole pages; None when they grow.
         num_slots: Slots that the tables on a GPU have; None where they need none.
+        workspace: For kernels on a device; has room for the highest rank that was ever loaded.
 
     Args:
         grows_tables: A pool that grows has tables on its device too, which move when they or the buffers grow
@@ -81,7 +83,7 @@ class LoRAPool:
         self.num_rows = None if num_rows is None else num_rows // self.page_rows * self.page_rows
         self.num_slots = num_slots
         self._grows_tables = grows_tables
-        self._max_rank = 1
+        self.workspace = LoRAWorkspace(self.device)
         self.weights: list[LoRALayerWeights | None] = []
         self._layers: list[PooledLayer] = []
         self._resident: dict[int, Reservation] = {}
@@ -96,6 +98,7 @@ class LoRAPool:
         layer = PooledLayer(
             in_features, out_features, self.device, self.dtype, self.page_rows, grows_tables=self._grows_tables
         )
+        layer.weights.workspace = self.workspace
         if self.num_rows is not None:
             layer.grow(self.num_rows // self.page_rows)
             if self.num_slots is not None and self.device.type != "cpu":
@@ -112,7 +115,7 @@ class LoRAPool:
     @property
     def layout(self) -> tuple[int, int]:
         """Changes with whatever a captured kernel call goes by: addresses, and the room that the ranks need."""
-        return sum(layer.moves for layer in self._layers), 1 << (self._max_rank - 1).bit_length()
+        return sum(layer.moves for layer in self._layers), self.workspace.max_rank
 
     @property
     def addressed_weights(self) -> list[LoRALayerWeights]:
@@ -145,7 +148,7 @@ class LoRAPool:
             if rank < 1:
                 raise ValueError(f"LoRA layer {index}: rank {rank} must be at least 1")
         self._check_room(ranks)
-        self._max_rank = max(self._max_rank, *ranks.values(), 1)
+        self.workspace.admit(max(ranks.values(), default=0))
         pages = {index: self._layers[index].take(rank) for index, rank in ranks.items()}
         reservation = Reservation(slot, dict(ranks), pages)
         self._pending[slot] = reservation

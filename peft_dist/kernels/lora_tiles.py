@@ -37,7 +37,7 @@ class LoRATiles(NamedTuple):
 
 
 def max_tiles(num_rows: int, num_slots: int, tile_rows: int, *, has_base: bool = False) -> int:
-    """Most tiles that ``num_rows`` rows of ``num_slots`` adapters can need: every adapter has a tile, the rest fills."""
+    """Most tiles that ``num_rows`` rows of ``num_slots`` adapters need: every adapter has one, and the rest fills."""
     owners = min(num_rows, num_slots + has_base)
     return owners + (num_rows - owners) // tile_rows
 

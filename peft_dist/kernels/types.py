@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from peft_dist.kernels.lora_tiles import LoRATiles
+from peft_dist.kernels.lora_workspace import LoRAWorkspace
 
 
 class KVCache(NamedTuple):
@@ -70,6 +71,7 @@ class LoRALayerWeights:
         finite: bool ``[slots]``; B is known to hold no NaN and no infinity.
         pages_t, rank_t, scaling_t: The first three tables on the device of A, at addresses that stay; None on a CPU
             and in a pool that grows.
+        workspace: The pool's memory for rank intermediates on a device; None where there is no pool.
         version: Counts changes; back ends may cache what they derive from one version.
     """
 
@@ -83,6 +85,7 @@ class LoRALayerWeights:
     pages_t: torch.Tensor | None = None
     rank_t: torch.Tensor | None = None
     scaling_t: torch.Tensor | None = None
+    workspace: LoRAWorkspace | None = None
     version: int = 0
     scratch: dict[object, object] = field(default_factory=dict)
 
@@ -109,7 +112,7 @@ class LoRAPlan:
     Attributes:
         slots: int32 ``[runs]``.
         starts: int32 ``[runs + 1]``, from 0 to the number of rows.
-        backend: "c" or "torch"; None takes the best that the tensors' device has.
+        backend: "c", "triton" or "torch"; None takes the best that the tensors' device has.
         factor: Multiplies every adapter's part: -1 takes a part away that merged weights put in for all rows.
         tiles: The same rows in tiles on the device, for the Triton kernels, which read nothing else of the plan then
             but ``num_rows`` and ``factor``; None: they make them from the runs.

@@ -40,13 +40,18 @@ class PackedInputs:
 
 
 def pack(
-    batch: Batch, prompts: dict[str, list[int]], block_size: int, device: torch.device, backend: str
+    batch: Batch,
+    prompts: dict[str, list[int]],
+    block_size: int,
+    device: torch.device,
+    lora_backend: str,
+    attention_backend: str,
 ) -> PackedInputs:
     """Lay out a batch with at least one sequence.
 
     Args:
         prompts: Prompt ids of the sequences whose prompts are scored in this step.
-        backend: Which kernels run it (``kernels.backend.choose``).
+        lora_backend, attention_backend: Which kernels run it (``kernels.backend``, ``kernels.attention_backends``).
     """
     sequences = batch.sequences
     lengths = np.array([sequence.num_tokens for sequence in sequences], dtype=np.int32)
@@ -73,8 +78,8 @@ def pack(
     if not logits_rows:
         # Some models cannot take logits of no row at all; one row costs nothing and nobody reads it.
         logits_rows, logits_slots = [0], [int(slots[0])]
-    lora, correction = plans_for(np.repeat(slots, lengths), batch.merged_slot, backend)
-    of_logits, correction_of_logits = plans_for(np.array(logits_slots, np.int32), batch.merged_slot, backend)
+    lora, correction = plans_for(np.repeat(slots, lengths), batch.merged_slot, lora_backend)
+    of_logits, correction_of_logits = plans_for(np.array(logits_slots, np.int32), batch.merged_slot, lora_backend)
     return PackedInputs(
         input_ids=_to(ids, device)[None],
         position_ids=_to(positions, device)[None],
@@ -82,7 +87,9 @@ def pack(
         logits_rows=_to(np.array(logits_rows, dtype=np.int64), device),
         sampled=[sequence for _, sequence in sampled],
         scored=scored,
-        attention=_attention(sequences, query_start, starts + lengths, positions, lengths, block_size, device, backend),
+        attention=_attention(
+            sequences, query_start, starts + lengths, positions, lengths, block_size, device, attention_backend
+        ),
         lora=lora,
         lora_correction=correction,
         lora_logits=of_logits,

@@ -67,7 +67,8 @@ class ModelRunner:
         kv: KVCachePool,
         store: AdapterStore,
         eos_token_ids: tuple[int, ...],
-        backend: str = "torch",
+        lora_backend: str = "torch",
+        attention_backend: str = "torch",
         merge: MergeState | SwappedModels | None = None,
         max_num_seqs: int = 256,
         depth: int = 1,
@@ -83,7 +84,7 @@ class ModelRunner:
         self.store = store
         self.merge = merge
         self.device = model.device
-        self.backend = backend
+        self.lora_backend, self.attention_backend = lora_backend, attention_backend
         self.eos_token_ids = eos_token_ids
         self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
         self.records: dict[str, SequenceRecord] = {}
@@ -134,7 +135,8 @@ class ModelRunner:
             return
         scored = (sequence.request_id for sequence in batch.sequences if sequence.wants_prompt_logprobs)
         prompts = {request_id: self.records[request_id].prompt_token_ids for request_id in scored}
-        inputs = pack(batch, prompts, self.kv.block_size, self.device, self.backend)
+        backends = self.lora_backend, self.attention_backend
+        inputs = pack(batch, prompts, self.kv.block_size, self.device, *backends)
         self._fill_pending(inputs)
         logits = self._logits(inputs)
         if inputs.sampled:

@@ -5,26 +5,26 @@ from __future__ import annotations
 import gc
 import logging
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
 
 from peft_dist.core.adapter import AdapterSpec
-from peft_dist.core.batch import Batch, ScheduledSequence, SequenceStart
 from peft_dist.core.block_manager import BlockManager
 from peft_dist.core.config import EngineConfig, ModelInfo
 from peft_dist.core.cost_model import CostModel
-from peft_dist.core.errors import AdapterError
-from peft_dist.core.sampling_params import SamplingParams
+from peft_dist.core.errors import AdapterError, ConfigError
 from peft_dist.engine.adapter_manager import AdapterManager
 from peft_dist.engine.engine import Engine
 from peft_dist.engine.limits import SchedulerLimits
 from peft_dist.engine.scheduler import Scheduler
-from peft_dist.kernels import backend
+from peft_dist.kernels import attention_backends, backend
+from peft_dist.kernels.attention_interface import BackendUnavailableError
 from peft_dist.kernels.kv_pool import KVCachePool, block_bytes
 from peft_dist.kernels.lora_pool import LoRAPool
+from peft_dist.patches.joining import join_weights
 from peft_dist.policy.factory import make_policy
 from peft_dist.policy.settings import PolicySettings
 from peft_dist.runner.adapter_memory import count_rows, row_bytes
@@ -32,12 +32,14 @@ from peft_dist.runner.adapter_modules import describe_modules
 from peft_dist.runner.adapter_store import AdapterStore
 from peft_dist.runner.decision_log import DecisionLog
 from peft_dist.runner.executor import TorchExecutor
+from peft_dist.runner.graph_setup import are_captured, graph_bytes, make_graphs
 from peft_dist.runner.kv_probe import probe_kv_shapes
 from peft_dist.runner.loader import end_of_sequence_ids, has_tokenizer, load_model, max_positions, resolve_device
 from peft_dist.runner.memory import MemoryLeft, count_blocks
 from peft_dist.runner.merge_setup import as_in_the_base, later_device_bytes, make_merging
 from peft_dist.runner.model_runner import ModelRunner
 from peft_dist.runner.packing import pack_weights
+from peft_dist.runner.warm_up import run_largest_batch
 
 logger = logging.getLogger(__name__)
 _VERSIONED = ("torch", "transformers", "peft", "accelerate")
@@ -80,8 +82,12 @@ class Replica:
             raise AdapterError(
                 f"adapter {spec.name!r}: {reason}, and exec_type={self.config.exec_type!r} runs nothing else"
             )
+        captured_for = self._captured_for
         self.store.register(spec, allow_pickle=allow_pickle)
+        self.store.pool.workspace.admit(spec.max_rank)
         self.engine.register_adapter(spec)
+        if self.runner.graphs is not None and self._captured_for != captured_for:
+            self.runner.graphs.clear()
 
     def load_adapter(self, name: str, path: str | Path, *, allow_pickle: bool = False) -> AdapterSpec:
         """``inspect_adapter``, then ``register_adapter``."""
@@ -103,6 +109,11 @@ class Replica:
             self.engine.register_adapter(spec)
         return self.engine
 
+    def capture_graphs(self, *, progress: bool = False) -> None:
+        """On a GPU, make the captured steps ahead of time that the adapters registered so far need."""
+        if self.runner.graphs is not None:
+            self.runner.graphs.capture(lora=bool(self.store.registered), progress=progress)
+
     def fileno(self) -> int:
         """A file descriptor that is readable when an adapter's load has ended and ``engine.step`` should be called."""
         return self.executor.fileno()
@@ -111,6 +122,11 @@ class Replica:
         """End what runs, and the loader's threads."""
         self._drain()
         self.executor.close()
+
+    @property
+    def _captured_for(self) -> tuple[int, int]:
+        """What captured steps with adapters take for granted."""
+        return self.store.num_layers, self.store.pool.workspace.max_rank
 
     def _drain(self) -> None:
         self.engine.abort(list(self.engine.requests))
@@ -137,10 +153,15 @@ def build_replica(config: EngineConfig) -> Replica:
     model = load_model(config, device)
     if device.type == "cpu":
         pack_weights(model, config.pack_weights)
+    else:
+        join_weights(model)
     shapes = probe_kv_shapes(model)
     modules = describe_modules(model)
     num_rows = count_rows(config, modules, device, model.dtype)
     pool = LoRAPool(device, model.dtype, num_rows=num_rows, num_slots=config.max_loras)
+    attention = _choose_attention(config, device, model.dtype, shapes)
+    lora = backend.choose_lora(device, config.compile_kernels, model.dtype)
+    captured = are_captured(config, device, attention)
     eos = end_of_sequence_ids(model)
     longest = max_positions(model, config.max_model_len)
     per_block = block_bytes(shapes, config.block_size, model.dtype)
@@ -155,15 +176,17 @@ def build_replica(config: EngineConfig) -> Replica:
         per_block,
         longest,
         adapter_bytes + later_device_bytes(config, merge, modules),
-        lambda: _warm_up(model, shapes, store, config),
+        lambda: run_largest_batch(model, shapes, store, config, lora, attention),
         merge.remedy if merge is not None and merge.on_device else None,
+        partial(graph_bytes, config, model.get_output_embeddings().weight.shape[0]) if captured else None,
     )
     longest = min(longest, num_blocks * config.block_size)
     kv = KVCachePool(shapes, num_blocks, config.block_size, model.dtype, device, config.num_host_blocks)
     left.promised = 0
-    kernels = backend.choose(device, config.compile_kernels, model.dtype)
     depth = config.depth if config.depth is not None else int(device.type == "cuda")
-    runner = ModelRunner(model, kv, store, eos, kernels, merge, config.max_num_seqs, depth)
+    runner = ModelRunner(model, kv, store, eos, lora, attention, merge, config.max_num_seqs, depth)
+    if captured:
+        runner.graphs = make_graphs(config, runner, longest)
     info = _describe(config, runner, longest, depth)
     logger.info(
         "%s on %s in %s: %d KV blocks of %d tokens", info.model, device, info.dtype, num_blocks, config.block_size
@@ -171,6 +194,17 @@ def build_replica(config: EngineConfig) -> Replica:
     logger.info("adapters: %d rank rows in each of %d modules, %d slots", num_rows, len(modules), config.max_loras)
     executor = TorchExecutor(runner, config.adapter_load_timeout)
     return Replica(new_engine(config, info, executor, CostModel()), info, store, runner, executor, config)
+
+
+def _choose_attention(
+    config: EngineConfig, device: torch.device, dtype: torch.dtype, shapes: list[tuple[int, int]]
+) -> str:
+    try:
+        return attention_backends.choose(
+            device, dtype, shapes, config.block_size, config.attention_backend, config.compile_kernels
+        )
+    except BackendUnavailableError as error:
+        raise ConfigError(f"attention_backend={config.attention_backend!r}: {error}") from error
 
 
 def new_engine(config: EngineConfig, info: ModelInfo, executor: TorchExecutor, cost: CostModel) -> Engine:
@@ -212,8 +246,8 @@ def _describe(config: EngineConfig, runner: ModelRunner, longest: int, depth: in
         device=str(runner.device),
         dtype=str(runner.model.dtype).removeprefix("torch."),
         depth=depth,
-        attention_backend=runner.backend,
-        lora_backend=runner.backend,
+        attention_backend=runner.attention_backend,
+        lora_backend=runner.lora_backend,
         max_loras=config.max_loras,
         merge_way=runner.merge.way if runner.merge else "off",
         merge_bytes=runner.merge.num_bytes if runner.merge else 0,
@@ -230,13 +264,3 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed as a package"
     return found
-
-
-def _warm_up(model: PreTrainedModel, shapes: list[tuple[int, int]], store: AdapterStore, config: EngineConfig) -> None:
-    """Run the largest batch once, on a KV pool just big enough, so that the model's peak memory is known."""
-    blocks = -(-config.max_num_batched_tokens // config.block_size)
-    kv = KVCachePool(shapes, blocks, config.block_size, model.dtype, model.device)
-    runner = ModelRunner(model, kv, store, ())
-    start = SequenceStart("warm-up", [0] * config.max_num_batched_tokens, [], SamplingParams(temperature=0.0), 0, 0)
-    sequence = ScheduledSequence("warm-up", start.prompt_token_ids, 0, list(range(blocks)), samples=True)
-    runner.finish(runner.start(Batch(0, [sequence], [start])))

@@ -47,7 +47,7 @@ class Variant(NamedTuple):
     shape: StepShape
     lora: bool
     corrected: bool
-    merged: tuple[int, int] | None
+    merged: tuple[int, ...] | None
 
 
 @dataclass(slots=True)

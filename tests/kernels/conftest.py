@@ -1,9 +1,15 @@
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+from tests import triton_interpreter
+
+if importlib.util.find_spec("triton") and not torch.cuda.is_available():
+    triton_interpreter.mend()
 
 
 @pytest.fixture(autouse=True, scope="package")

@@ -124,9 +124,10 @@ def reserved(root: Path, monkeypatch: pytest.MonkeyPatch, **options: object) -> 
         later: int,
         warm_up: Callable[[], None],
         remedy: str | None,
+        *rest: object,
     ) -> int:
         seen.append((later, remedy))
-        return count_blocks(config, device, per_block, longest, later, warm_up, remedy)
+        return count_blocks(config, device, per_block, longest, later, warm_up, remedy, *rest)
 
     monkeypatch.setattr(replica_module, "count_blocks", spy)
     with replica(root, pack_weights=False, **options) as served:

@@ -68,7 +68,7 @@ def test_a_step_gets_what_pack_gives(data: st.DataObject, decodes: bool, merged_
     count, total = len(batch), sum(len(sequence.token_ids) for sequence in batch)
     shape = StepShape(9, 9, MAX_BLOCKS, SLOTS) if decodes else StepShape(30, 8, MAX_BLOCKS, SLOTS)
     buffer = send(batch, shape, merged_slot, StepInputs(StepBuffer.num_bytes(shape), MAX_BLOCKS, BLOCK, CPU))
-    packed = pack(Batch(0, batch, merged_slot=merged_slot), {}, BLOCK, CPU, "torch")
+    packed = pack(Batch(0, batch, merged_slot=merged_slot), {}, BLOCK, CPU, "torch", "torch")
     meta = packed.attention
 
     pending = dict(packed.pending)

@@ -1,0 +1,178 @@
+"""What a launch of the Triton LoRA kernels is made of, once its layers are known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from operator import is_
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+import triton
+
+from peft_dist.kernels.lora_plans import GroupPlan, GroupShape, plan_for
+from peft_dist.kernels.lora_tiles import LoRATiles, choose_tile_rows, max_tiles, write_tiles
+from peft_dist.kernels.lora_workspace import LoRAWorkspace
+from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
+
+MOST_LAYERS = 3
+
+T = TypeVar("T")
+
+
+class LayerTables(NamedTuple):
+    """One layer on the device."""
+
+    A: torch.Tensor
+    B: torch.Tensor
+    pages: torch.Tensor
+    rank: torch.Tensor
+    scaling: torch.Tensor
+
+    def of_shrink(self) -> tuple[Any, ...]:
+        """Its arguments of ``shrink_kernel``."""
+        return self.A, self.pages, self.rank, self.scaling, self.rank.stride(0), self.rank.shape[0]
+
+    def of_expand(self) -> tuple[Any, ...]:
+        """Its arguments of ``expand_kernel``."""
+        return self.B, self.pages, self.rank, self.rank.stride(0), self.rank.shape[0]
+
+
+class Group(NamedTuple):
+    """Up to three layers that read one input."""
+
+    weights: tuple[LoRALayerWeights, ...]
+    dtype: torch.dtype
+    page_rows: int
+    in_features: int
+    out_features: tuple[int, ...]
+    device_name: str
+
+    @property
+    def size(self) -> int:
+        """Layers."""
+        return len(self.weights)
+
+    def layers(self) -> list[LayerTables]:
+        """One for each argument of the kernels, which always take three."""
+        return three([layer_tables(weights) for weights in self.weights])
+
+    def plan(self, tiles: LoRATiles) -> GroupPlan:
+        """How to launch it. Tiles are counted in powers of two, so that many batch sizes share a compiled kernel."""
+        count = 1 << max(tiles.max_tiles - 1, 0).bit_length()
+        return plan_for(GroupShape(tiles.tile_rows, count, self.in_features, self.out_features), self.device_name)
+
+    def workspace(self) -> LoRAWorkspace:
+        """That of the pool; weights without one have their own."""
+        first = self.weights[0]
+        if first.workspace is not None:
+            return first.workspace
+        found = first.scratch.setdefault("workspace", LoRAWorkspace(first.A.device))
+        assert isinstance(found, LoRAWorkspace)
+        found.admit(max(int(weights.rank.max(initial=0)) for weights in self.weights))
+        return found
+
+
+def group_of(weights: Sequence[LoRALayerWeights]) -> Group:
+    """The group of these layers, kept with the first of them.
+
+    Raises:
+        ValueError: the layers cannot be launched together.
+    """
+    held = weights[0].scratch.get("triton_group")
+    if isinstance(held, Group) and len(held.weights) == len(weights) and all(map(is_, held.weights, weights)):
+        return held
+    kinds = {(w.A.dtype, w.page_rows, w.A.shape[1]) for w in weights}
+    if len(kinds) > 1 or len(weights) > MOST_LAYERS:
+        raise ValueError(
+            f"LoRA: one launch takes up to {MOST_LAYERS} layers of one dtype, page size and input, not "
+            f"{len(weights)} of {sorted(map(str, kinds))}"
+        )
+    [(dtype, page_rows, in_features)] = kinds
+    device = weights[0].A.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    group = Group(tuple(weights), dtype, page_rows, in_features, tuple(w.B.shape[1] for w in weights), name)
+    weights[0].scratch["triton_group"] = group
+    return group
+
+
+def layer_tables(weights: LoRALayerWeights) -> LayerTables:
+    """The pool's tables on the device; where it has none, copies of the host's, made once a version."""
+    if weights.pages_t is not None and weights.rank_t is not None and weights.scaling_t is not None:
+        return LayerTables(weights.A, weights.B, weights.pages_t, weights.rank_t, weights.scaling_t)
+    held = weights.scratch.get("triton_tables")
+    if held is None or held[0] != weights.version:  # type: ignore[index]
+        head = np.stack([weights.rank.astype(np.int32), weights.scaling.astype(np.float32).view(np.int32)], axis=1)
+        table = to_device(np.concatenate([head, weights.pages], axis=1), weights.A.device)
+        held = weights.scratch["triton_tables"] = (weights.version, table)
+    table = held[1]  # type: ignore[index]
+    return LayerTables(weights.A, weights.B, table[:, 2:], table[:, 0], table.view(torch.float32)[:, 1])
+
+
+def tiles_of(plan: LoRAPlan, device: torch.device) -> LoRATiles:
+    """A plan's tiles, made from its runs once where it came without."""
+    if plan.tiles is not None:
+        return plan.tiles
+    found = plan.scratch.get("tiles")
+    if found is None:
+        found = plan.scratch["tiles"] = make_tiles(np.repeat(plan.slots, np.diff(plan.starts)), device)
+    assert isinstance(found, LoRATiles)
+    return found
+
+
+def make_tiles(
+    row_slots: np.ndarray, device: torch.device, tile_rows: int | None = None, *, has_base: bool = False
+) -> LoRATiles:
+    """Tiles of a batch with these slots (int ``[rows]``), as many as it needs, brought to the device by one copy."""
+    size = choose_tile_rows(row_slots) if tile_rows is None else tile_rows
+    room = max_tiles(len(row_slots), len(row_slots), size, has_base=has_base)
+    rows, slots, lens = np.zeros(room * size, np.int32), np.zeros(room, np.int32), np.zeros(room, np.int32)
+    used = max(1, write_tiles(row_slots, rows, slots, lens, tile_rows=size, has_base=has_base))
+    packed = to_device(np.concatenate([rows[: used * size], slots[:used], lens[:used]]), device)
+    return LoRATiles(*packed.split([used * size, used, used]), tile_rows=size, has_base=has_base)
+
+
+def even_rows(name: str, tensor: torch.Tensor, num_rows: int, width: int) -> torch.Tensor:
+    """``[num_rows, width]`` of unit stride; x is copied where its rows do not lie evenly, y must.
+
+    Raises:
+        ValueError: the tensor has other rows or columns.
+    """
+    if tensor.shape[-1] != width or tensor.numel() != num_rows * width:
+        raise ValueError(
+            f"LoRA: the plan and the layer's weights need {name} {[num_rows, width]}, not {list(tensor.shape)}"
+        )
+    rows = tensor.view(num_rows, width) if name == "y" else tensor.reshape(num_rows, width)
+    if rows.stride(1) != 1 and width > 1:
+        if name == "y":
+            raise ValueError(f"LoRA: y must have unit stride in its last dimension, not {tensor.stride()}")
+        rows = rows.contiguous()
+    return rows
+
+
+def three(items: Sequence[T]) -> list[T]:
+    """The kernels take three of each; those that a smaller group lacks are never used."""
+    return [*items, *[items[0]] * (MOST_LAYERS - len(items))]
+
+
+def is_wide(*dtypes: torch.dtype) -> bool:
+    """Whether a product of these types is computed in float32: one of them is, or they differ.
+
+    Triton's interpreter multiplies the bits of bfloat16 as if they were integers.
+    """
+    interpreted = triton.knobs.runtime.interpret and torch.bfloat16 in dtypes
+    return interpreted or torch.float32 in dtypes or len(set(dtypes)) > 1
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Queued, so that nobody waits."""
+    tensor = torch.from_numpy(array)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
+        return nullcontext()
+    return torch.cuda.device(device)

@@ -1,0 +1,164 @@
+"""How the LoRA kernels are launched for a shape: block sizes, parts of a sum, warps.
+
+A table measured on this kind of card is asked first (``tuned/*.json`` beside this file, then the user's folder, which
+wins; ``peft-dist tune`` writes one), for the nearest shape that it has. Else plans follow from the shape.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+logger = logging.getLogger(__name__)
+
+FOLDER_VARIABLE = "PEFT_DIST_TUNED"
+# Two for each of an H100's or H200's 132 processors.
+_PROGRAMS = 264
+_MOST_PARTS = 16
+# In octaves, summed over tiles, K and N: beyond that a measured shape says nothing.
+_FARTHEST = 4.0
+
+
+class GroupShape(NamedTuple):
+    """What a plan is chosen by.
+
+    Attributes:
+        tile_rows, max_tiles: Of the ``LoRATiles``.
+        in_features: K of all layers of the group.
+        out_features: N of each.
+    """
+
+    tile_rows: int
+    max_tiles: int
+    in_features: int
+    out_features: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupPlan:
+    """Launch parameters of a shrink and its expand.
+
+    Attributes:
+        split: Parts of the inputs, each summed by a program of its own.
+        block_k, block_n, block_r: Inputs, outputs and ranks that a program has in work at once; powers of two from 16.
+        pdl: The expand starts while the shrink still runs, and reads what does not depend on it (programmatic dependent
+            launch, from sm_90 on). Both have to be queued one after the other on one stream.
+    """
+
+    block_k: int
+    split: int
+    block_n: int
+    block_r: int = 16
+    shrink_warps: int = 4
+    shrink_stages: int = 3
+    expand_warps: int = 4
+    expand_stages: int = 1
+    pdl: bool = False
+
+
+def default_plan(shape: GroupShape) -> GroupPlan:
+    """From the shape alone: about two programs for each processor of the card, and loads of 512 bytes a row."""
+    block_k = 256 if shape.tile_rows == 16 else 128 if shape.tile_rows < 128 else 64
+    block_k = min(block_k, _power_of_two(shape.in_features))
+    chunks = -(-shape.in_features // block_k)
+    programs = shape.max_tiles * len(shape.out_features)
+    chunks_each = max(1, round(chunks * programs / _PROGRAMS), -(-chunks // _MOST_PARTS))
+    split = -(-chunks // chunks_each)
+    columns = sum(shape.out_features)
+    block_n = 64
+    # Wider blocks add up fewer partial sums again, as long as there are enough of them.
+    while block_n < (256 if shape.tile_rows == 16 else 128) and columns * shape.max_tiles > 2 * block_n * _PROGRAMS:
+        block_n *= 2
+    block_n = min(block_n, _power_of_two(max(shape.out_features)))
+    warps = 8 if shape.tile_rows == 128 else 4
+    return GroupPlan(block_k, split, block_n, shrink_warps=warps, expand_warps=warps)
+
+
+def plan_for(shape: GroupShape, device_name: str) -> GroupPlan:
+    """The plan of a shape on this card."""
+    return _find_plan(shape, tables_of(device_name))
+
+
+@lru_cache(maxsize=1024)
+def _find_plan(shape: GroupShape, table: tuple[tuple[GroupShape, GroupPlan], ...]) -> GroupPlan:
+    best = min(table, key=lambda entry: _distance(shape, entry[0]), default=None)
+    if best is None or _distance(shape, best[0]) > _FARTHEST:
+        return default_plan(shape)
+    return fit_plan(best[1], shape)
+
+
+def fit_plan(plan: GroupPlan, shape: GroupShape) -> GroupPlan:
+    """A plan that was made for a similar shape, with no part of the inputs left empty."""
+    block_k = min(plan.block_k, _power_of_two(shape.in_features))
+    block_n = min(plan.block_n, _power_of_two(max(shape.out_features)))
+    chunks = -(-shape.in_features // block_k)
+    chunks_each = -(-chunks // min(plan.split, chunks))
+    return replace(plan, block_k=block_k, block_n=block_n, split=-(-chunks // chunks_each))
+
+
+def _distance(a: GroupShape, b: GroupShape) -> float:
+    if a.tile_rows != b.tile_rows or len(a.out_features) != len(b.out_features):
+        return math.inf
+    pairs = ((a[1], b[1]), (a[2], b[2]), (sum(a[3]), sum(b[3])))
+    return sum(abs(math.log2(max(p, 1) / max(q, 1))) for p, q in pairs)
+
+
+def _power_of_two(size: int) -> int:
+    """The least from 16 on that is not below ``size``."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+# Tables
+
+
+def table_name(device_name: str) -> str:
+    """File name of a card's table: ``NVIDIA H200`` has ``nvidia-h200.json``."""
+    return re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-") + ".json"
+
+
+def user_folder() -> Path:
+    """Where ``peft-dist tune`` writes: $PEFT_DIST_TUNED, else ``tuned`` in the cache folder."""
+    if named := os.environ.get(FOLDER_VARIABLE):
+        return Path(named)
+    cache = os.environ.get("PEFT_DIST_CACHE")
+    base = Path(cache) if cache else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft_dist"
+    return base / "tuned"
+
+
+@lru_cache(maxsize=8)
+def tables_of(device_name: str) -> tuple[tuple[GroupShape, GroupPlan], ...]:
+    """Measured plans of a card, by shape; of two for one shape the user's. Files that cannot be read are left out."""
+    found: dict[GroupShape, GroupPlan] = {}
+    for folder in (Path(__file__).parent / "tuned", user_folder()):
+        path = folder / table_name(device_name)
+        if not path.is_file():
+            continue
+        try:
+            found.update(read_table(path))
+        except (ValueError, TypeError, KeyError, OSError) as error:
+            logger.warning("the table of LoRA plans %s is left out: %s", path, error)
+        else:
+            logger.info("LoRA kernels on %s: plans from %s", device_name, path)
+    return tuple(found.items())
+
+
+def read_table(path: Path) -> dict[GroupShape, GroupPlan]:
+    """Inverse of ``write_table``."""
+    entries: Iterable[Mapping[str, Any]] = json.loads(path.read_text())["lora"]
+    return {GroupShape(*entry["shape"][:3], tuple(entry["shape"][3])): GroupPlan(**entry["plan"]) for entry in entries}
+
+
+def write_table(path: Path, plans: Sequence[tuple[GroupShape, GroupPlan]], about: Mapping[str, Any]) -> None:
+    """Write measured plans as JSON, with what they were measured on."""
+    entries = [{"shape": [*shape[:3], list(shape[3])], "plan": asdict(plan)} for shape, plan in plans]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n  ".join(json.dumps(entry) for entry in entries)
+    path.write_text(f'{{"about": {json.dumps(dict(about))},\n "lora": [\n  {lines}\n]}}\n')

@@ -1,0 +1,155 @@
+"""LoRA through Triton kernels: one shrink and one expand for the layers that read one input.
+
+Nothing on the host decides what the kernels read, and nothing waits for the device, so that a call can be captured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from peft_dist.kernels.lora_group import MOST_LAYERS, even_rows, group_of, is_wide, on_device, three, tiles_of
+from peft_dist.kernels.lora_triton_kernels import expand_kernel, shrink_kernel
+from peft_dist.kernels.lora_workspace import LoRAWorkspace
+from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
+
+_KINDS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def add_lora_group_(
+    ys: Sequence[torch.Tensor], x: torch.Tensor, weights: Sequence[LoRALayerWeights], plan: LoRAPlan
+) -> bool:
+    """Triton back end of ``lora.add_lora_group_``; False when there is no kernel for this call and nothing was done."""
+    if any(tensor.dtype not in _KINDS for tensor in (x, *ys)):
+        return False
+    for members in _alike(ys, weights):
+        some = [weights[i] for i in members]
+        lora_shrink_group(x, some, plan)
+        lora_expand_group_([ys[i] for i in members], some, plan)
+    return True
+
+
+def lora_shrink_group(
+    x: torch.Tensor, weights: Sequence[LoRALayerWeights | None], plan: LoRAPlan, workspace: LoRAWorkspace | None = None
+) -> None:
+    """The rank intermediates of up to three layers that read x, scaled, left in the workspace for the expand.
+
+    It may run on another stream than the layers' own products; the expand, and whatever uses the workspace next, has to
+    wait for it.
+
+    Args:
+        x: ``[..., in_features]``, R rows, float32, bfloat16 or float16.
+        weights: Of the layers, whose adapters have one dtype; None where there are none.
+        workspace: None takes that of the weights' pool.
+
+    Raises:
+        ValueError: x does not fit the layers or the plan.
+    """
+    resident = [w for w in weights if w is not None]
+    if not resident:
+        return
+    group = group_of(resident)
+    tiles = tiles_of(plan, x.device)
+    rows = even_rows("x", x, plan.num_rows, group.in_features)
+    workspace = workspace or group.workspace()
+    launch = group.plan(tiles)
+    partials = workspace.take(tiles.max_tiles * group.size * launch.split * tiles.tile_rows * workspace.max_rank)
+    wide = is_wide(x.dtype, group.dtype)
+    members = [part for layer in group.layers() for part in layer.of_shrink()]
+    with on_device(x.device):
+        shrink_kernel[(group.size * launch.split, tiles.max_tiles)](
+            rows,
+            partials,
+            tiles.rows,
+            tiles.slots,
+            tiles.lens,
+            *members,
+            float(plan.factor),
+            workspace.max_rank,
+            K=group.in_features,
+            X_STRIDE=rows.stride(0),
+            PAGE=group.page_rows,
+            GROUP=group.size,
+            TILE=tiles.tile_rows,
+            SPLIT=launch.split,
+            BLOCK_K=launch.block_k,
+            BLOCK_R=min(launch.block_r, workspace.max_rank),
+            WIDE=wide,
+            PDL=False,
+            num_warps=launch.shrink_warps,
+            # Full float32 products in a pipeline are slower, and were miscompiled for sm_90 as TF32.
+            num_stages=1 if wide else launch.shrink_stages,
+        )
+
+
+def lora_expand_group_(
+    ys: Sequence[torch.Tensor],
+    weights: Sequence[LoRALayerWeights | None],
+    plan: LoRAPlan,
+    workspace: LoRAWorkspace | None = None,
+) -> None:
+    """Add the layers' parts, whose intermediates ``lora_shrink_group`` left in the workspace, to their outputs.
+
+    Args:
+        ys: ``[..., out_features]`` of each layer, R rows, all of one dtype; they may be columns of one wider tensor.
+        weights, plan, workspace: As in ``lora_shrink_group``.
+
+    Raises:
+        ValueError: an output does not fit its layer or the plan.
+    """
+    resident = [w for w in weights if w is not None]
+    if not resident:
+        return
+    group = group_of(resident)
+    tiles = tiles_of(plan, ys[0].device)
+    widths = group.out_features
+    adapted = [y for y, w in zip(ys, weights, strict=True) if w is not None]
+    rows = [even_rows("y", y, plan.num_rows, n) for y, n in zip(adapted, widths, strict=True)]
+    workspace = workspace or group.workspace()
+    launch = group.plan(tiles)
+    partials = workspace.take(0)
+    members = [part for layer in group.layers() for part in layer.of_expand()]
+    padded = three(rows)
+    wide = is_wide(group.dtype)
+    with on_device(ys[0].device):
+        expand_kernel[(sum(-(-n // launch.block_n) for n in widths), tiles.max_tiles)](
+            *padded,
+            partials,
+            tiles.rows,
+            tiles.slots,
+            tiles.lens,
+            *members,
+            workspace.max_rank,
+            *three(widths),
+            *(y.stride(0) for y in padded),
+            PAGE=group.page_rows,
+            GROUP=group.size,
+            TILE=tiles.tile_rows,
+            SPLIT=launch.split,
+            BLOCK_N=launch.block_n,
+            BLOCK_R=min(launch.block_r, workspace.max_rank),
+            WIDE=wide,
+            PDL=launch.pdl,
+            num_warps=launch.expand_warps,
+            num_stages=1 if wide else launch.expand_stages,
+            **({"launch_pdl": True} if launch.pdl else {}),
+        )
+
+
+def _alike(ys: Sequence[torch.Tensor], weights: Sequence[LoRALayerWeights]) -> Iterator[Sequence[int]]:
+    """Members that one launch takes, by index: neighbours of the same types."""
+    members: list[int] = []
+    for i, (y, w) in enumerate(zip(ys, weights, strict=True)):
+        if members:
+            first = members[0]
+            same = (y.dtype, w.A.dtype, w.page_rows) == (
+                ys[first].dtype,
+                weights[first].A.dtype,
+                weights[first].page_rows,
+            )
+            if not same or len(members) == MOST_LAYERS:
+                yield members
+                members = []
+        members.append(i)
+    yield members

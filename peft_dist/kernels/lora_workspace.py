@@ -1,0 +1,46 @@
+"""Memory in which the two halves of a LoRA product meet."""
+
+from __future__ import annotations
+
+import torch
+
+
+class LoRAWorkspace:
+    """One float32 buffer on a device, for one call after another on one stream (or streams ordered by what they read).
+
+    Attributes:
+        max_rank: Room for each row's rank intermediate, a power of two; kernels are launched for it. When an adapter of
+            a higher rank comes it grows, and graphs that were captured before must be captured again.
+    """
+
+    def __init__(self, device: torch.device | str, max_rank: int = 64) -> None:
+        self.device = torch.device(device)
+        self.max_rank = 16
+        self._buffer = torch.empty(0, dtype=torch.float32, device=self.device)
+        self._outgrown: list[torch.Tensor] = []
+        self.admit(max_rank)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that it holds now, those of outgrown buffers included."""
+        return sum(4 * buffer.numel() for buffer in (self._buffer, *self._outgrown))
+
+    def admit(self, rank: int) -> None:
+        """Make sure that ``max_rank`` is at least this."""
+        while self.max_rank < rank:
+            self.max_rank *= 2
+
+    def take(self, num_elements: int) -> torch.Tensor:
+        """At least so many elements, which hold anything. The address stays until more are asked for than ever.
+
+        Buffers that became too small are kept, because captured graphs write to them.
+        """
+        if num_elements > self._buffer.numel():
+            if self._buffer.numel():
+                self._outgrown.append(self._buffer)
+            self._buffer = torch.empty(num_elements, dtype=torch.float32, device=self.device)
+        return self._buffer
+
+    def forget_outgrown(self) -> None:
+        """Free the outgrown buffers: no graph that was captured with them is replayed any more."""
+        self._outgrown.clear()

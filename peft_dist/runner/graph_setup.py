@@ -1,0 +1,59 @@
+"""Whether steps are captured as CUDA graphs, and the memory that this takes."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from peft_dist.core.config import EngineConfig
+from peft_dist.kernels import attention_backends
+from peft_dist.kernels.capture import CudaCapture
+from peft_dist.runner.model_runner import ModelRunner
+from peft_dist.runner.step_graphs import MOST_MIXED_TOKENS, StepGraphs, decode_sizes
+
+logger = logging.getLogger(__name__)
+
+# What the driver keeps of a captured step of some hundred kernels.
+_BYTES_PER_GRAPH = 6 << 20
+_KINDS_OF_DECODES = 4
+
+
+def are_captured(config: EngineConfig, device: torch.device, attention_backend: str) -> bool:
+    """Whether the steps of this replica can be captured, and shall be."""
+    if device.type != "cuda" or config.enforce_eager:
+        return False
+    found = attention_backends.load(attention_backend, device)
+    if isinstance(found, str) or not found.graph_capturable:
+        logger.warning("attention by %r cannot be captured: steps run operator by operator", attention_backend)
+        return False
+    return True
+
+
+def graph_bytes(config: EngineConfig, vocab_size: int, activation_bytes: int) -> int:
+    """Device bytes to leave for captured steps.
+
+    Args:
+        activation_bytes: What the largest batch, of ``max_num_batched_tokens``, takes while it runs.
+    """
+    share = min(MOST_MIXED_TOKENS / config.max_num_batched_tokens, 1.0)
+    logits = 4 * config.max_num_seqs * vocab_size
+    graphs = _KINDS_OF_DECODES * len(decode_sizes(config.max_num_seqs))
+    return int(activation_bytes * share) + logits + graphs * _BYTES_PER_GRAPH
+
+
+def make_graphs(config: EngineConfig, runner: ModelRunner, max_model_len: int) -> StepGraphs:
+    """Nothing is captured yet."""
+    return StepGraphs(
+        runner.model,
+        runner.kv,
+        runner.store.pool,
+        runner.drawn,
+        runner.merge,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_blocks=-(-max_model_len // config.block_size),
+        attention_backend=runner.attention_backend,
+        lora_backend=runner.lora_backend,
+        capture=CudaCapture(runner.device),
+    )

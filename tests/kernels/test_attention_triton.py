@@ -1,0 +1,154 @@
+"""The Triton back end against the plain twin: interpreted on a CPU, compiled on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peft_dist.kernels.types import AttentionMetadata
+from tests.kernels.cases import assert_close, metadata
+from tests.kernels.device_cases import DEVICES, assert_accurate, attend, batch, expected
+
+pytest.importorskip("triton")
+from peft_dist.kernels.attention_interface import AttentionNeeds
+from peft_dist.kernels.attention_triton import TritonAttention, _may_have_decodes
+from peft_dist.kernels.attention_triton_chunks import ChunkTile
+from peft_dist.kernels.attention_triton_decode import DecodeTile, splits_for
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SMALL = (ChunkTile(16, 16, 4, 1), DecodeTile(16, 4, 1))
+
+
+@st.composite
+def sequences(draw: st.DrawFn) -> list[tuple[int, int]]:
+    """(query tokens, context): decodes, chunks and fresh prompts in one batch."""
+    drawn = []
+    for _ in range(draw(st.integers(1, 4))):
+        query = draw(st.sampled_from((1, 1, 1, 2, 3, 7, 33)))
+        drawn.append((query, query + draw(st.sampled_from((0, 0, 1, 15, 64, 90)))))
+    return drawn
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@settings(deadline=None, max_examples=25)
+@given(
+    lengths=sequences(),
+    heads=st.sampled_from(
+        [(1, 1, 16, 16), (4, 2, 24, 24), (9, 3, 8, 8), (6, 1, 33, 33), (5, 1, 16, 40), (20, 1, 8, 8)]
+    ),
+    block_size=st.sampled_from((1, 3, 8, 16, 64)),
+    dtype=st.sampled_from(DTYPES),
+    splits=st.sampled_from((1, 2, 8)),
+    window=st.sampled_from((None, None, 1, 5, 40, 1000)),
+    softcap=st.sampled_from((None, None, 2.0, 50.0)),
+    with_sinks=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_equals_reference(
+    device: str,
+    lengths: list[tuple[int, int]],
+    heads: tuple[int, int, int, int],
+    block_size: int,
+    dtype: torch.dtype,
+    splits: int,
+    window: int | None,
+    softcap: float | None,
+    with_sinks: bool,
+    seed: int,
+) -> None:
+    query, cache, meta = batch(lengths, heads, block_size, dtype, device, seed)
+    sinks = (torch.randn(heads[0], generator=torch.Generator().manual_seed(seed)) * 3).to(device)
+    options = {"sliding_window": window, "softcap": softcap, "sinks": sinks if with_sinks else None}
+    got = attend(TritonAttention(*SMALL, splits), query, cache, meta, **options)
+    assert_accurate(got, expected(query, cache, meta, **options))
+    if dtype == torch.float32:
+        assert_close(got, expected(query, cache, meta, **options))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("splits", [1, 4])
+def test_padded_rows_disturb_nobody(device: str, splits: int) -> None:
+    """Sequences without context, and blocks whose table entries are never set, as a captured batch has them."""
+    lengths = [(1, 40), (1, 7), (1, 90)]
+    query, cache, meta = batch(lengths, (4, 2, 16, 16), 8, torch.float32, device)
+    rows = 6
+    padded = AttentionMetadata(
+        query_start_loc=meta.query_start_loc,
+        context_lens=meta.context_lens,
+        block_tables=meta.block_tables,
+        slot_mapping=meta.slot_mapping,
+        query_start_loc_t=torch.arange(rows + 1, dtype=torch.int32, device=device),
+        context_lens_t=torch.zeros(rows, dtype=torch.int32, device=device),
+        block_tables_t=torch.zeros(rows, 64, dtype=torch.int32, device=device),
+        slot_mapping_t=torch.full((rows,), -1, device=device),
+        max_query_len=1,
+        max_context_len=512,
+    )
+    padded.context_lens_t[:3] = meta.context_lens_t
+    padded.block_tables_t[:3, : meta.block_tables_t.shape[1]] = meta.block_tables_t
+    wide = torch.full((rows, 4, 16), float("nan"), device=device)
+    wide[:3] = query
+    for options in ({}, {"sinks": torch.zeros(4, device=device)}):
+        exact = expected(query, cache, meta, **options)
+        assert_close(attend(TritonAttention(*SMALL, splits), wide, cache, padded, **options)[:3], exact)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_broken_sequence_shows_and_stays_alone(device: str) -> None:
+    query, cache, meta = batch([(1, 30), (1, 70), (3, 20)], (4, 2, 16, 16), 16, torch.float32, device)
+    backend = TritonAttention(*SMALL, 2)
+    whole = attend(backend, query, cache, meta)
+    cache.key[int(meta.block_tables[1, 0]), 3] = float("nan")
+    got = attend(backend, query, cache, meta)
+    assert got[1].isnan().all()
+    assert torch.equal(got[[0, 2, 3, 4]], whole[[0, 2, 3, 4]])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_sizes_that_do_not_fit_are_refused(device: str) -> None:
+    _, cache, meta = batch([(2, 5)], (4, 2, 8, 8), 4, torch.float32, device)
+    for shape in ((3, 4, 8), (2, 3, 8), (2, 4, 9)):
+        with pytest.raises(ValueError, match="does not fit"):
+            attend(TritonAttention(), torch.zeros(shape, device=device), cache, meta)
+
+
+def test_splits_fill_the_gpu_and_are_not_shorter_than_two_tiles() -> None:
+    assert splits_for(1, 8, 8192, 64, 132) == 32
+    assert splits_for(16, 8, 8192, 64, 132) == 2
+    assert splits_for(256, 8, 8192, 64, 132) == 1
+    assert splits_for(1, 8, 257, 64, 132) == 2
+    assert splits_for(1, 1, 100, 64, 132) == 1
+    assert splits_for(1, 1, 1 << 17, 64, 132) == 64
+
+
+def test_only_batches_that_may_hold_decodes_are_searched_for_them() -> None:
+    for lengths, may in (
+        ([5], False),
+        ([5, 5], False),
+        ([5, 4], False),
+        ([5, 1], True),
+        ([1, 5, 5], True),
+        ([5, 3, 2], True),
+    ):
+        meta, _ = metadata([(n, n) for n in lengths], 16)
+        assert _may_have_decodes(meta, sum(lengths)) is may, lengths
+
+
+NEEDS = AttentionNeeds(torch.device("cuda", 0), torch.bfloat16, torch.bfloat16, 32, 8, 128, 128, 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"head_dim": 256, "value_dim": 64, "sinks": torch.float32, "window": True, "softcap": True}, None),
+        ({"head_dim": 512, "value_dim": 512}, "up to 256"),
+        ({"dtype": torch.float64, "cache_dtype": torch.float64}, "float64"),
+        ({"cache_dtype": torch.float16}, "float16 cache"),
+        ({"device": torch.device("meta")}, "not on meta"),
+    ],
+)
+def test_it_says_what_it_does_not_take(change: dict[str, object], why: str | None) -> None:
+    reason = TritonAttention().supports(NEEDS._replace(**change))
+    assert (reason is None) if why is None else why in str(reason)
