@@ -29,7 +29,7 @@ def longest_length(prompt: int, kwargs: dict[str, Any], default_config: Any) -> 
         if new := source("max_new_tokens"):
             return prompt + int(new)
         if length := source("max_length"):
-            return max(prompt, int(length))
+            return int(length) if length > prompt else prompt + _DEFAULT_NEW_TOKENS
     return prompt + _DEFAULT_NEW_TOKENS
 
 

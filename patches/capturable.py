@@ -35,8 +35,8 @@ def capture_reason(model: PreTrainedModel, weights: list[LoRALayerWeights | None
 
 
 def model_state(model: PreTrainedModel) -> tuple[object, ...]:
-    """Equal as long as the model's code and the addresses of its tensors are the same."""
-    state: list[object] = []
+    """Equal as long as the model's code, its configuration and the addresses of its tensors are the same."""
+    state: list[object] = [model.config.to_json_string(use_diff=False)]
     for module in _modules(model):
         state += (type(module), type(module).forward)
         for tensor in (*module._parameters.values(), *module._buffers.values()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -31,7 +32,33 @@ _UNSET = {"output_attentions", "output_hidden_states", "output_router_logits"}
 
 def capture_for(device: torch.device) -> Capture | None:
     """What captures on this device; None where nothing does."""
-    return CudaCapture(device) if device.type == "cuda" else None
+    if device.type != "cuda":
+        return None
+    capture = CudaCapture(device)
+
+    def checked(run: Callable[[], None]) -> Callable[[], None]:
+        with torch.cuda.device(device):
+            _refuse_waiting(run)
+            return capture(run)
+
+    return checked
+
+
+def _refuse_waiting(run: Callable[[], None]) -> None:
+    """Raises NotCapturableError when a pass waits for the device: a capture that fails for it cripples the allocator.
+
+    By warnings, because errors would reach all other threads.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    if any("synchronizing CUDA operation" in str(warning.message) for warning in found):
+        raise NotCapturableError("the model waits for the device")
 
 
 @dataclass(slots=True)
@@ -119,7 +146,7 @@ class DecodeGraphs:
     def clear(self) -> None:
         """Give everything back."""
         self._drop()
-        self.memory = None
+        self.memory = self._state = None
 
     def run(self, step: DecodePass) -> ModelOutput | None:
         """What the pass answers; None when it has to run operator by operator."""

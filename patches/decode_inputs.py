@@ -41,7 +41,7 @@ class _Staging:
     def send(self, target: torch.Tensor) -> None:
         target.copy_(self.memory, non_blocking=True)
         if self.read is not None:
-            self.read.record()
+            self.read.record(torch.cuda.current_stream(target.device))
 
     def wait(self) -> None:
         if self.read is not None:

@@ -19,48 +19,10 @@ import peft_dist
 from peft_dist.patches.decode_graphs import DecodeGraphs, capture_for
 from peft_dist.patches.paged_cache import PagedRows
 from tests.patches import oracle
+from tests.patches.captures import NEW, assert_same, call, patched
 from tests.patches.test_generate import OPTIONS
 from tests.patches.test_mutable_weights import CHANGES
 from tests.tiny_models import NUM_LAYERS
-
-NEW = 8
-
-
-class Recorder:
-    """Captures on a CPU: runs the function again, on what lies in its buffers then."""
-
-    def __init__(self) -> None:
-        self.captured = 0
-        self.replayed = 0
-
-    def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
-        run()
-        self.captured += 1
-
-        def replay() -> None:
-            self.replayed += 1
-            run()
-
-        return replay
-
-
-def patched(model: PeftModel) -> tuple[PeftModel, Recorder]:
-    """A patched model whose decode passes are captured by the recorder."""
-    recorder = Recorder()
-    peft_dist.patch(model).__dict__["_peft_dist"].graphs = DecodeGraphs(lambda device: recorder)
-    return model, recorder
-
-
-def call(model: PeftModel, names: list[str] = oracle.NAMES, **options: Any) -> Any:
-    given = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, **options}
-    torch.manual_seed(7)
-    inputs = given.pop("inputs", None) or oracle.inputs(len(names))
-    return model.generate(**inputs, adapter_names=names, return_dict_in_generate=True, output_logits=True, **given)
-
-
-def assert_same(actual: Any, expected: Any) -> None:
-    assert torch.equal(actual.sequences, expected.sequences)
-    oracle.assert_logits_close(torch.stack(actual.logits), torch.stack(expected.logits))
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt2", "qwen3"])
