@@ -42,7 +42,19 @@ def model_state(model: PreTrainedModel) -> tuple[object, ...]:
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
                 state += (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-    return (*state, torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled())
+    return (*state, *_math_settings())
+
+
+def _math_settings() -> tuple[object, ...]:
+    """What chooses torch's kernels for products; ``get_float32_matmul_precision`` raises after some of the setters."""
+    matmul = torch.backends.cuda.matmul
+    return (
+        getattr(torch.backends, "fp32_precision", None),
+        getattr(matmul, "fp32_precision", None),
+        matmul.allow_bf16_reduced_precision_reduction,
+        matmul.allow_fp16_reduced_precision_reduction,
+        torch.are_deterministic_algorithms_enabled(),
+    )
 
 
 def _modules(module: nn.Module) -> Iterator[nn.Module]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +164,32 @@ def test_inference_mode_in_one_call_and_not_in_the_next(make: Callable[..., Peft
         with torch.inference_mode(mode):
             assert_same(call(model), expected)
     assert recorder.captured == 1
+
+
+@pytest.fixture
+def precision() -> Iterator[Any]:
+    """torch's own setting, for float32 products on a GPU."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    yield matmul
+    matmul.fp32_precision = before
+
+
+def test_another_precision_of_products_is_captured_anew(make: Callable[..., PeftModel], precision: Any) -> None:
+    model, recorder = patched(make())
+    for captured, value in ((1, "ieee"), (2, "tf32"), (2, "tf32")):
+        precision.fp32_precision = value
+        call(model)
+        assert recorder.captured == captured
+
+
+def test_another_configuration_is_captured_anew(make: Callable[..., PeftModel]) -> None:
+    (model, recorder), plain = patched(make("gemma2")), make("gemma2")
+    call(model)
+    for changed in (model, plain):
+        changed.config.final_logit_softcapping = 3.0
+    assert_same(call(model), call(plain))
+    assert recorder.captured == 2
 
 
 # What gives way to a pass that runs operator by operator
