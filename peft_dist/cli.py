@@ -14,7 +14,7 @@ try:
 except ModuleNotFoundError as missing:
     raise SystemExit("peft-dist needs the server's packages: pip install 'peft-dist[server]'") from missing
 
-from peft_dist.core.config import AttentionName, EngineConfig, MergeMethod, Preemption, parse_bytes
+from peft_dist.core.config import AttentionName, EngineConfig, LoadFormat, MergeMethod, Preemption, parse_bytes
 from peft_dist.core.errors import ConfigError, PeftDistError
 
 API_KEYS_VARIABLE = "PEFT_DIST_API_KEY"
@@ -33,6 +33,31 @@ def version() -> None:
 
 
 @app.command()
+def tune(
+    model: Annotated[str, typer.Argument(help="Folder or hub id of the base model whose layers are measured.")],
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters that are measured.")] = 16,
+    max_loras: Annotated[int, typer.Option(min=1, help="Adapters on the device at once.")] = 64,
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="Most sequences in one step.")] = 256,
+    max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="Most tokens in one step.")] = 2048,
+    tile_rows: Annotated[list[int] | None, typer.Option(help="16 (decode), 32, 64, 128; all if not given.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the table, if not the user's cache.")] = None,
+) -> None:
+    """Measure how to launch the LoRA kernels on this GPU, and keep the answers for every later start."""
+    from peft_dist.runner import tune as tuning
+
+    path = tuning.tune(
+        tuning.model_sizes(model),
+        rank=rank,
+        max_loras=max_loras,
+        max_num_seqs=max_num_seqs,
+        max_tokens=max_num_batched_tokens,
+        tile_rows=tuple(tile_rows or (16, 32, 64, 128)),
+        folder=output,
+    )
+    typer.echo(path)
+
+
+@app.command()
 def serve(
     model: Annotated[str, typer.Argument(help="Folder or hub id of the base model.")],
     adapter: Annotated[list[str] | None, typer.Option(metavar="NAME=PATH", help="A folder or hub id.")] = None,
@@ -44,6 +69,7 @@ def serve(
     revision: Annotated[str | None, typer.Option(help="Hub revision of the base model.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    load_format: Annotated[str, typer.Option(help="auto, or dummy: random weights, for benchmarks.")] = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and output together, in tokens.")] = None,
     max_num_seqs: Annotated[int, typer.Option(help="Most sequences in one step.")] = 256,
     max_num_batched_tokens: Annotated[int, typer.Option(help="Most tokens in one step.")] = 2048,
@@ -68,6 +94,7 @@ def serve(
     merge: Annotated[str, typer.Option(help="auto, shadow, host or off: where merged weights live.")] = "auto",
     merged_minority: Annotated[bool, typer.Option("--merged-minority", help="Others may join merged batches.")] = False,
     decision_log: Annotated[Path | None, typer.Option(help="Write every step's decision here, a JSON a line.")] = None,
+    cost_profile: Annotated[Path | None, typer.Option(help="Measured seconds, kept here between two starts.")] = None,
     metrics_max_adapters: Annotated[int, typer.Option(min=0, help="Adapters with metrics of their own.")] = 100,
     max_queue: Annotated[int, typer.Option(min=0, help="Sequences that may wait; more are refused.")] = 1024,
     api_key: Annotated[list[str] | None, typer.Option(help=f"Guards /v1; repeatable. And {API_KEYS_VARIABLE}.")] = None,
@@ -79,6 +106,7 @@ def serve(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the model.")] = None,
     depth: Annotated[int | None, typer.Option(help="Steps in flight: 0 on CPU and 1 on a GPU if not given.")] = None,
     enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="Capture no CUDA graphs.")] = False,
+    no_fuse: Annotated[bool, typer.Option("--no-fuse", help="Run the model's own code between its layers.")] = False,
     preemption: Annotated[str, typer.Option(help="auto, recompute or swap.")] = "auto",
     no_prefix_caching: Annotated[bool, typer.Option("--no-prefix-caching", help="Never reuse a prefix's KV.")] = False,
     seed: Annotated[int | None, typer.Option(help="Seeds the requests that bring no seed.")] = None,
@@ -101,6 +129,7 @@ def serve(
             revision=revision,
             device=device,
             dtype=dtype,
+            load_format=cast(LoadFormat, load_format),
             max_model_len=max_model_len,
             block_size=block_size,
             num_blocks=num_blocks,
@@ -129,7 +158,9 @@ def serve(
             merge=cast(MergeMethod, merge),
             merged_minority=merged_minority,
             enforce_eager=enforce_eager,
+            fuse=not no_fuse,
             decision_log=None if decision_log is None else str(decision_log),
+            cost_profile=None if cost_profile is None else str(cost_profile),
         ),
         http=ServerOptions(
             api_keys=(*(api_key or ()), *more_keys),

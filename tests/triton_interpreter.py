@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 
+@cache
 def mend() -> None:
-    """Let loops run to bounds that a kernel computes, and products take bfloat16.
+    """Once a process: let loops run to bounds that a kernel computes, and products take bfloat16.
 
     It takes ``int()`` of an array of one element, which numpy 2.4 refuses, and multiplies the bits of bfloat16, which
     it keeps as integers.

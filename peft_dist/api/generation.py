@@ -146,6 +146,7 @@ class Generation:
         delta = choice.output.add(progress)
         self.usage.completion_tokens += len(delta.token_ids)
         choice.finished = delta.finish_reason is not None
+        self._watch.queued(choice.index, progress.queue_seconds)
         self._watch.progress(choice.index, len(delta.token_ids), delta.finish_reason)
         if choice.output.must_abort:
             self._client.abort(f"{self.request_id}-{number}", index)

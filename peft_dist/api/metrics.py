@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
 from peft_dist.api.metric_labels import AdapterLabels
 from peft_dist.api.replica_metrics import replica_families
 from peft_dist.api.request_metrics import RequestMetrics
-from peft_dist.api.router_metrics import router_families
+from peft_dist.api.router_metrics import queue_time, router_families
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.orchestrator.client import EngineClient
 from peft_dist.orchestrator.observation import ReplicaView
@@ -24,18 +24,25 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StateCollector:
-    """A ``prometheus_client`` collector over what was known at one moment; ``wall_time`` in seconds since 1970."""
+    """A ``prometheus_client`` collector over what was known at one moment.
+
+    Attributes:
+        queue: Seconds that sequences waited for their first step.
+        wall_time: Seconds since 1970.
+    """
 
     replicas: list[ReplicaView]
     adapters: list[AdapterSpec]
     recent: list[str]
     max_adapters: int
+    queue: Histogram
     wall_time: float
 
     def collect(self) -> Iterator[Any]:
         labels = AdapterLabels(self.replicas, self.adapters, self.recent, self.max_adapters)
         yield from replica_families(self.replicas, len(self.adapters), labels)
         yield from router_families(self.replicas, labels, self.wall_time)
+        yield queue_time(self.replicas, self.queue)
 
 
 class ServerMetrics:
@@ -64,6 +71,7 @@ class ServerMetrics:
                 self._client.adapters(),
                 self.requests.recent_adapters(),
                 self._max_adapters,
+                self.requests.queue,
                 time.time(),
             )
         )

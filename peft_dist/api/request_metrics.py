@@ -36,6 +36,9 @@ class RequestMetrics:
         self.first_token = self._histogram(
             "time_to_first_token_seconds", "From admission to a sequence's first token.", _FIRST_BUCKETS
         )
+        self.queue = self._histogram(
+            "request_queue_seconds", "From a sequence's arrival at its replica to its first step.", _FIRST_BUCKETS
+        )
         self.inter_token = self._histogram(
             "inter_token_latency_seconds", "Between two tokens of a sequence.", _TOKEN_BUCKETS
         )
@@ -85,6 +88,7 @@ class GenerationWatch:
         self._adapter = adapter
         self._started = metrics.clock()
         self._last: dict[int, float | None] = {}
+        self._queued: set[int] = set()
 
     def admitted(self, num_sequences: int, num_prompt_tokens: int) -> None:
         if self._adapter is not None:
@@ -92,6 +96,13 @@ class GenerationWatch:
         self._metrics.admitted.inc(num_sequences)
         self._metrics.prompt_tokens.inc(num_prompt_tokens)
         self._last = dict.fromkeys(range(num_sequences))
+        self._queued = set(self._last)
+
+    def queued(self, index: int, seconds: float | None) -> None:
+        """A sequence waited so long for its first step, as far as that is known; it counts once."""
+        if seconds is not None and index in self._queued:
+            self._queued.discard(index)
+            self._metrics.queue.observe(seconds)
 
     def progress(self, index: int, num_tokens: int, finish_reason: str | None) -> None:
         """New tokens of a sequence, or its end; what comes after the end is ignored."""

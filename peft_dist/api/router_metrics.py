@@ -1,4 +1,4 @@
-"""The gauges that inference routers read, under the names that vLLM gave them.
+"""What inference routers and dashboards read, under the names that vLLM gave it.
 
 Names, types and labels are those of vLLM (https://docs.vllm.ai/en/stable/usage/metrics/); their meaning is the Model
 Server Protocol of the Gateway API inference extension
@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client import Histogram
+from prometheus_client.core import GaugeMetricFamily, Metric
 
 from peft_dist.api.metric_labels import AdapterLabels, readable
 from peft_dist.api.replica_metrics import kv_usage
@@ -23,8 +24,7 @@ _ENGINE = "0"
 def router_families(replicas: Sequence[ReplicaView], labels: AdapterLabels, wall_time: float) -> Iterator[Any]:
     """``wall_time`` in seconds since 1970."""
     ready = [replica for replica in replicas if replica.is_ready]
-    models = [replica.model for replica in ready or replicas if replica.model is not None]
-    model_name = readable(models[0].served_model_name) if models else ""
+    model_name = _model_name(replicas)
     running = sum(replica.stats.num_running for replica in ready)
     waiting = sum(replica.stats.num_waiting + replica.stats.num_swapped for replica in ready)
     usage = kv_usage(ready)
@@ -40,6 +40,26 @@ def router_families(replicas: Sequence[ReplicaView], labels: AdapterLabels, wall
         yield family
     yield _cache_config(ready)
     yield _lora_requests(ready, labels, wall_time)
+
+
+def queue_time(replicas: Sequence[ReplicaView], seconds: Histogram) -> Metric:
+    """Our histogram of seconds in the queue under vLLM's name and labels."""
+    family = Metric(
+        "vllm:request_queue_time_seconds", "Histogram of time spent in WAITING phase for request.", "histogram"
+    )
+    labels = {"model_name": _model_name(replicas), "engine": _ENGINE}
+    for own in seconds.collect():
+        for sample in own.samples:
+            ending = sample.name.removeprefix(own.name)
+            if ending != "_created":
+                family.add_sample(family.name + ending, sample.labels | labels, sample.value)
+    return family
+
+
+def _model_name(replicas: Sequence[ReplicaView]) -> str:
+    known = [replica for replica in replicas if replica.model is not None]
+    models = [replica.model for replica in [r for r in known if r.is_ready] or known if replica.model is not None]
+    return readable(models[0].served_model_name) if models else ""
 
 
 def _cache_config(ready: Sequence[ReplicaView]) -> Any:

@@ -85,10 +85,13 @@ class StepResult(msgspec.Struct, frozen=True):
     """What the step of that number drew, for each sequence of its batch.
 
     ``seconds`` is what it took on the device, None where nobody measured it; ``switch_seconds`` likewise what the
-    change of weights before it took, where ``Executor.switch`` could not tell.
+    change of weights before it took, where ``Executor.switch`` could not tell. ``swap_seconds`` is what copying KV
+    blocks between device and host before it took, ``swap_bytes`` in all; it is no part of ``seconds``.
     """
 
     step: int
     sequences: list[SequenceResult]
     seconds: float | None = None
     switch_seconds: float | None = None
+    swap_bytes: int = 0
+    swap_seconds: float | None = None

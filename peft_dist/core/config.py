@@ -13,6 +13,7 @@ from peft_dist.core.errors import ConfigError
 Preemption = Literal["auto", "recompute", "swap"]
 MergeMethod = Literal["auto", "shadow", "host", "off"]
 AttentionName = Literal["auto", "vllm-flash-attn", "flashinfer", "triton", "c", "torch"]
+LoadFormat = Literal["auto", "dummy"]
 
 _BYTE_UNITS = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
@@ -37,6 +38,8 @@ class EngineConfig:
         revision: Hub revision of the base model.
         device: "auto", "cpu", "cuda" or "cuda:N".
         dtype: "auto" (the checkpoint's on a GPU, float32 on CPU), "float32", "bfloat16" or "float16".
+        load_format: "auto" reads the checkpoint; "dummy" needs config.json alone and draws random weights from ``seed``
+            on the device, as the model initialises itself (for benchmarks: the answers mean nothing).
         max_model_len: Longest prompt plus output in tokens; the model's own limit when None.
         block_size: Tokens in one KV block.
         num_blocks: KV blocks on the device; sized from memory when None.
@@ -61,6 +64,8 @@ class EngineConfig:
             memory); None packs on CPU when the copy fits in half of the free memory.
         compile_kernels: Build the C kernels on first use on a CPU (needs gcc); off falls back to torch.
         enforce_eager: Capture no CUDA graphs: decode steps run operator by operator, as prefills do.
+        fuse: On a GPU, join the weights of q/k/v and of gate/up and run norms, gates and rotary embedding as kernels of
+            this package, in the modules whose code is known; off runs Hugging Face's code.
         attention_backend: "auto" takes the fastest that is installed: on a GPU "vllm-flash-attn" (found in vllm, the
             kernels package or vllm_flash_attn), "flashinfer", "triton" or "torch", on a CPU "c" or "torch". A layer
             that it does not take runs in the next one.
@@ -79,6 +84,8 @@ class EngineConfig:
         merged_minority: Let requests of other adapters join a merged batch, corrected by the LoRA kernel. With the
             policy "credit" alone.
         decision_log: File that gets every step's decision as a line of JSON.
+        cost_profile: File with the measured seconds of steps and switches: read at the start if it is there and of this
+            model on this device, written when the replica is closed.
     """
 
     model: str
@@ -86,6 +93,7 @@ class EngineConfig:
     revision: str | None = None
     device: str = "auto"
     dtype: str = "auto"
+    load_format: LoadFormat = "auto"
     max_model_len: int | None = None
     block_size: int = 16
     num_blocks: int | None = None
@@ -105,6 +113,7 @@ class EngineConfig:
     pack_weights: bool | None = None
     compile_kernels: bool = True
     enforce_eager: bool = False
+    fuse: bool = True
     attention_backend: AttentionName = "auto"
     seed: int | None = None
     trust_remote_code: bool = False
@@ -116,6 +125,7 @@ class EngineConfig:
     merge: MergeMethod = "auto"
     merged_minority: bool = False
     decision_log: str | None = None
+    cost_profile: str | None = None
 
     def __post_init__(self) -> None:
         for option in fields(self):
@@ -165,6 +175,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "Preemption": str,
     "MergeMethod": str,
     "AttentionName": str,
+    "LoadFormat": str,
     "None": type(None),
 }
 _AT_LEAST_1 = (
@@ -176,6 +187,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "preemption": get_args(Preemption),
     "merge": get_args(MergeMethod),
     "attention_backend": get_args(AttentionName),
+    "load_format": get_args(LoadFormat),
     "policy_profile": ("default", "artifact"),
     "exec_type": ("dlora", "peft", "vllm"),
     "policy": ("credit", "merge", "fcfs", None),

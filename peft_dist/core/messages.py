@@ -85,7 +85,8 @@ class SequenceProgress(msgspec.Struct, frozen=True):
     """New tokens of one sequence; ``first_index`` is the number of the first of them in its output.
 
     ``finish_reason`` is None while the sequence runs. ``prompt_logprobs`` starts at prompt position 1 and
-    comes whole, with the first tokens.
+    comes whole, with the first tokens. ``queue_seconds`` is the time from its arrival at the replica to the first step
+    it was in, None while there was none.
     """
 
     request_id: str
@@ -97,6 +98,7 @@ class SequenceProgress(msgspec.Struct, frozen=True):
     stop_reason: int | None = None
     num_cached_tokens: int = 0
     error: str | None = None
+    queue_seconds: float | None = None
 
 
 class ReplicaStats(msgspec.Struct, frozen=True):

@@ -27,7 +27,8 @@ class Request:
     ``sequence_index``: from these any replica continues it with the same tokens.
 
     ``num_computed_tokens`` tokens have their KV in the cache once every submitted step has run.
-    ``last_scheduled`` is when it last ran, in seconds of the engine's clock; None before the first time.
+    ``first_scheduled`` and ``last_scheduled`` are when it first and last ran, in seconds of the engine's clock; None
+    before the first time.
     ``num_in_flight`` draws were scheduled and are not known yet (placeholders behind ``output_token_ids``).
     """
 
@@ -44,12 +45,18 @@ class Request:
     num_in_flight: int = 0
     num_cached_tokens: int = 0
     num_preemptions: int = 0
+    first_scheduled: float | None = None
     last_scheduled: float | None = None
     block_hashes: list[bytes] = field(default_factory=list)
     num_published_blocks: int = 0
     prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: int | None = None
+
+    @property
+    def queue_seconds(self) -> float | None:
+        """From its arrival here to the first step it was in; None before that."""
+        return None if self.first_scheduled is None else max(0.0, self.first_scheduled - self.arrival_time)
 
     @property
     def num_known_tokens(self) -> int:

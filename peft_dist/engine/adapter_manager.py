@@ -132,12 +132,13 @@ class AdapterManager:
         self._leaving.add(content_hash)
         self._drop_if_unneeded(content_hash)
 
-    def loaded(self, content_hash: str) -> None:
-        """A load has ended: the adapter can run."""
-        self._resident[content_hash] = self._loading.pop(content_hash)
+    def loaded(self, content_hash: str) -> AdapterSpec:
+        """A load has ended: the adapter, which is returned, can run."""
+        lease = self._resident[content_hash] = self._loading.pop(content_hash)
         self._idle[content_hash] = None
         self.loads += 1
         self._drop_if_unneeded(content_hash)
+        return lease.spec
 
     def load_failed(self, content_hash: str, error: str) -> None:
         """A load has failed, and its slot holds nothing; a request that comes later has it tried again."""

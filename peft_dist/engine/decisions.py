@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter
 
 import msgspec
@@ -10,6 +11,9 @@ from peft_dist.core.batch import Batch
 from peft_dist.core.cost_model import CostModel, StepFeatures
 from peft_dist.core.request import RequestStatus
 from peft_dist.engine.scheduler import Scheduler
+
+# A line is written every step, and a thousand adapters may have credits.
+MAX_CREDITS = 32
 
 
 class Decision(msgspec.Struct, frozen=True):
@@ -23,7 +27,9 @@ class Decision(msgspec.Struct, frozen=True):
         predicted_seconds: What the cost model expects of the step itself.
         scheduled: Sequences of the batch by content hash ("" is the base).
         passed_over: The other unfinished requests, likewise.
-        policy: The policy's own numbers (credits, thresholds).
+        policy: The policy's own numbers (thresholds).
+        credits: What the policy owes each adapter, by content hash; of more than ``MAX_CREDITS`` those furthest from
+            zero.
     """
 
     step: int
@@ -37,6 +43,7 @@ class Decision(msgspec.Struct, frozen=True):
     passed_over: dict[str, int]
     num_waiting: int
     policy: dict[str, float]
+    credits: dict[str, float] = {}
 
 
 def describe(
@@ -63,4 +70,11 @@ def describe(
         passed_over=dict(groups[True]),
         num_waiting=scheduler.counts()[RequestStatus.WAITING],
         policy=scheduler.policy.report(),
+        credits=_largest(scheduler.policy.credits),
     )
+
+
+def _largest(credits: dict[str, float]) -> dict[str, float]:
+    if len(credits) <= MAX_CREDITS:
+        return credits
+    return dict(heapq.nlargest(MAX_CREDITS, credits.items(), key=lambda item: abs(item[1])))

@@ -41,6 +41,9 @@ class Engine:
     Args:
         cost: Learns from every step and switch; the batching policy predicts with it.
         on_decision: Hears of every submitted step.
+
+    Attributes:
+        residency_version: Grows whenever an adapter was registered, forgotten, brought to the device or put out of it.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class Engine:
         self.adapters: dict[str, AdapterSpec] = {}
         self.num_steps = 0
         self.num_merged_steps = 0
+        self.residency_version = 0
         self._in_flight: deque[_Submitted] = deque()
         self._found_nothing = False
         self._switcher = Switcher(executor, self.cost)
@@ -108,11 +112,13 @@ class Engine:
     def register_adapter(self, spec: AdapterSpec) -> None:
         self.adapters[spec.content_hash] = spec
         self.scheduler.adapters.keep(spec.content_hash)
+        self.residency_version += 1
 
     def forget_adapter(self, content_hash: str) -> None:
         """Take no more requests for an adapter; it leaves the device when the last running one has ended."""
         self.adapters.pop(content_hash, None)
         self.scheduler.adapters.forget(content_hash)
+        self.residency_version += 1
         self._apply_adapter_changes()
 
     def step(self, now: float) -> list[SequenceProgress]:
@@ -217,6 +223,8 @@ class Engine:
             self.cost.observe_step(submitted.features, result.seconds)
         if result.switch_seconds is not None and submitted.switch is not None:
             self._switcher.took(submitted.switch, result.switch_seconds)
+        if result.swap_seconds is not None:
+            self.cost.observe_swap(result.swap_bytes, result.swap_seconds)
         return self._update(submitted.batch, submitted.requests, result)
 
     def _schedule(self, now: float) -> Batch | None:
@@ -228,8 +236,11 @@ class Engine:
         """Adapters that have arrived can run; requests for one that could not be loaded fail, and they alone."""
         progress = []
         for outcome in self.executor.take_loaded():
+            self.residency_version += 1
             if outcome.error is None:
-                self.scheduler.adapters.loaded(outcome.content_hash)
+                spec = self.scheduler.adapters.loaded(outcome.content_hash)
+                if outcome.copy_seconds is not None:
+                    self.cost.observe_load(spec.num_bytes, outcome.copy_seconds)
                 continue
             self.scheduler.adapters.load_failed(outcome.content_hash, outcome.error)
             failed = [r for r in self.requests.values() if r.adapter and r.content_hash == outcome.content_hash]
@@ -240,10 +251,12 @@ class Engine:
         for slot, spec in self.scheduler.adapters.take_changes():
             if spec is None:
                 self.executor.drop_adapter(slot)
+                self.residency_version += 1
             else:
                 self.executor.start_load(spec, slot)
         for content_hash in self.scheduler.adapters.take_discards():
             self.executor.discard_adapter(content_hash)
+            self.residency_version += 1
 
     def _update(self, batch: Batch, requests: list[Request], result: StepResult) -> list[SequenceProgress]:
         outcomes = {outcome.request_id: outcome for outcome in result.sequences}
@@ -329,4 +342,5 @@ class Engine:
             stop_reason=request.stop_reason,
             num_cached_tokens=request.num_cached_tokens,
             error=error,
+            queue_seconds=request.queue_seconds,
         )

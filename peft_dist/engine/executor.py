@@ -17,12 +17,14 @@ class LoadOutcome:
 
     Attributes:
         seconds: From ``start_load`` on.
+        copy_seconds: Of these, what bringing the weights from the host to the device took; None where it was not told.
     """
 
     content_hash: str
     slot: int
     error: str | None
     seconds: float
+    copy_seconds: float | None = None
 
 
 class Executor(Protocol):

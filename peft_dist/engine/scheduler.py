@@ -4,31 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 
 from peft_dist.core.batch import NO_ADAPTER, PLACEHOLDER, Batch, ScheduledSequence, SequenceStart
 from peft_dist.core.block_hash import extend_block_hashes
 from peft_dist.core.block_manager import BlockManager
 from peft_dist.core.request import Request, RequestStatus
 from peft_dist.engine.adapter_manager import AdapterManager
+from peft_dist.engine.adapter_wants import want_adapters
+from peft_dist.engine.draft import Draft
 from peft_dist.engine.limits import SchedulerLimits
 from peft_dist.policy.batching import BatchingPolicy, Candidate, Choice, QueueState
-
-
-@dataclass(slots=True)
-class _Draft:
-    """A batch in the making.
-
-    Attributes:
-        chosen: Ids that the policy named.
-        settled: Ids of those that are in the batch, or lost their blocks while it was made.
-        may_start: Whether a request without blocks may still join; nobody smaller takes those that an older one lacks.
-    """
-
-    chosen: frozenset[str]
-    sequences: list[ScheduledSequence] = field(default_factory=list)
-    settled: set[str] = field(default_factory=set)
-    may_start: bool = True
 
 
 class Scheduler:
@@ -85,13 +70,16 @@ class Scheduler:
 
     def schedule(self, now: float) -> Batch | None:
         """The next batch, or None when nothing can run now."""
-        self._want_adapters(now)
+        want_adapters(self.queue.values(), self.adapters, self.limits.max_adapter_wait, now)
         state = self._state(now)
         self.choice = self.policy.choose(state)
         draft = self._take(self.choice)
         scheduled = [sequence.request_id for sequence in draft.sequences]
         for request_id in scheduled:
-            self.queue[request_id].last_scheduled = now
+            request = self.queue[request_id]
+            request.last_scheduled = now
+            if request.first_scheduled is None:
+                request.first_scheduled = now
         self.policy.ran(state, self.choice, scheduled)
         return self._batch(draft.sequences)
 
@@ -127,24 +115,6 @@ class Scheduler:
         request.num_computed_tokens = 0
         request.status = RequestStatus.WAITING
 
-    def _want_adapters(self, now: float) -> None:
-        """Have the adapters of queued requests loaded, that of the oldest first.
-
-        Those on the device stay there while anybody in the queue needs them, unless a request has not run for longer
-        than the bound because its own is not there: for that one all are given up that no elder needs.
-        """
-        oldest: dict[str, Request] = {}
-        for request in self.queue.values():
-            if request.adapter is not None:
-                oldest.setdefault(request.content_hash, request)
-        specs = [request.adapter for request in oldest.values() if request.adapter is not None]
-        for index, (content_hash, request) in enumerate(oldest.items()):
-            last = request.arrival_time if request.last_scheduled is None else request.last_scheduled
-            if now - last > self.limits.max_adapter_wait and not self.adapters.is_held(content_hash):
-                self.adapters.want(specs[: index + 1], spared=list(oldest)[: index + 1])
-                break
-        self.adapters.want(specs)
-
     def _state(self, now: float) -> QueueState:
         return QueueState(
             candidates=[self._candidate(request) for request in self.queue.values()],
@@ -179,12 +149,13 @@ class Scheduler:
                 return 0
         return request.num_tokens - request.num_computed_tokens
 
-    def _take(self, choice: Choice) -> _Draft:
+    def _take(self, choice: Choice) -> Draft:
         """What was chosen, in its order, while tokens and blocks last."""
         budget = self.limits.max_num_batched_tokens
         # Every decode behind a prompt keeps its token, so that no prompt makes all others wait for a step.
         decodes = sum(candidate.num_new_tokens == 1 for candidate in choice.candidates)
-        draft = _Draft(frozenset(candidate.request_id for candidate in choice.candidates))
+        chosen = frozenset(candidate.request_id for candidate in choice.candidates)
+        draft = Draft(chosen, is_urgent=choice.reason == "urgent")
         for candidate in choice.candidates:
             is_decode = candidate.num_new_tokens == 1
             decodes -= is_decode
@@ -200,7 +171,7 @@ class Scheduler:
                 budget -= sequence.num_tokens
         return draft
 
-    def _place(self, request: Request, room: int, draft: _Draft) -> ScheduledSequence | None:
+    def _place(self, request: Request, room: int, draft: Draft) -> ScheduledSequence | None:
         """Up to ``room`` tokens of a request, if there are blocks for them."""
         slot = NO_ADAPTER
         if request.adapter is not None:
@@ -214,12 +185,11 @@ class Scheduler:
         num_new = self._grow(request, room, draft) if is_running else self._admit(request, room, draft)
         return self._advance(request, num_new, slot) if num_new else None
 
-    def _grow(self, request: Request, room: int, draft: _Draft) -> int:
+    def _grow(self, request: Request, room: int, draft: Draft) -> int:
         """Blocks for the next tokens of a running request; 0 when it had to give up those it had."""
         num_new = min(self._num_runnable(request), room)
         while num_new and not self.blocks.grow(request.request_id, request.num_computed_tokens + num_new):
-            victim = self._youngest(draft.settled | draft.chosen) or self._youngest(draft.settled)
-            assert victim is not None, "the request itself"
+            victim = draft.victim_to_grow(self.queue)
             self.preempt(victim)
             draft.settled.add(victim.request_id)
             draft.may_start = False
@@ -227,33 +197,20 @@ class Scheduler:
                 return 0
         return num_new
 
-    def _admit(self, request: Request, room: int, draft: _Draft) -> int:
+    def _admit(self, request: Request, room: int, draft: Draft) -> int:
         """Blocks for the first tokens of a request that has none on the device; 0 when there are too few."""
         while draft.may_start:
             bring = self._resume if request.status is RequestStatus.SWAPPED else self._start
             if num_new := bring(request, room):
                 request.status = RequestStatus.RUNNING
                 return num_new
-            # Those who were passed over make room for their elders, or for anybody if nothing else could run.
-            victim = self._youngest(draft.settled | draft.chosen, than=request if draft.sequences else None)
-            if victim is None and self.choice.reason == "urgent":
-                # Whoever must not be overtaken any longer takes the blocks of those who would overtake it.
-                victim = self._youngest(draft.settled, than=request)
+            victim = draft.victim_to_admit(self.queue, request)
             if victim is None:
                 draft.may_start = False
             else:
                 self.preempt(victim)
                 draft.settled.add(victim.request_id)
         return 0
-
-    def _youngest(self, spared: Iterable[str], than: Request | None = None) -> Request | None:
-        """The youngest running request that is not spared, younger than another one."""
-        for request in reversed(self.queue.values()):
-            if request is than:
-                return None
-            if request.status is RequestStatus.RUNNING and request.request_id not in spared:
-                return request
-        return None
 
     def _resume(self, request: Request, room: int) -> int:
         num_new = min(request.num_tokens - request.num_computed_tokens, room)

@@ -72,6 +72,12 @@ def choose(
     )
 
 
+def capturable(name: str, device: torch.device | str) -> bool:
+    """Whether CUDA graphs can hold this back end's calls."""
+    found = load(name, torch.device(device))
+    return not isinstance(found, str) and found.graph_capturable
+
+
 def order(device: torch.device) -> tuple[str, ...]:
     """Names of what can run on this type of device, best first."""
     return ORDER.get(device.type, ("torch",))

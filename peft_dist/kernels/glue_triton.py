@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from peft_dist.kernels.glue import Activation, Norm
+from peft_dist.kernels.triton_device import device_of
 from peft_dist.kernels.types import KVCache
 
 # Columns of one program of the gate; with four warps each thread reads 16 bytes of a 16-bit row at a time.
@@ -182,7 +183,7 @@ def _rotary_kernel(
             HEAD_DIM, WIDTH, NORM, ADDS_ONE, HEADS, HALF, REST,
         )  # fmt: skip
     else:
-        slot = tl.load(slots + token)
+        slot = tl.load(slots + token).to(tl.int64)
         if slot >= 0:
             block = slot // block_size
             offset = slot % block_size
@@ -218,11 +219,12 @@ def _launch_norm(x: torch.Tensor, residual: torch.Tensor, norm: Norm, adds: bool
     total = x.new_empty(rows, columns) if adds else out
     block = triton.next_power_of_2(columns)
     if rows:
-        _norm_kernel[(rows,)](
-            x, residual, norm.weight, out, total, x.stride(0), residual.stride(0), columns, norm.eps,
-            ADD=adds, ADDS_ONE=norm.adds_one, ROUNDS=norm.rounds, BLOCK=block,
-            num_warps=min(max(block // 512, 1), 16),
-        )  # fmt: skip
+        with device_of(x):
+            _norm_kernel[(rows,)](
+                x, residual, norm.weight, out, total, x.stride(0), residual.stride(0), columns, norm.eps,
+                ADD=adds, ADDS_ONE=norm.adds_one, ROUNDS=norm.rounds, BLOCK=block,
+                num_warps=min(max(block // 512, 1), 16),
+            )  # fmt: skip
     return out, total
 
 
@@ -232,9 +234,10 @@ def gated(gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch
     out = gate.new_empty(rows, columns)
     block = min(_GATE_COLUMNS, triton.next_power_of_2(columns))
     if rows:
-        _gate_kernel[(rows, triton.cdiv(columns, block))](
-            gate, up, out, gate.stride(0), up.stride(0), columns, SILU=activation == "silu", BLOCK=block
-        )
+        with device_of(gate):
+            _gate_kernel[(rows, triton.cdiv(columns, block))](
+                gate, up, out, gate.stride(0), up.stride(0), columns, SILU=activation == "silu", BLOCK=block
+            )
     return out
 
 
@@ -262,12 +265,13 @@ def rotary_and_write(
         *cache.key.stride()[:3], *cache.value.stride()[:3],
     )  # fmt: skip
     if rows:
-        _rotary_kernel[grid](
-            query, key, value, cos, sin, of_query.weight, of_key.weight, slot_mapping, out, cache.key, cache.value,
-            *strides, cache.key.shape[1], of_query.eps, of_key.eps,
-            NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, VALUE_DIM=value_dim, WIDTH=width,
-            NORM=query_norm is not None, ADDS_ONE=of_query.adds_one, HEADS=heads,
-            HALF=triton.next_power_of_2(width // 2), REST=triton.next_power_of_2(max(head_dim - width, 1)),
-            VALUE=triton.next_power_of_2(value_dim), num_warps=1 if heads == 1 else 4,
-        )  # fmt: skip
+        with device_of(query):
+            _rotary_kernel[grid](
+                query, key, value, cos, sin, of_query.weight, of_key.weight, slot_mapping, out, cache.key, cache.value,
+                *strides, cache.key.shape[1], of_query.eps, of_key.eps,
+                NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, VALUE_DIM=value_dim, WIDTH=width,
+                NORM=query_norm is not None, ADDS_ONE=of_query.adds_one, HEADS=heads,
+                HALF=triton.next_power_of_2(width // 2), REST=triton.next_power_of_2(max(head_dim - width, 1)),
+                VALUE=triton.next_power_of_2(value_dim), num_warps=1 if heads == 1 else 4,
+            )  # fmt: skip
     return out

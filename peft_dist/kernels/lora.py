@@ -8,6 +8,7 @@ import torch
 
 from peft_dist.kernels import lora_cpu, lora_torch
 from peft_dist.kernels.backend import has_triton
+from peft_dist.kernels.lora_beside import ShrinkBeside
 from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
 
 
@@ -59,6 +60,17 @@ def add_lora_group_(
         lora_torch.add_lora_(y.view(-1, y.shape[-1]), rows, w, plan)
 
 
+def begin_lora(x: torch.Tensor, weights: Sequence[LoRALayerWeights | None], plan: LoRAPlan) -> ShrinkBeside | None:
+    """Start ``add_lora_group_`` before the layers' own outputs are there, while a step is captured on a GPU.
+
+    Returns:
+        What ``finish_(ys)`` ends the work of; None: nothing was begun, and ``add_lora_group_`` does it all.
+    """
+    if not x.is_cuda or _backend_of(plan, x) != "triton" or not torch.cuda.is_current_stream_capturing():
+        return None
+    return ShrinkBeside.begin(x, weights, plan)
+
+
 def _backend_of(plan: LoRAPlan, x: torch.Tensor) -> str:
     if plan.backend is not None:
         return plan.backend
@@ -79,6 +91,12 @@ def add_embedding_lora_(
         y itself.
     """
     factor = 1.0 if embed_scale is None else embed_scale
-    if plan.backend != "torch" and lora_cpu.add_embedding_lora_(y, ids, weights, plan, factor):
+    backend = _backend_of(plan, y)
+    if backend == "c" and lora_cpu.add_embedding_lora_(y, ids, weights, plan, factor):
         return y
+    if backend == "triton":
+        from peft_dist.kernels import lora_embedding_triton
+
+        if lora_embedding_triton.add_embedding_lora_(y, ids, weights, plan, factor):
+            return y
     return lora_torch.add_embedding_lora_(y, ids, weights, plan, embed_scale)

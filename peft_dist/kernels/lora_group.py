@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-import triton
 
 from peft_dist.kernels.lora_plans import GroupPlan, GroupShape, plan_for
 from peft_dist.kernels.lora_tiles import LoRATiles, choose_tile_rows, max_tiles, write_tiles
@@ -32,11 +31,15 @@ class LayerTables(NamedTuple):
 
     def of_shrink(self) -> tuple[Any, ...]:
         """Its arguments of ``shrink_kernel``."""
-        return self.A, self.pages, self.rank, self.scaling, self.rank.stride(0), self.rank.shape[0]
+        return self.A, self.pages, self.rank, self.scaling, *self.sizes()
 
     def of_expand(self) -> tuple[Any, ...]:
         """Its arguments of ``expand_kernel``."""
-        return self.B, self.pages, self.rank, self.rank.stride(0), self.rank.shape[0]
+        return self.B, self.pages, self.rank, *self.sizes()
+
+    def sizes(self) -> tuple[int, int, int]:
+        """Distance of two slots in the tables, slots, columns of ``pages``."""
+        return self.rank.stride(0), *self.pages.shape
 
 
 class Group(NamedTuple):
@@ -58,18 +61,22 @@ class Group(NamedTuple):
         """One for each argument of the kernels, which always take three."""
         return three([layer_tables(weights) for weights in self.weights])
 
-    def plan(self, tiles: LoRATiles) -> GroupPlan:
+    def plan(self, tiles: LoRATiles, wide: bool, given: GroupPlan | None = None) -> GroupPlan:
         """How to launch it. Tiles are counted in powers of two, so that many batch sizes share a compiled kernel."""
+        if given is not None:
+            return given.in_float32() if wide else given
         count = 1 << max(tiles.max_tiles - 1, 0).bit_length()
-        return plan_for(GroupShape(tiles.tile_rows, count, self.in_features, self.out_features), self.device_name)
+        shape = GroupShape(tiles.tile_rows, count, self.in_features, self.out_features)
+        return plan_for(shape, self.device_name, wide)
 
     def workspace(self) -> LoRAWorkspace:
         """That of the pool; weights without one have their own."""
         first = self.weights[0]
         if first.workspace is not None:
             return first.workspace
-        found = first.scratch.setdefault("workspace", LoRAWorkspace(first.A.device))
-        assert isinstance(found, LoRAWorkspace)
+        found = first.scratch.get("workspace")
+        if not isinstance(found, LoRAWorkspace):
+            found = first.scratch["workspace"] = LoRAWorkspace(first.A.device)
         found.admit(max(int(weights.rank.max(initial=0)) for weights in self.weights))
         return found
 
@@ -157,12 +164,8 @@ def three(items: Sequence[T]) -> list[T]:
 
 
 def is_wide(*dtypes: torch.dtype) -> bool:
-    """Whether a product of these types is computed in float32: one of them is, or they differ.
-
-    Triton's interpreter multiplies the bits of bfloat16 as if they were integers.
-    """
-    interpreted = triton.knobs.runtime.interpret and torch.bfloat16 in dtypes
-    return interpreted or torch.float32 in dtypes or len(set(dtypes)) > 1
+    """Whether a product of these types is computed in float32: one of them is, or they differ."""
+    return torch.float32 in dtypes or len(set(dtypes)) > 1
 
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:

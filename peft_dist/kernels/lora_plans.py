@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 logger = logging.getLogger(__name__)
 
 FOLDER_VARIABLE = "PEFT_DIST_TUNED"
-# Two for each of an H100's or H200's 132 processors.
-_PROGRAMS = 264
-_MOST_PARTS = 16
+# Six small or two large ones for each of an H100's or H200's 132 processors.
+_DECODE_PROGRAMS, _PREFILL_PROGRAMS = 792, 264
+# Every block of outputs adds the parts up again: for long tiles more of them would be more to read than the outputs.
+_DECODE_PARTS, _PREFILL_PARTS = 16, 4
 # In octaves, summed over tiles, K and N: beyond that a measured shape says nothing.
 _FARTHEST = 4.0
 
@@ -48,7 +49,9 @@ class GroupPlan:
 
     Attributes:
         split: Parts of the inputs, each summed by a program of its own.
-        block_k, block_n, block_r: Inputs, outputs and ranks that a program has in work at once; powers of two from 16.
+        block_k, block_n: Inputs and outputs that a program has in work at once; powers of two from 16.
+        shrink_r: Likewise ranks, in the shrink. An adapter of a lower rank computes with zeros, but reads none.
+        gate_n, gate_warps: ``block_n`` and warps of the expand that is fused with a gated activation.
         pdl: The expand starts while the shrink still runs, and reads what does not depend on it (programmatic dependent
             launch, from sm_90 on). Both have to be queued one after the other on one stream.
     """
@@ -56,39 +59,72 @@ class GroupPlan:
     block_k: int
     split: int
     block_n: int
-    block_r: int = 16
+    shrink_r: int = 16
     shrink_warps: int = 4
     shrink_stages: int = 3
     expand_warps: int = 4
-    expand_stages: int = 1
+    gate_n: int = 64
+    gate_warps: int = 4
     pdl: bool = False
+
+    def in_float32(self) -> GroupPlan:
+        """For products in float32, whose operands do not fit into registers otherwise."""
+        return replace(
+            self,
+            block_k=min(self.block_k, 64),
+            block_n=min(self.block_n, 32),
+            gate_n=min(self.gate_n, 32),
+            shrink_r=16,
+            shrink_warps=8,
+            expand_warps=8,
+            gate_warps=8,
+            # In a pipeline such products are slower, and as TF32 were miscompiled for sm_90.
+            shrink_stages=1,
+        )
 
 
 def default_plan(shape: GroupShape) -> GroupPlan:
-    """From the shape alone: about two programs for each processor of the card, and loads of 512 bytes a row."""
-    block_k = 256 if shape.tile_rows == 16 else 128 if shape.tile_rows < 128 else 64
+    """From the shape alone: as many programs as the card runs at once, and loads of 512 bytes a row at decode.
+
+    A decode step has one row in most tiles, or few tiles: then partial sums are few however many parts there are.
+    """
+    is_decode = shape.tile_rows == 16
+    wanted, most = (_DECODE_PROGRAMS, _DECODE_PARTS) if is_decode else (_PREFILL_PROGRAMS, _PREFILL_PARTS)
+    block_k = 256 if is_decode else 128 if shape.tile_rows < 128 else 64
     block_k = min(block_k, _power_of_two(shape.in_features))
     chunks = -(-shape.in_features // block_k)
     programs = shape.max_tiles * len(shape.out_features)
-    chunks_each = max(1, round(chunks * programs / _PROGRAMS), -(-chunks // _MOST_PARTS))
+    chunks_each = max(1, round(chunks * programs / wanted), -(-chunks // most))
     split = -(-chunks // chunks_each)
     columns = sum(shape.out_features)
     block_n = 64
     # Wider blocks add up fewer partial sums again, as long as there are enough of them.
-    while block_n < (256 if shape.tile_rows == 16 else 128) and columns * shape.max_tiles > 2 * block_n * _PROGRAMS:
+    while block_n < (256 if is_decode else 128) and columns * shape.max_tiles > 2 * block_n * _PREFILL_PROGRAMS:
         block_n *= 2
     block_n = min(block_n, _power_of_two(max(shape.out_features)))
     warps = 8 if shape.tile_rows == 128 else 4
-    return GroupPlan(block_k, split, block_n, shrink_warps=warps, expand_warps=warps)
+    # A long tile's inputs are too many to be read again for every 16 ranks.
+    shrink_r = min(64, shape.tile_rows)
+    return GroupPlan(
+        block_k,
+        split,
+        block_n,
+        shrink_r,
+        shrink_warps=warps,
+        expand_warps=warps,
+        gate_n=max(16, block_n // 2),
+        gate_warps=warps,
+    )
 
 
-def plan_for(shape: GroupShape, device_name: str) -> GroupPlan:
-    """The plan of a shape on this card."""
-    return _find_plan(shape, tables_of(device_name))
+@lru_cache(maxsize=4096)
+def plan_for(shape: GroupShape, device_name: str, wide: bool = False) -> GroupPlan:
+    """The plan of a shape on this card; ``wide``: its products are in float32. The split does not depend on that."""
+    plan = _find_plan(shape, tables_of(device_name))
+    return plan.in_float32() if wide else plan
 
 
-@lru_cache(maxsize=1024)
-def _find_plan(shape: GroupShape, table: tuple[tuple[GroupShape, GroupPlan], ...]) -> GroupPlan:
+def _find_plan(shape: GroupShape, table: Sequence[tuple[GroupShape, GroupPlan]]) -> GroupPlan:
     best = min(table, key=lambda entry: _distance(shape, entry[0]), default=None)
     if best is None or _distance(shape, best[0]) > _FARTHEST:
         return default_plan(shape)
@@ -98,10 +134,11 @@ def _find_plan(shape: GroupShape, table: tuple[tuple[GroupShape, GroupPlan], ...
 def fit_plan(plan: GroupPlan, shape: GroupShape) -> GroupPlan:
     """A plan that was made for a similar shape, with no part of the inputs left empty."""
     block_k = min(plan.block_k, _power_of_two(shape.in_features))
-    block_n = min(plan.block_n, _power_of_two(max(shape.out_features)))
+    widest = _power_of_two(max(shape.out_features))
+    block_n, gate_n = min(plan.block_n, widest), min(plan.gate_n, widest)
     chunks = -(-shape.in_features // block_k)
     chunks_each = -(-chunks // min(plan.split, chunks))
-    return replace(plan, block_k=block_k, block_n=block_n, split=-(-chunks // chunks_each))
+    return replace(plan, block_k=block_k, block_n=block_n, gate_n=gate_n, split=-(-chunks // chunks_each))
 
 
 def _distance(a: GroupShape, b: GroupShape) -> float:
@@ -143,7 +180,7 @@ def tables_of(device_name: str) -> tuple[tuple[GroupShape, GroupPlan], ...]:
             continue
         try:
             found.update(read_table(path))
-        except (ValueError, TypeError, KeyError, OSError) as error:
+        except (ValueError, TypeError, LookupError, OSError) as error:
             logger.warning("the table of LoRA plans %s is left out: %s", path, error)
         else:
             logger.info("LoRA kernels on %s: plans from %s", device_name, path)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from peft_dist.kernels.lora_group import MOST_LAYERS, even_rows, group_of, is_wide, on_device, three, tiles_of
+from peft_dist.kernels.lora_plans import GroupPlan
 from peft_dist.kernels.lora_triton_kernels import expand_kernel, shrink_kernel
 from peft_dist.kernels.lora_workspace import LoRAWorkspace
 from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
@@ -26,12 +27,22 @@ def add_lora_group_(
     for members in _alike(ys, weights):
         some = [weights[i] for i in members]
         lora_shrink_group(x, some, plan)
-        lora_expand_group_([ys[i] for i in members], some, plan)
+        lora_expand_group_([ys[i] for i in members], some, plan, is_next=True)
     return True
 
 
+def is_one_launch(x: torch.Tensor, weights: Sequence[LoRALayerWeights]) -> bool:
+    """Whether layers that read x, and whose outputs have one dtype, are one shrink and one expand."""
+    return x.dtype in _KINDS and len(list(_alike([x] * len(weights), weights))) == 1
+
+
 def lora_shrink_group(
-    x: torch.Tensor, weights: Sequence[LoRALayerWeights | None], plan: LoRAPlan, workspace: LoRAWorkspace | None = None
+    x: torch.Tensor,
+    weights: Sequence[LoRALayerWeights | None],
+    plan: LoRAPlan,
+    workspace: LoRAWorkspace | None = None,
+    *,
+    launch: GroupPlan | None = None,
 ) -> None:
     """The rank intermediates of up to three layers that read x, scaled, left in the workspace for the expand.
 
@@ -42,6 +53,7 @@ def lora_shrink_group(
         x: ``[..., in_features]``, R rows, float32, bfloat16 or float16.
         weights: Of the layers, whose adapters have one dtype; None where there are none.
         workspace: None takes that of the weights' pool.
+        launch: None takes the best that is known (``lora_plans``); the expand needs the same.
 
     Raises:
         ValueError: x does not fit the layers or the plan.
@@ -53,9 +65,9 @@ def lora_shrink_group(
     tiles = tiles_of(plan, x.device)
     rows = even_rows("x", x, plan.num_rows, group.in_features)
     workspace = workspace or group.workspace()
-    launch = group.plan(tiles)
-    partials = workspace.take(tiles.max_tiles * group.size * launch.split * tiles.tile_rows * workspace.max_rank)
     wide = is_wide(x.dtype, group.dtype)
+    launch = group.plan(tiles, wide, launch)
+    partials = workspace.take(tiles.max_tiles * group.size * launch.split * tiles.tile_rows * workspace.max_rank)
     members = [part for layer in group.layers() for part in layer.of_shrink()]
     with on_device(x.device):
         shrink_kernel[(group.size * launch.split, tiles.max_tiles)](
@@ -74,12 +86,11 @@ def lora_shrink_group(
             TILE=tiles.tile_rows,
             SPLIT=launch.split,
             BLOCK_K=launch.block_k,
-            BLOCK_R=min(launch.block_r, workspace.max_rank),
+            BLOCK_R=min(launch.shrink_r, workspace.max_rank),
             WIDE=wide,
             PDL=False,
             num_warps=launch.shrink_warps,
-            # Full float32 products in a pipeline are slower, and were miscompiled for sm_90 as TF32.
-            num_stages=1 if wide else launch.shrink_stages,
+            num_stages=launch.shrink_stages,
         )
 
 
@@ -88,12 +99,16 @@ def lora_expand_group_(
     weights: Sequence[LoRALayerWeights | None],
     plan: LoRAPlan,
     workspace: LoRAWorkspace | None = None,
+    *,
+    is_next: bool = False,
+    launch: GroupPlan | None = None,
 ) -> None:
     """Add the layers' parts, whose intermediates ``lora_shrink_group`` left in the workspace, to their outputs.
 
     Args:
         ys: ``[..., out_features]`` of each layer, R rows, all of one dtype; they may be columns of one wider tensor.
-        weights, plan, workspace: As in ``lora_shrink_group``.
+        weights, plan, workspace, launch: As in ``lora_shrink_group``.
+        is_next: The shrink is what was queued last on this stream, so that the expand may be launched while it runs.
 
     Raises:
         ValueError: an output does not fit its layer or the plan.
@@ -107,11 +122,12 @@ def lora_expand_group_(
     adapted = [y for y, w in zip(ys, weights, strict=True) if w is not None]
     rows = [even_rows("y", y, plan.num_rows, n) for y, n in zip(adapted, widths, strict=True)]
     workspace = workspace or group.workspace()
-    launch = group.plan(tiles)
+    wide = is_wide(group.dtype)
+    launch = group.plan(tiles, wide, launch)
     partials = workspace.take(0)
     members = [part for layer in group.layers() for part in layer.of_expand()]
     padded = three(rows)
-    wide = is_wide(group.dtype)
+    pdl = launch.pdl and is_next
     with on_device(ys[0].device):
         expand_kernel[(sum(-(-n // launch.block_n) for n in widths), tiles.max_tiles)](
             *padded,
@@ -128,12 +144,10 @@ def lora_expand_group_(
             TILE=tiles.tile_rows,
             SPLIT=launch.split,
             BLOCK_N=launch.block_n,
-            BLOCK_R=min(launch.block_r, workspace.max_rank),
             WIDE=wide,
-            PDL=launch.pdl,
+            PDL=pdl,
             num_warps=launch.expand_warps,
-            num_stages=1 if wide else launch.expand_stages,
-            **({"launch_pdl": True} if launch.pdl else {}),
+            **({"launch_pdl": True} if pdl else {}),
         )
 
 

@@ -6,7 +6,10 @@ which stores its float32 partial sums; the expand adds them up. So there is noth
 row gets the same bits whatever other rows are in its batch, as long as the launch plan is the same.
 
 Partials are float32 ``[tiles, GROUP, SPLIT, TILE, max_rank]``; what no row owns is neither written nor read, and
-of a rank only whole blocks are.
+of a rank whole blocks of 16 are.
+
+At decode every step of a chain of loads that wait for each other costs as much as all of the arithmetic, so what can be
+asked for at once is: tile, slot and rows; then rank, scaling and pages; then weights and inputs.
 """
 
 from __future__ import annotations
@@ -15,9 +18,12 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+EXPAND_RANKS = tl.constexpr(16)
+"""Ranks that an expand has in work at once."""
+
 
 @triton.jit
-def _pick(index, first, second, third, GROUP: tl.constexpr):
+def pick(index, first, second, third, GROUP: tl.constexpr):
     """Argument of the layer with this index."""
     chosen = first
     # Nested, because only the outer conditions are known when it is compiled.
@@ -31,20 +37,13 @@ def _pick(index, first, second, third, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _rank_of(slot, ranks, stride, num_slots):
-    """0 for the base and for slots that the layer's tables do not have."""
-    return tl.load(ranks + slot * stride, mask=(slot >= 0) & (slot < num_slots), other=0)
+def load_pages(pages, r, columns, PAGE: tl.constexpr):
+    """Pages of the ranks ``r``, as far as the table reaches: asked for before the rank is known."""
+    return tl.load(pages + r // PAGE, mask=r // PAGE < columns, other=0)
 
 
 @triton.jit
-def _pool_rows(pages, r, has_rank, PAGE: tl.constexpr):
-    """Rows of A and B at which the ranks ``r`` of a slot lie; int64."""
-    page = tl.load(pages + r // PAGE, mask=has_rank, other=0)
-    return (page * PAGE + r % PAGE).to(tl.int64)
-
-
-@triton.jit
-def _multiply(a, b, acc, WIDE: tl.constexpr):
+def multiply(a, b, acc, WIDE: tl.constexpr):
     """``acc + a @ b``, exact products; WIDE: one of them is float32, or they differ."""
     if WIDE:
         acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
@@ -54,7 +53,7 @@ def _multiply(a, b, acc, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _multiply_intermediate(h, b, acc, WIDE: tl.constexpr):
+def multiply_intermediate(h, b, acc, WIDE: tl.constexpr):
     """``acc + h @ b`` for float32 h. In half precision two products, of h and of what its rounding left."""
     if WIDE:
         acc = tl.dot(h, b.to(tl.float32), acc, input_precision="ieee")
@@ -65,7 +64,66 @@ def _multiply_intermediate(h, b, acc, WIDE: tl.constexpr):
     return acc
 
 
-@triton.jit(do_not_specialize=["table0", "table1", "table2", "slots0", "slots1", "slots2"])
+@triton.jit
+def load_b(B, page, r, rank, n, width, PAGE: tl.constexpr):
+    """``[len(r), len(n)]`` of a slot's B; zeros behind its rank and behind the last column."""
+    row = (page * PAGE + r % PAGE).to(tl.int64) * width
+    return tl.load(B + row[:, None] + n[None, :], mask=(r < rank)[:, None] & (n < width)[None, :], other=0.0)
+
+
+@triton.jit
+def find_adapter(B, pages, ranks, table, slots, columns, slot, length, n, width, PAGE: tl.constexpr):
+    """Pages and rank of a tile's slot in one layer, and its first block of B; rank 0 where there is nothing to add."""
+    is_known = (length > 0) & (slot >= 0) & (slot < slots)
+    slot = tl.where(is_known, slot, 0)
+    pages = pages + slot * table
+    rank = tl.load(ranks + slot * table, mask=is_known, other=0)
+    r = tl.arange(0, EXPAND_RANKS)
+    b = load_b(B, load_pages(pages, r, tl.where(is_known, columns, 0), PAGE), r, rank, n, width, PAGE)
+    return pages, rank, b
+
+
+@triton.jit
+def expand_part(
+    source,
+    B,
+    b,
+    pages,
+    columns,
+    rank,
+    is_row,
+    n,
+    width,
+    max_rank,
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """One layer's part of columns ``n``, float32 ``[TILE, BLOCK_N]``.
+
+    ``source``: ``[TILE, 1]``, the rows' first partials; ``b``: what ``load_b`` gave for the first block of ranks.
+    """
+    acc = tl.zeros((TILE, BLOCK_N), tl.float32)
+    first = 0
+    while first < rank:
+        r = first + tl.arange(0, EXPAND_RANKS)
+        h = tl.zeros((TILE, EXPAND_RANKS), tl.float32)
+        for split in tl.static_range(SPLIT):
+            h += tl.load(source + split * TILE * max_rank + r[None, :], mask=is_row[:, None], other=0.0)
+        acc = multiply_intermediate(h, b, acc, WIDE)
+        first += EXPAND_RANKS
+        r += EXPAND_RANKS
+        b = load_b(B, load_pages(pages, r, columns, PAGE), r, rank, n, width, PAGE)
+    return acc
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("table0", "table1", "table2", "slots0", "slots1", "slots2", "columns0", "columns1", "columns2"),
+    ]
+)
 def shrink_kernel(
     x,
     partials,
@@ -78,18 +136,21 @@ def shrink_kernel(
     scalings0,
     table0,
     slots0,
+    columns0,
     A1,
     pages1,
     ranks1,
     scalings1,
     table1,
     slots1,
+    columns1,
     A2,
     pages2,
     ranks2,
     scalings2,
     table2,
     slots2,
+    columns2,
     factor,
     max_rank,
     K: tl.constexpr,
@@ -110,43 +171,52 @@ def shrink_kernel(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
+    m = tl.arange(0, TILE)
     length = tl.load(tile_lens + tile)
+    slot = tl.load(tile_slots + tile)
+    row = tl.load(tile_rows + tile * TILE + m)
     if length == 0:
         return
-    table = _pick(layer, table0, table1, table2, GROUP)
-    slot = tl.load(tile_slots + tile)
-    ranks = _pick(layer, ranks0, ranks1, ranks2, GROUP)
-    rank = _rank_of(slot, ranks, table, _pick(layer, slots0, slots1, slots2, GROUP))
+    table = pick(layer, table0, table1, table2, GROUP)
+    columns = pick(layer, columns0, columns1, columns2, GROUP)
+    is_known = (slot >= 0) & (slot < pick(layer, slots0, slots1, slots2, GROUP))
+    slot = tl.where(is_known, slot, 0)
+    pages = pick(layer, pages0, pages1, pages2, GROUP) + slot * table
+    rank = tl.load(pick(layer, ranks0, ranks1, ranks2, GROUP) + slot * table, mask=is_known, other=0)
+    scaling = tl.load(pick(layer, scalings0, scalings1, scalings2, GROUP) + slot * table, mask=is_known, other=0.0)
+    page = load_pages(pages, tl.arange(0, BLOCK_R), tl.where(is_known, columns, 0), PAGE)
     if rank == 0:
         return
-    scaling = tl.load(_pick(layer, scalings0, scalings1, scalings2, GROUP) + slot * table) * factor
-    pages = _pick(layer, pages0, pages1, pages2, GROUP) + slot * table
-    A = _pick(layer, A0, A1, A2, GROUP)
-    m = tl.arange(0, TILE)
+    A = pick(layer, A0, A1, A2, GROUP)
     is_row = m < length
-    row = tl.load(tile_rows + tile * TILE + m, mask=is_row, other=0).to(tl.int64)
+    x_row = x + row.to(tl.int64)[:, None] * X_STRIDE
     part: tl.constexpr = (K + SPLIT * BLOCK_K - 1) // (SPLIT * BLOCK_K) * BLOCK_K
     out = partials + (((tile * GROUP + layer) * SPLIT + split).to(tl.int64) * TILE + m[:, None]) * max_rank
+    stored = (rank + EXPAND_RANKS - 1) // EXPAND_RANKS * EXPAND_RANKS
     first = 0
     while first < rank:
         r = first + tl.arange(0, BLOCK_R)
-        has_rank = r < rank
-        a_row = _pool_rows(pages, r, has_rank, PAGE) * K
+        a_row = (page * PAGE + r % PAGE).to(tl.int64) * K
         acc = tl.zeros((TILE, BLOCK_R), tl.float32)
         for begin in range(0, part, BLOCK_K):
             k = split * part + begin + tl.arange(0, BLOCK_K)
-            x_mask, a_mask = is_row[:, None], has_rank[None, :]
+            x_mask, a_mask = is_row[:, None], (r < rank)[None, :]
             if part * SPLIT > K:
                 x_mask, a_mask = x_mask & (k < K)[None, :], a_mask & (k < K)[:, None]
-            xs = tl.load(x + row[:, None] * X_STRIDE + k[None, :], mask=x_mask, other=0.0)
+            xs = tl.load(x_row + k[None, :], mask=x_mask, other=0.0)
             a = tl.load(A + a_row[None, :] + k[:, None], mask=a_mask, other=0.0)
-            acc = _multiply(xs, a, acc, WIDE)
+            acc = multiply(xs, a, acc, WIDE)
         # Zeros where the rank ends, so that the expand reads whole blocks.
-        tl.store(out + r[None, :], acc * scaling, mask=is_row[:, None])
+        tl.store(out + r[None, :], acc * (scaling * factor), mask=is_row[:, None] & (r < stored)[None, :])
         first += BLOCK_R
+        page = load_pages(pages, r + BLOCK_R, columns, PAGE)
 
 
-@triton.jit(do_not_specialize=["table0", "table1", "table2", "slots0", "slots1", "slots2"])
+@triton.jit(
+    do_not_specialize=[
+        *("table0", "table1", "table2", "slots0", "slots1", "slots2", "columns0", "columns1", "columns2"),
+    ]
+)
 def expand_kernel(
     y0,
     y1,
@@ -160,16 +230,19 @@ def expand_kernel(
     ranks0,
     table0,
     slots0,
+    columns0,
     B1,
     pages1,
     ranks1,
     table1,
     slots1,
+    columns1,
     B2,
     pages2,
     ranks2,
     table2,
     slots2,
+    columns2,
     max_rank,
     N0: tl.constexpr,
     N1: tl.constexpr,
@@ -182,13 +255,19 @@ def expand_kernel(
     TILE: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
     WIDE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program (layer and block of its outputs, tile)."""
     block = tl.program_id(0)
     tile = tl.program_id(1)
+    m = tl.arange(0, TILE)
+    length = tl.load(tile_lens + tile)
+    slot = tl.load(tile_slots + tile)
+    row = tl.load(tile_rows + tile * TILE + m).to(tl.int64)
+    if not PDL:  # noqa: SIM102
+        if length == 0:
+            return
     blocks0: tl.constexpr = (N0 + BLOCK_N - 1) // BLOCK_N
     blocks1: tl.constexpr = (N1 + BLOCK_N - 1) // BLOCK_N if GROUP > 1 else 0
     layer = 0
@@ -196,48 +275,35 @@ def expand_kernel(
         layer = (block >= blocks0).to(tl.int32)
     if GROUP > 2:
         layer += (block >= blocks0 + blocks1).to(tl.int32)
-    length = tl.load(tile_lens + tile)
-    if PDL:
-        gdc_launch_dependents()
-    if length == 0:
-        if PDL:
-            gdc_wait()
-        return
-    table = _pick(layer, table0, table1, table2, GROUP)
-    slot = tl.load(tile_slots + tile)
-    rank = _rank_of(
-        slot, _pick(layer, ranks0, ranks1, ranks2, GROUP), table, _pick(layer, slots0, slots1, slots2, GROUP)
+    width = pick(layer, N0, N1, N2, GROUP)
+    n = (block - pick(layer, 0, blocks0, blocks0 + blocks1, GROUP)) * BLOCK_N + tl.arange(0, BLOCK_N)
+    B = pick(layer, B0, B1, B2, GROUP)
+    columns = pick(layer, columns0, columns1, columns2, GROUP)
+    pages, rank, b = find_adapter(
+        B,
+        pick(layer, pages0, pages1, pages2, GROUP),
+        pick(layer, ranks0, ranks1, ranks2, GROUP),
+        pick(layer, table0, table1, table2, GROUP),
+        pick(layer, slots0, slots1, slots2, GROUP),
+        columns,
+        slot,
+        length,
+        n,
+        width,
+        PAGE,
     )
-    if rank == 0:
-        if PDL:
-            gdc_wait()
-        return
-    pages = _pick(layer, pages0, pages1, pages2, GROUP) + slot * table
-    B = _pick(layer, B0, B1, B2, GROUP)
-    y = _pick(layer, y0, y1, y2, GROUP)
-    width = _pick(layer, N0, N1, N2, GROUP)
-    y_stride = _pick(layer, Y_STRIDE0, Y_STRIDE1, Y_STRIDE2, GROUP)
-    n = (block - _pick(layer, 0, blocks0, blocks0 + blocks1, GROUP)) * BLOCK_N + tl.arange(0, BLOCK_N)
-    has_column = n < width
-    m = tl.arange(0, TILE)
-    is_row = m < length
-    row = tl.load(tile_rows + tile * TILE + m, mask=is_row, other=0).to(tl.int64)
     if PDL:
+        # What is above may run beside the shrink, what is below reads what the shrink and others wrote. No program ends
+        # without it: what is queued behind this kernel relies on all that came before.
+        gdc_launch_dependents()
         gdc_wait()
-    here = y + row[:, None] * y_stride + n[None, :]
-    y_mask = is_row[:, None] & has_column[None, :]
+    if rank == 0:
+        return
+    y_stride = pick(layer, Y_STRIDE0, Y_STRIDE1, Y_STRIDE2, GROUP)
+    here = pick(layer, y0, y1, y2, GROUP) + row[:, None] * y_stride + n[None, :]
+    is_row = m < length
+    y_mask = is_row[:, None] & (n < width)[None, :]
     before = tl.load(here, mask=y_mask, other=0.0)
     source = partials + ((tile * GROUP + layer).to(tl.int64) * SPLIT * TILE + m[:, None]) * max_rank
-    acc = tl.zeros((TILE, BLOCK_N), tl.float32)
-    first = 0
-    while first < rank:
-        r = first + tl.arange(0, BLOCK_R)
-        has_rank = r < rank
-        b_row = _pool_rows(pages, r, has_rank, PAGE) * width
-        b = tl.load(B + b_row[:, None] + n[None, :], mask=has_rank[:, None] & has_column[None, :], other=0.0)
-        h = tl.zeros((TILE, BLOCK_R), tl.float32)
-        for split in tl.static_range(SPLIT):
-            h += tl.load(source + split * TILE * max_rank + r[None, :], mask=is_row[:, None], other=0.0)
-        acc = _multiply_intermediate(h, b, acc, WIDE)
-        first += BLOCK_R
+    acc = expand_part(source, B, b, pages, columns, rank, is_row, n, width, max_rank, PAGE, TILE, SPLIT, BLOCK_N, WIDE)
     tl.store(here, (before.to(tl.float32) + acc).to(before.dtype), mask=y_mask)

@@ -11,11 +11,13 @@ class LoRAWorkspace:
     Attributes:
         max_rank: Room for each row's rank intermediate, a power of two; kernels are launched for it. When an adapter of
             a higher rank comes it grows, and graphs that were captured before must be captured again.
+        stream: For the first half beside a layer's own product; None on a CPU, or to have no such half.
     """
 
     def __init__(self, device: torch.device | str, max_rank: int = 64) -> None:
         self.device = torch.device(device)
         self.max_rank = 16
+        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._buffer = torch.empty(0, dtype=torch.float32, device=self.device)
         self._outgrown: list[torch.Tensor] = []
         self.admit(max_rank)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -35,6 +35,24 @@ def add_embedding_lora_(
         factor = scaling if embed_scale is None else scaling * embed_scale
         y[rows] = (y[rows].float() + t * factor @ weights.B[pool_rows].float()).to(y.dtype)
     return y
+
+
+def lora_gate(
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    x: torch.Tensor,
+    weights: Sequence[LoRALayerWeights | None],
+    plan: LoRAPlan,
+    activation: str = "silu",
+) -> torch.Tensor:
+    """Twin of ``lora_shrink_group`` and ``lora_expand_gate``, for all rows."""
+    wide = [gate.float().clone(), up.float().clone()]
+    for y, w in zip(wide, weights, strict=True):
+        if w is not None:
+            add_lora_(y, x.float(), w, plan)
+    functional = torch.nn.functional
+    active = functional.silu(wide[0]) if activation == "silu" else functional.gelu(wide[0], approximate="tanh")
+    return (active * wide[1]).to(gate.dtype)
 
 
 def merge_into_(

@@ -46,7 +46,7 @@ class AttentionMetadata:
     scratch: dict[object, object] = field(default_factory=dict)
     """What a back end derives once and reuses in every layer of the same forward."""
     backend: str | None = None
-    """"c" or "torch"; None takes the best that the tensors' device has (``kernels.backend.choose``)."""
+    """One of ``attention_backends.NAMES``; None takes the best that the tensors' device has."""
 
     @property
     def num_seqs(self) -> int:

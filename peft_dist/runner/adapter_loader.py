@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from functools import partial
 
@@ -32,7 +33,7 @@ class AdapterLoader:
         """``time_limit``: Seconds for reading one adapter; None is no limit."""
         self._store = store
         self._time_limit = time_limit
-        self._calls: BackgroundCalls[_Load, None] = BackgroundCalls("adapter-loader", NUM_THREADS, time_limit)
+        self._calls: BackgroundCalls[_Load, float] = BackgroundCalls("adapter-loader", NUM_THREADS, time_limit)
         is_cuda = store.pool.device.type == "cuda"
         self._stream = torch.cuda.Stream(store.pool.device) if is_cuda else None
 
@@ -66,7 +67,9 @@ class AdapterLoader:
         read: partial[LoadedAdapter],
         before: torch.cuda.Event | None,
         call: Call,
-    ) -> None:
+    ) -> float:
+        """Seconds of the copy from the host's memory into the pages."""
+
         def read_in_time() -> LoadedAdapter:
             adapter = read()
             # The copy may be kept, and the pages written, only while somebody waits for them.
@@ -76,15 +79,19 @@ class AdapterLoader:
         with self._store.host.hold(spec, read_in_time) as adapter:
             call.commit()
             if self._stream is None or before is None:
+                began = time.perf_counter()
                 self._fill(reservation, adapter)
-                return
+                return time.perf_counter() - began
             with torch.cuda.stream(self._stream):
                 self._stream.wait_event(before)
+                began_there = torch.cuda.Event(enable_timing=True)
+                began_there.record(self._stream)
                 self._fill(reservation, adapter)
-                after = torch.cuda.Event(blocking=True)
+                after = torch.cuda.Event(enable_timing=True, blocking=True)
                 after.record(self._stream)
             # This thread waits, not the engine's: what is published is there.
             after.synchronize()
+            return began_there.elapsed_time(after) / 1e3
 
     def _fill(self, reservation: Reservation, adapter: LoadedAdapter) -> None:
         dtype = self._store.pool.dtype
@@ -94,15 +101,16 @@ class AdapterLoader:
         )
         self._store.pool.fill(reservation, self._store.layer_tensors(adapter), finite=finite)
 
-    def _settle(self, ended: Ended[_Load, None]) -> LoadOutcome:
+    def _settle(self, ended: Ended[_Load, float]) -> LoadOutcome:
         load = ended.key
         if ended.error is None:
             self._store.pool.publish(load.reservation)
         else:
             self._store.pool.cancel(load.reservation)
-        return LoadOutcome(load.spec.content_hash, load.reservation.slot, self._describe(load, ended), ended.seconds)
+        slot, problem = load.reservation.slot, self._describe(load, ended)
+        return LoadOutcome(load.spec.content_hash, slot, problem, ended.seconds, ended.result)
 
-    def _describe(self, load: _Load, ended: Ended[_Load, None]) -> str | None:
+    def _describe(self, load: _Load, ended: Ended[_Load, float]) -> str | None:
         spec, error = load.spec, ended.error
         if error is None or isinstance(error, AdapterError):
             return None if error is None else str(error)

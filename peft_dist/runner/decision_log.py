@@ -24,17 +24,22 @@ class DecisionLog:
 
     def __init__(self, path: Path) -> None:
         self._encoder = msgspec.json.Encoder()
-        self._is_broken = False
+        self._has_ended = False
         try:
             self._file = path.open("ab", buffering=0)
         except OSError as error:
             raise ConfigError(f"decision_log={str(path)!r} cannot be written: {error}") from error
 
+    def close(self) -> None:
+        """Give the file up; decisions that are told later are lost."""
+        self._has_ended = True
+        self._file.close()
+
     def __call__(self, decision: Decision) -> None:
-        if self._is_broken:
+        if self._has_ended:
             return
         try:
             self._file.write(self._encoder.encode(decision) + b"\n")
         except OSError as error:
-            self._is_broken = True
+            self._has_ended = True
             logger.warning("decision_log %s ends here: %s", self._file.name, error)

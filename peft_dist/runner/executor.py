@@ -40,16 +40,25 @@ class DeviceSpan:
         return self._first.elapsed_time(self._last) / 1e3
 
 
+class Swap(NamedTuple):
+    """KV blocks on their way between device and host."""
+
+    num_bytes: int
+    seconds: float
+    span: DeviceSpan | None
+
+
 class Submitted(NamedTuple):
     """A step under way, and what measures it: the seconds of ``start`` on a CPU, a span on a GPU.
 
-    ``switch`` is around the change of weights that was queued before it.
+    ``switch`` is around the change of weights that was queued before it, ``swap`` around the copies of KV blocks.
     """
 
     step: PendingStep
     seconds: float
     span: DeviceSpan | None
     switch: DeviceSpan | None
+    swap: Swap | None
 
 
 class TorchExecutor:
@@ -64,14 +73,15 @@ class TorchExecutor:
         self._switch: DeviceSpan | None = None
 
     def submit(self, batch: Batch) -> Submitted:
+        swap = self._copy_blocks(batch)
         if self.runner.device.type != "cuda":
             began = time.perf_counter()
             step = self.runner.start(batch)
-            return Submitted(step, time.perf_counter() - began, None, None)
+            return Submitted(step, time.perf_counter() - began, None, None, swap)
         switch, self._switch = self._switch, None
         with DeviceSpan() as span:
             step = self.runner.start(batch)
-        return Submitted(step, 0.0, span, switch)
+        return Submitted(step, 0.0, span, switch, swap)
 
     def collect(self, handle: Submitted) -> StepResult:
         began = time.perf_counter()
@@ -81,7 +91,23 @@ class TorchExecutor:
         else:
             seconds = handle.span.seconds()
         switch_seconds = handle.switch.seconds() if handle.switch is not None else None
-        return msgspec.structs.replace(result, seconds=seconds, switch_seconds=switch_seconds)
+        result = msgspec.structs.replace(result, seconds=seconds, switch_seconds=switch_seconds)
+        if handle.swap is None:
+            return result
+        swap = handle.swap
+        swap_seconds = swap.seconds if swap.span is None else swap.span.seconds()
+        return msgspec.structs.replace(result, swap_bytes=swap.num_bytes, swap_seconds=swap_seconds)
+
+    def _copy_blocks(self, batch: Batch) -> Swap | None:
+        if not batch.swap_outs and not batch.swap_ins:
+            return None
+        if self.runner.device.type != "cuda":
+            began = time.perf_counter()
+            num_bytes = self.runner.copy_blocks(batch)
+            return Swap(num_bytes, time.perf_counter() - began, None)
+        with DeviceSpan() as span:
+            num_bytes = self.runner.copy_blocks(batch)
+        return Swap(num_bytes, 0.0, span)
 
     def prepare_merge(self, spec: AdapterSpec) -> str | None:
         """Settle whether an adapter can be merged, and take the memory for it; why it cannot, None when it can.

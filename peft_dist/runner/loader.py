@@ -67,7 +67,10 @@ def load_model(options: EngineConfig, device: torch.device) -> PreTrainedModel:
         if getattr(config, "is_encoder_decoder", False):
             raise ConfigError(f"{options.model} is an encoder-decoder model; only decoder-only models are served")
         dtype = resolve_dtype(options.dtype, config, device)
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, **source)
+        if options.load_format == "dummy":
+            model = _random_model(config, dtype, device, options)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, **source)
     except (OSError, KeyError, ValueError, ImportError, SafetensorError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -77,6 +80,13 @@ def load_model(options: EngineConfig, device: torch.device) -> PreTrainedModel:
         ) from error
     model.requires_grad_(False)
     return model.eval().to(device)
+
+
+def _random_model(config: Any, dtype: torch.dtype, device: torch.device, options: EngineConfig) -> PreTrainedModel:
+    """The model as it initialises itself before training, made on ``device`` in ``dtype``, the same for each seed."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
+        torch.manual_seed(options.seed or 0)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=options.trust_remote_code)
 
 
 def max_positions(model: PreTrainedModel, wanted: int | None) -> int:

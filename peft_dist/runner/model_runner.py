@@ -94,9 +94,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def start(self, batch: Batch) -> PendingStep:
-        """Copy blocks, run the forward pass, sample. Does not wait for the device."""
-        self.kv.swap_out(batch.swap_outs)
-        self.kv.swap_in(batch.swap_ins)
+        """Run the forward pass and sample; ``copy_blocks`` comes before. Does not wait for the device."""
         for begin in batch.starts:
             self.records[begin.request_id] = self._record(begin)
         step = PendingStep(batch, self.drawn.begin())
@@ -104,6 +102,12 @@ class ModelRunner:
             self._forward(step)
         self._unfinished.append(step)
         return step
+
+    def copy_blocks(self, batch: Batch) -> int:
+        """Copy the batch's KV blocks between device and host; the bytes that are copied."""
+        self.kv.swap_out(batch.swap_outs)
+        self.kv.swap_in(batch.swap_ins)
+        return (len(batch.swap_outs) + len(batch.swap_ins)) * self.kv.bytes_per_block
 
     def finish(self, step: PendingStep) -> StepResult:
         """Wait for a step's tokens. Steps finish in the order in which they were started."""

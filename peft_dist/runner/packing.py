@@ -1,4 +1,4 @@
-"""Whether a model's weights are multiplied from the CPU library's own layout."""
+"""How a loaded model is made fast before anything else is put around it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,21 @@ import logging
 from torch import nn
 from transformers import PreTrainedModel
 
+from peft_dist.core.config import EngineConfig
+from peft_dist.patches.fused_model import fuse
 from peft_dist.patches.packed_linear import pack_linear, pack_linears
 from peft_dist.patches.siblings import find_siblings
 from peft_dist.runner.memory import free_memory
 
 logger = logging.getLogger(__name__)
+
+
+def prepare_layers(model: PreTrainedModel, config: EngineConfig) -> None:
+    """On a CPU multiply with the library's own layout of the weights; elsewhere join weights and fuse kernels."""
+    if model.device.type == "cpu":
+        pack_weights(model, config.pack_weights)
+    elif config.fuse:
+        fuse(model)
 
 
 def pack_weights(model: PreTrainedModel, wanted: bool | None) -> None:

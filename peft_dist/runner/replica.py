@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
-from dataclasses import dataclass
+import select
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,12 +25,13 @@ from peft_dist.kernels import attention_backends, backend
 from peft_dist.kernels.attention_interface import BackendUnavailableError
 from peft_dist.kernels.kv_pool import KVCachePool, block_bytes
 from peft_dist.kernels.lora_pool import LoRAPool
-from peft_dist.patches.joining import join_weights
 from peft_dist.policy.factory import make_policy
 from peft_dist.policy.settings import PolicySettings
 from peft_dist.runner.adapter_memory import count_rows, row_bytes
 from peft_dist.runner.adapter_modules import describe_modules
 from peft_dist.runner.adapter_store import AdapterStore
+from peft_dist.runner.cost_prior import ModelSize, device_prior, measure_speed
+from peft_dist.runner.cost_profile import hash_shapes, identify, read_profile, write_profile
 from peft_dist.runner.decision_log import DecisionLog
 from peft_dist.runner.executor import TorchExecutor
 from peft_dist.runner.graph_setup import are_captured, graph_bytes, make_graphs
@@ -38,7 +40,8 @@ from peft_dist.runner.loader import end_of_sequence_ids, has_tokenizer, load_mod
 from peft_dist.runner.memory import MemoryLeft, count_blocks
 from peft_dist.runner.merge_setup import as_in_the_base, later_device_bytes, make_merging
 from peft_dist.runner.model_runner import ModelRunner
-from peft_dist.runner.packing import pack_weights
+from peft_dist.runner.packing import prepare_layers
+from peft_dist.runner.restart_check import check_restart
 from peft_dist.runner.warm_up import run_largest_batch
 
 logger = logging.getLogger(__name__)
@@ -47,7 +50,12 @@ _VERSIONED = ("torch", "transformers", "peft", "accelerate")
 
 @dataclass
 class Replica:
-    """An engine with its model. ``close`` ends what runs; the memory goes with the object (``release_memory``)."""
+    """An engine with its model. ``close`` ends what runs; the memory goes with the object (``release_memory``).
+
+    Attributes:
+        config: What the engine goes by now; ``loaded_with`` what the model was loaded with.
+        identity: What measured seconds depend on (``cost_profile.identify``).
+    """
 
     engine: Engine
     model_info: ModelInfo
@@ -55,6 +63,8 @@ class Replica:
     runner: ModelRunner
     executor: TorchExecutor
     config: EngineConfig
+    loaded_with: EngineConfig
+    identity: dict[str, str]
 
     @property
     def load_timeout(self) -> float | None:
@@ -98,13 +108,20 @@ class Replica:
     def restart(self, config: EngineConfig) -> Engine:
         """Take a new engine, with other options, for the model as it was loaded; it has the same adapters registered.
 
-        What the old one was running is aborted. Its cost model goes on.
+        What the old one was running is aborted, and the loads under way are waited for. Its cost model goes on.
+
+        Raises:
+            ConfigError: an option needs the model loaded in another way; the old engine goes on.
         """
+        check_restart(self.loaded_with, config, self.executor)
         old = self.engine
-        self._drain()
+        new = new_engine(config, self.model_info, self.executor, old.cost)
+        self._drain(wait_for_loads=True)
+        self._close_log()
         self.executor.clear()
         self.config = config
-        self.engine = new_engine(config, self.model_info, self.executor, old.cost)
+        self.model_info = replace(self.model_info, max_loras=config.max_loras)
+        self.engine = new
         for spec in old.adapters.values():
             self.engine.register_adapter(spec)
         return self.engine
@@ -119,19 +136,31 @@ class Replica:
         return self.executor.fileno()
 
     def close(self) -> None:
-        """End what runs, and the loader's threads."""
+        """End what runs, and the loader's threads; write down what was learnt of costs, where that was asked for."""
         self._drain()
         self.executor.close()
+        self._close_log()
+        if self.config.cost_profile is not None and self.engine.cost.num_steps:
+            write_profile(Path(self.config.cost_profile), self.identity, self.model_info.model, self.engine.cost)
 
     @property
     def _captured_for(self) -> tuple[int, int]:
         """What captured steps with adapters take for granted."""
         return self.store.num_layers, self.store.pool.workspace.max_rank
 
-    def _drain(self) -> None:
-        self.engine.abort(list(self.engine.requests))
-        while self.engine.has_work and not self.engine.waits_for_load:
-            self.engine.step(0.0)
+    def _drain(self, *, wait_for_loads: bool = False) -> None:
+        engine = self.engine
+        engine.abort(list(engine.requests))
+        while engine.has_work:
+            if engine.waits_for_load:
+                if not wait_for_loads:
+                    return
+                select.select([self.fileno()], [], [])
+            engine.step(0.0)
+
+    def _close_log(self) -> None:
+        if isinstance(self.engine.on_decision, DecisionLog):
+            self.engine.on_decision.close()
 
 
 def release_memory() -> None:
@@ -151,10 +180,9 @@ def build_replica(config: EngineConfig) -> Replica:
         torch.set_num_threads(config.num_threads)
     device = resolve_device(config.device)
     model = load_model(config, device)
-    if device.type == "cpu":
-        pack_weights(model, config.pack_weights)
-    else:
-        join_weights(model)
+    # Before its weights are packed, its layers wrapped and the memory taken.
+    speed, size, shapes_hash = measure_speed(device, model.dtype), ModelSize.of(model), hash_shapes(model)
+    prepare_layers(model, config)
     shapes = probe_kv_shapes(model)
     modules = describe_modules(model)
     num_rows = count_rows(config, modules, device, model.dtype)
@@ -193,7 +221,13 @@ def build_replica(config: EngineConfig) -> Replica:
     )
     logger.info("adapters: %d rank rows in each of %d modules, %d slots", num_rows, len(modules), config.max_loras)
     executor = TorchExecutor(runner, config.adapter_load_timeout)
-    return Replica(new_engine(config, info, executor, CostModel()), info, store, runner, executor, config)
+    identity = identify(info, shapes_hash, device)
+    cost = read_profile(Path(config.cost_profile), identity) if config.cost_profile else None
+    if cost is None:
+        prior = device_prior(speed, size, row_bytes(modules, model.dtype), info.merge_way)
+        cost = CostModel(prior)
+    engine = new_engine(config, info, executor, cost)
+    return Replica(engine, info, store, runner, executor, config, config, identity)
 
 
 def _choose_attention(

@@ -170,6 +170,7 @@ class StepGraphs:
             self._steps[variant] = self._build(variant, merged)
         return self._steps[variant]
 
+    @torch.inference_mode()
     def _build(self, variant: Variant, merged: MergedLayers | None) -> CapturedStep:
         shape = variant.shape
         inputs = StepBuffer.over(self._memory, shape)

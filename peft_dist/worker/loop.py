@@ -17,29 +17,36 @@ from peft_dist.core.messages import (
     AnyCommand,
     LoadAdapter,
     Progress,
-    ReplicaDetail,
     SequenceProgress,
     Shutdown,
     UnloadAdapter,
 )
 from peft_dist.engine.commands import make_request
 from peft_dist.worker.channel import Channel
+from peft_dist.worker.detail_schedule import DetailSchedule
 from peft_dist.worker.fetcher import AdapterFetcher
 from peft_dist.worker.replica import Replica
 
 logger = logging.getLogger(__name__)
-DETAIL_SECONDS = 1.0
 
 
 class WorkerLoop:
     """Runs one replica for an orchestrator until it says Shutdown.
 
     While the engine has work, commands are taken between two steps without waiting; without work the loop
-    waits for the next command, and while only a load can give it work, for its end too.
+    waits for the next command or the end of a load, or until what changed last is to be told.
     """
 
-    def __init__(self, replica: Replica, channel: Channel, find_adapter: Callable[[LoadAdapter], Path]) -> None:
+    def __init__(
+        self,
+        replica: Replica,
+        channel: Channel,
+        find_adapter: Callable[[LoadAdapter], Path],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``clock``: Seconds from any origin, never running backwards."""
         self._replica = replica
+        self._clock = clock
         self._engine = replica.engine
         self._channel = channel
         self._find = find_adapter
@@ -49,8 +56,7 @@ class WorkerLoop:
         self._adapters: dict[str, AdapterSpec] = {}
         self._refused: list[SequenceProgress] = []
         self._stopped = False
-        self._detail_sent = -DETAIL_SECONDS
-        self._worked = False
+        self._details = DetailSchedule()
 
     def run(self) -> None:
         """Raises whatever makes the engine unable to go on."""
@@ -59,8 +65,8 @@ class WorkerLoop:
         gc.collect()
         gc.freeze()
         while True:
-            if not self._engine.has_work or self._engine.waits_for_load:
-                self._channel.wait()
+            if self._is_idle:
+                self._channel.wait(self._details.timeout_ms(self._clock()))
             commands = self._channel.receive()
             for command in commands:
                 self._handle(command)
@@ -71,23 +77,25 @@ class WorkerLoop:
                 return
             self._step(report=bool(commands or found))
 
+    @property
+    def _is_idle(self) -> bool:
+        return not self._engine.has_work or self._engine.waits_for_load
+
     def _step(self, *, report: bool) -> None:
         """One engine step; its stats are reported with its progress, after commands, and when work ran out."""
         progress, self._refused = self._refused, []
-        if self._engine.has_work:
-            progress += self._engine.step(time.monotonic())
+        stepped = self._engine.has_work
+        if stepped:
+            progress += self._engine.step(self._clock())
             report |= not self._engine.has_work
-        if progress or report:
-            self._channel.send(Progress(sequences=progress, stats=self._engine.stats(), detail=self._detail()))
-
-    def _detail(self) -> ReplicaDetail | None:
-        """Now and then, and whenever work ran out: it costs a walk over everything."""
-        now, works = time.monotonic(), self._engine.has_work
-        ran_out, self._worked = self._worked and not works, works
-        if not ran_out and now - self._detail_sent < DETAIL_SECONDS:
-            return None
-        self._detail_sent = now
-        return self._engine.detail()
+        self._details.note(stepped=stepped, is_idle=self._is_idle, version=self._engine.residency_version)
+        now = self._clock()
+        if not self._details.is_due(now):
+            if progress or report:
+                self._channel.send(Progress(sequences=progress, stats=self._engine.stats()))
+            return
+        self._details.sent(now)
+        self._channel.send(Progress(sequences=progress, stats=self._engine.stats(), detail=self._engine.detail()))
 
     def _handle(self, command: AnyCommand) -> None:
         match command:
@@ -106,7 +114,7 @@ class WorkerLoop:
 
     def _add(self, command: AddRequest) -> None:
         try:
-            self._engine.add_request(make_request(command, self._adapters, time.monotonic()))
+            self._engine.add_request(make_request(command, self._adapters, self._clock()))
         except (PeftDistError, ValueError) as error:
             self._refused.append(
                 SequenceProgress(

@@ -23,6 +23,11 @@ class ReplicaEngine(Protocol):
         """Whether another step is of no use before an adapter has been loaded, or requests come or go."""
         ...
 
+    @property
+    def residency_version(self) -> int:
+        """Grows whenever an adapter was registered, forgotten, brought to the device or put out of it."""
+        ...
+
     def add_request(self, request: Request) -> None:
         """Raises ValueError when the request cannot be taken."""
         ...

@@ -28,6 +28,7 @@ from peft_dist.orchestrator.observation import ReplicaTotals, ReplicaView
 
 BASE = "tiny-base"
 MAX_MODEL_LEN = 512
+QUEUE_SECONDS = 0.03
 PADDED_VOCAB = 300  # Beyond the tokenizer's last id, as real models have it.
 SPECIALS = ["<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>"]
 MERGES = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("Ġ", "w")]
@@ -166,6 +167,7 @@ class ScriptedStream:
             finish_reason=reason,
             stop_reason=stop,
             num_cached_tokens=cached,
+            queue_seconds=QUEUE_SECONDS,
         )
 
 

@@ -27,7 +27,12 @@ REPLICA_COUNTERS = (
     "steps",
 )
 REQUEST_COUNTERS = ("prompt_tokens", "generation_tokens", "sequences_admitted", "sequences_finished", "request_errors")
-HISTOGRAMS = ("time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds")
+HISTOGRAMS = (
+    "time_to_first_token_seconds",
+    "inter_token_latency_seconds",
+    "e2e_request_latency_seconds",
+    "request_queue_seconds",
+)
 OTHER_GAUGES = (
     "replicas",
     "adapters_served",
@@ -53,6 +58,7 @@ FAMILIES = {
     **{f"peft_dist:{name}_total": "counter" for name in (*REPLICA_COUNTERS, *REQUEST_COUNTERS)},
     **{f"peft_dist:{name}": "histogram" for name in HISTOGRAMS},
     **{f"vllm:{name}": "gauge" for name in ROUTER_GAUGES},
+    "vllm:request_queue_time_seconds": "histogram",
 }
 
 

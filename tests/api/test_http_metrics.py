@@ -274,7 +274,9 @@ def test_histograms_know_no_adapters(http: httpx.Client) -> None:
     scrape = Scrape.of(http)
     of_histograms = {n for n, kind in scrape.types.items() if kind == "histogram"}
     labels = {label for name, ls in scrape.samples for label, _ in ls if any(name.startswith(n) for n in of_histograms)}
-    assert labels == {"le"}
+    assert labels == {"le", "model_name", "engine"}, "the last two are vLLM's, and have one value each"
+    assert scrape.value("peft_dist:request_queue_seconds_count") == 3
+    assert scrape.value("vllm:request_queue_time_seconds_count", model_name=BASE, engine="0") == 3
     assert scrape.value("peft_dist:time_to_first_token_seconds_count") == 3
 
 

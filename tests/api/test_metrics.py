@@ -49,6 +49,26 @@ def test_times_are_those_of_the_sequences() -> None:
     assert metrics.recent_adapters() == ["hash-sql"]
 
 
+def test_the_time_in_the_queue_counts_once_a_sequence() -> None:
+    metrics = RequestMetrics(5)
+    watch = metrics.watch(None)
+    watch.admitted(3, 7)
+    for index, seconds in ((0, 0.02), (0, 0.02), (1, None), (1, 3.0), (7, 1.0)):
+        watch.queued(index, seconds)
+    scrape = scraped(metrics.registry)
+    assert scrape.value("peft_dist:request_queue_seconds_count") == 2, "the third never ran"
+    assert scrape.value("peft_dist:request_queue_seconds_sum") == 3.02
+    registry = CollectorRegistry()
+    replicas = [view(0, "ready", ReplicaStats(), ReplicaDetail())]
+    registry.register(StateCollector(replicas, [], [], 100, metrics.queue, 12.0))
+    labels = {"model_name": BASE, "engine": "0"}
+    theirs = scraped(registry)
+    assert theirs.value("vllm:request_queue_time_seconds_count", **labels) == 2
+    assert theirs.value("vllm:request_queue_time_seconds_sum", **labels) == 3.02
+    assert theirs.value("vllm:request_queue_time_seconds_bucket", le="1.0", **labels) == 1
+    assert theirs.value("vllm:request_queue_time_seconds_bucket", le="+Inf", **labels) == 2
+
+
 def test_what_is_remembered_of_use_is_bounded() -> None:
     metrics = RequestMetrics(3)
     for name in "abcbda":
@@ -66,7 +86,8 @@ def test_replicas_have_series_of_their_own_but_are_one_to_a_router() -> None:
         view(3, "starting", ReplicaStats(), ReplicaDetail()),
     ]
     registry = CollectorRegistry()
-    registry.register(StateCollector(replicas, [adapter(name) for name in "abc"], [], 100, 12.0))
+    queue = RequestMetrics(5).queue
+    registry.register(StateCollector(replicas, [adapter(name) for name in "abc"], [], 100, queue, 12.0))
     scrape = scraped(registry)
     assert scrape.by("peft_dist:replicas", "state") == {("starting",): 1, ("ready",): 2, ("dead",): 1}
     assert scrape.by("peft_dist:merged", "replica") == {("0",): 0, ("1",): 1}

@@ -41,6 +41,7 @@ def test_every_option_checks_its_type(name: str, value: Any) -> None:
         ("seed", "0", "int or None"),
         ("enable_prefix_caching", 1, "bool"),
         ("pack_weights", "yes", "bool or None"),
+        ("fuse", None, "bool"),
         ("trust_remote_code", "false", "bool"),
         ("model", "", "a folder or hub id"),
         ("model", None, "a folder or hub id"),

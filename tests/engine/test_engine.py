@@ -15,10 +15,11 @@ from peft_dist.core.messages import SequenceProgress
 from peft_dist.core.request import Request
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.engine.adapter_manager import AdapterManager
-from peft_dist.engine.decisions import Decision
+from peft_dist.engine.decisions import MAX_CREDITS, Decision
 from peft_dist.engine.engine import Engine
 from peft_dist.engine.limits import SchedulerLimits
 from peft_dist.engine.scheduler import Scheduler
+from peft_dist.policy.credit import CreditPolicy
 from peft_dist.policy.factory import make_policy
 from peft_dist.policy.settings import PolicySettings
 from tests.engine.fake_executor import EOS, FakeExecutor, tokens_alone
@@ -373,6 +374,24 @@ def test_every_step_is_told_to_the_decision_log() -> None:
     assert decisions[0].passed_over == {"hash1": 1} and decisions[0].switch_seconds > 0
 
 
+def test_a_decision_tells_the_credits_that_are_furthest_from_zero() -> None:
+    decisions: list[Decision] = []
+    engine = make_engine(policy="credit")
+    engine.on_decision = decisions.append
+    policy = engine.scheduler.policy
+    assert isinstance(policy, CreditPolicy)
+    policy.ledger.move("debtor", "creditor", 0.25)
+    engine.add_request(make_request("r0", [1] * 5, 1, 4, ignore_eos=True))
+    step(engine, {})
+    assert decisions[-1].credits == {"debtor": -0.25, "creditor": 0.25, "hash0": 0.0} == policy.credits
+    for i in range(100):
+        policy.ledger.move(f"payer{i}", f"payee{i}", 1.0 + i)
+    step(engine, {})
+    told = decisions[-1].credits
+    assert len(told) == MAX_CREDITS
+    assert {abs(credit) for credit in told.values()} == {1.0 + i for i in range(100 - MAX_CREDITS // 2, 100)}
+
+
 def test_twins_in_one_step_share_blocks() -> None:
     engine = make_engine(max_tokens=64)
     for i in range(3):
@@ -542,3 +561,23 @@ def test_a_thousand_requests_leave_nothing_behind() -> None:
                 engine.abort([progress.request_id])
     assert len(got) == 1000
     assert_empty(engine)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_how_long_a_request_waited_for_its_first_step_is_told_with_its_tokens(depth: int) -> None:
+    engine = make_engine(max_seqs=1, depth=depth)
+    found: dict[str, list[SequenceProgress]] = {}
+    first, second = make_request("first", [5, 6], 0, 3, ignore_eos=True), make_request("second", [7], 0, 2)
+    second.arrival_time = 0.5
+    engine.add_request(first)
+    step(engine, found, now=2.0)
+    engine.add_request(second)
+    never = make_request("never", [8], 0, 2)
+    engine.add_request(never)
+    step(engine, found, now=3.0)
+    engine.abort(["never"])
+    drain(engine, found, now=10.0)
+    assert {progress.queue_seconds for progress in found["first"]} == {2.0}
+    waited = {progress.queue_seconds for progress in found["second"]}
+    assert len(waited) == 1 and waited.pop() >= 9.5
+    assert never.queue_seconds is None

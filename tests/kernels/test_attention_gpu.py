@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from peft_dist.kernels import attention, attention_backends, reference
 from peft_dist.kernels.attention_interface import AttentionBackend, AttentionNeeds
+from peft_dist.kernels.capture import CudaCapture
 from peft_dist.kernels.types import AttentionMetadata, KVCache
 from tests.kernels.cases import metadata
-from tests.kernels.device_cases import DEVICES, assert_accurate, attend, batch, expected, on_device
+from tests.kernels.device_cases import DEVICES, assert_accurate, attend, batch, expected, on_device, padded_batch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 BACKENDS = ("vllm-flash-attn", "flashinfer", "triton", "torch")
@@ -79,69 +82,88 @@ def test_real_shapes(
 
 
 class Captured:
-    """One captured call for ``rows`` decodes: writes keys and values, then attends."""
+    """One captured step of a layer: keys and values are written, queries attend."""
 
-    def __init__(self, name: str, rows: int, max_context: int, cache: KVCache, options: dict[str, object]) -> None:
-        block_size, num_kv_heads, head_dim = cache.key.shape[1:]
-        self.num_heads = 4 * num_kv_heads
-        self.cache, self.rows = cache, rows
-        arrays = (torch.arange(rows + 1), torch.zeros(rows), torch.zeros(rows, max_context // block_size))
-        starts, contexts, tables = (a.to("cuda", torch.int32) for a in arrays)
-        slots = torch.full((rows,), -1, dtype=torch.int64, device="cuda")
-        host = (t.cpu().numpy() for t in (starts, contexts, tables, slots))
-        self.meta = AttentionMetadata(*host, starts, contexts, tables, slots, 1, max_context, backend=name)
-        shapes = ((self.num_heads, head_dim), (num_kv_heads, head_dim), (num_kv_heads, head_dim))
-        self.inputs = [torch.zeros(rows, *shape, dtype=cache.key.dtype, device="cuda") for shape in shapes]
-        self.run(options)
-        torch.cuda.synchronize()
-        self.graph = torch.cuda.CUDAGraph()
+    def __init__(self, name: str, sizes: tuple[int, int], cache: KVCache, options: dict[str, object]) -> None:
+        """``sizes``: (sequences, tokens)."""
+        _, num_kv_heads, head_dim = cache.key.shape[1:]
+        self.cache, self.sizes = cache, sizes
+        self.meta = padded_batch(on_device(metadata([(1, 1)], 16)[0], "cuda"), *sizes, max_context=4096)
+        self.meta = dataclasses.replace(self.meta, backend=name, block_tables_t=self.meta.block_tables_t.new_zeros(
+            sizes[0], 4096 // cache.key.shape[1]))  # fmt: skip
+        self.meta.context_lens_t.zero_()
+        self.meta.slot_mapping_t.fill_(-1)
+        heads = (4 * num_kv_heads, num_kv_heads, num_kv_heads)
+        self.inputs = [torch.zeros(sizes[1], n, head_dim, dtype=cache.key.dtype, device="cuda") for n in heads]
+        self.replay_graph = CudaCapture(torch.device("cuda"))(lambda: self.run(options))
+
+    def run(self, options: dict[str, object]) -> None:
         self.meta.scratch.clear()
-        with torch.cuda.graph(self.graph):
-            self.out = self.run(options)
-
-    def run(self, options: dict[str, object]) -> torch.Tensor:
         query, key, value = self.inputs
         attention.write_kv(key, value, self.cache, self.meta)
-        return attention.paged_attention(query, self.cache, self.meta, **options)  # type: ignore[arg-type]
+        self.out = attention.paged_attention(query, self.cache, self.meta, **options)  # type: ignore[arg-type]
 
     def replay(self, meta: AttentionMetadata, states: list[torch.Tensor]) -> torch.Tensor:
-        """Fill the first rows with this batch, the others with padding of the worst kind, and replay."""
-        count = meta.num_seqs
-        self.meta.context_lens_t.zero_()
-        self.meta.block_tables_t.zero_()
-        self.meta.slot_mapping_t.fill_(-1)
-        self.meta.context_lens_t[:count] = meta.context_lens_t
-        self.meta.block_tables_t[:count, : meta.block_tables_t.shape[1]] = meta.block_tables_t
-        self.meta.slot_mapping_t[:count] = meta.slot_mapping_t
+        """Fill in this batch, padding of the worst kind behind it, and replay."""
+        padded = padded_batch(meta, *self.sizes)
+        self.meta.query_start_loc_t.copy_(padded.query_start_loc_t)
+        self.meta.context_lens_t.copy_(padded.context_lens_t)
+        self.meta.block_tables_t.zero_()[:, : padded.block_tables_t.shape[1]] = padded.block_tables_t
+        self.meta.slot_mapping_t.copy_(padded.slot_mapping_t)
         for buffer, state in zip(self.inputs, states, strict=True):
-            buffer.fill_(float("nan"))[:count] = state
+            buffer.fill_(float("nan"))[: len(state)] = state
         self.out.fill_(float("nan"))
-        self.graph.replay()
-        return self.out[:count]
+        self.replay_graph()
+        return self.out[: len(states[0])]
+
+
+def contexts(count: int, least: int, most: int) -> list[int]:
+    return [least + (i * 37) % (most - least) for i in range(count)]
+
+
+DECODE_BATCHES = [
+    [(1, n) for n in contexts(64, 1, 1999)],
+    [(1, n) for n in contexts(61, 1500, 2000)],
+    [(1, 16)],
+    [(1, n) for n in contexts(64, 1, 40)],
+]
+MIXED_BATCHES = [
+    [(100, 100), (1, 1999), (7, 1000), (1, 3)],
+    [(256, 2000)],
+    [(1, n) for n in contexts(16, 100, 1999)],
+    [(16, 16)] * 15 + [(1, 700)],
+]
 
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 100}, {"sinks": True}], ids=str)
-@pytest.mark.parametrize("rows", [1, 8, 64])
-def test_one_graph_serves_every_context_and_fewer_rows(name: str, options: dict[str, object], rows: int) -> None:
+@pytest.mark.parametrize(
+    ("sizes", "batches"),
+    [((64, 64), DECODE_BATCHES), ((8, 8), [DECODE_BATCHES[2]]), ((1, 1), [[(1, 1999)], [(1, 2)]]),
+     ((16, 256), MIXED_BATCHES)],
+    ids=["64 decodes", "8 decodes", "1 decode", "mixed"],
+)  # fmt: skip
+def test_one_graph_serves_every_batch_that_fits(
+    name: str, options: dict[str, object], sizes: tuple[int, int], batches: list[list[tuple[int, int]]]
+) -> None:
     heads, block_size, dtype = (32, 8, 128, 128), 16, torch.bfloat16
-    query, cache, meta = batch([(1, 2000)] * rows, heads, block_size, dtype, "cuda")
+    query, cache, _ = batch([(1, 2000)] * sizes[0], heads, block_size, dtype, "cuda")
     for tensor in cache:
         tensor.normal_()
     options = options_for(options, heads)
     if not available(name, query, cache, options).graph_capturable:
         pytest.skip(f"{name} plans on the host")
-    captured = Captured(name, rows, 4096, cache, options)
+    captured = Captured(name, sizes, cache, options)
     generator = torch.Generator("cuda").manual_seed(0)
-    for count, contexts in ((rows, (1, 1999)), (max(1, rows - 3), (1500, 2000)), (1, (16, 17)), (rows, (1, 40))):
-        lengths = [(1, contexts[0] + (i * 37) % (contexts[1] - contexts[0])) for i in range(count)]
-        meta = on_device(metadata(lengths, block_size, seed=count)[0], "cuda")
-        states = [torch.randn(count, n, 128, device="cuda", generator=generator).to(dtype) for n in (32, 8, 8)]
-        before = KVCache(*(tensor.clone() for tensor in cache))
+    for number, lengths in enumerate(batches):
+        meta = on_device(metadata(lengths, block_size, seed=number)[0], "cuda")
+        tokens = len(meta.slot_mapping)
+        states = [torch.randn(tokens, n, 128, device="cuda", generator=generator).to(dtype) for n in (32, 8, 8)]
+        wanted = KVCache(*(tensor.clone() for tensor in cache))
+        reference.write_kv(states[1], states[2], wanted, meta)
         got = captured.replay(meta, states)
-        reference.write_kv(states[1], states[2], before, meta)
-        for written, wanted in zip(cache, before, strict=True):
-            torch.testing.assert_close(written, wanted, rtol=0, atol=0, equal_nan=True)
+        for written, expected_cache in zip(cache, wanted, strict=True):
+            torch.testing.assert_close(written, expected_cache, rtol=0, atol=0)
         assert_accurate(got, expected(states[0], cache, meta, **options))
 
 

@@ -8,21 +8,16 @@ import torch
 from peft_dist.kernels import reference_glue as reference
 from peft_dist.kernels.glue import Norm, implementation
 from peft_dist.kernels.types import KVCache
+from tests.kernels.device_cases import DEVICES
 
 pytest.importorskip("triton")
 glue = implementation("triton")
 
-DEVICES = [
-    pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles for the GPU")),
-    pytest.param(
-        "cuda",
-        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
-    ),
-]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STYLES = {"llama": (False, True), "gemma": (True, False), "gpt_oss": (False, False)}
 # The interpreter runs one program after another.
 ROWS = (1, 2, 3, 7, 33, 133) if torch.cuda.is_available() else (1, 3, 17)
+ROTARY_ROWS = ROWS if torch.cuda.is_available() else (1, 2, 5)
 ROTARY_SHAPES = [(4, 2, 16, 16, 16), (6, 3, 20, 12, 8), (9, 1, 24, 24, 24)]
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 
@@ -100,13 +95,15 @@ def test_gate(device: str, rows: int, dtype: torch.dtype, activation: str) -> No
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", (*ROWS, 70))
+@pytest.mark.parametrize("rows", ROTARY_ROWS)
 @pytest.mark.parametrize("style", [None, *STYLES])
-def test_rotary_and_write(device: str, style: str | None, rows: int, dtype: torch.dtype) -> None:
+def test_rotary_and_write(
+    device: str, style: str | None, rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Few rows take a head to a program, many several."""
-    for heads, kv_heads, head_dim, value_dim, width in (
-        ROTARY_SHAPES if rows < 20 or device == "cuda" else ROTARY_SHAPES[1:2]
-    ):
+    if device == "cpu":
+        monkeypatch.setattr(glue, "_FEW_ROWS", 3)
+    for heads, kv_heads, head_dim, value_dim, width in ROTARY_SHAPES:
         sizes = [heads * head_dim, kv_heads * head_dim, kv_heads * value_dim]
         parts = columns_of(rows, sizes, dtype, device, rows)
         q, k, v = (

@@ -115,3 +115,20 @@ def test_on_a_cpu_the_caller_was_kept_waiting(clock: FakeClock) -> None:
     assert seconds is not None and seconds >= 0
     assert executor.collect(executor.submit(Batch(0, []))).switch_seconds is None
     executor.close()
+
+
+def test_copies_of_kv_blocks_are_timed_apart_from_the_step(executor: TorchExecutor, clock: FakeClock) -> None:
+    def copy_blocks(batch: Batch) -> int:
+        clock.now += 12.0
+        return 4096 * (len(batch.swap_outs) + len(batch.swap_ins))
+
+    runner: Any = executor.runner
+    runner.copy_blocks = copy_blocks
+    executor.switch(SPEC)
+    with_copies = executor.submit(Batch(0, [], swap_outs=[(0, 0), (1, 1)], swap_ins=[(2, 2)]))
+    without = executor.submit(Batch(1, []))
+    assert clock.waits == 0
+    first, second = executor.collect(with_copies), executor.collect(without)
+    assert (first.swap_bytes, first.swap_seconds) == (3 * 4096, pytest.approx(0.012))
+    assert (first.seconds, first.switch_seconds) == (pytest.approx(0.008), pytest.approx(0.030))
+    assert (second.swap_bytes, second.swap_seconds) == (0, None)

@@ -31,6 +31,7 @@ class FakeEngine:
     waits_for_load = False
 
     def __init__(self) -> None:
+        self.residency_version = 0
         self.requests: dict[str, Request] = {}
         self.adapters: dict[str, AdapterSpec] = {}
 
@@ -53,10 +54,12 @@ class FakeEngine:
 
     def register_adapter(self, spec: AdapterSpec) -> None:
         self.adapters[spec.content_hash] = spec
+        self.residency_version += 1
 
     def forget_adapter(self, content_hash: str) -> None:
         assert all(r.content_hash != content_hash for r in self.requests.values()), "dropped while in use"
         del self.adapters[content_hash]
+        self.residency_version += 1
 
     def stats(self) -> ReplicaStats:
         return ReplicaStats(

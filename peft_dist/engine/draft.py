@@ -1,0 +1,57 @@
+"""A batch in the making, and who gives up KV blocks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from peft_dist.core.batch import ScheduledSequence
+from peft_dist.core.request import Request, RequestStatus
+
+
+@dataclass(slots=True)
+class Draft:
+    """
+    Attributes:
+        chosen: Ids that the policy named.
+        is_urgent: Whether it named them because some of them must not be overtaken any longer.
+        settled: Ids of those that are in the batch, or lost their blocks while it was made.
+        may_start: Whether a request without blocks may still join; nobody smaller takes those that an older one lacks.
+    """
+
+    chosen: frozenset[str]
+    is_urgent: bool = False
+    sequences: list[ScheduledSequence] = field(default_factory=list)
+    settled: set[str] = field(default_factory=set)
+    may_start: bool = True
+
+    def victim_to_grow(self, queue: dict[str, Request]) -> Request:
+        """Who gives up blocks for the next tokens of a running request; perhaps that request itself.
+
+        Args:
+            queue: Unfinished requests, oldest first.
+        """
+        victim = _youngest(queue, self.settled | self.chosen) or _youngest(queue, self.settled)
+        assert victim is not None, "the request itself"
+        return victim
+
+    def victim_to_admit(self, queue: dict[str, Request], request: Request) -> Request | None:
+        """Who gives up blocks for a request that has none; None when nobody must.
+
+        Those who were passed over make room for their elders, or for anybody if nothing else could run.
+        """
+        victim = _youngest(queue, self.settled | self.chosen, than=request if self.sequences else None)
+        if victim is None and self.is_urgent:
+            # Whoever must not be overtaken any longer takes the blocks of those who would overtake it.
+            victim = _youngest(queue, self.settled, than=request)
+        return victim
+
+
+def _youngest(queue: dict[str, Request], spared: Collection[str], than: Request | None = None) -> Request | None:
+    """The youngest running request that is not spared, younger than another one."""
+    for request in reversed(queue.values()):
+        if request is than:
+            return None
+        if request.status is RequestStatus.RUNNING and request.request_id not in spared:
+            return request
+    return None

@@ -1,0 +1,135 @@
+"""Our decode, prefill and throughput through ``LLM.generate`` on one GPU, measured as peer_vllm.py measures vLLM.
+
+    python scripts/bench/ours_gpu.py base|lora|merged [--part decode throughput merge] [--batches 1 8] [--kinds same]
+
+base: an engine without adapters. lora: 32 adapters (``--adapters``, ``--rank``), never merged. merged: one adapter,
+merged into a second copy of the weights; every line says how many of its steps were. ``--part merge`` (with merged)
+times merging itself beside the device's copy bandwidth. ``--resident-rank 128`` has one more adapter of that rank on
+the device that no request asks for. One JSON line a measurement.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from bench.gpu_engine import DEVICE, add_engine_options, runner, start, synchronize
+from bench.gpu_options import kinds_of, make_parser, parse, sizes_of
+from bench.gpu_workload import (
+    NEW_TOKENS,
+    SHAPES,
+    clocked,
+    emit,
+    linear_shapes,
+    ranks_of,
+    time_decode,
+    time_throughput,
+    write_adapters,
+)  # fmt: skip
+
+KINDS = {"base": ("none",), "lora": ("none", "same", "zipf", "distinct", "eight"), "merged": ("same",)}
+
+
+def with_steps(llm: Any, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What ``work`` measured, with how many engine steps it took, and how many of those ran merged."""
+    before = llm._open.engine.detail()
+    figures = work()
+    after = llm._open.engine.detail()
+    steps, merged = after.num_steps - before.num_steps, after.num_merged_steps - before.num_merged_steps
+    return {**figures, "steps": steps, "merged_steps": merged}
+
+
+def measure(llm: Any, options: Namespace, label: dict[str, Any], count: int) -> None:
+    """``count`` adapters may be asked for."""
+    run, new_tokens = runner(llm), options.new_tokens or NEW_TOKENS
+    kinds = kinds_of(options, KINDS[options.mode])
+    for kind in kinds if "decode" in options.part else ():
+        for batch in options.batches:
+            work = partial(time_decode, run, options.shape, kind, batch, count, new_tokens)
+            emit(**label, part="decode", **with_steps(llm, work))
+    for kind in kinds if "throughput" in options.part else ():
+        work = partial(time_throughput, run, options.shape, kind, sizes_of(options), count)
+        emit(**label, part="throughput", **with_steps(llm, work))
+
+
+def measure_merge(llm: Any, options: Namespace, rounds: int = 7) -> dict[str, Any]:
+    """Best times of merging over another adapter and of unmerging, beside copying as many bytes."""
+    runner(llm)([[1000] * 4] * 2, [2, 2], [0, 1])
+    executor, specs = llm._open.executor, llm.adapters
+
+    def switch(spec: Any) -> None:
+        executor.switch(spec)
+        synchronize()
+
+    best = {"merge_ms": float("inf"), "unmerge_ms": float("inf")}
+    for turn in range(2 * rounds):
+        for name, spec in (("merge_ms", specs[turn % 2]), ("unmerge_ms", None)):
+            best[name] = min(best[name], clocked(partial(switch, spec), synchronize) * 1e3)
+    layers, linears = SHAPES[options.shape]["num_hidden_layers"], linear_shapes(options.shape).values()
+    weights = 2 * layers * sum(inputs * outputs for inputs, outputs in linears)
+    adapter = 2 * layers * int(options.rank) * sum(inputs + outputs for inputs, outputs in linears)
+    moved, bandwidth = 2 * weights + adapter, copy_bandwidth()
+    return {
+        **{name: round(value, 4) for name, value in best.items()},
+        "bytes_moved": moved,
+        "copy_gb_per_s": round(bandwidth / 1e9, 1),
+        "copy_ms": round(moved / bandwidth * 1e3, 4),
+        "way": llm.model_info.merge_way,
+    }
+
+
+def copy_bandwidth(rounds: int = 5) -> float:
+    """Bytes read and written a second by copying a large tensor."""
+    source = torch.zeros(1 << (30 if DEVICE == "cuda" else 24), dtype=torch.int16, device=DEVICE)
+    target = torch.empty_like(source)
+
+    def copy() -> None:
+        target.copy_(source)
+        synchronize()
+
+    copy()
+    return 2 * source.nbytes / min(clocked(copy, synchronize) for _ in range(rounds))
+
+
+def main() -> None:
+    parser = make_parser(__doc__, ("decode", "throughput", "merge"))
+    add_engine_options(parser)
+    parser.add_argument("mode", choices=tuple(KINDS))
+    parser.add_argument("--resident-rank", type=int, help="one more adapter, which no request asks for")
+    options = parse(parser)
+    count = {"base": 0, "lora": options.adapters, "merged": 2}[options.mode]
+    ranks = ranks_of(options.rank, count)
+    if options.resident_rank:
+        ranks.append(options.resident_rank)
+    paths = write_adapters(options.shape, options.folder, ranks, DEVICE)
+    merging = {"policy": "merge", "merge": "shadow"} if options.mode == "merged" else {}
+    began = time.perf_counter()
+    llm = start(options, paths, ranks, **merging)
+    ready = time.perf_counter()
+    first = runner(llm)([[1000] * 128], [1], None)
+    info = llm.model_info
+    label = {"engine": "ours", "mode": options.mode, "rank": options.rank, "resident": len(ranks)}
+    if options.resident_rank:
+        label["resident_rank"] = options.resident_rank
+        runner(llm)([[1000] * 16], [2], [count])
+    emit(
+        **label, part="start", seconds=round(ready - began, 1), first_token_s=round(ready - began + first, 1),
+        attention=info.attention_backend, lora_kernels=info.lora_backend, kv_blocks=info.num_blocks,
+    )  # fmt: skip
+    measure(llm, options, label, max(count, 1))
+    if "merge" in options.part and options.mode == "merged":
+        emit(**label, part="merge", **measure_merge(llm, options))
+    llm.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""PEFT's answers from models whose weights are joined and whose modules are fused, merged and unmerged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from peft_dist import LLM, SamplingParams
+from peft_dist.core.config import EngineConfig
+from peft_dist.patches import fuse
+from peft_dist.patches.fused_model import fused_of
+from peft_dist.runner import packing, replica
+from tests.e2e.test_exactness import NAMES, NUM_TOKENS, PROMPTS, make_adapters
+from tests.oracle import PeftOracle, Recorder, assert_close_logits, assert_identical, common_prefix
+from tests.tiny_models import FAMILIES, make_model
+
+torch.set_num_threads(1)
+FUSED = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "mixtral", "gpt_oss")
+
+
+@pytest.mark.parametrize("merge", ["off", "shadow", "host"])
+@pytest.mark.parametrize("family", FUSED)
+def test_tokens_and_logits_are_pefts(family: str, merge: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Joined and fused right after loading, as on a GPU, but with the kernels' plain twins."""
+    monkeypatch.setattr(replica, "prepare_layers", lambda model, config: fuse(model, "reference"))
+    model = make_model(family, tmp_path / "base")
+    adapters = make_adapters(family, model, tmp_path)
+    if merge == "host":
+        # Embeddings that the head shares cannot be merged in place.
+        del adapters["all"]
+    oracle = PeftOracle(model, adapters)
+    names = ["some" if name == "all" and merge == "host" else name for name in NAMES]
+    greedy = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
+    policy = "fcfs" if merge == "off" else "merge"
+    with LLM(
+        tmp_path / "base", adapters, device="cpu", dtype="float32", num_blocks=64, max_num_seqs=6, merge=merge,
+        policy=policy,
+    ) as llm:  # fmt: skip
+        served = llm._open.runner.model
+        recorder = Recorder(llm)
+        outputs = llm.generate(PROMPTS, greedy, names, use_tqdm=False)
+        assert fused_of(served).modules["norms"] and (fused_of(served).joined or family == "phi3")
+    for output, prompt, name in zip(outputs, PROMPTS, names, strict=True):
+        adapter = None if name == "__base__" else name
+        answer = oracle.answer(prompt, adapter, NUM_TOKENS)
+        assert assert_identical(output.outputs[0].token_ids, answer, oracle, prompt, adapter) == 0
+        same = common_prefix(output.outputs[0].token_ids, answer.tokens)
+        assert_close_logits(recorder.logits[output.request_id], answer, min(same + 1, NUM_TOKENS))
+
+
+@pytest.mark.parametrize(("wanted", "device", "expected"), [(True, "cuda", 1), (False, "cuda", 0), (True, "cpu", 0)])
+def test_models_are_fused_on_a_gpu_unless_told_otherwise(
+    wanted: bool, device: str, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, calls = FAMILIES["llama"](), []
+    monkeypatch.setattr(PreTrainedModel, "device", property(lambda model: torch.device(device)))
+    monkeypatch.setattr(packing, "fuse", calls.append)
+    packing.prepare_layers(model, EngineConfig(model="m", fuse=wanted, pack_weights=False))
+    assert len(calls) == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_loading_takes_no_second_copy_of_the_weights() -> None:
+    model = FAMILIES["llama"]().cuda()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    fuse(model)
+    group = model.model.layers[0].mlp.gate_proj._joint.weight.nbytes
+    assert torch.cuda.memory_allocated() <= 1.01 * before and torch.cuda.max_memory_allocated() <= before + 2 * group

@@ -1,0 +1,150 @@
+"""What the worker's loop reports of itself, and when; on a clock that only waiting moves."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peft_dist.core.adapter import AdapterSpec
+from peft_dist.core.messages import AddRequest, AnyReport, LoadAdapter, Progress, ReplicaDetail, Shutdown, UnloadAdapter
+from peft_dist.core.sampling_params import SamplingParams
+from peft_dist.worker.detail_schedule import CHANGE_SECONDS
+from peft_dist.worker.loop import WorkerLoop
+from tests.engine.test_engine import make_engine
+
+SPEC = AdapterSpec("late", "late", "", {"m": 4}, 10)
+
+
+class Script:
+    """A channel that brings one batch of commands after another, each when the loop would wait without end.
+
+    Where the loop sets itself a time limit, that time passes and nothing comes.
+    """
+
+    def __init__(self, *batches: list[Any]) -> None:
+        self.batches = deque([*batches, [Shutdown()]])
+        self.ready: list[Any] = []
+        self.now = 100.0
+        self.sent: list[AnyReport] = []
+        self.before_wait: Callable[[], bool] = lambda: False
+
+    def watch(self, fd: int) -> None:
+        pass
+
+    def wait(self, timeout_ms: int | None = None) -> None:
+        if self.before_wait():
+            return
+        if timeout_ms is None:
+            self.ready = self.batches.popleft()
+        else:
+            self.now += timeout_ms / 1e3
+
+    def receive(self) -> list[Any]:
+        ready, self.ready = self.ready, []
+        return ready
+
+    def send(self, report: AnyReport) -> None:
+        self.sent.append(report)
+
+    def last_detail(self) -> ReplicaDetail:
+        return [r.detail for r in self.sent if isinstance(r, Progress) and r.detail is not None][-1]
+
+    def details(self) -> int:
+        return sum(isinstance(report, Progress) and report.detail is not None for report in self.sent)
+
+
+class EngineReplica:
+    """A replica around a real engine on a made-up device."""
+
+    load_timeout: float | None = None
+
+    def __init__(self) -> None:
+        self.engine = make_engine(num_slots=1)
+        self._pipe = os.pipe()
+
+    def inspect_adapter(self, name: str, path: Path, *, allow_pickle: bool) -> AdapterSpec:
+        return AdapterSpec(name, name, "", {"m": 4}, 10)
+
+    def register_adapter(self, spec: AdapterSpec, *, allow_pickle: bool) -> None:
+        self.engine.register_adapter(spec)
+
+    def fileno(self) -> int:
+        return self._pipe[0]
+
+    def close(self) -> None:
+        for fd in self._pipe:
+            os.close(fd)
+
+
+@pytest.fixture
+def replica() -> Iterator[EngineReplica]:
+    made = EngineReplica()
+    yield made
+    made.close()
+
+
+def run(replica: Any, script: Any) -> WorkerLoop:
+    loop = WorkerLoop(replica, script, lambda command: Path(command.path), clock=lambda: script.now)
+    loop._adapters = dict(replica.engine.adapters)
+    loop.run()
+    loop._fetcher.close()
+    return loop
+
+
+def add(name: str, content_hash: str | None, tokens: int = 1) -> AddRequest:
+    return AddRequest(
+        request_id=name,
+        prompt_token_ids=[5, 6, 7],
+        params=SamplingParams(max_tokens=tokens, ignore_eos=True),
+        seed=1,
+        content_hash=content_hash,
+    )
+
+
+def residency(script: Script) -> dict[str, str]:
+    return {held.content_hash: held.tier for held in script.last_detail().adapters}
+
+
+def test_the_end_of_the_last_request_is_told_though_details_were_sent_just_now(replica: EngineReplica) -> None:
+    # Each of them comes and goes within one round of the loop, right after the one before.
+    script = Script([add("a", "hash0")], [add("b", None)], [add("c", None)])
+    run(replica, script)
+    assert script.last_detail().num_steps == replica.engine.num_steps == 3
+    assert residency(script) == {"hash0": "device"}
+
+
+def test_a_load_that_ends_and_an_adapter_that_leaves_are_told_while_nothing_runs(replica: EngineReplica) -> None:
+    script = Script([add("a", "hash0")], [UnloadAdapter(call_id=1, content_hash="hash0")])
+    run(replica, script)
+    assert residency(script) == {}
+    script = Script([add("b", "hash1")], [add("c", "hash2")])
+    run(replica, script)
+    assert residency(script) == {"hash2": "device"}, "hash1 had to go for it"
+    assert script.last_detail().num_adapter_evictions == 1
+
+
+def test_a_registration_is_told_soon_and_many_of_them_together(replica: EngineReplica) -> None:
+    script = Script([LoadAdapter(call_id=i, name=f"new{i}", path="/there") for i in range(20)])
+    loop = None
+
+    def all_found() -> bool:
+        # Real threads look for the adapters: their ends are all that is waited for.
+        return len(replica.engine.adapters) < 4 + 20 and not script.ready and len(script.batches) == 1
+
+    script.before_wait = all_found
+    loop = run(replica, script)
+    assert len(loop._adapters) == 4 + 20
+    assert script.now <= 100.0 + 2 * CHANGE_SECONDS
+    assert 1 <= script.details() <= 3
+
+
+def test_while_nothing_changes_nothing_is_told(replica: EngineReplica) -> None:
+    script = Script([add("a", None)], [], [], [])
+    run(replica, script)
+    told = script.details()
+    assert script.now <= 100.0 + CHANGE_SECONDS and told <= 2
