@@ -23,19 +23,32 @@ def run_again(run: Callable[[], None]) -> Callable[[], None]:
     return run
 
 
-class Recorder:
-    """Counts what another capture does."""
+def addresses(model: PeftModel) -> list[int]:
+    """Of all tensors outside of its buffers that a captured pass of a patched model goes by."""
+    state = model.__dict__["_peft_dist"]
+    tensors = [tensor for cache in state.graphs.memory.caches.values() for tensor in cache]
+    for held in state.weights._pool.addressed_weights:
+        tensors += [t for t in (held.A, held.B, held.pages_t, held.rank_t, held.scaling_t) if t is not None]
+    base = model.get_base_model()
+    tensors += [p for name, p in base.named_parameters() if "lora_" not in name] + list(base.buffers())
+    return [tensor.data_ptr() for tensor in tensors]
 
-    def __init__(self, capture: Capture = run_again) -> None:
+
+class Recorder:
+    """Counts what another capture does, and checks that nothing has moved when it is replayed."""
+
+    def __init__(self, model: PeftModel, capture: Capture = run_again) -> None:
+        self.model = model
         self.capture = capture
         self.captured = 0
         self.replayed = 0
 
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
-        captured = self.capture(run)
+        captured, before = self.capture(run), addresses(self.model)
         self.captured += 1
 
         def replay() -> None:
+            assert addresses(self.model) == before
             self.replayed += 1
             captured()
 
@@ -44,7 +57,7 @@ class Recorder:
 
 def patched(model: PeftModel, capture: Capture = run_again) -> tuple[PeftModel, Recorder]:
     """A patched model whose decode passes are captured by the recorder."""
-    recorder = Recorder(capture)
+    recorder = Recorder(model, capture)
     peft_dist.patch(model).__dict__["_peft_dist"].graphs = DecodeGraphs(lambda device: recorder)
     return model, recorder
 

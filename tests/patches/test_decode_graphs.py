@@ -128,6 +128,31 @@ def test_a_change_of_weights_is_seen(
     assert recorder.replayed == 2 * (NEW - 1)
 
 
+@pytest.mark.parametrize("replaces", [False, True])
+def test_a_base_weight_that_lies_elsewhere_is_seen(replaces: bool, make: Callable[..., PeftModel]) -> None:
+    (model, recorder), plain = patched(make()), make()
+    call(model)
+    for changed in (model, plain):
+        layer = changed.get_base_model().model.layers[1].mlp.up_proj.base_layer
+        if replaces:
+            layer.weight = torch.nn.Parameter(layer.weight.detach() * -0.5)
+        else:
+            layer.weight.data = layer.weight.data * -0.5
+    assert_same(call(model), call(plain))
+    assert recorder.captured == 2
+
+
+def test_hooks_of_the_model_itself_run_around_captured_passes(make: Callable[..., PeftModel]) -> None:
+    model, recorder = patched(make())
+    seen: list[Any] = []
+    model.get_base_model().register_forward_hook(lambda module, args, output: seen.append(output))
+    answer = call(model)
+    assert recorder.replayed == NEW - 1 and len(seen) == NEW
+    for output, logits in zip(seen, answer.logits, strict=True):
+        assert type(output) is type(seen[0]) and output.past_key_values is answer.past_key_values
+        assert torch.equal(output.logits[:, -1].float(), logits)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_another_dtype_is_seen(dtype: torch.dtype, make: Callable[..., PeftModel]) -> None:
     (model, recorder), plain = patched(make()), peft_dist.patch(make())
