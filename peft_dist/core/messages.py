@@ -210,7 +210,7 @@ def decode_command(data: bytes) -> CommandEnvelope:
     """Raises ProtocolError when ``data`` is no command of this version."""
     try:
         envelope = _commands.decode(data)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ProtocolError(f"not a command of protocol version {PROTOCOL_VERSION}: {error}") from error
     _check_version(envelope.version)
     return envelope
@@ -220,7 +220,7 @@ def decode_report(data: bytes) -> ReportEnvelope:
     """Raises ProtocolError when ``data`` is no report of this version."""
     try:
         envelope = _reports.decode(data)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ProtocolError(f"not a report of protocol version {PROTOCOL_VERSION}: {error}") from error
     _check_version(envelope.version)
     return envelope

@@ -14,13 +14,13 @@ class Draft:
     """
     Attributes:
         chosen: Ids that the policy named.
-        is_urgent: Whether it named them because some of them must not be overtaken any longer.
+        urgent: Ids of those of them who must not be overtaken any longer.
         settled: Ids of those that are in the batch, or lost their blocks while it was made.
         may_start: Whether a request without blocks may still join; nobody smaller takes those that an older one lacks.
     """
 
     chosen: frozenset[str]
-    is_urgent: bool = False
+    urgent: frozenset[str] = frozenset()
     sequences: list[ScheduledSequence] = field(default_factory=list)
     settled: set[str] = field(default_factory=set)
     may_start: bool = True
@@ -41,7 +41,7 @@ class Draft:
         Those who were passed over make room for their elders, or for anybody if nothing else could run.
         """
         victim = _youngest(queue, self.settled | self.chosen, than=request if self.sequences else None)
-        if victim is None and self.is_urgent:
+        if victim is None and request.request_id in self.urgent:
             # Whoever must not be overtaken any longer takes the blocks of those who would overtake it.
             victim = _youngest(queue, self.settled, than=request)
         return victim

@@ -155,7 +155,7 @@ class Scheduler:
         # Every decode behind a prompt keeps its token, so that no prompt makes all others wait for a step.
         decodes = sum(candidate.num_new_tokens == 1 for candidate in choice.candidates)
         chosen = frozenset(candidate.request_id for candidate in choice.candidates)
-        draft = Draft(chosen, is_urgent=choice.reason == "urgent")
+        draft = Draft(chosen, choice.urgent)
         for candidate in choice.candidates:
             is_decode = candidate.num_new_tokens == 1
             decodes -= is_decode

@@ -15,6 +15,7 @@ from peft_dist.kernels.types import AttentionMetadata, KVCache
 
 _LOG2_E = math.log2(math.e)
 _MAX_HEAD = 256
+_MIXED_SPLITS = 8
 
 
 class TritonAttention:
@@ -81,19 +82,24 @@ class TritonAttention:
                 chunks.attend_chunks(out, query, cache, meta, factors, sliding_window, sinks, tile, has_decodes)
             if only_decodes or has_decodes:
                 tile = self._decode_tile or decode.tile_for(query.dtype, head_dim)
-                splits = self._num_splits or decode.splits_for(
-                    meta.num_seqs, num_kv_heads, meta.max_context_len, tile.keys, _processors(query)
-                )
+                splits = self._num_splits or self._splits(query, cache, meta, tile.keys, only_decodes)
                 decode.attend_decodes(
                     out, query, cache, meta, factors, sliding_window, sinks, tile, splits, not only_decodes
                 )
         return out
 
+    @staticmethod
+    def _splits(
+        query: torch.Tensor, cache: KVCache, meta: AttentionMetadata, tile_keys: int, only_decodes: bool
+    ) -> int:
+        processors = torch.cuda.get_device_properties(query.device).multi_processor_count if query.is_cuda else 8
+        splits = decode.splits_for(meta.num_seqs, cache.key.shape[2], meta.max_context_len, tile_keys, processors)
+        if only_decodes:
+            return splits
+        # Mixed batches come in every size, outside of graphs too, and each number is a kernel to compile.
+        return _MIXED_SPLITS if splits >= _MIXED_SPLITS else 1
+
 
 def _may_have_decodes(meta: AttentionMetadata, num_tokens: int) -> bool:
     """False where the sizes alone tell that no sequence has one query token; true costs an empty launch."""
     return num_tokens <= (meta.num_seqs - 1) * meta.max_query_len + 1
-
-
-def _processors(tensor: torch.Tensor) -> int:
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 8

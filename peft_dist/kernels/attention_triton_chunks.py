@@ -33,7 +33,7 @@ def tile_for(dtype: torch.dtype, head_dim: int) -> ChunkTile:
     return ChunkTile(128, 64 if head_dim <= 128 else 32, 8, 3)
 
 
-@triton.jit(do_not_specialize=["num_seqs"])
+@triton.jit(do_not_specialize=["num_seqs", "table_row"])
 def _chunk_kernel(
     query,
     out,

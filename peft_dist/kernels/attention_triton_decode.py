@@ -57,7 +57,7 @@ def _own_keys(context, window, split, KEYS: tl.constexpr, SPLITS: tl.constexpr, 
     return first, tl.minimum(first + each * KEYS, context), tl.cdiv(tiles, tl.maximum(each, 1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_row"])
 def _decode_kernel(
     query,
     out,

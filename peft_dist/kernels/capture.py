@@ -25,7 +25,8 @@ class CudaCapture:
             run()
         current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        # Other threads go on loading adapters meanwhile, with calls that a capture of everything would not survive.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             run()
         replay: Callable[[], None] = graph.replay
         return replay

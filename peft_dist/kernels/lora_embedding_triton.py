@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from peft_dist.kernels.lora_group import even_rows, is_wide, layer_tables, on_device, tiles_of
-from peft_dist.kernels.lora_triton_kernels import EXPAND_RANKS, load_b, load_pages, multiply_intermediate
+from peft_dist.kernels.lora_triton_parts import EXPAND_RANKS, load_b, load_pages, multiply_intermediate
 from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
 
 _KINDS = (torch.float32, torch.bfloat16, torch.float16)

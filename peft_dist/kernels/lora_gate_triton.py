@@ -11,7 +11,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from peft_dist.kernels.lora_group import even_rows, group_of, is_wide, layer_tables, on_device, tiles_of
 from peft_dist.kernels.lora_plans import GroupPlan
-from peft_dist.kernels.lora_triton_kernels import expand_part, find_adapter
+from peft_dist.kernels.lora_triton_parts import expand_part, find_adapter
 from peft_dist.kernels.lora_workspace import LoRAWorkspace
 from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import chain
 from operator import is_
 from typing import Any, NamedTuple, TypeVar
 
@@ -42,7 +44,16 @@ class LayerTables(NamedTuple):
         return self.rank.stride(0), *self.pages.shape
 
 
-class Group(NamedTuple):
+class Arguments(NamedTuple):
+    """What a group's layers are to the kernels, which always take three; of these versions of their weights."""
+
+    versions: list[int]
+    shrink: tuple[Any, ...]
+    expand: tuple[Any, ...]
+
+
+@dataclass(slots=True)
+class Group:
     """Up to three layers that read one input."""
 
     weights: tuple[LoRALayerWeights, ...]
@@ -51,23 +62,29 @@ class Group(NamedTuple):
     in_features: int
     out_features: tuple[int, ...]
     device_name: str
+    _arguments: Arguments | None = None
 
     @property
     def size(self) -> int:
         """Layers."""
         return len(self.weights)
 
-    def layers(self) -> list[LayerTables]:
-        """One for each argument of the kernels, which always take three."""
-        return three([layer_tables(weights) for weights in self.weights])
+    def arguments(self) -> Arguments:
+        """Made once a version: a step without a graph is bound by such work on the host."""
+        versions = [weights.version for weights in self.weights]
+        held = self._arguments
+        if held is None or held.versions != versions:
+            layers = three([layer_tables(weights) for weights in self.weights])
+            shrink, expand = (layer.of_shrink() for layer in layers), (layer.of_expand() for layer in layers)
+            held = self._arguments = Arguments(versions, tuple(chain(*shrink)), tuple(chain(*expand)))
+        return held
 
     def plan(self, tiles: LoRATiles, wide: bool, given: GroupPlan | None = None) -> GroupPlan:
         """How to launch it. Tiles are counted in powers of two, so that many batch sizes share a compiled kernel."""
         if given is not None:
             return given.in_float32() if wide else given
         count = 1 << max(tiles.max_tiles - 1, 0).bit_length()
-        shape = GroupShape(tiles.tile_rows, count, self.in_features, self.out_features)
-        return plan_for(shape, self.device_name, wide)
+        return plan_for(GroupShape(tiles.tile_rows, count, self.in_features, self.out_features), self.device_name, wide)
 
     def workspace(self) -> LoRAWorkspace:
         """That of the pool; weights without one have their own."""

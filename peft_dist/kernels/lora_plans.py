@@ -24,6 +24,8 @@ FOLDER_VARIABLE = "PEFT_DIST_TUNED"
 _DECODE_PROGRAMS, _PREFILL_PROGRAMS = 792, 264
 # Every block of outputs adds the parts up again: for long tiles more of them would be more to read than the outputs.
 _DECODE_PARTS, _PREFILL_PARTS = 16, 4
+# Expands of a decode step: one on each multiprocessor of an H100 at least, wide ones rather than more.
+_DECODE_EXPANDS = 132
 # In octaves, summed over tiles, K and N: beyond that a measured shape says nothing.
 _FARTHEST = 4.0
 
@@ -50,6 +52,7 @@ class GroupPlan:
     Attributes:
         split: Parts of the inputs, each summed by a program of its own.
         block_k, block_n: Inputs and outputs that a program has in work at once; powers of two from 16.
+        part_n: Outputs that a tile of several rows has in work at once, of the ``block_n`` of its program.
         shrink_r: Likewise ranks, in the shrink. An adapter of a lower rank computes with zeros, but reads none.
         gate_n, gate_warps: ``block_n`` and warps of the expand that is fused with a gated activation.
         pdl: The expand starts while the shrink still runs, and reads what does not depend on it (programmatic dependent
@@ -59,6 +62,7 @@ class GroupPlan:
     block_k: int
     split: int
     block_n: int
+    part_n: int = 128
     shrink_r: int = 16
     shrink_warps: int = 4
     shrink_stages: int = 3
@@ -99,7 +103,8 @@ def default_plan(shape: GroupShape) -> GroupPlan:
     columns = sum(shape.out_features)
     block_n = 64
     # Wider blocks add up fewer partial sums again, as long as there are enough of them.
-    while block_n < (256 if is_decode else 128) and columns * shape.max_tiles > 2 * block_n * _PREFILL_PROGRAMS:
+    most_n, wanted_n = (512, _DECODE_EXPANDS) if is_decode else (128, 2 * _PREFILL_PROGRAMS)
+    while block_n < most_n and columns * shape.max_tiles > 2 * block_n * wanted_n:
         block_n *= 2
     block_n = min(block_n, _power_of_two(max(shape.out_features)))
     warps = 8 if shape.tile_rows == 128 else 4
@@ -109,7 +114,7 @@ def default_plan(shape: GroupShape) -> GroupPlan:
         block_k,
         split,
         block_n,
-        shrink_r,
+        shrink_r=shrink_r,
         shrink_warps=warps,
         expand_warps=warps,
         gate_n=max(16, block_n // 2),

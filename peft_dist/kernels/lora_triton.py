@@ -68,7 +68,6 @@ def lora_shrink_group(
     wide = is_wide(x.dtype, group.dtype)
     launch = group.plan(tiles, wide, launch)
     partials = workspace.take(tiles.max_tiles * group.size * launch.split * tiles.tile_rows * workspace.max_rank)
-    members = [part for layer in group.layers() for part in layer.of_shrink()]
     with on_device(x.device):
         shrink_kernel[(group.size * launch.split, tiles.max_tiles)](
             rows,
@@ -76,7 +75,7 @@ def lora_shrink_group(
             tiles.rows,
             tiles.slots,
             tiles.lens,
-            *members,
+            *group.arguments().shrink,
             float(plan.factor),
             workspace.max_rank,
             K=group.in_features,
@@ -125,7 +124,6 @@ def lora_expand_group_(
     wide = is_wide(group.dtype)
     launch = group.plan(tiles, wide, launch)
     partials = workspace.take(0)
-    members = [part for layer in group.layers() for part in layer.of_expand()]
     padded = three(rows)
     pdl = launch.pdl and is_next
     with on_device(ys[0].device):
@@ -135,7 +133,7 @@ def lora_expand_group_(
             tiles.rows,
             tiles.slots,
             tiles.lens,
-            *members,
+            *group.arguments().expand,
             workspace.max_rank,
             *three(widths),
             *(y.stride(0) for y in padded),
@@ -144,6 +142,7 @@ def lora_expand_group_(
             TILE=tiles.tile_rows,
             SPLIT=launch.split,
             BLOCK_N=launch.block_n,
+            PART_N=min(launch.block_n, launch.part_n),
             WIDE=wide,
             PDL=pdl,
             num_warps=launch.expand_warps,

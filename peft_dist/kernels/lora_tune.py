@@ -26,6 +26,7 @@ Measure = Callable[[GroupPlan], float]
 _SLOTS = 32
 # More than the card's second-level cache: in a model every layer's adapters come from memory.
 _COLD_BYTES = 160 << 20
+_MOST_COPIES, _MOST_CALLS = 64, 256
 
 
 def fields_of(shape: GroupShape, gate: bool) -> dict[str, tuple[Any, ...]]:
@@ -97,7 +98,7 @@ class GroupBench:
         self._sizes, self._dtype = (in_features, out_features), dtype
         self.has_gate = len(out_features) == 2 and out_features[0] == out_features[1]
         each = _SLOTS * rank * (len(out_features) * in_features + sum(out_features)) * dtype.itemsize
-        copies = -(-_COLD_BYTES // each)
+        copies = min(-(-_COLD_BYTES // each), _MOST_COPIES)
         self._pool = LoRAPool("cuda", dtype, num_rows=_SLOTS * -(-rank // 8) * 8, num_slots=_SLOTS)
         for _ in range(copies):
             for out in out_features:
@@ -127,6 +128,7 @@ class GroupBench:
         ys = torch.zeros(num_rows, sum(outs), device="cuda", dtype=self._dtype).split(list(outs), dim=1)
         out = torch.empty(num_rows, outs[0], device="cuda", dtype=self._dtype)
         calls = [(weights, _plan_of(tiles, num_rows)) for weights in self._groups for tiles in batches]
+        calls = calls[:_MOST_CALLS]
 
         def run() -> None:
             for weights, plan in calls:

@@ -74,11 +74,13 @@ class Choice:
         candidates: Who runs, in order of priority, at most one a seat: the scheduler takes them while seats, tokens and
             blocks last, and takes blocks from the last of them, or from requests not named, when they do not.
         reason: Which branch decided.
+        urgent: Ids of those who must not be overtaken: they get the blocks of whoever is younger.
     """
 
     merged_adapter: str | None
     candidates: list[Candidate]
     reason: str
+    urgent: frozenset[str] = frozenset()
 
 
 class BatchingPolicy(Protocol):

@@ -13,10 +13,11 @@ RELIEF = 0.5
 class OvertakingTracker:
     """Seconds for which each request was overtaken.
 
-    A request is overtaken in a step in which a younger one runs and it does not, although it could have. Its seconds
-    grow while such steps last and shrink while it runs itself. It is urgent from when one more step would carry its
-    seconds past the bound until they have shrunk to half of the bound. A policy that never lets an urgent request be
-    overtaken keeps everybody's seconds below the bound.
+    A request is overtaken in a step in which a younger one runs and it does not, although it could have, or could if
+    the younger ones' adapters did not keep its own from the device. Its seconds grow while such steps last and shrink
+    while it runs itself. It is urgent from when one more step would carry its seconds past the bound until they have
+    shrunk to half of the bound. A policy that never lets an urgent request be overtaken keeps everybody's seconds below
+    the bound, but for the loading of adapters.
     """
 
     def __init__(self, bound: float) -> None:
@@ -61,10 +62,14 @@ class OvertakingTracker:
             if candidate.request_id in self._urgent or self.seconds(candidate.request_id) > limit
         ]
 
-    def ran(self, runnable: Sequence[Candidate], urgent: Iterable[Candidate], scheduled: Collection[str]) -> None:
-        """The step in which ``scheduled`` ran was submitted, with ``urgent`` known to be so."""
+    def ran(self, entitled: Sequence[Candidate], urgent: Iterable[Candidate], scheduled: Collection[str]) -> None:
+        """The step in which ``scheduled`` ran was submitted, with ``urgent`` known to be so.
+
+        Args:
+            entitled: Those who can be overtaken, and those who ran, oldest first.
+        """
         self._urgent.update(candidate.request_id for candidate in urgent)
-        ids = [candidate.request_id for candidate in runnable]
+        ids = [candidate.request_id for candidate in entitled]
         last = max((index for index, request_id in enumerate(ids) if request_id in scheduled), default=-1)
         self._running = set(scheduled)
         self._overtaken = {request_id for request_id in ids[: last + 1] if request_id not in scheduled}

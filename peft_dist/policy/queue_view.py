@@ -19,6 +19,20 @@ class QueueView:
         self.runnable = [c for c in state.candidates if c.num_new_tokens > 0 and c.is_resident]
 
     @cached_property
+    def entitled(self) -> list[Candidate]:
+        """Who could run if only its elders were there, oldest first: also those whose adapter is not on the device, if
+        it is among the first that fit."""
+        adapters, found = {BASE}, []
+        for candidate in self.state.candidates:
+            if not candidate.num_new_tokens:
+                continue
+            if len(adapters) <= self.state.max_loras:
+                adapters.add(candidate.adapter)
+            if candidate.is_resident or candidate.adapter in adapters:
+                found.append(candidate)
+        return found
+
+    @cached_property
     def groups(self) -> dict[str, list[Candidate]]:
         """Runnable requests by adapter, oldest first; adapters by the age of their oldest request."""
         groups: dict[str, list[Candidate]] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peft_dist.core.cost_model import CostModel
 from peft_dist.policy.batching import Candidate, Choice, QueueState
@@ -15,11 +15,12 @@ from peft_dist.policy.settings import PolicySettings
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """A choice that was not yet reported as run."""
+    """A choice that was not yet reported as run, and how it was answered."""
 
     view: QueueView
     urgent: list[Candidate]
     choice: Choice
+    answer: Choice
 
 
 class TrackedPolicy(ABC):
@@ -42,15 +43,16 @@ class TrackedPolicy(ABC):
                 choice = self._rescue(view, urgent)
         else:
             choice = Choice(state.merged_adapter, [], "idle")
-        self._pending = Pending(view, urgent, choice)
-        return choice
+        answer = replace(choice, urgent=frozenset(c.request_id for c in urgent)) if urgent else choice
+        self._pending = Pending(view, urgent, choice, answer)
+        return answer
 
     def ran(self, state: QueueState, choice: Choice, scheduled: Collection[str]) -> None:
         pending, self._pending = self._pending, None
-        if pending is None or pending.choice is not choice or pending.view.state is not state:
+        if pending is None or pending.answer is not choice or pending.view.state is not state:
             raise ValueError("ran() takes the state and the choice of the last choose(), once")
         ids = frozenset(scheduled)
-        self.overtaking.ran(pending.view.runnable, pending.urgent, ids)
+        self.overtaking.ran(pending.view.entitled, pending.urgent, ids)
         if ids:
             self._account(pending, ids)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, islice
 
 # Raised whenever the same adapter would hash differently.
 HASH_VERSION = b"peft_dist lora 1"
@@ -22,15 +24,27 @@ def content_hash(description: bytes, stream: Iterable[memoryview]) -> str:
 
     Args:
         description: Everything but the weights' bytes; it must tell how ``stream`` is divided among the tensors.
-        stream: The bytes of all tensors; how they are cut into views does not count.
+        stream: The bytes of all tensors; how they are cut into views does not count. Few leaves of it are held at a
+            time.
     """
-    leaves = list(_leaves(stream))
-    if len(leaves) < MIN_LEAVES_FOR_THREADS:
-        digests = [_digest(leaf) for leaf in leaves]
+    leaves = _leaves(stream)
+    first = list(islice(leaves, MIN_LEAVES_FOR_THREADS))
+    if len(first) < MIN_LEAVES_FOR_THREADS:
+        digests = [_digest(leaf) for leaf in first]
     else:
         with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
-            digests = list(pool.map(_digest, leaves))
+            digests = list(_digests(pool, chain(first, leaves)))
     return hashlib.sha256(HASH_VERSION + _digest([description]) + b"".join(digests)).hexdigest()
+
+
+def _digests(pool: ThreadPoolExecutor, leaves: Iterable[list[memoryview]]) -> Iterator[bytes]:
+    """In order; a stream that is read as it goes is not read far ahead."""
+    under_way: deque[Future[bytes]] = deque()
+    for leaf in leaves:
+        under_way.append(pool.submit(_digest, leaf))
+        if len(under_way) > 2 * MAX_THREADS:
+            yield under_way.popleft().result()
+    yield from (future.result() for future in under_way)
 
 
 def _leaves(stream: Iterable[memoryview]) -> Iterator[list[memoryview]]:

@@ -14,7 +14,7 @@ from peft_dist.core.errors import AdapterError
 from peft_dist.kernels.lora_pool import LayerTensors, LoRAPool
 from peft_dist.patches.lora_layers import join_siblings, wrap_module
 from peft_dist.runner.adapter_modules import ModuleShape
-from peft_dist.runner.adapter_tensors import LoadedAdapter, ModuleWeights, load_adapter
+from peft_dist.runner.adapter_tensors import LoadedAdapter, ModuleWeights, inspect_adapter, load_adapter
 from peft_dist.runner.host_tier import HostTier
 
 
@@ -67,7 +67,7 @@ class AdapterStore:
         Raises:
             AdapterError: it cannot be served.
         """
-        return load_adapter(name, path, self._modules, allow_pickle=allow_pickle).spec
+        return inspect_adapter(name, path, self._modules, allow_pickle=allow_pickle)
 
     def register(self, spec: AdapterSpec, *, allow_pickle: bool) -> None:
         """Remember where an adapter that ``inspect`` found good is, and ready the model for it."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from peft_dist.runner.adapter_check import TensorMap, map_tensors
 from peft_dist.runner.adapter_config import LoraSettings, read_settings
 from peft_dist.runner.adapter_hash import content_hash
 from peft_dist.runner.adapter_modules import ModuleShape
-from peft_dist.runner.adapter_weights import WeightsFile, is_finite, open_weights
+from peft_dist.runner.adapter_weights import NotFiniteError, SafetensorsFile, WeightsFile, is_finite, open_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,36 @@ def load_adapter(
     return LoadedAdapter(AdapterSpec(name, digest, str(path), ranks, num_bytes), weights)
 
 
+def inspect_adapter(
+    name: str, path: Path, modules: Mapping[str, ModuleShape], *, allow_pickle: bool = False
+) -> AdapterSpec:
+    """``load_adapter`` of which only the identity is kept: of the usual file a few MiB at a time are in memory."""
+    try:
+        settings = read_settings(path)
+        with open_weights(path, allow_pickle) as file:
+            if isinstance(file, SafetensorsFile) and file.is_of_one_type:
+                found = map_tensors(file.shapes, modules, settings)
+                if not found.copies:
+                    return _scan(name, path, file, found, settings)
+    except AdapterError as error:
+        raise AdapterError(f"adapter {name!r} in {path}: {error}") from error
+    except NotFiniteError:
+        # Read whole, the file tells in which tensor.
+        pass
+    return load_adapter(name, path, modules, allow_pickle=allow_pickle).spec
+
+
+def _scan(name: str, path: Path, file: SafetensorsFile, found: TensorMap, settings: LoraSettings) -> AdapterSpec:
+    rows = {}
+    for module, pair in found.pairs.items():
+        sizes = [math.prod(file.shapes[tensor]) * file.dtype(tensor).itemsize for tensor in (pair.A, pair.B)]
+        dtypes = [str(file.dtype(tensor)) for tensor in (pair.A, pair.B)]
+        rows[module] = (module, file.shapes[pair.A][0], settings.scaling(module).hex(), *dtypes, *sizes)
+    digest = content_hash(msgspec.msgpack.encode(list(rows.values())), file.scan(_names(found)))
+    ranks = {module: row[1] for module, row in rows.items()}
+    return AdapterSpec(name, digest, str(path), ranks, sum(row[5] + row[6] for row in rows.values()))
+
+
 def _read(
     file: WeightsFile,
     found: TensorMap,
@@ -142,5 +173,9 @@ def _hash(file: WeightsFile, found: TensorMap, weights: Mapping[str, ModuleWeigh
         (path, w.rank, w.scaling.hex(), str(w.A.dtype), str(w.B.dtype), w.A.nbytes, w.B.nbytes)
         for path, w in weights.items()
     ]
-    names = (name for pair in found.pairs.values() for name in (pair.A, pair.B))
-    return content_hash(msgspec.msgpack.encode(description), file.stream(names))
+    return content_hash(msgspec.msgpack.encode(description), file.stream(_names(found)))
+
+
+def _names(found: TensorMap) -> Iterator[str]:
+    """In the order in which they are hashed."""
+    return (name for pair in found.pairs.values() for name in (pair.A, pair.B))

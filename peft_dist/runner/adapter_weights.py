@@ -19,6 +19,8 @@ from peft_dist.core.errors import AdapterError
 from peft_dist.runner.adapter_files import PICKLE_NAME, SAFETENSORS_NAME, open_regular, read_exactly
 
 MAX_HEADER_BYTES = 100_000_000
+# A multiple of every type's size.
+PIECE_BYTES = 1 << 20
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DAMAGED = "copy or download the file again"
@@ -37,6 +39,10 @@ _UNPICKLING_ERRORS = (
 )
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class NotFiniteError(Exception):
+    """A tensor holds NaN or an infinity."""
 
 
 class WeightsFile(Protocol):
@@ -96,7 +102,7 @@ class SafetensorsFile:
     def __init__(self, file: FileIO, size: int) -> None:
         self._file = file
         self._entries, data_start = _read_header(file, size)
-        self._num_bytes = size - data_start
+        self._data_start, self._num_bytes = data_start, size - data_start
         self._data = memoryview(b"")
         self._flat: dict[torch.dtype, torch.Tensor] = {}
         self._tensors: dict[str, torch.Tensor] = {}
@@ -118,14 +124,44 @@ class SafetensorsFile:
         return all(is_finite(tensor) for tensor in self._tensors.values())
 
     def stream(self, names: Iterable[str]) -> Iterator[memoryview]:
+        return (self._data[first:last] for first, last in self._ranges(names))
+
+    def dtype(self, name: str) -> torch.dtype:
+        return _DTYPES[self._entries[name].dtype]
+
+    def scan(self, names: Iterable[str]) -> Iterator[memoryview]:
+        """What ``stream`` gives, read piece by piece and not kept; all tensors of the file must be of one type.
+
+        Raises:
+            NotFiniteError: there is NaN or an infinity among the bytes.
+            AdapterError: the file cannot be read.
+        """
+        (dtype,) = {_DTYPES[entry.dtype] for entry in self._entries.values()}
+        for first, last in self._ranges(names):
+            self._file.seek(self._data_start + first)
+            for start in range(first, last, PIECE_BYTES):
+                piece = bytearray(min(PIECE_BYTES, last - start))
+                read_exactly(self._file, memoryview(piece), SAFETENSORS_NAME)
+                if not is_finite(torch.frombuffer(piece, dtype=dtype)):
+                    raise NotFiniteError
+                yield memoryview(piece)
+
+    @property
+    def is_of_one_type(self) -> bool:
+        return len({entry.dtype for entry in self._entries.values()}) == 1
+
+    def _ranges(self, names: Iterable[str]) -> Iterator[tuple[int, int]]:
+        """Where the bytes of these tensors are, those that stand one after the other as one."""
         first = last = 0
         for name in names:
             start, end = self._entries[name].data_offsets
             if start != last:
-                yield self._data[first:last]
+                if last > first:
+                    yield first, last
                 first = start
             last = end
-        yield self._data[first:last]
+        if last > first:
+            yield first, last
 
     def _view(self, data: torch.Tensor, entry: _Entry) -> torch.Tensor:
         dtype, (start, end) = _DTYPES[entry.dtype], entry.data_offsets

@@ -83,12 +83,13 @@ class Watch:
         """Whether each request, oldest first, would have had room beside its elders."""
         scheduler = self._engine.scheduler
         limits, blocks, slots = scheduler.limits, scheduler.blocks, scheduler.adapters.space.num_slots
-        needed, adapters, found = 0, set(), []
+        needed, adapters, found = 0, {""}, []
         for index, request in enumerate(queue):
             needed += -(-request.num_tokens // blocks.block_size)
-            adapters.add(request.content_hash)
+            if len(adapters) <= slots:
+                adapters.add(request.content_hash)
             fits = needed <= blocks.num_blocks and index < limits.max_num_seqs
-            found.append(fits and len(adapters - {""}) <= slots)
+            found.append(fits and request.content_hash in adapters)
         return found
 
 

@@ -75,7 +75,8 @@ def compile_all(shape: GroupShape, dtype: str, pdl: bool) -> dict[str, dict[str,
             X_STRIDE=shape.in_features, BLOCK_K=plan.block_k, BLOCK_R=plan.shrink_r, PDL=False,
         ),
         "expand": compile_kernel(
-            expand_kernel, dtype, plan.expand_warps, 3, **group, **ends, BLOCK_N=plan.block_n, PDL=pdl
+            expand_kernel, dtype, plan.expand_warps, 3, **group, **ends,
+            BLOCK_N=plan.block_n, PART_N=min(plan.block_n, plan.part_n), PDL=pdl
         ),
         "gate": compile_kernel(
             _gate_kernel, dtype, plan.gate_warps, 3, **{**group, "GROUP": 2}, **strides, N=outs[0], GATE=0, UP=1,

@@ -78,6 +78,14 @@ def test_padding_disturbs_nobody(device: str, splits: int, lengths: list[tuple[i
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("window", [1, 5, 17])
+def test_rows_that_see_nothing_of_a_tile_that_others_need(device: str, window: int) -> None:
+    query, cache, meta = batch([(33, 60), (33, 33)], (1, 1, 16, 16), 8, torch.float32, device)
+    got = attend(TritonAttention(*SMALL), query, cache, meta, sliding_window=window)
+    assert_close(got, expected(query, cache, meta, sliding_window=window))
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_broken_sequence_shows_and_stays_alone(device: str) -> None:
     query, cache, meta = batch([(1, 30), (1, 70), (3, 20)], (4, 2, 16, 16), 16, torch.float32, device)
     backend = TritonAttention(*SMALL, 2)

@@ -80,3 +80,13 @@ def test_what_is_held_comes_back_at_no_cost() -> None:
     held = QueueView(state, CostModel.paper())
     assert held.switch(None, "a") == held.switch("b", "a") == held.switch("a", "c") == 0.0
     assert held.switch(None, "b") == held.switch("a", "b") == held.switch("a", None) == 20e-3
+
+
+def test_who_could_run_if_only_its_elders_were_there() -> None:
+    def entitled(letters: str, absent: str, loras: int, **kwargs: dict[int, int]) -> list[str]:
+        return [c.request_id for c in view(letters, absent=absent, loras=loras, **kwargs).entitled]
+
+    assert entitled("abacb", "bc", 2) == ["a0", "b1", "a2", "b4"], "c can come only when a or b has gone"
+    assert entitled("cab-", "c", 1) == ["c0", "a1", "b2", "-3"], "those that are there can run in any case"
+    assert entitled("cab", "c", 2, prompts={0: 0}) == ["a1", "b2"], "who has nothing to run keeps nobody waiting"
+    assert entitled("ab", "b", 1) == ["a0"] and entitled("-b", "b", 1) == ["-0", "b1"]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from peft_dist.core.errors import AdapterError
 from peft_dist.runner.adapter_modules import describe_modules
-from peft_dist.runner.adapter_tensors import LoadedAdapter, load_adapter
+from peft_dist.runner.adapter_tensors import LoadedAdapter, inspect_adapter, load_adapter
 from tests.tiny_models import FAMILIES, random_adapter
 
 Tensors = dict[str, torch.Tensor]
@@ -32,13 +32,19 @@ def folder(tmp_path: Path) -> Path:
 
 
 def load(folder: Path, **options: Any) -> LoadedAdapter:
-    return load_adapter("sql", folder, MODULES, **options)
+    """Read whole; reading it piece by piece must tell the same identity."""
+    adapter = load_adapter("sql", folder, MODULES, **options)
+    assert inspect_adapter("sql", folder, MODULES, **options) == adapter.spec
+    return adapter
 
 
 def refused(folder: Path, *words: str, **options: Any) -> None:
     with pytest.raises(AdapterError) as caught:
         load(folder, **options)
     message = str(caught.value)
+    with pytest.raises(AdapterError) as caught:
+        inspect_adapter("sql", folder, MODULES, **options)
+    assert str(caught.value) == message
     assert message.startswith(f"adapter 'sql' in {folder}: ")
     for word in words:
         assert word in message, message

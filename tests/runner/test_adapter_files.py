@@ -20,8 +20,8 @@ from safetensors.torch import load, load_file, save, save_file
 from peft_dist.core.errors import AdapterError
 from peft_dist.runner.adapter_files import PICKLE_NAME, SAFETENSORS_NAME
 from peft_dist.runner.adapter_hash import LEAF_BYTES, content_hash
-from peft_dist.runner.adapter_modules import describe_modules
-from peft_dist.runner.adapter_tensors import LoadedAdapter, load_adapter
+from peft_dist.runner.adapter_modules import ModuleShape, describe_modules
+from peft_dist.runner.adapter_tensors import LoadedAdapter, inspect_adapter, load_adapter
 from peft_dist.runner.adapter_weights import open_weights
 from tests.tiny_models import FAMILIES, random_adapter
 
@@ -35,7 +35,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 def load_it(folder: Path, name: str = "a", **options: Any) -> LoadedAdapter:
-    return load_adapter(name, folder, MODULES, **options)
+    adapter = load_adapter(name, folder, MODULES, **options)
+    options.pop("pin_memory", None)
+    assert inspect_adapter(name, folder, MODULES, **options) == adapter.spec
+    return adapter
 
 
 def content(folder: Path) -> str:
@@ -288,3 +291,29 @@ def test_hash_does_not_see_how_the_stream_is_cut(cuts, size):
 def test_num_bytes(folder):
     size = sum(tensor.nbytes for tensor in load_file(folder / SAFETENSORS_NAME).values())
     assert load_it(folder).spec.num_bytes == size
+
+
+def test_checking_an_adapter_holds_little_of_it_in_memory(tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.q_proj"
+    wide = {name: ModuleShape("linear", 1 << 16, 1 << 10)}
+    tensors = {
+        f"base_model.model.{name}.lora_A.weight": torch.ones(256, 1 << 16),
+        f"base_model.model.{name}.lora_B.weight": torch.ones(1 << 10, 256),
+    }
+    save_file(tensors, tmp_path / SAFETENSORS_NAME)
+    settings = {"peft_type": "LORA", "r": 256, "lora_alpha": 256, "target_modules": ["q_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    del tensors
+    expected = load_adapter("big", tmp_path, wide).spec
+    assert expected.num_bytes > 64 << 20
+    # Lets the peak begin anew.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak_memory()
+    assert inspect_adapter("big", tmp_path, wide) == expected
+    assert peak_memory() - before < 24 << 20
+
+
+def peak_memory() -> int:
+    """Bytes of this process that were in memory at once, at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
