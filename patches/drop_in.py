@@ -9,13 +9,17 @@ from typing import Any
 
 import numpy as np
 from peft import PeftModel
+from transformers import PreTrainedModel
 
+from peft_dist.kernels.lora_pool import LoRAPool
 from peft_dist.patches import coverage
-from peft_dist.patches.adapter_rows import call_batch_size, expand_for_peft
+from peft_dist.patches.adapter_rows import call_batch_size, expand_for_peft, longest_length, prompt_length
+from peft_dist.patches.capturable import capture_reason, model_state
+from peft_dist.patches.decode_graphs import DecodeGraphs, capture_for
 from peft_dist.patches.live_weights import LiveWeights
 from peft_dist.patches.lora_layers import join_siblings, restore_class, sees_kept_rows, swap_class
 from peft_dist.patches.paging import paging_reason
-from peft_dist.patches.selective_call import SelectiveCall, intercept
+from peft_dist.patches.selective_call import Lengths, SelectiveCall, intercept
 
 logger = logging.getLogger("peft_dist.patches")
 
@@ -28,6 +32,7 @@ class DropIn:
 
     def __init__(self) -> None:
         self.weights = LiveWeights()
+        self.graphs = DecodeGraphs(capture_for)
         self._lock = threading.RLock()
         self._running = threading.local()
         self._logged: set[str] = set()
@@ -45,7 +50,8 @@ class DropIn:
             join_siblings(base)
 
     def restore(self, model: PeftModel) -> None:
-        """Give every layer its own class back."""
+        """Give every layer its own class back, and the memory that was kept."""
+        self.graphs.clear()
         for _, layer in coverage.tuner_layers(model.get_base_model()):
             restore_class(layer)
 
@@ -82,7 +88,24 @@ class DropIn:
             return f"{reason}: PEFT's own path runs"
         pool = self.weights.refresh([layer for _, layer in layers], weights, known)
         slots = np.array([self.weights.slots.get(name, -1) for name in names], np.int32)
-        return SelectiveCall(base, slots, pool.weights, pages=generates and self._pages(model, kwargs))
+        if not generates:
+            return SelectiveCall(base, slots, pool.weights, pages=False)
+        pages = self._pages(model, kwargs)
+        lengths = _lengths(model, args, kwargs)
+        return SelectiveCall(
+            base, slots, pool.weights, pages, lengths, self._open_graphs(base, pool) if pages else None
+        )
+
+    def _open_graphs(self, base: PreTrainedModel, pool: LoRAPool) -> DecodeGraphs | None:
+        """What replays the call's decode passes; None where they cannot be captured."""
+        is_inner = getattr(self._running, "call", None) is not None
+        if is_inner or not self.graphs.can_capture(base.device):
+            return None
+        if reason := capture_reason(base, pool.weights):
+            logger.info("decode passes are not captured: %s", reason)
+            return None
+        self.graphs.open((model_state(base), pool, pool.layout))
+        return self.graphs
 
     def _pages(self, model: PeftModel, kwargs: dict[str, Any]) -> bool:
         reason = paging_reason(model.get_base_model(), kwargs)
@@ -113,6 +136,8 @@ class DropIn:
             return result
         finally:
             self._running.call = outer
+            if outer is None:
+                self.graphs.close()
             self._log_unpaged(selective.refusal)
 
     def _forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -124,3 +149,8 @@ class DropIn:
         if line not in self._logged:
             self._logged.add(line)
             logger.warning(line)
+
+
+def _lengths(model: PeftModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lengths:
+    prompt = prompt_length(args, kwargs)
+    return Lengths(prompt, longest_length(prompt or 1, kwargs, getattr(model, "generation_config", None)))

@@ -32,6 +32,16 @@ class LiveWeights:
         known: Collection[str],
     ) -> LoRAPool:
         """Copy these adapters' weights (by name and layer number); slots of unknown adapters are freed."""
+        # What inference mode makes is closed to all later calls that run without it.
+        with torch.inference_mode(False), torch.no_grad():
+            return self._refresh(layers, weights, known)
+
+    def _refresh(
+        self,
+        layers: Sequence[SelectiveLayer],
+        weights: Mapping[str, Mapping[int, LayerTensors]],
+        known: Collection[str],
+    ) -> LoRAPool:
         pool = self._fitting_pool(layers, _common_dtype(weights))
         for index, layer in enumerate(layers):
             # Written past nn.Module.__setattr__, which costs more than everything else in this loop.
@@ -54,7 +64,7 @@ class LiveWeights:
         device = layers[0].get_base_layer().weight.device if layers else torch.device("cpu")
         pool = self._pool
         if pool is None or self._key != (shapes, device) or dtype not in (None, pool.dtype):
-            pool = LoRAPool(device, dtype or torch.float32)
+            pool = LoRAPool(device, dtype or torch.float32, grows_tables=device.type != "cpu")
             for layer in layers:
                 is_embedding = isinstance(layer, SelectiveEmbedding)
                 pool.add_layer(layer.in_features, layer.out_features, embedding=is_embedding)

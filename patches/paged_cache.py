@@ -2,70 +2,89 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from transformers import DynamicCache
 
-from peft_dist.kernels.kv_pool import KVCachePool
-from peft_dist.kernels.types import AttentionMetadata, KVCache
+from peft_dist.kernels.types import AttentionMetadata
 from peft_dist.patches.attention import UnsupportedAttentionError
+from peft_dist.patches.kv_memory import BLOCK_SIZE, KVMemory
 from peft_dist.patches.row_blocks import RowBlocks
 
-BLOCK_SIZE = 16
+
+class PassLayout(NamedTuple):
+    """Where the tokens of one forward pass stand, on the host.
+
+    Attributes:
+        new: bool ``[B, S]``, which inputs are tokens.
+        counts: int64 ``[B]``, tokens of each row.
+        slots: int64 ``[T]``, as ``AttentionMetadata.slot_mapping``.
+        lens: int32 ``[B]``, tokens stored of each row, this pass's included.
+        tables: int32 ``[B, width]``, the rows' blocks.
+    """
+
+    new: np.ndarray
+    counts: np.ndarray
+    slots: np.ndarray
+    lens: np.ndarray
+    tables: np.ndarray
 
 
 class PagedRows:
     """Paged keys and values of a padded batch. Padding is neither stored nor attended.
+
+    Args:
+        memory: Where they lie, from the first block on; None takes new memory that grows.
 
     Attributes:
         caches: Paged tensors by layer.
         tokens: bool ``[B, L]``, which of the padded positions seen so far hold tokens.
     """
 
-    def __init__(self, rows: int, device: torch.device) -> None:
+    def __init__(self, rows: int, device: torch.device, memory: KVMemory | None = None) -> None:
         self.device = device
-        self.blocks = RowBlocks(rows, BLOCK_SIZE)
+        self.memory = memory or KVMemory()
+        self.blocks = RowBlocks(rows, BLOCK_SIZE, self.memory.num_blocks)
         self.tokens = np.zeros((rows, 0), bool)
-        self.caches: dict[int, KVCache] = {}
-        self._pools: dict[int, KVCachePool] = {}
+        self.caches = self.memory.caches
 
-    def begin(self, new: np.ndarray) -> tuple[AttentionMetadata, torch.Tensor | None]:
-        """Make room for a forward pass over ``new`` (bool ``[B, S]``, True where there is a token).
-
-        Returns:
-            The pass's metadata, and the rows of the flattened batch that hold tokens (None: all do).
-        """
+    def append(self, new: np.ndarray) -> PassLayout:
+        """Make room for a forward pass over ``new`` (bool ``[B, S]``, True where there is a token)."""
         counts = new.sum(1)
         slots, copies = self.blocks.append(counts)
-        self._fit_pools(copies)
+        if self.blocks.num_blocks > self.memory.num_blocks:
+            self.memory.grow(self.blocks.num_blocks)
+        if copies:
+            self.memory.copy(copies)
         self.tokens = np.concatenate([self.tokens, new], axis=1)
-        active = np.flatnonzero(counts)
-        starts = np.concatenate([[0], np.cumsum(counts[active])]).astype(np.int32)
-        lens = self.blocks.lens[active].astype(np.int32)
         width = int(self.blocks.counts.max(initial=1))
-        tables = np.ascontiguousarray(self.blocks.tables[active, :width])
+        return PassLayout(new, counts, slots, self.blocks.lens.astype(np.int32), self.blocks.tables[:, :width])
+
+    def metadata(self, layout: PassLayout) -> tuple[AttentionMetadata, torch.Tensor | None]:
+        """The metadata of a pass, and the rows of the flattened batch that hold tokens (None: all do)."""
+        active = np.flatnonzero(layout.counts)
+        counts, lens = layout.counts[active], layout.lens[active]
+        starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+        tables = np.ascontiguousarray(layout.tables[active])
         meta = AttentionMetadata(
             query_start_loc=starts,
             context_lens=lens,
             block_tables=tables,
-            slot_mapping=slots,
+            slot_mapping=layout.slots,
             query_start_loc_t=self._to_device(starts),
             context_lens_t=self._to_device(lens),
             block_tables_t=self._to_device(tables),
-            slot_mapping_t=self._to_device(slots),
+            slot_mapping_t=self._to_device(layout.slots),
             max_query_len=int(counts.max(initial=0)),
             max_context_len=int(lens.max(initial=0)),
         )
-        return meta, None if new.all() else self._to_device(np.flatnonzero(new))
+        return meta, None if layout.new.all() else self._to_device(np.flatnonzero(layout.new))
 
-    def ensure_layer(self, layer: int, key: torch.Tensor) -> None:
-        """Make the layer's tensors, on its first use, for keys and values ``[B, heads, S, head_dim]``."""
-        if layer not in self._pools:
-            shape = (key.shape[1], key.shape[3])
-            self._pools[layer] = KVCachePool([shape], self.blocks.num_blocks, BLOCK_SIZE, key.dtype, key.device)
-            self.caches[layer] = self._pools[layer].caches[0]
+    def begin(self, new: np.ndarray) -> tuple[AttentionMetadata, torch.Tensor | None]:
+        """``append`` and ``metadata``."""
+        return self.metadata(self.append(new))
 
     def gather(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values as Hugging Face keeps them, ``[B, heads, L, head_dim]``, zeros where there is padding."""
@@ -93,17 +112,6 @@ class PagedRows:
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
 
-    def _fit_pools(self, copies: list[tuple[int, int]]) -> None:
-        for layer, pool in self._pools.items():
-            if pool.num_blocks < self.blocks.num_blocks:
-                old = pool.caches[0]
-                shape = (old.key.shape[2], old.key.shape[3])
-                pool = KVCachePool([shape], self.blocks.num_blocks, BLOCK_SIZE, pool.dtype, pool.device)
-                for source, target in zip(old, pool.caches[0], strict=True):
-                    target[: len(source)].copy_(source)
-                self._pools[layer], self.caches[layer] = pool, pool.caches[0]
-            pool.copy(copies)
-
 
 class PagedCache(DynamicCache):
     """A ``DynamicCache`` whose class was swapped while it was empty.
@@ -116,11 +124,11 @@ class PagedCache(DynamicCache):
     _lengths: dict[int, int]
 
     @classmethod
-    def adopt(cls, cache: DynamicCache, rows: int, device: torch.device) -> PagedCache:
+    def adopt(cls, cache: DynamicCache, rows: int, device: torch.device, memory: KVMemory | None = None) -> PagedCache:
         """Turn an empty dynamic cache into a paged one, in place."""
         cache.__class__ = cls
         assert isinstance(cache, PagedCache)
-        cache.paged, cache._lengths = PagedRows(rows, device), {}
+        cache.paged, cache._lengths = PagedRows(rows, device, memory), {}
         return cache
 
     def release(self) -> None:
@@ -144,9 +152,13 @@ class PagedCache(DynamicCache):
                 f"paged blocks hold keys and values of one shape, but layer {layer_idx} has keys "
                 f"{list(key_states.shape)} and values {list(value_states.shape)}"
             )
-        self.paged.ensure_layer(layer_idx, key_states)
+        self.paged.memory.ensure_layer(layer_idx, key_states)
         self._lengths[layer_idx] = self._lengths.get(layer_idx, 0) + key_states.shape[-2]
         return key_states, value_states
+
+    def advance(self, tokens: int) -> None:
+        """Count positions that were stored in every layer without ``update``."""
+        self._lengths = {layer: length + tokens for layer, length in self._lengths.items()}
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Padded positions that a layer has seen."""

@@ -14,14 +14,14 @@ class RowBlocks:
         num_blocks: Blocks that exist; grows when rows need more.
     """
 
-    def __init__(self, rows: int, block_size: int) -> None:
+    def __init__(self, rows: int, block_size: int, num_blocks: int = 0) -> None:
         self.block_size = block_size
         self.lens = np.zeros(rows, np.int64)
         self.counts = np.zeros(rows, np.int64)
         self.tables = np.zeros((rows, 0), np.int32)
-        self.num_blocks = 0
-        self._refs = np.zeros(0, np.int64)
-        self._free: list[int] = []
+        self.num_blocks = num_blocks
+        self._refs = np.zeros(num_blocks, np.int64)
+        self._free = list(range(num_blocks - 1, -1, -1))
 
     def append(self, new: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int]]]:
         """Make room for ``new[row]`` (int ``[rows]``) more tokens and count them as stored.

@@ -6,22 +6,38 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from peft_dist.forward_context import ForwardContext
 from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
 from peft_dist.patches.attention import ATTENTION_NAME, UnsupportedAttentionError
-from peft_dist.patches.paged_cache import PagedCache
+from peft_dist.patches.decode_graphs import DecodeGraphs, DecodePass
+from peft_dist.patches.kv_memory import KVMemory, blocks_for
+from peft_dist.patches.paged_cache import PagedCache, PassLayout
 from peft_dist.patches.paging import windowed_layers
 
 # Enough for a prefill and decodes; passes that grow token by token (no cache) reuse none.
 _MAX_PLANS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """What is known of a call of ``generate`` before it runs.
+
+    Attributes:
+        prompt: Padded positions of its inputs; None: not known.
+        longest: Positions at which it ends at the latest.
+    """
+
+    prompt: int | None
+    longest: int
 
 
 class SelectiveCall:
@@ -33,6 +49,8 @@ class SelectiveCall:
             many rows (beams, returned sequences) repeats each slot k times.
         weights: Stacked weights by layer.
         pages: Whether an empty dynamic cache that Hugging Face brings is to become a paged one.
+        lengths: Of a call of ``generate``.
+        graphs: Captured decode passes, opened for this call; None runs all passes operator by operator.
 
     Attributes:
         refusal: Why attention and cache were left to Hugging Face after all, once that is known.
@@ -44,26 +62,35 @@ class SelectiveCall:
         row_slots: np.ndarray,
         weights: Sequence[LoRALayerWeights | None],
         pages: bool,
+        lengths: Lengths | None = None,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
         self.model = model
         self.row_slots = row_slots
         self.weights = weights
         self.pages = pages
+        self.lengths = lengths
+        self.graphs = graphs
         self.refusal: str | None = None
         self.caches: list[PagedCache] = []
         self._plans: dict[tuple[int, int], LoRAPlan | None] = {}
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._configs = _attention_configs(model) if pages else []
         self._windowed = windowed_layers(model) if pages else ()
+        self._appends_ones = _loops_plainly(model)
 
     def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """One forward pass of the base model."""
         inputs = _inputs(args, kwargs)
         is_first = not isinstance(kwargs.get("past_key_values"), PagedCache)
-        cache = self._paged_cache(kwargs, inputs)
-        if cache is not None:
+        found = self._paged_cache(kwargs, inputs)
+        if found is not None:
+            cache, tokens = found
+            layout = cache.paged.append(tokens)
+            if (output := self._replay(forward, args, kwargs, cache, layout)) is not None:
+                return output
             context = self._context(inputs, kwargs)
-            context.attention, context.token_rows = cache.paged.begin(_new_tokens(kwargs, *inputs.shape[:2]))
+            context.attention, context.token_rows = cache.paged.metadata(layout)
             context.kv_caches, context.windowed = cache.paged.caches, self._windowed
             try:
                 with context, use_paged_attention(self._configs):
@@ -77,6 +104,31 @@ class SelectiveCall:
                 cache.discard()
         with self._context(inputs, kwargs):
             return forward(*args, **kwargs)
+
+    def _replay(
+        self,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        cache: PagedCache,
+        layout: PassLayout,
+    ) -> Any | None:
+        """The answer of a pass that was captured; None when this one has to run operator by operator."""
+        rows, steps = layout.new.shape
+        if self.graphs is None or args or steps != 1 or not cache.is_initialized or rows % len(self.row_slots):
+            return None
+        return self.graphs.run(
+            DecodePass(
+                forward=forward,
+                kwargs=kwargs,
+                cache=cache,
+                layout=layout,
+                row_slots=np.repeat(self.row_slots, rows // len(self.row_slots)),
+                weights=self.weights,
+                windowed=self._windowed,
+                attends=functools.partial(use_paged_attention, self._configs),
+            )
+        )
 
     def _context(self, inputs: torch.Tensor, kwargs: dict[str, Any]) -> ForwardContext:
         rows, steps = inputs.shape[:2]
@@ -108,20 +160,42 @@ class SelectiveCall:
             self._plans[rows, steps] = LoRAPlan.from_rows(np.repeat(self.row_slots, copies * steps))
         return self._plans[rows, steps]
 
-    def _paged_cache(self, kwargs: dict[str, Any], inputs: torch.Tensor) -> PagedCache | None:
-        """The paged cache to use in this pass; None leaves attention and cache to Hugging Face."""
+    def _paged_cache(self, kwargs: dict[str, Any], inputs: torch.Tensor) -> tuple[PagedCache, np.ndarray] | None:
+        """The paged cache to use in this pass and which inputs are tokens; None leaves both to Hugging Face."""
         cache = kwargs.get("past_key_values")
+        rows, steps = inputs.shape[:2]
         if isinstance(cache, PagedCache):
-            if self._can_page(kwargs) and _new_tokens(kwargs, *inputs.shape[:2]).all():
-                return cache
+            if self._can_page(kwargs):
+                if self._appends_tokens(cache, kwargs, rows, steps):
+                    return cache, np.ones((rows, 1), bool)
+                tokens = _new_tokens(kwargs, rows, steps)
+                if tokens.all():
+                    return cache, tokens
             cache.release()
-        elif self.pages and _is_fresh(cache) and self._can_adopt(kwargs, inputs):
-            self.caches.append(PagedCache.adopt(cache, len(inputs), inputs.device))
-            return self.caches[-1]
+        elif self.pages and _is_fresh(cache) and self._can_page(kwargs):
+            tokens = _new_tokens(kwargs, rows, steps)
+            if _is_left_padded(tokens):
+                self.caches.append(PagedCache.adopt(cache, rows, inputs.device, self._memory(rows, inputs.device)))
+                return self.caches[-1], tokens
         return None
 
-    def _can_adopt(self, kwargs: dict[str, Any], inputs: torch.Tensor) -> bool:
-        return self._can_page(kwargs) and _is_left_padded(_new_tokens(kwargs, *inputs.shape[:2]))
+    def _memory(self, rows: int, device: torch.device) -> KVMemory | None:
+        """What the call's own cache is lent; others (of guidance, of assistants) have their own."""
+        if self.graphs is None or self.lengths is None or self.caches:
+            return None
+        config = self.model.config.get_text_config(decoder=True)
+        return self.graphs.lend(blocks_for(rows, self.lengths.longest, config, self.model.dtype.itemsize, device))
+
+    def _appends_tokens(self, cache: PagedCache, kwargs: dict[str, Any], rows: int, steps: int) -> bool:
+        """Whether each row gets one token, by what is known on the host: the mask need not be brought here.
+
+        Hugging Face's loop appends a one to every row of the mask for each token that it drew.
+        """
+        mask, length = kwargs.get("attention_mask"), cache.get_seq_length()
+        if steps != 1 or self.lengths is None or self.lengths.prompt is None or cache is not self.caches[0]:
+            return False
+        is_drawn = length >= self.lengths.prompt and self._appends_ones
+        return is_drawn and (mask is None or mask.shape == (rows, length + 1))
 
     def _can_page(self, kwargs: dict[str, Any]) -> bool:
         mask, attentions = kwargs.get("attention_mask"), kwargs.get("output_attentions")
@@ -214,6 +288,15 @@ def _is_left_padded(tokens: np.ndarray) -> bool:
     Hugging Face, so a paged row never has padding behind its first token.
     """
     return bool(tokens[:, -1].all() and not (tokens[:, :-1] & ~tokens[:, 1:]).any())
+
+
+def _loops_plainly(model: PreTrainedModel) -> bool:
+    """Whether the loop of ``generate`` makes the inputs of its next pass as Hugging Face's does."""
+    names = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
+    return all(
+        name not in model.__dict__ and getattr(type(model), name, None) is getattr(GenerationMixin, name)
+        for name in names
+    )
 
 
 def _is_fresh(cache: Any) -> bool:

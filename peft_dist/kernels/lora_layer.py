@@ -16,14 +16,27 @@ _TABLE_HEAD = 2
 
 
 class PooledLayer:
-    """``weights`` outlives its adapters, so that kernels keep what they derived."""
+    """``weights`` outlives its adapters, so that kernels keep what they derived.
+
+    Attributes:
+        moves: How often the buffers or the tables on the device have changed their addresses.
+    """
 
     def __init__(
-        self, in_features: int, out_features: int, device: torch.device, dtype: torch.dtype, page_rows: int
+        self,
+        in_features: int,
+        out_features: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        page_rows: int,
+        *,
+        grows_tables: bool = False,
     ) -> None:
         self.in_features = in_features
         self.out_features = out_features
         self.pages = PageAllocator()
+        self.moves = 0
+        self._grows_tables = grows_tables
         self._table: torch.Tensor | None = None
         self.weights = LoRALayerWeights(
             A=torch.empty(0, in_features, dtype=dtype, device=device),
@@ -54,12 +67,16 @@ class PooledLayer:
         held = self.weights
         held.A, held.B = (_with_rows(tensor, num_pages * held.page_rows) for tensor in (held.A, held.B))
         self.pages.grow(num_pages)
+        self.moves += 1
 
     def add_device_tables(self, num_slots: int) -> None:
         """Twins of the host tables at fixed addresses: one row a slot, so that a change is one copy."""
         width = _TABLE_HEAD + self.pages.capacity
-        table = torch.zeros(num_slots, width, dtype=torch.int32, device=self.weights.A.device)
+        self._use_table(torch.zeros(num_slots, width, dtype=torch.int32, device=self.weights.A.device))
+
+    def _use_table(self, table: torch.Tensor) -> None:
         self._table = table
+        self.moves += 1
         self.weights.rank_t = table[:, 0]
         self.weights.scaling_t = table.view(torch.float32)[:, 1]
         self.weights.pages_t = table[:, _TABLE_HEAD:]
@@ -89,14 +106,22 @@ class PooledLayer:
         """Enter a slot into the tables."""
         held = self.weights
         self._fit_tables(slot, len(pages))
-        held.pages[slot, : len(pages)] = pages
-        held.rank[slot] = rank
-        held.scaling[slot] = scaling
+        entry = (rank, np.float32(scaling), list(pages))
+        is_new = (held.rank[slot], held.scaling[slot], held.pages[slot, : len(pages)].tolist()) != entry
+        held.rank[slot], held.scaling[slot], held.pages[slot, : len(pages)] = entry
         held.finite[slot] = finite
         held.version += 1
-        if self._table is not None:
+        wanted = (len(held.rank), _TABLE_HEAD + held.pages.shape[1])
+        if self._grows_tables and (self._table is None or self._table.shape != wanted):
+            self._use_table(self._table_of_all())
+        elif self._table is not None and is_new:
             row = torch.tensor([rank, int(np.float32(scaling).view(np.int32)), *pages], dtype=torch.int32)
-            self._table[slot, : len(row)].copy_(row.pin_memory(), non_blocking=True)
+            self._table[slot, : len(row)].copy_(row.pin_memory() if self._table.is_cuda else row, non_blocking=True)
+
+    def _table_of_all(self) -> torch.Tensor:
+        held = self.weights
+        head = np.stack([held.rank.astype(np.int32), held.scaling.astype(np.float32).view(np.int32)], axis=1)
+        return torch.from_numpy(np.concatenate([head, held.pages], axis=1)).to(held.A.device)
 
     def hide(self, slot: int) -> None:
         """Take a slot out of the tables."""

@@ -61,6 +61,10 @@ class LoRAPool:
         num_rows: Rows of each layer, whole pages; None when they grow.
         num_slots: Slots that the tables on a GPU have; None where they need none.
         workspace: For kernels on a device; has room for the highest rank that was ever loaded.
+
+    Args:
+        grows_tables: A pool that grows has tables on its device too, which move when they or the buffers grow
+            (``layout`` tells).
     """
 
     def __init__(
@@ -70,12 +74,15 @@ class LoRAPool:
         page_rows: int | None = None,
         num_rows: int | None = None,
         num_slots: int | None = None,
+        *,
+        grows_tables: bool = False,
     ) -> None:
         self.device = torch.device(device)
         self.dtype = dtype
         self.page_rows = page_rows or default_page_rows(self.device)
         self.num_rows = None if num_rows is None else num_rows // self.page_rows * self.page_rows
         self.num_slots = num_slots
+        self._grows_tables = grows_tables
         self.workspace = LoRAWorkspace(self.device)
         self.weights: list[LoRALayerWeights | None] = []
         self._layers: list[PooledLayer] = []
@@ -88,7 +95,9 @@ class LoRAPool:
         For an embedding ``in_features`` is the number of embeddings; an adapter's A is then ``[r, that]``.
         """
         del embedding  # Both kinds are stored alike; the argument documents the call.
-        layer = PooledLayer(in_features, out_features, self.device, self.dtype, self.page_rows)
+        layer = PooledLayer(
+            in_features, out_features, self.device, self.dtype, self.page_rows, grows_tables=self._grows_tables
+        )
         layer.weights.workspace = self.workspace
         if self.num_rows is not None:
             layer.grow(self.num_rows // self.page_rows)
@@ -102,6 +111,11 @@ class LoRAPool:
     def num_bytes(self) -> int:
         """Bytes of the buffers, pages that are free included."""
         return sum(t.numel() * t.element_size() for layer in self._layers for t in (layer.weights.A, layer.weights.B))
+
+    @property
+    def layout(self) -> tuple[int, int]:
+        """Changes with whatever a captured kernel call goes by: addresses, and the room that the ranks need."""
+        return sum(layer.moves for layer in self._layers), self.workspace.max_rank
 
     @property
     def addressed_weights(self) -> list[LoRALayerWeights]:

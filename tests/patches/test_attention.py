@@ -33,7 +33,7 @@ def make(tokens: np.ndarray) -> tuple[ForwardContext, torch.Tensor]:
     states = torch.randn(3, len(tokens), 2, tokens.shape[1], 4, generator=generator)
     rows = PagedRows(len(tokens), torch.device("cpu"))
     meta, token_rows = rows.begin(tokens)
-    rows.ensure_layer(0, states[1])
+    rows.memory.ensure_layer(0, states[1])
     return ForwardContext(attention=meta, kv_caches=rows.caches, token_rows=token_rows), states
 
 
