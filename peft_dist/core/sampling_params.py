@@ -25,6 +25,17 @@ def _tuple(param: str, value: Any, must: str) -> tuple[Any, ...]:
     return tuple(value)
 
 
+def _is_text(value: object) -> bool:
+    """A string that is not empty and that UTF-8 can write: half of a surrogate pair is no character."""
+    if not isinstance(value, str) or not value:
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -135,8 +146,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
                 _fail("logit_bias", {token: bias}, "a map from token ids to numbers in [-100, 100]")
 
     def _check_stops(self) -> None:
-        if len(self.stop) > MAX_STOP_STRINGS or not all(isinstance(s, str) and s for s in self.stop):
-            _fail("stop", self.stop, f"at most {MAX_STOP_STRINGS} non-empty strings")
+        if len(self.stop) > MAX_STOP_STRINGS or not all(_is_text(s) for s in self.stop):
+            _fail("stop", self.stop, f"at most {MAX_STOP_STRINGS} non-empty strings of valid Unicode")
         if not all(_is_int(t) and t >= 0 for t in self.stop_token_ids):
             _fail("stop_token_ids", self.stop_token_ids, "token ids")
 

@@ -82,9 +82,7 @@ class FlashAttention:
         if needs.block_size % library.block_multiple:
             return f"KV blocks of {needs.block_size} tokens: this build takes multiples of {library.block_multiple}"
         if library.version == 3 and needs.block_size >= _WHOLE_BLOCK:
-            return (
-                f"KV blocks of {needs.block_size} tokens are read whole, with what lies behind a sequence in them"
-            )
+            return f"KV blocks of {needs.block_size} tokens are read whole, with what lies behind a sequence in them"
         if needs.softcap and self._names["softcap"] is None:
             return "a soft cap, which this build does not know"
         if needs.sinks is not None:

@@ -24,7 +24,7 @@ FOLDER_VARIABLE = "PEFT_DIST_TUNED"
 _DECODE_PROGRAMS, _PREFILL_PROGRAMS = 792, 264
 # Every block of outputs adds the parts up again: for long tiles more of them would be more to read than the outputs.
 _DECODE_PARTS, _PREFILL_PARTS = 16, 4
-# Expands of a decode step: one on each multiprocessor of an H100 at least, wide ones rather than more.
+# Expands of a decode step: one on each multiprocessor of an H100, wide ones rather than more.
 _DECODE_EXPANDS = 132
 # In octaves, summed over tiles, K and N: beyond that a measured shape says nothing.
 _FARTHEST = 4.0
@@ -52,7 +52,7 @@ class GroupPlan:
     Attributes:
         split: Parts of the inputs, each summed by a program of its own.
         block_k, block_n: Inputs and outputs that a program has in work at once; powers of two from 16.
-        part_n: Outputs that a tile of several rows has in work at once, of the ``block_n`` of its program.
+        part_n: The same of a tile of several rows, where that should be less; it divides ``block_n``.
         shrink_r: Likewise ranks, in the shrink. An adapter of a lower rank computes with zeros, but reads none.
         gate_n, gate_warps: ``block_n`` and warps of the expand that is fused with a gated activation.
         pdl: The expand starts while the shrink still runs, and reads what does not depend on it (programmatic dependent
@@ -62,7 +62,7 @@ class GroupPlan:
     block_k: int
     split: int
     block_n: int
-    part_n: int = 128
+    part_n: int = 64
     shrink_r: int = 16
     shrink_warps: int = 4
     shrink_stages: int = 3
@@ -100,13 +100,9 @@ def default_plan(shape: GroupShape) -> GroupPlan:
     programs = shape.max_tiles * len(shape.out_features)
     chunks_each = max(1, round(chunks * programs / wanted), -(-chunks // most))
     split = -(-chunks // chunks_each)
-    columns = sum(shape.out_features)
-    block_n = 64
     # Wider blocks add up fewer partial sums again, as long as there are enough of them.
-    most_n, wanted_n = (512, _DECODE_EXPANDS) if is_decode else (128, 2 * _PREFILL_PROGRAMS)
-    while block_n < most_n and columns * shape.max_tiles > 2 * block_n * wanted_n:
-        block_n *= 2
-    block_n = min(block_n, _power_of_two(max(shape.out_features)))
+    block_n = _widest(shape, 1024, _DECODE_EXPANDS) if is_decode else _widest(shape, 128, 2 * _PREFILL_PROGRAMS)
+    part_n = min(block_n, 128) if is_decode else block_n
     warps = 8 if shape.tile_rows == 128 else 4
     # A long tile's inputs are too many to be read again for every 16 ranks.
     shrink_r = min(64, shape.tile_rows)
@@ -114,12 +110,22 @@ def default_plan(shape: GroupShape) -> GroupPlan:
         block_k,
         split,
         block_n,
+        part_n,
         shrink_r=shrink_r,
-        shrink_warps=warps,
+        # Two load 16 bytes a thread and row as well, and twice as many programs fit.
+        shrink_warps=2 if is_decode and shape.max_tiles >= 8 else warps,
         expand_warps=warps,
         gate_n=max(16, min(block_n, 256) // 2),
         gate_warps=warps,
     )
+
+
+def _widest(shape: GroupShape, most: int, programs: int) -> int:
+    """The widest blocks of outputs of which there are still so many."""
+    width = 64
+    while width < most and sum(shape.out_features) * shape.max_tiles > 2 * width * programs:
+        width *= 2
+    return min(width, _power_of_two(max(shape.out_features)))
 
 
 @lru_cache(maxsize=4096)

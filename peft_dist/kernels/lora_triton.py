@@ -126,8 +126,9 @@ def lora_expand_group_(
     partials = workspace.take(0)
     padded = three(rows)
     pdl = launch.pdl and is_next
+    part_n = min(launch.block_n, launch.part_n)
     with on_device(ys[0].device):
-        expand_kernel[(sum(-(-n // launch.block_n) for n in widths), tiles.max_tiles)](
+        expand_kernel[(sum(-(-n // part_n) for n in widths), tiles.max_tiles)](
             *padded,
             partials,
             tiles.rows,
@@ -142,7 +143,7 @@ def lora_expand_group_(
             TILE=tiles.tile_rows,
             SPLIT=launch.split,
             BLOCK_N=launch.block_n,
-            PART_N=min(launch.block_n, launch.part_n),
+            PART_N=part_n,
             WIDE=wide,
             PDL=pdl,
             num_warps=launch.expand_warps,

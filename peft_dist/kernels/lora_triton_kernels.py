@@ -170,7 +170,11 @@ def expand_kernel(
     WIDE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (layer and block of its outputs, tile)."""
+    """Program (layer and part of its outputs, tile).
+
+    A tile of one row takes ``BLOCK_N`` outputs a program, and the programs of the parts within have nothing to do: it
+    is short of bytes on their way, where a tile of many rows is short of programs.
+    """
     block = tl.program_id(0)
     tile = tl.program_id(1)
     m = tl.arange(0, TILE)
@@ -180,16 +184,22 @@ def expand_kernel(
     if not PDL:  # noqa: SIM102
         if length == 0:
             return
-    blocks0: tl.constexpr = (N0 + BLOCK_N - 1) // BLOCK_N
-    blocks1: tl.constexpr = (N1 + BLOCK_N - 1) // BLOCK_N if GROUP > 1 else 0
+    blocks0: tl.constexpr = (N0 + PART_N - 1) // PART_N
+    blocks1: tl.constexpr = (N1 + PART_N - 1) // PART_N if GROUP > 1 else 0
     layer = 0
     if GROUP > 1:
         layer = (block >= blocks0).to(tl.int32)
     if GROUP > 2:
         layer += (block >= blocks0 + blocks1).to(tl.int32)
     width = pick(layer, N0, N1, N2, GROUP)
-    n0 = (block - pick(layer, 0, blocks0, blocks0 + blocks1, GROUP)) * BLOCK_N
-    n = n0 + tl.arange(0, BLOCK_N)
+    block -= pick(layer, 0, blocks0, blocks0 + blocks1, GROUP)
+    is_lone = length == 1
+    is_idle = is_lone & (block % (BLOCK_N // PART_N) != 0)
+    if not PDL:  # noqa: SIM102
+        if is_idle:
+            return
+    n = block * PART_N + tl.arange(0, BLOCK_N)
+    lone_width = tl.where(is_lone & (not is_idle), width, 0)
     B = pick(layer, B0, B1, B2, GROUP)
     columns = pick(layer, columns0, columns1, columns2, GROUP)
     pages, rank, b = find_adapter(
@@ -202,7 +212,7 @@ def expand_kernel(
         slot,
         length,
         n,
-        width,
+        lone_width,
         PAGE,
     )
     if PDL:
@@ -210,28 +220,26 @@ def expand_kernel(
         # without it: what is queued behind this kernel relies on all that came before.
         gdc_launch_dependents()
         gdc_wait()
-    if rank == 0:
+    if (rank == 0) | is_idle:
         return
     y_stride = pick(layer, Y_STRIDE0, Y_STRIDE1, Y_STRIDE2, GROUP)
     y = pick(layer, y0, y1, y2, GROUP)
     source = partials + (tile * GROUP + layer).to(tl.int64) * SPLIT * TILE * max_rank
-    if length == 1:
+    if is_lone:
         add_row(
             y + tl.load(tile_rows + tile * TILE).to(tl.int64) * y_stride,
             source, B, b, pages, columns, rank, n, width, max_rank, PAGE, TILE, SPLIT, BLOCK_N,
         )  # fmt: skip
         return
-    # A block of a tile's columns at a time: accumulators of all would leave room for few programs.
+    part = block * PART_N + tl.arange(0, PART_N)
     is_row = m < length
-    for first in range(0, BLOCK_N, PART_N):
-        part = n0 + first + tl.arange(0, PART_N)
-        here = y + row[:, None] * y_stride + part[None, :]
-        y_mask = is_row[:, None] & (part < width)[None, :]
-        r = tl.arange(0, EXPAND_RANKS)
-        b_part = load_b(B, load_pages(pages, r, columns, PAGE), r, rank, part, width, PAGE)
-        before = tl.load(here, mask=y_mask, other=0.0)
-        acc = expand_part(
-            source + m[:, None] * max_rank,
-            B, b_part, pages, columns, rank, is_row, part, width, max_rank, PAGE, TILE, SPLIT, PART_N, WIDE,
-        )  # fmt: skip
-        tl.store(here, (before.to(tl.float32) + acc).to(before.dtype), mask=y_mask)
+    here = y + row[:, None] * y_stride + part[None, :]
+    y_mask = is_row[:, None] & (part < width)[None, :]
+    r = tl.arange(0, EXPAND_RANKS)
+    b_part = load_b(B, load_pages(pages, r, columns, PAGE), r, rank, part, width, PAGE)
+    before = tl.load(here, mask=y_mask, other=0.0)
+    acc = expand_part(
+        source + m[:, None] * max_rank,
+        B, b_part, pages, columns, rank, is_row, part, width, max_rank, PAGE, TILE, SPLIT, PART_N, WIDE,
+    )  # fmt: skip
+    tl.store(here, (before.to(tl.float32) + acc).to(before.dtype), mask=y_mask)

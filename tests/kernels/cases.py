@@ -24,11 +24,12 @@ def skip_without(backend: str, dtype: torch.dtype) -> None:
         pytest.skip("no C compiler here")
 
 
-def assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
+def assert_close(got: torch.Tensor, expected: torch.Tensor, looser: float = 1.0) -> None:
+    """``looser``: factor of the tolerance, where inner sums cancel."""
     assert got.dtype == expected.dtype and got.shape == expected.shape
     scale = max(1.0, expected.float().abs().max().item()) if expected.numel() else 1.0
     worst = (got.float() - expected.float()).abs().max().item() if expected.numel() else 0.0
-    assert worst <= TOLERANCE[expected.dtype] * scale, f"off by {worst} at scale {scale}"
+    assert worst <= looser * TOLERANCE[expected.dtype] * scale, f"off by {worst} at scale {scale}"
 
 
 def layer_of(ranks: Sequence[int], sizes: tuple[int, int], dtype: torch.dtype, seed: int) -> LoRALayerWeights:

@@ -147,12 +147,15 @@ def test_scattered_pages_compute_what_whole_ones_do(backend: str, data: st.DataO
         for one in (pool, whole):
             one.load(slot, adapter([rank], seed % 1000 + slot, [(64, 40)]))
     plan = plan_of(data.draw(row_slots(len(ranks), max_rows=30)), backend)
+    torch.manual_seed(seed)
     x, y = torch.randn(plan.num_rows, 64), torch.randn(plan.num_rows, 40)
     ids = torch.randint(64, (plan.num_rows,))
     scattered, together = pool.weights[0], whole.weights[0]
     assert scattered is not None and together is not None
-    assert_close(lora.add_lora_(y.clone(), x, scattered, plan), reference.add_lora_(y.clone(), x, together, plan))
-    assert_close(reference.add_lora_(y.clone(), x, scattered, plan), reference.add_lora_(y.clone(), x, together, plan))
+    # Of one rank all columns share the error of one sum, which may cancel: 3.9e-6 of the largest value was seen.
+    exact = reference.add_lora_(y.clone(), x, together, plan)
+    assert_close(lora.add_lora_(y.clone(), x, scattered, plan), exact, looser=5)
+    assert_close(reference.add_lora_(y.clone(), x, scattered, plan), exact, looser=5)
     assert_close(
         lora.add_embedding_lora_(y.clone(), ids, scattered, plan),
         reference.add_embedding_lora_(y.clone(), ids, together, plan),
