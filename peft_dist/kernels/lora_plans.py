@@ -102,7 +102,7 @@ def default_plan(shape: GroupShape) -> GroupPlan:
     split = -(-chunks // chunks_each)
     # Wider blocks add up fewer partial sums again, as long as there are enough of them.
     block_n = _widest(shape, 1024, _DECODE_EXPANDS) if is_decode else _widest(shape, 128, 2 * _PREFILL_PROGRAMS)
-    part_n = min(block_n, 128) if is_decode else block_n
+    part_n = min(block_n, 256) if is_decode else block_n
     warps = 8 if shape.tile_rows == 128 else 4
     # A long tile's inputs are too many to be read again for every 16 ranks.
     shrink_r = min(64, shape.tile_rows)

@@ -134,8 +134,7 @@ class ModelRunner:
         if self.graphs is not None and (shape := self.graphs.shape_for(batch)) is not None:
             captured = self.graphs.run(batch, shape, self._find_draw, step.first)
             if sampled := [sequence for sequence in batch.sequences if sequence.samples]:
-                best = captured.tokens[: len(sampled)], captured.status[: len(sampled)]
-                self._sample(step, captured.logits[: len(sampled)], sampled, best)
+                self._sample(step, captured.logits[: len(sampled)], sampled, captured.best(len(sampled)))
             return
         scored = (sequence.request_id for sequence in batch.sequences if sequence.wants_prompt_logprobs)
         prompts = {request_id: self.records[request_id].prompt_token_ids for request_id in scored}

@@ -52,13 +52,20 @@ class Variant(NamedTuple):
 
 @dataclass(slots=True)
 class CapturedStep:
-    """One graph, and what it leaves: logits ``[rows, vocab]``, int64 tokens and uint8 status ``[rows]``."""
+    """One graph, what it reads, and what it leaves."""
 
     inputs: StepBuffer
     replay: Callable[[], None]
-    logits: torch.Tensor
-    tokens: torch.Tensor
-    status: torch.Tensor
+    outputs: list[torch.Tensor]
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """``[rows, vocab]``."""
+        return self.outputs[0]
+
+    def best(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """int64 tokens and uint8 status of the first rows, as ``sampler.best_tokens`` gives them."""
+        return self.outputs[1][:count], self.outputs[2][:count]
 
 
 def decode_sizes(max_num_seqs: int) -> list[int]:
@@ -187,7 +194,7 @@ class StepGraphs:
             outputs[:] = self._forward(inputs, shape, self._context(inputs, variant, merged))
 
         replay = self._capture(run)
-        return CapturedStep(inputs, replay, *outputs)
+        return CapturedStep(inputs, replay, outputs)
 
     def _forward(
         self, inputs: StepBuffer, shape: StepShape, context: ForwardContext

@@ -33,7 +33,10 @@ REFUSED: dict[str, list[Any]] = {
     "seed": [*NOT_INTEGERS, -(2**63) - 1, 2**64],
     "max_tokens": [*NOT_INTEGERS, -1],
     "min_tokens": [*NOT_INTEGERS, None, -1, 17],
-    "stop": [5, 0, False, b"x", {"a": 1}, "", [""], "\ud800", ["a", "half \udc00"], ["a", 5], [None], ["a"] * (MAX_STOP_STRINGS + 1)],
+    "stop": [
+        *(5, 0, False, b"x", {"a": 1}, "", [""], "\ud800", ["a", "half \udc00"], ["a", 5], [None]),
+        ["a"] * (MAX_STOP_STRINGS + 1),
+    ],
     "stop_token_ids": [3, 0, False, "3", {3: 1}, [-1], ["3"], [1.0], [True], [None]],
     "ignore_eos": NOT_FLAGS,
     "logprobs": [*NOT_INTEGERS, -1, MAX_LOGPROBS + 1],

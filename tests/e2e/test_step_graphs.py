@@ -1,0 +1,120 @@
+"""Captured steps: fixed memory in, PEFT's answers out, whatever the sizes, modes and steps in flight.
+
+Without a GPU a stand-in runs the captured function again on the same memory, through Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from peft_dist import LLM, SamplingParams
+from peft_dist.runner.step_graphs import StepGraphs, decode_sizes, mixed_sizes
+from tests import triton_interpreter
+from tests.e2e.test_exactness import NAMES, PROMPTS, make_adapters
+from tests.e2e.test_policies import AnyMode
+from tests.oracle import PeftOracle, assert_identical
+from tests.tiny_models import make_model
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py captures for real")
+NUM_TOKENS = 4
+
+
+def run_again(run: Callable[[], None]) -> Callable[[], None]:
+    """The stand-in for a capture."""
+    run()
+    return run
+
+
+def use_graphs(llm: LLM) -> Counter[str]:
+    """Let an LLM on a CPU run captured steps; counts them by kind."""
+    runner = llm._open.runner
+    runner.lora_backend = "triton"
+    runner.graphs = graphs = StepGraphs(
+        runner.model,
+        runner.kv,
+        runner.store.pool,
+        runner.drawn,
+        runner.merge,
+        max_num_seqs=6,
+        max_num_batched_tokens=24,
+        max_blocks=-(-llm.model_info.max_model_len // runner.kv.block_size),
+        attention_backend="triton",
+        lora_backend="triton",
+        capture=run_again,
+    )
+    seen: Counter[str] = Counter()
+    run = graphs.run
+
+    def counted(batch, shape, find_draw, first):  # type: ignore[no-untyped-def]
+        seen["decodes" if shape.decodes else "mixed"] += 1
+        seen["corrected"] += batch.merged_slot >= 0 and len({s.adapter_slot for s in batch.sequences}) > 1
+        seen["pending"] += any(s.token_ids == [-1] for s in batch.sequences)
+        return run(batch, shape, find_draw, first)
+
+    graphs.run = counted  # type: ignore[method-assign]
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("depth", "modes", "count"),
+    [
+        (1, True, 4),
+        *(
+            pytest.param(depth, modes, 8, marks=pytest.mark.slow)
+            for depth, modes in ((0, False), (1, False), (1, True))
+        ),
+    ],
+)
+def test_tokens_are_pefts(depth: int, modes: bool, count: int, tmp_path: Path) -> None:
+    triton_interpreter.mend()
+    model = make_model("llama", tmp_path / "base")
+    adapters = make_adapters("llama", model, tmp_path)
+    oracle = PeftOracle(model, adapters)
+    with LLM(
+        tmp_path / "base",
+        adapters,
+        device="cpu",
+        dtype="float32",
+        depth=depth,
+        num_blocks=64,
+        max_num_seqs=6,
+        max_num_batched_tokens=24,
+        attention_backend="triton",
+        pack_weights=False,
+        max_model_len=64,
+    ) as llm:
+        seen = use_graphs(llm)
+        if modes:
+            llm._open.engine.scheduler.policy = AnyMode(5)
+        greedy = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
+        outputs = llm.generate(PROMPTS[:count], greedy, NAMES[:count], use_tqdm=False)
+        drawn = [SamplingParams(temperature=0.8, seed=i, max_tokens=3, ignore_eos=True) for i in range(count // 2)]
+        asked = PROMPTS[: count // 2], drawn, NAMES[: count // 2]
+        captured = [output.outputs[0].token_ids for output in llm.generate(*asked, use_tqdm=False)]
+        llm._open.runner.graphs = None
+        plain = [output.outputs[0].token_ids for output in llm.generate(*asked, use_tqdm=False)]
+    for output, prompt, name in zip(outputs, PROMPTS, NAMES, strict=False):
+        adapter = None if name == "__base__" else name
+        answer = oracle.answer(prompt, adapter, NUM_TOKENS)
+        assert_identical(output.outputs[0].token_ids, answer, oracle, prompt, adapter)
+    assert captured == plain
+    assert (
+        seen["decodes"] and seen["mixed"] and bool(seen["pending"]) == bool(depth) and bool(seen["corrected"]) == modes
+    )
+
+
+def test_sizes_cover_every_batch_with_little_padding() -> None:
+    sizes = decode_sizes(256)
+    assert sizes[0] == 1 and sizes[-1] == 256
+    for smaller, larger in itertools.pairwise(sizes):
+        assert larger - smaller <= max(4, larger // 8)
+    assert decode_sizes(5) == [1, 2, 3, 4, 5]
+    mixed = mixed_sizes(256, 8192)
+    assert max(mixed) == (1024, 256) and all(tokens != rows for tokens, rows in mixed)
+    assert mixed_sizes(4, 24) == [(24, 4)]
