@@ -66,7 +66,8 @@ class Request:
     @property
     def num_tokens(self) -> int:
         """Known tokens and placeholders."""
-        return self.num_known_tokens + self.num_in_flight
+        # Written out: it is asked for several times a step and request.
+        return len(self.prompt_token_ids) + len(self.output_token_ids) + self.num_in_flight
 
     @property
     def num_output_tokens(self) -> int:

@@ -140,14 +140,14 @@ class Scheduler:
 
     def _num_runnable(self, request: Request) -> int:
         """Tokens whose KV is still to be computed and worth it."""
-        at_length = request.num_tokens >= self.limits.max_model_len
+        num_tokens = request.num_tokens
         if request.num_in_flight:
             # Without blocks it has to wait: what it drew must be known to be computed again.
             if request.status is not RequestStatus.RUNNING:
                 return 0
-            if at_length or request.num_output_tokens >= request.max_output_tokens:
+            if num_tokens >= self.limits.max_model_len or request.num_output_tokens >= request.max_output_tokens:
                 return 0
-        return request.num_tokens - request.num_computed_tokens
+        return num_tokens - request.num_computed_tokens
 
     def _take(self, choice: Choice) -> Draft:
         """What was chosen, in its order, while tokens and blocks last."""
@@ -255,17 +255,18 @@ class Scheduler:
     def _advance(self, request: Request, num_new: int, slot: int) -> ScheduledSequence:
         start = request.num_computed_tokens
         stop = start + num_new
+        num_draws = request.num_output_tokens
         tokens = request.tokens(start, min(stop, request.num_known_tokens))
         wants_scores = request.wants_prompt_logprobs and start < len(request.prompt_token_ids) - 1
-        samples = stop == request.num_tokens and request.num_output_tokens < request.max_output_tokens
+        samples = stop == len(request.prompt_token_ids) + num_draws and num_draws < request.max_output_tokens
         sequence = ScheduledSequence(
             request_id=request.request_id,
-            token_ids=tokens + [PLACEHOLDER] * (num_new - len(tokens)),
+            token_ids=tokens if len(tokens) == num_new else tokens + [PLACEHOLDER] * (num_new - len(tokens)),
             start=start,
             block_table=list(self.blocks.table(request.request_id)),
             adapter_slot=slot,
             samples=samples,
-            draw=request.num_output_tokens,
+            draw=num_draws,
             wants_prompt_logprobs=wants_scores,
         )
         request.num_computed_tokens = stop
