@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +13,10 @@ from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.batch import NO_ADAPTER, Batch, ScheduledSequence, SequenceResult, StepResult
 from peft_dist.core.cost_model import CostModel, StepFeatures
 from peft_dist.core.messages import ReplicaDetail, ReplicaStats, SequenceProgress
-from peft_dist.core.request import Request, RequestStatus
+from peft_dist.core.request import Request
 from peft_dist.engine.decisions import Decision, describe
 from peft_dist.engine.executor import Executor
+from peft_dist.engine.reports import StepCounts, detail_of, stats_of
 from peft_dist.engine.scheduler import Scheduler
 from peft_dist.engine.stopping import check_stop
 from peft_dist.engine.switching import Switch, Switcher
@@ -67,6 +68,7 @@ class Engine:
         self.num_merged_steps = 0
         self.residency_version = 0
         self._in_flight: deque[_Submitted] = deque()
+        self._last_batch: list[Request] = []
         self._found_nothing = False
         self._switcher = Switcher(executor, self.cost)
         self.scheduler.mergeable = self._can_merge
@@ -137,39 +139,13 @@ class Engine:
         return progress
 
     def stats(self) -> ReplicaStats:
-        scheduler, counts = self.scheduler, self.scheduler.counts()
-        return ReplicaStats(
-            num_running=counts[RequestStatus.RUNNING],
-            num_waiting=counts[RequestStatus.WAITING],
-            num_swapped=counts[RequestStatus.SWAPPED],
-            num_free_blocks=scheduler.blocks.num_free,
-            num_blocks=scheduler.blocks.num_blocks,
-            num_preemptions=scheduler.num_preemptions,
-            prefix_cache_queries=scheduler.prefix_queries,
-            prefix_cache_hits=scheduler.prefix_hits,
-            resident_adapters=scheduler.adapters.resident,
-        )
+        """Cheap counts, for every report."""
+        return stats_of(self.scheduler, self._last_batch)
 
     def detail(self) -> ReplicaDetail:
         """What people who watch this replica want to know; walks over the queue."""
-        counts: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
-        for request in self.requests.values():
-            counts[request.status is RequestStatus.RUNNING][request.content_hash] += 1
-        policy, adapters = self.scheduler.policy, self.scheduler.adapters
-        return ReplicaDetail(
-            merged_adapter=self.executor.merged_adapter(),
-            num_steps=self.num_steps,
-            num_merged_steps=self.num_merged_steps,
-            num_switches=self.num_switches,
-            switch_seconds=self.switch_seconds,
-            waiting=dict(counts[False]),
-            running=dict(counts[True]),
-            policy=policy.report(),
-            credits=policy.credits,
-            adapters=self.executor.residency(),
-            num_adapter_loads=adapters.loads,
-            num_adapter_evictions=adapters.evictions,
-        )
+        steps = StepCounts(self.num_steps, self.num_merged_steps, self.num_switches, self.switch_seconds)
+        return detail_of(self.scheduler, self.executor, self.requests.values(), self._last_batch, steps)
 
     def _submit(self, batch: Batch, now: float) -> None:
         requests = [self.requests[sequence.request_id] for sequence in batch.sequences]
@@ -188,6 +164,7 @@ class Engine:
                 self.scheduler.blocks.withdraw(request.block_hashes)
             raise
         self._in_flight.append(_Submitted(batch, requests, features, switch, handle))
+        self._last_batch = requests
 
     def _switch(self, batch: Batch) -> tuple[Batch, Switch | None]:
         """Have the weights hold what the batch needs, or let it run unmerged where its adapter cannot be merged."""

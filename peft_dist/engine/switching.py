@@ -48,8 +48,11 @@ class Switcher:
     def switch(self, spec: AdapterSpec | None) -> Switch | None:
         """Merge an adapter, or bring the base back; None when the merge failed.
 
-        A merge that fails costs nobody an answer: the weights are the base's, and the adapter is never merged again.
+        A merge that fails costs nobody an answer: the weights are the base's, and the adapter is never merged again,
+        whatever the policy asks for: a baseline that only merges then has it run unmerged too.
         """
+        if spec is not None and spec.content_hash in self._unmergeable:
+            return None
         was_held = spec is not None and self._executor.holds_merged(spec.content_hash)
         try:
             seconds = self._executor.switch(spec)

@@ -249,7 +249,8 @@ def new_engine(config: EngineConfig, info: ModelInfo, executor: TorchExecutor, c
         max_num_batched_tokens=config.max_num_batched_tokens,
         enable_prefix_caching=config.enable_prefix_caching,
         preemption=config.preemption,
-        max_adapter_wait=config.max_adapter_wait,
+        # The policy's: the artifact's profile knows no bound, and no adapter makes room for another early there either.
+        max_adapter_wait=policy_settings(config).max_adapter_wait,
     )
     blocks = BlockManager(info.num_blocks, config.block_size, config.num_host_blocks)
     pool = executor.runner.store.pool

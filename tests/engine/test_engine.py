@@ -38,6 +38,7 @@ def make_engine(
     max_len: int = 64,
     policy: str = "credit",
     settings: PolicySettings | None = None,
+    exec_type: str = "dlora",
     **limits: object,
 ) -> Engine:
     blocks = BlockManager(num_blocks, block_size, host)
@@ -47,7 +48,7 @@ def make_engine(
         SchedulerLimits(max_len, max_seqs, max_tokens, **limits),  # type: ignore[arg-type]
         blocks,
         AdapterManager(num_slots),
-        make_policy(policy, settings=settings, cost_model=cost),
+        make_policy(policy, exec_type, settings, cost),
     )
     engine = Engine(scheduler, executor, depth, [EOS], cost)
     for spec in ADAPTERS:
@@ -322,6 +323,40 @@ def test_a_merge_that_fails_costs_nobody_an_answer(depth: int) -> None:
     assert executor.modes == {False, True}  # type: ignore[attr-defined]
     assert executor.merged_adapter() == "hash1"
     assert_empty(engine)
+
+
+def test_a_merge_that_failed_is_not_tried_again_by_a_baseline_that_only_merges() -> None:
+    engine = make_engine(policy="merge", exec_type="peft")
+    tried: list[str] = []
+    switch = engine.executor.switch
+
+    def counted(spec: AdapterSpec | None) -> float | None:
+        tried.append(spec.content_hash if spec else "")
+        return switch(spec)
+
+    engine.executor.switch = counted  # type: ignore[method-assign]
+    engine.executor.failing_merges.add("hash0")  # type: ignore[attr-defined]
+    request = make_request("r", [4] * 5, 1, 6, ignore_eos=True)
+    engine.add_request(request)
+    got: dict[str, list[SequenceProgress]] = {}
+    drain(engine, got)
+    assert tried.count("hash0") == 1
+    assert tokens_of(got["r"]) == expected(request)
+
+
+def test_requests_that_a_step_passes_over_are_waiting_for_those_who_route() -> None:
+    """They keep their blocks, and their scheduler calls them running."""
+    engine = make_engine(policy="merge", max_tokens=64)
+    for number, adapter in enumerate((1, 2, 2, 1)):
+        engine.add_request(make_request(f"r{number}", [4] * 5, adapter, 9, ignore_eos=True))
+    seen = set()
+    for _ in range(12):
+        step(engine, {})
+        stats, detail = engine.stats(), engine.detail()
+        assert stats.num_running == sum(detail.running.values()) and stats.num_waiting == sum(detail.waiting.values())
+        assert stats.num_running + stats.num_waiting == len(engine.requests)
+        seen.add((frozenset(detail.running), frozenset(detail.waiting)))
+    assert (frozenset({"hash0"}), frozenset({"hash1"})) in seen
 
 
 def test_what_was_not_submitted_leaves_no_prefix() -> None:

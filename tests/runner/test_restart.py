@@ -48,6 +48,13 @@ def answer(made: Replica, spec: Any) -> list[int]:
     return tokens
 
 
+def test_policy_and_scheduler_have_one_bound(root: Path) -> None:
+    with replica(root, max_adapter_wait=2.0) as made:
+        assert made.engine.scheduler.limits.max_adapter_wait == 2.0
+    with replica(root, policy_profile="artifact") as made:
+        assert made.engine.scheduler.limits.max_adapter_wait == float("inf")
+
+
 def test_a_load_under_way_is_waited_for_and_belongs_to_nobody_afterwards(root: Path) -> None:
     with replica(root) as made:
         specs = [made.load_adapter(f"a{i}", root / f"a{i}") for i in range(2)]

@@ -1,0 +1,67 @@
+"""What an engine tells of itself to those who route to it and who watch it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable
+from typing import NamedTuple
+
+from peft_dist.core.messages import ReplicaDetail, ReplicaStats
+from peft_dist.core.request import Request, RequestStatus
+from peft_dist.engine.executor import Executor
+from peft_dist.engine.scheduler import Scheduler
+
+
+class StepCounts(NamedTuple):
+    """Since the engine was made."""
+
+    steps: int
+    merged_steps: int
+    switches: int
+    switch_seconds: float
+
+
+def stats_of(scheduler: Scheduler, last_batch: Iterable[Request]) -> ReplicaStats:
+    """Requests that a step passes over, because another adapter is merged, wait, though they keep their blocks."""
+    counts = scheduler.counts()
+    running = sum(request.status is RequestStatus.RUNNING for request in last_batch)
+    return ReplicaStats(
+        num_running=running,
+        num_waiting=counts[RequestStatus.WAITING] + counts[RequestStatus.RUNNING] - running,
+        num_swapped=counts[RequestStatus.SWAPPED],
+        num_free_blocks=scheduler.blocks.num_free,
+        num_blocks=scheduler.blocks.num_blocks,
+        num_preemptions=scheduler.num_preemptions,
+        prefix_cache_queries=scheduler.prefix_queries,
+        prefix_cache_hits=scheduler.prefix_hits,
+        resident_adapters=scheduler.adapters.resident,
+    )
+
+
+def detail_of(
+    scheduler: Scheduler,
+    executor: Executor,
+    requests: Collection[Request],
+    last_batch: Iterable[Request],
+    steps: StepCounts,
+) -> ReplicaDetail:
+    """``requests``: all that have not ended; ``last_batch``: those of the step submitted last, ended or not."""
+    running = {r.request_id for r in last_batch if r.status is RequestStatus.RUNNING}
+    counts: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
+    for request in requests:
+        counts[request.request_id in running][request.content_hash] += 1
+    policy, adapters = scheduler.policy, scheduler.adapters
+    return ReplicaDetail(
+        merged_adapter=executor.merged_adapter(),
+        num_steps=steps.steps,
+        num_merged_steps=steps.merged_steps,
+        num_switches=steps.switches,
+        switch_seconds=steps.switch_seconds,
+        waiting=dict(counts[False]),
+        running=dict(counts[True]),
+        policy=policy.report(),
+        credits=policy.credits,
+        adapters=executor.residency(),
+        num_adapter_loads=adapters.loads,
+        num_adapter_evictions=adapters.evictions,
+    )
