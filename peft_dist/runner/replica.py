@@ -227,7 +227,9 @@ def build_replica(config: EngineConfig) -> Replica:
         prior = device_prior(speed, size, row_bytes(modules, model.dtype), info.merge_way)
         cost = CostModel(prior)
     engine = new_engine(config, info, executor, cost)
-    return Replica(engine, info, store, runner, executor, config, config, identity)
+    replica = Replica(engine, info, store, runner, executor, config, config, identity)
+    replica.capture_graphs(progress=True)
+    return replica
 
 
 def _choose_attention(
