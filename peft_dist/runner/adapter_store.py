@@ -139,7 +139,7 @@ class AdapterStore:
         if adapter.spec.content_hash != spec.content_hash:
             raise AdapterError(
                 f"adapter {source.name!r} in {source.path}: its files have changed since it was loaded, and the old "
-                "weights are in memory no more: load it again in place, and give new weights a folder of their own"
+                "weights are not in memory: load it again in place, and give new weights a folder of their own"
             )
         return adapter
 
