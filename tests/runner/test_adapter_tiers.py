@@ -25,6 +25,7 @@ from tests.tiny_models import make_model, random_adapter, target_modules
 
 NUM_ADAPTERS = 5
 WEIGHTS = "adapter_model.safetensors"
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 PROMPT = [5, 6, 7, 8]
 NUM_TOKENS = 5
 
@@ -52,7 +53,8 @@ def expected(root: Path) -> dict[str, list[int]]:
 
 @contextmanager
 def replica(root: Path, **options: object) -> Iterator[Replica]:
-    config = EngineConfig(str(root / "base"), device="cpu", num_blocks=64, num_threads=1, **options)  # type: ignore[arg-type]
+    options = {"device": "cpu", "num_blocks": 64, "num_threads": 1, **options}
+    config = EngineConfig(str(root / "base"), **options)  # type: ignore[arg-type]
     made = build_replica(config)
     yield made
     made.close()
@@ -251,12 +253,13 @@ def test_running_requests_finish_on_the_weights_they_started_with(root, expected
 
 @pytest.mark.parametrize("depth", [0, 1])
 @pytest.mark.parametrize("host", [0, 1 << 30])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
 def test_a_request_that_lost_its_slot_finishes_on_the_weights_it_started_with(
-    root, expected, tmp_path, depth, host
+    root, expected, tmp_path, depth, host, device
 ) -> None:
     folder = shutil.copytree(root / "a0", tmp_path / "x")
     options = {"max_loras": 1, "adapter_host_memory": host, "max_adapter_wait": 0.3, "policy": "fcfs", "depth": depth}
-    with replica(root, **options) as served:
+    with replica(root, device=device, dtype="float32", **options) as served:
         old, other = served.load_adapter("x", folder), served.load_adapter("b", root / "a2")
         manager = served.engine.scheduler.adapters
         # As long as x1, which is older than b, runs, b cannot take its adapter's slot; then x2 loses it.
