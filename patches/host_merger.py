@@ -9,6 +9,7 @@ from torch import nn
 
 from peft_dist.kernels.lora_pool import LayerTensors
 from peft_dist.kernels.merge import MergeItem, merge_group_
+from peft_dist.kernels.pinned import pinned_bytes
 from peft_dist.patches.merged_layers import MergedLayers
 from peft_dist.patches.merging import Merger, weight_of
 from peft_dist.patches.packed_linear import packing_of
@@ -37,7 +38,8 @@ class HostMerger(Merger):
 
     def bytes_with(self, paths: Iterable[str]) -> int:
         modules = dict(self._modules) | dict.fromkeys(self._site(path) for path in paths)
-        return sum(weight_of(module).nbytes for module in modules)
+        weights = [weight_of(module) for module in modules]
+        return sum(pinned_bytes(weight.nbytes) if weight.is_cuda else weight.nbytes for weight in weights)
 
     @torch.no_grad()
     def allocate(self) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 
 from peft_dist.kernels.lora_pool import LayerTensors
 from peft_dist.kernels.merge import MergeItem, merge_group_
+from peft_dist.kernels.pinned import pinned_bytes
 from peft_dist.patches.joined_linear import Joint, joint_of
 from peft_dist.patches.lora_layers import SelectiveEmbedding, SelectiveLinear
 from peft_dist.patches.merged_layers import MergedLayers, twin_of
@@ -183,5 +184,4 @@ def _to_host(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _host_bytes(weight: torch.Tensor) -> int:
-    """The allocator of pinned memory rounds up to a power of two."""
-    return 1 << (weight.nbytes - 1).bit_length() if weight.is_cuda and weight.nbytes else weight.nbytes
+    return pinned_bytes(weight.nbytes) if weight.is_cuda else weight.nbytes

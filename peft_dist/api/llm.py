@@ -36,7 +36,8 @@ from peft_dist.engine.commands import make_request
 from peft_dist.orchestrator.client import NewRequest
 from peft_dist.orchestrator.core import Orchestrator, OrchestratorOptions
 from peft_dist.orchestrator.records import Outgoing, RequestFailed, SequenceEvent
-from peft_dist.runner.adapter_source import resolve_adapter
+from peft_dist.runner.adapter_source import not_there_in_time, resolve_adapter
+from peft_dist.runner.background import TimeLimitError, call_in_time
 from peft_dist.runner.replica import Replica, build_replica, release_memory
 
 _REPLICA = 0
@@ -178,14 +179,16 @@ class LLM:
         """Load an adapter from a folder or the hub under a name.
 
         Raises:
-            AdapterError: it was refused, or the name is taken; the others are untouched.
+            AdapterError: it was refused, was not there within ``adapter_load_timeout`` seconds (its download included),
+                or the name is taken; the others are untouched.
         """
         check_adapter(path, name)
         call_id, _ = self._orchestrator.load_adapter(name, str(path), replace=replace, allow_pickle=self._allow_pickle)
         spec = None
         try:
-            folder = resolve_adapter(str(path), allow_pickle=self._allow_pickle)
-            spec = self._open.load_adapter(name, folder, allow_pickle=self._allow_pickle)
+            found = self._inspect(str(path), name)
+            self._open.register_adapter(found, allow_pickle=self._allow_pickle)
+            spec = found
         finally:
             # Whatever happens, the orchestrator must hear the end of the load that it began.
             error = None if spec else "refused"
@@ -216,6 +219,18 @@ class LLM:
         if self._replica is None:
             raise EngineDeadError("this LLM is closed: make a new one")
         return self._replica
+
+    def _inspect(self, path: str, name: str) -> AdapterSpec:
+        replica, allow_pickle = self._open, self._allow_pickle
+
+        def find() -> AdapterSpec:
+            folder = resolve_adapter(path, allow_pickle=allow_pickle)
+            return replica.inspect_adapter(name, folder, allow_pickle=allow_pickle)
+
+        try:
+            return call_in_time("adapter-fetcher", find, replica.load_timeout)
+        except TimeLimitError:
+            raise not_there_in_time(name, path, replica.load_timeout) from None
 
     def _load_tokenizer(self, config: EngineConfig) -> Any | None:
         if self._info.tokenizer is None:

@@ -39,6 +39,9 @@ class AdapterManager:
         self._pins: Counter[str] = Counter()
         self._users: Counter[str] = Counter()
         self._leaving: set[str] = set()
+        self._kept: set[str] = set()
+        self._keeps: list[str] = []
+        self._releases: list[str] = []
 
     @property
     def resident(self) -> list[str]:
@@ -70,6 +73,8 @@ class AdapterManager:
     def remove_user(self, spec: AdapterSpec) -> None:
         """A request for this adapter ended."""
         _decrement(self._users, spec.content_hash)
+        if not self._users[spec.content_hash]:
+            self._release_weights(spec.content_hash)
         self._drop_if_unneeded(spec.content_hash)
 
     # What the scheduler asks
@@ -127,6 +132,12 @@ class AdapterManager:
         """An adapter was registered, perhaps again while its last requests were running out."""
         self._leaving.discard(content_hash)
 
+    def keep_weights(self, content_hash: str) -> None:
+        """Have the host keep the weights while they are on no device and requests use them: their files may change."""
+        if self._users[content_hash] and content_hash not in self._kept and content_hash not in self._resident:
+            self._kept.add(content_hash)
+            self._keeps.append(content_hash)
+
     def forget(self, content_hash: str) -> None:
         """Drop an adapter once no request needs it any more and no load of it is under way."""
         self._leaving.add(content_hash)
@@ -136,6 +147,7 @@ class AdapterManager:
         """A load has ended: the adapter, which is returned, can run."""
         lease = self._resident[content_hash] = self._loading.pop(content_hash)
         self._idle[content_hash] = None
+        self._release_weights(content_hash)
         self.loads += 1
         self._drop_if_unneeded(content_hash)
         return lease.spec
@@ -153,6 +165,16 @@ class AdapterManager:
         changes, self._changes = self._changes, []
         return changes
 
+    def take_keeps(self) -> list[str]:
+        """Content hashes whose weights the host is to keep, before the changes are made; each given out once."""
+        keeps, self._keeps = self._keeps, []
+        return keeps
+
+    def take_releases(self) -> list[str]:
+        """Content hashes whose weights the host need not keep any more, after the changes; each given out once."""
+        releases, self._releases = self._releases, []
+        return releases
+
     def take_discards(self) -> list[str]:
         """Content hashes that nobody needs any more, each given out once."""
         discards, self._discards = self._discards, []
@@ -166,6 +188,7 @@ class AdapterManager:
         assert not self._running.keys() & self._idle.keys(), "an adapter both running and idle"
         assert all(self._users[key] >= count > 0 for key, count in self._running.items()), "users"
         assert all(count > 0 for count in self._pins.values()), "pins"
+        assert self._kept <= self._users.keys() - self._resident.keys(), "weights kept for nobody"
 
     def _start_load(self, spec: AdapterSpec, queued: Collection[str]) -> bool:
         """Whether there was room, or could be made."""
@@ -183,9 +206,15 @@ class AdapterManager:
 
     def _evict(self, key: str) -> None:
         lease = self._resident.pop(key)
+        self.keep_weights(key)
         del self._idle[key]
         self.space.give_back(lease)
         self._changes.append((lease.slot, None))
+
+    def _release_weights(self, key: str) -> None:
+        if key in self._kept:
+            self._kept.remove(key)
+            self._releases.append(key)
 
     def _drop_if_unneeded(self, key: str) -> None:
         if key not in self._leaving or self._users[key] or self._pins[key] or key in self._loading:

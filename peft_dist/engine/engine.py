@@ -14,6 +14,7 @@ from peft_dist.core.batch import NO_ADAPTER, Batch, ScheduledSequence, SequenceR
 from peft_dist.core.cost_model import CostModel, StepFeatures
 from peft_dist.core.messages import ReplicaDetail, ReplicaStats, SequenceProgress
 from peft_dist.core.request import Request
+from peft_dist.engine.adapter_changes import apply_changes
 from peft_dist.engine.decisions import Decision, describe
 from peft_dist.engine.executor import Executor
 from peft_dist.engine.reports import StepCounts, detail_of, stats_of
@@ -112,8 +113,13 @@ class Engine:
             self._finish(request, "abort")
 
     def register_adapter(self, spec: AdapterSpec) -> None:
+        for other in self.adapters.values():
+            if other.content_hash != spec.content_hash and (other.name == spec.name or other.path == spec.path):
+                # Its files may be the new one's by now.
+                self.scheduler.adapters.keep_weights(other.content_hash)
         self.adapters[spec.content_hash] = spec
         self.scheduler.adapters.keep(spec.content_hash)
+        self._apply_adapter_changes()
         self.residency_version += 1
 
     def forget_adapter(self, content_hash: str) -> None:
@@ -225,15 +231,7 @@ class Engine:
         return progress
 
     def _apply_adapter_changes(self) -> None:
-        for slot, spec in self.scheduler.adapters.take_changes():
-            if spec is None:
-                self.executor.drop_adapter(slot)
-                self.residency_version += 1
-            else:
-                self.executor.start_load(spec, slot)
-        for content_hash in self.scheduler.adapters.take_discards():
-            self.executor.discard_adapter(content_hash)
-            self.residency_version += 1
+        self.residency_version += apply_changes(self.scheduler.adapters, self.executor)
 
     def _update(self, batch: Batch, requests: list[Request], result: StepResult) -> list[SequenceProgress]:
         outcomes = {outcome.request_id: outcome for outcome in result.sequences}

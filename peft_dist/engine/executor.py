@@ -92,6 +92,14 @@ class Executor(Protocol):
         """Free the device slot of a loaded adapter."""
         ...
 
+    def keep_adapter(self, content_hash: str) -> None:
+        """Keep the weights on the host, from where they are now (nowhere: do nothing), until ``release_adapter``."""
+        ...
+
+    def release_adapter(self, content_hash: str) -> None:
+        """End what ``keep_adapter`` began."""
+        ...
+
     def discard_adapter(self, content_hash: str) -> None:
         """Free what the host keeps of an adapter that is in no slot: its copy and where it came from."""
         ...

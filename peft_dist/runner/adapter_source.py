@@ -51,6 +51,14 @@ def resolve_adapter(
     return download(match["repo"], match["revision"], allow_pickle)
 
 
+def not_there_in_time(name: str, path_or_id: str, time_limit: float | None) -> AdapterError:
+    """For whoever waited ``time_limit`` seconds for an adapter to be found and checked."""
+    return AdapterError(
+        f"adapter {name!r} from {path_or_id} was not there within {time_limit:g} s: see to the disk or the network, or "
+        "raise adapter_load_timeout (--adapter-load-timeout)"
+    )
+
+
 def _local_folder(name: str) -> Path | None:
     try:
         path = Path(name).expanduser().resolve()

@@ -39,7 +39,7 @@ class AdapterStore:
     ) -> None:
         """``modules`` describe the model as it was before it was wrapped; ``host_memory`` is in bytes."""
         self.pool = pool
-        self.host = HostTier(host_memory)
+        self.host = HostTier(host_memory, pinned=pool.device.type == "cuda")
         self._model = model
         self._modules = modules
         self._layers: dict[str, int] = {}
@@ -118,6 +118,15 @@ class AdapterStore:
         paths = {index: path for path, index in self._layers.items()}
         return {paths[index]: ModuleWeights(*tensors) for index, tensors in self.pool.read(slot).items()}
 
+    def keep(self, content_hash: str, slot: int | None) -> None:
+        """Keep the weights in host memory beyond the budget, from the host's copy or the slot, until they are released.
+
+        A GPU copies them behind what runs on its current stream; nobody but a load may read them.
+        """
+        if not self.host.keep(content_hash) and slot is not None:
+            adapter = LoadedAdapter(self._specs[content_hash], _to_host(self.weights_in(slot)))
+            self.host.keep(content_hash, adapter)
+
     def _read(self, spec: AdapterSpec, source: _Source) -> LoadedAdapter:
         adapter = load_adapter(
             source.name,
@@ -130,7 +139,7 @@ class AdapterStore:
         if adapter.spec.content_hash != spec.content_hash:
             raise AdapterError(
                 f"adapter {source.name!r} in {source.path}: its files have changed since it was loaded, and the old "
-                "weights are in memory no more: load it again in place, and give new weights a folder of their own"
+                "weights are not in memory: load it again in place, and give new weights a folder of their own"
             )
         return adapter
 
@@ -144,3 +153,16 @@ class AdapterStore:
         )
         self._layers[path] = layer.lora_index
         return True
+
+
+def _to_host(weights: dict[str, ModuleWeights]) -> dict[str, ModuleWeights]:
+    """Copies in one buffer: pinned memory is dear to set aside piece by piece."""
+    tensors = [tensor for w in weights.values() for tensor in (w.A, w.B)]
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    if flat.is_cuda:
+        flat = torch.empty_like(flat, device="cpu", pin_memory=True).copy_(flat, non_blocking=True)
+    parts = iter(flat.split([tensor.numel() for tensor in tensors]))
+    return {
+        path: ModuleWeights(next(parts).view(w.A.shape), next(parts).view(w.B.shape), w.scaling)
+        for path, w in weights.items()
+    }

@@ -184,7 +184,7 @@ class PickleFile:
     def read(self, pin_memory: bool = False) -> dict[str, torch.Tensor]:
         self._tensors = {name: tensor.contiguous() for name, tensor in self._tensors.items()}
         if pin_memory:
-            self._tensors = {name: tensor.pin_memory() for name, tensor in self._tensors.items()}
+            self._tensors = in_one_buffer(self._tensors, pin_memory=True)
         return self._tensors
 
     def all_finite(self) -> bool:
@@ -200,6 +200,19 @@ def _buffer(num_bytes: int, pin_memory: bool) -> torch.Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pin_memory)
     # From the system and back to it: among the allocator's small objects, buffers that come and go would leave holes.
     return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)
+
+
+def in_one_buffer(tensors: Mapping[str, torch.Tensor], *, pin_memory: bool) -> dict[str, torch.Tensor]:
+    """Copies; of pinned buffers each is rounded up to a power of two."""
+    starts, end = {}, 0
+    for name, tensor in tensors.items():
+        starts[name], end = end, end + -(-tensor.nbytes // 8) * 8
+    data = _buffer(end, pin_memory)
+    pinned = {}
+    for name, tensor in tensors.items():
+        part = data[starts[name] : starts[name] + tensor.nbytes]
+        pinned[name] = part.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+    return pinned
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

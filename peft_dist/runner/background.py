@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
+import select
 import threading
 import time
 from collections.abc import Callable
@@ -171,3 +172,21 @@ class BackgroundCalls(Generic[K, T]):
                 pending = [deadline for deadline, _, _ in limited if deadline > now]
                 del limited
                 self._lock.wait(min(pending) - now if pending else None)
+
+
+def call_in_time(name: str, work: Callable[[], T], time_limit: float | None) -> T:
+    """Wait for one call on a thread of its own, for at most ``time_limit`` seconds (None: for ever).
+
+    Raises:
+        TimeLimitError: it took longer. Otherwise whatever ``work`` raises.
+    """
+    calls: BackgroundCalls[str, T] = BackgroundCalls(name, 1, time_limit)
+    try:
+        calls.start(name, lambda call: work())
+        select.select([calls.fileno()], [], [])
+        (ended,) = calls.take()
+    finally:
+        calls.close()
+    if ended.error is not None:
+        raise ended.error
+    return ended.result  # type: ignore[return-value]

@@ -184,6 +184,12 @@ class TorchExecutor:
         self.runner.store.pool.drop(slot)
         self._slots = {key: held for key, held in self._slots.items() if held != slot}
 
+    def keep_adapter(self, content_hash: str) -> None:
+        self.runner.store.keep(content_hash, self._slots.get(content_hash))
+
+    def release_adapter(self, content_hash: str) -> None:
+        self.runner.store.host.release(content_hash)
+
     def discard_adapter(self, content_hash: str) -> None:
         self.runner.store.remove(content_hash)
         self._mergeable.pop(content_hash, None)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from peft_dist.core.errors import AdapterError
 from peft_dist.core.messages import LoadAdapter
+from peft_dist.runner.adapter_source import not_there_in_time
 from peft_dist.runner.background import BackgroundCalls, Ended, TimeLimitError
 
 T = TypeVar("T")
@@ -38,8 +38,5 @@ class AdapterFetcher(Generic[T]):
 
     def _outcome(self, ended: Ended[LoadAdapter, T]) -> T | Exception:
         if isinstance(ended.error, TimeLimitError):
-            return AdapterError(
-                f"adapter {ended.key.name!r} from {ended.key.path} was not there within {self._time_limit:g} s: see to "
-                "the disk or the network, or raise adapter_load_timeout (--adapter-load-timeout)"
-            )
+            return not_there_in_time(ended.key.name, ended.key.path, self._time_limit)
         return ended.error if ended.error is not None else ended.result  # type: ignore[return-value]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -277,3 +278,25 @@ def test_bfloat16_runs(folder: Path) -> None:
     ) as llm:
         assert llm.model_info.dtype == "bfloat16"
         assert len(llm.generate([[5, 6]] * 2, GREEDY, ["x", None], use_tqdm=False)) == 2
+
+
+@pytest.mark.parametrize("what", ["finding", "reading"])
+def test_a_load_that_hangs_ends_at_its_time_limit(folder: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """A network that does not answer, a disk that does not."""
+    release = threading.Event()
+
+    def hang(*_: object, **__: object) -> Path:
+        release.wait(20)
+        return folder / "a0"
+
+    with LLM(folder / "ids", device="cpu", num_blocks=64, adapter_load_timeout=0.5) as llm:
+        with monkeypatch.context() as patch:
+            if what == "finding":
+                patch.setattr("peft_dist.api.llm.resolve_adapter", hang)
+            else:
+                patch.setattr(llm._open.store, "inspect", hang)
+            with pytest.raises(AdapterError, match=r"'x' from .*a0 .*within 0\.5 s.*adapter_load_timeout"):
+                llm.load_adapter(folder / "a0", "x")
+        release.set()
+        assert llm.adapters == []
+        assert llm.load_adapter(folder / "a0", "x").name == "x"

@@ -57,6 +57,7 @@ class FakeExecutor:
         self.failing_loads: dict[str, str] = {}
         self.num_loads = 0
         self.discarded: list[str] = []
+        self.kept: set[str] = set()
         self.poisoned: set[str] = set()
         self.max_batch_tokens = 0
         self.merged = ""
@@ -149,8 +150,15 @@ class FakeExecutor:
     def drop_adapter(self, slot: int) -> None:
         del self.slots[slot]
 
+    def keep_adapter(self, content_hash: str) -> None:
+        assert content_hash not in self.kept, "kept twice"
+        self.kept.add(content_hash)
+
+    def release_adapter(self, content_hash: str) -> None:
+        self.kept.remove(content_hash)
+
     def discard_adapter(self, content_hash: str) -> None:
-        assert content_hash not in self.slots.values()
+        assert content_hash not in self.slots.values() and content_hash not in self.kept
         assert content_hash not in [spec.content_hash for spec, _ in self.loading.values()]
         self.discarded.append(content_hash)
 

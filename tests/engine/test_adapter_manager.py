@@ -281,3 +281,26 @@ def test_what_can_never_fit_is_refused_in_words() -> None:
     ):
         manager.check_fits(spec_of("big", q=3, v=65))
     AdapterManager(8).check_fits(spec_of("any", q=10_000))
+
+
+def test_weights_are_kept_while_an_adapter_with_users_is_off_the_device() -> None:
+    a, b, idle = spec_of("a"), spec_of("b"), spec_of("idle")
+    manager = AdapterManager(1)
+    load(manager, idle)
+    manager.want([a])
+    assert manager.take_keeps() == [], "nobody uses what was evicted"
+    manager.loaded(a.content_hash)
+    manager.add_user(a)
+    manager.keep_weights(a.content_hash)
+    assert manager.take_keeps() == [], "they are on the device"
+    manager.want([b])
+    assert manager.take_keeps() == [a.content_hash]
+    manager.loaded(b.content_hash)
+    manager.want([a])
+    manager.loaded(a.content_hash)
+    assert manager.take_releases() == [a.content_hash] and manager.take_keeps() == []
+    manager.want([b])
+    assert manager.take_keeps() == [a.content_hash] and manager.take_releases() == []
+    manager.remove_user(a)
+    assert manager.take_releases() == [a.content_hash]
+    manager.check()

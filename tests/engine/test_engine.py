@@ -101,6 +101,7 @@ def assert_empty(engine: Engine) -> None:
     assert not scheduler.has_requests and not engine.requests and not scheduler._starts
     assert scheduler.blocks.num_free == scheduler.blocks.num_blocks
     assert not engine.executor.states and not scheduler.adapters._users  # type: ignore[attr-defined]
+    assert not engine.executor.kept  # type: ignore[attr-defined]
     scheduler.blocks.check()
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from peft_dist.forward_context import ForwardContext
 from peft_dist.kernels import merge as merge_kernels
 from peft_dist.kernels.lora_pool import LayerTensors
+from peft_dist.kernels.pinned import pinned_bytes
 from peft_dist.patches import packed_linear, shadow_merger
 from peft_dist.patches.host_merger import HostMerger
 from peft_dist.patches.merging import Merger
@@ -241,7 +242,9 @@ def test_bytes_are_known_before_they_are_taken(packed: bool, device: str) -> Non
     assert ShadowMerger(model).num_bytes == 0
     assert ShadowMerger(model).bytes_with(adapters[1]) < merger.num_bytes
     host = HostMerger(model, adapters[0])
-    assert host.num_bytes == weights and host.on_device == (device == "cpu")
+    pinned = sum(pinned_bytes(module.weight.nbytes) for module in merger._modules)
+    assert pinned > weights
+    assert host.num_bytes == (weights if device == "cpu" else pinned) and host.on_device == (device == "cpu")
     if device == "cuda":
         allocated = torch.cuda.memory_allocated()
         merger.allocate()

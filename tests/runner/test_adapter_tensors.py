@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from peft_dist.core.errors import AdapterError
 from peft_dist.runner.adapter_modules import describe_modules
 from peft_dist.runner.adapter_tensors import load_adapter
+from peft_dist.runner.adapter_weights import in_one_buffer
 from tests.runner.adapter_folder import (
     KEY,
     MODEL,
@@ -181,6 +182,18 @@ def test_copies_do_not_keep_their_memory(folder):
     edit(folder, lambda t: t.update({"base_model.model.lm_head.weight": MODEL.lm_head.weight.detach().clone()}))
     weights = load(folder).weights[Q]
     assert weights.A.untyped_storage().nbytes() == weights.A.nbytes
+
+
+def test_tensors_of_any_size_and_type_share_one_buffer():
+    own = {
+        "a": torch.randn(3, 1).half(),
+        "b": torch.randn(2, 3),
+        "c": torch.randn(0, 4),
+        "d": torch.randn(5).bfloat16(),
+    }
+    packed = in_one_buffer(own, pin_memory=False)
+    assert all(torch.equal(packed[name], tensor) and packed[name].dtype == tensor.dtype for name, tensor in own.items())
+    assert {tensor.untyped_storage().nbytes() for tensor in packed.values()} == {8 + 24 + 16}
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.float64, torch.int32])

@@ -25,6 +25,7 @@ from tests.tiny_models import make_model, random_adapter, target_modules
 
 NUM_ADAPTERS = 5
 WEIGHTS = "adapter_model.safetensors"
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 PROMPT = [5, 6, 7, 8]
 NUM_TOKENS = 5
 
@@ -52,7 +53,8 @@ def expected(root: Path) -> dict[str, list[int]]:
 
 @contextmanager
 def replica(root: Path, **options: object) -> Iterator[Replica]:
-    config = EngineConfig(str(root / "base"), device="cpu", num_blocks=64, num_threads=1, **options)  # type: ignore[arg-type]
+    options = {"device": "cpu", "num_blocks": 64, "num_threads": 1, **options}
+    config = EngineConfig(str(root / "base"), **options)  # type: ignore[arg-type]
     made = build_replica(config)
     yield made
     made.close()
@@ -247,6 +249,56 @@ def test_running_requests_finish_on_the_weights_they_started_with(root, expected
             got[name] = (before + tokens, error)
         assert got == {"old": (expected["a0"], None), "new": (expected["a1"], None)}
         assert served.store.registered == [new.content_hash] and num_used_pages(served) == pages_of(new)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("host", [0, 1 << 30])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+def test_a_request_that_lost_its_slot_finishes_on_the_weights_it_started_with(
+    root, expected, tmp_path, depth, host, device
+) -> None:
+    folder = shutil.copytree(root / "a0", tmp_path / "x")
+    options = {"max_loras": 1, "adapter_host_memory": host, "max_adapter_wait": 0.3, "policy": "fcfs", "depth": depth}
+    with replica(root, device=device, dtype="float32", **options) as served:
+        old, other = served.load_adapter("x", folder), served.load_adapter("b", root / "a2")
+        manager = served.engine.scheduler.adapters
+        # As long as x1, which is older than b, runs, b cannot take its adapter's slot; then x2 loses it.
+        for name, spec, num_tokens in (("x1", old, 1), ("b", other, NUM_TOKENS), ("x2", old, NUM_TOKENS)):
+            served.engine.add_request(request_of(name, spec, num_tokens))
+        got: dict[str, tuple[list[int], str | None]] = {}
+        now = 0.0
+        while manager.resident != [other.content_hash]:
+            note(got, served.engine.step(now))
+            now += 0.4 if got else 0.0
+            if served.engine.waits_for_load:
+                assert select.select([served.fileno()], [], [], 20)[0], "a load got lost"
+        assert 0 < len(got["x2"][0]) < NUM_TOKENS, "it did not lose its slot while it ran"
+        shutil.copytree(root / "a1", folder, dirs_exist_ok=True)
+        new = served.load_adapter("x", folder)
+        served.engine.add_request(request_of("new", new))
+        served.engine.forget_adapter(old.content_hash)
+        for name, (tokens, error) in finish(served).items():
+            before, _ = got.get(name, ([], None))
+            got[name] = (before + tokens, error)
+        answers = {"x1": expected["a0"][:1], "b": expected["a2"], "x2": expected["a0"], "new": expected["a1"]}
+        assert got == {name: (tokens, None) for name, tokens in answers.items()}
+        assert served.store.host._kept == {} and old.content_hash not in served.store.registered
+
+
+def test_weights_kept_for_a_replaced_adapter_outlast_the_host_budget(root, expected, tmp_path) -> None:
+    """A queued request whose weights were on the host, not on the device, when its files changed."""
+    folder = shutil.copytree(root / "a0", tmp_path / "x")
+    with replica(root, max_loras=1) as served:
+        old, other = served.load_adapter("x", folder), served.load_adapter("b", root / "a2")
+        assert ask(served, old, other) == [(expected["a0"], None), (expected["a2"], None)]
+        served.engine.add_request(request_of("b", other))
+        served.engine.add_request(request_of("queued", old))
+        shutil.copytree(root / "a1", folder, dirs_exist_ok=True)
+        served.load_adapter("x", folder)
+        with served.store.host._lock:
+            served.store.host._trim(0)
+        assert finish(served)["queued"] == (expected["a0"], None)
+        assert served.store.host._kept == {}
 
 
 def test_the_engines_thread_opens_no_file(root, expected) -> None:

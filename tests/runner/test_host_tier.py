@@ -63,6 +63,30 @@ def test_what_is_being_copied_stays_and_what_was_removed_meanwhile_goes() -> Non
     assert tier.specs == [] and tier.num_bytes == 0
 
 
+def test_what_is_kept_stays_beyond_the_budget_until_it_is_released() -> None:
+    tier = HostTier(10)
+    first, second = adapter_of("first", 10), adapter_of("second", 10)
+    assert not tier.keep("first")
+    assert tier.keep("first", first) and tier.num_bytes == 0 and tier.specs == [first.spec]
+    assert fetch(tier, second) and not fetch(tier, first)
+    assert tier.keep("second") and tier.num_bytes == 10 and tier.specs == [second.spec, first.spec]
+    assert fetch(tier, adapter_of("third", 10)) and not fetch(tier, second)
+    tier.release("first")
+    tier.release("second")
+    assert [spec.name for spec in tier.specs] == ["third"]
+    assert fetch(tier, first) and fetch(tier, second)
+
+
+def test_pinned_copies_count_what_their_buffers_take() -> None:
+    """torch's allocator rounds each pinned buffer up to a power of two."""
+    tier = HostTier(16, pinned=True)
+    first, second, third = adapter_of("first", 5), adapter_of("second", 8), adapter_of("third", 17)
+    assert fetch(tier, first) and tier.num_bytes == 8
+    assert fetch(tier, second) and tier.num_bytes == 16 and not fetch(tier, first)
+    assert fetch(tier, adapter_of("fourth", 1)) and [spec.name for spec in tier.specs] == ["first", "fourth"]
+    assert fetch(tier, third) and [spec.name for spec in tier.specs] == ["first", "fourth"], "32 bytes never fit"
+
+
 def test_a_failing_read_leaves_nothing() -> None:
     tier = HostTier(10)
     adapter = adapter_of("a", 4)
