@@ -35,12 +35,12 @@ def test_privilege_has_hysteresis() -> None:
     ledger.move("hot", "a", 4.0)
     assert ledger.privileged(["hot", "a"]) == ["a"]
     ledger.grant(["a"])
-    ledger.move("a", "hot", 4.0)
-    assert ledger.privileged(["a"]) == ["a"], "it keeps more than half"
+    ledger.move("a", "hot", 5.0)
+    assert ledger.privileged(["a"]) == ["a"], "it keeps half"
     ledger.grant([])
     assert ledger.privileged(["a"]) == [], "but not after a step without privilege"
     ledger.grant(["a"])
-    ledger.move("a", "hot", 2.0)
+    ledger.move("a", "hot", 1.0)
     assert ledger.privileged(["a"]) == []
 
 
@@ -115,6 +115,18 @@ class TestSettlement:
         settlement.interrupted(queued, queued.runnable, queued.alone("a"), frozenset({"b9"}), 15 / 27)
         assert settlement.ledger.credit("a") == pytest.approx(27e-3 * interruption_price(0.9, 15 / 27))
         assert settlement.ledger.credit("a") > 0
+
+    def test_but_not_for_whom_they_keep_from_running(self) -> None:
+        settlement, queued = self.settlement(), view("aaaaaaaaab", seats=9)
+        ran = [queued.runnable[9], *queued.runnable[:8]]
+        settlement.interrupted(queued, ran, queued.alone("a"), frozenset({"b9"}), 15 / 27)
+        displaced, slowed = 27e-3 / 9, 27e-3 * interruption_price(8 / 9, 15 / 27)
+        assert settlement.ledger.credit("a") == pytest.approx(displaced + slowed)
+
+    def test_nor_for_those_put_first_themselves(self) -> None:
+        settlement, queued = self.settlement(), view("aaaaaaaaab")
+        settlement.interrupted(queued, queued.runnable, queued.runnable, frozenset({"b9"}), 15 / 27)
+        assert settlement.ledger.credit("a") == pytest.approx(27e-3 * interruption_price(0.9, 15 / 27))
 
     @pytest.mark.parametrize("share", [0.6, 0.7, 0.9, 0.97])
     def test_the_price_of_an_interruption_leads_to_the_best_share_of_merged_time(self, share: float) -> None:
