@@ -13,11 +13,9 @@ def with_corrections(view: QueueView, choice: Choice, leader: str | None, horizo
     steps.
     """
     options = dict.fromkeys((choice.merged_adapter, view.state.merged_adapter, leader))
-    adapters = [adapter for adapter in options if adapter in view.groups]
+    hosts = [adapter for adapter in filter(None, options) if adapter in view.groups and view.is_mergeable(adapter)]
     best, best_rate = choice, _rate(view, choice.candidates, choice.merged_adapter, horizon)
-    for adapter in adapters:
-        if adapter is None or not view.is_mergeable(adapter):
-            continue
+    for adapter in hosts:
         batch = view.joined(adapter)
         rate = _rate(view, batch, adapter, horizon)
         if rate > best_rate and any(candidate.adapter != adapter for candidate in batch):

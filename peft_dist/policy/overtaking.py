@@ -27,7 +27,7 @@ class OvertakingTracker:
         self._urgent: set[str] = set()
         self._overtaken: set[str] = set()
         self._running: set[str] = set()
-        self._since: float | None = None
+        self._since = 0.0
 
     def seconds(self, request_id: str) -> float:
         return self._seconds.get(request_id, 0.0)
@@ -39,7 +39,7 @@ class OvertakingTracker:
 
     def advance(self, now: float) -> None:
         """Count the seconds since the last call for those who ran, or were overtaken, in the last step."""
-        elapsed = max(0.0, now - self._since) if self._since is not None else 0.0
+        elapsed = max(0.0, now - self._since)
         self._since = now
         if not elapsed:
             return
@@ -79,4 +79,3 @@ class OvertakingTracker:
             self._seconds.pop(request_id, None)
             self._urgent.discard(request_id)
             self._overtaken.discard(request_id)
-            self._running.discard(request_id)

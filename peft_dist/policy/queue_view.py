@@ -72,12 +72,12 @@ class QueueView:
         for candidate in order:
             if len(chosen) == self.seats:
                 break
-            if candidate.request_id in chosen or self.age[candidate.request_id] > barrier:
+            if self.age[candidate.request_id] > barrier:
                 continue
             if candidate.adapter not in free and candidate.adapter not in adapters:
                 if len(adapters) == max(room, 0):
                     if candidate.request_id in protected:
-                        barrier = min(barrier, self.age[candidate.request_id])
+                        barrier = self.age[candidate.request_id]
                     continue
                 adapters.add(candidate.adapter)
             chosen[candidate.request_id] = candidate

@@ -43,7 +43,7 @@ class TrackedPolicy(ABC):
                 choice = self._rescue(view, urgent)
         else:
             choice = Choice(state.merged_adapter, [], "idle")
-        answer = replace(choice, urgent=frozenset(c.request_id for c in urgent)) if urgent else choice
+        answer = replace(choice, urgent=frozenset(c.request_id for c in urgent))
         self._pending = Pending(view, urgent, choice, answer)
         return answer
 

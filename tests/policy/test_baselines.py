@@ -44,6 +44,20 @@ class TestFirstCome:
     def test_nobody_urgent_is_passed_by_younger_ones(self) -> None:
         choice = fcfs(PolicySettings(max_adapter_wait=0.0)).choose(queue("bcb", loras=1))
         assert (ids(choice), choice.reason) == (["b0"], "urgent"), "b2 is younger than c1"
+        assert choice.urgent == {"b0", "c1", "b2"}
+
+    @pytest.mark.parametrize(("merged", "reason"), [(None, "first come"), ("x", "urgent")])
+    def test_the_switch_counts_towards_the_bound(self, merged: str | None, reason: str) -> None:
+        policy = fcfs(PolicySettings(max_adapter_wait=1.0))
+        step(policy, queue("aba", loras=1))
+        # 27 ms more would be within the bound, 47 ms not.
+        assert policy.choose(queue("aba", loras=1, now=0.96, merged=merged)).reason == reason
+
+    def test_who_waits_for_an_adapter_that_could_be_there_is_overtaken(self) -> None:
+        policy = fcfs()
+        for now in (0.0, 2.0):
+            step(policy, queue("ab", absent="a", loras=1, now=now))
+        assert policy.report()["longest_overtaken_seconds"] == 2.0
 
     def test_nothing_to_run(self) -> None:
         policy = fcfs()
@@ -69,6 +83,7 @@ class TestMerge:
 
     def test_the_artifacts_baselines_take_a_prefix(self) -> None:
         assert ids(merge(prefix_only=True).choose(queue("aabaa"))) == ["a0", "a1"]
+        assert ids(merge(prefix_only=True).choose(queue("aaab", seats=2))) == ["a0", "a1"]
 
     def test_the_adapter_of_the_oldest_urgent_request_comes_next(self) -> None:
         policy = merge(PolicySettings(max_adapter_wait=1.0))
@@ -83,6 +98,10 @@ class TestMerge:
         urgent = [ids(choice) for choice in choices if choice.reason == "urgent"]
         assert urgent and all(members == ["b1"] for members in urgent), "b5 is younger than c2"
 
+    def test_of_the_others_the_oldest_is_the_limit(self) -> None:
+        choice = merge(PolicySettings(max_adapter_wait=0.0)).choose(queue("abaca"))
+        assert (ids(choice), choice.reason) == (["a0"], "urgent")
+
     def test_urgent_and_not_mergeable(self) -> None:
         policy = merge(PolicySettings(max_adapter_wait=1.0))
         queued = [queue("aba", now=i / 10, mergeable=lambda adapter: adapter != "b") for i in range(12)]
@@ -95,6 +114,9 @@ def test_ran_follows_choose() -> None:
     choice = policy.choose(state)
     with pytest.raises(ValueError, match="last choose"):
         policy.ran(queue("ab"), choice, ["a0"])
+    policy.choose(state)
+    with pytest.raises(ValueError, match="last choose"):
+        policy.ran(state, choice, ["a0"])
     choice = policy.choose(state)
     policy.ran(state, choice, ["a0"])
     with pytest.raises(ValueError, match="once"):

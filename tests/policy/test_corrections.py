@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from peft_dist.core.cost_model import CostModel, CostPrior
+from peft_dist.policy.batching import Choice
+from peft_dist.policy.corrections import with_corrections
 from peft_dist.policy.credit import CreditPolicy
+from peft_dist.policy.queue_view import QueueView
 from peft_dist.policy.settings import PolicySettings
-from tests.policy.queues import ids, queue, step
+from tests.policy.queues import ids, queue, step, view
 
 SETTINGS = PolicySettings(merged_minority=True, max_adapter_wait=1e9, credit_gap=1e9)
 # Each row through the kernel costs a lot, the kernel itself little.
@@ -65,3 +68,53 @@ def test_a_corrected_period_is_a_merged_period() -> None:
     assert subject.ledger.credit("a") <= 0
     step(subject, queue("bc", merged="a"))
     assert subject.tuner.period.merge_requests <= 1, "a new period began"
+
+
+def first_come(queued: QueueView) -> Choice:
+    return Choice(None, queued.first_come, "first come")
+
+
+def test_only_adapters_that_can_be_merged_are_hosts_also_when_named() -> None:
+    for merged, leader in [(None, "a"), ("a", None)]:
+        queued = view("aaab", CostModel(BY_ROW, fixed=True), merged=merged, mergeable=lambda adapter: adapter != "a")
+        choice = first_come(queued)
+        assert with_corrections(queued, choice, leader, 64.0) is choice
+
+
+def test_the_base_is_no_host() -> None:
+    # Were it one, it would be spared the unmerge.
+    dear = CostPrior(step=10e-3, lora_step=0.0, lora_token=2e-3, merge=(0.0, 0.0), unmerge=(1.0, 0.0))
+    queued = view("---a", CostModel(dear, fixed=True), merged="x")
+    choice = first_come(queued)
+    assert with_corrections(queued, choice, "", 64.0) is choice
+
+
+def test_where_it_is_all_the_same_the_choice_stands() -> None:
+    free = CostPrior(lora_step=0.0, lora_token=0.0, adapter=0.0, merge=(0.0, 0.0))
+    queued = view("aab", CostModel(free, fixed=True))
+    choice = first_come(queued)
+    assert with_corrections(queued, choice, "a", 64.0) is choice
+
+
+def test_others_join_the_choices_own_adapter() -> None:
+    queued = view("aaab", CostModel(BY_ROW, fixed=True))
+    alone = Choice("a", queued.alone("a"), "enter")
+    corrected = with_corrections(queued, alone, None, 1e9)
+    assert (corrected.merged_adapter, ids(corrected)) == ("a", ["a0", "a1", "a2", "b3"])
+
+
+def test_or_the_one_merged_now_when_the_leader_is_not_worth_the_switch() -> None:
+    queued = view("aaaabbbbb", CostModel(BY_ROW, fixed=True), merged="a")
+    assert with_corrections(queued, first_come(queued), "b", 1.0).merged_adapter == "a"
+    assert with_corrections(queued, first_come(queued), "b", 1e9).merged_adapter == "b"
+
+
+def test_the_best_host_wins_and_not_the_last_that_is_better_than_none() -> None:
+    queued = view("aaabb", CostModel(BY_ROW, fixed=True), merged="a")
+    assert with_corrections(queued, first_come(queued), "b", 1e9).merged_adapter == "a"
+
+
+def test_what_counts_is_tokens_and_not_requests() -> None:
+    queued = view("aab", CostModel(BY_STEP, fixed=True), merged="a", prompts={2: 100})
+    alone = Choice("a", queued.alone("a"), "stay")
+    assert with_corrections(queued, alone, "a", 64.0).reason == "corrected"

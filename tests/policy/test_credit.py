@@ -177,6 +177,7 @@ class TestUrgent:
         first = next(i for i, choice in enumerate(choices) if choice.reason == "urgent")
         assert first == 10
         assert choices[first].merged_adapter is None and ids(choices[first])[0] == "b6"
+        assert len(ids(choices[first])) == 8, "the others fill the seats"
         assert policy.ledger.credit("b") < sum(15e-3 / 8 for _ in range(first)), "they pay for it"
 
     def test_unless_the_batch_overtakes_none_of_them(self) -> None:

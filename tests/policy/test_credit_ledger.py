@@ -35,12 +35,20 @@ def test_privilege_has_hysteresis() -> None:
     ledger.move("hot", "a", 4.0)
     assert ledger.privileged(["hot", "a"]) == ["a"]
     ledger.grant(["a"])
-    ledger.move("a", "hot", 4.0)
-    assert ledger.privileged(["a"]) == ["a"], "it keeps more than half"
+    ledger.move("a", "hot", 5.0)
+    assert ledger.privileged(["a"]) == ["a"], "it keeps half"
     ledger.grant([])
     assert ledger.privileged(["a"]) == [], "but not after a step without privilege"
     ledger.grant(["a"])
-    ledger.move("a", "hot", 2.0)
+    ledger.move("a", "hot", 1.0)
+    assert ledger.privileged(["a"]) == []
+
+
+def test_who_left_is_not_privileged_on_return() -> None:
+    ledger = CreditLedger(10.0, 0.5)
+    ledger.grant(["a"])
+    ledger.forget("a")
+    ledger.move("hot", "a", 6.0)
     assert ledger.privileged(["a"]) == []
 
 
@@ -104,6 +112,18 @@ class TestSettlement:
         settlement.interrupted(queued, ran, queued.first_come, frozenset({"b2"}), 15 / 27)
         assert settlement.ledger.credit("a") == pytest.approx(-0.1125 * 1.5), "it displaced one of its own"
 
+    def test_the_artifacts_constants_replace_ours_when_interrupted(self) -> None:
+        settlement, queued = self.settlement(PolicySettings.artifact()), view("aab", seats=2)
+        a0, _, b2 = queued.runnable
+        settlement.interrupted(queued, [b2, a0], queued.alone("a"), frozenset({"b2"}), 15 / 27)
+        assert settlement.ledger.credits == {"a": 1 / 16, "b": -1 / 16}
+
+    def test_the_artifacts_displaced_are_those_of_the_first_come_batch(self) -> None:
+        settlement, queued = self.settlement(PolicySettings.artifact()), view("aaba", seats=3)
+        ran = [queued.runnable[i] for i in (2, 0, 1)]
+        settlement.interrupted(queued, ran, queued.alone("a"), frozenset({"b2"}), 15 / 27)
+        assert settlement.ledger.credits == {}
+
     def test_those_put_first_pay_for_whom_they_displace(self) -> None:
         settlement, queued = self.settlement(), view("aab", seats=2)
         a0, _, b2 = queued.runnable
@@ -115,6 +135,29 @@ class TestSettlement:
         settlement.interrupted(queued, queued.runnable, queued.alone("a"), frozenset({"b9"}), 15 / 27)
         assert settlement.ledger.credit("a") == pytest.approx(27e-3 * interruption_price(0.9, 15 / 27))
         assert settlement.ledger.credit("a") > 0
+
+    def test_in_turn(self) -> None:
+        settlement, queued = self.settlement(), view("aaaaaaaabc")
+        settlement.interrupted(queued, queued.runnable, queued.alone("a"), frozenset({"b8", "c9"}), 15 / 27)
+        assert settlement.ledger.credit("b") == pytest.approx(settlement.ledger.credit("c"))
+        assert settlement.ledger.credit("b") < 0
+
+    def test_who_did_not_get_to_run_slows_nobody_down(self) -> None:
+        settlement, queued = self.settlement(), view("aaaaaaaaab")
+        settlement.interrupted(queued, queued.alone("a"), queued.alone("a"), frozenset({"b9"}), 15 / 27)
+        assert settlement.ledger.credits == {}
+
+    def test_but_not_for_whom_they_keep_from_running(self) -> None:
+        settlement, queued = self.settlement(), view("aaaaaaaaab", seats=9)
+        ran = [queued.runnable[9], *queued.runnable[:8]]
+        settlement.interrupted(queued, ran, queued.alone("a"), frozenset({"b9"}), 15 / 27)
+        displaced, slowed = 27e-3 / 9, 27e-3 * interruption_price(8 / 9, 15 / 27)
+        assert settlement.ledger.credit("a") == pytest.approx(displaced + slowed)
+
+    def test_nor_for_those_put_first_themselves(self) -> None:
+        settlement, queued = self.settlement(), view("aaaaaaaaab")
+        settlement.interrupted(queued, queued.runnable, queued.runnable, frozenset({"b9"}), 15 / 27)
+        assert settlement.ledger.credit("a") == pytest.approx(27e-3 * interruption_price(0.9, 15 / 27))
 
     @pytest.mark.parametrize("share", [0.6, 0.7, 0.9, 0.97])
     def test_the_price_of_an_interruption_leads_to_the_best_share_of_merged_time(self, share: float) -> None:
@@ -129,3 +172,4 @@ class TestSettlement:
 
     def test_it_costs_nothing_where_merging_would_not_pay(self) -> None:
         assert interruption_price(0.5, 15 / 27) == interruption_price(0.9, 1.0) == interruption_price(1.0, 0.5) == 0
+        assert interruption_price(0.9, 1.1) == 0

@@ -33,12 +33,13 @@ def test_urgent_from_one_step_before_the_bound_until_half_is_paid_back() -> None
     tracker.advance(3.5)
     assert tracker.urgent(candidates, 0.4) == []
     urgent = tracker.urgent(candidates, 0.6)
+    assert tracker.urgent(candidates, 0.5) == [], "up to the bound, not past it"
     assert urgent == [candidates[0]]
     for now in (3.5, 4.0, 4.9):
         tracker.advance(now)
         tracker.ran(candidates, urgent, {"a0"})
         assert tracker.urgent(candidates, 0.0) == [candidates[0]], now
-    tracker.advance(5.1)
+    tracker.advance(5.0)
     assert tracker.urgent(candidates, 0.0) == []
 
 
@@ -58,3 +59,22 @@ def test_forgotten_requests_leave_nothing_behind() -> None:
     tracker.forget(["a0", "b1", "never seen"])
     tracker.advance(4.0)
     assert tracker.longest == 0 and tracker.urgent(candidates, 0.0) == []
+
+
+def test_running_is_not_saved_up() -> None:
+    tracker, candidates = OvertakingTracker(5.0), queue("ab").candidates
+    for now, scheduled in [(0.0, {"b1"}), (1.0, {"a0"}), (4.0, {"b1"}), (6.0, {"b1"})]:
+        tracker.advance(now)
+        tracker.ran(candidates, [], scheduled)
+    assert tracker.seconds("a0") == 2.0
+
+
+def test_the_longest_ever_outlives_its_request() -> None:
+    tracker, candidates = OvertakingTracker(5.0), queue("abc").candidates
+    tracker.advance(0.0)
+    tracker.ran(candidates[:2], [], {"b1"})
+    tracker.advance(3.0)
+    tracker.forget(["a0"])
+    tracker.ran(candidates[1:], [], {"c2"})
+    tracker.advance(4.0)
+    assert (tracker.longest, tracker.longest_ever) == (1.0, 3.0)

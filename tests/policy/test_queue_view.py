@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from peft_dist.core.cost_model import CostModel, StepFeatures
+from peft_dist.core.cost_model import CostModel, CostPrior, StepFeatures
 from peft_dist.policy.queue_view import QueueView
 from tests.policy.queues import queue, view
 
@@ -41,6 +41,24 @@ def test_nobody_younger_passes_one_that_must_not_be_passed() -> None:
     must = queued.runnable[:3]
     assert [c.request_id for c in queued.fill([*must, *queued.runnable], must=must)] == ["a0", "b1"]
     assert names(queued.fill([*must, *queued.runnable])) == "abab"
+    b0, c1, b2 = view("bcb", loras=1).runnable
+    assert view("bcb", loras=1).fill([b2, c1, b0], must=[c1]) == [b0], "nor does one that was taken before"
+
+
+def test_who_is_too_young_takes_no_seat_from_others() -> None:
+    queued = view("bbcb", loras=1, seats=2)
+    must = queued.runnable[1:]
+    assert [c.request_id for c in queued.fill([*must, *queued.runnable], must=must)] == ["b1", "b0"]
+
+
+def test_the_further_limit_of_seats_only_lowers_it() -> None:
+    limits = (None, 2, 8)
+    assert [QueueView(queue("a", seats=4), CostModel.paper(), limit).seats for limit in limits] == [4, 2, 4]
+
+
+def test_around_a_merged_adapter_without_room_only_itself_and_the_base_fit() -> None:
+    queued = view("b-a", loras=0)
+    assert names(queued.fill(queued.runnable, merged_adapter="a")) == "-a"
 
 
 def test_joined_batches_keep_a_place_for_the_merged_adapter() -> None:
@@ -75,10 +93,18 @@ def test_predictions() -> None:
     assert queued.switch("a", None) == queued.switch(None, "b") == pytest.approx(20e-3)
 
 
+def test_ranks() -> None:
+    queued = view("a", CostModel(CostPrior(merge=(0.0, 1e-3)), fixed=True), rank=8)
+    assert queued.switch(None, "a") == pytest.approx(8e-3)
+    assert queued.rank("b") == queued.switch(None, "b") == 0, "of whom nobody is there"
+
+
 def test_what_is_held_comes_back_at_no_cost() -> None:
     state = dataclasses.replace(queue("abc"), holds_merged={"a", "c"}.__contains__)
     held = QueueView(state, CostModel.paper())
     assert held.switch(None, "a") == held.switch("b", "a") == held.switch("a", "c") == 0.0
+    everything = QueueView(dataclasses.replace(state, holds_merged=lambda adapter: True), CostModel.paper())
+    assert everything.switch("a", None) == 20e-3, "what is unmerged is no adapter's"
     assert held.switch(None, "b") == held.switch("a", "b") == held.switch("a", None) == 20e-3
 
 
