@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Iterable, Sequence
+from typing import NamedTuple
 
 from peft_dist.policy.batching import Candidate
 
 # An urgent request runs until half of its wait is paid back: with one step at a time it would get a token per bound.
 RELIEF = 0.5
+
+
+class _Step(NamedTuple):
+    """Who ran in a step, and whom they overtook."""
+
+    running: frozenset[str]
+    overtaken: set[str]
 
 
 class OvertakingTracker:
@@ -20,13 +29,14 @@ class OvertakingTracker:
     the bound, but for the loading of adapters.
     """
 
-    def __init__(self, bound: float) -> None:
+    def __init__(self, bound: float, steps_in_flight: int = 0) -> None:
+        """``steps_in_flight``: Steps submitted after the one that takes the time between two choices."""
         self.bound = bound
         self.longest_ever = 0.0
         self._seconds: dict[str, float] = {}
         self._urgent: set[str] = set()
-        self._overtaken: set[str] = set()
-        self._running: set[str] = set()
+        # Those that have not begun, behind the one that the time now passes for.
+        self._steps = deque((_Step(frozenset(), set()) for _ in range(steps_in_flight + 1)), steps_in_flight + 1)
         self._since = 0.0
 
     def seconds(self, request_id: str) -> float:
@@ -38,15 +48,19 @@ class OvertakingTracker:
         return max(self._seconds.values(), default=0.0)
 
     def advance(self, now: float) -> None:
-        """Count the seconds since the last call for those who ran, or were overtaken, in the last step."""
+        """Count the seconds since the last call for those who ran, or were overtaken, in the step that took them.
+
+        With a step in flight that is not the one submitted last, which the device has not begun.
+        """
         elapsed = max(0.0, now - self._since)
         self._since = now
         if not elapsed:
             return
-        for request_id in self._overtaken:
+        running, overtaken = self._steps[0]
+        for request_id in overtaken:
             self._seconds[request_id] = self.seconds(request_id) + elapsed
             self.longest_ever = max(self.longest_ever, self._seconds[request_id])
-        for request_id in self._running & self._seconds.keys():
+        for request_id in running & self._seconds.keys():
             self._seconds[request_id] -= elapsed
             if self._seconds[request_id] <= self.bound * RELIEF:
                 self._urgent.discard(request_id)
@@ -71,11 +85,12 @@ class OvertakingTracker:
         self._urgent.update(candidate.request_id for candidate in urgent)
         ids = [candidate.request_id for candidate in entitled]
         last = max((index for index, request_id in enumerate(ids) if request_id in scheduled), default=-1)
-        self._running = set(scheduled)
-        self._overtaken = {request_id for request_id in ids[: last + 1] if request_id not in scheduled}
+        overtaken = {request_id for request_id in ids[: last + 1] if request_id not in scheduled}
+        self._steps.append(_Step(frozenset(scheduled), overtaken))
 
     def forget(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:
             self._seconds.pop(request_id, None)
             self._urgent.discard(request_id)
-            self._overtaken.discard(request_id)
+            for step in self._steps:
+                step.overtaken.discard(request_id)

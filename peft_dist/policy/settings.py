@@ -14,6 +14,7 @@ class PolicySettings:
 
     Attributes:
         max_adapter_wait: Seconds that a request may be overtaken by younger ones; infinite for no bound.
+        steps_in_flight: Steps that are submitted before the results of the last one are known.
         merged_minority: Let others join a merged batch, with their rows corrected by the LoRA kernel.
         aimd_add: Step by which a threshold that proved right moves towards the other one.
         aimd_mul: Factor by which a threshold that proved wrong moves away from the other one.
@@ -38,6 +39,7 @@ class PolicySettings:
     """
 
     max_adapter_wait: float = 5.0
+    steps_in_flight: int = 0
     merged_minority: bool = False
     aimd_add: float = 0.05
     aimd_mul: float = 1.1
@@ -57,6 +59,7 @@ class PolicySettings:
 
     def __post_init__(self) -> None:
         self._require("max_adapter_wait", self.max_adapter_wait >= 0, "at least 0 seconds")
+        self._require("steps_in_flight", self.steps_in_flight >= 0, "at least 0")
         self._require("aimd_add", self.aimd_add > 0, "above 0")
         self._require("aimd_mul", self.aimd_mul > 1, "above 1")
         self._require("alpha", 0 < self.alpha <= self.max_alpha, "above 0 and at most max_alpha")

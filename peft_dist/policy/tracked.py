@@ -29,7 +29,7 @@ class TrackedPolicy(ABC):
     def __init__(self, cost: CostModel, settings: PolicySettings) -> None:
         self.cost = cost
         self.settings = settings
-        self.overtaking = OvertakingTracker(settings.max_adapter_wait)
+        self.overtaking = OvertakingTracker(settings.max_adapter_wait, settings.steps_in_flight)
         self._pending: Pending | None = None
 
     def choose(self, state: QueueState) -> Choice:

@@ -245,6 +245,7 @@ def _choose_attention(
 
 def new_engine(config: EngineConfig, info: ModelInfo, executor: TorchExecutor, cost: CostModel) -> Engine:
     """An engine with nothing in it, for a model that is loaded. Two must not use one executor at the same time."""
+    settings = replace(policy_settings(config), steps_in_flight=info.depth)
     limits = SchedulerLimits(
         max_model_len=info.max_model_len,
         max_num_seqs=config.max_num_seqs,
@@ -252,14 +253,12 @@ def new_engine(config: EngineConfig, info: ModelInfo, executor: TorchExecutor, c
         enable_prefix_caching=config.enable_prefix_caching,
         preemption=config.preemption,
         # The policy's: the artifact's profile knows no bound, and no adapter makes room for another early there either.
-        max_adapter_wait=policy_settings(config).max_adapter_wait,
+        max_adapter_wait=settings.max_adapter_wait,
     )
     blocks = BlockManager(info.num_blocks, config.block_size, config.num_host_blocks)
     pool = executor.runner.store.pool
     adapters = AdapterManager(config.max_loras, pool.page_rows, pool.num_rows)
-    scheduler = Scheduler(
-        limits, blocks, adapters, make_policy(config.policy, config.exec_type, policy_settings(config), cost)
-    )
+    scheduler = Scheduler(limits, blocks, adapters, make_policy(config.policy, config.exec_type, settings, cost))
     log = DecisionLog(Path(config.decision_log)) if config.decision_log else None
     return Engine(scheduler, executor, info.depth, info.eos_token_ids, cost, log)
 

@@ -51,7 +51,8 @@ light = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCh
 
 def simulate(name: str, minority: bool, jobs: list[Job], options: dict) -> tuple[History, object]:
     cost = CostModel(PRIOR, fixed=True)
-    chosen = PolicySettings(max_adapter_wait=BOUND, merged_minority=minority)
+    in_flight = options.get("depth", 0)
+    chosen = PolicySettings(max_adapter_wait=BOUND, merged_minority=minority, steps_in_flight=in_flight)
     policy = make_policy(name, "dlora", chosen, cost)
     return Replica(policy, cost, **options).run(jobs, max_steps=20_000), policy
 
@@ -66,6 +67,29 @@ def test_nobody_is_lost_run_twice_or_overtaken_for_longer_than_the_bound(
     assert history.finished.keys() == {job.request_id for job in jobs}
     step = max(s.seconds for s in history.steps)
     assert history.longest_gap() <= BOUND + 2 * step
+
+
+def test_seconds_are_counted_for_the_step_that_takes_them() -> None:
+    """Found above: steps of two lengths in turn, one in flight. Counted for the newest one, the errors added up."""
+    lengths = [("a", n) for n in (*[1] * 10, 8, 15, 23)]
+    lengths += [
+        ("b", 33),
+        ("", 1),
+        ("b", 11),
+        ("a", 1),
+        ("", 10),
+        ("a", 1),
+        ("c", 1),
+        ("c", 1),
+        ("b", 15),
+        ("a", 1),
+        ("a", 1),
+    ]
+    jobs = [Job(f"r{i:03d}", adapter, 0.0, 1, n, 16 if adapter else 0) for i, (adapter, n) in enumerate(lengths)]
+    options = {"max_num_seqs": 1, "max_num_batched_tokens": 4, "max_loras": 1, "mergeable": lambda a: a != "a"}
+    history, policy = simulate("credit", False, jobs, {**options, "depth": 1})
+    assert history.longest_gap() == pytest.approx(policy.overtaking.longest_ever)
+    assert history.longest_gap() <= BOUND + 2 * max(step.seconds for step in history.steps)
 
 
 @light
