@@ -172,7 +172,7 @@ class TestPrices:
 
     def test_leaving_one_costs_nothing(self) -> None:
         prior = CostPrior(merged_token=1e-3, lora_step=5e-3, lora_token=0.0, adapter=0.0, unmerge=(1e6, 0.0))
-        policy = credit(cost=CostModel(prior, fixed=True))
+        policy = credit(PolicySettings(credit_gap=1e9), CostModel(prior, fixed=True))
         assert step(policy, queue("a--", seats=2)).reason == "enter"
         reasons = [step(policy, queue("a--", seats=2, prompts={1: 30})).reason for _ in range(10)]
         assert reasons[0] == "stay" and "first come" in reasons
