@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from peft_dist.forward_context import current
-from peft_dist.kernels.glue import DTYPES, Glue, has_triton, implementation
+from peft_dist.kernels.backend import has_triton
+from peft_dist.kernels.glue import DTYPES, Glue, implementation
 
 _STATE = "_fusion"
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Literal, NamedTuple, Protocol, cast
 
 import torch
@@ -81,9 +80,3 @@ def implementation(name: str) -> Glue:
     """ "triton" or "reference"."""
     module = {"triton": "glue_triton", "reference": "reference_glue"}[name]
     return cast(Glue, import_module(f"peft_dist.kernels.{module}"))
-
-
-@cache
-def has_triton() -> bool:
-    """Whether Triton is installed."""
-    return find_spec("triton") is not None

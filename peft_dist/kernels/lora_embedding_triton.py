@@ -6,8 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from peft_dist.kernels.lora_group import even_rows, is_wide, layer_tables, on_device, tiles_of
+from peft_dist.kernels.lora_group import even_rows, is_wide, layer_tables, tiles_of
 from peft_dist.kernels.lora_triton_parts import EXPAND_RANKS, load_b, load_pages, multiply_intermediate
+from peft_dist.kernels.triton_device import device_of
 from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
 
 _KINDS = (torch.float32, torch.bfloat16, torch.float16)
@@ -88,7 +89,7 @@ def add_embedding_lora_(
     tiles = tiles_of(plan, y.device)
     wide = is_wide(layer.B.dtype)
     block = 32 if wide else 64 if tiles.tile_rows > 32 else 128
-    with on_device(y.device):
+    with device_of(y):
         _embedding_kernel[(-(-width // block), tiles.max_tiles)](
             rows,
             ids.contiguous(),

@@ -9,10 +9,11 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from peft_dist.kernels.lora_group import even_rows, group_of, is_wide, layer_tables, on_device, tiles_of
+from peft_dist.kernels.lora_group import even_rows, group_of, is_wide, layer_tables, tiles_of
 from peft_dist.kernels.lora_plans import GroupPlan
 from peft_dist.kernels.lora_triton_parts import expand_part, find_adapter
 from peft_dist.kernels.lora_workspace import LoRAWorkspace
+from peft_dist.kernels.triton_device import device_of
 from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
 
 
@@ -147,7 +148,7 @@ def lora_expand_gate(
     launch = group.plan(tiles, wide, launch)
     pdl = launch.pdl and is_next
     gate_part, up_part = (layer_tables(w or resident[0]).of_expand() for w in weights)
-    with on_device(gate.device):
+    with device_of(gate):
         _gate_kernel[(-(-width // launch.gate_n), tiles.max_tiles)](
             *rows,
             workspace.take(0),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from operator import is_
@@ -15,6 +14,7 @@ import torch
 from peft_dist.kernels.lora_plans import GroupPlan, GroupShape, plan_for
 from peft_dist.kernels.lora_tiles import LoRATiles, choose_tile_rows, max_tiles, write_tiles
 from peft_dist.kernels.lora_workspace import LoRAWorkspace
+from peft_dist.kernels.transfer import to_device
 from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
 
 MOST_LAYERS = 3
@@ -128,7 +128,7 @@ def layer_tables(weights: LoRALayerWeights) -> LayerTables:
     held = weights.scratch.get("triton_tables")
     if held is None or held[0] != weights.version:  # type: ignore[index]
         head = np.stack([weights.rank.astype(np.int32), weights.scaling.astype(np.float32).view(np.int32)], axis=1)
-        table = to_device(np.concatenate([head, weights.pages], axis=1), weights.A.device)
+        table = to_device(torch.from_numpy(np.concatenate([head, weights.pages], axis=1)), weights.A.device)
         held = weights.scratch["triton_tables"] = (weights.version, table)
     table = held[1]  # type: ignore[index]
     return LayerTables(weights.A, weights.B, table[:, 2:], table[:, 0], table.view(torch.float32)[:, 1])
@@ -153,7 +153,7 @@ def make_tiles(
     room = max_tiles(len(row_slots), len(row_slots), size, has_base=has_base)
     rows, slots, lens = np.zeros(room * size, np.int32), np.zeros(room, np.int32), np.zeros(room, np.int32)
     used = max(1, write_tiles(row_slots, rows, slots, lens, tile_rows=size, has_base=has_base))
-    packed = to_device(np.concatenate([rows[: used * size], slots[:used], lens[:used]]), device)
+    packed = to_device(torch.from_numpy(np.concatenate([rows[: used * size], slots[:used], lens[:used]])), device)
     return LoRATiles(*packed.split([used * size, used, used]), tile_rows=size, has_base=has_base)
 
 
@@ -183,16 +183,3 @@ def three(items: Sequence[T]) -> list[T]:
 def is_wide(*dtypes: torch.dtype) -> bool:
     """Whether a product of these types is computed in float32: one of them is, or they differ."""
     return torch.float32 in dtypes or len(set(dtypes)) > 1
-
-
-def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Queued, so that nobody waits."""
-    tensor = torch.from_numpy(array)
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
-
-
-def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device."""
-    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
-        return nullcontext()
-    return torch.cuda.device(device)

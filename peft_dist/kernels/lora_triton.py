@@ -9,10 +9,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from peft_dist.kernels.lora_group import MOST_LAYERS, even_rows, group_of, is_wide, on_device, three, tiles_of
+from peft_dist.kernels.lora_group import MOST_LAYERS, even_rows, group_of, is_wide, three, tiles_of
 from peft_dist.kernels.lora_plans import GroupPlan
 from peft_dist.kernels.lora_triton_kernels import expand_kernel, shrink_kernel
 from peft_dist.kernels.lora_workspace import LoRAWorkspace
+from peft_dist.kernels.triton_device import device_of
 from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
 
 _KINDS = (torch.float32, torch.bfloat16, torch.float16)
@@ -68,7 +69,7 @@ def lora_shrink_group(
     wide = is_wide(x.dtype, group.dtype)
     launch = group.plan(tiles, wide, launch)
     partials = workspace.take(tiles.max_tiles * group.size * launch.split * tiles.tile_rows * workspace.max_rank)
-    with on_device(x.device):
+    with device_of(x):
         shrink_kernel[(group.size * launch.split, tiles.max_tiles)](
             rows,
             partials,
@@ -127,7 +128,7 @@ def lora_expand_group_(
     padded = three(rows)
     pdl = launch.pdl and is_next
     part_n = min(launch.block_n, launch.part_n)
-    with on_device(ys[0].device):
+    with device_of(ys[0]):
         expand_kernel[(sum(-(-n // part_n) for n in widths), tiles.max_tiles)](
             *padded,
             partials,

@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from peft_dist.kernels.transfer import to_device
+
 if TYPE_CHECKING:
     from peft_dist.kernels.merge import MergeItem
 
@@ -87,8 +89,8 @@ def _launch(group: list[MergeItem]) -> None:
     grid = (triton.cdiv(rows, _BLOCK_ROWS) * triton.cdiv(columns, _BLOCK_COLUMNS), len(group))
     with torch.cuda.device(out.device):
         _merge_kernel[grid](
-            _to_device(torch.tensor(addresses, dtype=torch.int64), out.device),
-            _to_device(torch.tensor([item.scaling for item in group], dtype=torch.float32), out.device),
+            to_device(torch.tensor(addresses, dtype=torch.int64), out.device),
+            to_device(torch.tensor([item.scaling for item in group], dtype=torch.float32), out.device),
             rows,
             columns,
             len(A),
@@ -101,7 +103,3 @@ def _launch(group: list[MergeItem]) -> None:
             BLOCK_COLUMNS=_BLOCK_COLUMNS,
             BLOCK_RANK=16,
         )
-
-
-def _to_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
-    return table.pin_memory().to(device, non_blocking=True)

@@ -15,4 +15,6 @@ def interpreted() -> bool:
 
 def device_of(tensor: torch.Tensor) -> AbstractContextManager[object]:
     """Makes launches inside go to the tensor's GPU; Triton takes the current one otherwise."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)

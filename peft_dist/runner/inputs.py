@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from peft_dist.core.batch import PLACEHOLDER, Batch, ScheduledSequence
+from peft_dist.kernels.transfer import to_device
 from peft_dist.kernels.types import AttentionMetadata, LoRAPlan
 from peft_dist.runner.merge_state import plans_for
 
@@ -129,5 +130,4 @@ def _attention(
 
 
 def _to(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    tensor = torch.from_numpy(array)
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+    return to_device(torch.from_numpy(array), device)

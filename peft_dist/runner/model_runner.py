@@ -13,6 +13,7 @@ from peft_dist.core.batch import Batch, ScheduledSequence, SequenceResult, Seque
 from peft_dist.core.outputs import PositionLogprobs
 from peft_dist.forward_context import ForwardContext
 from peft_dist.kernels.kv_pool import KVCachePool
+from peft_dist.kernels.transfer import to_device
 from peft_dist.runner.adapter_store import AdapterStore
 from peft_dist.runner.drawn_tokens import DrawnTokens
 from peft_dist.runner.host_copy import HostCopy
@@ -201,10 +202,8 @@ class ModelRunner:
         ids = torch.zeros_like(sources)
         for row, request_id in inputs.pending:
             sources[0, row], ids[0, row] = self._find_draw(request_id)
-        if self.device.type == "cuda":
-            ids, sources = ids.pin_memory(), sources.pin_memory()
-        known = torch.where(inputs.input_ids < 0, ids.to(self.device, non_blocking=True), inputs.input_ids)
-        inputs.input_ids = self.drawn.fill_pending(known, sources.to(self.device, non_blocking=True))
+        known = torch.where(inputs.input_ids < 0, to_device(ids, self.device), inputs.input_ids)
+        inputs.input_ids = self.drawn.fill_pending(known, to_device(sources, self.device))
 
     def _find_draw(self, request_id: str) -> tuple[int, int]:
         """Where in ``drawn`` a sequence's latest draw is, or -1 and the token."""
