@@ -18,7 +18,7 @@ from peft_dist.runner.step_graphs import StepGraphs, decode_sizes, mixed_sizes
 from tests import triton_interpreter
 from tests.e2e.test_exactness import NAMES, PROMPTS, make_adapters
 from tests.e2e.test_policies import AnyMode
-from tests.oracle import PeftOracle, assert_identical
+from tests.oracle import PeftOracle, Recorder, assert_close_logits, assert_identical, common_prefix
 from tests.tiny_models import make_model
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py captures for real")
@@ -90,6 +90,7 @@ def test_tokens_are_pefts(depth: int, modes: bool, count: int, tmp_path: Path) -
         max_model_len=64,
     ) as llm:
         seen = use_graphs(llm)
+        recorder = Recorder(llm)
         if modes:
             llm._open.engine.scheduler.policy = AnyMode(5)
         greedy = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
@@ -102,7 +103,10 @@ def test_tokens_are_pefts(depth: int, modes: bool, count: int, tmp_path: Path) -
     for output, prompt, name in zip(outputs, PROMPTS, NAMES, strict=False):
         adapter = None if name == "__base__" else name
         answer = oracle.answer(prompt, adapter, NUM_TOKENS)
-        assert_identical(output.outputs[0].token_ids, answer, oracle, prompt, adapter)
+        tokens = output.outputs[0].token_ids
+        assert_identical(tokens, answer, oracle, prompt, adapter)
+        same = common_prefix(tokens, answer.tokens)
+        assert_close_logits(recorder.logits[output.request_id], answer, min(same + 1, NUM_TOKENS))
     assert captured == plain
     assert (
         seen["decodes"] and seen["mixed"] and bool(seen["pending"]) == bool(depth) and bool(seen["corrected"]) == modes
