@@ -1,0 +1,137 @@
+"""Which program attends to which keys of which decode: worked out once a forward, on the device, by real lengths.
+
+A launch that is captured has to fit every batch, short and long. So its programs are as many as the sequences and
+``most_splits`` more, and one program of the device deals the keys out: all get parts of the same length, so that a
+sequence far longer than the others is read by several programs, while short ones are read whole (Flash-Decoding, Dao et
+al. 2023; the lengths as in FlashAttention 3's scheduler).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from peft_dist.kernels.types import AttentionMetadata
+
+MOST_SPLITS = 64
+FEWEST_TILES = 2
+"""Tiles that a part has at least: shorter ones cost more to put together than they save."""
+
+SEQUENCE = tl.constexpr(0)
+TOKEN = tl.constexpr(1)
+BEGIN = tl.constexpr(2)
+END = tl.constexpr(3)
+SPLIT = tl.constexpr(4)
+SPLITS = tl.constexpr(5)
+FIELDS = tl.constexpr(8)
+
+
+class DecodeSchedule(NamedTuple):
+    """Parts of a batch's decodes.
+
+    Attributes:
+        items: int32 ``[max_items, 8]``: sequence, its query's row, first key, one after the last, which part of the
+            sequence, and of how many: 0 in those that are not used. A sequence's parts follow each other.
+        arrivals: int32 ``[max_items, num_kv_heads]``, zeros: parts that are done, counted at the sequence's first.
+    """
+
+    items: torch.Tensor
+    arrivals: torch.Tensor
+
+
+def most_splits(num_kv_heads: int, processors: int, given: int | None = None) -> int:
+    """Parts beyond one a sequence, a power of two: two programs for each multiprocessor."""
+    wanted = given or min(2 * processors // num_kv_heads, MOST_SPLITS)
+    return 1 << max(wanted, 1).bit_length() - 1
+
+
+def schedule_decodes(
+    meta: AttentionMetadata, num_kv_heads: int, splits: int, keys: int, window: int | None
+) -> DecodeSchedule:
+    """The schedule of layers of this shape; it is made for the first of them.
+
+    Args:
+        splits: ``most_splits``.
+        keys: Of a tile.
+        window: Of the layers; keys before it are not read.
+    """
+    name = ("triton_decodes", num_kv_heads, splits, keys, window)
+    if name not in meta.scratch:
+        max_items = meta.num_seqs + splits
+        integers = {"dtype": torch.int32, "device": meta.context_lens_t.device}
+        items = torch.empty(max_items, FIELDS.value, **integers)  # type: ignore[call-overload]
+        arrivals = torch.empty(max_items, num_kv_heads, **integers)  # type: ignore[call-overload]
+        _schedule_kernel[(1,)](
+            items,
+            arrivals,
+            meta.query_start_loc_t,
+            meta.context_lens_t,
+            window or 0,
+            meta.num_seqs,
+            max_items,
+            arrivals.numel(),
+            EXTRA=splits,
+            KEYS=keys,
+            FEWEST=FEWEST_TILES,
+            SEQUENCES=triton.next_power_of_2(meta.num_seqs),
+            ITEMS=triton.next_power_of_2(max_items),
+            ARRIVALS=triton.next_power_of_2(arrivals.numel()),
+            WINDOW=window is not None,
+            num_warps=4,
+        )
+        meta.scratch[name] = DecodeSchedule(items, arrivals)
+    return meta.scratch[name]  # type: ignore[return-value]
+
+
+@triton.jit(do_not_specialize=["num_seqs", "max_items", "num_arrivals"])
+def _schedule_kernel(
+    items,
+    arrivals,
+    query_start_loc,
+    context_lens,
+    window,
+    num_seqs,
+    max_items,
+    num_arrivals,
+    EXTRA: tl.constexpr,
+    KEYS: tl.constexpr,
+    FEWEST: tl.constexpr,
+    SEQUENCES: tl.constexpr,
+    ITEMS: tl.constexpr,
+    ARRIVALS: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
+    """One program. Parts of ``each`` tiles: with T tiles in all, ceil(T / EXTRA) make EXTRA parts more at most."""
+    sequence = tl.arange(0, SEQUENCES)
+    exists = sequence < num_seqs
+    token = tl.load(query_start_loc + sequence, mask=exists, other=0)
+    after = tl.load(query_start_loc + sequence + 1, mask=exists, other=0)
+    context = tl.load(context_lens + sequence, mask=exists & (after - token == 1), other=0)
+    begin = tl.zeros([SEQUENCES], tl.int32)
+    if WINDOW:
+        begin = tl.maximum(context - window, 0)
+    tiles = (context - begin + KEYS - 1) // KEYS
+    each = tl.maximum((tl.sum(tiles, 0) + EXTRA - 1) // EXTRA, FEWEST)
+    splits = (tiles + each - 1) // each
+    part = (tiles + splits - 1) // tl.maximum(splits, 1) * KEYS
+    last = tl.cumsum(splits, 0)
+    first = last - splits
+    longest = tl.max(splits, 0)
+    split = 0
+    while split < longest:
+        here = split < splits
+        item = items + (first + split) * FIELDS
+        tl.store(item + SEQUENCE, sequence, mask=here)
+        tl.store(item + TOKEN, token, mask=here)
+        tl.store(item + BEGIN, begin + split * part, mask=here)
+        tl.store(item + END, tl.minimum(begin + (split + 1) * part, context), mask=here)
+        tl.store(item + SPLIT, tl.full([SEQUENCES], 0, tl.int32) + split, mask=here)
+        tl.store(item + SPLITS, splits, mask=here)
+        split += 1
+    item = tl.arange(0, ITEMS)
+    tl.store(items + item * FIELDS + SPLITS, 0, mask=(item >= tl.sum(splits, 0)) & (item < max_items))
+    place = tl.arange(0, ARRIVALS)
+    tl.store(arrivals + place, 0, mask=place < num_arrivals)
