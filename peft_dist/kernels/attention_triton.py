@@ -10,7 +10,7 @@ from peft_dist.kernels import attention_triton_chunks as chunks
 from peft_dist.kernels import attention_triton_decode as decode
 from peft_dist.kernels import kv_write_triton
 from peft_dist.kernels.attention_interface import AttentionNeeds
-from peft_dist.kernels.attention_triton_schedule import most_splits
+from peft_dist.kernels.attention_triton_schedule import extra_parts
 from peft_dist.kernels.triton_device import device_of, interpreted
 from peft_dist.kernels.types import AttentionMetadata, KVCache
 
@@ -83,7 +83,7 @@ class TritonAttention:
                 chunks.attend_chunks(out, query, cache, meta, factors, sliding_window, sinks, tile, has_decodes)
             if only_decodes or has_decodes:
                 tile = self._decode_tile or decode.tile_for(query.dtype, head_dim)
-                splits = most_splits(num_kv_heads, _processors(query), self._num_splits)
+                splits = self._num_splits or extra_parts(meta.num_seqs, num_kv_heads, _processors(query))
                 decode.attend_decodes(out, query, cache, meta, factors, sliding_window, sinks, tile, splits)
         return out
 

@@ -73,16 +73,16 @@ def _decode_kernel(
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    MOST_SPLITS: tl.constexpr,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     KEY_COLUMNS: tl.constexpr,
     VALUE_COLUMNS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    ALIGNED: tl.constexpr,
     SINKS: tl.constexpr,
     CAP: tl.constexpr,
 ):
-    """Program (key head, item)."""
+    """Program (key head, item). ALIGNED: parts begin at multiples of KEYS."""
     kv_head = tl.program_id(0)
     number = tl.program_id(1)
     item = items + number * FIELDS
@@ -94,6 +94,8 @@ def _decode_kernel(
     split = tl.load(item + SPLIT)
     if splits == 0:
         return
+    if ALIGNED:
+        first = tl.multiple_of(first, KEYS)
 
     rows = tl.arange(0, ROWS)
     heads = kv_head * GROUP + rows
@@ -137,21 +139,59 @@ def _decode_kernel(
     if tl.atomic_add(counter, 1, sem="acq_rel") != splits - 1:
         return
     tl.store(counter, 0)
-    others = tl.arange(0, MOST_SPLITS)
-    for row in tl.static_range(GROUP):
-        head = kv_head * GROUP + row
-        part = (number - split + others).to(tl.int64) * num_heads + head
-        sums = tl.load(part_sums + part, mask=others < splits, other=float("-inf"), cache_modifier=".cg")
-        values = tl.load(
-            parts + part[:, None] * VALUE_DIM + value_columns[None, :],
-            mask=(others < splits)[:, None] & (value_columns < VALUE_DIM)[None, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        weights = tl.exp2(sums - tl.max(sums, 0))
-        result = tl.sum(values * weights[:, None], 0) / tl.sum(weights, 0)
-        here = out + token.to(tl.int64) * out_token + head * out_head + value_columns
-        tl.store(here, result.to(out.dtype.element_ty), mask=value_columns < VALUE_DIM)
+    _combine(
+        parts, part_sums, out + token.to(tl.int64) * out_token, out_head, number - split, splits, kv_head * GROUP,
+        num_heads, GROUP, VALUE_DIM, VALUE_COLUMNS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _combine(
+    parts,
+    part_sums,
+    out,
+    out_head,
+    first,
+    splits,
+    first_head,
+    num_heads,
+    GROUP: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_COLUMNS: tl.constexpr,
+):
+    """One sequence's rows of one key head, ``out`` being its row. Eight parts are asked for at once."""
+    heads = first_head + tl.arange(0, triton.next_power_of_2(GROUP))
+    has_head = heads < first_head + GROUP
+    columns = tl.arange(0, VALUE_COLUMNS)
+    inside = has_head[:, None] & (columns < VALUE_DIM)[None, :]
+    place = first.to(tl.int64) * num_heads + heads
+    top = tl.full(heads.shape, float("-inf"), tl.float32)
+    for split in range(0, splits, 8):
+        for i in tl.static_range(8):
+            there = place + (split + i) * num_heads
+            # What others wrote is not in this processor's own cache.
+            log_sum = tl.load(
+                part_sums + there, mask=has_head & (split + i < splits), other=float("-inf"), cache_modifier=".cg"
+            )
+            top = tl.maximum(top, log_sum)
+    total = tl.zeros(heads.shape, tl.float32)
+    acc = tl.zeros([triton.next_power_of_2(GROUP), VALUE_COLUMNS], tl.float32)
+    for split in range(0, splits, 8):
+        for i in tl.static_range(8):
+            there = place + (split + i) * num_heads
+            is_part = has_head & (split + i < splits)
+            log_sum = tl.load(part_sums + there, mask=is_part, other=float("-inf"), cache_modifier=".cg")
+            values = tl.load(
+                parts + there[:, None] * VALUE_DIM + columns[None, :],
+                mask=inside & is_part[:, None],
+                other=0.0,
+                cache_modifier=".cg",
+            )
+            weight = tl.where(is_part, tl.exp2(log_sum - top), 0.0)
+            total += weight
+            acc += weight[:, None] * values
+    result = acc / tl.where(has_head, total, 1.0)[:, None]
+    tl.store(out + (heads * out_head)[:, None] + columns[None, :], result.to(out.dtype.element_ty), mask=inside)
 
 
 def attend_decodes(
@@ -169,7 +209,7 @@ def attend_decodes(
 
     Args:
         factors: (scale, cap) of ``attend_tile``; cap 0 is none.
-        splits: ``attention_triton_schedule.most_splits``.
+        splits: ``attention_triton_schedule.extra_parts``.
     """
     num_heads, key_dim = query.shape[1:]
     num_kv_heads, value_dim = cache.value.shape[2:]
@@ -195,12 +235,12 @@ def attend_decodes(
         GROUP=group,
         ROWS=max(16, triton.next_power_of_2(group)),
         KEYS=tile.keys,
-        MOST_SPLITS=splits,
         KEY_DIM=key_dim,
         VALUE_DIM=value_dim,
         KEY_COLUMNS=max(16, triton.next_power_of_2(key_dim)),
         VALUE_COLUMNS=max(16, triton.next_power_of_2(value_dim)),
         BLOCK_SIZE=cache.key.shape[1],
+        ALIGNED=window is None,
         SINKS=sinks is not None,
         CAP=factors[1] != 0.0,
         num_warps=tile.num_warps,

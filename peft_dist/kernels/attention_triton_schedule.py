@@ -1,7 +1,7 @@
 """Which program attends to which keys of which decode: worked out once a forward, on the device, by real lengths.
 
 A launch that is captured has to fit every batch, short and long. So its programs are as many as the sequences and
-``most_splits`` more, and one program of the device deals the keys out: all get parts of the same length, so that a
+``extra_parts`` more, and one program of the device deals the keys out: all get parts of the same length, so that a
 sequence far longer than the others is read by several programs, while short ones are read whole (Flash-Decoding, Dao et
 al. 2023; the lengths as in FlashAttention 3's scheduler).
 """
@@ -16,9 +16,12 @@ import triton.language as tl
 
 from peft_dist.kernels.types import AttentionMetadata
 
-MOST_SPLITS = 64
+MOST_PARTS = 64
 FEWEST_TILES = 2
 """Tiles that a part has at least: shorter ones cost more to put together than they save."""
+# Programs that an H100's multiprocessor has at once, by their shared memory.
+_RESIDENT = 3
+_FEWEST_PARTS = 4
 
 SEQUENCE = tl.constexpr(0)
 TOKEN = tl.constexpr(1)
@@ -42,19 +45,27 @@ class DecodeSchedule(NamedTuple):
     arrivals: torch.Tensor
 
 
-def most_splits(num_kv_heads: int, processors: int, given: int | None = None) -> int:
-    """Parts beyond one a sequence, a power of two: two programs for each multiprocessor."""
-    wanted = given or min(2 * processors // num_kv_heads, MOST_SPLITS)
-    return 1 << max(wanted, 1).bit_length() - 1
+def extra_parts(num_seqs: int, num_kv_heads: int, processors: int) -> int:
+    """Parts beyond one a sequence, a power of two.
+
+    As many as give each multiprocessor two programs. Where the sequences alone nearly fill the GPU, no more than run at
+    once with them: programs that have to queue are placed without regard to how much each multiprocessor has, even if
+    they turn out to have nothing to do.
+    """
+    wanted = 2 * processors // num_kv_heads
+    room = _RESIDENT * processors // num_kv_heads - num_seqs
+    if 0 < room < wanted:
+        wanted = max(room, _FEWEST_PARTS)
+    return 1 << max(min(wanted, MOST_PARTS), 1).bit_length() - 1
 
 
 def schedule_decodes(
-    meta: AttentionMetadata, num_kv_heads: int, splits: int, keys: int, window: int | None
+    meta: AttentionMetadata, num_kv_heads: int, splits: int, keys: int, window: int | None, fewest: int = FEWEST_TILES
 ) -> DecodeSchedule:
     """The schedule of layers of this shape; it is made for the first of them.
 
     Args:
-        splits: ``most_splits``.
+        splits: ``extra_parts``.
         keys: Of a tile.
         window: Of the layers; keys before it are not read.
     """
@@ -75,7 +86,7 @@ def schedule_decodes(
             arrivals.numel(),
             EXTRA=splits,
             KEYS=keys,
-            FEWEST=FEWEST_TILES,
+            FEWEST=fewest,
             SEQUENCES=triton.next_power_of_2(meta.num_seqs),
             ITEMS=triton.next_power_of_2(max_items),
             ARRIVALS=triton.next_power_of_2(arrivals.numel()),

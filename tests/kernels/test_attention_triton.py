@@ -18,7 +18,7 @@ from peft_dist.kernels.attention_interface import AttentionNeeds
 from peft_dist.kernels.attention_triton import TritonAttention, _may_have_decodes
 from peft_dist.kernels.attention_triton_chunks import ChunkTile
 from peft_dist.kernels.attention_triton_decode import DecodeTile
-from peft_dist.kernels.attention_triton_schedule import most_splits, schedule_decodes
+from peft_dist.kernels.attention_triton_schedule import extra_parts, schedule_decodes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALL = (ChunkTile(16, 16, 4, 1), DecodeTile(16, 4, 1))
@@ -108,11 +108,11 @@ def test_sizes_that_do_not_fit_are_refused(device: str) -> None:
             attend(TritonAttention(), torch.zeros(shape, device=device), cache, meta)
 
 
-def test_extra_parts_are_two_for_each_multiprocessor() -> None:
-    assert most_splits(8, 132) == 32
-    assert most_splits(1, 132) == 64
-    assert most_splits(512, 132) == 1
-    assert most_splits(8, 132, 4) == 4
+def test_extra_parts_give_each_multiprocessor_two_programs_that_need_not_queue() -> None:
+    assert [extra_parts(seqs, 8, 132) for seqs in (1, 16, 32, 40, 47)] == [32, 32, 16, 8, 4]
+    assert extra_parts(64, 8, 132) == 32, "they queue anyway"
+    assert extra_parts(1, 1, 132) == 64
+    assert extra_parts(1, 512, 132) == 1
 
 
 @pytest.mark.parametrize("device", DEVICES)
