@@ -86,7 +86,7 @@ def shrink_kernel(
     length = tl.load(tile_lens + tile)
     slot = tl.load(tile_slots + tile)
     row = tl.load(tile_rows + tile * TILE + m)
-    if length == 0:
+    if (length == 0) | (slot < 0):
         return
     table = pick(layer, table0, table1, table2, GROUP)
     columns = pick(layer, columns0, columns1, columns2, GROUP)
@@ -182,7 +182,8 @@ def expand_kernel(
     slot = tl.load(tile_slots + tile)
     row = tl.load(tile_rows + tile * TILE + m).to(tl.int64)
     if not PDL:  # noqa: SIM102
-        if length == 0:
+        # Tiles that are not used, and those of the base.
+        if (length == 0) | (slot < 0):
             return
     blocks0: tl.constexpr = (N0 + PART_N - 1) // PART_N
     blocks1: tl.constexpr = (N1 + PART_N - 1) // PART_N if GROUP > 1 else 0
