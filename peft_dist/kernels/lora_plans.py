@@ -52,9 +52,12 @@ class GroupPlan:
     Attributes:
         split: Parts of the inputs, each summed by a program of its own.
         block_k, block_n: Inputs and outputs that a program has in work at once; powers of two from 16.
-        part_n: The same of a tile of several rows, where that should be less; it divides ``block_n``.
+        part_n: The same of outputs of a tile of more than ``few_rows`` rows, where that should be less; it divides
+            ``block_n``.
+        few_rows: Rows of the longest tile that is expanded row by row instead of by a product of matrices.
         shrink_r: Likewise ranks, in the shrink. An adapter of a lower rank computes with zeros, but reads none.
-        gate_n, gate_warps: ``block_n`` and warps of the expand that is fused with a gated activation.
+        gate_n, gate_part_n, gate_warps: ``block_n``, ``part_n`` and warps of the expand that is fused with a gated
+            activation, which has two layers' outputs in work.
         pdl: The expand starts while the shrink still runs, and reads what does not depend on it (programmatic dependent
             launch, from sm_90 on). Both have to be queued one after the other on one stream.
     """
@@ -63,11 +66,13 @@ class GroupPlan:
     split: int
     block_n: int
     part_n: int = 64
+    few_rows: int = 8
     shrink_r: int = 16
     shrink_warps: int = 4
     shrink_stages: int = 3
     expand_warps: int = 4
     gate_n: int = 64
+    gate_part_n: int = 64
     gate_warps: int = 4
     pdl: bool = False
 
@@ -115,7 +120,8 @@ def default_plan(shape: GroupShape) -> GroupPlan:
         # Two load 16 bytes a thread and row as well, and twice as many programs fit.
         shrink_warps=2 if is_decode and shape.max_tiles >= 8 else warps,
         expand_warps=warps,
-        gate_n=max(16, min(block_n, 256) // 2),
+        gate_n=max(16, block_n // 2),
+        gate_part_n=max(16, part_n // 2),
         gate_warps=warps,
     )
 

@@ -145,6 +145,7 @@ def lora_expand_group_(
             SPLIT=launch.split,
             BLOCK_N=launch.block_n,
             PART_N=part_n,
+            FEW=launch.few_rows,
             WIDE=wide,
             PDL=pdl,
             num_warps=launch.expand_warps,

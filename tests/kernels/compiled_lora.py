@@ -76,11 +76,11 @@ def compile_all(shape: GroupShape, dtype: str, pdl: bool) -> dict[str, dict[str,
         ),
         "expand": compile_kernel(
             expand_kernel, dtype, plan.expand_warps, 3, **group, **ends,
-            BLOCK_N=plan.block_n, PART_N=min(plan.block_n, plan.part_n), PDL=pdl
+            BLOCK_N=plan.block_n, PART_N=min(plan.block_n, plan.part_n), FEW=plan.few_rows, PDL=pdl
         ),
         "gate": compile_kernel(
-            _gate_kernel, dtype, plan.gate_warps, 3, **{**group, "GROUP": 2}, **strides, N=outs[0], GATE=0, UP=1,
-            BLOCK_N=plan.gate_n, SILU=True, PDL=pdl,
+            _gate_kernel, dtype, plan.gate_warps, 3, **{**group, "GROUP": 2}, **strides, N=outs[0],
+            BLOCK_N=plan.gate_n, PART_N=min(plan.gate_n, plan.gate_part_n), FEW=plan.few_rows, SILU=True, PDL=pdl,
         ),
         "embedding": compile_kernel(
             _embedding_kernel, dtype, 8 if wide else 4, 3, **common, V=128256, N=4096, Y_STRIDE=4096,
