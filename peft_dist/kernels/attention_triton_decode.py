@@ -42,7 +42,7 @@ def tile_for(dtype: torch.dtype, head_dim: int) -> DecodeTile:
     """
     if dtype == torch.float32:
         return DecodeTile(32 if head_dim <= 128 else 16, 4, 1)
-    return DecodeTile(64 if head_dim <= 128 else 32, 4, 5)
+    return DecodeTile(32, 4, 5)
 
 
 @triton.jit(do_not_specialize=["table_row"])

@@ -17,7 +17,7 @@ import triton.language as tl
 from peft_dist.kernels.types import AttentionMetadata
 
 MOST_PARTS = 64
-FEWEST_TILES = 2
+FEWEST_TILES = 4
 """Tiles that a part has at least: shorter ones cost more to put together than they save."""
 # Programs that an H100's multiprocessor has at once, by their shared memory.
 _RESIDENT = 3

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from peft_dist.kernels.lora_group import even_rows, group_of, is_wide, layer_tables, tiles_of
+from peft_dist.kernels.lora_group import even_rows, group_of, is_wide, layer_tables, tiles_of, watched_tile
 from peft_dist.kernels.lora_plans import GroupPlan
 from peft_dist.kernels.lora_triton_parts import EXPAND_RANKS, expand_part, find_adapter, load_b
 from peft_dist.kernels.lora_triton_rows import ask_row, row_part, takes_rows
@@ -20,7 +20,7 @@ from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
 
 
 @triton.jit
-def _gated(x, factor, SILU: tl.constexpr):
+def gated(x, factor, SILU: tl.constexpr):
     """``activation(x) * factor``."""
     if SILU:
         active = x * tl.sigmoid(x)
@@ -124,7 +124,7 @@ def _gate_kernel(
                 up_h, up_b, up_source + i * max_rank, up_B, up_pages, up_columns, up_rank, n, N, max_rank,
                 PAGE, TILE, SPLIT,
             )  # fmt: skip
-            value = _gated(x.to(tl.float32) + gate_part, factor.to(tl.float32) + up_part, SILU)
+            value = gated(x.to(tl.float32) + gate_part, factor.to(tl.float32) + up_part, SILU)
             tl.store(out + at * OUT_STRIDE + n, value.to(out.dtype.element_ty), mask=n < N)
             at, x, gate_h, factor, up_h = next_at, next_x, next_gate_h, next_factor, next_up_h
             i += 1
@@ -145,7 +145,7 @@ def _gate_kernel(
         is_row, part, N, max_rank, PAGE, TILE, SPLIT, PART_N, WIDE,
     )  # fmt: skip
     here = out + row[:, None] * OUT_STRIDE + part[None, :]
-    tl.store(here, _gated(wide_x, wide_factor, SILU).to(out.dtype.element_ty), mask=mask)
+    tl.store(here, gated(wide_x, wide_factor, SILU).to(out.dtype.element_ty), mask=mask)
 
 
 def lora_expand_gate(
@@ -192,35 +192,30 @@ def lora_expand_gate(
     wide = is_wide(group.dtype)
     launch = group.plan(tiles, wide, launch)
     pdl = launch.pdl and is_next
-    gate_part, up_part = (_tables(w, resident[0]) for w in weights)
-    part_n = min(launch.gate_n, launch.gate_part_n)
+    tensors = (
+        *rows, workspace.take(0), tiles.rows, tiles.slots, tiles.lens, *_tables(weights[0], resident[0]),
+        *_tables(weights[1], resident[0]),
+    )  # fmt: skip
+    known = {
+        "N": width, "GATE_STRIDE": rows[0].stride(0), "UP_STRIDE": rows[1].stride(0), "OUT_STRIDE": rows[2].stride(0),
+        "PAGE": group.page_rows, "GROUP": group.size, "TILE": tiles.tile_rows, "SPLIT": launch.split,
+        "SILU": activation == "silu", "num_warps": launch.gate_warps,
+    }  # fmt: skip
     with device_of(gate):
+        if launch.gate_loop_n:
+            from peft_dist.kernels.lora_gate_loop import gate_loop_kernel
+
+            grid = tiles.max_tiles, 2 * -(-width // launch.gate_loop_n)
+            gate_loop_kernel[grid](
+                *tensors, watched_tile(tiles), workspace.max_rank, BLOCK_N=launch.gate_loop_n,
+                PART_N=launch.loop_part // 2, STAGES=launch.loop_stages, **known,
+            )  # fmt: skip
+            return out
+        part_n = min(launch.gate_n, launch.gate_part_n)
         _gate_kernel[(-(-width // part_n), tiles.max_tiles)](
-            *rows,
-            workspace.take(0),
-            tiles.rows,
-            tiles.slots,
-            tiles.lens,
-            *gate_part,
-            *up_part,
-            workspace.max_rank,
-            N=width,
-            GATE_STRIDE=rows[0].stride(0),
-            UP_STRIDE=rows[1].stride(0),
-            OUT_STRIDE=rows[2].stride(0),
-            PAGE=group.page_rows,
-            GROUP=group.size,
-            TILE=tiles.tile_rows,
-            SPLIT=launch.split,
-            BLOCK_N=launch.gate_n,
-            PART_N=part_n,
-            FEW=launch.few_rows,
-            WIDE=wide,
-            SILU=activation == "silu",
-            PDL=pdl,
-            num_warps=launch.gate_warps,
-            **({"launch_pdl": True} if pdl else {}),
-        )
+            *tensors, workspace.max_rank, BLOCK_N=launch.gate_n, PART_N=part_n, FEW=launch.few_rows, WIDE=wide,
+            PDL=pdl, **known, **({"launch_pdl": True} if pdl else {}),
+        )  # fmt: skip
     return out
 
 

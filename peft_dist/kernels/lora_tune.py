@@ -34,7 +34,8 @@ def fields_of(shape: GroupShape, gate: bool) -> dict[str, tuple[Any, ...]]:
     is_decode = shape.tile_rows == 16
     if gate:
         wide = {"gate_n": (64, 128, 256, 512), "gate_part_n": (32, 64, 128)} if is_decode else {"gate_n": (32, 64, 128)}
-        return {**wide, "gate_warps": (2, 4, 8) if is_decode else (4, 8)}
+        loops = (0, 256, 512, 1024, 2048) if is_decode else (0,)
+        return {**wide, "gate_warps": (2, 4, 8) if is_decode else (4, 8), "gate_loop_n": loops}
     return {
         "split": (1, 2, 4, 8, 16, 28) if is_decode else (1, 2, 4),
         "block_k": (128, 256, 512) if is_decode else (64, 128),
@@ -45,6 +46,8 @@ def fields_of(shape: GroupShape, gate: bool) -> dict[str, tuple[Any, ...]]:
         "part_n": (64, 128, 256) if is_decode else (64, 128),
         "few_rows": (1, 4, 8) if is_decode else (1,),
         "expand_warps": (2, 4, 8) if is_decode else (4, 8),
+        "loop_n": (0, 256, 512, 1024, 2048, 4096) if is_decode else (0,),
+        "loop_stages": (3, 4, 5),
         "pdl": (False, True),
     }
 

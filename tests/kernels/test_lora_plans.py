@@ -93,7 +93,7 @@ def test_descending_finds_the_best_value_of_each_field() -> None:
     start = GroupPlan(128, 2, 64)
     best = descend(SHAPE, start, fields_of(SHAPE, gate=False), measure)
     assert best == replace(start, **wanted)
-    assert len(set(measured)) == len(measured) < 30
+    assert len(set(measured)) == len(measured) < 40
 
 
 def test_a_models_layers_are_grouped_as_they_are_launched() -> None:

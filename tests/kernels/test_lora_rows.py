@@ -29,6 +29,9 @@ LAUNCHES = st.builds(
     few_rows=st.sampled_from([1, 3, 8]),
     part_n=st.sampled_from([16, 64, 128]),
     gate_part_n=st.sampled_from([16, 32, 128]),
+    loop_n=st.sampled_from([0, 64, 192]),
+    gate_loop_n=st.sampled_from([0, 32, 64]),
+    loop_part=st.just(32),
 )
 # How many rows each adapter has, and the base.
 COUNTS = st.lists(st.integers(0, 6), min_size=6, max_size=6).filter(any)
