@@ -6,8 +6,7 @@ import triton
 import triton.language as tl
 
 from peft_dist.kernels.lora_expand_loop import halves_of, own_outputs
-from peft_dist.kernels.lora_gate_triton import gated
-from peft_dist.kernels.lora_triton_parts import EXPAND_RANKS, expand_part, find_adapter, load_b
+from peft_dist.kernels.lora_triton_parts import EXPAND_RANKS, expand_part, find_adapter, gated, load_b
 
 
 @triton.jit(

@@ -10,24 +10,14 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from peft_dist.kernels.lora_gate_loop import gate_loop_kernel
 from peft_dist.kernels.lora_group import even_rows, group_of, is_wide, layer_tables, tiles_of, watched_tile
 from peft_dist.kernels.lora_plans import GroupPlan
-from peft_dist.kernels.lora_triton_parts import EXPAND_RANKS, expand_part, find_adapter, load_b
+from peft_dist.kernels.lora_triton_parts import EXPAND_RANKS, expand_part, find_adapter, gated, load_b
 from peft_dist.kernels.lora_triton_rows import ask_row, row_part, takes_rows
 from peft_dist.kernels.lora_workspace import LoRAWorkspace
 from peft_dist.kernels.triton_device import device_of
 from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
-
-
-@triton.jit
-def gated(x, factor, SILU: tl.constexpr):
-    """``activation(x) * factor``."""
-    if SILU:
-        active = x * tl.sigmoid(x)
-    else:
-        # x / 2 * (1 + tanh(u)) with tanh(u) = 2 * sigmoid(2 * u) - 1 and u = sqrt(2 / pi) * (x + 0.044715 * x ** 3)
-        active = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    return active * factor
 
 
 @triton.jit(do_not_specialize=["gate_table", "gate_slots", "gate_columns", "up_table", "up_slots", "up_columns"])
@@ -203,8 +193,6 @@ def lora_expand_gate(
     }  # fmt: skip
     with device_of(gate):
         if launch.gate_loop_n:
-            from peft_dist.kernels.lora_gate_loop import gate_loop_kernel
-
             grid = tiles.max_tiles, 2 * -(-width // launch.gate_loop_n)
             gate_loop_kernel[grid](
                 *tensors, watched_tile(tiles), workspace.max_rank, BLOCK_N=launch.gate_loop_n,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 
-from peft_dist.kernels.lora_plans import GroupPlan, GroupShape, plan_for
+from peft_dist.kernels.lora_plans import GroupPlan, GroupShape, plan_for, tile_count
 from peft_dist.kernels.lora_tiles import LoRATiles, choose_tile_rows, max_tiles, write_tiles
 from peft_dist.kernels.lora_workspace import LoRAWorkspace
 from peft_dist.kernels.transfer import to_device
@@ -80,10 +80,10 @@ class Group:
         return held
 
     def plan(self, tiles: LoRATiles, wide: bool, given: GroupPlan | None = None) -> GroupPlan:
-        """How to launch it. Tiles are counted in powers of two, so that many batch sizes share a compiled kernel."""
+        """How to launch it. Tiles are counted in powers of four, so that many batch sizes share a compiled kernel."""
         if given is not None:
             return given.in_float32() if wide else given
-        count = 1 << max(tiles.max_tiles - 1, 0).bit_length()
+        count = tile_count(tiles.max_tiles)
         return plan_for(GroupShape(tiles.tile_rows, count, self.in_features, self.out_features), self.device_name, wide)
 
     def workspace(self) -> LoRAWorkspace:

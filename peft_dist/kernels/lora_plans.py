@@ -39,7 +39,7 @@ class GroupShape(NamedTuple):
     """What a plan is chosen by.
 
     Attributes:
-        tile_rows, max_tiles: Of the ``LoRATiles``.
+        tile_rows, max_tiles: Of the ``LoRATiles``; the latter as ``tile_count`` gives it.
         in_features: K of all layers of the group.
         out_features: N of each.
     """
@@ -107,24 +107,35 @@ class GroupPlan:
         )
 
 
+def tile_count(max_tiles: int) -> int:
+    """What ``max_tiles`` is in a shape: the least power of four that is not below it."""
+    return 1 << (max(max_tiles - 1, 0).bit_length() + 1) // 2 * 2
+
+
 def default_plan(shape: GroupShape) -> GroupPlan:
     """From the shape alone: as many programs as the card runs at once, and loads of 512 bytes a row at decode.
 
     A decode step has one row in most tiles, or few tiles: then partial sums are few however many parts there are.
     """
     is_decode = shape.tile_rows == 16
+    # What a shape counts is up to four times what is there.
+    max_tiles = max(1, shape.max_tiles // 2)
+    loops = is_decode and shape.max_tiles >= _LOOP_TILES
     wanted, most = (_DECODE_PROGRAMS, _DECODE_PARTS) if is_decode else (_PREFILL_PROGRAMS, _PREFILL_PARTS)
     block_k = 256 if is_decode else 128 if shape.tile_rows < 128 else 64
     block_k = min(block_k, _power_of_two(shape.in_features))
     chunks = -(-shape.in_features // block_k)
-    programs = shape.max_tiles * len(shape.out_features)
+    programs = max_tiles * len(shape.out_features)
     chunks_each = max(1, round(chunks * programs / wanted), -(-chunks // most))
     split = -(-chunks // chunks_each)
     # Wider blocks add up fewer partial sums again, as long as there are enough of them.
-    block_n = _widest(shape, 1024, _DECODE_EXPANDS) if is_decode else _widest(shape, 128, 2 * _PREFILL_PROGRAMS)
+    block_n = (
+        _widest(shape, max_tiles, 1024, _DECODE_EXPANDS)
+        if is_decode
+        else _widest(shape, max_tiles, 128, 2 * _PREFILL_PROGRAMS)
+    )
     part_n = min(block_n, 256) if is_decode else block_n
     warps = 8 if shape.tile_rows == 128 else 4
-    loops = is_decode and shape.max_tiles >= _LOOP_TILES
     # A long tile's inputs are too many to be read again for every 16 ranks.
     shrink_r = min(64, shape.tile_rows)
     return GroupPlan(
@@ -134,13 +145,13 @@ def default_plan(shape: GroupShape) -> GroupPlan:
         part_n,
         shrink_r=shrink_r,
         # Two load 16 bytes a thread and row as well, and twice as many programs fit.
-        shrink_warps=2 if is_decode and shape.max_tiles >= 8 else warps,
+        shrink_warps=2 if is_decode and max_tiles >= 8 else warps,
         expand_warps=warps,
         gate_n=max(16, block_n // 2),
         gate_part_n=max(16, part_n // 2),
         gate_warps=warps,
-        loop_n=_loop_of(sum(shape.out_features), shape.max_tiles) if loops else 0,
-        gate_loop_n=_loop_of(shape.out_features[0], shape.max_tiles) if loops else 0,
+        loop_n=_loop_of(sum(shape.out_features), max_tiles) if loops else 0,
+        gate_loop_n=_loop_of(shape.out_features[0], max_tiles) if loops else 0,
     )
 
 
@@ -151,10 +162,10 @@ def _loop_of(outputs: int, max_tiles: int) -> int:
     return step * max(1, round(each / step))
 
 
-def _widest(shape: GroupShape, most: int, programs: int) -> int:
+def _widest(shape: GroupShape, max_tiles: int, most: int, programs: int) -> int:
     """The widest blocks of outputs of which there are still so many."""
     width = 64
-    while width < most and sum(shape.out_features) * shape.max_tiles > 2 * width * programs:
+    while width < most and sum(shape.out_features) * max_tiles > 2 * width * programs:
         width *= 2
     return min(width, _power_of_two(max(shape.out_features)))
 

@@ -103,3 +103,14 @@ def expand_part(
         r += EXPAND_RANKS
         b = load_b(B, load_pages(pages, r, columns, PAGE), r, rank, n, width, PAGE)
     return acc
+
+
+@triton.jit
+def gated(x, factor, SILU: tl.constexpr):
+    """``activation(x) * factor``."""
+    if SILU:
+        active = x * tl.sigmoid(x)
+    else:
+        # x / 2 * (1 + tanh(u)) with tanh(u) = 2 * sigmoid(2 * u) - 1 and u = sqrt(2 / pi) * (x + 0.044715 * x ** 3)
+        active = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    return active * factor

@@ -72,10 +72,11 @@ def descend(shape: GroupShape, start: GroupPlan, fields: dict[str, tuple[Any, ..
 def shapes_of(
     in_features: int, out_features: tuple[int, ...], max_num_seqs: int, max_loras: int, max_tokens: int
 ) -> Iterator[GroupShape]:
-    """Shapes worth measuring for a group of layers: all counts of tiles at decode, some at prefill; powers of two."""
-    most = max_tiles(max_num_seqs, max_loras, 16)
-    for exponent in range((most - 1).bit_length() + 1):
-        yield GroupShape(16, 1 << exponent, in_features, out_features)
+    """Shapes worth measuring for a group of layers: all counts of tiles at decode, some at prefill."""
+    most, count = max_tiles(max_num_seqs, max_loras, 16), 1
+    while count < 4 * most:
+        yield GroupShape(16, count, in_features, out_features)
+        count *= 4
     for tile_rows in (32, 64, 128):
         for count in (4, 16, 64):
             if count * tile_rows <= 2 * max_tokens:

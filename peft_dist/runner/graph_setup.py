@@ -10,13 +10,13 @@ from peft_dist.core.config import EngineConfig
 from peft_dist.kernels import attention_backends
 from peft_dist.kernels.capture import CudaCapture
 from peft_dist.runner.model_runner import ModelRunner
-from peft_dist.runner.step_graphs import MOST_MIXED_TOKENS, StepGraphs, decode_sizes
+from peft_dist.runner.step_graphs import MOST_MIXED_TOKENS, StepGraphs, decode_sizes, mixed_sizes
 
 logger = logging.getLogger(__name__)
 
 # What the driver keeps of a captured step of some hundred kernels.
 _BYTES_PER_GRAPH = 6 << 20
-_KINDS_OF_DECODES = 4
+_KINDS_OF_DECODES, _KINDS_OF_MIXED = 4, 2
 
 
 def are_captured(config: EngineConfig, device: torch.device, attention_backend: str) -> bool:
@@ -38,7 +38,8 @@ def graph_bytes(config: EngineConfig, vocab_size: int, activation_bytes: int) ->
     """
     share = min(MOST_MIXED_TOKENS / config.max_num_batched_tokens, 1.0)
     logits = 4 * config.max_num_seqs * vocab_size
-    graphs = _KINDS_OF_DECODES * len(decode_sizes(config.max_num_seqs))
+    mixed = mixed_sizes(config.max_num_seqs, config.max_num_batched_tokens)
+    graphs = _KINDS_OF_DECODES * len(decode_sizes(config.max_num_seqs)) + _KINDS_OF_MIXED * len(mixed)
     return int(activation_bytes * share) + logits + graphs * _BYTES_PER_GRAPH
 
 

@@ -159,16 +159,18 @@ class StepGraphs:
         self._steps = {variant: step for variant, step in self._steps.items() if not variant.lora}
 
     def capture(self, *, lora: bool, progress: bool = False) -> None:
-        """Make the decode steps ahead of time, the largest first, so that the smaller ones find memory in its pool.
+        """Make steps ahead of time, the largest first, so that the smaller ones find memory in its pool.
+
+        Mixed steps with a merged adapter are left until they come: few are ever needed.
 
         Args:
             lora: With those that adapters need, unmerged and merged.
         """
         layers = self._merge.layers_for_capture() if lora and self._merge else None
-        kinds: list[tuple[bool, bool, MergedLayers | None]] = [(False, False, None)]
-        if lora:
-            kinds += [(True, False, None)] + ([(False, False, layers), (True, True, layers)] if layers else [])
-        wanted = [(shape, *kind) for shape in reversed(self._decodes) for kind in kinds]
+        kinds: list[tuple[bool, bool, MergedLayers | None]] = [(False, False, None)] + [(True, False, None)] * lora
+        merged_kinds = [(False, False, layers), (True, True, layers)] if layers else []
+        wanted = [(shape, *kind) for shape in reversed(self._mixed) for kind in kinds]
+        wanted += [(shape, *kind) for shape in reversed(self._decodes) for kind in kinds + merged_kinds]
         for shape, added, corrected, merged in tqdm(wanted, desc="CUDA graphs", unit="graph", disable=not progress):
             self._step(Variant(shape, added, corrected, merged.key if merged is not None else None), merged)
 

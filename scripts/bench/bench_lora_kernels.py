@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.report import write_result
 from peft_dist.kernels import reference
-from peft_dist.kernels.lora_plans import GroupPlan, GroupShape, default_plan, plan_for
+from peft_dist.kernels.lora_plans import GroupPlan, GroupShape, default_plan, plan_for, tile_count
 from peft_dist.kernels.lora_pool import LoRAPool
 from peft_dist.kernels.lora_tiles import LoRATiles, choose_tile_rows, max_tiles, write_tiles
 from peft_dist.kernels.lora_triton import lora_expand_group_, lora_shrink_group
@@ -106,8 +106,7 @@ def launches(kind: str, plan: LoRAPlan) -> dict[str, GroupPlan]:
     assert plan.tiles is not None
     found = {}
     for name, (n, outs) in GROUPS.items():
-        count = 1 << (plan.tiles.max_tiles - 1).bit_length()
-        shape = GroupShape(plan.tiles.tile_rows, count, n, tuple(outs))
+        shape = GroupShape(plan.tiles.tile_rows, tile_count(plan.tiles.max_tiles), n, tuple(outs))
         base = default_plan(shape) if kind.startswith("default") else plan_for(shape, torch.cuda.get_device_name())
         found[name] = replace(base, pdl=True) if kind.endswith("+pdl") else base
     return found
