@@ -52,12 +52,14 @@ class World:
         self.slots: dict[int, AdapterSpec] = {}
         self.waiting: list[AdapterSpec] = []
         self.running: list[AdapterSpec] = []
-        self.pinned: Counter[str] = Counter()
+        self.pinned: dict[str, AdapterSpec] = {}
+        self.failed: set[str] = set()
         self.used_last: list[str] = []
         self.under_way: dict[str, int] = {}
 
     def obey(self, before: list[str], wanted: list[str]) -> None:
         busy = {spec.content_hash for spec in self.running}
+        pinned = {spec.content_hash for spec in self.pinned.values()}
         evicted = []
         for slot, spec in self.manager.take_changes():
             if spec is None:
@@ -67,8 +69,11 @@ class World:
                 self.slots[slot] = spec
                 self.under_way[spec.content_hash] = slot
         for key in evicted:
-            assert key not in busy and not self.pinned[key] and key not in wanted and key in before
-        candidates = [key for key in before if key not in busy and not self.pinned[key] and key not in wanted]
+            assert key not in busy and key not in pinned and key not in wanted and key in before
+        candidates = [key for key in before if key not in busy and key not in pinned and key not in wanted]
+        if not any(self.manager.has_users(key) for key in evicted):
+            # Those in use went last, or for an adapter that is queued, which spares them by itself.
+            candidates = [key for key in candidates if not self.manager.has_users(key)]
         for key in evicted:
             older = [other for other in candidates if self._age(other) < self._age(key) and other not in evicted]
             # An older one may stay only if it would have been no help: it has none of the modules asked for, or
@@ -97,6 +102,9 @@ class World:
             self.manager.add_user(spec)
             self.waiting.append(spec)
         elif what == "schedule":
+            self.manager.want_pinned()
+            self.obey(before, [])
+            before = self.manager.resident
             wanted = [spec.content_hash for spec in self.waiting]
             self.manager.want(self.waiting)
             for waiting in list(self.waiting):
@@ -118,11 +126,10 @@ class World:
             if preempted not in self.running:
                 self.touch(preempted.content_hash)
         elif what == "pin":
-            self.pinned[spec.content_hash] += 1
-            self.manager.pin(spec.content_hash)
-        elif what == "unpin" and self.pinned[spec.content_hash]:
-            self.pinned[spec.content_hash] -= 1
-            self.manager.unpin(spec.content_hash)
+            self.pin(f"name {number % 3}", spec)
+        elif what == "unpin":
+            self.pinned.pop(f"name {number % 3}", None)
+            self.manager.unpin(f"name {number % 3}")
         elif what in ("arrived", "failed") and self.under_way:
             key = sorted(self.under_way)[number % len(self.under_way)]
             slot = self.under_way.pop(key)
@@ -130,23 +137,31 @@ class World:
                 self.manager.loaded(key)
                 self.touch(key)
             else:
+                self.failed.add(key)
                 del self.slots[slot]
                 self.manager.load_failed(key, "the disk is gone")
         self.obey(before, wanted)
 
+    def pin(self, name: str, spec: AdapterSpec) -> None:
+        try:
+            self.manager.pins.check_pin(name, spec, self.specs)
+        except AdapterError:
+            return
+        self.pinned[name] = spec
+        self.failed.discard(spec.content_hash)
+        self.manager.pin(name, spec)
+
     def finish(self) -> None:
-        """Without pins everything that waits runs in the end: no load is lost."""
-        for key, count in self.pinned.items():
-            for _ in range(count):
-                self.manager.unpin(key)
-        self.pinned.clear()
+        """Whatever is pinned, everything that waits runs in the end: no load is lost."""
         for _ in range(3 * len(self.specs) + len(self.waiting) + 3):
             for what in ("schedule", *["arrived"] * len(self.specs), "schedule", *["end"] * len(self.running)):
                 self.act(what, 0)
             while self.running:
                 self.act("end", 0)
         assert not self.waiting and not self.under_way
-        assert not self.manager._users and not self.manager._running and not self.manager._pins
+        pinned = {spec.content_hash for spec in self.pinned.values()}
+        assert pinned - self.failed <= set(self.manager.resident) and len(pinned) < max(self.num_slots, 2)
+        assert not self.manager._users and not self.manager._running
 
 
 ranks = st.dictionaries(st.sampled_from(MODULES), st.integers(1, 16), min_size=1)
@@ -217,7 +232,7 @@ def test_running_pinned_and_wanted_adapters_stay() -> None:
     manager = AdapterManager(3)
     load(manager, a, b, c)
     use(manager, a)
-    manager.pin(b.content_hash)
+    manager.pin("b", b)
     manager.want([d, c])
     assert manager.loading == [] and manager.acquire(d) is None
     manager.want([d])
@@ -257,17 +272,18 @@ def test_an_adapter_that_leaves_while_it_loads_is_dropped_when_it_arrives() -> N
         manager.check()
 
 
-def test_a_forgotten_adapter_stays_for_its_users_and_its_pins() -> None:
+def test_a_forgotten_adapter_stays_for_its_users_and_loses_its_pins() -> None:
     a = spec_of("a")
     manager = AdapterManager(1)
     load(manager, a)
     use(manager, a)
-    manager.pin(a.content_hash)
+    manager.pin("a", a)
+    manager.pin("also a", a)
     manager.forget(a.content_hash)
-    stop(manager, a)
     assert manager.resident and not manager.take_discards()
-    manager.unpin(a.content_hash)
+    stop(manager, a)
     assert not manager.resident and manager.take_discards() == [a.content_hash]
+    assert manager.pins.specs == []
     manager.forget(a.content_hash)
     manager.keep(a.content_hash)
     assert manager.take_discards() == [a.content_hash]
@@ -304,3 +320,78 @@ def test_weights_are_kept_while_an_adapter_with_users_is_off_the_device() -> Non
     manager.remove_user(a)
     assert manager.take_releases() == [a.content_hash]
     manager.check()
+
+
+def test_a_pin_loads_at_once_and_takes_the_room_of_those_that_nobody_uses_first() -> None:
+    used, unused, pinned, last = (spec_of(name) for name in ("used", "unused", "pinned", "last"))
+    manager = AdapterManager(2)
+    load(manager, used, unused)
+    manager.add_user(used)
+    manager.pin("pinned", pinned)
+    assert manager.loading == [pinned.content_hash] and manager.resident == [used.content_hash]
+    manager.loaded(pinned.content_hash)
+    manager.want([last])
+    settle(manager)
+    manager.want([used])
+    assert set(manager.resident) == {pinned.content_hash}, "what requests need goes round in the other slot"
+    settle(manager)
+    manager.pin("pinned", unused)
+    settle(manager)
+    assert set(manager.resident) == {used.content_hash, unused.content_hash}, "the name pins something else now"
+
+
+def test_a_pin_that_finds_all_room_under_way_is_met_when_a_load_has_ended() -> None:
+    a, b, pinned = (spec_of(name) for name in ("a", "b", "pinned"))
+    manager = AdapterManager(2)
+    manager.want([a, b])
+    manager.pin("pinned", pinned)
+    assert manager.loading == [a.content_hash, b.content_hash]
+    manager.loaded(a.content_hash)
+    manager.want_pinned()
+    assert manager.loading == [b.content_hash, pinned.content_hash]
+
+
+def test_a_pin_whose_load_fails_is_not_tried_again_by_itself() -> None:
+    pinned = spec_of("pinned")
+    manager = AdapterManager(2)
+    manager.pin("pinned", pinned)
+    manager.load_failed(pinned.content_hash, "the disk is gone")
+    manager.want_pinned()
+    assert manager.loading == []
+    load(manager, pinned)
+    assert pinned.content_hash in manager.pins, "a request brought it, and there it stays"
+
+
+def test_one_content_under_two_names_is_pinned_until_both_are_unpinned() -> None:
+    a, other = spec_of("a"), spec_of("other")
+    manager = AdapterManager(1)
+    load(manager, a)
+    manager.pin("one", a)
+    manager.pin("two", a)
+    manager.unpin("one")
+    manager.want([other])
+    assert manager.loading == []
+    manager.unpin("two")
+    manager.want([other])
+    assert manager.loading == [other.content_hash]
+
+
+def test_pins_that_leave_no_slot_or_page_are_refused_in_words() -> None:
+    manager = AdapterManager(3, 4, 64)
+    narrow, wide, big = spec_of("narrow", q=8), spec_of("wide", q=4, v=8), spec_of("big", q=56)
+    manager.check_room(narrow, [], pinned=True)
+    manager.pin("narrow", narrow)
+    with pytest.raises(AdapterError, match=r"'wide' cannot be pinned: adapter 'big' has rank 56 in q, .* take 3: "):
+        manager.check_room(wide, [big], pinned=True)
+    manager.check_room(wide, [spec_of("fits", q=52)], pinned=False)
+    manager.pin("wide", wide)
+    with pytest.raises(AdapterError, match=r"'third' cannot be pinned: 3 pinned adapters leave none of the 3 slots"):
+        manager.check_room(spec_of("third"), [], pinned=True)
+    with pytest.raises(AdapterError, match=r"'wide' cannot be pinned: 2 .* none of the 16 pages of 4 rank rows in v"):
+        manager.pins.check_pin("wide", spec_of("full", v=64), [])
+    with pytest.raises(AdapterError, match=r"'big' has rank 56 in q, .* of which pinned adapters take 3: "):
+        manager.check_room(big, [], pinned=False)
+    manager.unpin("wide")
+    manager.check_room(spec_of("fits", q=56), [], pinned=False)
+    # It takes the place of what the name pins.
+    manager.check_room(spec_of("narrow", q=60), [], pinned=True)
