@@ -30,7 +30,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,7 @@ from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.config import EngineConfig
 from peft_dist.core.request import Request
 from peft_dist.core.sampling_params import SamplingParams
-from peft_dist.runner.background import call_in_time
+from peft_dist.runner.background import BackgroundCalls
 from peft_dist.runner.replica import Replica, build_replica
 
 RANKS = (4, 8, 16, 32, 64)
@@ -240,6 +239,23 @@ def _milliseconds(seconds: list[float]) -> dict[str, float]:
     }
 
 
+def register_all(replica: Replica, paths: list[Path], trace: Trace) -> list[AdapterSpec]:
+    """As a worker does: read and checked on another thread, then registered on the engine's."""
+    fetcher: BackgroundCalls[Path, AdapterSpec] = BackgroundCalls("fetcher", 1)
+    for path in paths:
+        fetcher.start(path, lambda call, path=path: replica.inspect_adapter(path.name, path))
+    specs = []
+    while len(specs) < len(paths):
+        select.select([fetcher.fileno()], [], [])
+        for ended in fetcher.take():
+            if ended.result is None:
+                raise RuntimeError(f"{ended.key} cannot be served") from ended.error
+            trace.register(replica, ended.result)
+            specs.append(ended.result)
+    fetcher.close()
+    return specs
+
+
 def measure(folder: Path, num_adapters: int, num_requests: int) -> dict[str, Any]:
     paths = make_files(folder, num_adapters)
     # Unpacked: for packed weights oneDNN keeps a kernel for each number of rows that a batch ever had, up to 1024 of
@@ -254,9 +270,7 @@ def measure(folder: Path, num_adapters: int, num_requests: int) -> dict[str, Any
     gc.freeze()  # As a worker does.
     start = time.perf_counter()
     trace = Trace()
-    specs = [call_in_time("fetcher", partial(replica.inspect_adapter, path.name, path), None) for path in paths]
-    for spec in specs:
-        trace.register(replica, spec)
+    specs = register_all(replica, paths, trace)
     registering = time.perf_counter() - start
     file_bytes = sum((path / "adapter_model.safetensors").stat().st_size for path in paths)
     driver = Driver(replica, trace)
