@@ -271,3 +271,18 @@ def test_an_adapter_that_a_request_still_needs_counts_when_another_is_to_be_pinn
         engine.check_room(AdapterSpec("p", "p", "", {"m": 4}, 10), pinned=True)
     drain(engine, {})
     engine.check_room(AdapterSpec("p", "p", "", {"m": 4}, 10), pinned=True)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_pin_that_finds_every_slot_under_way_is_met_once_one_has_arrived(depth: int) -> None:
+    engine = slow_engine(4, depth=depth, num_slots=2)
+    for adapter in (2, 3):
+        engine.add_request(make_request(f"r{adapter}", [5] * 6, adapter, 2))
+    got: Progress = {}
+    step(engine, got)
+    assert len(engine.scheduler.adapters.loading) == 2
+    pin(engine, "p", 1)
+    drain(engine, got)
+    spec = ADAPTERS[1]
+    assert spec is not None and engine.scheduler.adapters.is_resident(spec)
+    assert_empty(engine)

@@ -395,3 +395,14 @@ def test_pins_that_leave_no_slot_or_page_are_refused_in_words() -> None:
     manager.check_room(spec_of("fits", q=56), [], pinned=False)
     # It takes the place of what the name pins.
     manager.check_room(spec_of("narrow", q=60), [], pinned=True)
+
+
+def test_a_pin_takes_the_room_of_an_adapter_in_use_where_all_are() -> None:
+    a, b, pinned = (spec_of(name) for name in ("a", "b", "pinned"))
+    manager = AdapterManager(2)
+    load(manager, a, b)
+    for spec in (a, b):
+        manager.add_user(spec)
+    manager.pin("pinned", pinned)
+    assert manager.loading == [pinned.content_hash] and manager.resident == [b.content_hash]
+    assert manager.take_keeps() == [a.content_hash], "its requests go on with the weights they have begun with"
