@@ -1,4 +1,4 @@
-"""Gated MLPs with the activation and the product as one kernel."""
+"""Gated MLPs with the activation and the product as one kernel, which adds adapters' parts too where it can."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from transformers.activations import ACT2FN
 from peft_dist.kernels.glue import Activation
 from peft_dist.patches.forms import method_matches
 from peft_dist.patches.fusion import fusion_of, rows_of
+from peft_dist.patches.lora_layers import run_gated
 
 LLAMA = "transformers.models.llama.modeling_llama:LlamaMLP.forward"
 
@@ -29,10 +30,12 @@ class FusedMLP(nn.Module):
         if glue is None:
             output: torch.Tensor = super().forward(x)
             return output
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        hidden: torch.Tensor = self.down_proj(
-            glue.gated(rows_of(gate), rows_of(up), fusion.options["activation"]).view(gate.shape)
-        )
+        activation = fusion.options["activation"]
+        gated = run_gated(self.gate_proj, self.up_proj, x, activation)
+        if gated is None:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+            gated = glue.gated(rows_of(gate), rows_of(up), activation).view(gate.shape)
+        hidden: torch.Tensor = self.down_proj(gated)
         return hidden
 
 

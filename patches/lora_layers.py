@@ -18,7 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_dist.forward_context import ForwardContext, current
 from peft_dist.kernels import lora as kernels
-from peft_dist.kernels.types import LoRAPlan
+from peft_dist.kernels.lora_beside import ShrinkBeside
+from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
 from peft_dist.patches.siblings import find_siblings
 from peft_dist.patches.together import call_together
 
@@ -152,19 +153,70 @@ def _run(layers: Sequence[SelectiveLinear], x: torch.Tensor, context: ForwardCon
     plans = context.lora_plans(layers[0].is_output)
     if not plans:
         return call_together(_multiplied(layers, context), x)
-    resident = context.lora_weights
-    weights = [resident[layer.lora_index] if layer.lora_index >= 0 else None for layer in layers]
+    weights = _weights_of(layers, context)
     if weights.count(None) == len(weights):
         return call_together(_multiplied(layers, context), x)
     for plan in plans:
         _check_rows(layers[0], x.numel() // x.shape[-1], plan)
     begun = kernels.begin_lora(x, weights, plans[0])
     outputs = call_together(_multiplied(layers, context), x)
+    _add(outputs, x, weights, plans, begun)
+    return outputs
+
+
+def run_gated(gate: nn.Module, up: nn.Module, x: torch.Tensor, activation: str) -> torch.Tensor | None:
+    """``activation(gate(x)) * up(x)`` with the adapters' parts added in the pass that the activation takes.
+
+    None, with nothing computed, where that is not to be had: outside of a captured step with adapters (elsewhere the
+    base's rows are in no tiles), and for modules that are no siblings, or whose outputs somebody else sees.
+
+    Args:
+        activation: "silu" or "gelu_tanh".
+    """
+    context = current()
+    if context is None or type(gate) is not SelectiveLinear or type(up) is not SelectiveLinear:
+        return None
+    layers = gate.siblings
+    if len(layers) != 2 or layers[0] is not gate or layers[1] is not up or any(map(_is_seen, layers)):
+        return None
+    plans = context.lora_plans(gate.is_output)
+    if not plans:
+        return None
+    weights = _weights_of(layers, context)
+    if not kernels.has_gate(x, weights, plans[-1]):
+        return None
+    for plan in plans:
+        _check_rows(gate, x.numel() // x.shape[-1], plan)
+    begun = kernels.begin_lora(x, weights, plans[0])
+    outputs = call_together(_multiplied(layers, context), x)
+    if len(plans) > 1:
+        _add(outputs, x, weights, plans[:-1], begun)
+        begun = None
+    return kernels.lora_gate(outputs[0], outputs[1], x, weights, plans[-1], activation, begun)
+
+
+def _is_seen(layer: SelectiveLinear) -> bool:
+    """Whether the layer's own output has to be there, not only what becomes of it."""
+    return bool(layer._forward_hooks) or "forward" in layer.__dict__ or _has_hooks(layer)
+
+
+def _weights_of(layers: Sequence[SelectiveLinear], context: ForwardContext) -> list[LoRALayerWeights | None]:
+    resident = context.lora_weights
+    return [resident[layer.lora_index] if layer.lora_index >= 0 else None for layer in layers]
+
+
+def _add(
+    outputs: Sequence[torch.Tensor],
+    x: torch.Tensor,
+    weights: Sequence[LoRALayerWeights | None],
+    plans: Sequence[LoRAPlan],
+    begun: ShrinkBeside | None,
+) -> None:
+    """Add the parts of all plans, the first of which may have been begun."""
     if begun is not None:
         begun.finish_(outputs)
     for plan in plans[begun is not None :]:
         kernels.add_lora_group_(outputs, x, weights, plan)
-    return outputs
 
 
 def _multiplied(layers: Sequence[SelectiveLayer], context: ForwardContext) -> list[nn.Module]:

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
 from peft_dist import LLM
+from peft_dist.core.batch import Batch, ScheduledSequence
+from peft_dist.runner.inputs import PackedInputs
+from peft_dist.runner.step_graphs import CapturedStep
 
 # Two logits closer than this share of their scale may change places with the order of summation.
 TIE = 2e-5
@@ -73,20 +77,32 @@ def is_tie(logits: torch.Tensor, token: int) -> bool:
 
 
 class Recorder:
-    """Writes down the logits that each request of an ``LLM`` draws from."""
+    """Writes down the logits that each request of an ``LLM`` draws from, in captured steps too."""
 
     def __init__(self, llm: LLM) -> None:
         self.logits: dict[str, list[torch.Tensor]] = {}
-        runner = llm._open.runner
-        original = runner._logits
+        runner, graphs = llm._open.runner, llm._open.runner.graphs
+        run_eagerly = runner._logits
 
-        def record(inputs: object) -> torch.Tensor:
-            logits = original(inputs)
-            for row, sequence in enumerate(inputs.sampled):  # type: ignore[attr-defined]
-                self.logits.setdefault(sequence.request_id.rsplit("-", 1)[0], []).append(logits[row].clone())
+        def record(inputs: PackedInputs) -> torch.Tensor:
+            logits = run_eagerly(inputs)
+            self._write(inputs.sampled, logits)
             return logits
 
         runner._logits = record
+        if graphs is not None:
+            replay = graphs.run
+
+            def record_captured(batch: Batch, *arguments: Any) -> CapturedStep:
+                step = replay(batch, *arguments)
+                self._write([sequence for sequence in batch.sequences if sequence.samples], step.logits)
+                return step
+
+            graphs.run = record_captured  # type: ignore[method-assign]
+
+    def _write(self, sequences: Sequence[ScheduledSequence], logits: torch.Tensor) -> None:
+        for row, sequence in enumerate(sequences):
+            self.logits.setdefault(sequence.request_id.rsplit("-", 1)[0], []).append(logits[row].clone())
 
 
 def differences(

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from peft_dist.kernels.attention_interface import AttentionNeeds
+from peft_dist.kernels.attention_interface import AttentionBackend, AttentionNeeds
+from peft_dist.kernels.backend import has_triton
 from peft_dist.kernels.flash_libraries import FlashLibrary, find_library
 from peft_dist.kernels.types import AttentionMetadata, KVCache
 
@@ -46,13 +47,21 @@ class FlashAttention:
     Args:
         library: What was found (``flash_libraries.find_library``).
         share_metadata: Compute the schedule once a forward, where the build can, and not in every layer.
+        decodes: Runs batches of decodes alone, where the build is FlashAttention 3: its tiles of 64 or 128 query rows
+            take a multiprocessor each, and short contexts wait more than they read
+            (``docs/results/attention_h100.json``).
     """
 
     name = "vllm-flash-attn"
     graph_capturable = True
 
-    def __init__(self, library: FlashLibrary, share_metadata: bool = True) -> None:
+    def __init__(
+        self, library: FlashLibrary, share_metadata: bool = True, decodes: AttentionBackend | None = None
+    ) -> None:
+        self._decodes = decodes if library.version == 3 else None
         self.description = f"{self.name} (FlashAttention {library.version} of {library.source})"
+        if self._decodes is not None:
+            self.description += f", decodes by {self._decodes.description}"
         self._library = library
         self._parameters = inspect.signature(library.function).parameters
         self._names = {
@@ -68,7 +77,12 @@ class FlashAttention:
         Raises:
             BackendUnavailableError: there is none.
         """
-        return cls(find_library(capability))
+        library = find_library(capability)
+        if not has_triton():
+            return cls(library)
+        from peft_dist.kernels.attention_triton import TritonAttention
+
+        return cls(library, decodes=TritonAttention())
 
     def supports(self, needs: AttentionNeeds) -> str | None:
         """Why a layer cannot run here, or None."""
@@ -109,7 +123,11 @@ class FlashAttention:
         softcap: float | None,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        """As ``attention.paged_attention``. Rows of sequences without context come out as zeros."""
+        """As ``attention.paged_attention``. Rows of sequences without context come out as anything."""
+        if meta.max_query_len == 1 and self._decodes is not None:
+            return self._decodes.paged_attention(
+                query, cache, meta, scale=scale, sliding_window=sliding_window, softcap=softcap, sinks=sinks
+            )
         # A query sees so many keys to its left and none to its right, itself not counted.
         window = (-1, -1) if sliding_window is None else (sliding_window - 1, 0)
         num_splits = self._num_splits(query, cache, meta)

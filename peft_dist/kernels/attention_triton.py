@@ -10,12 +10,12 @@ from peft_dist.kernels import attention_triton_chunks as chunks
 from peft_dist.kernels import attention_triton_decode as decode
 from peft_dist.kernels import kv_write_triton
 from peft_dist.kernels.attention_interface import AttentionNeeds
+from peft_dist.kernels.attention_triton_schedule import extra_parts
 from peft_dist.kernels.triton_device import device_of, interpreted
 from peft_dist.kernels.types import AttentionMetadata, KVCache
 
 _LOG2_E = math.log2(math.e)
 _MAX_HEAD = 256
-_MIXED_SPLITS = 8
 
 
 class TritonAttention:
@@ -23,7 +23,8 @@ class TritonAttention:
 
     Args:
         chunk_tile, decode_tile: Sizes for every call; None goes by type and head size.
-        num_splits: Splits of each decode's keys, a power of two; None goes by batch, context and GPU.
+        num_splits: Parts that the keys of all decodes are cut into beyond one each, a power of two up to 64; None goes
+            by the GPU.
     """
 
     name = "triton"
@@ -82,22 +83,13 @@ class TritonAttention:
                 chunks.attend_chunks(out, query, cache, meta, factors, sliding_window, sinks, tile, has_decodes)
             if only_decodes or has_decodes:
                 tile = self._decode_tile or decode.tile_for(query.dtype, head_dim)
-                splits = self._num_splits or self._splits(query, cache, meta, tile.keys, only_decodes)
-                decode.attend_decodes(
-                    out, query, cache, meta, factors, sliding_window, sinks, tile, splits, not only_decodes
-                )
+                splits = self._num_splits or extra_parts(meta.num_seqs, num_kv_heads, _processors(query))
+                decode.attend_decodes(out, query, cache, meta, factors, sliding_window, sinks, tile, splits)
         return out
 
-    @staticmethod
-    def _splits(
-        query: torch.Tensor, cache: KVCache, meta: AttentionMetadata, tile_keys: int, only_decodes: bool
-    ) -> int:
-        processors = torch.cuda.get_device_properties(query.device).multi_processor_count if query.is_cuda else 8
-        splits = decode.splits_for(meta.num_seqs, cache.key.shape[2], meta.max_context_len, tile_keys, processors)
-        if only_decodes:
-            return splits
-        # Mixed batches come in every size, outside of graphs too, and each number is a kernel to compile.
-        return _MIXED_SPLITS if splits >= _MIXED_SPLITS else 1
+
+def _processors(query: torch.Tensor) -> int:
+    return torch.cuda.get_device_properties(query.device).multi_processor_count if query.is_cuda else 8
 
 
 def _may_have_decodes(meta: AttentionMetadata, num_tokens: int) -> bool:

@@ -1,7 +1,8 @@
-"""Attention of decodes over a paged cache, each sequence's keys split among several programs.
+"""Attention of decodes over a paged cache; long sequences' keys are split among several programs.
 
-The number of splits is fixed by the launch; each works out on the device which keys are its own, and those without
-any exit. With more than one split a second kernel combines the parts (Flash-Decoding: Dao et al. 2023).
+Each program takes one item of the schedule (``attention_triton_schedule``) for one key head. Of a sequence that was
+split, the program that finishes last puts the parts together (Flash-Decoding: Dao et al. 2023), so that there is no
+second launch.
 """
 
 from __future__ import annotations
@@ -12,10 +13,18 @@ import torch
 import triton
 import triton.language as tl
 
+from peft_dist.kernels.attention_triton_schedule import (
+    BEGIN,
+    END,
+    FIELDS,
+    SEQUENCE,
+    SPLIT,
+    SPLITS,
+    TOKEN,
+    schedule_decodes,
+)
 from peft_dist.kernels.attention_triton_tile import attend_tile
 from peft_dist.kernels.types import AttentionMetadata, KVCache
-
-MAX_SPLITS = 64
 
 
 class DecodeTile(NamedTuple):
@@ -33,28 +42,7 @@ def tile_for(dtype: torch.dtype, head_dim: int) -> DecodeTile:
     """
     if dtype == torch.float32:
         return DecodeTile(32 if head_dim <= 128 else 16, 4, 1)
-    return DecodeTile(64 if head_dim <= 128 else 32, 4, 5)
-
-
-def splits_for(num_seqs: int, num_kv_heads: int, max_context: int, keys: int, processors: int) -> int:
-    """As many as give each multiprocessor two programs, none of them less than two tiles of the longest context.
-
-    A power of two, so that few kernels are compiled.
-    """
-    wanted = min(2 * processors // (num_seqs * num_kv_heads), max_context // (2 * keys), MAX_SPLITS)
-    return 1 << max(wanted, 1).bit_length() - 1
-
-
-@triton.jit
-def _own_keys(context, window, split, KEYS: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr):
-    """(first key, one after the last, splits that have keys) of a split."""
-    begin = 0
-    if WINDOW:
-        begin = tl.maximum(context - window, 0)
-    tiles = tl.cdiv(context - begin, KEYS)
-    each = tl.cdiv(tiles, SPLITS)
-    first = begin + split * each * KEYS
-    return first, tl.minimum(first + each * KEYS, context), tl.cdiv(tiles, tl.maximum(each, 1))
+    return DecodeTile(32, 4, 5)
 
 
 @triton.jit(do_not_specialize=["table_row"])
@@ -63,15 +51,14 @@ def _decode_kernel(
     out,
     parts,
     part_sums,
+    items,
+    arrivals,
     sinks,
     key_cache,
     value_cache,
     block_tables,
-    query_start_loc,
-    context_lens,
     scale,
     cap,
-    window,
     query_token,
     query_head,
     out_token,
@@ -86,28 +73,29 @@ def _decode_kernel(
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    SPLITS: tl.constexpr,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     KEY_COLUMNS: tl.constexpr,
     VALUE_COLUMNS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    SKIP_CHUNKS: tl.constexpr,
+    ALIGNED: tl.constexpr,
     SINKS: tl.constexpr,
-    WINDOW: tl.constexpr,
     CAP: tl.constexpr,
 ):
+    """Program (key head, item). ALIGNED: parts begin at multiples of KEYS."""
     kv_head = tl.program_id(0)
-    sequence = tl.program_id(1)
-    split = tl.program_id(2)
-    token = tl.load(query_start_loc + sequence)
-    if SKIP_CHUNKS:  # noqa: SIM102 - known when compiled
-        if tl.load(query_start_loc + sequence + 1) - token != 1:
-            return
-    context = tl.load(context_lens + sequence)
-    first, end, _ = _own_keys(context, window, split, KEYS, SPLITS, WINDOW)
-    if first >= end:
+    number = tl.program_id(1)
+    item = items + number * FIELDS
+    splits = tl.load(item + SPLITS)
+    sequence = tl.load(item + SEQUENCE)
+    token = tl.load(item + TOKEN)
+    first = tl.load(item + BEGIN)
+    end = tl.load(item + END)
+    split = tl.load(item + SPLIT)
+    if splits == 0:
         return
+    if ALIGNED:
+        first = tl.multiple_of(first, KEYS)
 
     rows = tl.arange(0, ROWS)
     heads = kv_head * GROUP + rows
@@ -125,67 +113,85 @@ def _decode_kernel(
             top = tl.load(sinks + heads, mask=has_row, other=0.0).to(tl.float32) * 1.4426950408889634
             total = tl.full([ROWS], 1.0, tl.float32)
     acc = tl.zeros([ROWS, VALUE_COLUMNS], tl.float32)
-    table = block_tables + sequence * table_row
+    table = block_tables + sequence.to(tl.int64) * table_row
     key_cache += kv_head * key_head
     value_cache += kv_head * value_head
     for key in tl.range(first, end, KEYS):
         acc, top, total = attend_tile(
             acc, top, total, q, key + tl.arange(0, KEYS), end, rows, table, key_cache, value_cache, key_block,
-            key_slot, value_block, value_slot, scale, cap, window, KEY_DIM, VALUE_DIM, KEY_COLUMNS, VALUE_COLUMNS,
+            key_slot, value_block, value_slot, scale, cap, 0, KEY_DIM, VALUE_DIM, KEY_COLUMNS, VALUE_COLUMNS,
             BLOCK_SIZE, TAIL=True, CAUSAL=False, WINDOW=False, CAP=CAP,
         )  # fmt: skip
     acc = acc / total[:, None]
     value_columns = tl.arange(0, VALUE_COLUMNS)
     inside = has_row[:, None] & (value_columns < VALUE_DIM)[None, :]
-    if SPLITS == 1:
-        place = out + token.to(tl.int64) * out_token + (heads * out_head)[:, None] + value_columns[None, :]
+    place = out + token.to(tl.int64) * out_token + (heads * out_head)[:, None] + value_columns[None, :]
+    if splits == 1:
         tl.store(place, acc.to(out.dtype.element_ty), mask=inside)
-    else:
-        part = (sequence.to(tl.int64) * tl.num_programs(0) * GROUP + heads) * SPLITS + split
-        tl.store(parts + part[:, None] * VALUE_DIM + value_columns[None, :], acc, mask=inside)
-        tl.store(part_sums + part, top + tl.log2(total), mask=has_row)
+        return
+    num_heads = tl.num_programs(0) * GROUP
+    part = number.to(tl.int64) * num_heads + heads
+    tl.store(parts + part[:, None] * VALUE_DIM + value_columns[None, :], acc, mask=inside)
+    tl.store(part_sums + part, top + tl.log2(total), mask=has_row)
+    # All of this program's stores come before its arrival, and those of the others before what the last one reads.
+    tl.debug_barrier()
+    counter = arrivals + (number - split) * tl.num_programs(0) + kv_head
+    if tl.atomic_add(counter, 1, sem="acq_rel") != splits - 1:
+        return
+    tl.store(counter, 0)
+    _combine(
+        parts, part_sums, out + token.to(tl.int64) * out_token, out_head, number - split, splits, kv_head * GROUP,
+        num_heads, GROUP, VALUE_DIM, VALUE_COLUMNS,
+    )  # fmt: skip
 
 
 @triton.jit
-def _combine_kernel(
-    out,
+def _combine(
     parts,
     part_sums,
-    query_start_loc,
-    context_lens,
-    window,
-    out_token,
+    out,
     out_head,
-    KEYS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    first,
+    splits,
+    first_head,
+    num_heads,
+    GROUP: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE_COLUMNS: tl.constexpr,
-    SKIP_CHUNKS: tl.constexpr,
-    WINDOW: tl.constexpr,
 ):
-    head = tl.program_id(0)
-    sequence = tl.program_id(1)
-    token = tl.load(query_start_loc + sequence)
-    if SKIP_CHUNKS:  # noqa: SIM102 - known when compiled
-        if tl.load(query_start_loc + sequence + 1) - token != 1:
-            return
-    context = tl.load(context_lens + sequence)
-    if context == 0:
-        return
-    _, _, filled = _own_keys(context, window, 0, KEYS, SPLITS, WINDOW)
-    splits = tl.arange(0, SPLITS)
+    """One sequence's rows of one key head, ``out`` being its row. Eight parts are asked for at once."""
+    heads = first_head + tl.arange(0, triton.next_power_of_2(GROUP))
+    has_head = heads < first_head + GROUP
     columns = tl.arange(0, VALUE_COLUMNS)
-    part = (sequence.to(tl.int64) * tl.num_programs(0) + head) * SPLITS + splits
-    sums = tl.load(part_sums + part, mask=splits < filled, other=float("-inf"))
-    weights = tl.exp2(sums - tl.max(sums, 0))
-    values = tl.load(
-        parts + part[:, None] * VALUE_DIM + columns[None, :],
-        mask=(splits < filled)[:, None] & (columns < VALUE_DIM)[None, :],
-        other=0.0,
-    )
-    result = tl.sum(values * weights[:, None], 0) / tl.sum(weights, 0)
-    place = out + token.to(tl.int64) * out_token + head * out_head + columns
-    tl.store(place, result.to(out.dtype.element_ty), mask=columns < VALUE_DIM)
+    inside = has_head[:, None] & (columns < VALUE_DIM)[None, :]
+    place = first.to(tl.int64) * num_heads + heads
+    top = tl.full(heads.shape, float("-inf"), tl.float32)
+    for split in range(0, splits, 8):
+        for i in tl.static_range(8):
+            there = place + (split + i) * num_heads
+            # What others wrote is not in this processor's own cache.
+            log_sum = tl.load(
+                part_sums + there, mask=has_head & (split + i < splits), other=float("-inf"), cache_modifier=".cg"
+            )
+            top = tl.maximum(top, log_sum)
+    total = tl.zeros(heads.shape, tl.float32)
+    acc = tl.zeros([triton.next_power_of_2(GROUP), VALUE_COLUMNS], tl.float32)
+    for split in range(0, splits, 8):
+        for i in tl.static_range(8):
+            there = place + (split + i) * num_heads
+            is_part = has_head & (split + i < splits)
+            log_sum = tl.load(part_sums + there, mask=is_part, other=float("-inf"), cache_modifier=".cg")
+            values = tl.load(
+                parts + there[:, None] * VALUE_DIM + columns[None, :],
+                mask=inside & is_part[:, None],
+                other=0.0,
+                cache_modifier=".cg",
+            )
+            weight = tl.where(is_part, tl.exp2(log_sum - top), 0.0)
+            total += weight
+            acc += weight[:, None] * values
+    result = acc / tl.where(has_head, total, 1.0)[:, None]
+    tl.store(out + (heads * out_head)[:, None] + columns[None, :], result.to(out.dtype.element_ty), mask=inside)
 
 
 def attend_decodes(
@@ -197,33 +203,30 @@ def attend_decodes(
     window: int | None,
     sinks: torch.Tensor | None,
     tile: DecodeTile,
-    num_splits: int,
-    skip_chunks: bool,
+    splits: int,
 ) -> None:
     """Write the rows of ``out`` (``[T, num_heads, value_dim]``) of sequences with one query token.
 
     Args:
         factors: (scale, cap) of ``attend_tile``; cap 0 is none.
-        num_splits: A power of two.
-        skip_chunks: Leave out sequences with more query tokens; without it there must be none.
+        splits: ``attention_triton_schedule.extra_parts``.
     """
     num_heads, key_dim = query.shape[1:]
     num_kv_heads, value_dim = cache.value.shape[2:]
     group = num_heads // num_kv_heads
-    parts, part_sums = _parts(meta, num_heads, num_splits, value_dim, out)
-    value_columns = max(16, triton.next_power_of_2(value_dim))
-    _decode_kernel[(num_kv_heads, meta.num_seqs, num_splits)](
+    items, arrivals = schedule_decodes(meta, num_kv_heads, splits, tile.keys, window)
+    parts, part_sums = _parts(meta, len(items), num_heads, value_dim, out.device)
+    _decode_kernel[(num_kv_heads, len(items))](
         query,
         out,
         parts,
         part_sums,
+        items,
+        arrivals,
         query if sinks is None else sinks,
         *cache,
         meta.block_tables_t,
-        meta.query_start_loc_t,
-        meta.context_lens_t,
         *factors,
-        window or 0,
         *query.stride()[:2],
         *out.stride()[:2],
         *cache.key.stride()[:3],
@@ -232,47 +235,25 @@ def attend_decodes(
         GROUP=group,
         ROWS=max(16, triton.next_power_of_2(group)),
         KEYS=tile.keys,
-        SPLITS=num_splits,
         KEY_DIM=key_dim,
         VALUE_DIM=value_dim,
         KEY_COLUMNS=max(16, triton.next_power_of_2(key_dim)),
-        VALUE_COLUMNS=value_columns,
+        VALUE_COLUMNS=max(16, triton.next_power_of_2(value_dim)),
         BLOCK_SIZE=cache.key.shape[1],
-        SKIP_CHUNKS=skip_chunks,
+        ALIGNED=window is None,
         SINKS=sinks is not None,
-        WINDOW=window is not None,
         CAP=factors[1] != 0.0,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
-    if num_splits > 1:
-        _combine_kernel[(num_heads, meta.num_seqs)](
-            out,
-            parts,
-            part_sums,
-            meta.query_start_loc_t,
-            meta.context_lens_t,
-            window or 0,
-            *out.stride()[:2],
-            KEYS=tile.keys,
-            SPLITS=num_splits,
-            VALUE_DIM=value_dim,
-            VALUE_COLUMNS=value_columns,
-            SKIP_CHUNKS=skip_chunks,
-            WINDOW=window is not None,
-            num_warps=4 if num_splits * value_columns >= 4096 else 2,
-        )
 
 
 def _parts(
-    meta: AttentionMetadata, num_heads: int, num_splits: int, value_dim: int, out: torch.Tensor
+    meta: AttentionMetadata, num_items: int, num_heads: int, value_dim: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Room for each split's result and the logarithm of its sum; layers of one shape share it."""
-    if num_splits == 1:
-        return out, out
-    shape = (meta.num_seqs, num_heads, num_splits)
-    key = ("triton_parts", *shape, value_dim)
+    """Room for each part's result and the logarithm of its sum, float32; layers of one shape share it."""
+    key = ("triton_parts", num_items, num_heads, value_dim)
     if key not in meta.scratch:
-        floats = {"dtype": torch.float32, "device": out.device}
-        meta.scratch[key] = torch.empty(*shape, value_dim, **floats), torch.empty(shape, **floats)  # type: ignore[arg-type]
+        parts = torch.empty(num_items, num_heads, value_dim, dtype=torch.float32, device=device)
+        meta.scratch[key] = parts, torch.empty(num_items, num_heads, dtype=torch.float32, device=device)
     return meta.scratch[key]  # type: ignore[return-value]

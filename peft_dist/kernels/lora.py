@@ -71,6 +71,46 @@ def begin_lora(x: torch.Tensor, weights: Sequence[LoRALayerWeights | None], plan
     return ShrinkBeside.begin(x, weights, plan)
 
 
+def has_gate(x: torch.Tensor, weights: Sequence[LoRALayerWeights | None], plan: LoRAPlan) -> bool:
+    """Whether ``lora_gate`` takes two layers that read x: by Triton, in one launch, with tiles of all rows."""
+    resident = [w for w in weights if w is not None]
+    if len(weights) != 2 or not resident or plan.tiles is None or not plan.tiles.has_base:
+        return False
+    if _backend_of(plan, x) != "triton":
+        return False
+    from peft_dist.kernels import lora_triton
+
+    return lora_triton.is_one_launch(x, resident)
+
+
+def lora_gate(
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    x: torch.Tensor,
+    weights: Sequence[LoRALayerWeights | None],
+    plan: LoRAPlan,
+    activation: str,
+    begun: ShrinkBeside | None = None,
+) -> torch.Tensor:
+    """``add_lora_group_`` to the outputs of a gated MLP's two layers, and ``activation(gate) * up`` in the same pass.
+
+    Args:
+        gate, up: ``[..., N]``, R rows; left as they are.
+        x: ``[..., in_features]``, R rows, in which ``has_gate`` holds.
+        activation: "silu" or "gelu_tanh".
+        begun: What ``begin_lora`` gave for these.
+
+    Returns:
+        ``[..., N]``, contiguous, each element rounded once. Rows in no tile (padding) hold anything.
+    """
+    if begun is not None:
+        return begun.gate(gate, up, activation)
+    from peft_dist.kernels import lora_gate_triton, lora_triton
+
+    lora_triton.lora_shrink_group(x, weights, plan)
+    return lora_gate_triton.lora_expand_gate(gate, up, weights, plan, activation, is_next=True)
+
+
 def _backend_of(plan: LoRAPlan, x: torch.Tensor) -> str:
     if plan.backend is not None:
         return plan.backend

@@ -41,9 +41,9 @@ def _embedding_kernel(
     """Program (block of columns, tile)."""
     tile = tl.program_id(1)
     length = tl.load(tile_lens + tile)
-    if length == 0:
-        return
     slot = tl.load(tile_slots + tile)
+    if (length == 0) | (slot < 0):
+        return
     is_known = (slot >= 0) & (slot < slots)
     slot = tl.where(is_known, slot, 0)
     rank = tl.load(ranks + slot * table, mask=is_known, other=0)

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from peft_dist.kernels.lora_group import even_rows, group_of, is_wide, layer_tables, tiles_of
+from peft_dist.kernels.lora_group import even_rows, group_of, is_wide, layer_tables, tiles_of, watched_tile
 from peft_dist.kernels.lora_plans import GroupPlan
-from peft_dist.kernels.lora_triton_parts import expand_part, find_adapter
+from peft_dist.kernels.lora_triton_parts import EXPAND_RANKS, expand_part, find_adapter, load_b
+from peft_dist.kernels.lora_triton_rows import ask_row, row_part, takes_rows
 from peft_dist.kernels.lora_workspace import LoRAWorkspace
 from peft_dist.kernels.triton_device import device_of
 from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
+
+
+@triton.jit
+def gated(x, factor, SILU: tl.constexpr):
+    """``activation(x) * factor``."""
+    if SILU:
+        active = x * tl.sigmoid(x)
+    else:
+        # x / 2 * (1 + tanh(u)) with tanh(u) = 2 * sigmoid(2 * u) - 1 and u = sqrt(2 / pi) * (x + 0.044715 * x ** 3)
+        active = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    return active * factor
 
 
 @triton.jit(do_not_specialize=["gate_table", "gate_slots", "gate_columns", "up_table", "up_slots", "up_columns"])
@@ -45,62 +58,94 @@ def _gate_kernel(
     OUT_STRIDE: tl.constexpr,
     PAGE: tl.constexpr,
     GROUP: tl.constexpr,
-    GATE: tl.constexpr,
-    UP: tl.constexpr,
     TILE: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PART_N: tl.constexpr,
+    FEW: tl.constexpr,
     WIDE: tl.constexpr,
     SILU: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (block of columns, tile). GATE, UP: which of the GROUP layers of the shrink they were; -1: not there."""
+    """Program (part of the columns, tile). GROUP: layers of the shrink; the one that it lacked has no slots here.
+
+    As in ``expand_kernel`` a tile of up to FEW rows takes ``BLOCK_N`` columns a program, and others ``PART_N``. Tiles
+    of the base are like those of an adapter of rank 0.
+    """
+    block = tl.program_id(0)
     tile = tl.program_id(1)
     m = tl.arange(0, TILE)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     length = tl.load(tile_lens + tile)
     slot = tl.load(tile_slots + tile)
     row = tl.load(tile_rows + tile * TILE + m).to(tl.int64)
+    is_within = block % (BLOCK_N // PART_N) != 0
     if not PDL:  # noqa: SIM102
-        if length == 0:
+        if (length == 0) | ((length == 1) & is_within):
             return
-    if GATE >= 0:
-        gate_pages, gate_rank, gate_b = find_adapter(
-            gate_B, gate_pages, gate_ranks, gate_table, gate_slots, gate_columns, slot, length, n, N, PAGE
-        )
-    if UP >= 0:
-        up_pages, up_rank, up_b = find_adapter(
-            up_B, up_pages, up_ranks, up_table, up_slots, up_columns, slot, length, n, N, PAGE
-        )
+    gate_pages, gate_rank, gate_page = find_adapter(
+        gate_pages, gate_ranks, gate_table, gate_slots, gate_columns, slot, length, PAGE
+    )
+    up_pages, up_rank, up_page = find_adapter(up_pages, up_ranks, up_table, up_slots, up_columns, slot, length, PAGE)
+    r = tl.arange(0, EXPAND_RANKS)
+    n = block * PART_N + tl.arange(0, BLOCK_N)
+    is_few = takes_rows(length, tl.maximum(gate_rank, up_rank), FEW)
+    is_idle = (length == 0) | (is_few & is_within)
+    width = tl.where(is_few & (not is_idle), N, 0)
+    gate_b = load_b(gate_B, gate_page, r, gate_rank, n, width, PAGE)
+    up_b = load_b(up_B, up_page, r, up_rank, n, width, PAGE)
     if PDL:
         # As in expand_kernel: on no way out is it left out.
         gdc_launch_dependents()
         gdc_wait()
-    if length == 0:
+    if is_idle:
         return
+    gate_source = partials + (tile * GROUP).to(tl.int64) * SPLIT * TILE * max_rank
+    up_source = gate_source + (GROUP - 1) * SPLIT * TILE * max_rank
+    if is_few:
+        rows = tile_rows + tile * TILE
+        at, x, gate_h = ask_row(
+            gate, GATE_STRIDE, rows, 0, length, gate_source, gate_rank, n, N, max_rank, TILE, SPLIT
+        )  # fmt: skip
+        _, factor, up_h = ask_row(up, UP_STRIDE, rows, 0, length, up_source, up_rank, n, N, max_rank, TILE, SPLIT)
+        i = 0
+        while i < length:
+            # As in add_rows.
+            next_at, next_x, next_gate_h = ask_row(
+                gate, GATE_STRIDE, rows, i + 1, length, gate_source, gate_rank, n, N, max_rank, TILE, SPLIT
+            )
+            _, next_factor, next_up_h = ask_row(
+                up, UP_STRIDE, rows, i + 1, length, up_source, up_rank, n, N, max_rank, TILE, SPLIT
+            )
+            gate_part = row_part(
+                gate_h, gate_b, gate_source + i * max_rank, gate_B, gate_pages, gate_columns, gate_rank, n, N, max_rank,
+                PAGE, TILE, SPLIT,
+            )  # fmt: skip
+            up_part = row_part(
+                up_h, up_b, up_source + i * max_rank, up_B, up_pages, up_columns, up_rank, n, N, max_rank,
+                PAGE, TILE, SPLIT,
+            )  # fmt: skip
+            value = gated(x.to(tl.float32) + gate_part, factor.to(tl.float32) + up_part, SILU)
+            tl.store(out + at * OUT_STRIDE + n, value.to(out.dtype.element_ty), mask=n < N)
+            at, x, gate_h, factor, up_h = next_at, next_x, next_gate_h, next_factor, next_up_h
+            i += 1
+        return
+    part = block * PART_N + tl.arange(0, PART_N)
     is_row = m < length
-    mask = is_row[:, None] & (n < N)[None, :]
-    x = tl.load(gate + row[:, None] * GATE_STRIDE + n[None, :], mask=mask, other=0.0).to(tl.float32)
-    factor = tl.load(up + row[:, None] * UP_STRIDE + n[None, :], mask=mask, other=0.0).to(tl.float32)
-    if GATE >= 0:
-        source = partials + ((tile * GROUP + GATE).to(tl.int64) * SPLIT * TILE + m[:, None]) * max_rank
-        x += expand_part(
-            source, gate_B, gate_b, gate_pages, gate_columns, gate_rank, is_row, n, N, max_rank,
-            PAGE, TILE, SPLIT, BLOCK_N, WIDE,
-        )  # fmt: skip
-    if UP >= 0:
-        source = partials + ((tile * GROUP + UP).to(tl.int64) * SPLIT * TILE + m[:, None]) * max_rank
-        factor += expand_part(
-            source, up_B, up_b, up_pages, up_columns, up_rank, is_row, n, N, max_rank,
-            PAGE, TILE, SPLIT, BLOCK_N, WIDE,
-        )  # fmt: skip
-    if SILU:
-        active = x * tl.sigmoid(x)
-    else:
-        # x / 2 * (1 + tanh(u)) with tanh(u) = 2 * sigmoid(2 * u) - 1 and u = sqrt(2 / pi) * (x + 0.044715 * x ** 3)
-        active = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    here = out + row[:, None] * OUT_STRIDE + n[None, :]
-    tl.store(here, (active * factor).to(out.dtype.element_ty), mask=mask)
+    mask = is_row[:, None] & (part < N)[None, :]
+    gate_first = load_b(gate_B, gate_page, r, gate_rank, part, N, PAGE)
+    up_first = load_b(up_B, up_page, r, up_rank, part, N, PAGE)
+    wide_x = tl.load(gate + row[:, None] * GATE_STRIDE + part[None, :], mask=mask, other=0.0).to(tl.float32)
+    wide_factor = tl.load(up + row[:, None] * UP_STRIDE + part[None, :], mask=mask, other=0.0).to(tl.float32)
+    wide_x += expand_part(
+        gate_source + m[:, None] * max_rank, gate_B, gate_first, gate_pages, gate_columns, gate_rank,
+        is_row, part, N, max_rank, PAGE, TILE, SPLIT, PART_N, WIDE,
+    )  # fmt: skip
+    wide_factor += expand_part(
+        up_source + m[:, None] * max_rank, up_B, up_first, up_pages, up_columns, up_rank,
+        is_row, part, N, max_rank, PAGE, TILE, SPLIT, PART_N, WIDE,
+    )  # fmt: skip
+    here = out + row[:, None] * OUT_STRIDE + part[None, :]
+    tl.store(here, gated(wide_x, wide_factor, SILU).to(out.dtype.element_ty), mask=mask)
 
 
 def lora_expand_gate(
@@ -147,32 +192,36 @@ def lora_expand_gate(
     wide = is_wide(group.dtype)
     launch = group.plan(tiles, wide, launch)
     pdl = launch.pdl and is_next
-    gate_part, up_part = (layer_tables(w or resident[0]).of_expand() for w in weights)
+    tensors = (
+        *rows, workspace.take(0), tiles.rows, tiles.slots, tiles.lens, *_tables(weights[0], resident[0]),
+        *_tables(weights[1], resident[0]),
+    )  # fmt: skip
+    known = {
+        "N": width, "GATE_STRIDE": rows[0].stride(0), "UP_STRIDE": rows[1].stride(0), "OUT_STRIDE": rows[2].stride(0),
+        "PAGE": group.page_rows, "GROUP": group.size, "TILE": tiles.tile_rows, "SPLIT": launch.split,
+        "SILU": activation == "silu", "num_warps": launch.gate_warps,
+    }  # fmt: skip
     with device_of(gate):
-        _gate_kernel[(-(-width // launch.gate_n), tiles.max_tiles)](
-            *rows,
-            workspace.take(0),
-            tiles.rows,
-            tiles.slots,
-            tiles.lens,
-            *gate_part,
-            *up_part,
-            workspace.max_rank,
-            N=width,
-            GATE_STRIDE=rows[0].stride(0),
-            UP_STRIDE=rows[1].stride(0),
-            OUT_STRIDE=rows[2].stride(0),
-            PAGE=group.page_rows,
-            GROUP=group.size,
-            GATE=-1 if weights[0] is None else 0,
-            UP=-1 if weights[1] is None else group.size - 1,
-            TILE=tiles.tile_rows,
-            SPLIT=launch.split,
-            BLOCK_N=launch.gate_n,
-            WIDE=wide,
-            SILU=activation == "silu",
-            PDL=pdl,
-            num_warps=launch.gate_warps,
-            **({"launch_pdl": True} if pdl else {}),
-        )
+        if launch.gate_loop_n:
+            from peft_dist.kernels.lora_gate_loop import gate_loop_kernel
+
+            grid = tiles.max_tiles, 2 * -(-width // launch.gate_loop_n)
+            gate_loop_kernel[grid](
+                *tensors, watched_tile(tiles), workspace.max_rank, BLOCK_N=launch.gate_loop_n,
+                PART_N=launch.loop_part // 2, STAGES=launch.loop_stages, **known,
+            )  # fmt: skip
+            return out
+        part_n = min(launch.gate_n, launch.gate_part_n)
+        _gate_kernel[(-(-width // part_n), tiles.max_tiles)](
+            *tensors, workspace.max_rank, BLOCK_N=launch.gate_n, PART_N=part_n, FEW=launch.few_rows, WIDE=wide,
+            PDL=pdl, **known, **({"launch_pdl": True} if pdl else {}),
+        )  # fmt: skip
     return out
+
+
+def _tables(weights: LoRALayerWeights | None, other: LoRALayerWeights) -> tuple[Any, ...]:
+    """A layer's arguments; one that nobody adapts gets the other's tables, with no slots."""
+    if weights is not None:
+        return layer_tables(weights).of_expand()
+    *tensors, stride, _, columns = layer_tables(other).of_expand()
+    return *tensors, stride, 0, columns

@@ -145,6 +145,11 @@ def tiles_of(plan: LoRAPlan, device: torch.device) -> LoRATiles:
     return found
 
 
+def watched_tile(tiles: LoRATiles) -> int:
+    """The tile whose use tells that many are used: they are filled from the first on."""
+    return min(max(1, tiles.max_tiles // 4), tiles.max_tiles - 1)
+
+
 def make_tiles(
     row_slots: np.ndarray, device: torch.device, tile_rows: int | None = None, *, has_base: bool = False
 ) -> LoRATiles:

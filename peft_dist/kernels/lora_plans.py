@@ -26,6 +26,11 @@ _DECODE_PROGRAMS, _PREFILL_PROGRAMS = 792, 264
 _DECODE_PARTS, _PREFILL_PARTS = 16, 4
 # Expands of a decode step: one on each multiprocessor of an H100, wide ones rather than more.
 _DECODE_EXPANDS = 132
+# Of expands that loop: three of their programs fit a multiprocessor, and fewer than so many for each tile are slow.
+_LOOP_PROGRAMS, _FEWEST_LOOPS = 396, 14
+_LOOP_PART = 128
+# With fewer tiles, programs of one block already run all at once.
+_LOOP_TILES = 4
 # In octaves, summed over tiles, K and N: beyond that a measured shape says nothing.
 _FARTHEST = 4.0
 
@@ -52,9 +57,16 @@ class GroupPlan:
     Attributes:
         split: Parts of the inputs, each summed by a program of its own.
         block_k, block_n: Inputs and outputs that a program has in work at once; powers of two from 16.
-        part_n: The same of a tile of several rows, where that should be less; it divides ``block_n``.
+        part_n: The same of outputs of a tile of more than ``few_rows`` rows, where that should be less; it divides
+            ``block_n``.
+        few_rows: Rows of the longest tile that is expanded row by row instead of by a product of matrices.
         shrink_r: Likewise ranks, in the shrink. An adapter of a lower rank computes with zeros, but reads none.
-        gate_n, gate_warps: ``block_n`` and warps of the expand that is fused with a gated activation.
+        gate_n, gate_part_n, gate_warps: ``block_n``, ``part_n`` and warps of the expand that is fused with a gated
+            activation, which has two layers' outputs in work.
+        loop_n, gate_loop_n: Outputs of a program that goes through them in blocks whose loads are pipelined
+            (``lora_expand_loop``), twice ``loop_part`` or a multiple of that; 0: programs of one block, as above.
+        loop_part, loop_stages: Outputs of such a block, half of which a gate takes of its two layers, and how many
+            are under way.
         pdl: The expand starts while the shrink still runs, and reads what does not depend on it (programmatic dependent
             launch, from sm_90 on). Both have to be queued one after the other on one stream.
     """
@@ -63,12 +75,18 @@ class GroupPlan:
     split: int
     block_n: int
     part_n: int = 64
+    few_rows: int = 8
     shrink_r: int = 16
     shrink_warps: int = 4
     shrink_stages: int = 3
     expand_warps: int = 4
     gate_n: int = 64
+    gate_part_n: int = 64
     gate_warps: int = 4
+    loop_n: int = 0
+    gate_loop_n: int = 0
+    loop_part: int = _LOOP_PART
+    loop_stages: int = 4
     pdl: bool = False
 
     def in_float32(self) -> GroupPlan:
@@ -82,6 +100,8 @@ class GroupPlan:
             shrink_warps=8,
             expand_warps=8,
             gate_warps=8,
+            loop_n=0,
+            gate_loop_n=0,
             # In a pipeline such products are slower, and as TF32 were miscompiled for sm_90.
             shrink_stages=1,
         )
@@ -104,6 +124,7 @@ def default_plan(shape: GroupShape) -> GroupPlan:
     block_n = _widest(shape, 1024, _DECODE_EXPANDS) if is_decode else _widest(shape, 128, 2 * _PREFILL_PROGRAMS)
     part_n = min(block_n, 256) if is_decode else block_n
     warps = 8 if shape.tile_rows == 128 else 4
+    loops = is_decode and shape.max_tiles >= _LOOP_TILES
     # A long tile's inputs are too many to be read again for every 16 ranks.
     shrink_r = min(64, shape.tile_rows)
     return GroupPlan(
@@ -115,9 +136,19 @@ def default_plan(shape: GroupShape) -> GroupPlan:
         # Two load 16 bytes a thread and row as well, and twice as many programs fit.
         shrink_warps=2 if is_decode and shape.max_tiles >= 8 else warps,
         expand_warps=warps,
-        gate_n=max(16, min(block_n, 256) // 2),
+        gate_n=max(16, block_n // 2),
+        gate_part_n=max(16, part_n // 2),
         gate_warps=warps,
+        loop_n=_loop_of(sum(shape.out_features), shape.max_tiles) if loops else 0,
+        gate_loop_n=_loop_of(shape.out_features[0], shape.max_tiles) if loops else 0,
     )
+
+
+def _loop_of(outputs: int, max_tiles: int) -> int:
+    """Outputs of each program that loops, so that the programs of full tiles just fit the card."""
+    step = 2 * _LOOP_PART
+    each = outputs / max(_LOOP_PROGRAMS / max_tiles, _FEWEST_LOOPS)
+    return step * max(1, round(each / step))
 
 
 def _widest(shape: GroupShape, most: int, programs: int) -> int:

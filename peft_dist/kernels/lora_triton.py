@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from peft_dist.kernels.lora_group import MOST_LAYERS, even_rows, group_of, is_wide, three, tiles_of
+from peft_dist.kernels.lora_expand_loop import expand_loop_kernel
+from peft_dist.kernels.lora_group import MOST_LAYERS, even_rows, group_of, is_wide, three, tiles_of, watched_tile
 from peft_dist.kernels.lora_plans import GroupPlan
 from peft_dist.kernels.lora_triton_kernels import expand_kernel, shrink_kernel
 from peft_dist.kernels.lora_workspace import LoRAWorkspace
@@ -126,30 +127,27 @@ def lora_expand_group_(
     launch = group.plan(tiles, wide, launch)
     partials = workspace.take(0)
     padded = three(rows)
-    pdl = launch.pdl and is_next
-    part_n = min(launch.block_n, launch.part_n)
+    tensors = *padded, partials, tiles.rows, tiles.slots, tiles.lens, *group.arguments().expand
+    n, strides = three(widths), [y.stride(0) for y in padded]
+    known = {
+        "PAGE": group.page_rows, "GROUP": group.size, "TILE": tiles.tile_rows, "SPLIT": launch.split,
+        "num_warps": launch.expand_warps, **{f"N{i}": n[i] for i in range(3)},
+        **{f"Y_STRIDE{i}": strides[i] for i in range(3)},
+    }  # fmt: skip
     with device_of(ys[0]):
+        if launch.loop_n:
+            grid = tiles.max_tiles, 2 * sum(-(-n // launch.loop_n) for n in widths)
+            expand_loop_kernel[grid](
+                *tensors, watched_tile(tiles), workspace.max_rank, BLOCK_N=launch.loop_n, PART_N=launch.loop_part,
+                STAGES=launch.loop_stages, **known,
+            )  # fmt: skip
+            return
+        pdl = launch.pdl and is_next
+        part_n = min(launch.block_n, launch.part_n)
         expand_kernel[(sum(-(-n // part_n) for n in widths), tiles.max_tiles)](
-            *padded,
-            partials,
-            tiles.rows,
-            tiles.slots,
-            tiles.lens,
-            *group.arguments().expand,
-            workspace.max_rank,
-            *three(widths),
-            *(y.stride(0) for y in padded),
-            PAGE=group.page_rows,
-            GROUP=group.size,
-            TILE=tiles.tile_rows,
-            SPLIT=launch.split,
-            BLOCK_N=launch.block_n,
-            PART_N=part_n,
-            WIDE=wide,
-            PDL=pdl,
-            num_warps=launch.expand_warps,
-            **({"launch_pdl": True} if pdl else {}),
-        )
+            *tensors, workspace.max_rank, BLOCK_N=launch.block_n, PART_N=part_n, FEW=launch.few_rows, WIDE=wide,
+            PDL=pdl, **known, **({"launch_pdl": True} if pdl else {}),
+        )  # fmt: skip
 
 
 def _alike(ys: Sequence[torch.Tensor], weights: Sequence[LoRALayerWeights]) -> Iterator[Sequence[int]]:

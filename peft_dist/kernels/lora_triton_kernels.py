@@ -3,7 +3,10 @@
 Both go by ``LoRATiles`` and read adapters through the pool's device tables, so nothing on the host decides what they
 read. Up to three layers that read one x are one launch. The shrink splits the inputs among ``SPLIT`` programs, each of
 which stores its float32 partial sums; the expand adds them up. So there is nothing to clear and nothing atomic, and a
-row gets the same bits whatever other rows are in its batch, as long as the launch plan is the same.
+row gets the same bits in any place of a batch and beside any rows of other adapters, as long as the launch plan is the
+same. Rows of its own adapter matter by their number alone: a few in a tile are summed in float32 one by one
+(``takes_rows``), more as a product of matrices that has the intermediate as two numbers of half precision, so that an
+element may be rounded otherwise.
 
 Partials are float32 ``[tiles, GROUP, SPLIT, TILE, max_rank]``; what no row owns is neither written nor read, and
 of a rank whole blocks of 16 are.
@@ -20,7 +23,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from peft_dist.kernels.lora_triton_parts import (
     EXPAND_RANKS,
-    add_row,
     expand_part,
     find_adapter,
     load_b,
@@ -28,6 +30,7 @@ from peft_dist.kernels.lora_triton_parts import (
     multiply,
     pick,
 )
+from peft_dist.kernels.lora_triton_rows import add_rows, takes_rows
 
 
 @triton.jit(
@@ -86,7 +89,7 @@ def shrink_kernel(
     length = tl.load(tile_lens + tile)
     slot = tl.load(tile_slots + tile)
     row = tl.load(tile_rows + tile * TILE + m)
-    if length == 0:
+    if (length == 0) | (slot < 0):
         return
     table = pick(layer, table0, table1, table2, GROUP)
     columns = pick(layer, columns0, columns1, columns2, GROUP)
@@ -167,13 +170,14 @@ def expand_kernel(
     SPLIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PART_N: tl.constexpr,
+    FEW: tl.constexpr,
     WIDE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program (layer and part of its outputs, tile).
 
-    A tile of one row takes ``BLOCK_N`` outputs a program, and the programs of the parts within have nothing to do: it
-    is short of bytes on their way, where a tile of many rows is short of programs.
+    A tile of up to FEW rows takes ``BLOCK_N`` outputs a program, and the programs of the parts within have nothing to
+    do: it is short of bytes on their way, where a tile of many rows is short of programs.
     """
     block = tl.program_id(0)
     tile = tl.program_id(1)
@@ -182,7 +186,8 @@ def expand_kernel(
     slot = tl.load(tile_slots + tile)
     row = tl.load(tile_rows + tile * TILE + m).to(tl.int64)
     if not PDL:  # noqa: SIM102
-        if length == 0:
+        # Tiles that are not used, and those of the base.
+        if (length == 0) | (slot < 0):
             return
     blocks0: tl.constexpr = (N0 + PART_N - 1) // PART_N
     blocks1: tl.constexpr = (N1 + PART_N - 1) // PART_N if GROUP > 1 else 0
@@ -193,17 +198,14 @@ def expand_kernel(
         layer += (block >= blocks0 + blocks1).to(tl.int32)
     width = pick(layer, N0, N1, N2, GROUP)
     block -= pick(layer, 0, blocks0, blocks0 + blocks1, GROUP)
-    is_lone = length == 1
-    is_idle = is_lone & (block % (BLOCK_N // PART_N) != 0)
+    is_within = block % (BLOCK_N // PART_N) != 0
     if not PDL:  # noqa: SIM102
-        if is_idle:
+        # That of others shows when their rank is known.
+        if (length == 1) & is_within:
             return
-    n = block * PART_N + tl.arange(0, BLOCK_N)
-    lone_width = tl.where(is_lone & (not is_idle), width, 0)
     B = pick(layer, B0, B1, B2, GROUP)
     columns = pick(layer, columns0, columns1, columns2, GROUP)
-    pages, rank, b = find_adapter(
-        B,
+    pages, rank, page = find_adapter(
         pick(layer, pages0, pages1, pages2, GROUP),
         pick(layer, ranks0, ranks1, ranks2, GROUP),
         pick(layer, table0, table1, table2, GROUP),
@@ -211,32 +213,34 @@ def expand_kernel(
         columns,
         slot,
         length,
-        n,
-        lone_width,
         PAGE,
     )
+    r = tl.arange(0, EXPAND_RANKS)
+    n = block * PART_N + tl.arange(0, BLOCK_N)
+    is_few = takes_rows(length, rank, FEW)
+    is_idle = (rank == 0) | (is_few & is_within)
+    b = load_b(B, page, r, rank, n, tl.where(is_few & (not is_idle), width, 0), PAGE)
     if PDL:
         # What is above may run beside the shrink, what is below reads what the shrink and others wrote. No program ends
         # without it: what is queued behind this kernel relies on all that came before.
         gdc_launch_dependents()
         gdc_wait()
-    if (rank == 0) | is_idle:
+    if is_idle:
         return
     y_stride = pick(layer, Y_STRIDE0, Y_STRIDE1, Y_STRIDE2, GROUP)
     y = pick(layer, y0, y1, y2, GROUP)
     source = partials + (tile * GROUP + layer).to(tl.int64) * SPLIT * TILE * max_rank
-    if is_lone:
-        add_row(
-            y + tl.load(tile_rows + tile * TILE).to(tl.int64) * y_stride,
-            source, B, b, pages, columns, rank, n, width, max_rank, PAGE, TILE, SPLIT, BLOCK_N,
+    if is_few:
+        add_rows(
+            y, y_stride, tile_rows + tile * TILE, length, source, B, b, pages, columns, rank, n, width, max_rank,
+            PAGE, TILE, SPLIT,
         )  # fmt: skip
         return
     part = block * PART_N + tl.arange(0, PART_N)
     is_row = m < length
     here = y + row[:, None] * y_stride + part[None, :]
     y_mask = is_row[:, None] & (part < width)[None, :]
-    r = tl.arange(0, EXPAND_RANKS)
-    b_part = load_b(B, load_pages(pages, r, columns, PAGE), r, rank, part, width, PAGE)
+    b_part = load_b(B, page, r, rank, part, width, PAGE)
     before = tl.load(here, mask=y_mask, other=0.0)
     acc = expand_part(
         source + m[:, None] * max_rank,

@@ -59,15 +59,14 @@ def load_b(B, page, r, rank, n, width, PAGE: tl.constexpr):
 
 
 @triton.jit
-def find_adapter(B, pages, ranks, table, slots, columns, slot, length, n, width, PAGE: tl.constexpr):
-    """Pages and rank of a tile's slot in one layer, and its first block of B; rank 0 where there is nothing to add."""
+def find_adapter(pages, ranks, table, slots, columns, slot, length, PAGE: tl.constexpr):
+    """Pages, rank and first pages of a tile's slot in one layer; rank 0 where there is nothing to add."""
     is_known = (length > 0) & (slot >= 0) & (slot < slots)
     slot = tl.where(is_known, slot, 0)
     pages = pages + slot * table
     rank = tl.load(ranks + slot * table, mask=is_known, other=0)
-    r = tl.arange(0, EXPAND_RANKS)
-    b = load_b(B, load_pages(pages, r, tl.where(is_known, columns, 0), PAGE), r, rank, n, width, PAGE)
-    return pages, rank, b
+    page = load_pages(pages, tl.arange(0, EXPAND_RANKS), tl.where(is_known, columns, 0), PAGE)
+    return pages, rank, page
 
 
 @triton.jit
@@ -104,28 +103,3 @@ def expand_part(
         r += EXPAND_RANKS
         b = load_b(B, load_pages(pages, r, columns, PAGE), r, rank, n, width, PAGE)
     return acc
-
-
-@triton.jit
-def add_row(
-    y, source, B, b, pages, columns, rank, n, width, max_rank,
-    PAGE: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """A tile of one row, most of a step in which every request has its own adapter: no product with rows that are not.
-
-    ``y``: the row; ``source``: its first partials; ``b``: what ``load_b`` gave for the first block of ranks.
-    """
-    here = y + n
-    before = tl.load(here, mask=n < width, other=0.0)
-    acc = tl.zeros((BLOCK_N,), tl.float32)
-    first = 0
-    while first < rank:
-        r = first + tl.arange(0, EXPAND_RANKS)
-        h = tl.zeros((EXPAND_RANKS,), tl.float32)
-        for split in tl.static_range(SPLIT):
-            h += tl.load(source + split * TILE * max_rank + r)
-        acc += tl.sum(h[:, None] * b.to(tl.float32), axis=0)
-        first += EXPAND_RANKS
-        r += EXPAND_RANKS
-        b = load_b(B, load_pages(pages, r, columns, PAGE), r, rank, n, width, PAGE)
-    tl.store(here, (before.to(tl.float32) + acc).to(before.dtype), mask=n < width)

@@ -33,7 +33,9 @@ def fields_of(shape: GroupShape, gate: bool) -> dict[str, tuple[Any, ...]]:
     """What is tried of each field of a plan, in this order; ``gate``: of those that only the fused gate has."""
     is_decode = shape.tile_rows == 16
     if gate:
-        return {"gate_n": (32, 64, 128), "gate_warps": (4, 8)}
+        wide = {"gate_n": (64, 128, 256, 512), "gate_part_n": (32, 64, 128)} if is_decode else {"gate_n": (32, 64, 128)}
+        loops = (0, 256, 512, 1024, 2048) if is_decode else (0,)
+        return {**wide, "gate_warps": (2, 4, 8) if is_decode else (4, 8), "gate_loop_n": loops}
     return {
         "split": (1, 2, 4, 8, 16, 28) if is_decode else (1, 2, 4),
         "block_k": (128, 256, 512) if is_decode else (64, 128),
@@ -42,7 +44,10 @@ def fields_of(shape: GroupShape, gate: bool) -> dict[str, tuple[Any, ...]]:
         "shrink_r": (16, 32) if is_decode else (16, 32, 64),
         "block_n": (64, 128, 256, 512, 1024) if is_decode else (64, 128),
         "part_n": (64, 128, 256) if is_decode else (64, 128),
+        "few_rows": (1, 4, 8) if is_decode else (1,),
         "expand_warps": (2, 4, 8) if is_decode else (4, 8),
+        "loop_n": (0, 256, 512, 1024, 2048, 4096) if is_decode else (0,),
+        "loop_stages": (3, 4, 5),
         "pdl": (False, True),
     }
 
@@ -161,7 +166,7 @@ def _batches(shape: GroupShape) -> list[list[LoRATiles]]:
     if tile_rows > 16:
         # Two full tiles an adapter.
         return [[_tiles(np.repeat(np.arange(count) // 2 % _SLOTS, tile_rows), shape)]]
-    rows_each = 1 if count <= _SLOTS else 8
+    rows_each = 1 if count <= _SLOTS else 4 if count <= 2 * _SLOTS else 8
     turns = max(1, _SLOTS // live)
     distinct = [_tiles(np.repeat(turn * live + np.arange(live), rows_each), shape) for turn in range(turns)]
     same = max(1, count // 2 * rows_each)

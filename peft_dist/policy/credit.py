@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -9,8 +10,8 @@ from peft_dist.core.cost_model import CostModel, StepFeatures
 from peft_dist.policy.batching import BASE, Choice
 from peft_dist.policy.corrections import with_corrections
 from peft_dist.policy.credit_ledger import CreditLedger
+from peft_dist.policy.horizon import LeadSteps, RequestSteps
 from peft_dist.policy.queue_view import QueueView
-from peft_dist.policy.request_steps import RequestSteps
 from peft_dist.policy.settings import PolicySettings
 from peft_dist.policy.settlement import Settlement
 from peft_dist.policy.thresholds import ThresholdTuner
@@ -50,6 +51,7 @@ class CreditPolicy(TrackedPolicy):
         self.settlement = Settlement(self.ledger, settings)
         self.tuner = ThresholdTuner(settings)
         self.steps = RequestSteps(settings.expected_steps)
+        self.leads = LeadSteps()
         self._alone: str | None = None
         self._leader: str | None = None
         self._mean_saving: float | None = None
@@ -77,6 +79,7 @@ class CreditPolicy(TrackedPolicy):
             "speed_ratio": ratio,
             "credit_gap": self.ledger.gap,
             "expected_steps": self.steps.mean,
+            **({"expected_lead": self.leads.mean} if math.isfinite(self.leads.mean) else {}),
         }
 
     def _usual(self, view: QueueView) -> Choice:
@@ -144,9 +147,10 @@ class CreditPolicy(TrackedPolicy):
         return now if self._mean_saving is None else self._mean_saving + SAVING_RATE * (now - self._mean_saving)
 
     def _horizon(self, view: QueueView, leader: str | None) -> float:
-        """Steps for which the leader's requests are expected to keep the seats."""
+        """Steps for which the leader is expected to lead: as long as its requests keep the seats, unless others have
+        ended leads sooner."""
         waiting = len(view.groups[leader]) if leader is not None else 0
-        return self.steps.mean * max(1.0, waiting / view.seats)
+        return min(self.steps.mean * max(1.0, waiting / view.seats), self.leads.expected(leader))
 
     def _gap(self, view: QueueView, ordinary: Ordinary) -> float:
         """Credits are in seconds, and so is the gap: it grows with what an interruption of a merged period costs."""
@@ -161,6 +165,7 @@ class CreditPolicy(TrackedPolicy):
         assert ordinary is not None, "choose() sets it"
         self.steps.ran(scheduled)
         self._mean_saving = self._saving(view, ordinary.speed_ratio)
+        self.leads.ran(self._paying_leader(view, ordinary, choice))
         self.ledger.know(view.groups)
         is_ordinary = choice is ordinary.choice
         self._change(view, ordinary, ordinary.alone if is_ordinary else None)
@@ -179,6 +184,13 @@ class CreditPolicy(TrackedPolicy):
                 self.settlement.alone(view, ran, choice.merged_adapter)
         self.ledger.grant(self._privileged if choice.reason == "privileged" else ())
         self._leader = ordinary.leader
+
+    def _paying_leader(self, view: QueueView, ordinary: Ordinary, choice: Choice) -> str | None:
+        """The adapter that runs merged, or would, if its requests are worth the others' waiting."""
+        leader = ordinary.alone if ordinary.alone is not None else ordinary.leader
+        if leader is None or choice is not ordinary.choice:
+            return None
+        return leader if len(view.groups[leader]) >= ordinary.speed_ratio * len(view.first_come) else None
 
     def _change(self, view: QueueView, ordinary: Ordinary, alone: str | None) -> None:
         """Tune the thresholds if this step begins a new period."""

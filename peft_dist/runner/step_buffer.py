@@ -37,7 +37,7 @@ class StepShape(NamedTuple):
 
 @dataclass(slots=True)
 class TileBuffers:
-    """``LoRATiles`` of one plan: int32 ``[tiles * TILE_ROWS]``, ``[tiles]``, ``[tiles]``."""
+    """``LoRATiles`` of one plan, the base's rows included: int32 ``[tiles * TILE_ROWS]``, ``[tiles]``, ``[tiles]``."""
 
     rows: torch.Tensor
     slots: torch.Tensor
@@ -103,7 +103,7 @@ class StepBuffer:
 
 
 def _num_tiles(rows: int, slots: int) -> int:
-    return max_tiles(rows, slots, TILE_ROWS)
+    return max_tiles(rows, slots, TILE_ROWS, has_base=True)
 
 
 class _Taker:

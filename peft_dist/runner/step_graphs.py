@@ -239,7 +239,7 @@ class StepGraphs:
             starts=np.array([0, rows], np.int32),
             backend=self._backends[1],
             factor=factor,
-            tiles=LoRATiles(tiles.rows, tiles.slots, tiles.lens, TILE_ROWS),
+            tiles=LoRATiles(tiles.rows, tiles.slots, tiles.lens, TILE_ROWS, has_base=True),
         )
 
     def _attention(self, inputs: StepBuffer, shape: StepShape) -> AttentionMetadata:

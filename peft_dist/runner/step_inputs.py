@@ -182,4 +182,4 @@ class StepInputs:
 
 def _write_plan(plan: tuple[_Tiles, _Tiles], row_slots: np.ndarray, merged_slot: int) -> None:
     for tiles, slots in zip(plan, split_slots(row_slots, merged_slot), strict=True):
-        write_tiles(slots, *tiles, tile_rows=TILE_ROWS)
+        write_tiles(slots, *tiles, tile_rows=TILE_ROWS, has_base=True)

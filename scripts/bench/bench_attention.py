@@ -172,7 +172,7 @@ def candidates(options: argparse.Namespace) -> dict[str, AttentionBackend]:
             continue
         found[name] = backend
         if isinstance(backend, FlashAttention):
-            found[f"{name}, schedule in each layer"] = FlashAttention(backend._library, share_metadata=False)
+            found[f"{name}, decodes too"] = FlashAttention(backend._library)
     if options.tune and "triton" in found:
         for tile in (DecodeTile(k, w, s) for k in (32, 64, 128) for w in (2, 4, 8) for s in (3, 5, 7)):
             found[f"triton, decode {tuple(tile)}"] = TritonAttention(decode_tile=tile)

@@ -14,11 +14,14 @@ import pytest
 import torch
 
 from peft_dist import LLM, SamplingParams
+from peft_dist.kernels import lora_gate_triton
+from peft_dist.patches import fuse
+from peft_dist.runner import replica
 from peft_dist.runner.step_graphs import StepGraphs, decode_sizes, mixed_sizes
 from tests import triton_interpreter
 from tests.e2e.test_exactness import NAMES, PROMPTS, make_adapters
 from tests.e2e.test_policies import AnyMode
-from tests.oracle import PeftOracle, assert_identical
+from tests.oracle import PeftOracle, Recorder, assert_close_logits, assert_identical, common_prefix
 from tests.tiny_models import make_model
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py captures for real")
@@ -29,6 +32,19 @@ def run_again(run: Callable[[], None]) -> Callable[[], None]:
     """The stand-in for a capture."""
     run()
     return run
+
+
+def count_gates(monkeypatch: pytest.MonkeyPatch) -> Counter[float]:
+    """How often an activation added adapters' parts, by the plan's factor."""
+    seen: Counter[float] = Counter()
+    expand = lora_gate_triton.lora_expand_gate
+
+    def counted(gate, up, weights, plan, *args, **kwargs):  # type: ignore[no-untyped-def]
+        seen[plan.factor] += 1
+        return expand(gate, up, weights, plan, *args, **kwargs)
+
+    monkeypatch.setattr(lora_gate_triton, "lora_expand_gate", counted)
+    return seen
 
 
 def use_graphs(llm: LLM) -> Counter[str]:
@@ -62,17 +78,24 @@ def use_graphs(llm: LLM) -> Counter[str]:
 
 
 @pytest.mark.parametrize(
-    ("depth", "modes", "count"),
+    ("depth", "modes", "count", "fused"),
     [
-        (1, True, 4),
+        (1, True, 4, False),
+        (1, True, 4, True),
         *(
-            pytest.param(depth, modes, 8, marks=pytest.mark.slow)
-            for depth, modes in ((0, False), (1, False), (1, True))
+            pytest.param(depth, modes, 8, fused, marks=pytest.mark.slow)
+            for depth, modes, fused in ((0, False, False), (1, False, True), (1, True, False), (1, True, True))
         ),
     ],
 )
-def test_tokens_are_pefts(depth: int, modes: bool, count: int, tmp_path: Path) -> None:
+def test_tokens_are_pefts(
+    depth: int, modes: bool, count: int, fused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``fused``: as on a GPU, where an MLP's activation adds the adapters' parts; with the other kernels' twins."""
     triton_interpreter.mend()
+    gates = count_gates(monkeypatch)
+    if fused:
+        monkeypatch.setattr(replica, "prepare_layers", lambda model, config: fuse(model, "reference"))
     model = make_model("llama", tmp_path / "base")
     adapters = make_adapters("llama", model, tmp_path)
     oracle = PeftOracle(model, adapters)
@@ -90,6 +113,7 @@ def test_tokens_are_pefts(depth: int, modes: bool, count: int, tmp_path: Path) -
         max_model_len=64,
     ) as llm:
         seen = use_graphs(llm)
+        recorder = Recorder(llm)
         if modes:
             llm._open.engine.scheduler.policy = AnyMode(5)
         greedy = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
@@ -97,13 +121,19 @@ def test_tokens_are_pefts(depth: int, modes: bool, count: int, tmp_path: Path) -
         drawn = [SamplingParams(temperature=0.8, seed=i, max_tokens=3, ignore_eos=True) for i in range(count // 2)]
         asked = PROMPTS[: count // 2], drawn, NAMES[: count // 2]
         captured = [output.outputs[0].token_ids for output in llm.generate(*asked, use_tqdm=False)]
+        in_graphs = gates.total()
         llm._open.runner.graphs = None
         plain = [output.outputs[0].token_ids for output in llm.generate(*asked, use_tqdm=False)]
     for output, prompt, name in zip(outputs, PROMPTS, NAMES, strict=False):
         adapter = None if name == "__base__" else name
         answer = oracle.answer(prompt, adapter, NUM_TOKENS)
-        assert_identical(output.outputs[0].token_ids, answer, oracle, prompt, adapter)
+        tokens = output.outputs[0].token_ids
+        assert_identical(tokens, answer, oracle, prompt, adapter)
+        same = common_prefix(tokens, answer.tokens)
+        assert_close_logits(recorder.logits[output.request_id], answer, min(same + 1, NUM_TOKENS))
     assert captured == plain
+    # Added alone, and behind what is taken away; never without captured steps.
+    assert gates.total() == in_graphs and set(gates) == ({1.0, -1.0} if fused and modes else {1.0} if fused else set())
     assert (
         seen["decodes"] and seen["mixed"] and bool(seen["pending"]) == bool(depth) and bool(seen["corrected"]) == modes
     )

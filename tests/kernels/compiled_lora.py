@@ -17,6 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from peft_dist.kernels.lora_embedding_triton import _embedding_kernel
+from peft_dist.kernels.lora_expand_loop import expand_loop_kernel
+from peft_dist.kernels.lora_gate_loop import gate_loop_kernel
 from peft_dist.kernels.lora_gate_triton import _gate_kernel
 from peft_dist.kernels.lora_plans import GroupPlan, GroupShape, default_plan
 from peft_dist.kernels.lora_triton_kernels import expand_kernel, shrink_kernel
@@ -59,6 +61,22 @@ def compile_kernel(kernel: Any, dtype: str, warps: int, stages: int, **constants
     }  # fmt: skip
 
 
+def compile_loops(
+    dtype: str, plan: GroupPlan, group: dict[str, Any], ends: dict[str, int], strides: dict[str, int]
+) -> dict[str, dict[str, Any]]:
+    group = {name: value for name, value in group.items() if name != "WIDE"}
+    blocks = {"PART_N": plan.loop_part, "STAGES": plan.loop_stages}
+    return {
+        "expand loop": compile_kernel(
+            expand_loop_kernel, dtype, plan.expand_warps, 3, **group, **ends, **blocks, BLOCK_N=plan.loop_n
+        ),
+        "gate loop": compile_kernel(
+            gate_loop_kernel, dtype, plan.gate_warps, 3, **{**group, "GROUP": 2}, **strides, N=ends["N0"], SILU=True,
+            BLOCK_N=plan.gate_loop_n, **{**blocks, "PART_N": plan.loop_part // 2},
+        ),
+    }  # fmt: skip
+
+
 def compile_all(shape: GroupShape, dtype: str, pdl: bool) -> dict[str, dict[str, Any]]:
     wide = dtype == "fp32"
     plan: GroupPlan = default_plan(shape)
@@ -76,12 +94,13 @@ def compile_all(shape: GroupShape, dtype: str, pdl: bool) -> dict[str, dict[str,
         ),
         "expand": compile_kernel(
             expand_kernel, dtype, plan.expand_warps, 3, **group, **ends,
-            BLOCK_N=plan.block_n, PART_N=min(plan.block_n, plan.part_n), PDL=pdl
+            BLOCK_N=plan.block_n, PART_N=min(plan.block_n, plan.part_n), FEW=plan.few_rows, PDL=pdl
         ),
         "gate": compile_kernel(
-            _gate_kernel, dtype, plan.gate_warps, 3, **{**group, "GROUP": 2}, **strides, N=outs[0], GATE=0, UP=1,
-            BLOCK_N=plan.gate_n, SILU=True, PDL=pdl,
+            _gate_kernel, dtype, plan.gate_warps, 3, **{**group, "GROUP": 2}, **strides, N=outs[0],
+            BLOCK_N=plan.gate_n, PART_N=min(plan.gate_n, plan.gate_part_n), FEW=plan.few_rows, SILU=True, PDL=pdl,
         ),
+        **(compile_loops(dtype, plan, group, ends, strides) if plan.loop_n else {}),
         "embedding": compile_kernel(
             _embedding_kernel, dtype, 8 if wide else 4, 3, **common, V=128256, N=4096, Y_STRIDE=4096,
             BLOCK_N=32 if wide else 64,

@@ -152,7 +152,7 @@ def test_each_route_attends(route: str, window: int | None, softcap: float | Non
 
 def test_the_schedule_is_computed_once_for_layers_of_one_shape(site: Path) -> None:
     install(site, VLLM_FILES)
-    backend = FlashAttention.load((9, 0))
+    backend = FlashAttention(flash_libraries.find_library((9, 0)))
     meta, num_blocks = metadata([(1, 30), (1, 9)], 16)
     cache = cache_of(num_blocks, 16, (2, 16), torch.bfloat16)
     fill_context(cache, meta, torch.Generator().manual_seed(0))
@@ -164,6 +164,25 @@ def test_the_schedule_is_computed_once_for_layers_of_one_shape(site: Path) -> No
     calls = sys.modules["peft_dist_vllm_flash_attn.flash_attn_interface"].calls
     assert [call[0] for call in calls] == ["metadata", "a", "metadata", "a", "a", "a"]
     assert "vllm" not in sys.modules
+
+
+@pytest.mark.parametrize(("capability", "own"), [((9, 0), False), ((8, 6), True)])
+def test_decodes_alone_run_in_triton_beside_version_3(capability: tuple[int, int], own: bool, site: Path) -> None:
+    pytest.importorskip("triton")
+    install(site, VLLM_FILES if capability == (9, 0) else {"vllm_flash_attn/__init__.py": VERSION2})
+    backend = FlashAttention.load(capability)
+    assert ("decodes by triton" in backend.description) is not own
+    calls: list[int] = []
+    backend._num_splits = lambda query, cache, meta: calls.append(len(query)) or 0  # type: ignore[method-assign, func-returns-value]
+    for lengths in ([(1, 30), (1, 9)], [(1, 30), (2, 9)]):
+        meta, num_blocks = metadata(lengths, 16)
+        cache = cache_of(num_blocks, 16, (2, 16), torch.bfloat16)
+        fill_context(cache, meta, torch.Generator().manual_seed(0))
+        query = torch.randn(sum(n for n, _ in lengths), 6, 16).bfloat16()
+        options = {"scale": 0.3, "sliding_window": None, "softcap": None, "sinks": None}
+        got = backend.paged_attention(query, cache, meta, **options)
+        assert_close(got, reference.paged_attention(query, cache, meta, **options))
+    assert calls == ([2, 3] if own else [3])
 
 
 def test_earlier_routes_win_and_what_fails_is_told(site: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +17,8 @@ pytest.importorskip("triton")
 from peft_dist.kernels.attention_interface import AttentionNeeds
 from peft_dist.kernels.attention_triton import TritonAttention, _may_have_decodes
 from peft_dist.kernels.attention_triton_chunks import ChunkTile
-from peft_dist.kernels.attention_triton_decode import DecodeTile, splits_for
+from peft_dist.kernels.attention_triton_decode import DecodeTile
+from peft_dist.kernels.attention_triton_schedule import FEWEST_TILES, extra_parts, schedule_decodes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALL = (ChunkTile(16, 16, 4, 1), DecodeTile(16, 4, 1))
@@ -104,13 +108,55 @@ def test_sizes_that_do_not_fit_are_refused(device: str) -> None:
             attend(TritonAttention(), torch.zeros(shape, device=device), cache, meta)
 
 
-def test_splits_fill_the_gpu_and_are_not_shorter_than_two_tiles() -> None:
-    assert splits_for(1, 8, 8192, 64, 132) == 32
-    assert splits_for(16, 8, 8192, 64, 132) == 2
-    assert splits_for(256, 8, 8192, 64, 132) == 1
-    assert splits_for(1, 8, 257, 64, 132) == 2
-    assert splits_for(1, 1, 100, 64, 132) == 1
-    assert splits_for(1, 1, 1 << 17, 64, 132) == 64
+def test_extra_parts_give_each_multiprocessor_two_programs_that_need_not_queue() -> None:
+    assert [extra_parts(seqs, 8, 132) for seqs in (1, 16, 32, 40, 47)] == [32, 32, 16, 8, 4]
+    assert extra_parts(64, 8, 132) == 32, "they queue anyway"
+    assert extra_parts(1, 1, 132) == 64
+    assert extra_parts(1, 512, 132) == 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@settings(deadline=None, max_examples=30)
+@given(
+    lengths=st.lists(st.tuples(st.sampled_from((1, 1, 1, 0, 3)), st.integers(0, 3000)), min_size=1, max_size=9),
+    splits=st.sampled_from((1, 2, 8, 32)),
+    keys=st.sampled_from((16, 64)),
+    window=st.sampled_from((None, None, 1, 100)),
+)
+def test_a_schedule_covers_each_decodes_keys_once(
+    device: str, lengths: list[tuple[int, int]], splits: int, keys: int, window: int | None
+) -> None:
+    queries = np.array([query for query, _ in lengths], np.int32)
+    contexts = np.array([context if query else 0 for query, context in lengths], np.int32)
+    starts = np.concatenate(([0], np.cumsum(queries))).astype(np.int32)
+    meta, _ = metadata([(1, 1)] * len(lengths), 16)
+    meta = replace(
+        meta,
+        query_start_loc_t=torch.from_numpy(starts).to(device),
+        context_lens_t=torch.from_numpy(contexts).to(device),
+        scratch={},
+    )
+    items, arrivals = schedule_decodes(meta, 2, splits, keys, window)
+    assert len(items) == len(lengths) + splits and not arrivals.any()
+    used = items[items[:, 5] > 0].tolist()
+    assert items[: len(used), 5].all(), "those that are not used come last"
+    longest = 0
+    for sequence, (query, context) in enumerate(lengths):
+        mine = [item for item in used if item[0] == sequence]
+        if query != 1 or not context:
+            assert not mine
+            continue
+        place = max(0, context - window) if window else 0
+        for split, (_, token, begin, end, part, parts, *_) in enumerate(mine):
+            assert (token, begin, part, parts) == (starts[sequence], place, split, len(mine))
+            assert end > begin
+            longest = max(longest, end - begin)
+            place = end
+        assert place == context
+        tiles = [-(-(item[3] - item[2]) // keys) for item in mine]
+        assert len(mine) == 1 or sum(tiles) > (len(mine) - 1) * FEWEST_TILES
+    total = sum(-(-(item[3] - item[2]) // keys) for item in used)
+    assert longest <= max(FEWEST_TILES, -(-total // splits)) * keys, "no part is longer than the mean of the extra ones"
 
 
 def test_only_batches_that_may_hold_decodes_are_searched_for_them() -> None:

@@ -34,7 +34,7 @@ def test_default_plans_cover_the_inputs_once(tile_rows: int, tiles: int, sizes: 
     for plan in (default_plan(shape), default_plan(shape).in_float32()):
         part = -(-shape.in_features // (plan.split * plan.block_k)) * plan.block_k
         assert part * plan.split >= shape.in_features
-        for size in (plan.block_k, plan.block_n, plan.shrink_r, plan.gate_n):
+        for size in (plan.block_k, plan.block_n, plan.part_n, plan.shrink_r, plan.gate_n, plan.gate_part_n):
             assert size >= 16 and size & (size - 1) == 0
     plan = default_plan(shape)
     part = -(-shape.in_features // (plan.split * plan.block_k)) * plan.block_k
@@ -93,7 +93,7 @@ def test_descending_finds_the_best_value_of_each_field() -> None:
     start = GroupPlan(128, 2, 64)
     best = descend(SHAPE, start, fields_of(SHAPE, gate=False), measure)
     assert best == replace(start, **wanted)
-    assert len(set(measured)) == len(measured) < 30
+    assert len(set(measured)) == len(measured) < 40
 
 
 def test_a_models_layers_are_grouped_as_they_are_launched() -> None:

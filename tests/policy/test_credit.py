@@ -69,6 +69,24 @@ class TestEnter:
         assert policy.report()["expected_steps"] < 3
         assert policy.choose(queue("aaa")).merged_adapter is None
 
+    def test_not_if_leads_have_been_too_short(self) -> None:
+        # Another adapter leads each two steps: merging would save 24 ms in each lead, for 40 ms of switches.
+        policy = credit(PolicySettings(expected_steps=64.0))
+        for i in range(8):
+            for _ in range(2):
+                step(policy, queue("aab" if i % 2 else "bba"))
+        assert policy.report()["expected_lead"] == 2.0
+        assert policy.choose(queue("b")).merged_adapter is None
+
+    def test_a_lead_that_lasts_is_believed(self) -> None:
+        policy = credit()
+        for i in range(9):
+            step(policy, queue("aab" if i % 2 else "bba"))
+        reasons = [step(policy, queue("aa")).reason for _ in range(6)]
+        assert reasons == ["first come"] * 4 + ["enter", "enter"], (
+            "from the step on in which four have paid for two switches"
+        )
+
     def test_another_adapter_may_take_over_without_unmerging(self) -> None:
         choice = step(merged_on_a(), queue("a" + 20 * "b", merged="a"))
         assert (choice.merged_adapter, choice.reason) == ("b", "enter")
@@ -202,7 +220,7 @@ class TestTuning:
         assert policy.report()["beta"] == pytest.approx(15 / 27 / 1.1)
 
     def test_while_unmerged_a_new_leader_counts_as_a_switch(self) -> None:
-        policy = credit()
+        policy = credit(PolicySettings(amortise=False))
         for i in range(20):
             step(policy, queue("aaab" if i % 2 else "abbb"))
         step(policy, queue("aaaa"))

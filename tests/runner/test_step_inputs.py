@@ -57,7 +57,7 @@ def rows_of(tiles: TileBuffers) -> dict[int, list[int]]:
 
 def check_plan(plan: PlanBuffers, row_slots: np.ndarray, merged_slot: int) -> None:
     for tiles, slots in zip((plan.added, plan.taken), split_slots(row_slots, merged_slot), strict=True):
-        wanted = {slot: np.flatnonzero(slots == slot).tolist() for slot in set(slots[slots >= 0].tolist())}
+        wanted = {slot: np.flatnonzero(slots == slot).tolist() for slot in set(slots.tolist())}
         assert {slot: sorted(rows) for slot, rows in rows_of(tiles).items()} == wanted
 
 

@@ -1,0 +1,107 @@
+"""``lora_gate_triton``'s expand and activation, with the next blocks on their way meanwhile (``lora_expand_loop``)."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from peft_dist.kernels.lora_expand_loop import halves_of, own_outputs
+from peft_dist.kernels.lora_gate_triton import gated
+from peft_dist.kernels.lora_triton_parts import EXPAND_RANKS, expand_part, find_adapter, load_b
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("gate_table", "gate_slots", "gate_columns", "up_table", "up_slots", "up_columns", "watched"),
+    ]
+)
+def gate_loop_kernel(
+    gate,
+    up,
+    out,
+    partials,
+    tile_rows,
+    tile_slots,
+    tile_lens,
+    gate_B,
+    gate_pages,
+    gate_ranks,
+    gate_table,
+    gate_slots,
+    gate_columns,
+    up_B,
+    up_pages,
+    up_ranks,
+    up_table,
+    up_slots,
+    up_columns,
+    watched,
+    max_rank,
+    N: tl.constexpr,
+    GATE_STRIDE: tl.constexpr,
+    UP_STRIDE: tl.constexpr,
+    OUT_STRIDE: tl.constexpr,
+    PAGE: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PART_N: tl.constexpr,
+    STAGES: tl.constexpr,
+    SILU: tl.constexpr,
+):
+    """Program (tile, part of the columns). GROUP: layers of the shrink; the one that it lacked has no slots here."""
+    tile = tl.program_id(0)
+    m = tl.arange(0, TILE)
+    length = tl.load(tile_lens + tile)
+    slot = tl.load(tile_slots + tile)
+    row = tl.load(tile_rows + tile * TILE + m).to(tl.int64)
+    begin, count = own_outputs(tile_lens, watched, tl.program_id(1), tl.num_programs(1), BLOCK_N)
+    if (length == 0) | (count == 0):
+        return
+    gate_pages, gate_rank, gate_page = find_adapter(
+        gate_pages, gate_ranks, gate_table, gate_slots, gate_columns, slot, length, PAGE
+    )
+    up_pages, up_rank, up_page = find_adapter(up_pages, up_ranks, up_table, up_slots, up_columns, slot, length, PAGE)
+    is_row = m < length
+    gate_y = gate + row[:, None] * GATE_STRIDE
+    up_y = up + row[:, None] * UP_STRIDE
+    place = out + row[:, None] * OUT_STRIDE
+    gate_source = partials + (tile * GROUP).to(tl.int64) * SPLIT * TILE * max_rank + m[:, None] * max_rank
+    up_source = gate_source + (GROUP - 1) * SPLIT * TILE * max_rank
+    r = tl.arange(0, EXPAND_RANKS)
+    end = tl.minimum(begin + count, N)
+    if (gate_rank <= EXPAND_RANKS) & (up_rank <= EXPAND_RANKS):
+        # Rows of the base come through here too, with no ranks: their products are of zeros, and no B is read.
+        dtype = gate_B.dtype.element_ty
+        gate_high, gate_low = halves_of(gate_source, gate_rank, is_row, max_rank, TILE, SPLIT, dtype)
+        up_high, up_low = halves_of(up_source, up_rank, is_row, max_rank, TILE, SPLIT, dtype)
+        gate_row = gate_B + ((gate_page * PAGE + r % PAGE).to(tl.int64) * N)[:, None]
+        up_row = up_B + ((up_page * PAGE + r % PAGE).to(tl.int64) * N)[:, None]
+        for first in tl.range(begin, end, PART_N, num_stages=STAGES):
+            n = first + tl.arange(0, PART_N)
+            gate_b = tl.load(gate_row + n[None, :], mask=(r < gate_rank)[:, None] & (n < N)[None, :], other=0.0)
+            up_b = tl.load(up_row + n[None, :], mask=(r < up_rank)[:, None] & (n < N)[None, :], other=0.0)
+            mask = is_row[:, None] & (n < end)[None, :]
+            x = tl.load(gate_y + n[None, :], mask=mask, other=0.0).to(tl.float32)
+            factor = tl.load(up_y + n[None, :], mask=mask, other=0.0).to(tl.float32)
+            x = tl.dot(gate_low, gate_b, tl.dot(gate_high, gate_b, x))
+            factor = tl.dot(up_low, up_b, tl.dot(up_high, up_b, factor))
+            tl.store(place + n[None, :], gated(x, factor, SILU).to(out.dtype.element_ty), mask=mask)
+    else:
+        for first in range(begin, end, PART_N):
+            n = first + tl.arange(0, PART_N)
+            mask = is_row[:, None] & (n < end)[None, :]
+            gate_b = load_b(gate_B, gate_page, r, gate_rank, n, N, PAGE)
+            up_b = load_b(up_B, up_page, r, up_rank, n, N, PAGE)
+            x = tl.load(gate_y + n[None, :], mask=mask, other=0.0).to(tl.float32)
+            factor = tl.load(up_y + n[None, :], mask=mask, other=0.0).to(tl.float32)
+            x += expand_part(
+                gate_source, gate_B, gate_b, gate_pages, gate_columns, gate_rank, is_row, n, N, max_rank,
+                PAGE, TILE, SPLIT, PART_N, False,
+            )  # fmt: skip
+            factor += expand_part(
+                up_source, up_B, up_b, up_pages, up_columns, up_rank, is_row, n, N, max_rank,
+                PAGE, TILE, SPLIT, PART_N, False,
+            )  # fmt: skip
+            tl.store(place + n[None, :], gated(x, factor, SILU).to(out.dtype.element_ty), mask=mask)

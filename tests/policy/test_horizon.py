@@ -1,0 +1,51 @@
+"""How long requests and leads last, as observed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from peft_dist.policy.horizon import LeadSteps, RequestSteps, RunningMean
+
+
+def test_few_observations_are_averaged_and_many_forget() -> None:
+    mean = RunningMean()
+    for value in (2.0, 4.0, 9.0):
+        mean.add(value)
+    assert mean.value == pytest.approx(5.0)
+    for _ in range(200):
+        mean.add(1.0)
+    assert mean.value == pytest.approx(1.0, abs=0.01)
+
+
+def test_requests_end_and_correct_what_was_assumed() -> None:
+    steps = RequestSteps(64.0)
+    for i in range(6):
+        steps.ran([f"r{i}", "other"])
+        steps.ran([f"r{i}"])
+        steps.ended([f"r{i}", "unknown"])
+    assert steps.mean == pytest.approx((4 * 64 + 6 * 2) / 10)
+
+
+class TestLeads:
+    def test_nothing_is_said_until_some_have_ended(self) -> None:
+        leads = LeadSteps()
+        for leader in "aabbaabb":
+            leads.ran(leader)
+        assert math.isinf(leads.mean), "the fourth lead has not ended"
+        leads.ran(None)
+        assert leads.mean == 2.0
+
+    def test_a_lead_that_lasts_longer_is_expected_to_go_on(self) -> None:
+        leads = LeadSteps()
+        for leader in "abababa" + "a" * 9:
+            leads.ran(leader)
+        assert leads.expected("b") == leads.mean == 1.0
+        assert leads.expected("a") == 10.0
+
+    def test_steps_without_a_leader_are_no_lead(self) -> None:
+        leads = LeadSteps()
+        for leader in [*"abab", *[None] * 50, "a", None]:
+            leads.ran(leader)
+        assert leads.mean == 1.0
