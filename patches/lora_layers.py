@@ -268,8 +268,10 @@ def can_wrap(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D))
 
 
-def wrap_module(model: nn.Module, path: str) -> SelectiveLayer:
-    """Put a selective layer without adapters around the module at ``path`` of a stock model, and return it.
+def make_layer(model: nn.Module, path: str) -> SelectiveLayer:
+    """A selective layer without adapters for the module at ``path`` of a stock model, which stays as it is.
+
+    Takes most of the time of ``wrap_module``, and may run on any thread.
 
     Raises:
         TypeError: the module is of a kind that LoRA does not adapt here.
@@ -283,8 +285,24 @@ def wrap_module(model: nn.Module, path: str) -> SelectiveLayer:
         )
     layer = SelectiveEmbedding.wrap(module) if isinstance(module, nn.Embedding) else SelectiveLinear.wrap(module)
     layer.is_output = sees_kept_rows(model, path, module)
-    model.set_submodule(path, layer)
     return layer
+
+
+def wrap_module(model: nn.Module, path: str, made: SelectiveLayer | None = None) -> SelectiveLayer:
+    """Put a selective layer without adapters around the module at ``path`` of a stock model, and return it.
+
+    Args:
+        made: What ``make_layer`` made for this module.
+
+    Raises:
+        TypeError: the module is of a kind that LoRA does not adapt here.
+    """
+    module = model.get_submodule(path)
+    if made is None or made.base_layer is not module:
+        made = make_layer(model, path)
+    if made is not module:
+        model.set_submodule(path, made)
+    return made
 
 
 def unwrap_module(model: nn.Module, path: str) -> nn.Module:

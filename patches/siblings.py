@@ -18,7 +18,7 @@ def find_siblings(model: nn.Module, kind: type[nn.Module]) -> list[list[Any]]:
     groups = []
     for parent in model.modules():
         for family in FAMILIES:
-            members = [getattr(parent, name, None) for name in family]
+            members = [parent._modules.get(name) for name in family]
             found = [member for member in members if type(member) is kind]
             if len(found) > 1:
                 groups.append(found)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from peft_dist.core.config import EngineConfig
+from peft_dist.core.config import EngineConfig, check_pinned
 from peft_dist.core.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ async def run_server(settings: ServeSettings) -> None:
     from peft_dist.orchestrator.core import OrchestratorOptions
     from peft_dist.orchestrator.service import EngineService
 
+    check_pinned(settings.engine, [name for name, _ in (*settings.adapters, *_folder_adapters(settings))])
     signals = _StopSignals()
     listener = Listener(settings.host, settings.port)
     options = OrchestratorOptions(settings.engine.max_num_seqs, settings.max_queue, settings.engine.seed)
@@ -106,22 +107,30 @@ async def _prepare(settings: ServeSettings, service: EngineService) -> Any:
         starting.append(asyncio.to_thread(_import_auto_tokenizer))
     await asyncio.gather(*starting)
     for name, path in settings.adapters:
-        await service.load_adapter(name, path, allow_hub=True, allow_pickle=settings.http.allow_pickle)
+        pinned = name in settings.engine.pinned_adapters
+        await service.load_adapter(name, path, allow_hub=True, allow_pickle=settings.http.allow_pickle, pinned=pinned)
     await _load_folder(settings, service)
     tokenizer = await asyncio.to_thread(_load_tokenizer, service.model.tokenizer, settings.engine)
     return build_app(service, tokenizer, settings.http)
 
 
 async def _load_folder(settings: ServeSettings, service: EngineService) -> None:
+    for name, root in _folder_adapters(settings):
+        pinned = name in settings.engine.pinned_adapters
+        try:
+            await service.load_adapter(name, name, root=root, allow_pickle=settings.http.allow_pickle, pinned=pinned)
+        except AdapterError as error:
+            if pinned:
+                raise
+            logger.error("Not served: %s", error)
+
+
+def _folder_adapters(settings: ServeSettings) -> list[tuple[str, str]]:
+    """Names of the adapters in the adapter folder, each with that folder."""
     folder = settings.http.adapter_dir
     if folder is None:
-        return
-    for config in sorted(folder.glob("*/adapter_config.json")):
-        name = config.parent.name
-        try:
-            await service.load_adapter(name, name, root=str(folder), allow_pickle=settings.http.allow_pickle)
-        except AdapterError as error:
-            logger.error("Not served: %s", error)
+        return []
+    return [(config.parent.name, str(folder)) for config in sorted(folder.glob("*/adapter_config.json"))]
 
 
 def _may_have_tokenizer(model: str) -> bool:
@@ -162,6 +171,7 @@ def _announce(service: EngineService, settings: ServeSettings, url: str) -> None
     logger.info("KV cache  %d blocks of %d = %d tokens", model.num_blocks, model.block_size, tokens)
     logger.info("Limits    %d tokens a request, %d waiting sequences", model.max_model_len, settings.max_queue)
     logger.info("Adapters  %s", adapters)
+    logger.info("Pinned    %s", ", ".join(sorted(service.pinned_adapters())) or "none")
     logger.info("API keys  %s", "asked for" if settings.http.api_keys else "none: whoever reaches the port is served")
     logger.info("Serving   %s/v1", url)
 

@@ -105,6 +105,21 @@ class Recorder:
             self.logits.setdefault(sequence.request_id.rsplit("-", 1)[0], []).append(logits[row].clone())
 
 
+def differences(
+    ours: Sequence[int], answer: Answer, oracle: PeftOracle, prompt: Sequence[int], adapter: str | None
+) -> tuple[int, int]:
+    """How many tokens are ties, and how many wrong; from the first difference on, the oracle follows our tokens."""
+    if list(ours) == answer.tokens:
+        return 0, 0
+    ties = wrong = 0
+    first = common_prefix(ours, answer.tokens)
+    for i in range(first, len(ours)):
+        logits = answer.logits[i] if i == first else oracle.logits_after([*prompt, *ours[:i]], adapter)
+        if int(logits.argmax()) != ours[i]:
+            ties, wrong = (ties + 1, wrong) if is_tie(logits, ours[i]) else (ties, wrong + 1)
+    return ties, wrong
+
+
 def assert_identical(
     ours: Sequence[int], answer: Answer, oracle: PeftOracle, prompt: Sequence[int], adapter: str | None
 ) -> int:

@@ -26,6 +26,7 @@ def adapters_router(state: ServerState) -> APIRouter:
             body.lora_name,
             body.lora_path,
             replace=bool(body.load_inplace),
+            pinned=body.pinned,
             allow_hub=options.allow_hub_load,
             root=None if options.adapter_dir is None else str(options.adapter_dir),
             allow_pickle=options.allow_pickle,

@@ -27,9 +27,19 @@ from peft_dist.api.offline_inputs import (
 from peft_dist.api.output_processor import RequestOutputs
 from peft_dist.api.tokenizing import apply_template, check_unicode, load_tokenizer
 from peft_dist.core.adapter import AdapterSpec
-from peft_dist.core.config import EngineConfig, ModelInfo
+from peft_dist.core.config import EngineConfig, ModelInfo, check_pinned
 from peft_dist.core.errors import ConfigError, EngineDeadError, InvalidRequestError
-from peft_dist.core.messages import AbortRequest, AdapterResult, AddRequest, AnyCommand, Progress, Ready, UnloadAdapter
+from peft_dist.core.messages import (
+    AbortRequest,
+    AdapterResult,
+    AddRequest,
+    AnyCommand,
+    LoadAdapter,
+    PinAdapter,
+    Progress,
+    Ready,
+    UnloadAdapter,
+)
 from peft_dist.core.outputs import RequestOutput
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.engine.commands import make_request
@@ -81,6 +91,7 @@ class LLM:
             raise ConfigError(f"LLM has no option {unknown[0]!r}: the options are the fields of EngineConfig")
         check_adapters(adapters)
         config = EngineConfig(model=str(model), device=device, dtype=str(dtype).removeprefix("torch."), **options)
+        check_pinned(config, adapters or ())
         self._allow_pickle = allow_pickle
         self._replica: Replica | None = build_replica(config)
         try:
@@ -91,7 +102,7 @@ class LLM:
             self._ids = itertools.count()
             self.tokenizer: Any | None = tokenizer if tokenizer is not None else self._load_tokenizer(config)
             for name, path in (adapters or {}).items():
-                self.load_adapter(path, name)
+                self.load_adapter(path, name, pin=name in config.pinned_adapters)
             self._replica.capture_graphs(progress=True)
         except BaseException:
             # Whatever it was, Ctrl-C included: nobody else can give the model's memory back.
@@ -175,19 +186,28 @@ class LLM:
         names = align_adapter_names(adapter_names, len(requests))
         return self._run(requests, params, names, use_tqdm)
 
-    def load_adapter(self, path: str | Path, name: str, *, replace: bool = False) -> AdapterSpec:
+    def load_adapter(
+        self, path: str | Path, name: str, *, replace: bool = False, pin: bool | None = None
+    ) -> AdapterSpec:
         """Load an adapter from a folder or the hub under a name.
+
+        Args:
+            pin: Bring it to the device at once and keep it there until it is unloaded. None: if what it replaces is
+                pinned; False unpins that.
 
         Raises:
             AdapterError: it was refused, was not there within ``adapter_load_timeout`` seconds (its download included),
-                or the name is taken; the others are untouched.
+                the name is taken, or pins would leave no room for another; the others are untouched.
         """
         check_adapter(path, name)
-        call_id, _ = self._orchestrator.load_adapter(name, str(path), replace=replace, allow_pickle=self._allow_pickle)
+        call_id, sent = self._orchestrator.load_adapter(
+            name, str(path), replace=replace, allow_pickle=self._allow_pickle, pinned=pin
+        )
+        pinned = any(isinstance(out.command, LoadAdapter) and out.command.pinned for out in sent)
         spec = None
         try:
             found = self._inspect(str(path), name)
-            self._open.register_adapter(found, allow_pickle=self._allow_pickle)
+            self._open.register_adapter(found, allow_pickle=self._allow_pickle, pinned=pinned)
             spec = found
         finally:
             # Whatever happens, the orchestrator must hear the end of the load that it began.
@@ -306,5 +326,7 @@ class LLM:
             engine.add_request(make_request(command, engine.adapters, time.monotonic()))
         elif isinstance(command, AbortRequest):
             engine.abort(command.request_ids)
+        elif isinstance(command, PinAdapter):
+            engine.pin_adapter(command.name, command.content_hash)
         elif isinstance(command, UnloadAdapter):
             engine.forget_adapter(command.content_hash)

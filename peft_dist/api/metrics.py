@@ -33,6 +33,7 @@ class StateCollector:
 
     replicas: list[ReplicaView]
     adapters: list[AdapterSpec]
+    num_pinned: int
     recent: list[str]
     max_adapters: int
     queue: Histogram
@@ -40,7 +41,7 @@ class StateCollector:
 
     def collect(self) -> Iterator[Any]:
         labels = AdapterLabels(self.replicas, self.adapters, self.recent, self.max_adapters)
-        yield from replica_families(self.replicas, len(self.adapters), labels)
+        yield from replica_families(self.replicas, len(self.adapters), self.num_pinned, labels)
         yield from router_families(self.replicas, labels, self.wall_time)
         yield queue_time(self.replicas, self.queue)
 
@@ -69,6 +70,7 @@ class ServerMetrics:
             StateCollector(
                 self._client.replicas(),
                 self._client.adapters(),
+                len(self._client.pinned_adapters()),
                 self.requests.recent_adapters(),
                 self._max_adapters,
                 self.requests.queue,

@@ -40,7 +40,11 @@ def _cards(state: ServerState) -> list[dict[str, Any]]:
     model = state.model
     names = dict.fromkeys((model.served_model_name, *state.options.served_names))
     cards = [_card(state, name, model.model, None) for name in names]
-    return cards + [_card(state, spec.name, spec.path, model.served_model_name) for spec in state.client.adapters()]
+    pinned = state.client.pinned_adapters()
+    return cards + [
+        _card(state, spec.name, spec.path, model.served_model_name) | {"pinned": spec.name in pinned}
+        for spec in state.client.adapters()
+    ]
 
 
 def _card(state: ServerState, name: str, root: str, parent: str | None) -> dict[str, Any]:

@@ -27,6 +27,9 @@ class LoadAdapterRequest(Strict):
     lora_name: Text = Field(description="What requests will call the adapter in `model`.")
     lora_path: Text = Field(description="A folder on the server, or a Hub id `org/name@revision`.")
     load_inplace: bool | None = Field(None, description="Put it in the place of the adapter that has this name.")
+    pinned: bool | None = Field(
+        None, description="Keep it on the device until it is unloaded; null: if what it replaces is kept there."
+    )
 
 
 class UnloadAdapterRequest(Strict):

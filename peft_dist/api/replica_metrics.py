@@ -49,12 +49,16 @@ def kv_usage(replicas: Iterable[ReplicaView]) -> float:
     return 1 - sum(free for free, _ in blocks) / total if total else 0.0
 
 
-def replica_families(replicas: Sequence[ReplicaView], num_adapters: int, labels: AdapterLabels) -> Iterator[Any]:
+def replica_families(
+    replicas: Sequence[ReplicaView], num_adapters: int, num_pinned: int, labels: AdapterLabels
+) -> Iterator[Any]:
     """Gauges of the replicas that are ready, counters of all of them, however they ended."""
     ready = [replica for replica in replicas if replica.is_ready]
     states = Counter(replica.state for replica in replicas)
     yield _family(GaugeMetricFamily, "replicas", "Replicas by state.", ["state"], [((s,), states[s]) for s in _STATES])
     yield _family(GaugeMetricFamily, "adapters_served", "Adapters that requests can name.", [], [((), num_adapters)])
+    text = "Of these, adapters that are pinned to the device."
+    yield _family(GaugeMetricFamily, "adapters_pinned", text, [], [((), num_pinned)])
     for name, text, value in _GAUGES:
         yield _family(GaugeMetricFamily, name, text, ["replica"], [((_id(r),), value(r)) for r in ready])
     for name, text, count in _COUNTERS:

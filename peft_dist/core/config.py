@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Literal, cast, get_args
 
@@ -59,6 +59,7 @@ class EngineConfig:
         adapter_host_memory: Bytes of host memory for copies of adapters, from which they get to the device faster
             than from disk. 0 keeps none.
         adapter_load_timeout: Seconds for finding, reading and checking one adapter; None is no limit.
+        pinned_adapters: Names of adapters given at the start that are loaded at once and stay on the device.
         num_threads: CPU threads of the model; torch's default when None.
         pack_weights: Keep a copy of the weights in the CPU library's packed layout (faster, twice the
             memory); None packs on CPU when the copy fits in half of the free memory.
@@ -109,6 +110,7 @@ class EngineConfig:
     adapter_device_memory: int | None = None
     adapter_host_memory: int = 2 << 30
     adapter_load_timeout: float | None = 120.0
+    pinned_adapters: tuple[str, ...] = ()
     num_threads: int | None = None
     pack_weights: bool | None = None
     compile_kernels: bool = True
@@ -136,6 +138,16 @@ class EngineConfig:
             raise ConfigError(problem)
 
 
+def check_pinned(options: EngineConfig, names: Collection[str]) -> None:
+    """Raises ConfigError when an adapter to be pinned is not among the ``names`` given at the start."""
+    for name in options.pinned_adapters:
+        if name not in names:
+            raise ConfigError(
+                f"pinned_adapters (--pin-adapter) names {name!r}, which is no adapter given at the start: give it "
+                "there, or pin it when it is loaded"
+            )
+
+
 def _contradictions(options: EngineConfig) -> Iterator[str]:
     """What one option asks for and another leaves no room for; an option that has its default asks for nothing."""
     policy, exec_type, profile = (f"{n}={getattr(options, n)!r}" for n in ("policy", "exec_type", "policy_profile"))
@@ -149,6 +161,8 @@ def _contradictions(options: EngineConfig) -> Iterator[str]:
             f"merge={options.merge!r} says where one merged adapter lives, but {exec_type} keeps whole merged models "
             "(resident_models of them): leave merge at 'auto'"
         )
+    if options.exec_type == "vllm" and options.pinned_adapters:
+        yield f"pinned_adapters={options.pinned_adapters} stay as adapters, but {exec_type} keeps whole merged models"
     if options.exec_type != "vllm" and options.resident_models != _DEFAULTS["resident_models"]:
         yield f"resident_models={options.resident_models} counts the models of exec_type='vllm', not of {exec_type}"
     if options.merged_minority:
@@ -176,6 +190,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "MergeMethod": str,
     "AttentionName": str,
     "LoadFormat": str,
+    "tuple[str, ...]": tuple,
     "None": type(None),
 }
 _AT_LEAST_1 = (
@@ -213,6 +228,9 @@ def _check(name: str, kinds: list[str], value: object) -> None:
     elif name == "max_adapter_wait":
         wanted = "seconds of 0 or more"
         fits = fits and cast(float, value) >= 0
+    elif name == "pinned_adapters":
+        wanted = "a tuple of names"
+        fits = fits and all(isinstance(own, str) and own for own in cast(tuple[object, ...], value))
     elif name == "model":
         wanted = "a folder or hub id"
         fits = fits and bool(value)

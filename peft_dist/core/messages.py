@@ -48,7 +48,8 @@ class LoadAdapter(Command, frozen=True, kw_only=True):
     """Read, check and keep an adapter; answered by ``AdapterResult`` with the same ``call_id``.
 
     ``path`` is what the user wrote: a folder, inside ``root`` when that is given, or a hub id where
-    ``allow_hub`` is set. The replica finds it, because the file system that matters is the replica's.
+    ``allow_hub`` is set. The replica finds it, because the file system that matters is the replica's. A ``pinned`` one
+    stays on the device; either way the name pins nothing else any more.
     """
 
     call_id: int
@@ -57,6 +58,14 @@ class LoadAdapter(Command, frozen=True, kw_only=True):
     root: str | None = None
     allow_hub: bool = False
     allow_pickle: bool = False
+    pinned: bool = False
+
+
+class PinAdapter(Command, frozen=True, kw_only=True):
+    """Have a name pin the content that the replica holds, and no other; None: nothing. Not answered."""
+
+    name: str
+    content_hash: str | None = None
 
 
 class UnloadAdapter(Command, frozen=True, kw_only=True):
@@ -167,7 +176,7 @@ class Fatal(Report, frozen=True, kw_only=True):
     error: str
 
 
-AnyCommand = AddRequest | AbortRequest | LoadAdapter | UnloadAdapter | Shutdown
+AnyCommand = AddRequest | AbortRequest | LoadAdapter | PinAdapter | UnloadAdapter | Shutdown
 AnyReport = Ready | Progress | AdapterResult | Fatal
 
 

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable
 
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.errors import AdapterError
+from peft_dist.engine.adapter_pins import AdapterPins
 from peft_dist.engine.adapter_space import AdapterSpace, Lease
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ class AdapterManager:
 
     def __init__(self, num_slots: int, page_rows: int = 1, num_rows: int | None = None) -> None:
         self.space = AdapterSpace(num_slots, page_rows, num_rows)
+        self.pins = AdapterPins(self.space)
         self.loads = 0
         self.load_failures = 0
         self.evictions = 0
@@ -36,7 +38,6 @@ class AdapterManager:
         self._resident: dict[str, Lease] = {}
         self._idle: OrderedDict[str, None] = OrderedDict()
         self._running: Counter[str] = Counter()
-        self._pins: Counter[str] = Counter()
         self._users: Counter[str] = Counter()
         self._leaving: set[str] = set()
         self._kept: set[str] = set()
@@ -59,6 +60,14 @@ class AdapterManager:
             raise AdapterError(
                 f"adapter {spec.name!r} {problem}: raise adapter_device_memory (--adapter-device-memory)"
             )
+
+    def check_room(self, spec: AdapterSpec, others: Iterable[AdapterSpec], *, pinned: bool) -> None:
+        """Raises AdapterError when the adapter cannot be served, or pinned, beside what is pinned and ``others``."""
+        self.check_fits(spec)
+        if pinned:
+            self.pins.check_pin(spec.name, spec, others)
+        else:
+            self.pins.check_beside(spec.name, spec)
 
     # What the engine tells of requests
 
@@ -118,13 +127,21 @@ class AdapterManager:
         """Slot of a resident adapter."""
         return self._resident[content_hash].slot
 
-    def pin(self, content_hash: str) -> None:
-        """Keep an adapter on the device, once it is there, until ``unpin`` is called as often."""
-        self._pins[content_hash] += 1
+    def pin(self, name: str, spec: AdapterSpec) -> None:
+        """Bring an adapter to the device and keep it there, in place of what the name pinned before."""
+        self.pins.add(name, spec)
+        self.want_pinned()
 
-    def unpin(self, content_hash: str) -> None:
-        _decrement(self._pins, content_hash)
-        self._drop_if_unneeded(content_hash)
+    def unpin(self, name: str) -> None:
+        """Let what the name pinned leave when its room is needed."""
+        self.pins.remove(name)
+
+    def want_pinned(self) -> None:
+        """Load what is pinned and on no device; for each, nothing that a request uses leaves if others are enough."""
+        for spec in self.pins.unmet:
+            key = spec.content_hash
+            if self.is_held(key) or self._start_load(spec, self._users) or self._start_load(spec, ()):
+                self.pins.settle(key)
 
     # What becomes of registrations and loads
 
@@ -140,6 +157,7 @@ class AdapterManager:
 
     def forget(self, content_hash: str) -> None:
         """Drop an adapter once no request needs it any more and no load of it is under way."""
+        self.pins.forget(content_hash)
         self._leaving.add(content_hash)
         self._drop_if_unneeded(content_hash)
 
@@ -187,12 +205,12 @@ class AdapterManager:
         assert self._running.keys() | self._idle.keys() == self._resident.keys(), "resident adapters"
         assert not self._running.keys() & self._idle.keys(), "an adapter both running and idle"
         assert all(self._users[key] >= count > 0 for key, count in self._running.items()), "users"
-        assert all(count > 0 for count in self._pins.values()), "pins"
+        self.pins.check()
         assert self._kept <= self._users.keys() - self._resident.keys(), "weights kept for nobody"
 
     def _start_load(self, spec: AdapterSpec, queued: Collection[str]) -> bool:
         """Whether there was room, or could be made."""
-        evictable = [self._resident[key] for key in self._idle if key not in queued and not self._pins[key]]
+        evictable = [self._resident[key] for key in self._idle if key not in queued and key not in self.pins]
         victims = self.space.victims(spec, evictable)
         if victims is None:
             return False
@@ -217,7 +235,7 @@ class AdapterManager:
             self._releases.append(key)
 
     def _drop_if_unneeded(self, key: str) -> None:
-        if key not in self._leaving or self._users[key] or self._pins[key] or key in self._loading:
+        if key not in self._leaving or self._users[key] or key in self._loading:
             return
         self._leaving.discard(key)
         if key in self._resident:

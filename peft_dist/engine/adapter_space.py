@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from peft_dist.core.adapter import AdapterSpec
@@ -41,17 +41,44 @@ class AdapterSpace:
     def num_free_slots(self) -> int:
         return len(self._free_slots)
 
-    def find_excess(self, spec: AdapterSpec) -> str | None:
-        """In what the adapter is larger than the empty device; None when it is not."""
+    def find_excess(self, spec: AdapterSpec, beside: Iterable[AdapterSpec] = ()) -> str | None:
+        """In what the adapter is larger than the device with nothing on it but ``beside``; None when it is not."""
         if self.num_pages is None:
             return None
-        module, needed = max(self._pages(spec).items(), key=lambda item: item[1])
-        if needed <= self.num_pages:
+        taken = self._sum(beside)
+        # Where it lacks most; what is taken where it has no rows is no matter.
+        module, needed = max(self._pages(spec).items(), key=lambda item: item[1] + taken[item[0]])
+        if needed + taken[module] <= self.num_pages:
             return None
+        rest = f", of which pinned adapters take {taken[module]}" if taken[module] else ""
         return (
             f"has rank {spec.ranks[module]} in {module}, which takes {needed} pages of {self.page_rows} rows, but the "
-            f"device has room for {self.num_pages} pages a module"
+            f"device has room for {self.num_pages} pages a module{rest}"
         )
+
+    def find_full(self, specs: Collection[AdapterSpec]) -> str | None:
+        """Why these together leave no slot, or no page in one of their modules; None when they leave one of each."""
+        if len(specs) >= self.num_slots:
+            return (
+                f"{len(specs)} pinned adapters leave none of the {self.num_slots} slots to others: unpin one, or raise "
+                "max_loras (--max-loras)"
+            )
+        full = self.num_pages is not None and next(
+            (module for module, count in self._sum(specs).items() if count >= self.num_pages), None
+        )
+        if not full:
+            return None
+        return (
+            f"{len(specs)} pinned adapters leave none of the {self.num_pages} pages of {self.page_rows} rank rows in "
+            f"{full} to others: unpin one, or raise adapter_device_memory (--adapter-device-memory)"
+        )
+
+    def find_least_room(self, specs: Iterable[AdapterSpec]) -> int | None:
+        """Pages that these leave in every module; None: as many as anyone asks for."""
+        return None if self.num_pages is None else self.num_pages - max(self._sum(specs).values(), default=0)
+
+    def pages_of(self, rank: int) -> int:
+        return -(-rank // self.page_rows)
 
     def victims(self, spec: AdapterSpec, evictable: Sequence[Lease]) -> list[Lease] | None:
         """Which leases must end so that the adapter fits; None when all of ``evictable`` are not enough.
@@ -100,7 +127,13 @@ class AdapterSpace:
     def _pages(self, spec: AdapterSpec) -> dict[str, int]:
         if self.num_pages is None:
             return {}
-        return {module: -(-rank // self.page_rows) for module, rank in spec.ranks.items()}
+        return {module: self.pages_of(rank) for module, rank in spec.ranks.items()}
+
+    def _sum(self, specs: Iterable[AdapterSpec]) -> Counter[str]:
+        taken: Counter[str] = Counter()
+        for spec in specs:
+            taken.update(self._pages(spec))
+        return taken
 
     def _lacking(self, spec: AdapterSpec) -> dict[str, int]:
         """Pages by module, and slots under the empty name, that are not free and would have to be."""

@@ -12,7 +12,8 @@ def want_adapters(queue: Iterable[Request], adapters: AdapterManager, max_wait: 
     """Have the adapters of queued requests loaded, that of the oldest first.
 
     Those on the device stay there while anybody in the queue needs them, unless a request has not run for longer than
-    ``max_wait`` seconds because its own is not there: for that one all are given up that no elder needs.
+    ``max_wait`` seconds because its own is not there: for that one all are given up that no elder needs. Pinned ones
+    stay in any case, and are fetched before those of requests that are in time.
 
     Args:
         queue: Unfinished requests, oldest first.
@@ -27,4 +28,5 @@ def want_adapters(queue: Iterable[Request], adapters: AdapterManager, max_wait: 
         if now - last > max_wait and not adapters.is_held(content_hash):
             adapters.want(specs[: index + 1], spared=list(oldest)[: index + 1])
             break
+    adapters.want_pinned()
     adapters.want(specs)

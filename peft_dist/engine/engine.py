@@ -112,13 +112,27 @@ class Engine:
         for request in [self.requests[i] for i in request_ids if i in self.requests]:
             self._finish(request, "abort")
 
-    def register_adapter(self, spec: AdapterSpec) -> None:
+    def check_room(self, spec: AdapterSpec, *, pinned: bool = False) -> None:
+        """Raises AdapterError when an adapter could never be loaded, or would as a pinned one keep another out."""
+        in_use = (request.adapter for request in self.requests.values() if request.adapter is not None)
+        self.scheduler.adapters.check_room(spec, (*self.adapters.values(), *in_use), pinned=pinned)
+
+    def register_adapter(self, spec: AdapterSpec, *, pinned: bool = False) -> None:
+        """Take requests for an adapter from now on; a pinned one is loaded now, and stays (``check_room`` first)."""
         for other in self.adapters.values():
             if other.content_hash != spec.content_hash and (other.name == spec.name or other.path == spec.path):
                 # Its files may be the new one's by now.
                 self.scheduler.adapters.keep_weights(other.content_hash)
         self.adapters[spec.content_hash] = spec
         self.scheduler.adapters.keep(spec.content_hash)
+        self.pin_adapter(spec.name, spec.content_hash if pinned else None)
+
+    def pin_adapter(self, name: str, content_hash: str | None) -> None:
+        """Have a name pin this registered content and no other; None: nothing."""
+        if content_hash is None:
+            self.scheduler.adapters.unpin(name)
+        else:
+            self.scheduler.adapters.pin(name, self.adapters[content_hash])
         self._apply_adapter_changes()
         self.residency_version += 1
 

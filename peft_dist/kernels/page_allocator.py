@@ -37,7 +37,8 @@ class PageAllocator:
     def grow(self, capacity: int) -> None:
         """Add pages at the end up to ``capacity``."""
         if capacity > self.capacity:
-            self.free(range(self.capacity, capacity))
+            # Ascending and above all others, they may stand at the end of the heap.
+            self._free.extend(range(self.capacity, capacity))
             self.capacity = capacity
 
     def find_inconsistency(self, owned: Sequence[int]) -> str | None:

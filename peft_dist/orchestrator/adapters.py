@@ -18,6 +18,7 @@ class _Load:
 
     name: str
     waiting: set[int]
+    pinned: bool = False
     spec: AdapterSpec | None = None
     error: PeftDistError | None = None
 
@@ -27,6 +28,8 @@ class AdapterRegistry:
 
     def __init__(self) -> None:
         self._by_name: dict[str, AdapterSpec] = {}
+        self._pinned: set[str] = set()
+        self._repins: dict[str, None] = {}
         self._held: set[str] = set()
         self._uses: Counter[str] = Counter()
         self._base_names: tuple[str, ...] = tuple(name for name in BASE_NAMES if name)
@@ -38,6 +41,11 @@ class AdapterRegistry:
 
     def specs(self) -> list[AdapterSpec]:
         return list(self._by_name.values())
+
+    @property
+    def pinned(self) -> frozenset[str]:
+        """Names of the adapters that stay on the device."""
+        return frozenset(self._pinned)
 
     def resolve(self, name: str | None) -> AdapterSpec | None:
         """The adapter ``name`` means, None for the base; "base:adapter" means the adapter.
@@ -70,8 +78,10 @@ class AdapterRegistry:
         """A replica told that it holds this content."""
         self._held.add(spec.content_hash)
 
-    def begin_load(self, call_id: int, name: str, replica_ids: set[int]) -> None:
-        self._loads[call_id] = _Load(name, replica_ids)
+    def begin_load(self, call_id: int, name: str, replica_ids: set[int], pinned: bool | None = None) -> bool:
+        """Whether the adapter will be pinned; None: if what it replaces is."""
+        load = self._loads[call_id] = _Load(name, replica_ids, name in self._pinned if pinned is None else pinned)
+        return load.pinned
 
     def loads_on(self, replica_id: int) -> list[int]:
         """Loads that this replica has not answered yet."""
@@ -98,19 +108,28 @@ class AdapterRegistry:
         if load.waiting:
             return None
         del self._loads[call_id]
+        if load.pinned or load.name in self._pinned:
+            # The load may have failed on another replica, or the name been unloaded after this one had obeyed.
+            self._repins[load.name] = None
         if load.error is not None or load.spec is None:
             return load.error or AdapterError(f"adapter {load.name!r}: the replica neither loaded nor refused it")
         self._by_name[load.name] = load.spec
+        (self._pinned.add if load.pinned else self._pinned.discard)(load.name)
         return load.spec
 
     def remove(self, name: str) -> None:
         """Raises UnknownModelError when no adapter has this name."""
         if not isinstance(name, str) or self._by_name.pop(name, None) is None:
             raise UnknownModelError(f"The adapter {name!r} is not loaded. {self._served()}")
+        if name in self._pinned:
+            self._pinned.remove(name)
+            self._repins[name] = None
 
     def forget_all(self) -> None:
         """No replica holds anything any more: every adapter must be loaded again."""
         self._by_name.clear()
+        self._pinned.clear()
+        self._repins.clear()
         self._held.clear()
 
     def acquire(self, spec: AdapterSpec | None) -> None:
@@ -122,6 +141,11 @@ class AdapterRegistry:
             self._uses[spec.content_hash] -= 1
             if not self._uses[spec.content_hash]:
                 del self._uses[spec.content_hash]
+
+    def take_repins(self) -> list[tuple[str, str | None]]:
+        """Names with the content that they pin from now on, None for nothing; each change is returned once."""
+        names, self._repins = self._repins, {}
+        return [(name, self._by_name[name].content_hash if name in self._pinned else None) for name in names]
 
     def take_unused(self) -> list[str]:
         """Content hashes that the replicas may drop; each is returned once.

@@ -71,6 +71,10 @@ class EngineClient(Protocol):
         """Adapters that new requests can name, in order of loading."""
         ...
 
+    def pinned_adapters(self) -> frozenset[str]:
+        """Names of those that stay on the device."""
+        ...
+
     def resolve(self, name: str | None) -> AdapterSpec | None:
         """The adapter that a user's model name means, None for the base.
 
@@ -108,14 +112,17 @@ class EngineClient(Protocol):
         allow_hub: bool = False,
         root: str | None = None,
         allow_pickle: bool = False,
+        pinned: bool | None = None,
     ) -> AdapterSpec:
         """Load an adapter from a folder (below ``root`` when given) or, with ``allow_hub``, a hub id.
 
         With ``replace``, requests that arrive afterwards use the new content under the same name, running
-        ones finish with the old.
+        ones finish with the old. A ``pinned`` one stays on the device until it is unloaded; None: if what it
+        replaces does.
 
         Raises:
-            AdapterError: the name is taken or reserved, or the adapter was refused.
+            AdapterError: the name is taken or reserved, or the adapter was refused, perhaps because pins leave no
+                room for it, or it as a pinned one none for others.
             EngineDeadError: the replica died meanwhile.
         """
         ...

@@ -16,6 +16,7 @@ from peft_dist.core.messages import (
     AnyReport,
     Fatal,
     LoadAdapter,
+    PinAdapter,
     Progress,
     Ready,
     ReplicaStats,
@@ -124,8 +125,11 @@ class Orchestrator:
         allow_hub: bool = False,
         root: str | None = None,
         allow_pickle: bool = False,
+        pinned: bool | None = None,
     ) -> tuple[int, list[Outgoing]]:
         """Ask every replica to load; ``AdapterLoaded`` or ``AdapterRefused`` with the returned call id follows.
+
+        ``pinned``: Keep it on the device; None: if what it replaces is kept there.
 
         Raises:
             AdapterError: the name cannot be used.
@@ -136,9 +140,9 @@ class Orchestrator:
         self.replicas.choose(self._requests.load)
         replicas = self.replicas.ready()
         call_id = self._new_call()
-        self.adapters.begin_load(call_id, name, {replica.replica_id for replica in replicas})
+        pin = self.adapters.begin_load(call_id, name, {replica.replica_id for replica in replicas}, pinned)
         command = LoadAdapter(
-            call_id=call_id, name=name, path=path, root=root, allow_hub=allow_hub, allow_pickle=allow_pickle
+            call_id=call_id, name=name, path=path, root=root, allow_hub=allow_hub, allow_pickle=allow_pickle, pinned=pin
         )
         return call_id, [_to(replica, command) for replica in replicas]
 
@@ -330,11 +334,12 @@ class Orchestrator:
             self._events.append(AdapterRefused(call_id, outcome))
 
     def _drop_unused(self) -> list[Outgoing]:
-        return [
-            _to(replica, UnloadAdapter(call_id=self._new_call(), content_hash=content_hash))
-            for content_hash in self.adapters.take_unused()
-            for replica in self.replicas.ready()
-        ]
+        ready = self.replicas.ready()
+        pins = [PinAdapter(name=name, content_hash=held) for name, held in self.adapters.take_repins()]
+        out = [_to(replica, pin) for pin in pins for replica in ready]
+        for content_hash in self.adapters.take_unused():
+            out += [_to(r, UnloadAdapter(call_id=self._new_call(), content_hash=content_hash)) for r in ready]
+        return out
 
 
 def _to(replica: Replica, command: AnyCommand) -> Outgoing:

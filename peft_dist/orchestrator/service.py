@@ -101,6 +101,10 @@ class EngineService:
         """The adapters that requests can name."""
         return self._core.adapters.specs()
 
+    def pinned_adapters(self) -> frozenset[str]:
+        """Names of those that stay on the device."""
+        return self._core.adapters.pinned
+
     def resolve(self, name: str | None) -> AdapterSpec | None:
         """The adapter of a name; None for the base. Raises UnknownModelError for any other."""
         return self._core.adapters.resolve(name)
@@ -130,10 +134,11 @@ class EngineService:
         allow_hub: bool = False,
         root: str | None = None,
         allow_pickle: bool = False,
+        pinned: bool | None = None,
     ) -> AdapterSpec:
         """As in ``EngineClient``."""
         call_id, commands = self._core.load_adapter(
-            name, path, replace=replace, allow_hub=allow_hub, root=root, allow_pickle=allow_pickle
+            name, path, replace=replace, allow_hub=allow_hub, root=root, allow_pickle=allow_pickle, pinned=pinned
         )
         future: asyncio.Future[AdapterSpec] = self._loop.create_future()
         self._calls[call_id] = future

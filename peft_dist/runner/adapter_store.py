@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.errors import AdapterError
 from peft_dist.kernels.lora_pool import LayerTensors, LoRAPool
-from peft_dist.patches.lora_layers import join_siblings, wrap_module
+from peft_dist.patches.lora_layers import SelectiveLayer, join_siblings, make_layer, wrap_module
 from peft_dist.runner.adapter_modules import ModuleShape
 from peft_dist.runner.adapter_tensors import LoadedAdapter, ModuleWeights, inspect_adapter, load_adapter
 from peft_dist.runner.host_tier import HostTier
@@ -31,7 +31,7 @@ class AdapterStore:
     """Adapters of one model by content hash: registered (on disk), copied to the host, in slots of the pool.
 
     A module is wrapped in a LoRA layer when the first adapter that targets it is registered, so that a model pays
-    only for what its adapters use. ``read`` is for loader threads, all else for the engine's.
+    only for what its adapters use. ``read`` is for loader threads, ``inspect`` for any, all else for the engine's.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class AdapterStore:
         self._model = model
         self._modules = modules
         self._layers: dict[str, int] = {}
+        self._made: dict[str, SelectiveLayer] = {}
         self._sources: dict[str, list[_Source]] = {}
         self._specs: dict[str, AdapterSpec] = {}
 
@@ -64,10 +65,16 @@ class AdapterStore:
     def inspect(self, name: str, path: Path, *, allow_pickle: bool) -> AdapterSpec:
         """Check an adapter whole and tell its identity; nothing of it is kept. For any thread.
 
+        Layers for modules that no adapter targets yet are made here, so that ``register`` has only to put them in.
+
         Raises:
             AdapterError: it cannot be served.
         """
-        return inspect_adapter(name, path, self._modules, allow_pickle=allow_pickle)
+        spec = inspect_adapter(name, path, self._modules, allow_pickle=allow_pickle)
+        for module_path in spec.ranks:
+            if module_path not in self._layers and module_path not in self._made:
+                self._made[module_path] = make_layer(self._model, module_path)
+        return spec
 
     def register(self, spec: AdapterSpec, *, allow_pickle: bool) -> None:
         """Remember where an adapter that ``inspect`` found good is, and ready the model for it."""
@@ -147,7 +154,7 @@ class AdapterStore:
         """Whether the module is wrapped for the first time."""
         if path in self._layers:
             return False
-        layer = wrap_module(self._model, path)
+        layer = wrap_module(self._model, path, self._made.pop(path, None))
         layer.lora_index = self.pool.add_layer(
             layer.in_features, layer.out_features, embedding=isinstance(layer.base_layer, torch.nn.Embedding)
         )

@@ -79,14 +79,20 @@ class Replica:
         """
         return self.store.inspect(name, Path(path), allow_pickle=allow_pickle)
 
-    def register_adapter(self, spec: AdapterSpec, *, allow_pickle: bool = False) -> None:
+    def register_adapter(self, spec: AdapterSpec, *, allow_pickle: bool = False, pinned: bool = False) -> None:
         """Let requests use an adapter that was inspected; its weights are read when the first of them comes.
 
+        A pinned one's are read now, and stay on the device. What the same name pinned before is pinned no more.
+
         Raises:
-            AdapterError: it is larger than the device's room for adapters, or cannot be merged where that is all that
-                runs; nothing has changed.
+            AdapterError: the device has no room for it beside the pinned ones, or none for another beside it; or it
+                cannot be merged where that is all that runs. Nothing has changed.
         """
-        self.engine.scheduler.adapters.check_fits(spec)
+        if pinned and self.config.exec_type == "vllm":
+            raise AdapterError(
+                f"adapter {spec.name!r} cannot be pinned: exec_type='vllm' keeps no adapters, but models"
+            )
+        self.engine.check_room(spec, pinned=pinned)
         reason = self.executor.prepare_merge(spec)
         if reason and self.config.exec_type != "dlora":
             raise AdapterError(
@@ -95,20 +101,23 @@ class Replica:
         captured_for = self._captured_for
         self.store.register(spec, allow_pickle=allow_pickle)
         self.store.pool.workspace.admit(spec.max_rank)
-        self.engine.register_adapter(spec)
+        self.engine.register_adapter(spec, pinned=pinned)
         if self.runner.graphs is not None and self._captured_for != captured_for:
             self.runner.graphs.clear()
 
-    def load_adapter(self, name: str, path: str | Path, *, allow_pickle: bool = False) -> AdapterSpec:
+    def load_adapter(
+        self, name: str, path: str | Path, *, allow_pickle: bool = False, pinned: bool = False
+    ) -> AdapterSpec:
         """``inspect_adapter``, then ``register_adapter``."""
         spec = self.inspect_adapter(name, path, allow_pickle=allow_pickle)
-        self.register_adapter(spec, allow_pickle=allow_pickle)
+        self.register_adapter(spec, allow_pickle=allow_pickle, pinned=pinned)
         return spec
 
     def restart(self, config: EngineConfig) -> Engine:
-        """Take a new engine, with other options, for the model as it was loaded; it has the same adapters registered.
+        """Take a new engine, with other options, for the model as it was loaded.
 
-        What the old one was running is aborted, and the loads under way are waited for. Its cost model goes on.
+        It has the same adapters registered and pinned. What the old one was running is aborted, and the loads under
+        way are waited for. Its cost model goes on.
 
         Raises:
             ConfigError: an option needs the model loaded in another way; the old engine goes on.
@@ -116,6 +125,9 @@ class Replica:
         check_restart(self.loaded_with, config, self.executor)
         old = self.engine
         new = new_engine(config, self.model_info, self.executor, old.cost)
+        pins = old.scheduler.adapters.pins.specs
+        if problem := new.scheduler.adapters.space.find_full({spec.content_hash: spec for _, spec in pins}.values()):
+            raise ConfigError(f"max_loras={config.max_loras}: {problem}")
         self._drain(wait_for_loads=True)
         self._close_log()
         self.executor.clear()
@@ -124,6 +136,8 @@ class Replica:
         self.engine = new
         for spec in old.adapters.values():
             self.engine.register_adapter(spec)
+        for name, spec in pins:
+            self.engine.pin_adapter(name, spec.content_hash)
         return self.engine
 
     def capture_graphs(self, *, progress: bool = False) -> None:

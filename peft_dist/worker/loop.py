@@ -16,6 +16,7 @@ from peft_dist.core.messages import (
     AddRequest,
     AnyCommand,
     LoadAdapter,
+    PinAdapter,
     Progress,
     SequenceProgress,
     Shutdown,
@@ -105,6 +106,8 @@ class WorkerLoop:
                 self._engine.abort(request_ids)
             case LoadAdapter():
                 self._fetcher.start(command)
+            case PinAdapter(name=name, content_hash=content_hash):
+                self._engine.pin_adapter(name, content_hash)
             case UnloadAdapter():
                 self._adapters.pop(command.content_hash, None)
                 self._engine.forget_adapter(command.content_hash)
@@ -136,7 +139,7 @@ class WorkerLoop:
             if isinstance(found, Exception):
                 raise found
             spec = found
-            self._replica.register_adapter(spec, allow_pickle=command.allow_pickle)
+            self._replica.register_adapter(spec, allow_pickle=command.allow_pickle, pinned=command.pinned)
         except Exception as error:  # No adapter, however broken, may end the serving of the others.
             if not isinstance(error, PeftDistError):
                 logger.exception("loading adapter %r failed", command.name)

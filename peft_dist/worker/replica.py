@@ -36,7 +36,9 @@ class ReplicaEngine(Protocol):
 
     def step(self, now: float) -> list[SequenceProgress]: ...
 
-    def register_adapter(self, spec: AdapterSpec) -> None: ...
+    def pin_adapter(self, name: str, content_hash: str | None) -> None:
+        """Have a name pin this registered content and no other; None: nothing."""
+        ...
 
     def forget_adapter(self, content_hash: str) -> None: ...
 
@@ -63,8 +65,11 @@ class Replica(Protocol):
         """Read an adapter and check it whole. Raises AdapterError when it is refused."""
         ...
 
-    def register_adapter(self, spec: AdapterSpec, *, allow_pickle: bool) -> None:
-        """Let requests use an adapter that was inspected. Raises AdapterError when it is refused."""
+    def register_adapter(self, spec: AdapterSpec, *, allow_pickle: bool, pinned: bool) -> None:
+        """Let requests use an adapter that was inspected, and keep it on the device where it is to be pinned.
+
+        Raises AdapterError when it is refused.
+        """
         ...
 
     def fileno(self) -> int:

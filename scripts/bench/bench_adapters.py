@@ -8,6 +8,8 @@ some hundred on the host. Three figures:
 - **memory**: closed-loop Zipf traffic over all adapters; the slope of the resident set over the last four fifths.
 - **blocked**: in the same run, the time that the engine's thread was held up by loads: in waits while a request could
   have run, and off the processor inside the calls that begin, publish and drop loads.
+- **registrations**: what the engine's thread did for each new adapter, which was read and checked on another one; the
+  first puts LoRA layers around the model's linears (bench_adapter_load.py has the figure for a larger model).
 - **ttft**: one schedule of Poisson arrivals is run twice, interleaved in rounds. Half of the requests go to 8 adapters
   that stay resident; their time to the first token is reported. The others go to 16 more resident adapters
   ("without_loads"), or each to the next of all others, so that every one of them loads ("with_loads").
@@ -26,10 +28,8 @@ import select
 import statistics
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -41,11 +41,13 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from bench.load_trace import Trace
 from bench.report import write_result
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.config import EngineConfig
 from peft_dist.core.request import Request
 from peft_dist.core.sampling_params import SamplingParams
+from peft_dist.runner.background import BackgroundCalls
 from peft_dist.runner.replica import Replica, build_replica
 
 RANKS = (4, 8, 16, 32, 64)
@@ -94,49 +96,6 @@ def _make_adapter(folder: Path, shapes: dict[str, tuple[int, int]], rank: int) -
     }
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     return folder
-
-
-@dataclass
-class Trace:
-    """What loads cost the engine's thread. Times in seconds.
-
-    Attributes:
-        calls: Wall time of each call that begins, publishes or drops loads.
-        off_processor: Of those, the time in which the thread had given up the processor by itself.
-        idle: Time waited for a load while no request could run.
-        blocked: Time waited for a load while one could.
-    """
-
-    calls: list[float] = field(default_factory=list)
-    off_processor: float = 0.0
-    idle: float = 0.0
-    blocked: float = 0.0
-    file_opens: int = 0
-
-    def watch(self, replica: Replica) -> None:
-        for name in ("start_load", "take_loaded", "drop_adapter"):
-            setattr(replica.executor, name, self._timed(getattr(replica.executor, name)))
-        thread = threading.get_ident()
-
-        def audit(event: str, arguments: tuple[Any, ...]) -> None:
-            if event == "open" and threading.get_ident() == thread and "adapter_" in str(arguments[0]):
-                self.file_opens += 1
-
-        sys.addaudithook(audit)
-
-    def _timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*arguments: Any) -> Any:
-            switches = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
-            start, cpu = time.perf_counter(), time.thread_time()
-            result = call(*arguments)
-            elapsed, cpu = time.perf_counter() - start, time.thread_time() - cpu
-            if resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw > switches:
-                self.off_processor += max(0.0, elapsed - cpu)
-            if result or arguments:  # Not the many times that nothing has ended.
-                self.calls.append(elapsed)
-            return result
-
-        return timed
 
 
 class Driver:
@@ -252,7 +211,7 @@ def compare_ttft(driver: Driver, specs: list[AdapterSpec]) -> dict[str, Any]:
     manager = driver.replica.engine.scheduler.adapters
     hot, warm, cold = specs[:NUM_HOT], specs[NUM_HOT : NUM_HOT + NUM_WARM], specs[NUM_HOT + NUM_WARM :]
     for spec in hot + warm:
-        manager.pin(spec.content_hash)
+        manager.pin(spec.name, spec)
         driver.submit(spec)
     while driver.replica.engine.has_work:
         driver.step()
@@ -280,6 +239,23 @@ def _milliseconds(seconds: list[float]) -> dict[str, float]:
     }
 
 
+def register_all(replica: Replica, paths: list[Path], trace: Trace) -> list[AdapterSpec]:
+    """As a worker does: read and checked on another thread, then registered on the engine's."""
+    fetcher: BackgroundCalls[Path, AdapterSpec] = BackgroundCalls("fetcher", 1)
+    for path in paths:
+        fetcher.start(path, lambda call, path=path: replica.inspect_adapter(path.name, path))
+    specs = []
+    while len(specs) < len(paths):
+        select.select([fetcher.fileno()], [], [])
+        for ended in fetcher.take():
+            if ended.result is None:
+                raise RuntimeError(f"{ended.key} cannot be served") from ended.error
+            trace.register(replica, ended.result)
+            specs.append(ended.result)
+    fetcher.close()
+    return specs
+
+
 def measure(folder: Path, num_adapters: int, num_requests: int) -> dict[str, Any]:
     paths = make_files(folder, num_adapters)
     # Unpacked: for packed weights oneDNN keeps a kernel for each number of rows that a batch ever had, up to 1024 of
@@ -293,10 +269,10 @@ def measure(folder: Path, num_adapters: int, num_requests: int) -> dict[str, Any
     gc.collect()
     gc.freeze()  # As a worker does.
     start = time.perf_counter()
-    specs = [replica.load_adapter(path.name, path) for path in paths]
+    trace = Trace()
+    specs = register_all(replica, paths, trace)
     registering = time.perf_counter() - start
     file_bytes = sum((path / "adapter_model.safetensors").stat().st_size for path in paths)
-    trace = Trace()
     driver = Driver(replica, trace)
     trace.watch(replica)
     for layer in replica.store.pool._layers:
@@ -321,6 +297,11 @@ def measure(folder: Path, num_adapters: int, num_requests: int) -> dict[str, Any
         "registering": {"seconds": round(registering, 2), "mb": round(file_bytes / 1e6, 1)},
         "memory": memory,
         "blocked": blocked,
+        "registrations": {
+            "first_ms": round(trace.registrations[0] * 1e3, 2),
+            "layers_put_in_by_the_first": replica.store.num_layers,
+            "others": _milliseconds(trace.registrations[1:]),
+        },
         "ttft_of_resident_adapters": ttft,
     }
 

@@ -218,6 +218,7 @@ class ScriptedClient:
         self.requests: list[tuple[list[int], SamplingParams, str | None]] = []
         self.aborts: list[int | None] = []
         self.load_calls: list[dict[str, Any]] = []
+        self.pinned: set[str] = set()
 
     @property
     def is_healthy(self) -> bool:
@@ -225,6 +226,9 @@ class ScriptedClient:
 
     def adapters(self) -> list[AdapterSpec]:
         return list(self.loaded.values())
+
+    def pinned_adapters(self) -> frozenset[str]:
+        return frozenset(self.pinned)
 
     def resolve(self, name: str | None) -> AdapterSpec | None:
         if name in (None, BASE):
@@ -284,6 +288,8 @@ class ScriptedClient:
         if self.health_error is not None:
             raise EngineDeadError(self.health_error)
         self.loaded[name] = spec(name)
+        if options["pinned"]:
+            self.pinned.add(name)
         return self.loaded[name]
 
     async def unload_adapter(self, name: str) -> None:

@@ -36,6 +36,7 @@ HISTOGRAMS = (
 OTHER_GAUGES = (
     "replicas",
     "adapters_served",
+    "adapters_pinned",
     "policy",
     "merged_adapter_info",
     "adapter_requests_running",

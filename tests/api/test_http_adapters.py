@@ -38,6 +38,7 @@ def test_by_default_nothing_is_fetched_or_unpickled(http: httpx.Client, engine: 
             "allow_hub": False,
             "root": None,
             "allow_pickle": False,
+            "pinned": None,
         }
     ]
 
@@ -64,6 +65,7 @@ def test_the_operators_options_bound_every_load(engine: ScriptedClient, tmp_path
         ({"lora_name": "new", "lora_path": ""}, "lora_path"),
         ({"lora_name": "new", "lora_path": "a\0b"}, "lora_path"),
         ({"lora_name": "new", "lora_path": "x", "load_inplace": "yes"}, "load_inplace"),
+        ({"lora_name": "new", "lora_path": "x", "pinned": 1}, "pinned"),
         ({"lora_name": "new", "lora_path": "x", "trust_remote_code": True}, "trust_remote_code"),
         ({"lora_name": "new", "lora_path": "x", "is_3d_lora_weight": True}, "is_3d_lora_weight"),
         ({"lora_name": "sql", "lora_path": "x"}, "lora_name"),
@@ -112,6 +114,17 @@ def test_models(api: openai.OpenAI) -> None:
         assert (model.object, model.owned_by) == ("model", "peft_dist")
         assert model.max_model_len == MAX_MODEL_LEN  # type: ignore[attr-defined]
         assert model.created > 0
+
+
+def test_a_pin_is_passed_on_and_listed(http: httpx.Client, engine: ScriptedClient) -> None:
+    assert http.post(LOAD, json={"lora_name": "new", "lora_path": "x", "pinned": True}).status_code == 200
+    body = {"lora_name": "sql", "lora_path": "x", "load_inplace": True, "pinned": False}
+    assert http.post(LOAD, json=body).status_code == 200
+    assert [call["pinned"] for call in engine.load_calls] == [True, False]
+    base, *adapters = http.get("/v1/models").json()["data"]
+    assert "pinned" not in base
+    assert {card["id"]: card["pinned"] for card in adapters} == {"sql": False, "json": False, "new": True}
+    assert "peft_dist:adapters_pinned 1.0" in http.get("/metrics").text
 
 
 def test_one_model(api: openai.OpenAI, http: httpx.Client) -> None:

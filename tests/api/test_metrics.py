@@ -60,7 +60,7 @@ def test_the_time_in_the_queue_counts_once_a_sequence() -> None:
     assert scrape.value("peft_dist:request_queue_seconds_sum") == 3.02
     registry = CollectorRegistry()
     replicas = [view(0, "ready", ReplicaStats(), ReplicaDetail())]
-    registry.register(StateCollector(replicas, [], [], 100, metrics.queue, 12.0))
+    registry.register(StateCollector(replicas, [], 0, [], 100, metrics.queue, 12.0))
     labels = {"model_name": BASE, "engine": "0"}
     theirs = scraped(registry)
     assert theirs.value("vllm:request_queue_time_seconds_count", **labels) == 2
@@ -87,7 +87,7 @@ def test_replicas_have_series_of_their_own_but_are_one_to_a_router() -> None:
     ]
     registry = CollectorRegistry()
     queue = RequestMetrics(5).queue
-    registry.register(StateCollector(replicas, [adapter(name) for name in "abc"], [], 100, queue, 12.0))
+    registry.register(StateCollector(replicas, [adapter(name) for name in "abc"], 1, [], 100, queue, 12.0))
     scrape = scraped(registry)
     assert scrape.by("peft_dist:replicas", "state") == {("starting",): 1, ("ready",): 2, ("dead",): 1}
     assert scrape.by("peft_dist:merged", "replica") == {("0",): 0, ("1",): 1}

@@ -232,6 +232,27 @@ def test_more_adapters_than_slots(folder: Path) -> None:
     assert [o.outputs[0].token_ids for o in ours] == [o.outputs[0].token_ids for o in expected]
 
 
+def test_a_pinned_adapter_outstays_all_others_until_it_is_unloaded(folder: Path) -> None:
+    names = ["a0", "a1", "a2"]
+    adapters = {name: folder / name for name in names}
+    with LLM(folder / "ids", adapters, device="cpu", num_blocks=64, max_loras=2, pinned_adapters=("a1",)) as llm:
+        manager = llm._open.engine.scheduler.adapters
+        pinned = llm.adapters[1]
+        assert manager.loading == [pinned.content_hash], "before anybody asks for it"
+        for name in names * 3:
+            llm.generate([[40, 41]], GREEDY, name, use_tqdm=False)
+        assert manager.is_resident(pinned) and manager.loads == 1 + 6, "the others go in and out"
+        with pytest.raises(AdapterError, match=r"'a2' cannot be pinned: 2 pinned adapters leave none of the 2 slots"):
+            llm.load_adapter(folder / "a2", "a2", replace=True, pin=True)
+        new = llm.load_adapter(folder / "a2", "a1", replace=True)
+        assert [name for name, _ in manager.pins.specs] == ["a1"] and new.content_hash in manager.pins
+        llm.unload_adapter("a1")
+        assert not manager.pins.specs
+        llm.load_adapter(folder / "a0", "a0", replace=True, pin=True)
+        llm.load_adapter(folder / "a0", "a0", replace=True, pin=False)
+        assert not manager.pins.specs
+
+
 def test_several_live_together_and_a_closed_one_says_so(folder: Path) -> None:
     one = LLM(folder / "ids", {"x": folder / "a0"}, device="cpu", num_blocks=32, max_model_len=64)
     two = LLM(folder / "ids", {"x": folder / "a1"}, device="cpu", num_blocks=32, max_model_len=64)
@@ -258,6 +279,9 @@ def test_several_live_together_and_a_closed_one_says_so(folder: Path) -> None:
         ({"device": "tpu"}, r"device='tpu' .*cuda:N"),
         ({"device": "meta"}, r"device='meta' .*cuda:N"),
         ({"device": 5}, "device=5 .*str"),
+        ({"pinned_adapters": ["x"]}, r"pinned_adapters=\['x'\] .*tuple of names"),
+        ({"pinned_adapters": ("x",)}, "names 'x', which is no adapter given at the start"),
+        ({"pinned_adapters": ("x",), "exec_type": "vllm"}, "whole merged models"),
     ],
 )
 def test_wrong_options_name_themselves(folder: Path, options: dict[str, object], message: str) -> None:

@@ -115,6 +115,32 @@ def test_it_serves_adapters_behind_keys_and_never_tells_the_keys(tmp_path: Path)
             assert not re.search(rf"\b{key}\b", server.log) and key.encode() not in worker
 
 
+def test_a_pin_lasts_from_the_start_to_the_unload(tmp_path: Path) -> None:
+    folder = tmp_path / "adapters"
+    for name in ("json", "other"):
+        adapter(folder / name, name)
+    sql = adapter(tmp_path / "sql", "one")
+    with serving(tmp_path, "--adapter", f"sql={sql}", "--adapter-dir", str(folder), "--pin-adapter", "sql") as server:
+
+        def pinned() -> list[str]:
+            cards = httpx.get(f"{server.url}/v1/models").json()["data"]
+            return [card["id"] for card in cards if card.get("pinned")]
+
+        def load(name: str, **options: object) -> httpx.Response:
+            return server.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": "other", **options})
+
+        assert pinned() == ["sql"]
+        # The fake takes one pin.
+        refused = load("second", pinned=True)
+        assert refused.status_code == 400 and "cannot be pinned: unpin one" in refused.json()["error"]["message"]
+        assert load("sql", load_inplace=True).status_code == 200 and pinned() == ["sql"]
+        assert load("json", load_inplace=True, pinned=True).status_code == 200, "the same content is pinned already"
+        assert load("json", load_inplace=True, pinned=False).status_code == 200 and pinned() == ["sql"]
+        assert server.post("/v1/unload_lora_adapter", {"lora_name": "sql"}).status_code == 200 and pinned() == []
+        assert load("json", load_inplace=True, pinned=True).status_code == 200 and pinned() == ["json"]
+        assert "peft_dist:adapters_pinned 1.0" in httpx.get(f"{server.url}/metrics").text
+
+
 def test_keys_of_the_options_and_of_the_environment_count_together(tmp_path: Path) -> None:
     keys = {"PEFT_DIST_API_KEY": "env-one env-two", "PEFT_DIST_ADMIN_KEY": "env-admin"}
     with serving(tmp_path, "--api-key", "cli", "--admin-key", "cli-admin", **keys) as server:
@@ -194,6 +220,7 @@ def failing(*options: str, model: Path = MODEL) -> tuple[int, str]:
         (["--max-num-seqs", "0"], "max_num_seqs=0"),
         (["--preemption", "never"], "auto, recompute, swap"),
         ([*FAKE, "--port", "0", "--adapter", "sql=/nonexistent"], "/nonexistent"),
+        (["--adapter", "sql=/nonexistent", "--pin-adapter", "json"], "names 'json', which is no adapter given"),
         ([*FAKE[:2], "--replica-factory", "tests.worker.fake_replica:build_failing", "--port", "0"], "choose another"),
     ],
 )

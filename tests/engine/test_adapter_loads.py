@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 
 from peft_dist.core.adapter import AdapterSpec
+from peft_dist.core.errors import AdapterError
 from peft_dist.core.messages import SequenceProgress
 from peft_dist.engine.adapter_manager import AdapterManager
 from peft_dist.engine.engine import Engine
@@ -40,6 +41,19 @@ def executor_of(engine: Engine) -> FakeExecutor:
     return executor
 
 
+def pin(engine: Engine, name: str, adapter: int) -> None:
+    """As a replica does when an adapter is registered; 0 unpins."""
+    spec = ADAPTERS[adapter]
+    if spec is None or spec.content_hash not in engine.adapters:
+        engine.pin_adapter(name, None)
+        return
+    try:
+        engine.scheduler.adapters.pins.check_pin(name, spec, engine.adapters.values())
+    except AdapterError:
+        return
+    engine.pin_adapter(name, spec.content_hash)
+
+
 def warm(engine: Engine, adapter: int) -> None:
     """Run a request so that the adapter is resident."""
     engine.add_request(make_request(f"warm {adapter}", [1], adapter, 1))
@@ -51,6 +65,7 @@ def warm(engine: Engine, adapter: int) -> None:
     requests=st.lists(arrivals, min_size=1, max_size=12),
     aborts=st.dictionaries(st.integers(0, 11), st.integers(0, 30), max_size=4),
     forgets=st.dictionaries(st.integers(1, 4), st.integers(0, 30), max_size=2),
+    pins=st.lists(st.tuples(st.integers(0, 30), st.integers(0, 4), st.sampled_from("pq")), max_size=4),
     delays=st.lists(st.integers(0, 9), min_size=4, max_size=4),
     depth=st.integers(0, 2),
     num_blocks=st.integers(16, 40),
@@ -59,7 +74,7 @@ def warm(engine: Engine, adapter: int) -> None:
     num_rows=st.sampled_from([None, 4, 8, 12]),
 )  # fmt: skip
 def test_tokens_are_those_of_a_request_alone(
-    requests, aborts, forgets, delays, depth, num_blocks, host, num_slots, num_rows
+    requests, aborts, forgets, pins, delays, depth, num_blocks, host, num_slots, num_rows
 ) -> None:
     engine = slow_engine(
         lambda spec: delays[int(spec.name[1:])], num_blocks=num_blocks, host=host, depth=depth, num_slots=num_slots
@@ -87,6 +102,9 @@ def test_tokens_are_those_of_a_request_alone(
             if when == now and spec is not None:
                 forgotten.add(spec.content_hash)
                 engine.forget_adapter(spec.content_hash)
+        for when, index, name in pins:
+            if when == now:
+                pin(engine, name, index)
         step(engine, got)
     drain(engine, got)
     for request, _ in everyone:
@@ -95,6 +113,8 @@ def test_tokens_are_those_of_a_request_alone(
         assert tokens == (whole[: len(tokens)] if request.request_id in aborted else whole)
     assert_empty(engine)
     executor = executor_of(engine)
+    pinned = {spec.content_hash for _, spec in engine.scheduler.adapters.pins.specs}
+    assert pinned <= set(executor.slots.values()) and len(pinned) < max(num_slots, 2)
     assert sorted(executor.discarded) == sorted(forgotten)
     assert sorted(executor.slots.values()) == sorted(engine.scheduler.adapters.resident)
     assert not forgotten & set(executor.slots.values()) and not executor.loading
@@ -209,4 +229,60 @@ def test_new_weights_under_an_old_name_share_nothing_with_running_requests(depth
     assert tokens_of(got["first"]) == expected(first) and tokens_of(got["second"]) == expected(second)
     assert got["second"][-1].num_cached_tokens == 0
     assert executor_of(engine).discarded == [old.content_hash]
+    assert_empty(engine)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_pinned_adapter_is_loaded_without_a_request_and_outstays_all_others(depth: int) -> None:
+    engine = slow_engine(3, depth=depth, num_slots=2, max_adapter_wait=0.0)
+    spec = ADAPTERS[1]
+    assert spec is not None
+    engine.register_adapter(spec, pinned=True)
+    got: Progress = {}
+    drain(engine, got)
+    assert engine.scheduler.adapters.resident == [spec.content_hash]
+    requests = [make_request(f"r{i}", [i + 1] * 6, 2 + i % 3, 5) for i in range(9)]
+    for request in requests:
+        engine.add_request(request)
+    drain(engine, got)
+    for request in requests:
+        assert tokens_of(got[request.request_id]) == expected(request)
+    executor = executor_of(engine)
+    assert spec.content_hash in executor.slots.values() and engine.scheduler.adapters.evictions >= 2
+    num_loads = executor.num_loads
+    engine.add_request(make_request("pinned", [3] * 6, 1, 5))
+    drain(engine, got)
+    assert executor.num_loads == num_loads
+    engine.forget_adapter(spec.content_hash)
+    assert executor.discarded == [spec.content_hash] and not engine.scheduler.adapters.pins.specs
+    assert_empty(engine)
+
+
+def test_an_adapter_that_a_request_still_needs_counts_when_another_is_to_be_pinned() -> None:
+    engine = slow_engine(0)
+    engine.scheduler.adapters = AdapterManager(3, 4, 16)
+    gone = AdapterSpec("gone", "gone", "", {"m": 16}, 10)
+    engine.register_adapter(gone)
+    request = make_request("r", [5] * 6)
+    request.adapter = gone
+    engine.add_request(request)
+    engine.forget_adapter(gone.content_hash)
+    with pytest.raises(AdapterError, match="'gone' has rank 16 in m"):
+        engine.check_room(AdapterSpec("p", "p", "", {"m": 4}, 10), pinned=True)
+    drain(engine, {})
+    engine.check_room(AdapterSpec("p", "p", "", {"m": 4}, 10), pinned=True)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_pin_that_finds_every_slot_under_way_is_met_once_one_has_arrived(depth: int) -> None:
+    engine = slow_engine(4, depth=depth, num_slots=2)
+    for adapter in (2, 3):
+        engine.add_request(make_request(f"r{adapter}", [5] * 6, adapter, 2))
+    got: Progress = {}
+    step(engine, got)
+    assert len(engine.scheduler.adapters.loading) == 2
+    pin(engine, "p", 1)
+    drain(engine, got)
+    spec = ADAPTERS[1]
+    assert spec is not None and engine.scheduler.adapters.is_resident(spec)
     assert_empty(engine)

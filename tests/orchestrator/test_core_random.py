@@ -39,13 +39,15 @@ class Machine(RuleBasedStateMachine):
         self.open: set[tuple[str, int]] = set()
         self.failed: set[str] = set()
         self.named: dict[str, str] = {}
-        self.loading: dict[int, tuple[str, str]] = {}
+        self.pinned: set[str] = set()
+        self.loading: dict[int, tuple[str, str, bool]] = {}
         self._start_replica()
 
     def _start_replica(self) -> None:
         self.replica = MiniReplica(self.core.add_replica(0, self.now).epoch)
         self._deliver_all()
         self.named.clear()
+        self.pinned.clear()
 
     def _send(self, commands: list[Outgoing]) -> None:
         for out in commands:
@@ -69,9 +71,10 @@ class Machine(RuleBasedStateMachine):
                     self.open -= keys
                     self.failed.add(request_id)
                 case AdapterLoaded(call_id, spec):
-                    name, path = self.loading.pop(call_id)
+                    name, path, pinned = self.loading.pop(call_id)
                     assert (spec.name, spec.content_hash) == (name, f"h-{path}")
                     self.named[name] = spec.content_hash
+                    (self.pinned.add if pinned else self.pinned.discard)(name)
                 case AdapterRefused(call_id, _):
                     del self.loading[call_id]
 
@@ -109,15 +112,15 @@ class Machine(RuleBasedStateMachine):
         assert (request_id, index) not in self.open
         assert not whole or all(key[0] != request_id for key in self.open)
 
-    @rule(name=NAMES, path=CONTENTS, replace=st.booleans())
-    def load(self, name: str, path: str, replace: bool) -> None:
+    @rule(name=NAMES, path=CONTENTS, replace=st.booleans(), pin=st.sampled_from([None, True, False]))
+    def load(self, name: str, path: str, replace: bool, pin: bool | None) -> None:
         try:
-            call_id, out = self.core.load_adapter(name, path, replace=replace)
+            call_id, out = self.core.load_adapter(name, path, replace=replace, pinned=pin)
         except AdapterError:
             taken = name in self.named and not replace
-            assert taken or name in {loading for loading, _ in self.loading.values()}
+            assert taken or name in {loading for loading, _, _ in self.loading.values()}
             return
-        self.loading[call_id] = (name, path)
+        self.loading[call_id] = (name, path, name in self.pinned if pin is None else pin)
         self._send(out)
 
     @rule(name=NAMES)
@@ -125,6 +128,7 @@ class Machine(RuleBasedStateMachine):
         if name in self.named:
             self._send(self.core.unload_adapter(name))
             del self.named[name]
+            self.pinned.discard(name)
             with pytest.raises(UnknownModelError):
                 self.core.adapters.resolve(f"__base__:{name}")
         else:
@@ -187,8 +191,12 @@ class Machine(RuleBasedStateMachine):
     def the_queue_is_bounded(self) -> None:
         assert self.core.num_unfinished == len(self.open) <= MAX_NUM_SEQS + MAX_QUEUE
 
+    @invariant()
+    def pins_are_of_names(self) -> None:
+        assert self.core.adapters.pinned == self.pinned <= self.named.keys()
+
     def teardown(self) -> None:
-        """Whatever was accepted ends; then the replica holds what has a name, and nothing else."""
+        """Whatever was accepted ends; then the replica holds what has a name, and pins what is pinned."""
         for _ in range(30):
             while self.replica.commands:
                 self.replica.work()
@@ -196,6 +204,7 @@ class Machine(RuleBasedStateMachine):
             self._deliver_all()
         assert not self.open and not self.loading and not self.core.num_unfinished
         assert self.replica.held == set(self.named.values())
+        assert self.replica.pins == {name: self.named[name] for name in self.pinned}
 
 
 Machine.TestCase.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)

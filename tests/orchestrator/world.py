@@ -12,6 +12,7 @@ from peft_dist.core.messages import (
     AnyCommand,
     AnyReport,
     LoadAdapter,
+    PinAdapter,
     Progress,
     Ready,
     ReplicaStats,
@@ -30,6 +31,7 @@ class MiniReplica:
         self.reports: deque[AnyReport] = deque([Ready(model=fake_model("org/mini", max_model_len=20), pid=1)])
         self.running: dict[str, tuple[AddRequest, int]] = {}
         self.held: set[str] = set()
+        self.pins: dict[str, str] = {}
 
     def work(self) -> None:
         """Take one command."""
@@ -43,9 +45,12 @@ class MiniReplica:
                     self.running.pop(request_id, None)
             case LoadAdapter() as load:
                 self._load(load)
+            case PinAdapter(name=name, content_hash=content_hash):
+                self._pin(name, content_hash)
             case UnloadAdapter(call_id=call_id, content_hash=content_hash):
                 used = {add.content_hash for add, _ in self.running.values()}
                 assert content_hash not in used, "an adapter dropped while a request uses it"
+                assert content_hash not in self.pins.values(), "a pinned adapter dropped"
                 self.held.remove(content_hash)
                 self.reports.append(AdapterResult(call_id=call_id))
 
@@ -73,4 +78,11 @@ class MiniReplica:
             return
         spec = AdapterSpec(name=load.name, content_hash=f"h-{load.path}", path=load.path, ranks={"q": 4}, num_bytes=1)
         self.held.add(spec.content_hash)
+        self._pin(load.name, spec.content_hash if load.pinned else None)
         self.reports.append(AdapterResult(call_id=load.call_id, spec=spec))
+
+    def _pin(self, name: str, content_hash: str | None) -> None:
+        self.pins.pop(name, None)
+        if content_hash is not None:
+            assert content_hash in self.held, "a pin of what the replica lacks"
+            self.pins[name] = content_hash

@@ -17,6 +17,7 @@ from peft_dist.patches.lora_layers import (
     SelectiveEmbedding,
     SelectiveLinear,
     can_wrap,
+    make_layer,
     restore_class,
     swap_class,
     unwrap_module,
@@ -42,6 +43,20 @@ def test_wrapping_changes_nothing_and_unwrapping_restores(family: str) -> None:
     assert all(wrap_module(model, path) is layer for (path, _), layer in zip(found, layers, strict=True))
     assert all(unwrap_module(model, path) is module for path, module in found)
     assert all(model.get_submodule(path) is module for path, module in found)
+
+
+def test_a_layer_made_beforehand_changes_nothing_until_it_is_put_in() -> None:
+    model, path = FAMILIES["llama"](), "model.layers.0.self_attn.q_proj"
+    base = model.get_submodule(path)
+    made = make_layer(model, path)
+    assert model.get_submodule(path) is base and made.base_layer is base
+    assert wrap_module(model, path, made) is made is model.get_submodule(path)
+    assert wrap_module(model, path, made) is make_layer(model, path) is made, "it is there already"
+    unwrap_module(model, path)
+    other = torch.nn.Linear(32, 32)
+    model.set_submodule(path, other)
+    layer = wrap_module(model, path, made)
+    assert layer is not made and layer.base_layer is other, "made for what is not there any more"
 
 
 def test_features_of_conv1d_and_embedding() -> None:

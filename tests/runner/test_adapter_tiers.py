@@ -20,6 +20,7 @@ from peft_dist.core.config import EngineConfig
 from peft_dist.core.errors import AdapterError, ConfigError
 from peft_dist.core.messages import SequenceProgress
 from peft_dist.core.request import Request
+from peft_dist.patches.lora_layers import SelectiveLinear
 from peft_dist.runner.replica import Replica, build_replica
 from tests.tiny_models import make_model, random_adapter, target_modules
 
@@ -114,6 +115,18 @@ def test_registering_reads_nothing_into_memory_and_use_fills_the_tiers(root, exp
         assert ask(served, specs[-1], specs[0]) == [(expected["a4"], None), (expected["a0"], None)]
         assert (host.hits, host.misses) == (1, NUM_ADAPTERS)
         assert manager.evictions == NUM_ADAPTERS - 2 + 1
+
+
+def test_a_registration_has_only_to_put_in_what_the_inspection_made(root, expected, monkeypatch) -> None:
+    with replica(root) as made:
+        before = dict(made.runner.model.named_modules())
+        specs = [made.inspect_adapter(name, root / name, allow_pickle=False) for name in ("a0", "a1")]
+        assert dict(made.runner.model.named_modules()) == before, "the model may be running"
+        with monkeypatch.context() as patch:
+            patch.setattr(SelectiveLinear, "wrap", None)
+            for spec in specs:
+                made.register_adapter(spec)
+        assert ask(made, *specs) == [(expected["a0"], None), (expected["a1"], None)]
 
 
 @pytest.mark.parametrize("depth", [0, 1])

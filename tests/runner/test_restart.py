@@ -77,6 +77,20 @@ def test_a_load_under_way_is_waited_for_and_belongs_to_nobody_afterwards(root: P
         made.engine.scheduler.adapters.check()
 
 
+def test_pins_go_on(root: Path) -> None:
+    with replica(root) as made:
+        spec = made.load_adapter("a0", root / "a0", pinned=True)
+        engine = made.engine
+        with pytest.raises(ConfigError, match="max_loras=1: 1 pinned adapters leave none of the 1 slots to others"):
+            made.restart(replace(made.config, max_loras=1))
+        assert made.engine is engine
+        made.restart(made.config)
+        while made.engine.has_work:
+            made.engine.step(1.0)
+        assert made.engine.scheduler.adapters.resident == [spec.content_hash]
+        assert made.engine.scheduler.adapters.pins.specs == [("a0", spec)]
+
+
 def test_the_old_decision_log_is_closed(root: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     with replica(root, decision_log=str(first)) as made:

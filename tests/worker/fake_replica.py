@@ -18,6 +18,7 @@ from peft_dist.core.request import Request
 HOLD, FAIL, CRASH, REFUSE = 1, 2, 3, 4
 VOCAB_SIZE = 1000
 NUM_BLOCKS = 64
+MAX_PINS = 1
 
 
 def expected_token(seed: int, index: int, draw: int, content_hash: str) -> int:
@@ -34,6 +35,7 @@ class FakeEngine:
         self.residency_version = 0
         self.requests: dict[str, Request] = {}
         self.adapters: dict[str, AdapterSpec] = {}
+        self.pins: dict[str, str] = {}
 
     @property
     def has_work(self) -> bool:
@@ -56,7 +58,14 @@ class FakeEngine:
         self.adapters[spec.content_hash] = spec
         self.residency_version += 1
 
+    def pin_adapter(self, name: str, content_hash: str | None) -> None:
+        self.pins.pop(name, None)
+        if content_hash is not None:
+            assert content_hash in self.adapters
+            self.pins[name] = content_hash
+
     def forget_adapter(self, content_hash: str) -> None:
+        assert content_hash not in self.pins.values(), "dropped while pinned"
         assert all(r.content_hash != content_hash for r in self.requests.values()), "dropped while in use"
         del self.adapters[content_hash]
         self.residency_version += 1
@@ -113,8 +122,12 @@ class FakeReplica:
         content_hash = hashlib.sha256(text.encode()).hexdigest()[:8]
         return AdapterSpec(name=name, content_hash=content_hash, path=str(path), ranks={"q": 8}, num_bytes=len(text))
 
-    def register_adapter(self, spec: AdapterSpec, *, allow_pickle: bool) -> None:
+    def register_adapter(self, spec: AdapterSpec, *, allow_pickle: bool, pinned: bool) -> None:
+        others = {content for name, content in self.engine.pins.items() if name != spec.name}
+        if pinned and len(others | {spec.content_hash}) > MAX_PINS:
+            raise AdapterError(f"adapter {spec.name!r} cannot be pinned: unpin one")
         self.engine.register_adapter(spec)
+        self.engine.pin_adapter(spec.name, spec.content_hash if pinned else None)
 
     def fileno(self) -> int:
         return self._never_readable[0]

@@ -70,8 +70,9 @@ class EngineReplica:
     def inspect_adapter(self, name: str, path: Path, *, allow_pickle: bool) -> AdapterSpec:
         return AdapterSpec(name, name, "", {"m": 4}, 10)
 
-    def register_adapter(self, spec: AdapterSpec, *, allow_pickle: bool) -> None:
-        self.engine.register_adapter(spec)
+    def register_adapter(self, spec: AdapterSpec, *, allow_pickle: bool, pinned: bool) -> None:
+        self.engine.check_room(spec, pinned=pinned)
+        self.engine.register_adapter(spec, pinned=pinned)
 
     def fileno(self) -> int:
         return self._pipe[0]
