@@ -74,7 +74,7 @@ def begin_lora(x: torch.Tensor, weights: Sequence[LoRALayerWeights | None], plan
 def has_gate(x: torch.Tensor, weights: Sequence[LoRALayerWeights | None], plan: LoRAPlan) -> bool:
     """Whether ``lora_gate`` takes two layers that read x: by Triton, in one launch, with tiles of all rows."""
     resident = [w for w in weights if w is not None]
-    if len(weights) != 2 or not resident or plan.tiles is None or not plan.tiles.has_base:
+    if len(weights) != 2 or not resident or (plan.tiles is not None and not plan.tiles.has_base):
         return False
     if _backend_of(plan, x) != "triton":
         return False

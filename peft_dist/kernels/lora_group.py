@@ -140,7 +140,7 @@ def tiles_of(plan: LoRAPlan, device: torch.device) -> LoRATiles:
         return plan.tiles
     found = plan.scratch.get("tiles")
     if found is None:
-        found = plan.scratch["tiles"] = make_tiles(np.repeat(plan.slots, np.diff(plan.starts)), device)
+        found = plan.scratch["tiles"] = make_tiles(np.repeat(plan.slots, np.diff(plan.starts)), device, has_base=True)
     assert isinstance(found, LoRATiles)
     return found
 

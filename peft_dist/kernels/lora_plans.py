@@ -28,7 +28,7 @@ _DECODE_PARTS, _PREFILL_PARTS = 16, 4
 _DECODE_EXPANDS = 132
 # Of expands that loop: three of their programs fit a multiprocessor, and fewer than so many for each tile are slow.
 _LOOP_PROGRAMS, _FEWEST_LOOPS = 396, 14
-_LOOP_PART = 128
+_LOOP_PART, _PREFILL_LOOP = 128, 1024
 # With fewer tiles, programs of one block already run all at once.
 _LOOP_TILES = 4
 # In octaves, summed over tiles, K and N: beyond that a measured shape says nothing.
@@ -120,7 +120,7 @@ def default_plan(shape: GroupShape) -> GroupPlan:
     is_decode = shape.tile_rows == 16
     # What a shape counts is up to four times what is there.
     max_tiles = max(1, shape.max_tiles // 2)
-    loops = is_decode and shape.max_tiles >= _LOOP_TILES
+    loops = shape.max_tiles >= _LOOP_TILES
     wanted, most = (_DECODE_PROGRAMS, _DECODE_PARTS) if is_decode else (_PREFILL_PROGRAMS, _PREFILL_PARTS)
     block_k = 256 if is_decode else 128 if shape.tile_rows < 128 else 64
     block_k = min(block_k, _power_of_two(shape.in_features))
@@ -150,9 +150,19 @@ def default_plan(shape: GroupShape) -> GroupPlan:
         gate_n=max(16, block_n // 2),
         gate_part_n=max(16, part_n // 2),
         gate_warps=warps,
-        loop_n=_loop_of(sum(shape.out_features), max_tiles) if loops else 0,
-        gate_loop_n=_loop_of(shape.out_features[0], max_tiles) if loops else 0,
+        **(_loops(shape, max_tiles) if loops else {}),
     )
+
+
+def _loops(shape: GroupShape, max_tiles: int) -> dict[str, int]:
+    """Fields of expands that loop. Long tiles have enough programs; what counts is how much is under way in each."""
+    if shape.tile_rows == 16:
+        outputs = sum(shape.out_features), shape.out_features[0]
+        return {"loop_n": _loop_of(outputs[0], max_tiles), "gate_loop_n": _loop_of(outputs[1], max_tiles)}
+    return {
+        "loop_n": _PREFILL_LOOP, "gate_loop_n": _PREFILL_LOOP, "loop_stages": 3,
+        "loop_part": _LOOP_PART if shape.tile_rows == 128 else _LOOP_PART // 2,
+    }  # fmt: skip
 
 
 def _loop_of(outputs: int, max_tiles: int) -> int:
