@@ -51,7 +51,7 @@ class CreditPolicy(TrackedPolicy):
         self.settlement = Settlement(self.ledger, settings)
         self.tuner = ThresholdTuner(settings)
         self.steps = RequestSteps(settings.expected_steps)
-        self.leads = LeadSteps()
+        self.leads = LeadSteps(settings.expected_lead)
         self._alone: str | None = None
         self._leader: str | None = None
         self._mean_saving: float | None = None

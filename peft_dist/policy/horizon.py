@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 # Share of the newest observation in a running mean, once there have been many.
@@ -50,21 +49,24 @@ class LeadSteps:
 
     It is observed whether merged or not, so that a rule that no longer merges still learns when to begin again. With
     few requests about, an adapter leads now and then, but only until the next one of another arrives.
+
+    Args:
+        assumed: Steps that a lead lasts, until some have ended.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, assumed: float) -> None:
+        self._assumed = assumed
         self._mean = RunningMean()
         self._leader: str | None = None
         self._steps = 0
 
     @property
     def mean(self) -> float:
-        """Infinite until some leads have ended."""
-        return self._mean.value if self._mean.count >= FEW else math.inf
+        return self._mean.value if self._mean.count >= FEW else self._assumed
 
     def expected(self, adapter: str | None) -> float:
-        """Steps to come: what the mean says, or as many as its lead has lasted already, if that is more."""
-        return max(self.mean, self._steps) if adapter == self._leader else self.mean
+        """Steps to come, 1 at least: what the mean says, or as many as its lead has lasted already, if that is more."""
+        return max(self.mean, self._steps if adapter == self._leader else 0, 1.0)
 
     def ran(self, leader: str | None) -> None:
         """One step. ``leader``: for whom merging would have paid, or paid; None: for nobody."""
