@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 # Share of the newest observation in a running mean, once there have been many.
 RATE = 0.05
@@ -32,6 +32,11 @@ class RequestSteps:
     @property
     def mean(self) -> float:
         return self._mean.value
+
+    def left(self, request_ids: Collection[str]) -> float:
+        """Steps that each of these is expected still to run, 1 at least, on average."""
+        steps = (max(self.mean - self._steps.get(request_id, 0), 1.0) for request_id in request_ids)
+        return sum(steps) / len(request_ids) if request_ids else self.mean
 
     def ran(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:

@@ -26,6 +26,18 @@ def test_requests_end_and_correct_what_was_assumed() -> None:
     assert steps.mean == pytest.approx((4 * 64 + 6 * 2) / 10)
 
 
+def test_what_has_run_already_is_not_expected_again() -> None:
+    steps = RequestSteps(10.0)
+    for _ in range(4):
+        steps.ran(["old"])
+    for _ in range(20):
+        steps.ran(["older"])
+    assert steps.left(["old"]) == 6.0
+    assert steps.left(["older"]) == 1.0, "it has not ended yet"
+    assert steps.left(["old", "new"]) == 8.0
+    assert steps.left([]) == 10.0
+
+
 class TestLeads:
     def test_what_is_assumed_holds_until_some_have_ended(self) -> None:
         leads = LeadSteps(7.0)
