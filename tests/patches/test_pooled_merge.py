@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from peft_dist.kernels.pooled_adapter import PooledAdapter
 from peft_dist.patches import pooled_merge
 from peft_dist.patches.joining import join_weights
 from peft_dist.patches.merging import weight_of
+from peft_dist.patches.packed_linear import packing_of
 from peft_dist.patches.shadow_merger import ShadowMerger
 from peft_dist.runner.adapter_tensors import ModuleWeights
 from peft_dist.runner.merge_state import MergeState
@@ -28,19 +29,27 @@ pytest.importorskip("triton")
 
 IDS = torch.arange(3, 15)[None]
 SLOTS = {"all": 2, "some": 0, "late": 3}
+HERE = "cuda" if HAS_GPU else "cpu"
 
 
 class Case:
     """A model whose adapters lie in the slots of a pool: of everything, of two projections, and of the late layers."""
 
     def __init__(
-        self, family: str = "llama", device: str = "cpu", dtype: torch.dtype = torch.float32, joined: bool = False
+        self,
+        family: str = "llama",
+        device: str = HERE,
+        dtype: torch.dtype = torch.float32,
+        layout: str = "plain",
+        names: Collection[str] | None = None,
     ) -> None:
         self.model: PreTrainedModel = FAMILIES[family]().to(device, dtype)
-        if joined:
+        if layout == "joined":
             assert join_weights(self.model)
+        if layout == "packed":
+            pack_weights(self.model, True)
         sizes = {"num_rows": 64, "num_slots": 4} if device == "cuda" else {"grows_tables": True}
-        layers, self.pool = wrap_all(self.model, target_modules(family), LoRAPool(device, dtype, **sizes))
+        layers, self.pool = wrap_all(self.model, names or target_modules(family), LoRAPool(device, dtype, **sizes))
         self.indices = {path: layer.lora_index for path, layer in layers.items()}
         parts = {
             "all": layers,
@@ -90,11 +99,12 @@ def assert_same_weights(got: dict[str, torch.Tensor], expected: dict[str, torch.
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
-    ("family", "joined"), [("llama", False), ("llama", True), ("gpt2", False), ("qwen2", True), ("gemma2", False)]
+    ("family", "layout"),
+    [("llama", "plain"), ("llama", "joined"), ("gpt2", "plain"), ("qwen2", "joined"), ("gemma2", "plain")],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_is_what_layer_by_layer_gives(family: str, joined: bool, dtype: torch.dtype, device: str) -> None:
-    case = Case(family, device, dtype, joined)
+def test_it_is_what_layer_by_layer_gives(family: str, layout: str, dtype: torch.dtype, device: str) -> None:
+    case = Case(family, device, dtype, layout)
     before, base = digest(case.model), case.logits()
     for name in ("some", "all", "late", "some", "late", "all"):
         alone = ShadowMerger(case.model)
@@ -113,10 +123,10 @@ def test_it_is_what_layer_by_layer_gives(family: str, joined: bool, dtype: torch
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("joined", [False, True])
-def test_what_is_merged_does_not_depend_on_the_past(joined: bool, device: str) -> None:
+@pytest.mark.parametrize("layout", ["plain", "joined"])
+def test_what_is_merged_does_not_depend_on_the_past(layout: str, device: str) -> None:
     """Whichever way the switches before took."""
-    case = Case(device=device, dtype=torch.bfloat16, joined=joined)
+    case = Case(device=device, dtype=torch.bfloat16, layout=layout)
     before, base = digest(case.model), case.logits()
     fresh: dict[str, dict[str, torch.Tensor]] = {}
     rng = random.Random(0)
@@ -144,7 +154,7 @@ def out_of_memory(*_: object) -> None:
 def test_a_failure_in_the_middle_leaves_the_base(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from peft_dist.kernels.merge_pool_triton import MergeTable
 
-    case = Case(joined=True)
+    case = Case(layout="joined")
     state = MergeState(case.model, "shadow", paths=list(case.indices))
     state.allocate()
     merger = case.merger = state._merger  # type: ignore[assignment]
@@ -201,35 +211,37 @@ def test_what_has_moved_is_found_again() -> None:
         old = module.weight.data
         module.weight.data = old.clone()
         old.fill_(float("nan"))
-    # Another adapter has the pool's buffers grow.
-    rows = case.pool.addressed_weights[0].A.shape[0]
-    layer = case.pool._layers[0]
-    case.pool.load(7, {0: (torch.ones(rows, layer.in_features), torch.ones(layer.out_features, rows), 1.0)})
-    assert case.pool.addressed_weights[0].A.shape[0] > rows
+    if case.pool.num_rows is None:
+        # Another adapter has the pool's buffers grow.
+        layer = case.pool._layers[0]
+        rows = len(layer.weights.A)
+        case.pool.load(7, {0: (torch.ones(rows, layer.in_features), torch.ones(layer.out_features, rows), 1.0)})
+        assert len(layer.weights.A) > rows
     assert case.merger.merge_pooled(case.adapter("all"))
     got = case.merged()
     for path, weight in expected.items():
         assert torch.equal(got[path], weight), path
 
 
-def test_what_it_cannot_do_goes_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_twins = Case()
+@pytest.mark.parametrize("device", DEVICES)
+def test_layers_that_no_adapter_targets_have_the_bases_weights(device: str) -> None:
+    """Those joined with others, that is: a pass reads the twins of all."""
+    case = Case(device=device, layout="joined", names=("q_proj", "v_proj", "gate_proj"))
+    assert case.merger.merge_pooled(case.adapter("all"))
+    sites = case.merger._sites.modules
+    others = [path for path in sites if path.endswith(("k_proj", "up_proj"))]
+    assert len(others) == 6
+    for path in others:
+        assert torch.equal(weight_of(case.merger._covered[sites[path]]), case.merger.base_weight(path))
+
+
+def test_what_it_cannot_do_goes_layer_by_layer() -> None:
+    without_twins, without_tables, packed = Case(), Case(), Case(device="cpu", layout="packed")
     without_twins.merger = ShadowMerger(without_twins.model)
-    without_tables = Case()
     for layer in without_tables.pool.addressed_weights:
         layer.pages_t = None
-    packed = Case()
-    packed_model = FAMILIES["llama"]()
-    pack_weights(packed_model, True)
-    layers, packed.pool = wrap_all(packed_model, target_modules("llama"), LoRAPool("cpu", torch.float32))
-    packed.model = packed_model
-    packed.pool.load(
-        SLOTS["all"],
-        {layer.lora_index: t for layer, t in zip(layers.values(), random_tensors(layers, 4, 0).values(), strict=True)},
-    )
-    packed.merger = ShadowMerger(packed_model, layers)
-    packed.merger.allocate()
-    for case in (without_twins, without_tables, packed):
+    packs = any(map(packing_of, packed.merger._sites.modules.values()))
+    for case in (without_twins, without_tables, *([packed] if packs else [])):
         before = case.merger.is_merged
         assert not case.merger.merge_pooled(case.adapter("all")) and case.merger.is_merged == before
         state = MergeState(case.model, "shadow")
