@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import torch
 
 DECODE_TILE_ROWS = 16
-_TILE_ROWS = (16, 32, 64, 128)
+TILE_ROWS = (16, 32, 64, 128)
 
 
 class LoRATiles(NamedTuple):
@@ -52,7 +52,7 @@ def choose_tile_rows(row_slots: np.ndarray) -> int:
     if not len(counts):
         return DECODE_TILE_ROWS
     mean = int((counts * counts).sum() // counts.sum())
-    return next((size for size in reversed(_TILE_ROWS) if size <= mean), DECODE_TILE_ROWS)
+    return next((size for size in reversed(TILE_ROWS) if size <= mean), DECODE_TILE_ROWS)
 
 
 def write_tiles(
