@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from dataclasses import replace
 
 import pytest
 
@@ -19,7 +21,8 @@ MERGED, UNMERGED, SWITCH = 15e-3, 27e-3, 20e-3
 
 
 def credit(settings: PolicySettings | None = None, cost: CostModel = PAPER) -> CreditPolicy:
-    return CreditPolicy(cost, settings or PolicySettings())
+    """One that believes every lead to last, until it has seen some end."""
+    return CreditPolicy(cost, replace(settings or PolicySettings(), expected_lead=math.inf))
 
 
 def ranked(state: QueueState, **ranks: int) -> QueueState:
