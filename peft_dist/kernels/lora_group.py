@@ -167,7 +167,7 @@ def make_tiles(
         packed[begin : begin + count] = array[:count]
     whole = to_device(torch.from_numpy(packed), device)
     pieces = whole[:places], whole[places:][:used], whole[places + room :][:used]
-    return LoRATiles(*pieces, tile_rows=size, has_base=has_base)
+    return LoRATiles(*pieces, tile_rows=size, has_base=has_base, with_adapter=int(np.count_nonzero(slots[:used] >= 0)))
 
 
 def even_rows(name: str, tensor: torch.Tensor, num_rows: int, width: int) -> torch.Tensor:
