@@ -31,6 +31,8 @@ _LOOP_PROGRAMS, _FEWEST_LOOPS = 396, 14
 _LOOP_PART, _PREFILL_LOOP = 128, 1024
 # With fewer tiles, programs of one block already run all at once.
 _LOOP_TILES = 4
+# What tiles of more than 16 rows are counted as, whatever their number, and the most that others are.
+_LONG_TILES, _MOST_TILES = 16, 256
 # In octaves, summed over tiles, K and N: beyond that a measured shape says nothing.
 _FARTHEST = 4.0
 
@@ -107,9 +109,15 @@ class GroupPlan:
         )
 
 
-def tile_count(max_tiles: int) -> int:
-    """What ``max_tiles`` is in a shape: the least power of four that is not below it."""
-    return 1 << (max(max_tiles - 1, 0).bit_length() + 1) // 2 * 2
+def tile_count(max_tiles: int, tile_rows: int) -> int:
+    """What ``max_tiles`` is in a shape: the least power of four that is not below it, up to 256.
+
+    Long tiles count as 16: only steps that are not captured have them, in any number, and what those launch has to be
+    compiled by then (``runner.warm_up``). More parts of a sum than many tiles need are a small share of what they read.
+    """
+    if tile_rows > 16:
+        return _LONG_TILES
+    return min(1 << (max(max_tiles - 1, 0).bit_length() + 1) // 2 * 2, _MOST_TILES)
 
 
 def default_plan(shape: GroupShape) -> GroupPlan:
