@@ -179,7 +179,8 @@ def time_decode(
     steps = new_tokens - 1
     return {
         "adapters": kind, "batch": batch, "distinct": len(set(chosen or ())),
-        "prefill_ms": round(first * 1e3, 2), "prefills_ms": [round(each * 1e3, 2) for each in firsts], "step_ms": round((whole - first) / steps * 1e3, 3),
+        "prefill_ms": round(first * 1e3, 2), "prefills_ms": [round(each * 1e3, 2) for each in firsts],
+        "step_ms": round((whole - first) / steps * 1e3, 3),
         "tokens_per_s": round(batch * steps / (whole - first), 1), "new_tokens": new_tokens,
     }  # fmt: skip
 
