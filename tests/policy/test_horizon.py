@@ -59,3 +59,6 @@ class TestLeads:
         for leader in [*"abab", *[None] * 50, "a", None]:
             leads.ran(leader)
         assert leads.mean == 1.0
+
+    def test_a_step_at_least_is_to_come(self) -> None:
+        assert LeadSteps(0.0).expected("a") == 1.0
