@@ -59,8 +59,8 @@ def aggregate(
     """Classes of requests, and the ids of the members of each in the order given: the first ones are moved first.
 
     Token counts are the members' means, KV blocks and bytes their maximum, so that no plan promises room that is not
-    there. Where there were more than ``max_classes``, wider buckets are used; requests on different replicas, of different
-    adapters, or with and without KV are never in one class.
+    there. Where there were more than ``max_classes``, wider buckets are used; requests on different replicas, of
+    different adapters, or with and without KV are never in one class.
     """
     requests = list(requests)
     groups = _groups(requests, ratio)

@@ -38,9 +38,9 @@ class Assignment:
         one, adapter = problem.classes[index], problem.adapter[index]
         if not problem.replicas[target].accepts and target != problem.source[index]:
             return 0
-        if adapter >= 0 and adapter not in self._users[target] and adapter not in problem.pinned[target]:
-            if self._adapter_bytes[target] + problem.size[adapter] > problem.room[target]:
-                return 0
+        comes = adapter >= 0 and adapter not in self._users[target] and adapter not in problem.pinned[target]
+        if comes and self._adapter_bytes[target] + problem.size[adapter] > problem.room[target]:
+            return 0
         if target == problem.source[index] or not one.kv_blocks:
             return one.count
         return (problem.replicas[target].free_kv_blocks - self.incoming[target]) // one.kv_blocks

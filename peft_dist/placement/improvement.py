@@ -1,4 +1,4 @@
-"""Better plans from a plan: mixed integer programs over groups of replicas, one after the other, while there is time."""
+"""Better plans from a plan: mixed integer programs over groups of replicas, one after another, while there is time."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def improve(
     """Rounds that never make ``flows`` worse; those that are better have a smaller objective and no later makespan.
 
     With at most ``max_flows`` flows in all, the first round is the whole problem and the last one. Else each round
-    takes the replica that ends last and as many others as make a program of that size, those that end first before others,
-    and the rounds end when no group with the last replica brings anything.
+    takes the replica that ends last and as many others as make a program of that size, those that end first and last
+    before others, and the rounds end when no group with the last replica brings anything.
     """
     times = problem.finishing_times(flows)
     offset = 0
-    while seconds_left() > 0:
+    while any(flows) and seconds_left() > 0:
         group = _group(flows, times, offset, max_flows)
         if len(group) < 2:
             return
@@ -83,7 +83,7 @@ def _local(problem: Problem, times: list[float], group: list[int]) -> float:
 
 
 def _group(flows: Flows, times: list[float], offset: int, max_flows: int) -> list[int]:
-    """The replica that ends last, and others from the ``offset``-th of their row on: first, last but one, second, ..."""
+    """The replica that ends last, and others from the ``offset``-th of a row on: first, last but one, second, ..."""
     last, *rest = sorted(range(len(times)), key=times.__getitem__, reverse=True)
     row = []
     while rest:

@@ -1,8 +1,8 @@
 """Where adapters should be before their requests come.
 
-As dLoRA (Wu et al., OSDI'24) does, by burst tolerance: how many times more of one adapter its replicas could take while
-the others get what they always get. The adapter that could take least decides; the greedy search raises it. Written from
-a description of the artifact; there free memory stands for throughput, here seconds of work a second do.
+As dLoRA (Wu et al., OSDI'24) does, by burst tolerance: how many times more of one adapter its replicas could take
+while the others get what they always get. The adapter that could take least decides; the greedy search raises it.
+Written from a description of the artifact; there free memory stands for throughput, here seconds of work a second do.
 """
 
 from __future__ import annotations
@@ -113,9 +113,10 @@ class _Search:
 
     def put_if_known(self, adapter: str, replica: int, fits: bool = False) -> None:
         """Add a host that may be out of date, where it still can be one; ``fits`` takes its room for granted."""
-        if adapter in self.hosts and replica in self._accepting and replica not in self.hosts[adapter]:
-            if fits or self._sizes[adapter] <= self._room[replica]:
-                self._put(adapter, replica)
+        if adapter not in self.hosts or replica not in self._accepting or replica in self.hosts[adapter]:
+            return
+        if fits or self._sizes[adapter] <= self._room[replica]:
+            self._put(adapter, replica)
 
     def put_first(self, adapter: str, replicas: list[int]) -> bool:
         """Put an adapter on the first of these replicas that has room and not the adapter."""

@@ -29,8 +29,8 @@ class Planner:
     """Makes plans in a process of its own: the greedy plan, then better ones until the limit.
 
     The process sends each better plan as it finds it. At ``limit`` it is killed if it has not ended, and the best plan
-    that arrived is the answer; a new process is started at once and warms up meanwhile. Without a warm process the greedy
-    plan is made in a thread of this one. One plan is made at a time; others wait.
+    that arrived is the answer; a new process is started at once and warms up meanwhile. Without a warm process the
+    greedy plan is made in a thread of this one. One plan is made at a time; others wait.
 
     Args:
         limit: Seconds from the call of ``plan`` to its answer by the solver.

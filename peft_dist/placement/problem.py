@@ -1,4 +1,4 @@
-"""A view of the cluster as a planner's tables: replicas, classes and adapters by number, and the seconds of each choice."""
+"""A view of the cluster as a planner's tables: everything by number, and the seconds of each choice."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Problem:
         return [max(replica.adapter_bytes, own) for replica, own in zip(self.replicas, taken, strict=True)]
 
     def request_seconds(self, index: int, replica: int) -> float:
-        """Work that one request of a class brings to a replica: what remains, and the move if it comes from elsewhere."""
+        """Work that one request of a class brings to a replica: what remains, and the move from elsewhere."""
         return self._request_on(index, replica)[0]
 
     def way(self, index: int, replica: int) -> Way:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from peft_dist.placement.problem import Flows, Problem
 
 INFINITY = float("inf")
+SLACK = 1e-9
 
 
 @dataclass(slots=True)
@@ -49,8 +50,9 @@ def build(problem: Problem, flows: Flows, times: list[float], group: list[int]) 
 class _Builder:
     def __init__(self, problem: Problem, flows: Flows, times: list[float], group: list[int]) -> None:
         self.problem, self.program = problem, Program()
-        least, most = (max(values, default=0.0) for values in zip(*((self._backlog(r), times[r]) for r in group)))
-        self.program.column(1.0, least, most, False)
+        # A little above: the sum of a solver's own row may differ from ours in its last bits.
+        most = max(times[replica] for replica in group) * (1 + SLACK) + SLACK
+        self.program.column(1.0, max(map(self._backlog, group)), most, False)
         self._time: dict[int, list[tuple[int, float]]] = {replica: [] for replica in group}
         self._blocks: dict[int, list[tuple[int, float]]] = {replica: [] for replica in group}
         self._incoming: dict[int, list[tuple[int, float]]] = {replica: [] for replica in group}

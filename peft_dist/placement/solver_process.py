@@ -1,6 +1,7 @@
-"""The solver's own process: ``python -m peft_dist.placement.solver_process``, tasks in, plans out, until its input ends.
+"""The solver's own process: ``python -m peft_dist.placement.solver_process``.
 
-It may be killed at any moment: what it has sent by then is all that counts.
+Tasks come in and plans go out until the input ends. It may be killed at any moment: what it has sent by then is all
+that counts.
 """
 
 from __future__ import annotations

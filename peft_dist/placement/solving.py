@@ -31,4 +31,4 @@ def solve(program: Program, time_limit: float, gap: float = 1e-4) -> tuple[list[
     if result.x is None or result.status not in (OPTIMAL, OUT_OF_TIME):
         return None, f"no solution (status {result.status}): {result.message}"
     ended = "optimal" if result.status == OPTIMAL else "out of time with a solution"
-    return [float(value) for value in result.x], f"{ended}, gap {result.mip_gap:.4f}"
+    return [float(value) for value in result.x], f"{ended}, gap {result.mip_gap or 0.0:.4f}"
