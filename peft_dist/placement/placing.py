@@ -7,6 +7,7 @@ Written from a description of the artifact; there free memory stands for through
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 
@@ -23,6 +24,9 @@ UTILISATION = 0.5
 LEAST_SHARE = 0.05
 # Room that extra copies leave free on each replica, for adapters that come unplanned.
 SPARE = 0.125
+# Replicas that are tried for a copy.
+NUM_TRIED = 4
+RESOLUTION = 1e-9
 
 
 class Placement(msgspec.Struct, frozen=True):
@@ -52,13 +56,8 @@ def place(view: ClusterView, keep: Mapping[str, frozenset[int]] | None = None) -
     another, as long as that raises the least. Raises PlanError as ``ClusterView.check``.
     """
     view.check()
-    search = _Search(view)
-    for adapter, replicas in (keep or {}).items():
-        for replica in sorted(replicas):
-            search.put_if_known(adapter, replica)
-    search.place_each()
-    search.add_copies()
-    return search.placement()
+    # Copies that are made early may take the room of a large adapter.
+    return max((_placed(view, keep or {}, copies) for copies in (True, False)), key=lambda found: found.tolerance)
 
 
 def place_round_robin(view: ClusterView, keep: Mapping[str, frozenset[int]] | None = None) -> Placement:
@@ -68,13 +67,12 @@ def place_round_robin(view: ClusterView, keep: Mapping[str, frozenset[int]] | No
     """
     view.check()
     search = _Search(view)
-    for adapter, replicas in (keep or {}).items():
-        for replica in sorted(replicas):
-            search.put_if_known(adapter, replica)
+    search.put_known(keep or {})
     accepting = [replica.replica_id for replica in view.replicas if replica.accepts]
     for index, one in enumerate(view.adapters):
         if not search.hosts[one.adapter]:
-            search.put_first(one.adapter, accepting[index % len(accepting) :] + accepting[: index % len(accepting)])
+            turn = index % max(len(accepting), 1)
+            search.put_first(one.adapter, accepting[turn:] + accepting[:turn])
     for index, replica in enumerate(accepting[:-1] if not keep else []):
         # Not the adapter that the replica has already: the one of its neighbour.
         for turn in range(1, len(view.adapters)):
@@ -86,10 +84,16 @@ def place_round_robin(view: ClusterView, keep: Mapping[str, frozenset[int]] | No
 def tolerance(view: ClusterView, hosts: Mapping[str, frozenset[int]]) -> float:
     """The least burst tolerance of a placement: 1 is what is asked for now, below 1 somebody has no replica at all."""
     search = _Search(view)
-    for adapter, replicas in hosts.items():
-        for replica in replicas:
-            search.put_if_known(adapter, replica, fits=True)
+    search.put_known(hosts, fit=True)
     return search.least()
+
+
+def _placed(view: ClusterView, keep: Mapping[str, frozenset[int]], early_copies: bool) -> Placement:
+    search = _Search(view)
+    search.put_known(keep)
+    search.place_each(early_copies)
+    search.add_copies()
+    return search.placement()
 
 
 class _Search:
@@ -111,12 +115,14 @@ class _Search:
             for adapter in replica.pinned:
                 self._put(adapter, replica.replica_id)
 
-    def put_if_known(self, adapter: str, replica: int, fits: bool = False) -> None:
-        """Add a host that may be out of date, where it still can be one; ``fits`` takes its room for granted."""
-        if adapter not in self.hosts or replica not in self._accepting or replica in self.hosts[adapter]:
-            return
-        if fits or self._sizes[adapter] <= self._room[replica]:
-            self._put(adapter, replica)
+    def put_known(self, hosts: Mapping[str, frozenset[int]], fit: bool = False) -> None:
+        """Add hosts that may be out of date, where they still can be; ``fit`` takes their room for granted."""
+        for adapter, replicas in hosts.items():
+            for replica in sorted(replicas & set(self._accepting)):
+                if adapter not in self.hosts or replica in self.hosts[adapter]:
+                    continue
+                if fit or self._sizes[adapter] <= self._room[replica]:
+                    self._put(adapter, replica)
 
     def put_first(self, adapter: str, replicas: list[int]) -> bool:
         """Put an adapter on the first of these replicas that has room and not the adapter."""
@@ -126,11 +132,22 @@ class _Search:
                 return True
         return False
 
-    def place_each(self) -> None:
-        """One replica for each adapter that has none, while there is room."""
-        for adapter in sorted(self.hosts, key=lambda a: (-self._load[a], a)):
-            if not self.hosts[adapter]:
-                self.put_first(adapter, self._by_slack())
+    def place_each(self, early_copies: bool) -> None:
+        """One replica for each adapter that has none, the busiest first, while there is room.
+
+        With ``early_copies`` one that would fill its replica gets as many as bring its part of each down to the mean,
+        at once: one copy at a time would overload the second replica before the third relieves it.
+        """
+        homeless = [a for a in sorted(self.hosts, key=lambda a: (-self._load[a], a)) if not self.hosts[a]]
+        needed = sum(self._sizes[adapter] for adapter in homeless)
+        for adapter in homeless:
+            needed -= self._sizes[adapter]
+            while self.put_first(adapter, self._by_slack()):
+                speed = sum(self._capacity[replica] for replica in self.hosts[adapter])
+                left = sum(self._room[replica] for replica in self._accepting)
+                enough = self._load[adapter] <= UTILISATION * speed
+                if enough or not early_copies or left < needed + self._sizes[adapter]:
+                    break
 
     def add_copies(self) -> None:
         """Copies for those that could take least, while these raise the least tolerance or free others of load."""
@@ -147,16 +164,20 @@ class _Search:
         return Placement({adapter: frozenset(hosts) for adapter, hosts in self.hosts.items()}, self.least())
 
     def _copy(self, adapter: str) -> bool:
-        least, own = self.least(), self._tolerance(adapter)
-        for replica in self._by_slack():
-            if replica in self.hosts[adapter] or self._sizes[adapter] > self._room[replica] - self._spare[replica]:
-                continue
+        before = self.least(), self._tolerance(adapter)
+        size = self._sizes[adapter]
+        free = (r for r in self._by_slack() if r not in self.hosts[adapter] and size <= self._room[r] - self._spare[r])
+        tried = []
+        for replica in itertools.islice(free, NUM_TRIED):
             self._put(adapter, replica)
-            if self._tolerance(adapter) > own and self.least() >= least:
-                return True
+            tried.append((self.least(), self._tolerance(adapter), -len(tried), replica))
             self._take(adapter, replica)
+        least, own, _, replica = max(tried, default=(*before, 0, -1))
+        # The least never falls, and one of both rises: so that this ends.
+        if least < before[0] or own <= before[1] + RESOLUTION:
             return False
-        return False
+        self._put(adapter, replica)
+        return True
 
     def _by_slack(self) -> list[int]:
         """Replicas with the most spare work first; of equals those with the most room."""
@@ -180,7 +201,8 @@ class _Search:
         self._room[replica] += self._sizes[adapter]
 
     def _share(self, adapter: str, sign: int) -> None:
-        """Give the adapter's load, in equal parts, back to its hosts' slack (1), or take it (-1)."""
+        """Give the adapter's load, in parts as its hosts are fast, back to their slack (1), or take it (-1)."""
         hosts = self.hosts[adapter]
+        speed = sum(self._capacity[replica] for replica in hosts)
         for replica in hosts:
-            self._slack[replica] += sign * self._load[adapter] / len(hosts)
+            self._slack[replica] += sign * self._load[adapter] * self._capacity[replica] / speed

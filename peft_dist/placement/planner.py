@@ -60,6 +60,14 @@ class Planner:
         """Wait for the solver process. Raises SolverError when it cannot run, with the reason."""
         await asyncio.shield(self._start())
 
+    @property
+    def pid(self) -> int | None:
+        """Of the solver process; None while there is no warm one."""
+        starting = self._starting
+        if starting is None or not starting.done() or starting.cancelled() or starting.exception() is not None:
+            return None
+        return starting.result().pid
+
     async def plan(self, view: ClusterView) -> MigrationPlan:
         """The best plan found within the limit. Raises PlanError for a view that contradicts itself."""
         async with self._busy:
