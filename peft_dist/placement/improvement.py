@@ -10,15 +10,21 @@ from peft_dist.placement.problem import Flows, Problem
 from peft_dist.placement.program import Program, build, read
 from peft_dist.placement.types import PlanError
 
-Solve = Callable[[Program, float], tuple[list[float] | None, str]]
-"""Values of a program's columns within so many seconds, or None, and how the solver ended."""
+Solve = Callable[[Program, float, float], tuple[list[float] | None, str]]
+"""Values of a program's columns within so many seconds and to a relative gap, or None, and how the solver ended."""
 
-# Flows that are free in one program: HiGHS solves a few hundred in some tens of milliseconds.
-MAX_FLOWS = 600
+# Flows that are free in one program: HiGHS finds a solution with about a hundred in some tens of milliseconds.
+MAX_FLOWS = 150
 # Share of the time that is left which one program may take, where there are several.
-SHARE = 0.5
+SHARE = 0.4
+# Of the whole problem the best plan is asked for. A group must end sooner by this part of what its last replica is
+# behind its mean, and the first plan that does is as good as any, for more rounds follow.
+WHOLE_GAP, GROUP_GAP = 1e-4, 1e-2
+ASK = 0.25
 # Where the last replica ends so little after the mean, relatively, no group can gain more.
 LEVEL = 1e-4
+# In less time nothing is solved.
+LEAST_SECONDS = 2e-3
 
 
 class Round(NamedTuple):
@@ -40,13 +46,13 @@ def improve(
     """
     times = problem.finishing_times(flows)
     offset = 0
-    while any(flows) and seconds_left() > 0:
+    while any(flows) and (left := seconds_left()) > LEAST_SECONDS:
         group = _group(flows, times, offset, max_flows)
         if len(group) < 2:
             return
         whole = len(group) == len(times)
-        program = build(problem, flows, times, group)
-        values, status = solve(program, seconds_left() * (1.0 if whole else SHARE))
+        program = build(problem, flows, times, group, 0.0 if whole else ASK)
+        values, status = solve(program, left, WHOLE_GAP) if whole else solve(program, SHARE * left, GROUP_GAP)
         found, ended = _accepted(problem, program, flows, times, group, values)
         if found is None:
             yield Round(flows, False, f"{status}{ended}")

@@ -167,7 +167,7 @@ class _Search:
         before = self.least(), self._tolerance(adapter)
         size = self._sizes[adapter]
         free = (r for r in self._by_slack() if r not in self.hosts[adapter] and size <= self._room[r] - self._spare[r])
-        tried = []
+        tried: list[tuple[float, float, int, int]] = []
         for replica in itertools.islice(free, NUM_TRIED):
             self._put(adapter, replica)
             tried.append((self.least(), self._tolerance(adapter), -len(tried), replica))

@@ -39,19 +39,21 @@ class Program:
         self.row_upper.append(upper)
 
 
-def build(problem: Problem, flows: Flows, times: list[float], group: list[int]) -> Program:
+def build(problem: Problem, flows: Flows, times: list[float], group: list[int], ask: float = 0.0) -> Program:
     """The program that arranges anew all requests which ``flows`` puts on the replicas of ``group``, among these.
 
-    ``times`` are the finishing times under ``flows``, which stays feasible: it gives the makespan's upper bound.
+    ``times`` are the finishing times under ``flows``, whose makespan is an upper bound. With ``ask``, from 0 to 1, the
+    bound is lower by this part of what the last replica of the group is behind its mean.
     """
-    return _Builder(problem, flows, times, group).program
+    return _Builder(problem, flows, times, group, ask).program
 
 
 class _Builder:
-    def __init__(self, problem: Problem, flows: Flows, times: list[float], group: list[int]) -> None:
+    def __init__(self, problem: Problem, flows: Flows, times: list[float], group: list[int], ask: float) -> None:
         self.problem, self.program = problem, Program()
         # A little above: the sum of a solver's own row may differ from ours in its last bits.
-        most = max(times[replica] for replica in group) * (1 + SLACK) + SLACK
+        last, mean = max(times[r] for r in group), sum(times[r] for r in group) / len(group)
+        most = (last - ask * (last - mean)) * (1 + SLACK) + SLACK
         self.program.column(1.0, max(map(self._backlog, group)), most, False)
         self._time: dict[int, list[tuple[int, float]]] = {replica: [] for replica in group}
         self._blocks: dict[int, list[tuple[int, float]]] = {replica: [] for replica in group}

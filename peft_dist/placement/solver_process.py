@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
 from typing import BinaryIO
 
 import msgspec
 
 from peft_dist.placement.frames import HEADER, Found, Task, Warm, frame, tasks, views
+from peft_dist.placement.improvement import Solve
 from peft_dist.placement.planning import plans
 from peft_dist.placement.program import Program
 from peft_dist.placement.types import PlanError
@@ -29,7 +29,7 @@ def main() -> int:
     try:
         from peft_dist.placement.solving import solve
 
-        solve(_smallest(), 1.0)
+        solve(_smallest(), 1.0, 0.0)
     except ImportError as error:
         _send(out, Warm(f"the solver needs scipy ({error}): install it with pip install scipy"))
         return 1
@@ -39,7 +39,7 @@ def main() -> int:
     return 0
 
 
-def _answer(out: BinaryIO, task: Task, solve: Callable[[Program, float], tuple[list[float] | None, str]]) -> None:
+def _answer(out: BinaryIO, task: Task, solve: Solve) -> None:
     end = time.monotonic() + (1 - RESERVE) * task.seconds
     best = None
     try:

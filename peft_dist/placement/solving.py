@@ -8,7 +8,7 @@ from peft_dist.placement.program import Program
 OPTIMAL, OUT_OF_TIME = 0, 1
 
 
-def solve(program: Program, time_limit: float, gap: float = 1e-4) -> tuple[list[float] | None, str]:
+def solve(program: Program, time_limit: float, gap: float) -> tuple[list[float] | None, str]:
     """Values of the program's columns, or None, and how the solver ended.
 
     Args:

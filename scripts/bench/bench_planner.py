@@ -1,4 +1,4 @@
-"""Migration plans of whole clusters within the limit: who made them, what they gain over greedy, and how long they take.
+"""Migration plans of whole clusters within the limit: who made them, what they gain over greedy, how long they take.
 
     python scripts/bench/bench_planner.py [--plans 100] [--limit 0.2]
 

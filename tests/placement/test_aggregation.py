@@ -80,7 +80,9 @@ def test_a_plan_over_classes_moves_single_requests_once() -> None:
         whole = ClusterView(view.replicas, view.adapters, classes)
         end = time.monotonic() + 5
         *_, plan = plans(
-            whole, lambda program, left: solve(program, min(left, 0.5)), lambda end=end: end - time.monotonic()
+            whole,
+            lambda program, left, gap: solve(program, min(left, 0.5), gap),
+            lambda end=end: end - time.monotonic(),
         )  # type: ignore[misc]
         chosen = pick(plan, members)
         assert len({move.request_id for move in chosen}) == len(chosen) == sum(move.count for move in plan.moves)

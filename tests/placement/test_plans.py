@@ -20,8 +20,8 @@ NUM_CASES = 240
 BATCH = 40
 
 
-def exact(program: Program, seconds: float) -> tuple[list[float] | None, str]:
-    return solve(program, seconds, gap=0.0)
+def exact(program: Program, seconds: float, gap: float) -> tuple[list[float] | None, str]:
+    return solve(program, seconds, 0.0)
 
 
 def last_plan(view: ClusterView, max_flows: int = 600, seconds: float = 30.0) -> MigrationPlan:
@@ -82,7 +82,7 @@ def test_rounds_over_groups_never_make_it_worse(max_flows: int) -> None:
 
 @pytest.mark.parametrize("answer", [None, "wrong", "fractions"])
 def test_a_solver_that_fails_leaves_the_greedy_plan(answer: str | None) -> None:
-    def broken(program: Program, seconds: float) -> tuple[list[float] | None, str]:
+    def broken(program: Program, seconds: float, gap: float) -> tuple[list[float] | None, str]:
         if answer is None:
             return None, "no solution (status 4)"
         return [0.0 if answer == "wrong" else 0.4] * len(program.cost), "optimal"
@@ -92,6 +92,20 @@ def test_a_solver_that_fails_leaves_the_greedy_plan(answer: str | None) -> None:
     expected = greedy_plan(view)
     assert (plan.moves, plan.origin, plan.objective) == (expected.moves, "greedy", expected.objective)
     assert ("no solution" if answer is None else "refused: class") in plan.status
+
+
+def test_no_solver_is_asked_for_less_than_no_time() -> None:
+    """HiGHS takes a negative limit for none."""
+    view = random_view(1, replicas=6, classes=14, count=5, adapters=6)
+    left = iter([0.1, 0.05, 0.02, -0.01])
+    asked = []
+
+    def slow(program: Program, seconds: float, gap: float) -> tuple[list[float] | None, str]:
+        asked.append(seconds)
+        return None, "out of time"
+
+    list(plans(view, slow, lambda: next(left), 12))
+    assert len(asked) == 3 and min(asked) > 0
 
 
 def test_time_that_is_over_leaves_the_greedy_plan() -> None:
