@@ -7,11 +7,13 @@ from typing import NamedTuple
 
 from peft_dist.placement.assignment import RESOLUTION
 from peft_dist.placement.problem import Flows, Problem
-from peft_dist.placement.program import Program, build, read
+from peft_dist.placement.program import Program, Question, build, read
 from peft_dist.placement.types import PlanError
 
-Solve = Callable[[Program, float, float], tuple[list[float] | None, str]]
-"""Values of a program's columns within so many seconds and to a relative gap, or None, and how the solver ended."""
+Answer = tuple[list[float] | None, str]
+"""Values of a program's columns, or None, and how the solver ended."""
+Solve = Callable[[Program, float, float], Answer]
+"""Solves a program within so many seconds and to a relative gap."""
 
 # Flows that are free in one program: HiGHS finds a solution with about a hundred in some tens of milliseconds.
 MAX_FLOWS = 150
@@ -42,46 +44,49 @@ def improve(
 
     With at most ``max_flows`` flows in all, the first round is the whole problem and the last one. Else each round
     takes the replica that ends last and as many others as make a program of that size, those that end first and last
-    before others, and the rounds end when no group with the last replica brings anything.
+    before others. When no group with the last replica brings anything without loading adapters, loads are allowed, and
+    when that brings nothing either, the rounds end.
     """
     times = problem.finishing_times(flows)
-    offset = 0
+    offset, loads = 0, False
     while any(flows) and (left := seconds_left()) > LEAST_SECONDS:
         group = _group(flows, times, offset, max_flows)
         if len(group) < 2:
             return
-        whole = len(group) == len(times)
-        program = build(problem, flows, times, group, 0.0 if whole else ASK)
-        values, status = solve(program, left, WHOLE_GAP) if whole else solve(program, SHARE * left, GROUP_GAP)
-        found, ended = _accepted(problem, program, flows, times, group, values)
-        if found is None:
-            yield Round(flows, False, f"{status}{ended}")
-            offset += len(group) - 1
-        else:
-            new = problem.finishing_times(found)
-            better = problem.objective(new) < problem.objective(times) - RESOLUTION
-            flows, times, offset = found, new, 0
-            yield Round(flows, better, status)
-        if whole or offset >= len(times) - 1 or _is_level(times):
+        if len(group) == len(times):
+            yield _round(problem, flows, times, Question(group), lambda program: solve(program, left, WHOLE_GAP))
             return
+        question = Question(group, ASK, loads)
+        found = _round(problem, flows, times, question, lambda program: solve(program, SHARE * left, GROUP_GAP))
+        yield found
+        if found.flows is not flows:
+            flows, times, offset = found.flows, problem.finishing_times(found.flows), 0
+        else:
+            offset += len(group) - 1
+        if _is_level(times) or (offset >= len(times) - 1 and loads):
+            return
+        if offset >= len(times) - 1:
+            offset, loads = 0, True
 
 
-def _accepted(
-    problem: Problem, program: Program, flows: Flows, times: list[float], group: list[int], values: list[float] | None
-) -> tuple[Flows | None, str]:
-    """The solution's flows if they are feasible and better for the group, and no worse for all."""
+def _round(
+    problem: Problem, flows: Flows, times: list[float], question: Question, solve: Callable[[Program], Answer]
+) -> Round:
+    """One program. The same ``flows`` come back if its solution is not feasible, or no better for the group."""
+    program = build(problem, flows, times, question)
+    values, status = solve(program)
     if values is None:
-        return None, ""
+        return Round(flows, False, status)
     found = read(program, flows, values)
     try:
         problem.check_flows(found)
     except PlanError as error:
-        return None, f"; refused: {error}"
+        return Round(flows, False, f"{status}; refused: {error}")
     new = problem.finishing_times(found)
-    gained = _local(problem, times, group) - _local(problem, new, group)
+    gained = _local(problem, times, question.group) - _local(problem, new, question.group)
     if gained <= RESOLUTION or max(new) > max(times) + RESOLUTION:
-        return None, "; nothing better"
-    return found, ""
+        return Round(flows, False, f"{status}; nothing better")
+    return Round(found, problem.objective(new) < problem.objective(times) - RESOLUTION, status)
 
 
 def _local(problem: Problem, times: list[float], group: list[int]) -> float:

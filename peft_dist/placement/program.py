@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from peft_dist.placement.problem import Flows, Problem
@@ -39,34 +40,59 @@ class Program:
         self.row_upper.append(upper)
 
 
-def build(problem: Problem, flows: Flows, times: list[float], group: list[int], ask: float = 0.0) -> Program:
-    """The program that arranges anew all requests which ``flows`` puts on the replicas of ``group``, among these.
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What a program is to find.
 
-    ``times`` are the finishing times under ``flows``, whose makespan is an upper bound. With ``ask``, from 0 to 1, the
-    bound is lower by this part of what the last replica of the group is behind its mean.
+    Attributes:
+        group: Replicas among which requests are arranged anew, all that are there; the others keep theirs.
+        ask: How much sooner the group must end at least, as a part of what its last replica is behind its mean.
+        loads: Whether requests may go to replicas without their adapter. Loads make programs ten times as slow.
     """
-    return _Builder(problem, flows, times, group, ask).program
+
+    group: list[int]
+    ask: float = 0.0
+    loads: bool = True
+
+
+def build(problem: Problem, flows: Flows, times: list[float], question: Question) -> Program:
+    """The program of a question about ``flows``, whose finishing times ``times`` are: they bound the makespan."""
+    return _Builder(problem, flows, times, question).program
 
 
 class _Builder:
-    def __init__(self, problem: Problem, flows: Flows, times: list[float], group: list[int], ask: float) -> None:
-        self.problem, self.program = problem, Program()
+    def __init__(self, problem: Problem, flows: Flows, times: list[float], question: Question) -> None:
+        self.problem, self.program, group = problem, Program(), question.group
         # A little above: the sum of a solver's own row may differ from ours in its last bits.
         last, mean = max(times[r] for r in group), sum(times[r] for r in group) / len(group)
-        most = (last - ask * (last - mean)) * (1 + SLACK) + SLACK
+        most = (last - question.ask * (last - mean)) * (1 + SLACK) + SLACK
         self.program.column(1.0, max(map(self._backlog, group)), most, False)
         self._time: dict[int, list[tuple[int, float]]] = {replica: [] for replica in group}
         self._blocks: dict[int, list[tuple[int, float]]] = {replica: [] for replica in group}
         self._incoming: dict[int, list[tuple[int, float]]] = {replica: [] for replica in group}
         self._users: dict[int, dict[int, list[tuple[int, int]]]] = {replica: {} for replica in group}
-        open_to_all = [replica for replica in group if problem.replicas[replica].accepts]
+        hosted = None if question.loads else self._hosted(flows)
         for index, flow in enumerate(flows):
             inside = {replica: count for replica, count in flow.items() if replica in self._time}
             if inside:
-                home = {problem.source[index]} & self._time.keys()
-                self._class(index, sorted({*open_to_all, *inside, *home}), sum(inside.values()))
+                self._class(index, sorted({*self._targets(index, hosted), *inside}), sum(inside.values()))
         for replica in group:
             self._replica(replica)
+
+    def _hosted(self, flows: Flows) -> dict[int, set[int]]:
+        """Adapters on each device of the group, or coming there."""
+        hosted = {replica: {-1} | self.problem.on_device[replica] for replica in self._time}
+        for index, flow in enumerate(flows):
+            for replica in flow.keys() & hosted.keys():
+                hosted[replica].add(self.problem.adapter[index])
+        return hosted
+
+    def _targets(self, index: int, hosted: dict[int, set[int]] | None) -> Iterator[int]:
+        problem, adapter = self.problem, self.problem.adapter[index]
+        for replica in self._time:
+            home = replica == problem.source[index]
+            if home or (problem.replicas[replica].accepts and (hosted is None or adapter in hosted[replica])):
+                yield replica
 
     def _backlog(self, replica: int) -> float:
         return self.problem.replicas[replica].backlog
