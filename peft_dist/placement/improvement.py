@@ -19,10 +19,11 @@ Solve = Callable[[Program, float, float], Answer]
 MAX_FLOWS = 150
 # Share of the time that is left which one program may take, where there are several.
 SHARE = 0.4
-# Of the whole problem the best plan is asked for. A group must end sooner by this part of what its last replica is
-# behind its mean, and the first plan that does is as good as any, for more rounds follow.
+# Of the whole problem the best plan is asked for. A group must end sooner by a part of what its last replica is behind
+# its mean, and the first plan that does is as good as any, for more rounds follow.
 WHOLE_GAP, GROUP_GAP = 1e-4, 1e-2
-ASK = 0.25
+# What is asked, and whether adapters may be loaded for it: one stage after the other, as nothing more is found.
+STAGES = ((0.25, False), (0.25, True), (0.02, True))
 # Where the last replica ends so little after the mean, relatively, no group can gain more.
 LEVEL = 1e-4
 # In less time nothing is solved.
@@ -44,11 +45,11 @@ def improve(
 
     With at most ``max_flows`` flows in all, the first round is the whole problem and the last one. Else each round
     takes the replica that ends last and as many others as make a program of that size, those that end first and last
-    before others. When no group with the last replica brings anything without loading adapters, loads are allowed, and
-    when that brings nothing either, the rounds end.
+    before others. When no group with the last replica brings what is asked, the next of ``STAGES`` begins; after the
+    last one the rounds end.
     """
     times = problem.finishing_times(flows)
-    offset, loads = 0, False
+    offset, stage = 0, 0
     while any(flows) and (left := seconds_left()) > LEAST_SECONDS:
         group = _group(flows, times, offset, max_flows)
         if len(group) < 2:
@@ -56,17 +57,17 @@ def improve(
         if len(group) == len(times):
             yield _round(problem, flows, times, Question(group), lambda program: solve(program, left, WHOLE_GAP))
             return
-        question = Question(group, ASK, loads)
+        question = Question(group, *STAGES[stage])
         found = _round(problem, flows, times, question, lambda program: solve(program, SHARE * left, GROUP_GAP))
         yield found
         if found.flows is not flows:
             flows, times, offset = found.flows, problem.finishing_times(found.flows), 0
         else:
             offset += len(group) - 1
-        if _is_level(times) or (offset >= len(times) - 1 and loads):
-            return
         if offset >= len(times) - 1:
-            offset, loads = 0, True
+            offset, stage = 0, stage + 1
+        if stage == len(STAGES) or _is_level(times):
+            return
 
 
 def _round(

@@ -6,7 +6,7 @@ Each plan is for a cluster in the middle of a burst: adapters placed for their u
 suddenly asked for eight times as often, and requests of lognormal lengths where dispatch left them, some running. A
 `Planner` makes the plans, its solver in a warm process of its own, while a task looks every millisecond at how late the
 event loop comes. Writes docs/results/planner.json: by cluster the shares of plans from the solver, from greedy and with
-nothing to do, gains, times, kills, and the longest stall of the loop.
+nothing to do, gains, times, kills, and the longest stall of the loop; and how busy the machine was.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import contextlib
 import gc
+import os
 import random
 import statistics
 import sys
@@ -32,6 +33,7 @@ from peft_dist.placement.aggregation import RequestLoad, aggregate, pick
 from peft_dist.placement.costs import ReplicaCosts
 from peft_dist.placement.placing import place
 from peft_dist.placement.planner import Planner
+from peft_dist.placement.problem import MEAN_WEIGHT
 from peft_dist.placement.types import AdapterLoad, ClusterView, MigrationPlan, ReplicaLoad
 
 CLUSTERS = [(8, 400, 40), (8, 3200, 40), (32, 2000, 128)]
@@ -128,6 +130,7 @@ async def measure(size: tuple[int, int, int], plans: int, limit: float) -> dict[
         "classes": statistics.mean(classes),
         **shares(found),
         "killed": killed,
+        "load_average": os.getloadavg()[0],
         "plan_seconds": quantiles(seconds),
         "aggregate_seconds": quantiles(grouping),
         "loop_stall_seconds": quantiles(stalls.seconds),
@@ -144,8 +147,15 @@ def shares(found: list[MigrationPlan]) -> dict[str, Any]:
         "solver_never_worse": all(p.after <= p.greedy and p.objective <= p.greedy_objective for p in found),
         "gain_over_greedy": quantiles(gains),
         "gain_over_staying": quantiles([1 - plan.after / plan.before for plan in found]),
+        # What perfect balance, with the same work, would still gain.
+        "last_after_mean": quantiles([plan.after / mean_of(plan) - 1 for plan in found]),
         "moves": statistics.mean(sum(move.count for move in plan.moves) for plan in found),
     }
+
+
+def mean_of(plan: MigrationPlan) -> float:
+    """The replicas' mean finishing time under a plan, which its objective holds."""
+    return (plan.objective - plan.after) / MEAN_WEIGHT
 
 
 def quantiles(values: list[float]) -> dict[str, float]:
