@@ -31,17 +31,17 @@ LEAST_SECONDS = 2e-3
 
 
 class Round(NamedTuple):
-    """What one program brought: the best flows so far, whether they are better than before, and the solver's words."""
+    """What one program brought: flows to go on from with their finishing times, and the solver's words."""
 
     flows: Flows
-    better: bool
+    times: list[float]
     status: str
 
 
 def improve(
     problem: Problem, flows: Flows, solve: Solve, seconds_left: Callable[[], float], max_flows: int = MAX_FLOWS
 ) -> Iterator[Round]:
-    """Rounds that never make ``flows`` worse; those that are better have a smaller objective and no later makespan.
+    """Rounds of which each has a smaller objective for its group of replicas, or the same flows, and no later makespan.
 
     With at most ``max_flows`` flows in all, the first round is the whole problem and the last one. Else each round
     takes the replica that ends last and as many others as make a program of that size, those that end first and last
@@ -61,7 +61,7 @@ def improve(
         found = _round(problem, flows, times, question, lambda program: solve(program, SHARE * left, GROUP_GAP))
         yield found
         if found.flows is not flows:
-            flows, times, offset = found.flows, problem.finishing_times(found.flows), 0
+            flows, times, offset = found.flows, found.times, 0
         else:
             offset += len(group) - 1
         if offset >= len(times) - 1:
@@ -77,17 +77,17 @@ def _round(
     program = build(problem, flows, times, question)
     values, status = solve(program)
     if values is None:
-        return Round(flows, False, status)
+        return Round(flows, times, status)
     found = read(program, flows, values)
     try:
         problem.check_flows(found)
     except PlanError as error:
-        return Round(flows, False, f"{status}; refused: {error}")
+        return Round(flows, times, f"{status}; refused: {error}")
     new = problem.finishing_times(found)
     gained = _local(problem, times, question.group) - _local(problem, new, question.group)
     if gained <= RESOLUTION or max(new) > max(times) + RESOLUTION:
-        return Round(flows, False, f"{status}; nothing better")
-    return Round(found, problem.objective(new) < problem.objective(times) - RESOLUTION, status)
+        return Round(flows, times, f"{status}; nothing better")
+    return Round(found, new, status)
 
 
 def _local(problem: Problem, times: list[float], group: list[int]) -> float:

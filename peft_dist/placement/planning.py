@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from peft_dist.placement.adapter_steps import adapter_steps
 from peft_dist.placement.assignment import RESOLUTION
 from peft_dist.placement.greedy import greedy
-from peft_dist.placement.improvement import MAX_FLOWS, Solve, improve
+from peft_dist.placement.improvement import MAX_FLOWS, Round, Solve, improve
 from peft_dist.placement.problem import Flows, Problem
 from peft_dist.placement.types import ClusterView, MigrationPlan, Move, Origin
 
@@ -20,20 +20,22 @@ def greedy_plan(view: ClusterView, status: str = "not asked") -> MigrationPlan:
 def plans(
     view: ClusterView, solve: Solve, seconds_left: Callable[[], float], max_flows: int = MAX_FLOWS
 ) -> Iterator[MigrationPlan]:
-    """The greedy plan, then ever better ones by ``solve``, while ``seconds_left()`` is above 0.
+    """The greedy plan, then better ones by ``solve`` while ``seconds_left()`` is above 0, then the best of all again.
 
-    The last plan is never worse than the greedy one, in makespan and in objective. Raises PlanError as
-    ``ClusterView.check``.
+    No plan is worse than one before it, in makespan or in objective. Raises PlanError as ``ClusterView.check``.
     """
     made = _Plans(Problem(view))
     yield made.plan("greedy", "not asked")
     if not made.problem.classes:
         return
     origin: Origin = "greedy"
+    status = "no time"
     for found in improve(made.problem, made.flows, solve, seconds_left, max_flows):
-        made.flows = found.flows
-        origin = "solver" if found.better else origin
-        yield made.plan(origin, found.status)
+        status = found.status
+        if made.take(found):
+            origin = "solver"
+            yield made.plan(origin, status)
+    yield made.plan(origin, status)
 
 
 class _Plans:
@@ -44,6 +46,7 @@ class _Plans:
         self._before = problem.finishing_times(problem.stay)
         self.flows = self._no_worse(greedy(problem).flows)
         self._greedy = problem.finishing_times(self.flows)
+        self._objective = problem.objective(self._greedy)
 
     def plan(self, origin: Origin, status: str) -> MigrationPlan:
         problem, flows = self.problem, self.flows
@@ -60,6 +63,14 @@ class _Plans:
             objective=problem.objective(after),
             greedy_objective=problem.objective(self._greedy),
         )
+
+    def take(self, found: Round) -> bool:
+        """Take a round's flows if they are better for all: rounds also go on from what helps their group alone."""
+        objective = self.problem.objective(found.times)
+        if objective >= self._objective - RESOLUTION:
+            return False
+        self.flows, self._objective = found.flows, objective
+        return True
 
     def _no_worse(self, flows: Flows) -> Flows:
         """``flows``, or nothing moved where that is as good: levelling may cost more work than it is worth."""

@@ -10,7 +10,9 @@ from collections import Counter
 import pytest
 
 from peft_dist.placement.costs import ReplicaCosts
+from peft_dist.placement.improvement import improve
 from peft_dist.placement.planning import greedy_plan, plans
+from peft_dist.placement.problem import Problem
 from peft_dist.placement.program import Program
 from peft_dist.placement.solving import solve
 from peft_dist.placement.types import AdapterLoad, AdapterStep, ClusterView, MigrationPlan, ReplicaLoad, RequestClass
@@ -74,8 +76,7 @@ def test_rounds_over_groups_never_make_it_worse(max_flows: int) -> None:
         for plan in found:
             keeps_its_promises(view, plan)
         values = [plan.objective for plan in found]
-        assert all(b <= a + 0.011 * plan.greedy for a, b in itertools.pairwise(values))
-        assert found[-1].objective <= found[0].objective + 1e-9
+        assert all(b <= a + 1e-9 for a, b in itertools.pairwise(values))
         better += found[-1].objective < found[0].objective - 1e-6
     assert better
 
@@ -110,7 +111,7 @@ def test_no_solver_is_asked_for_less_than_no_time() -> None:
 
 def test_time_that_is_over_leaves_the_greedy_plan() -> None:
     view = random_view(3)
-    assert [plan.status for plan in plans(view, exact, lambda: 0.0)] == ["not asked"]
+    assert [plan.status for plan in plans(view, exact, lambda: 0.0)] == ["not asked", "no time"]
 
 
 def two_replicas(*classes: RequestClass, **changes: object) -> ClusterView:
@@ -169,3 +170,15 @@ def test_nothing_moves_for_nothing() -> None:
     empty = ClusterView([], [], [])
     assert greedy_plan(empty).moves == [] and math.isfinite(greedy_plan(empty).after)
     assert last_plan(ClusterView(level.replicas, level.adapters, [])).moves == []
+
+
+def test_a_round_that_helps_its_group_alone_is_no_worse_plan() -> None:
+    """Of two replicas that end last one is relieved, at the price of more work: the makespan stays, the mean grows."""
+    costs = ReplicaCosts(0.0, 1.0, (0.0, 0.0), (0.0, 0.0), (0.0, 0.0), 0.0, move=1.0)
+    replicas = [ReplicaLoad(i, costs, 0, 0, 0, accepts=i == 2) for i in range(3)]
+    classes = [RequestClass(0, "", 2, 0, 4), RequestClass(1, "", 1, 0, 8)]
+    view = ClusterView(replicas, [], classes)
+    problem = Problem(view)
+    (first, *_) = improve(problem, problem.stay, exact, lambda: 1.0, max_flows=4)
+    assert first.flows == [{0: 1, 2: 1}, {1: 1}]
+    assert [(plan.origin, plan.moves) for plan in plans(view, exact, lambda: 1.0, 4)][-1] == ("stay", [])
