@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from peft_dist.core.config import EngineConfig
@@ -40,6 +41,11 @@ class LaunchedReplica:
                 self._signal(signal.SIGKILL)
                 await self.wait()
 
+    def kill(self) -> None:
+        """End it at once, also when it is stopped. Nothing happens when it has ended."""
+        if not self._end.done():
+            self._signal(signal.SIGKILL)
+
     async def _wait(self) -> int:
         code = await self._process.wait()
         # What the launcher left behind when it was killed itself.
@@ -66,8 +72,13 @@ class PlainLauncher:
         *,
         log_level: str = "info",
         replica_factory: str = DEFAULT_REPLICA_FACTORY,
+        heartbeat_seconds: float = 1.0,
+        num_replicas: int = 1,
     ) -> None:
+        """``num_replicas``: Replicas that share this machine."""
         self._engine = engine
+        self._heartbeat_seconds = heartbeat_seconds
+        self._num_replicas = num_replicas
         self._log_level = log_level
         self._replica_factory = replica_factory
 
@@ -94,10 +105,18 @@ class PlainLauncher:
             endpoint=endpoint,
             replica_id=replica_id,
             epoch=epoch,
-            engine=self._engine,
+            engine=self._share(replica_id),
+            heartbeat_seconds=self._heartbeat_seconds,
             replica_factory=self._replica_factory,
             log_level=self._log_level,
         )
+
+    def _share(self, replica_id: int) -> EngineConfig:
+        """The options of one replica, with files of its own."""
+        log = self._engine.decision_log
+        if log is None or self._num_replicas == 1:
+            return self._engine
+        return replace(self._engine, decision_log=f"{log}.{replica_id}")
 
     def _command(self, folder: Path) -> Sequence[str]:
         return [sys.executable, "-m", "peft_dist.worker", str(folder / "worker.json")]
@@ -135,4 +154,4 @@ class AccelerateLauncher(PlainLauncher):
     def _num_threads(self) -> int:
         """Without this option accelerate sets OMP_NUM_THREADS to 1."""
         asked = self._engine.num_threads or os.environ.get("OMP_NUM_THREADS")
-        return int(asked) if asked else len(os.sched_getaffinity(0))
+        return int(asked) if asked else max(1, len(os.sched_getaffinity(0)) // self._num_replicas)

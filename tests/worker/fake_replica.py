@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from peft_dist.core.adapter import AdapterSpec
@@ -30,6 +30,7 @@ class FakeEngine:
     """Each request gets one token a step; HOLD requests get one token and then wait to be aborted."""
 
     waits_for_load = False
+    on_start: Callable[[list[str]], None] | None = None
 
     def __init__(self) -> None:
         self.residency_version = 0

@@ -1,0 +1,78 @@
+"""Which replica has which request: giving, taking away, and giving again after a replica was lost or is drained."""
+
+from __future__ import annotations
+
+from peft_dist.core.messages import AbortRequest
+from peft_dist.orchestrator.adapter_calls import AdapterCalls, to
+from peft_dist.orchestrator.dispatcher import Dispatcher, Lengths
+from peft_dist.orchestrator.records import Outgoing, Replica, ReplicaState, RequestRecord
+from peft_dist.orchestrator.replicas import ReplicaTable
+from peft_dist.orchestrator.requests import RequestTable, add_commands
+
+# A request that was in the batch of so many replicas when they died is taken to be the reason.
+MAX_DEATHS = 2
+
+
+class Placer:
+    """Gives requests to replicas that hold their adapters. Calls return commands to send."""
+
+    def __init__(
+        self, requests: RequestTable, replicas: ReplicaTable, calls: AdapterCalls, max_num_seqs: int, lengths: Lengths
+    ) -> None:
+        self._requests = requests
+        self._replicas = replicas
+        self._calls = calls
+        self._lengths = lengths
+        self._dispatcher = Dispatcher(requests, lengths, max_num_seqs)
+
+    def place(self, record: RequestRecord, now: float) -> list[Outgoing]:
+        """Send a request that no replica has to the best one; nothing happens while none can take it."""
+        able = self._able(record)
+        if not able:
+            return []
+        return self._give(record, self._dispatcher.choose(record, able), now)
+
+    def place_waiting(self, now: float) -> list[Outgoing]:
+        """Place what can be placed of all that waits for a replica."""
+        return [out for record in self._requests.unplaced() for out in self.place(record, now)]
+
+    def is_hopeless(self, record: RequestRecord) -> bool:
+        """Whether no replica can run it, nor will be able to by itself."""
+        content = record.content_hash
+        coming = any(self._calls.is_coming(replica, content) for replica in self._replicas.all())
+        return not coming and not self._able(record)
+
+    def move(self, record: RequestRecord, replica: Replica, now: float) -> list[Outgoing]:
+        """Have another replica, which must hold its adapter, go on with a request from the tokens that are known."""
+        assert record.replica_id is not None
+        old = self._replicas[record.replica_id]
+        ids = [sequence.sequence_id for sequence in record.unfinished.values()]
+        self._requests.take(record, now)
+        return [to(old, AbortRequest(request_ids=ids)), *self._give(record, replica, now)]
+
+    def evacuate(self, now: float) -> list[Outgoing]:
+        """Move what can be moved from draining replicas; what no other can run finishes where it is."""
+        out: list[Outgoing] = []
+        for old in self._replicas.in_state(ReplicaState.DRAINING):
+            for record in self._requests.on_replica(old.replica_id):
+                if able := self._able(record):
+                    out += self.move(record, self._dispatcher.choose(record, able), now)
+        return out
+
+    def orphan(self, replica: Replica, now: float, *, by_death: bool) -> list[RequestRecord]:
+        """Take all requests from a replica; returns those that two replicas have died of, by all that is known."""
+        poisoned = []
+        for record in self._requests.on_replica(replica.replica_id):
+            for sequence in record.unfinished.values():
+                sequence.num_deaths += by_death and sequence.started
+            self._requests.take(record, now)
+            if any(sequence.num_deaths >= MAX_DEATHS for sequence in record.unfinished.values()):
+                poisoned.append(record)
+        return poisoned
+
+    def _able(self, record: RequestRecord) -> list[Replica]:
+        return [replica for replica in self._replicas.ready() if self._calls.holds(replica, record.content_hash)]
+
+    def _give(self, record: RequestRecord, replica: Replica, now: float) -> list[Outgoing]:
+        self._requests.place(record, replica.replica_id, self._lengths.expected(record))
+        return [to(replica, command) for command in add_commands(record, now)]
