@@ -107,8 +107,7 @@ class Orchestrator:
         for record, sequence in self._requests.running(request_id, sequence_index):
             out += self._abort_command(record, sequence)
             self._finish(record, sequence, ending(sequence, "abort"), now)
-        self._note_drained()
-        return out + self._calls.tidy()
+        return out + self._place_waiting(now) + self._note_drained() + self._calls.tidy()
 
     def load_adapter(
         self, name: str, path: str, *, replace: bool = False, pinned: bool | None = None, **source: Any
@@ -146,9 +145,7 @@ class Orchestrator:
             UnknownReplicaError, ReplicaStateError: there is no such replica, or it cannot be spared.
         """
         self.lives.drain(replica_id, leave=restart)
-        out = self._placer.evacuate(now)
-        self._note_drained()
-        return out
+        return self._placer.evacuate(now) + self._note_drained()
 
     def resume_replica(self, replica_id: int, now: float) -> list[Outgoing]:
         """Let a draining or drained replica take requests again.
@@ -196,11 +193,11 @@ class Orchestrator:
         if not self._stopping:
             self.lives.plan_restart(replica, now, was_asked=was_asked)
         out = [to(replica, Shutdown()), *self._calls.lose(replica, error)]
-        poisoned = self._placer.orphan(replica, now, by_death=not was_asked)
-        twice = f"{reason} The request was running there, and on another replica that died: it is not tried again."
-        self._fail(poisoned, EngineDeadError(twice))
+        if (guilty := self._placer.orphan(replica, now, by_death=not was_asked)) is not None:
+            twice = f"{reason.rstrip('.')}. So did another replica with this request: it is not tried again."
+            self._fail([guilty], EngineDeadError(twice))
         out += self._place_waiting(now, error)
-        self._events.append(ReplicaLost(replica_id, error, hangs))
+        self._events.append(ReplicaLost(replica_id, error, hangs, was_asked))
         return [*out, *self._calls.tidy()]
 
     def observe(self, replica_id: int, epoch: int, report: AnyReport, now: float) -> list[Outgoing]:
@@ -227,8 +224,7 @@ class Orchestrator:
                 out = self._calls.answered(replica, report) + self._place_waiting(now) + self._placer.evacuate(now)
             case Fatal():
                 out = self.lose_replica(replica_id, epoch, report.error, now)
-        self._note_drained()
-        return out + self._calls.tidy()
+        return out + self._note_drained() + self._calls.tidy()
 
     def tick(self, now: float) -> list[Outgoing]:
         """Act on deadlines that passed; ``next_deadline`` tells when the next one does.
@@ -324,7 +320,7 @@ class Orchestrator:
                 self._events.append(SequenceEvent(record.request_id, sequence.index, new))
             else:
                 self._finish(record, sequence, new, now)
-        return out
+        return out + self._place_waiting(now)
 
     def _observe_ready(self, replica: Replica, report: Ready, now: float) -> list[Outgoing]:
         self.replicas.mark_ready(replica, report, now)
@@ -341,8 +337,10 @@ class Orchestrator:
         self._fail(hopeless, error or EngineDeadError(self.replicas.health_error()))
         return out
 
-    def _note_drained(self) -> None:
-        for replica in self.lives.draining():
-            if not self._requests.load(replica):
-                self.lives.drained(replica)
-                self._events.append(ReplicaDrained(replica.replica_id))
+    def _note_drained(self) -> list[Outgoing]:
+        """Tell of replicas that have become empty, and let those go that are to be started again."""
+        empty = [replica for replica in self.lives.draining() if not self._requests.load(replica)]
+        for replica in empty:
+            self.lives.drained(replica)
+            self._events.append(ReplicaDrained(replica.replica_id, replica.leaves))
+        return [to(replica, Shutdown()) for replica in empty if replica.leaves]

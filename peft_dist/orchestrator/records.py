@@ -40,6 +40,7 @@ class Replica:
         start_deadline: The time by which a starting replica must be ready, None for no limit.
         last_heard: When it said anything last.
         ready_since: When it became ready, None before.
+        num_restarts: Incarnations of this replica before this one.
         num_failures: Incarnations of this replica that died early, one after another, up to now.
         restart_at: When a dead replica is started again, None for never.
         leaves: A draining one ends when it is empty, and is started again at once.
@@ -57,6 +58,7 @@ class Replica:
     costs: StepCosts | None = None
     last_heard: float = 0.0
     ready_since: float | None = None
+    num_restarts: int = 0
     num_failures: int = 0
     restart_at: float | None = None
     leaves: bool = False
@@ -79,15 +81,19 @@ class SequenceRecord:
 
     Attributes:
         sequence_id: What the replica that owns it knows it as; another one on every replica it was on.
-        started: Whether its replica said that it is in a batch, or reported tokens of it.
+        started: Whether its replica said that it is in a batch.
+        drew: Whether its replica reported tokens of it.
         num_deaths: Replicas that died with it in a batch, one after another, without a token of it between.
+        num_early_deaths: Of these, those that had reported no token of it.
         owed_prefill, owed_output: What it counts for in its replica's backlog, in tokens.
     """
 
     sequence_id: str
     index: int
     started: bool = False
+    drew: bool = False
     num_deaths: int = 0
+    num_early_deaths: int = 0
     owed_prefill: int = 0
     owed_output: float = 0.0
     output_token_ids: list[int] = field(default_factory=list)
@@ -101,6 +107,8 @@ class RequestRecord:
         replica_id: The replica that has all its sequences (they share the prompt's KV), None while there is none.
         num_moves: How often it was taken from a replica.
         waits_since: Since when it has no replica.
+        is_suspect: It, or another request beside it, made replicas die: until it draws a token, it runs without other
+            suspects.
         unfinished: The sequences that still run, by index.
     """
 
@@ -113,6 +121,7 @@ class RequestRecord:
     replica_id: int | None = None
     num_moves: int = 0
     waits_since: float = 0.0
+    is_suspect: bool = False
     unfinished: dict[int, SequenceRecord] = field(default_factory=dict)
 
     @property
@@ -164,18 +173,23 @@ class ReplicaReady:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaLost:
-    """A replica is dead, and why. One that ``hangs`` will not end by itself, nor when it is asked to."""
+    """A replica is dead, and why. One that ``hangs`` will not end by itself, nor when it is asked to.
+
+    ``was_asked``: It was drained, to be started again.
+    """
 
     replica_id: int
     error: PeftDistError
     hangs: bool = False
+    was_asked: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaDrained:
-    """A draining replica has no request left."""
+    """A draining replica has no request left. One that ``leaves`` was told to end."""
 
     replica_id: int
+    leaves: bool
 
 
 @dataclass(frozen=True, slots=True)

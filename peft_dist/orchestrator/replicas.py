@@ -29,7 +29,8 @@ class ReplicaTable:
         if lost is not None and lost.is_alive:
             raise ConfigError(f"replica {replica_id} is still {lost.state.value}: it cannot be started again")
         if lost is not None:
-            replica.earlier, replica.model, replica.num_failures = _totals(lost), lost.model, lost.num_failures
+            replica.earlier, replica.model, replica.error = _totals(lost), lost.model, lost.error
+            replica.num_restarts, replica.num_failures = lost.num_restarts + 1, lost.num_failures
         self._next_epoch += 1
         self._by_id[replica_id] = replica
         return replica
@@ -104,10 +105,20 @@ class ReplicaTable:
 
     def views(self) -> list[ReplicaView]:
         """Every replica as it was last heard of, the dead ones too."""
-        return [
-            ReplicaView(r.replica_id, r.state.value, r.model, r.stats, r.detail, _totals(r))
-            for r in self._by_id.values()
-        ]
+        return [_view(replica) for replica in self._by_id.values()]
+
+
+def _view(replica: Replica) -> ReplicaView:
+    return ReplicaView(
+        replica_id=replica.replica_id,
+        state=replica.state.value,
+        model=replica.model,
+        stats=replica.stats,
+        detail=replica.detail,
+        totals=_totals(replica),
+        num_restarts=replica.num_restarts,
+        error=None if replica.error is None else str(replica.error),
+    )
 
 
 def _totals(replica: Replica) -> ReplicaTotals:

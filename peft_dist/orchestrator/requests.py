@@ -99,16 +99,17 @@ class RequestTable:
         for sequence in record.unfinished.values():
             del self._owners[sequence.sequence_id]
             sequence.sequence_id = f"{record.request_id}-{sequence.index}~{record.num_moves}"
-            sequence.started = False
+            sequence.started = sequence.drew = False
             self._owners[sequence.sequence_id] = (record, sequence)
 
     def advance(self, record: RequestRecord, sequence: SequenceRecord, token_ids: list[int]) -> None:
         """A sequence drew tokens."""
         sequence.output_token_ids.extend(token_ids)
-        sequence.started = True
         if not token_ids:
             return
-        sequence.num_deaths = 0
+        sequence.started = sequence.drew = True
+        sequence.num_deaths = sequence.num_early_deaths = 0
+        record.is_suspect = False
         if record.replica_id is not None:
             backlog = self._backlogs[record.replica_id]
             backlog.prefill_tokens -= sequence.owed_prefill

@@ -301,12 +301,14 @@ class EngineService:
             case ReplicaReady():
                 if not self._ready.done() and len(self._core.replicas.ready()) == self._num_replicas:
                     self._ready.set_result(None)
-            case ReplicaLost(replica_id, error, hangs):
-                self._lost(replica_id, error, hangs)
+            case ReplicaLost():
+                self._lost(event)
             case StartReplica(replica_id, epoch):
                 self._spawn(self._restart(replica_id, epoch))
-            case ReplicaDrained(replica_id):
+            case ReplicaDrained(replica_id, leaves):
                 self._end_drain(replica_id, None)
+                if leaves:
+                    self._spawn(self._processes.stop(replica_id, self._grace()))
             case Notice(replica_id, text):
                 logger.warning("replica %d: %s", replica_id, text)
 
@@ -319,15 +321,18 @@ class EngineService:
         else:
             call.set_exception(answer)
 
-    def _lost(self, replica_id: int, error: PeftDistError, hangs: bool) -> None:
-        logger.error("replica %d is lost: %s", replica_id, error)
-        if hangs:
-            self._processes.kill(replica_id)
+    def _lost(self, lost: ReplicaLost) -> None:
+        if lost.was_asked:
+            logger.info("replica %d has ended and is started again", lost.replica_id)
         else:
-            self._spawn(self._processes.stop(replica_id, self._grace()))
-        self._end_drain(replica_id, None)
+            logger.error("replica %d is lost: %s", lost.replica_id, lost.error)
+        if lost.hangs:
+            self._processes.kill(lost.replica_id)
+        else:
+            self._spawn(self._processes.stop(lost.replica_id, self._grace()))
+        self._end_drain(lost.replica_id, None)
         if not self._ready.done():
-            self._ready.set_exception(error)
+            self._ready.set_exception(lost.error)
 
     def _end_drain(self, replica_id: int, error: PeftDistError | None) -> None:
         """A replica is empty, for whatever reason, or will not be."""

@@ -58,6 +58,7 @@ class Machine(RuleBasedStateMachine):
         self.pinned: set[str] = set()
         self.loading: dict[int, tuple[str, str, bool]] = {}
         self.replicas: dict[int, MiniReplica] = {}
+        self.leaving: set[int] = set()
         self.ghosts: deque[tuple[int, MiniReplica]] = deque(maxlen=2)
         for replica_id in range(NUM_REPLICAS):
             self.replicas[replica_id] = MiniReplica(self.core.add_replica(replica_id, self.now).epoch)
@@ -103,10 +104,10 @@ class Machine(RuleBasedStateMachine):
                     del self.loading[call_id]
                 case StartReplica(replica_id, epoch):
                     self.replicas[replica_id] = MiniReplica(epoch)
-                case ReplicaDrained(replica_id):
-                    replica = self.core.replicas[replica_id]
-                    if replica.leaves:
-                        self._die(replica_id)
+                case ReplicaDrained(replica_id, leaves):
+                    assert not self.core._requests.on_replica(replica_id)
+                    if leaves:
+                        self.leaving.add(replica_id)
 
     @rule(n=st.integers(1, 3), max_tokens=st.one_of(st.none(), st.integers(1, 4)), name=st.one_of(st.none(), NAMES))
     def submit(self, n: int, max_tokens: int | None, name: str | None) -> None:
@@ -241,9 +242,20 @@ class Machine(RuleBasedStateMachine):
         self._die(replica_id)
         assert self.core.lose_replica(replica_id, replica.epoch, "again", self.now) == []
 
+    @precondition(lambda self: self.leaving)
+    @rule()
+    def a_drained_replica_ends_and_is_started_again(self) -> None:
+        replica_id = self.leaving.pop()
+        replica = self.replicas[replica_id]
+        while replica.commands:
+            replica.work()
+        assert replica.is_down and not replica.running
+        self._die(replica_id)
+
     def _die(self, replica_id: int) -> None:
         replica = self.replicas[replica_id]
         self.ghosts.append((replica_id, replica))
+        self.leaving.discard(replica_id)
         self._send(self.core.lose_replica(replica_id, replica.epoch, "it died", self.now))
         self._send(self.core.tick(self.now))
         assert self.replicas[replica_id].epoch > replica.epoch
@@ -264,7 +276,7 @@ class Machine(RuleBasedStateMachine):
         try:
             out = self.core.resume_replica(replica_id, self.now)
         except ReplicaStateError:
-            assert self.core.replicas[replica_id].state is not ReplicaState.DRAINING
+            assert self.core.replicas[replica_id].state is not ReplicaState.DRAINING or replica_id in self.leaving
             return
         self._send(out)
 
@@ -287,6 +299,8 @@ class Machine(RuleBasedStateMachine):
         """Whatever was accepted ends; then every replica holds what has a name, and pins what is pinned."""
         for replica_id in self.replicas:
             self.resume(replica_id)
+        while self.leaving:
+            self.a_drained_replica_ends_and_is_started_again()
         for _ in range(40):
             for replica_id in self.replicas:
                 self.everything_under_way_arrives(replica_id)
