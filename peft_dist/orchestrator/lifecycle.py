@@ -94,8 +94,6 @@ class Lifecycle:
             UnknownReplicaError, ReplicaStateError: there is no such replica, or it does not drain (any more).
         """
         replica = self._find(replica_id, ReplicaState.DRAINING)
-        if replica.leaves and replica.epoch not in self._draining:
-            raise ReplicaStateError(f"replica {replica_id} is being restarted: it serves again by itself")
         replica.state, replica.leaves = ReplicaState.READY, False
         self._draining.discard(replica.epoch)
         return replica
@@ -122,4 +120,6 @@ class Lifecycle:
         if replica.state not in states:
             wanted = " or ".join(state.value for state in states)
             raise ReplicaStateError(f"replica {replica_id} is {replica.state.value}, not {wanted}")
+        if replica.leaves and replica.epoch not in self._draining:
+            raise ReplicaStateError(f"replica {replica_id} is being restarted: it serves again by itself")
         return replica

@@ -266,7 +266,8 @@ class Machine(RuleBasedStateMachine):
         try:
             out = self.core.drain_replica(replica_id, self.now, restart=restart)
         except ReplicaStateError:
-            assert not others or self.core.replicas[replica_id].state is ReplicaState.STARTING
+            is_starting = self.core.replicas[replica_id].state is ReplicaState.STARTING
+            assert not others or is_starting or replica_id in self.leaving
             return
         assert others
         self._send(out)
