@@ -122,7 +122,11 @@ class AdapterCalls:
         out: list[Outgoing] = []
         for spec in specs:
             key = (replica.epoch, spec.content_hash)
-            if self.holds(replica, spec.content_hash) or key in self._refused or key in self._coming:
+            if self.holds(replica, spec.content_hash):
+                # Under another name, of which it knows.
+                self._registry.repin_if_pinned([spec.name])
+                continue
+            if key in self._refused or key in self._coming:
                 continue
             command = self._registry.reload_command(spec.name, self._new_call())
             self._reloads[command.call_id] = _Reload(replica.epoch, spec, command.pinned)
@@ -134,9 +138,12 @@ class AdapterCalls:
         reload = self._reloads.pop(report.call_id)
         wanted = reload.spec
         self._coming.discard((reload.epoch, wanted.content_hash))
-        if reload.pinned or wanted.name in self._registry.pinned:
-            # The name may mean something else by now, and the replica has just pinned what it meant before, or nothing.
+        if reload.pinned:
             self._registry.repin(wanted.name)
+        # The name may mean something else by now, and the replica has just pinned what it meant before, or nothing; and
+        # other names may mean the same.
+        same = [spec.name for spec in self._registry.specs() if spec.content_hash == wanted.content_hash]
+        self._registry.repin_if_pinned([wanted.name, *same])
         if report.spec is not None and report.spec.content_hash == wanted.content_hash:
             return
         problem = report.error or f"{wanted.path} no longer holds what the other replicas loaded"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -139,6 +140,11 @@ class AdapterRegistry:
     def repin(self, name: str) -> None:
         """A replica was told to pin this name at a time when it may have meant something else."""
         self._repins[name] = None
+
+    def repin_if_pinned(self, names: Iterable[str]) -> None:
+        """As ``repin``, for those of the names that are pinned."""
+        for name in self._pinned.intersection(names):
+            self.repin(name)
 
     def remove(self, name: str) -> None:
         """Raises UnknownModelError when no adapter has this name."""
