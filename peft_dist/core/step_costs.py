@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import msgspec
@@ -29,8 +30,8 @@ class StepCosts(msgspec.Struct, frozen=True):
         features = StepFeatures(False, prefill_tokens=num_tokens)
         return self._predict(features) - self._predict(StepFeatures(False))
 
-    def decode_seconds(self, num_base: int, adapters: Mapping[str, tuple[int, int]]) -> float:
-        """One unmerged step that draws a token for each sequence.
+    def decode_seconds(self, num_base: int, adapters: Mapping[str, tuple[int, int]], share: float = 1.0) -> float:
+        """One unmerged step that draws a token for each sequence, or for this share of the sequences of each adapter.
 
         Args:
             num_base: Sequences of the base.
@@ -39,11 +40,11 @@ class StepCosts(msgspec.Struct, frozen=True):
         rows = sum(number for number, _ in adapters.values())
         features = StepFeatures(
             merged=False,
-            decode_sequences=num_base + rows,
-            lora_tokens=rows,
+            decode_sequences=math.ceil((num_base + rows) * share),
+            lora_tokens=math.ceil(rows * share),
             adapters=len(adapters),
             rank_rows=sum(rank for _, rank in adapters.values()),
-            rank_row_tokens=sum(number * rank for number, rank in adapters.values()),
+            rank_row_tokens=math.ceil(sum(number * rank for number, rank in adapters.values()) * share),
         )
         return self._predict(features)
 

@@ -86,7 +86,7 @@ def finish_seconds(work: Work, target: Target) -> float:
         adapters[work.adapter] = (before + work.num_sequences, work.rank_rows)
     total = backlog.num_sequences + work.num_sequences
     num_base = total - sum(number for number, _ in adapters.values())
-    step = costs.decode_seconds(num_base, adapters) * min(1.0, slots / total)
+    step = costs.decode_seconds(num_base, adapters, min(1.0, slots / total))
     steps_ahead = 0.0 if total <= slots else backlog.output_tokens / slots
     load = costs.load_seconds(work.num_bytes) if work.adapter and work.adapter not in target.resident else 0.0
     prefill = costs.prefill_seconds(backlog.prefill_tokens + work.prompt_tokens)
