@@ -95,3 +95,15 @@ def test_the_worker_reads_what_the_launcher_writes(tmp_path: Path) -> None:
     config = WorkerConfig(endpoint="ipc:///x", replica_id=2, epoch=9, engine=engine)
     config.write(tmp_path / "worker.json")
     assert WorkerConfig.read(tmp_path / "worker.json") == config
+
+
+def test_replicas_share_the_threads_and_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(5)))
+    engine = EngineConfig(model="m", device="cpu", decision_log="log.jsonl")
+    two, one = (AccelerateLauncher(engine, num_replicas=number) for number in (2, 1))
+    assert (two._num_threads(), one._num_threads()) == (2, 5)
+    logs = [two._config("ipc://x", replica_id, 1).engine.decision_log for replica_id in (0, 1)]
+    assert logs == ["log.jsonl.0", "log.jsonl.1"]
+    assert one._config("ipc://x", 0, 1).engine.decision_log == "log.jsonl"
+    assert AccelerateLauncher(engine, num_replicas=8)._num_threads() == 1
