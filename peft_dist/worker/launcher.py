@@ -18,6 +18,15 @@ from peft_dist.core.config import EngineConfig
 from peft_dist.worker.config import DEFAULT_REPLICA_FACTORY, WorkerConfig
 
 _TERMINATE_SECONDS = 5.0
+_GPUS = "/proc/driver/nvidia/gpus"
+
+
+def visible_gpus() -> list[str]:
+    """NVIDIA GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` names them; found without torch."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return [gpu.strip() for gpu in chosen.split(",") if gpu.strip()]
+    return [str(index) for index, _ in enumerate(Path(_GPUS).glob("*"))]
 
 
 class LaunchedReplica:
@@ -93,7 +102,10 @@ class PlainLauncher:
             undo.callback(os.close, lifeline)
             try:
                 process = await asyncio.create_subprocess_exec(
-                    *self._command(folder), stdin=read_end, start_new_session=True
+                    *self._command(folder),
+                    stdin=read_end,
+                    start_new_session=True,
+                    env={**os.environ, **self._environment(replica_id)},
                 )
             finally:
                 os.close(read_end)
@@ -110,6 +122,13 @@ class PlainLauncher:
             replica_factory=self._replica_factory,
             log_level=self._log_level,
         )
+
+    def _environment(self, replica_id: int) -> dict[str, str]:
+        """Several replicas share out the GPUs, in turn."""
+        gpus = visible_gpus()
+        if self._num_replicas == 1 or self._engine.device not in ("auto", "cuda") or not gpus:
+            return {}
+        return {"CUDA_VISIBLE_DEVICES": gpus[replica_id % len(gpus)]}
 
     def _share(self, replica_id: int) -> EngineConfig:
         """The options of one replica, with files of its own."""

@@ -107,3 +107,20 @@ def test_replicas_share_the_threads_and_no_file(tmp_path: Path, monkeypatch: pyt
     assert logs == ["log.jsonl.0", "log.jsonl.1"]
     assert one._config("ipc://x", 0, 1).engine.decision_log == "log.jsonl"
     assert AccelerateLauncher(engine, num_replicas=8)._num_threads() == 1
+
+
+def test_several_replicas_get_the_visible_gpus_in_turn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def given(device: str, num_replicas: int) -> list[str | None]:
+        launcher = PlainLauncher(EngineConfig(model="m", device=device), num_replicas=num_replicas)
+        return [launcher._environment(i).get("CUDA_VISIBLE_DEVICES") for i in range(num_replicas)]
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, GPU-abc")
+    assert given("auto", 3) == ["3", "GPU-abc", "3"]
+    assert given("auto", 1) == given("cpu", 1) == given("cuda:1", 1) == [None] and given("cpu", 2) == [None, None]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert given("cuda", 2) == [None, None]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    for name in ("0000:01:00.0", "0000:02:00.0"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr("peft_dist.worker.launcher._GPUS", str(tmp_path))
+    assert given("cuda", 2) == ["0", "1"]
