@@ -15,11 +15,14 @@ from peft_dist.core.errors import AdapterError
 
 if TYPE_CHECKING:
     from peft_dist.api.options import ServerOptions
+    from peft_dist.orchestrator.core import OrchestratorOptions
     from peft_dist.orchestrator.replica_process import ReplicaLauncher
     from peft_dist.orchestrator.service import EngineService
 
 logger = logging.getLogger("peft_dist.serve")
 _T = TypeVar("_T")
+# Signs of life that may be missing before a replica counts as hung.
+_BEATS = 5
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,10 @@ class ServeSettings:
     port: int
     port_file: Path | None
     max_queue: int
+    num_replicas: int
+    restart: bool
+    heartbeat_timeout: float
+    step_timeout: float
     launcher: str
     replica_factory: str | None
     start_timeout: float | None
@@ -47,14 +54,17 @@ async def run_server(settings: ServeSettings) -> None:
         ConfigError, AdapterError, EngineDeadError: the server could not be started as asked.
     """
     from peft_dist.api.listener import Listener, write_port
-    from peft_dist.orchestrator.core import OrchestratorOptions
     from peft_dist.orchestrator.service import EngineService
 
     check_pinned(settings.engine, [name for name, _ in (*settings.adapters, *_folder_adapters(settings))])
     signals = _StopSignals()
     listener = Listener(settings.host, settings.port)
-    options = OrchestratorOptions(settings.engine.max_num_seqs, settings.max_queue, settings.engine.seed)
-    service = EngineService(_launcher(settings), options, start_timeout=settings.start_timeout)
+    service = EngineService(
+        _launcher(settings),
+        _options(settings),
+        num_replicas=settings.num_replicas,
+        start_timeout=settings.start_timeout,
+    )
     try:
         http_app = await _unless(signals.stop, _prepare(settings, service))
         if http_app is None:
@@ -98,7 +108,7 @@ async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, _T]) -> _T | N
 
 
 async def _prepare(settings: ServeSettings, service: EngineService) -> Any:
-    """The application, once the replica is ready and the adapters are loaded."""
+    """The application, once the replicas are ready and the adapters are loaded."""
     from peft_dist.api.server import build_app
 
     starting = [service.start()]
@@ -151,13 +161,35 @@ def _load_tokenizer(source: str | None, engine: EngineConfig) -> Any | None:
     return load_tokenizer(source, revision=engine.revision, trust_remote_code=engine.trust_remote_code)
 
 
+def _options(settings: ServeSettings) -> OrchestratorOptions:
+    from peft_dist.orchestrator.core import OrchestratorOptions
+    from peft_dist.orchestrator.restarts import RestartPolicy
+
+    return OrchestratorOptions(
+        max_num_seqs=settings.engine.max_num_seqs,
+        max_queue=settings.max_queue,
+        seed=settings.engine.seed,
+        start_timeout=settings.start_timeout,
+        # A replica that only seems to hang had better be left alone where no other takes its place.
+        heartbeat_timeout=settings.heartbeat_timeout if settings.restart else None,
+        step_timeout=settings.step_timeout if settings.restart else None,
+        restart=RestartPolicy() if settings.restart else None,
+    )
+
+
 def _launcher(settings: ServeSettings) -> ReplicaLauncher:
     from peft_dist.worker.config import DEFAULT_REPLICA_FACTORY
     from peft_dist.worker.launcher import AccelerateLauncher, PlainLauncher
 
     kind = AccelerateLauncher if settings.launcher == "accelerate" else PlainLauncher
     factory = settings.replica_factory or DEFAULT_REPLICA_FACTORY
-    launcher: ReplicaLauncher = kind(settings.engine, log_level=settings.log_level, replica_factory=factory)
+    launcher: ReplicaLauncher = kind(
+        settings.engine,
+        log_level=settings.log_level,
+        replica_factory=factory,
+        heartbeat_seconds=settings.heartbeat_timeout / _BEATS,
+        num_replicas=settings.num_replicas,
+    )
     return launcher
 
 
@@ -165,6 +197,9 @@ def _announce(service: EngineService, settings: ServeSettings, url: str) -> None
     model = service.model
     adapters = ", ".join(f"{spec.name} (rank {spec.max_rank})" for spec in service.adapters()) or "none"
     tokens = model.num_blocks * model.block_size
+    logger.info(
+        "Replicas  %d, %sstarted again when they die", settings.num_replicas, "" if settings.restart else "not "
+    )
     logger.info("Model     %s as %r, %s in %s", model.model, model.served_model_name, model.device, model.dtype)
     logger.info("Back ends attention %s, LoRA %s, depth %d", model.attention_backend, model.lora_backend, model.depth)
     logger.info("Merging   %s, second copies of %.0f MiB", model.merge_way, model.merge_bytes / 2**20)

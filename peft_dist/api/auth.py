@@ -14,14 +14,15 @@ from peft_dist.api.errors import ApiError
 from peft_dist.api.options import ServerOptions
 
 ADMIN_PATHS = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
+ADMIN_PREFIX = "/admin/"
 _PROXY_HEADERS = ("forwarded", "x-forwarded-for", "x-real-ip")
 
 
 class AuthMiddleware:
     """Checks the key before a byte of the body is read.
 
-    ``/v1`` needs one of the API keys (or the admin key) when there are any. Loading and unloading need the
-    admin key; without one they need an API key when there are any, and a client on this machine.
+    ``/v1`` needs one of the API keys (or the admin key) when there are any. Loading and unloading, and ``/admin``, need
+    the admin key; without one they need an API key when there are any, and a client on this machine.
     """
 
     def __init__(self, app: ASGIApp, options: ServerOptions) -> None:
@@ -37,12 +38,12 @@ class AuthMiddleware:
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         path: str = scope["path"]
-        if path != "/v1" and not path.startswith("/v1/"):
+        if path != "/v1" and not path.startswith(("/v1/", ADMIN_PREFIX)):
             return None
         token = _bearer_token(Headers(scope=scope))
         options = self._options
         is_admin = options.admin_key is not None and _matches_any(token, (options.admin_key,))
-        if path in ADMIN_PATHS:
+        if path in ADMIN_PATHS or path.startswith(ADMIN_PREFIX):
             if options.admin_key is not None:
                 return None if is_admin else _admin_key_needed(token, _matches_any(token, options.api_keys))
             if not is_local_client(scope):
@@ -115,4 +116,6 @@ def _admin_key_needed(token: bytes | None, has_api_key: bool) -> ApiError:
     if token is None or not has_api_key:
         problem = "the admin key is wrong" if token else "the admin key is needed"
         return _unauthorised(problem)
-    return ApiError(403, "an API key does not load or unload adapters: send the admin key", code="admin_only")
+    return ApiError(
+        403, "an API key does not load or unload adapters, or drain replicas: send the admin key", code="admin_only"
+    )

@@ -21,7 +21,9 @@ from peft_dist.core.errors import (
     InvalidRequestError,
     PeftDistError,
     QueueFullError,
+    ReplicaStateError,
     UnknownModelError,
+    UnknownReplicaError,
 )
 
 logger = logging.getLogger(__name__)
@@ -97,6 +99,10 @@ def as_api_error(error: BaseException) -> ApiError:
     if isinstance(error, QueueFullError):
         wait = {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
         return ApiError(429, str(error), code="queue_full", headers=wait)
+    if isinstance(error, UnknownReplicaError):
+        return ApiError(404, str(error), param="replica", code="replica_not_found")
+    if isinstance(error, ReplicaStateError):
+        return ApiError(409, str(error), param="replica", code="replica_state")
     if isinstance(error, EngineDeadError):
         return ApiError(503, str(error), code="engine_dead")
     return ApiError(500, "the server failed while it handled this request; its log has the details")

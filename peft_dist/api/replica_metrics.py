@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from peft_dist.api.metric_labels import AdapterLabels
 from peft_dist.orchestrator.observation import ReplicaTotals, ReplicaView
 
-_STATES = ("starting", "ready", "dead")
+_STATES = ("starting", "ready", "draining", "dead")
 _TIERS = ("device", "host", "disk")
 
 _GAUGES: list[tuple[str, str, Callable[[ReplicaView], float]]] = [
@@ -52,7 +52,7 @@ def kv_usage(replicas: Iterable[ReplicaView]) -> float:
 def replica_families(
     replicas: Sequence[ReplicaView], num_adapters: int, num_pinned: int, labels: AdapterLabels
 ) -> Iterator[Any]:
-    """Gauges of the replicas that are ready, counters of all of them, however they ended."""
+    """Gauges of the replicas that serve, counters of all of them, however they ended."""
     ready = [replica for replica in replicas if replica.is_ready]
     states = Counter(replica.state for replica in replicas)
     yield _family(GaugeMetricFamily, "replicas", "Replicas by state.", ["state"], [((s,), states[s]) for s in _STATES])
@@ -61,6 +61,8 @@ def replica_families(
     yield _family(GaugeMetricFamily, "adapters_pinned", text, [], [((), num_pinned)])
     for name, text, value in _GAUGES:
         yield _family(GaugeMetricFamily, name, text, ["replica"], [((_id(r),), value(r)) for r in ready])
+    lives = [((_id(r),), r.num_restarts) for r in replicas]
+    yield _family(CounterMetricFamily, "replica_restarts", "Starts of a replica after the first.", ["replica"], lives)
     for name, text, count in _COUNTERS:
         rows = [((_id(r),), count(r.totals)) for r in replicas]
         yield _family(CounterMetricFamily, name, text, ["replica"], rows)

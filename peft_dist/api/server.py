@@ -8,6 +8,7 @@ from fastapi import FastAPI
 
 import peft_dist
 from peft_dist.api.adapters import adapters_router
+from peft_dist.api.admin import admin_router
 from peft_dist.api.auth import AuthMiddleware
 from peft_dist.api.body import BodyMiddleware
 from peft_dist.api.chat import chat_router
@@ -40,7 +41,7 @@ def build_app(client: EngineClient, tokenizer: Any | None, options: ServerOption
     options = options or ServerOptions()
     state = ServerState(client, tokenizer, options)
     app = FastAPI(title="peft_dist", version=peft_dist.__version__, redirect_slashes=False)
-    for router in (completions_router, chat_router, models_router, adapters_router, system_router):
+    for router in (completions_router, chat_router, models_router, adapters_router, admin_router, system_router):
         app.include_router(router(state), responses=_ERRORS)
     install_error_handlers(app)
     # The last one added runs first: nobody's body is looked at before his key is.

@@ -1,4 +1,4 @@
-"""Routes for those who run the server: ``/health``, ``/version``, ``/metrics``."""
+"""Routes for those who run the server: ``/health``, ``/ready``, ``/version``, ``/metrics``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from fastapi import APIRouter
 from starlette.responses import PlainTextResponse, Response
 
 import peft_dist
-from peft_dist.api.errors import json_response
+from peft_dist.api.errors import ApiError, json_response
 from peft_dist.api.metrics import CONTENT_TYPE
 from peft_dist.api.state import ServerState
 
@@ -17,8 +17,18 @@ def system_router(state: ServerState) -> APIRouter:
 
     @router.get("/health")
     async def health() -> Response:
-        """200 while requests can be served, 503 when the worker is dead."""
+        """200 while requests can be served, 503 when no replica takes any."""
         state.check_alive()
+        replicas = {str(view.replica_id): view.state for view in state.client.replicas()}
+        return json_response({"status": "ok", "replicas": replicas})
+
+    @router.get("/ready")
+    async def ready() -> Response:
+        """200 while every replica serves; 503 while one starts, drains or is dead, though the others may serve."""
+        away = [view for view in state.client.replicas() if view.state != "ready"]
+        if away:
+            states = ", ".join(f"replica {view.replica_id} is {view.state}" for view in away)
+            raise ApiError(503, f"Not all replicas serve: {states}.", code="not_ready")
         return json_response({"status": "ok"})
 
     @router.get("/version")

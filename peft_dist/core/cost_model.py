@@ -263,6 +263,15 @@ class CostModel:
     def step_seconds(self, features: StepFeatures) -> float:
         return self._step.predict(features.vector())
 
+    def step_coefficients(self) -> tuple[float, ...]:
+        """In the order of ``StepFeatures.vector``."""
+        return tuple(self._step.coefficients)
+
+    def load_coefficients(self) -> tuple[float, float]:
+        """Seconds of a load, and seconds per byte."""
+        base, per_byte = self._others["load"].coefficients
+        return base, per_byte
+
     def switch_seconds(self, current: str | None, target: str | None, rank_rows: int = 0) -> float:
         """From one merged adapter (None: unmerged) to another; ``rank_rows`` are those of ``target``.
 

@@ -44,3 +44,11 @@ class QueueFullError(PeftDistError):
 
 class EngineDeadError(PeftDistError, RuntimeError):
     """The replica that owned the request is gone and nothing can continue it (HTTP 503)."""
+
+
+class UnknownReplicaError(PeftDistError, LookupError):
+    """There is no replica of this number (HTTP 404)."""
+
+
+class ReplicaStateError(PeftDistError):
+    """A replica is not in a state in which this can be done (HTTP 409)."""

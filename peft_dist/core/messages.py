@@ -14,8 +14,9 @@ from peft_dist.core.config import ModelInfo
 from peft_dist.core.errors import PeftDistError
 from peft_dist.core.outputs import PositionLogprobs
 from peft_dist.core.sampling_params import SamplingParams
+from peft_dist.core.step_costs import StepCosts
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 class _Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
@@ -27,7 +28,10 @@ class Command(_Message, frozen=True, kw_only=True):
 
 
 class AddRequest(Command, frozen=True, kw_only=True):
-    """Run one sequence. ``output_token_ids`` is not empty when the replica continues what another began."""
+    """Run one sequence. ``output_token_ids`` is not empty when the replica continues what another began.
+
+    ``age`` are the seconds since the request arrived at the server, where that is not just now.
+    """
 
     request_id: str
     prompt_token_ids: list[int]
@@ -36,6 +40,7 @@ class AddRequest(Command, frozen=True, kw_only=True):
     sequence_index: int = 0
     content_hash: str | None = None
     output_token_ids: list[int] = []
+    age: float = 0.0
 
 
 class AbortRequest(Command, frozen=True, kw_only=True):
@@ -88,6 +93,7 @@ class Ready(Report, frozen=True, kw_only=True):
 
     model: ModelInfo
     pid: int
+    costs: StepCosts | None = None
 
 
 class SequenceProgress(msgspec.Struct, frozen=True):
@@ -152,6 +158,19 @@ class ReplicaDetail(msgspec.Struct, frozen=True):
     adapters: list[AdapterResidency] = []
     num_adapter_loads: int = 0
     num_adapter_evictions: int = 0
+    costs: StepCosts | None = None
+
+
+class Started(Report, frozen=True, kw_only=True):
+    """These sequences are in a batch for the first time. Told before the batch runs: it may end the process."""
+
+    request_ids: list[str]
+
+
+class Heartbeat(Report, frozen=True, kw_only=True):
+    """The process lives. ``busy_seconds``: for how long its loop has been in one round, 0 while it waits."""
+
+    busy_seconds: float
 
 
 class Progress(Report, frozen=True, kw_only=True):
@@ -177,7 +196,7 @@ class Fatal(Report, frozen=True, kw_only=True):
 
 
 AnyCommand = AddRequest | AbortRequest | LoadAdapter | PinAdapter | UnloadAdapter | Shutdown
-AnyReport = Ready | Progress | AdapterResult | Fatal
+AnyReport = Ready | Started | Heartbeat | Progress | AdapterResult | Fatal
 
 
 class ProtocolError(PeftDistError):

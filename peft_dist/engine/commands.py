@@ -25,7 +25,7 @@ def make_request(command: AddRequest, adapters: Mapping[str, AdapterSpec], now: 
         prompt_token_ids=command.prompt_token_ids,
         params=command.params,
         seed=command.seed,
-        arrival_time=now,
+        arrival_time=now - command.age,
         adapter=adapter,
         sequence_index=command.sequence_index,
         output_token_ids=list(command.output_token_ids),

@@ -45,6 +45,7 @@ class Engine:
         on_decision: Hears of every submitted step.
 
     Attributes:
+        on_start: Hears the ids of the requests that a step about to be submitted is the first one of.
         residency_version: Grows whenever an adapter was registered, forgotten, brought to the device or put out of it.
     """
 
@@ -63,6 +64,7 @@ class Engine:
         self.eos_token_ids = frozenset(eos_token_ids)
         self.cost = cost or CostModel()
         self.on_decision = on_decision
+        self.on_start: Callable[[list[str]], None] | None = None
         self.requests: dict[str, Request] = {}
         self.adapters: dict[str, AdapterSpec] = {}
         self.num_steps = 0
@@ -165,7 +167,7 @@ class Engine:
     def detail(self) -> ReplicaDetail:
         """What people who watch this replica want to know; walks over the queue."""
         steps = StepCounts(self.num_steps, self.num_merged_steps, self.num_switches, self.switch_seconds)
-        return detail_of(self.scheduler, self.executor, self.requests.values(), self._last_batch, steps)
+        return detail_of(self.scheduler, self.executor, self.requests.values(), self._last_batch, steps, self.cost)
 
     def _submit(self, batch: Batch, now: float) -> None:
         requests = [self.requests[sequence.request_id] for sequence in batch.sequences]
@@ -177,6 +179,8 @@ class Engine:
             if self.on_decision is not None:
                 seconds = switch.seconds if switch else 0.0
                 self.on_decision(describe(self.scheduler, batch, features, self.cost, seconds, now))
+            if self.on_start is not None and (new := [r.request_id for r in requests if r.first_scheduled == now]):
+                self.on_start(new)
             handle = self.executor.submit(batch)
         except BaseException:
             # Their blocks were named when they were scheduled, and will not be written.

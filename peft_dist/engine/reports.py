@@ -6,8 +6,10 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
+from peft_dist.core.cost_model import CostModel
 from peft_dist.core.messages import ReplicaDetail, ReplicaStats
 from peft_dist.core.request import Request, RequestStatus
+from peft_dist.core.step_costs import StepCosts
 from peft_dist.engine.executor import Executor
 from peft_dist.engine.scheduler import Scheduler
 
@@ -44,6 +46,7 @@ def detail_of(
     requests: Collection[Request],
     last_batch: Iterable[Request],
     steps: StepCounts,
+    cost: CostModel,
 ) -> ReplicaDetail:
     """``requests``: all that have not ended; ``last_batch``: those of the step submitted last, ended or not."""
     running = {r.request_id for r in last_batch if r.status is RequestStatus.RUNNING}
@@ -64,4 +67,5 @@ def detail_of(
         adapters=executor.residency(),
         num_adapter_loads=adapters.loads,
         num_adapter_evictions=adapters.evictions,
+        costs=StepCosts.of(cost),
     )

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import msgspec
 
 from peft_dist.core.adapter import BASE_NAMES, AdapterSpec
 from peft_dist.core.config import ModelInfo
 from peft_dist.core.errors import AdapterError, AdapterNameError, PeftDistError, UnknownModelError
+from peft_dist.core.messages import LoadAdapter
 
 _MAX_LISTED = 20
 
 
 @dataclass(slots=True)
 class _Load:
-    """A load that the replicas in ``waiting`` have not answered yet."""
+    """A load that the replicas in ``waiting`` have not answered yet. ``lost``: why one will never answer."""
 
-    name: str
+    command: LoadAdapter
     waiting: set[int]
-    pinned: bool = False
-    spec: AdapterSpec | None = None
+    specs: list[AdapterSpec] = field(default_factory=list)
     error: PeftDistError | None = None
+    lost: PeftDistError | None = None
 
 
 class AdapterRegistry:
@@ -28,9 +32,9 @@ class AdapterRegistry:
 
     def __init__(self) -> None:
         self._by_name: dict[str, AdapterSpec] = {}
+        self._sources: dict[str, LoadAdapter] = {}
         self._pinned: set[str] = set()
         self._repins: dict[str, None] = {}
-        self._held: set[str] = set()
         self._uses: Counter[str] = Counter()
         self._base_names: tuple[str, ...] = tuple(name for name in BASE_NAMES if name)
         self._loads: dict[int, _Load] = {}
@@ -69,19 +73,18 @@ class AdapterRegistry:
             raise AdapterNameError(f"adapter name {name!r} is empty or padded: give a name without surrounding spaces")
         if name in self._base_names or any(name.startswith(f"{base}:") for base in self._base_names):
             raise AdapterNameError(f"adapter name {name!r} belongs to the base model: choose another name")
-        if any(load.name == name for load in self._loads.values()):
+        if any(load.command.name == name for load in self._loads.values()):
             raise AdapterNameError(f"adapter {name!r} is being loaded already: wait for that to end")
         if name in self._by_name and not replace:
             raise AdapterNameError(f"adapter {name!r} is loaded already: unload it first, or load it in place")
 
-    def held(self, spec: AdapterSpec) -> None:
-        """A replica told that it holds this content."""
-        self._held.add(spec.content_hash)
+    def begin_load(self, command: LoadAdapter, replica_ids: set[int]) -> None:
+        """A load was sent to these replicas."""
+        self._loads[command.call_id] = _Load(command, replica_ids)
 
-    def begin_load(self, call_id: int, name: str, replica_ids: set[int], pinned: bool | None = None) -> bool:
-        """Whether the adapter will be pinned; None: if what it replaces is."""
-        load = self._loads[call_id] = _Load(name, replica_ids, name in self._pinned if pinned is None else pinned)
-        return load.pinned
+    @property
+    def is_loading(self) -> bool:
+        return bool(self._loads)
 
     def loads_on(self, replica_id: int) -> list[int]:
         """Loads that this replica has not answered yet."""
@@ -94,43 +97,63 @@ class AdapterRegistry:
         return calls
 
     def settle(
-        self, call_id: int, replica_id: int, spec: AdapterSpec | None, error: PeftDistError | str | None
+        self, call_id: int, replica_id: int, answer: AdapterSpec | PeftDistError, *, lost: bool = False
     ) -> AdapterSpec | PeftDistError | None:
         """One replica's answer to a load: the outcome when it was the last one awaited, None before.
 
-        The adapter gets its name only when every replica holds it.
+        The adapter gets its name only when every replica holds it that is still there; ``lost`` ones are not, and
+        ``answer`` says why.
         """
         load = self._loads[call_id]
+        name = load.command.name
         load.waiting.discard(replica_id)
-        load.spec = spec or load.spec
-        if error is not None:
-            load.error = AdapterError(error) if isinstance(error, str) else error
+        if isinstance(answer, AdapterSpec):
+            load.specs.append(answer)
+        elif lost:
+            load.lost = answer
+        else:
+            load.error = answer
         if load.waiting:
             return None
         del self._loads[call_id]
-        if load.pinned or load.name in self._pinned:
+        if load.command.pinned or name in self._pinned:
             # The load may have failed on another replica, or the name been unloaded after this one had obeyed.
-            self._repins[load.name] = None
-        if load.error is not None or load.spec is None:
-            return load.error or AdapterError(f"adapter {load.name!r}: the replica neither loaded nor refused it")
-        self._by_name[load.name] = load.spec
-        (self._pinned.add if load.pinned else self._pinned.discard)(load.name)
-        return load.spec
+            self._repins[name] = None
+        contents = {spec.content_hash for spec in load.specs}
+        if load.error is not None:
+            return load.error
+        if not contents:
+            return load.lost or AdapterError(f"adapter {name!r}: the replica neither loaded nor refused it")
+        if len(contents) > 1:
+            return AdapterError(
+                f"adapter {name!r} is not the same on all replicas (contents {', '.join(sorted(contents))}): "
+                "load it again when its files no longer change"
+            )
+        self._by_name[name], self._sources[name] = load.specs[-1], load.command
+        (self._pinned.add if load.command.pinned else self._pinned.discard)(name)
+        return load.specs[-1]
+
+    def reload_command(self, name: str, call_id: int) -> LoadAdapter:
+        """What brings a named adapter to one more replica."""
+        return msgspec.structs.replace(self._sources[name], call_id=call_id, pinned=name in self._pinned)
+
+    def repin(self, name: str) -> None:
+        """A replica was told to pin this name at a time when it may have meant something else."""
+        self._repins[name] = None
+
+    def repin_if_pinned(self, names: Iterable[str]) -> None:
+        """As ``repin``, for those of the names that are pinned."""
+        for name in self._pinned.intersection(names):
+            self.repin(name)
 
     def remove(self, name: str) -> None:
         """Raises UnknownModelError when no adapter has this name."""
         if not isinstance(name, str) or self._by_name.pop(name, None) is None:
             raise UnknownModelError(f"The adapter {name!r} is not loaded. {self._served()}")
+        del self._sources[name]
         if name in self._pinned:
             self._pinned.remove(name)
             self._repins[name] = None
-
-    def forget_all(self) -> None:
-        """No replica holds anything any more: every adapter must be loaded again."""
-        self._by_name.clear()
-        self._pinned.clear()
-        self._repins.clear()
-        self._held.clear()
 
     def acquire(self, spec: AdapterSpec | None) -> None:
         if spec is not None:
@@ -147,17 +170,13 @@ class AdapterRegistry:
         names, self._repins = self._repins, {}
         return [(name, self._by_name[name].content_hash if name in self._pinned else None) for name in names]
 
-    def take_unused(self) -> list[str]:
-        """Content hashes that the replicas may drop; each is returned once.
+    def needed(self) -> set[str]:
+        """Content hashes that a name or an unfinished request needs."""
+        return {spec.content_hash for spec in self._by_name.values()} | self._uses.keys()
 
-        Nothing is unused while a load is under way: it may turn out to bring the same content again.
-        """
-        if self._loads:
-            return []
-        named = {spec.content_hash for spec in self._by_name.values()}
-        unused = sorted(self._held - named - self._uses.keys())
-        self._held.difference_update(unused)
-        return unused
+    def is_named(self, content_hash: str) -> bool:
+        """Whether a name means this content."""
+        return any(spec.content_hash == content_hash for spec in self._by_name.values())
 
     def _served(self) -> str:
         names = list(self._by_name)

@@ -143,6 +143,26 @@ class EngineClient(Protocol):
         """Every replica as it was last heard of. Cheap: its parts are shared, and never change."""
         ...
 
+    async def drain_replica(self, replica_id: int, *, restart: bool = False) -> None:
+        """Move a replica's requests to others, give it no new ones, and return when it has none left.
+
+        With ``restart`` it is then ended and started again; without, it waits until ``resume_replica``. Returns
+        too when it dies.
+
+        Raises:
+            UnknownReplicaError: there is no such replica.
+            ReplicaStateError: it does not serve, or no other one does; or it was resumed before it was empty.
+        """
+        ...
+
+    def resume_replica(self, replica_id: int) -> None:
+        """Let a drained replica take requests again.
+
+        Raises:
+            UnknownReplicaError, ReplicaStateError: there is no such replica, or it was not drained.
+        """
+        ...
+
     async def stop(self) -> None:
         """Fail what still runs with EngineDeadError and end the replicas. Idempotent."""
         ...

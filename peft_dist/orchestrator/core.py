@@ -2,67 +2,56 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import Any
 
-from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.config import ModelInfo
-from peft_dist.core.errors import ConfigError, EngineDeadError, InvalidRequestError, QueueFullError
+from peft_dist.core.errors import (
+    EngineDeadError,
+    InvalidRequestError,
+)
 from peft_dist.core.messages import (
     AbortRequest,
     AdapterResult,
-    AnyCommand,
     AnyReport,
     Fatal,
-    LoadAdapter,
-    PinAdapter,
+    Heartbeat,
     Progress,
     Ready,
     ReplicaStats,
     SequenceProgress,
     Shutdown,
-    UnloadAdapter,
+    Started,
 )
+from peft_dist.orchestrator.adapter_calls import AdapterCalls, to
 from peft_dist.orchestrator.adapters import AdapterRegistry
 from peft_dist.orchestrator.admission import check_prompt, check_token_parameters, resolve_max_tokens
 from peft_dist.orchestrator.client import NewRequest
-from peft_dist.orchestrator.pace import Pace
+from peft_dist.orchestrator.dispatcher import Lengths
+from peft_dist.orchestrator.lifecycle import Lifecycle
+from peft_dist.orchestrator.options import OrchestratorOptions
+from peft_dist.orchestrator.placer import Placer
 from peft_dist.orchestrator.records import (
-    AdapterLoaded,
     AdapterRefused,
     Event,
-    Notice,
     Outgoing,
     Replica,
+    ReplicaDrained,
     ReplicaLost,
     ReplicaReady,
-    ReplicaState,
     RequestFailed,
     RequestRecord,
     SequenceEvent,
     SequenceRecord,
+    StartReplica,
 )
 from peft_dist.orchestrator.replicas import ReplicaTable
-from peft_dist.orchestrator.requests import RequestTable, add_command, ending, unseen_part
+from peft_dist.orchestrator.requests import RequestTable, ending, unseen_part
+from peft_dist.orchestrator.room import Room
 
-
-@dataclass(frozen=True, slots=True)
-class OrchestratorOptions:
-    """
-    Attributes:
-        max_num_seqs: Sequences that one replica runs at once.
-        max_queue: Sequences that may wait beyond those; one more is refused.
-        seed: Seeds the seeds of requests that bring none; None draws from the system.
-    """
-
-    max_num_seqs: int = 256
-    max_queue: int = 1024
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_queue < 0:
-            raise ConfigError(f"max_queue={self.max_queue} must be 0 (nothing waits) or more")
+__all__ = ["Orchestrator", "OrchestratorOptions"]
 
 
 class Orchestrator:
@@ -76,12 +65,14 @@ class Orchestrator:
         self.adapters = AdapterRegistry()
         self.replicas = ReplicaTable()
         self._requests = RequestTable()
+        self._lengths = Lengths()
         self._options = options
         self._seeds = random.Random(options.seed)
-        self._pace = Pace()
-        self._model: ModelInfo | None = None
+        self._room = Room(options)
         self._events: list[Event] = []
-        self._next_call = 1
+        self._calls = AdapterCalls(self.adapters, self.replicas, self._events)
+        self._placer = Placer(self._requests, self.replicas, self._calls, options.max_num_seqs, self._lengths)
+        self.lives = Lifecycle(self.replicas, options)
         self._stopping = False
 
     # What clients ask
@@ -100,36 +91,31 @@ class Orchestrator:
         if new.request_id in self._requests:
             raise InvalidRequestError(f"request_id {new.request_id!r} is in use: ids are unique", param="request_id")
         self._check_open()
-        replica = self.replicas.choose(self._requests.load)
-        self._check_room(params.n)
+        self._check_ready()
+        self._room.check(params.n, self.num_unfinished, len(self.replicas.ready()))
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
         record = RequestRecord(new.request_id, list(new.prompt_token_ids), params, seed, adapter, now)
-        self._requests.open(record, replica)
+        if self._placer.is_hopeless(record):
+            raise EngineDeadError(f"No replica can run the adapter {new.model!r} now: load it again, or try later.")
+        self._requests.open(record, now)
         self.adapters.acquire(adapter)
-        return [_to(replica, add_command(record, sequence)) for sequence in record.unfinished.values()]
+        return self._placer.place(record, now)
 
     def abort(self, request_id: str, now: float, sequence_index: int | None = None) -> list[Outgoing]:
         """End a request, or one sequence of it, as "abort"; what is unknown or finished is ignored."""
         out: list[Outgoing] = []
         for record, sequence in self._requests.running(request_id, sequence_index):
-            out.append(self._abort_command(sequence))
+            out += self._abort_command(record, sequence)
             self._finish(record, sequence, ending(sequence, "abort"), now)
-        return out + self._drop_unused()
+        return out + self._place_waiting(now) + self._note_drained() + self._calls.tidy()
 
     def load_adapter(
-        self,
-        name: str,
-        path: str,
-        *,
-        replace: bool = False,
-        allow_hub: bool = False,
-        root: str | None = None,
-        allow_pickle: bool = False,
-        pinned: bool | None = None,
+        self, name: str, path: str, *, replace: bool = False, pinned: bool | None = None, **source: Any
     ) -> tuple[int, list[Outgoing]]:
         """Ask every replica to load; ``AdapterLoaded`` or ``AdapterRefused`` with the returned call id follows.
 
-        ``pinned``: Keep it on the device; None: if what it replaces is kept there.
+        ``pinned``: Keep it on the device; None: if what it replaces is kept there. ``source``: Fields of
+        ``LoadAdapter`` that say where it may come from.
 
         Raises:
             AdapterError: the name cannot be used.
@@ -137,14 +123,8 @@ class Orchestrator:
         """
         self._check_open()
         self.adapters.check_new_name(name, replace=replace)
-        self.replicas.choose(self._requests.load)
-        replicas = self.replicas.ready()
-        call_id = self._new_call()
-        pin = self.adapters.begin_load(call_id, name, {replica.replica_id for replica in replicas}, pinned)
-        command = LoadAdapter(
-            call_id=call_id, name=name, path=path, root=root, allow_hub=allow_hub, allow_pickle=allow_pickle, pinned=pin
-        )
-        return call_id, [_to(replica, command) for replica in replicas]
+        self._check_ready()
+        return self._calls.load(name, path, pinned, **source)
 
     def unload_adapter(self, name: str) -> list[Outgoing]:
         """New requests are refused at once; the replicas drop the content when its last request has ended.
@@ -153,7 +133,28 @@ class Orchestrator:
             UnknownModelError: no adapter has this name.
         """
         self.adapters.remove(name)
-        return self._drop_unused()
+        self._lengths.forget(self.adapters.needed())
+        return self._calls.tidy()
+
+    def drain_replica(self, replica_id: int, now: float, *, restart: bool = False) -> list[Outgoing]:
+        """Give a replica no new requests and move those it has; ``ReplicaDrained`` follows when it has none left.
+
+        What no other replica can run finishes on it. With ``restart`` it then ends, and is started again.
+
+        Raises:
+            UnknownReplicaError, ReplicaStateError: there is no such replica, or it cannot be spared.
+        """
+        self.lives.drain(replica_id, leave=restart)
+        return self._placer.evacuate(now) + self._note_drained()
+
+    def resume_replica(self, replica_id: int, now: float) -> list[Outgoing]:
+        """Let a draining or drained replica take requests again.
+
+        Raises:
+            UnknownReplicaError, ReplicaStateError: there is no such replica, or it does not drain (any more).
+        """
+        replica = self.lives.resume(replica_id)
+        return self._calls.welcome(replica) + self._place_waiting(now)
 
     def drain(self) -> None:
         """Admit nothing any more; what runs goes on."""
@@ -166,63 +167,89 @@ class Orchestrator:
         self._fail(self._requests.records(), error)
         self._events.extend(AdapterRefused(call_id, error) for call_id in self.adapters.cancel_loads())
         alive = self.replicas.all_alive()
-        for replica in alive:
+        for replica in self.replicas.all():
             self.replicas.mark_dead(replica, error)
-        return [_to(replica, Shutdown()) for replica in alive]
+        return [to(replica, Shutdown()) for replica in alive]
 
     # What happens
 
     def add_replica(self, replica_id: int, now: float, start_timeout: float | None = None) -> Replica:
-        """Enter a replica that is being started, or started again after it was lost."""
-        earlier = self.replicas.get(replica_id)
-        if earlier is not None and earlier.state is not ReplicaState.DEAD:
-            raise ConfigError(f"replica {replica_id} is still {earlier.state.value}: it cannot be started again")
+        """Enter a replica that is being started, or started again after it was lost. Raises ConfigError before that."""
         return self.replicas.add(replica_id, None if start_timeout is None else now + start_timeout)
 
-    def lose_replica(self, replica_id: int, epoch: int, reason: str) -> list[Outgoing]:
-        """Give a replica up: its requests and loads fail, and it is told to exit in case it still listens.
+    def lose_replica(
+        self, replica_id: int, epoch: int, reason: str, now: float, *, hangs: bool = False
+    ) -> list[Outgoing]:
+        """Give a replica up: it is told to exit in case it still listens, and other replicas go on with its requests.
 
-        Ignored for an earlier incarnation, or a second time.
+        Those that no replica can go on with fail. Ignored for an earlier incarnation, or a second time.
         """
         replica = self.replicas.alive(replica_id, epoch)
         if replica is None:
             return []
-        error = EngineDeadError(reason)
+        error, was_asked = EngineDeadError(reason), replica.leaves
         self.replicas.mark_dead(replica, error)
-        self._fail(self._requests.on_replica(replica_id), error)
-        for call_id in self.adapters.loads_on(replica_id):
-            self._settle(call_id, replica_id, None, error)
-        self._events.append(ReplicaLost(replica_id, error))
-        return [_to(replica, Shutdown()), *self._drop_unused()]
+        self.lives.ended(replica)
+        if not self._stopping:
+            self.lives.plan_restart(replica, now, was_asked=was_asked)
+        out = [to(replica, Shutdown()), *self._calls.lose(replica, error)]
+        if (guilty := self._placer.orphan(replica, now, by_death=not was_asked)) is not None:
+            twice = f"{reason.rstrip('.')}. So did another replica with this request: it is not tried again."
+            self._fail([guilty], EngineDeadError(twice))
+        out += self._place_waiting(now, error)
+        self._events.append(ReplicaLost(replica_id, error, hangs, was_asked))
+        return [*out, *self._calls.tidy()]
 
     def observe(self, replica_id: int, epoch: int, report: AnyReport, now: float) -> list[Outgoing]:
         """Take in a replica's report; those of a fenced or dead incarnation are ignored."""
         replica = self.replicas.alive(replica_id, epoch)
         if replica is None:
             return []
+        replica.last_heard = now
         out: list[Outgoing] = []
         match report:
             case Progress():
                 out = self._observe_progress(replica, report, now)
+            case Started():
+                for sequence_id in report.request_ids:
+                    if owner := self._requests.owner(sequence_id, replica_id):
+                        owner[1].started = True
+            case Heartbeat(busy_seconds=seconds):
+                if self.lives.is_stuck(seconds):
+                    reason = f"Replica {replica_id} has been in one step for {seconds:.0f} s."
+                    out = self.lose_replica(replica_id, epoch, reason, now, hangs=True)
             case Ready():
-                self._observe_ready(replica, report)
+                out = self._observe_ready(replica, report, now)
             case AdapterResult():
-                self._observe_adapter(replica, report)
+                out = self._calls.answered(replica, report) + self._place_waiting(now) + self._placer.evacuate(now)
             case Fatal():
-                out = self.lose_replica(replica_id, epoch, report.error)
-        return out + self._drop_unused()
+                out = self.lose_replica(replica_id, epoch, report.error, now)
+        return out + self._note_drained() + self._calls.tidy()
 
     def tick(self, now: float) -> list[Outgoing]:
-        """Act on deadlines that passed: a replica that is not ready in time is given up and told to exit."""
+        """Act on deadlines that passed; ``next_deadline`` tells when the next one does.
+
+        Replicas that are not ready in time, or silent for too long, are lost; those that waited for it are started.
+        """
         out: list[Outgoing] = []
-        for replica in self.replicas.late(now):
-            reason = f"Replica {replica.replica_id} was not ready in time."
-            out += self.lose_replica(replica.replica_id, replica.epoch, reason)
-        return out
+        for lost, reason, hangs in self.lives.lost_by(now):
+            out += self.lose_replica(lost.replica_id, lost.epoch, reason, now, hangs=hangs)
+        for dead in self.lives.due(now):
+            replica = self.add_replica(dead.replica_id, now, self._options.start_timeout)
+            self._events.append(StartReplica(replica.replica_id, replica.epoch))
+        waited = [r for r in self._requests.unplaced() if r.waits_since + self._options.max_wait <= now]
+        self._fail(waited, EngineDeadError(f"No replica could go on with this in time. {self.replicas.health_error()}"))
+        return out + self._calls.tidy()
+
+    def next_deadline(self) -> float:
+        """When ``tick`` has something to do, if nothing happens before; infinity for never."""
+        waiting = (record.waits_since + self._options.max_wait for record in self._requests.unplaced())
+        return min(self.lives.next_deadline(), min(waiting, default=math.inf))
 
     def drain_events(self) -> list[Event]:
         """What happened since the last call, in order."""
-        events, self._events = self._events, []
+        events = self._events[:]
+        self._events.clear()
         return events
 
     # What can be asked
@@ -230,9 +257,7 @@ class Orchestrator:
     @property
     def model(self) -> ModelInfo:
         """Raises EngineDeadError before the first replica was ready."""
-        if self._model is None:
-            raise EngineDeadError(self.replicas.health_error())
-        return self._model
+        return self.replicas.model()
 
     @property
     def health_error(self) -> str | None:
@@ -254,31 +279,21 @@ class Orchestrator:
         if self._stopping:
             raise EngineDeadError("The server is shutting down: send the request to another one, or later.")
 
-    def _check_room(self, num_sequences: int) -> None:
-        room = len(self.replicas.ready()) * self._options.max_num_seqs + self._options.max_queue
-        if num_sequences > room:
-            raise InvalidRequestError(f"n={num_sequences} is more than the {room} sequences this server holds", "n")
-        excess = self.num_unfinished + num_sequences - room
-        if excess > 0:
-            raise QueueFullError(
-                f"The queue is full: {self.num_unfinished} of {room} sequences wait or run. Try again later.",
-                retry_after=self._pace.seconds_for(excess),
-            )
+    def _check_ready(self) -> None:
+        if (error := self.health_error) is not None:
+            raise EngineDeadError(error)
 
-    def _new_call(self) -> int:
-        call_id, self._next_call = self._next_call, self._next_call + 1
-        return call_id
-
-    def _abort_command(self, sequence: SequenceRecord) -> Outgoing:
-        return _to(self.replicas[sequence.replica_id], AbortRequest(request_ids=[sequence.sequence_id]))
+    def _abort_command(self, record: RequestRecord, sequence: SequenceRecord) -> list[Outgoing]:
+        if record.replica_id is None:
+            return []
+        return [to(self.replicas[record.replica_id], AbortRequest(request_ids=[sequence.sequence_id]))]
 
     def _finish(self, record: RequestRecord, sequence: SequenceRecord, last: SequenceProgress, now: float) -> None:
         self._events.append(SequenceEvent(record.request_id, sequence.index, last))
+        self._lengths.ended(record.content_hash, len(sequence.output_token_ids))
         if self._requests.close(record, sequence):
             self.adapters.release(record.adapter)
-        self._pace.ended(now)
-        if not self.num_unfinished:
-            self._pace.idle()
+        self._room.ended(now, self.num_unfinished)
 
     def _fail(self, records: Iterable[RequestRecord], error: EngineDeadError) -> None:
         for record in records:
@@ -298,49 +313,34 @@ class Orchestrator:
             try:
                 new = unseen_part(sequence, progress)
             except ValueError as error:
-                out.append(self._abort_command(sequence))
+                out += self._abort_command(record, sequence)
                 new = ending(sequence, "error", str(error))
-            sequence.output_token_ids.extend(new.token_ids)
+            self._requests.advance(record, sequence, new.token_ids)
             if new.finish_reason is None:
                 self._events.append(SequenceEvent(record.request_id, sequence.index, new))
             else:
                 self._finish(record, sequence, new, now)
-        return out
+        return out + self._place_waiting(now)
 
-    def _observe_ready(self, replica: Replica, report: Ready) -> None:
-        if not self.replicas.ready():
-            # It starts empty, and no other replica holds the adapters that a lost one held.
-            self.adapters.forget_all()
-        self.replicas.mark_ready(replica, report)
-        self._model = report.model
+    def _observe_ready(self, replica: Replica, report: Ready, now: float) -> list[Outgoing]:
+        self.replicas.mark_ready(replica, report, now)
         self.adapters.set_base(report.model)
         self._events.append(ReplicaReady(replica.replica_id, report.model))
+        return self._calls.welcome(replica) + self._place_waiting(now) + self._placer.evacuate(now)
 
-    def _observe_adapter(self, replica: Replica, report: AdapterResult) -> None:
-        if report.spec is not None:
-            self.adapters.held(report.spec)
-        if report.call_id in self.adapters.loads_on(replica.replica_id):
-            self._settle(report.call_id, replica.replica_id, report.spec, report.error)
-        elif report.error is not None:
-            self._events.append(Notice(replica.replica_id, report.error))
-
-    def _settle(
-        self, call_id: int, replica_id: int, spec: AdapterSpec | None, error: EngineDeadError | str | None
-    ) -> None:
-        outcome = self.adapters.settle(call_id, replica_id, spec, error)
-        if isinstance(outcome, AdapterSpec):
-            self._events.append(AdapterLoaded(call_id, outcome))
-        elif outcome is not None:
-            self._events.append(AdapterRefused(call_id, outcome))
-
-    def _drop_unused(self) -> list[Outgoing]:
-        ready = self.replicas.ready()
-        pins = [PinAdapter(name=name, content_hash=held) for name, held in self.adapters.take_repins()]
-        out = [_to(replica, pin) for pin in pins for replica in ready]
-        for content_hash in self.adapters.take_unused():
-            out += [_to(r, UnloadAdapter(call_id=self._new_call(), content_hash=content_hash)) for r in ready]
+    def _place_waiting(self, now: float, error: EngineDeadError | None = None) -> list[Outgoing]:
+        """Place what waits, and fail what waits in vain."""
+        if not self._requests.has_unplaced:
+            return []
+        out = self._placer.place_waiting(now)
+        hopeless = [record for record in self._requests.unplaced() if self._placer.is_hopeless(record)]
+        self._fail(hopeless, error or EngineDeadError(self.replicas.health_error()))
         return out
 
-
-def _to(replica: Replica, command: AnyCommand) -> Outgoing:
-    return Outgoing(replica.replica_id, replica.epoch, command)
+    def _note_drained(self) -> list[Outgoing]:
+        """Tell of replicas that have become empty, and let those go that are to be started again."""
+        empty = [replica for replica in self.lives.draining() if not self._requests.load(replica)]
+        for replica in empty:
+            self.lives.drained(replica)
+            self._events.append(ReplicaDrained(replica.replica_id, replica.leaves))
+        return [to(replica, Shutdown()) for replica in empty if replica.leaves]

@@ -15,6 +15,8 @@ from peft_dist.orchestrator.records import Outgoing
 class Link:
     """A ROUTER socket to which each incarnation of a replica connects as ``b"<replica_id>.<epoch>"``.
 
+    Side sockets, which are only heard, add a name to that.
+
     It lies in a folder that only this user can enter, so whoever connects needs no further authentication.
     """
 
@@ -37,7 +39,7 @@ class Link:
     async def receive(self) -> tuple[int, int, bytes]:
         """Replica id, epoch and encoded report of the next message."""
         identity, data = await self._socket.recv_multipart()
-        replica_id, epoch = identity.split(b".")
+        replica_id, epoch, *_ = identity.split(b".")
         return int(replica_id), int(epoch), data
 
     def close(self) -> None:

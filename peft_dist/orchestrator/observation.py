@@ -45,10 +45,12 @@ class ReplicaView:
     """One replica as it was last heard of.
 
     Attributes:
-        state: "starting", "ready" or "dead"; what ``stats`` and ``detail`` say of now is worth something only
-            while it is ready.
+        state: "starting", "ready", "draining" or "dead"; what ``stats`` and ``detail`` say of now is worth something
+            only while it is ready or draining.
         model: None before it was ready for the first time.
         totals: Counts over all incarnations.
+        num_restarts: Incarnations before this one.
+        error: Why the last incarnation that died did; None before.
     """
 
     replica_id: int
@@ -57,7 +59,10 @@ class ReplicaView:
     stats: ReplicaStats
     detail: ReplicaDetail
     totals: ReplicaTotals
+    num_restarts: int = 0
+    error: str | None = None
 
     @property
     def is_ready(self) -> bool:
-        return self.state == "ready"
+        """Whether it serves, new requests or the rest of those it has."""
+        return self.state in ("ready", "draining")

@@ -11,6 +11,7 @@ from peft_dist.core.config import ModelInfo
 from peft_dist.core.errors import PeftDistError
 from peft_dist.core.messages import AnyCommand, ReplicaDetail, ReplicaStats, SequenceProgress
 from peft_dist.core.sampling_params import SamplingParams
+from peft_dist.core.step_costs import StepCosts
 from peft_dist.orchestrator.observation import ReplicaTotals
 
 
@@ -23,10 +24,11 @@ class Outgoing(NamedTuple):
 
 
 class ReplicaState(enum.Enum):
-    """Where an incarnation of a replica is in its life; DEAD is for good."""
+    """Where an incarnation of a replica is in its life; DEAD is for good. A DRAINING one takes no new requests."""
 
     STARTING = "starting"
     READY = "ready"
+    DRAINING = "draining"
     DEAD = "dead"
 
 
@@ -34,8 +36,15 @@ class ReplicaState(enum.Enum):
 class Replica:
     """One replica; ``epoch`` counts incarnations over all replicas, so that no two are alike.
 
-    ``start_deadline`` is the time by which a starting replica must be ready, None for no limit. ``earlier`` is what
-    the incarnations before this one counted.
+    Attributes:
+        start_deadline: The time by which a starting replica must be ready, None for no limit.
+        last_heard: When it said anything last.
+        ready_since: When it became ready, None before.
+        num_restarts: Incarnations of this replica before this one.
+        num_failures: Incarnations of this replica that died early, one after another, up to now.
+        restart_at: When a dead replica is started again, None for never.
+        leaves: A draining one ends when it is empty, and is started again at once.
+        earlier: What the incarnations before this one counted.
     """
 
     replica_id: int
@@ -46,17 +55,47 @@ class Replica:
     pid: int | None = None
     stats: ReplicaStats = field(default_factory=ReplicaStats)
     detail: ReplicaDetail = field(default_factory=ReplicaDetail)
+    costs: StepCosts | None = None
+    last_heard: float = 0.0
+    ready_since: float | None = None
+    num_restarts: int = 0
+    num_failures: int = 0
+    restart_at: float | None = None
+    leaves: bool = False
     earlier: ReplicaTotals = field(default_factory=ReplicaTotals)
     error: PeftDistError | None = None
+
+    @property
+    def is_alive(self) -> bool:
+        return self.state is not ReplicaState.DEAD
+
+    @property
+    def will_be_ready(self) -> bool:
+        """Whether it starts, or is going to be started again."""
+        return self.state is ReplicaState.STARTING or self.restart_at is not None or self.leaves
 
 
 @dataclass(slots=True)
 class SequenceRecord:
-    """One sequence of a request, on the replica that owns it."""
+    """One sequence of a request.
+
+    Attributes:
+        sequence_id: What the replica that owns it knows it as; another one on every replica it was on.
+        started: Whether its replica said that it is in a batch.
+        drew: Whether its replica reported tokens of it.
+        num_deaths: Replicas that died with it in a batch, one after another, without a token of it between.
+        num_early_deaths: Of these, those that had reported no token of it.
+        owed_prefill, owed_output: What it counts for in its replica's backlog, in tokens.
+    """
 
     sequence_id: str
     index: int
-    replica_id: int
+    started: bool = False
+    drew: bool = False
+    num_deaths: int = 0
+    num_early_deaths: int = 0
+    owed_prefill: int = 0
+    owed_output: float = 0.0
     output_token_ids: list[int] = field(default_factory=list)
 
 
@@ -64,7 +103,13 @@ class SequenceRecord:
 class RequestRecord:
     """All that any replica needs to go on with a request: prompt, parameters, seed, tokens so far.
 
-    ``unfinished`` holds the sequences that still run, by index.
+    Attributes:
+        replica_id: The replica that has all its sequences (they share the prompt's KV), None while there is none.
+        num_moves: How often it was taken from a replica.
+        waits_since: Since when it has no replica.
+        is_suspect: It, or another request beside it, made replicas die: until it draws a token, it runs without other
+            suspects.
+        unfinished: The sequences that still run, by index.
     """
 
     request_id: str
@@ -73,7 +118,16 @@ class RequestRecord:
     seed: int
     adapter: AdapterSpec | None
     arrival_time: float
+    replica_id: int | None = None
+    num_moves: int = 0
+    waits_since: float = 0.0
+    is_suspect: bool = False
     unfinished: dict[int, SequenceRecord] = field(default_factory=dict)
+
+    @property
+    def content_hash(self) -> str:
+        """Of its adapter, "" for the base."""
+        return self.adapter.content_hash if self.adapter else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,10 +173,31 @@ class ReplicaReady:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaLost:
-    """A replica is dead, and why."""
+    """A replica is dead, and why. One that ``hangs`` will not end by itself, nor when it is asked to.
+
+    ``was_asked``: It was drained, to be started again.
+    """
 
     replica_id: int
     error: PeftDistError
+    hangs: bool = False
+    was_asked: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaDrained:
+    """A draining replica has no request left. One that ``leaves`` was told to end."""
+
+    replica_id: int
+    leaves: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StartReplica:
+    """It is time to start this incarnation of a replica, once the process of the one before has ended."""
+
+    replica_id: int
+    epoch: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,4 +208,14 @@ class Notice:
     text: str
 
 
-Event = SequenceEvent | RequestFailed | AdapterLoaded | AdapterRefused | ReplicaReady | ReplicaLost | Notice
+Event = (
+    SequenceEvent
+    | RequestFailed
+    | AdapterLoaded
+    | AdapterRefused
+    | ReplicaReady
+    | ReplicaLost
+    | ReplicaDrained
+    | StartReplica
+    | Notice
+)

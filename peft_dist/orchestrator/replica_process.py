@@ -16,10 +16,16 @@ class ReplicaProcess(Protocol):
         """Wait ``grace`` seconds for it to end by itself, then terminate it, then kill it. Idempotent."""
         ...
 
+    def kill(self) -> None:
+        """End it at once, also when it does not listen. Nothing happens when it has ended."""
+        ...
+
 
 class ReplicaLauncher(Protocol):
     """Starts replicas; each launch is one ``ReplicaProcess``."""
 
     async def start(self, endpoint: str, replica_id: int, epoch: int) -> ReplicaProcess:
-        """Start a replica that connects to ``endpoint`` and names itself by id and epoch."""
+        """Start a replica that connects to ``endpoint`` and names itself by id and epoch.
+
+        Raises OSError when it cannot be started."""
         ...

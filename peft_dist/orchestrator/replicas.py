@@ -1,11 +1,13 @@
-"""The table of replicas: who is starting, ready or dead, and in which incarnation."""
+"""The table of replicas: who is starting, ready, draining or dead, and in which incarnation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 
-from peft_dist.core.errors import EngineDeadError
+from peft_dist.core.config import ModelInfo
+from peft_dist.core.errors import ConfigError, EngineDeadError
 from peft_dist.core.messages import Progress, Ready, ReplicaStats
+from peft_dist.orchestrator.admission import token_limit
 from peft_dist.orchestrator.observation import ReplicaTotals, ReplicaView
 from peft_dist.orchestrator.records import Replica, ReplicaState
 
@@ -21,11 +23,14 @@ class ReplicaTable:
         return self._by_id[replica_id]
 
     def add(self, replica_id: int, start_deadline: float | None) -> Replica:
-        """Enter a new incarnation in place of any earlier one."""
+        """Enter a new incarnation in place of an earlier one, which must be dead (or ConfigError is raised)."""
         replica = Replica(replica_id, self._next_epoch, start_deadline=start_deadline)
         lost = self._by_id.get(replica_id)
+        if lost is not None and lost.is_alive:
+            raise ConfigError(f"replica {replica_id} is still {lost.state.value}: it cannot be started again")
         if lost is not None:
-            replica.earlier, replica.model = _totals(lost), lost.model
+            replica.earlier, replica.model, replica.error = _totals(lost), lost.model, lost.error
+            replica.num_restarts, replica.num_failures = lost.num_restarts + 1, lost.num_failures
         self._next_epoch += 1
         self._by_id[replica_id] = replica
         return replica
@@ -35,61 +40,85 @@ class ReplicaTable:
         return self._by_id.get(replica_id)
 
     def alive(self, replica_id: int, epoch: int) -> Replica | None:
-        """The replica if this very incarnation of it is starting or ready."""
+        """The replica if this very incarnation of it is starting, ready or draining."""
         replica = self._by_id.get(replica_id)
-        if replica is None or replica.epoch != epoch or replica.state is ReplicaState.DEAD:
-            return None
-        return replica
+        return replica if replica is not None and replica.epoch == epoch and replica.is_alive else None
+
+    def all(self) -> list[Replica]:
+        """Every replica, the dead ones too."""
+        return list(self._by_id.values())
 
     def all_alive(self) -> list[Replica]:
-        """Replicas that start or serve."""
-        return [replica for replica in self._by_id.values() if replica.state is not ReplicaState.DEAD]
+        """Replicas that start, serve or drain."""
+        return [replica for replica in self._by_id.values() if replica.is_alive]
 
     def ready(self) -> list[Replica]:
-        """Replicas that serve."""
-        return [replica for replica in self._by_id.values() if replica.state is ReplicaState.READY]
+        """Replicas that take requests."""
+        return self.in_state(ReplicaState.READY)
 
-    def choose(self, load: Callable[[Replica], int]) -> Replica:
-        """The ready replica with the least load. Raises EngineDeadError when none is ready."""
-        ready = self.ready()
-        if not ready:
-            raise EngineDeadError(self.health_error())
-        return min(ready, key=load)
+    def in_state(self, state: ReplicaState) -> list[Replica]:
+        return [replica for replica in self._by_id.values() if replica.state is state]
 
-    def mark_ready(self, replica: Replica, report: Ready) -> None:
+    def mark_ready(self, replica: Replica, report: Ready, now: float) -> None:
         """Note that a replica has loaded its model."""
         replica.state, replica.start_deadline = ReplicaState.READY, None
-        replica.model, replica.pid = report.model, report.pid
+        replica.model, replica.pid, replica.costs = report.model, report.pid, report.costs
+        replica.ready_since = replica.last_heard = now
 
     def take_in(self, replica: Replica, report: Progress) -> None:
         """Remember what a replica says of itself; details come less often than its stats."""
         replica.stats, replica.detail = report.stats, report.detail or replica.detail
+        replica.costs = replica.detail.costs or replica.costs
 
     def mark_dead(self, replica: Replica, error: EngineDeadError) -> None:
         """Note that a replica is gone, and why."""
         replica.state, replica.start_deadline = ReplicaState.DEAD, None
+        replica.leaves, replica.restart_at = False, None
         replica.error = error
 
     def late(self, now: float) -> list[Replica]:
         """Replicas that should have been ready by now."""
         return [r for r in self._by_id.values() if r.start_deadline is not None and r.start_deadline <= now]
 
+    def model(self) -> ModelInfo:
+        """The model as the replica with the least room serves it: a request must fit wherever it goes.
+
+        Raises:
+            EngineDeadError: no replica was ever ready.
+        """
+        known = [replica.model for replica in self._by_id.values() if replica.model is not None]
+        if not known:
+            raise EngineDeadError(self.health_error())
+        return known[0] if len(known) == 1 else min(known, key=token_limit)
+
     def health_error(self) -> str:
         """Why no replica is ready, in the words of the last one that died."""
+        if self.in_state(ReplicaState.DRAINING):
+            return "All replicas that serve are being drained."
         errors = [str(replica.error) for replica in self._by_id.values() if replica.error is not None]
         return errors[-1] if errors else "No replica is ready yet."
 
     def stats(self) -> ReplicaStats:
         """The last report of a ready replica, or of the last known one when none is ready."""
-        replicas = self.ready() or list(self._by_id.values())[-1:]
-        return replicas[0].stats if replicas else ReplicaStats()
+        replicas: Iterable[Replica] = self.ready() or list(self._by_id.values())[-1:]
+        return next((replica.stats for replica in replicas), ReplicaStats())
 
     def views(self) -> list[ReplicaView]:
         """Every replica as it was last heard of, the dead ones too."""
-        return [
-            ReplicaView(r.replica_id, r.state.value, r.model, r.stats, r.detail, _totals(r))
-            for r in self._by_id.values()
-        ]
+        return [_view(replica) for replica in self._by_id.values()]
+
+
+def _view(replica: Replica) -> ReplicaView:
+    return ReplicaView(
+        replica_id=replica.replica_id,
+        state=replica.state.value,
+        model=replica.model,
+        stats=replica.stats,
+        detail=replica.detail,
+        totals=_totals(replica),
+        num_restarts=replica.num_restarts,
+        error=None if replica.error is None else str(replica.error),
+    )
 
 
 def _totals(replica: Replica) -> ReplicaTotals:

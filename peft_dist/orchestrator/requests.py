@@ -1,13 +1,16 @@
-"""The table of unfinished requests and their sequences."""
+"""The table of unfinished requests and their sequences, and what each replica has left to do of them."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Iterator
 
 import msgspec
 
 from peft_dist.core.messages import AddRequest, SequenceProgress
 from peft_dist.orchestrator.records import Replica, RequestRecord, SequenceRecord
+from peft_dist.policy.dispatch import Backlog
+
+_NOTHING = Backlog()
 
 
 class RequestTable:
@@ -16,7 +19,8 @@ class RequestTable:
     def __init__(self) -> None:
         self._records: dict[str, RequestRecord] = {}
         self._owners: dict[str, tuple[RequestRecord, SequenceRecord]] = {}
-        self._load: Counter[int] = Counter()
+        self._backlogs: dict[int, Backlog] = {}
+        self._unplaced: dict[str, RequestRecord] = {}
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._records
@@ -28,19 +32,27 @@ class RequestTable:
 
     def load(self, replica: Replica) -> int:
         """Unfinished sequences of a replica."""
-        return self._load[replica.replica_id]
+        return self.backlog(replica.replica_id).num_sequences
+
+    def backlog(self, replica_id: int) -> Backlog:
+        """What a replica has left to do; not to be changed."""
+        return self._backlogs.get(replica_id, _NOTHING)
 
     def records(self) -> list[RequestRecord]:
         """All unfinished requests, oldest first."""
         return list(self._records.values())
 
+    def unplaced(self) -> list[RequestRecord]:
+        """Requests that no replica has, oldest first."""
+        return sorted(self._unplaced.values(), key=lambda record: record.arrival_time)
+
+    @property
+    def has_unplaced(self) -> bool:
+        return bool(self._unplaced)
+
     def on_replica(self, replica_id: int) -> list[RequestRecord]:
-        """Requests that have an unfinished sequence on a replica."""
-        return [
-            record
-            for record in self._records.values()
-            if any(sequence.replica_id == replica_id for sequence in record.unfinished.values())
-        ]
+        """Requests that a replica has, oldest first."""
+        return [record for record in self._records.values() if record.replica_id == replica_id]
 
     def running(self, request_id: str, index: int | None = None) -> list[tuple[RequestRecord, SequenceRecord]]:
         """The unfinished sequences of a request, or the one at ``index``."""
@@ -52,39 +64,101 @@ class RequestTable:
     def owner(self, sequence_id: str, replica_id: int) -> tuple[RequestRecord, SequenceRecord] | None:
         """Request and sequence of an id, if the replica owns it and it is unfinished."""
         owner = self._owners.get(sequence_id)
-        return owner if owner is not None and owner[1].replica_id == replica_id else None
+        return owner if owner is not None and owner[0].replica_id == replica_id else None
 
-    def open(self, record: RequestRecord, replica: Replica) -> None:
-        """Enter a request with ``params.n`` sequences, all on one replica (they share the prompt's KV)."""
-        self._records[record.request_id] = record
+    def open(self, record: RequestRecord, now: float) -> None:
+        """Enter a request with ``params.n`` sequences, which no replica has yet."""
+        self._records[record.request_id] = self._unplaced[record.request_id] = record
+        record.waits_since = now
         for index in range(record.params.n):
-            sequence = SequenceRecord(f"{record.request_id}-{index}", index, replica.replica_id)
+            sequence = SequenceRecord(f"{record.request_id}-{index}", index)
             record.unfinished[index] = sequence
             self._owners[sequence.sequence_id] = (record, sequence)
-            self._load[replica.replica_id] += 1
+
+    def place(self, record: RequestRecord, replica_id: int, expected_output: float) -> None:
+        """Give a request to a replica. ``expected_output``: Tokens that one of its sequences is expected to have."""
+        del self._unplaced[record.request_id]
+        record.replica_id = replica_id
+        backlog = self._backlogs.setdefault(replica_id, Backlog())
+        shared = 0
+        for sequence in record.unfinished.values():
+            sequence.owed_prefill = max(len(record.prompt_token_ids) - shared, 0) + len(sequence.output_token_ids)
+            sequence.owed_output = max(expected_output - len(sequence.output_token_ids), 1.0)
+            backlog.prefill_tokens += sequence.owed_prefill
+            backlog.output_tokens += sequence.owed_output
+            backlog.count(record.content_hash, _rank_rows(record), 1)
+            shared = len(record.prompt_token_ids)
+
+    def take(self, record: RequestRecord, now: float) -> None:
+        """Take a request from its replica. Its sequences get other ids, by which the next one will know them."""
+        for sequence in record.unfinished.values():
+            self._settle(record, sequence)
+        record.replica_id, record.waits_since = None, now
+        record.num_moves += 1
+        self._unplaced[record.request_id] = record
+        for sequence in record.unfinished.values():
+            del self._owners[sequence.sequence_id]
+            sequence.sequence_id = f"{record.request_id}-{sequence.index}~{record.num_moves}"
+            sequence.started = sequence.drew = False
+            self._owners[sequence.sequence_id] = (record, sequence)
+
+    def advance(self, record: RequestRecord, sequence: SequenceRecord, token_ids: list[int]) -> None:
+        """A sequence drew tokens."""
+        sequence.output_token_ids.extend(token_ids)
+        if not token_ids:
+            return
+        sequence.started = sequence.drew = True
+        sequence.num_deaths = sequence.num_early_deaths = 0
+        record.is_suspect = False
+        if record.replica_id is not None:
+            backlog = self._backlogs[record.replica_id]
+            backlog.prefill_tokens -= sequence.owed_prefill
+            sequence.owed_prefill = 0
+            drawn = min(float(len(token_ids)), sequence.owed_output)
+            sequence.owed_output -= drawn
+            backlog.output_tokens -= drawn
 
     def close(self, record: RequestRecord, sequence: SequenceRecord) -> bool:
         """A sequence ended; True when it was the request's last."""
+        self._settle(record, sequence)
         del record.unfinished[sequence.index]
         del self._owners[sequence.sequence_id]
-        self._load[sequence.replica_id] -= 1
         if record.unfinished:
             return False
         del self._records[record.request_id]
+        self._unplaced.pop(record.request_id, None)
         return True
 
+    def _settle(self, record: RequestRecord, sequence: SequenceRecord) -> None:
+        """Its replica has nothing left to do for a sequence."""
+        if record.replica_id is not None:
+            backlog = self._backlogs[record.replica_id]
+            backlog.prefill_tokens -= sequence.owed_prefill
+            backlog.output_tokens -= sequence.owed_output
+            backlog.count(record.content_hash, _rank_rows(record), -1)
+            if not backlog.num_sequences:
+                # No drift of sums of floats lasts beyond an idle moment.
+                backlog.output_tokens = 0.0
+        sequence.owed_prefill, sequence.owed_output = 0, 0.0
 
-def add_command(record: RequestRecord, sequence: SequenceRecord) -> AddRequest:
-    """What a replica needs to begin a sequence, or to go on with it."""
-    return AddRequest(
-        request_id=sequence.sequence_id,
-        prompt_token_ids=record.prompt_token_ids,
-        params=record.params,
-        seed=record.seed,
-        sequence_index=sequence.index,
-        content_hash=record.adapter.content_hash if record.adapter else None,
-        output_token_ids=sequence.output_token_ids,
-    )
+
+def add_commands(record: RequestRecord, now: float) -> Iterator[AddRequest]:
+    """What a replica needs to begin each sequence of a request, or to go on with it."""
+    for sequence in record.unfinished.values():
+        yield AddRequest(
+            request_id=sequence.sequence_id,
+            prompt_token_ids=record.prompt_token_ids,
+            params=record.params,
+            seed=record.seed,
+            sequence_index=sequence.index,
+            content_hash=record.adapter.content_hash if record.adapter else None,
+            output_token_ids=sequence.output_token_ids,
+            age=max(now - record.arrival_time, 0.0),
+        )
+
+
+def _rank_rows(record: RequestRecord) -> int:
+    return record.adapter.num_rank_rows if record.adapter else 0
 
 
 def unseen_part(sequence: SequenceRecord, progress: SequenceProgress) -> SequenceProgress:

@@ -4,35 +4,40 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 from collections.abc import Coroutine, Iterable
 from typing import Any
 
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.config import ModelInfo
-from peft_dist.core.errors import PeftDistError
+from peft_dist.core.errors import PeftDistError, ReplicaStateError
 from peft_dist.core.messages import ProtocolError, ReplicaStats, decode_report
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.orchestrator.client import NewRequest
 from peft_dist.orchestrator.core import Orchestrator, OrchestratorOptions
 from peft_dist.orchestrator.link import Link
 from peft_dist.orchestrator.observation import ReplicaView
+from peft_dist.orchestrator.processes import Processes
 from peft_dist.orchestrator.records import (
     AdapterLoaded,
     AdapterRefused,
     Event,
     Notice,
     Outgoing,
+    ReplicaDrained,
     ReplicaLost,
     ReplicaReady,
     RequestFailed,
     SequenceEvent,
+    StartReplica,
 )
-from peft_dist.orchestrator.replica_process import ReplicaLauncher, ReplicaProcess
+from peft_dist.orchestrator.replica_process import ReplicaLauncher
 from peft_dist.orchestrator.streams import Stream
+from peft_dist.orchestrator.timer import Timer
 
 logger = logging.getLogger(__name__)
 _GRACE_WHILE_STARTING = 1.0
+# What a busy loop may be late for a deadline without anything being wrong with it.
+_PAUSE = 0.5
 
 
 class EngineService:
@@ -46,6 +51,7 @@ class EngineService:
         launcher: ReplicaLauncher,
         options: OrchestratorOptions,
         *,
+        num_replicas: int = 1,
         start_timeout: float | None = None,
         stop_grace: float = 10.0,
     ) -> None:
@@ -53,31 +59,32 @@ class EngineService:
         self._loop = asyncio.get_running_loop()
         self._core = Orchestrator(options)
         self._link = Link()
-        self._launcher = launcher
+        self._processes = Processes(launcher, self._link.endpoint)
+        self._num_replicas = num_replicas
         self._start_timeout = start_timeout
         self._stop_grace = stop_grace
         self._streams: dict[str, Stream] = {}
         self._calls: dict[int, asyncio.Future[AdapterSpec]] = {}
-        self._processes: dict[int, ReplicaProcess] = {}
+        self._drains: dict[int, list[asyncio.Future[None]]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._ready: asyncio.Future[ModelInfo] = self._loop.create_future()
+        self._ready: asyncio.Future[None] = self._loop.create_future()
+        self._timer = Timer(self._tick)
         self._idle = asyncio.Event()
         self._idle.set()
         self._stopping: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Start a replica and return when it is ready. Call ``stop`` also when this fails.
+        """Start the replicas and return when all are ready. Call ``stop`` also when this fails.
 
         Raises:
-            EngineDeadError: it failed to start, in its own words, or was not ready within ``start_timeout``.
+            EngineDeadError: one failed to start, in its own words, or was not ready within ``start_timeout``.
         """
         self._spawn(self._receive())
-        replica = self._core.add_replica(0, self._now(), self._start_timeout)
-        if replica.start_deadline is not None:
-            self._loop.call_at(replica.start_deadline, self._tick)
-        process = await self._launcher.start(self._link.endpoint, replica.replica_id, replica.epoch)
-        self._processes[replica.replica_id] = process
-        self._spawn(self._supervise(process, replica.replica_id, replica.epoch))
+        for replica_id in range(self._num_replicas):
+            replica = self._core.add_replica(replica_id, self._now(), self._start_timeout)
+            await self._processes.start(replica_id, replica.epoch)
+            self._spawn(self._supervise(replica_id, replica.epoch))
+        self._timer.arm(self._core.next_deadline())
         await asyncio.shield(self._ready)
 
     # EngineClient
@@ -160,6 +167,23 @@ class EngineService:
         """Process id of each ready replica's rank 0."""
         return {r.replica_id: r.pid for r in self._core.replicas.ready() if r.pid is not None}
 
+    async def drain_replica(self, replica_id: int, *, restart: bool = False) -> None:
+        """As in ``EngineClient``."""
+        drained: asyncio.Future[None] = self._loop.create_future()
+        waiting = self._drains.setdefault(replica_id, [])
+        waiting.append(drained)
+        try:
+            self._act(self._core.drain_replica(replica_id, self._now(), restart=restart))
+            await drained
+        finally:
+            if drained in waiting:
+                waiting.remove(drained)
+
+    def resume_replica(self, replica_id: int) -> None:
+        """As in ``EngineClient``."""
+        self._act(self._core.resume_replica(replica_id, self._now()))
+        self._end_drain(replica_id, ReplicaStateError(f"replica {replica_id} was resumed"))
+
     async def drain(self, timeout: float) -> bool:
         """Admit nothing any more and wait for what runs; False when ``timeout`` seconds were not enough."""
         self._core.drain()
@@ -178,8 +202,9 @@ class EngineService:
     # Inside
 
     async def _stop(self) -> None:
+        self._timer.cancel()
         self._act(self._core.shut_down())
-        await asyncio.gather(*(process.stop(self._grace()) for process in self._processes.values()))
+        await self._processes.stop_all(self._grace())
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -208,7 +233,7 @@ class EngineService:
         logger.error("a task of the orchestrator failed", exc_info=error)
         for replica in self._core.replicas.all_alive():
             reason = f"The orchestrator failed: {type(error).__name__}: {error}"
-            self._act(self._core.lose_replica(replica.replica_id, replica.epoch, reason))
+            self._act(self._core.lose_replica(replica.replica_id, replica.epoch, reason, self._now()))
 
     async def _receive(self) -> None:
         while True:
@@ -217,16 +242,27 @@ class EngineService:
                 envelope = decode_report(data)
             except ProtocolError as error:
                 reason = f"Replica {replica_id} cannot be understood: {error}"
-                self._act(self._core.lose_replica(replica_id, epoch, reason))
+                self._act(self._core.lose_replica(replica_id, epoch, reason, self._now()))
             else:
                 self._act(self._core.observe(replica_id, envelope.epoch, envelope.message, self._now()))
 
-    async def _supervise(self, process: ReplicaProcess, replica_id: int, epoch: int) -> None:
-        code = await process.wait()
-        end = f"exited with status {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
-        self._act(self._core.lose_replica(replica_id, epoch, f"Replica {replica_id} {end}."))
+    async def _supervise(self, replica_id: int, epoch: int) -> None:
+        end = await self._processes.end(replica_id)
+        self._act(self._core.lose_replica(replica_id, epoch, f"Replica {replica_id} {end}.", self._now()))
 
-    def _tick(self) -> None:
+    async def _restart(self, replica_id: int, epoch: int) -> None:
+        try:
+            await self._processes.restart(replica_id, epoch)
+        except OSError as error:
+            reason = f"Replica {replica_id} could not be started: {error}"
+            self._act(self._core.lose_replica(replica_id, epoch, reason, self._now()))
+        else:
+            await self._supervise(replica_id, epoch)
+
+    def _tick(self, lateness: float) -> None:
+        """``lateness``: Seconds for which this process did not come to it: others may have spoken meanwhile."""
+        if lateness > _PAUSE:
+            self._core.lives.excuse_silence(self._now())
         self._act(self._core.tick(self._now()))
 
     def _abandon(self, request_id: str) -> None:
@@ -242,8 +278,11 @@ class EngineService:
     def _act(self, commands: Iterable[Outgoing]) -> None:
         for out in commands:
             self._link.send(out)
-        for event in self._core.drain_events():
+        events = self._core.drain_events()
+        for event in events:
             self._deliver(event)
+        if any(not isinstance(event, SequenceEvent) for event in events) or not self._timer.is_armed:
+            self._timer.arm(self._core.next_deadline())
 
     def _deliver(self, event: Event) -> None:
         match event:
@@ -259,11 +298,17 @@ class EngineService:
                 self._answer(call_id, spec)
             case AdapterRefused(call_id, error):
                 self._answer(call_id, error)
-            case ReplicaReady(_, model):
-                if not self._ready.done():
-                    self._ready.set_result(model)
-            case ReplicaLost(replica_id, error):
-                self._lost(replica_id, error)
+            case ReplicaReady():
+                if not self._ready.done() and len(self._core.replicas.ready()) == self._num_replicas:
+                    self._ready.set_result(None)
+            case ReplicaLost():
+                self._lost(event)
+            case StartReplica(replica_id, epoch):
+                self._spawn(self._restart(replica_id, epoch))
+            case ReplicaDrained(replica_id, leaves):
+                self._end_drain(replica_id, None)
+                if leaves:
+                    self._spawn(self._processes.stop(replica_id, self._grace()))
             case Notice(replica_id, text):
                 logger.warning("replica %d: %s", replica_id, text)
 
@@ -276,10 +321,25 @@ class EngineService:
         else:
             call.set_exception(answer)
 
-    def _lost(self, replica_id: int, error: PeftDistError) -> None:
-        logger.error("replica %d is lost: %s", replica_id, error)
-        process = self._processes.get(replica_id)
-        if process is not None:
-            self._spawn(process.stop(self._grace()))
+    def _lost(self, lost: ReplicaLost) -> None:
+        if lost.was_asked:
+            logger.info("replica %d has ended and is started again", lost.replica_id)
+        else:
+            logger.error("replica %d is lost: %s", lost.replica_id, lost.error)
+        if lost.hangs:
+            self._processes.kill(lost.replica_id)
+        else:
+            self._spawn(self._processes.stop(lost.replica_id, self._grace()))
+        self._end_drain(lost.replica_id, None)
         if not self._ready.done():
-            self._ready.set_exception(error)
+            self._ready.set_exception(lost.error)
+
+    def _end_drain(self, replica_id: int, error: PeftDistError | None) -> None:
+        """A replica is empty, for whatever reason, or will not be."""
+        for waiting in self._drains.pop(replica_id, []):
+            if waiting.done():
+                continue  # Whoever asked was cancelled.
+            if error is None:
+                waiting.set_result(None)
+            else:
+                waiting.set_exception(error)

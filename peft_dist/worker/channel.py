@@ -15,13 +15,23 @@ class Channel:
     def __init__(self, endpoint: str, replica_id: int, epoch: int) -> None:
         self._epoch = epoch
         self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.SocketType.DEALER)
-        self._socket.set(zmq.SocketOption.IDENTITY, f"{replica_id}.{epoch}".encode())
-        self._socket.set(zmq.SocketOption.SNDHWM, 0)
-        self._socket.set(zmq.SocketOption.RCVHWM, 0)
-        self._socket.connect(endpoint)
+        self._endpoint = endpoint
+        self._identity = f"{replica_id}.{epoch}"
+        self._socket = self._connect(self._identity)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.PollEvent.POLLIN)
+
+    def sender(self) -> Sender:
+        """Another way to the orchestrator under the same epoch, for one other thread. Close it before the channel."""
+        return Sender(self._connect(f"{self._identity}.side"), self._epoch)
+
+    def _connect(self, identity: str) -> zmq.Socket[bytes]:
+        socket = self._context.socket(zmq.SocketType.DEALER)
+        socket.set(zmq.SocketOption.IDENTITY, identity.encode())
+        socket.set(zmq.SocketOption.SNDHWM, 0)
+        socket.set(zmq.SocketOption.RCVHWM, 0)
+        socket.connect(self._endpoint)
+        return socket
 
     def watch(self, fd: int) -> None:
         """Let ``wait`` also return when this file descriptor is readable."""
@@ -54,3 +64,19 @@ class Channel:
     def close(self) -> None:
         """Close; what was sent gets a few seconds to leave."""
         self._context.destroy(linger=_LAST_WORDS_MS)
+
+
+class Sender:
+    """Sends reports and hears nothing. Belongs to the thread that uses it."""
+
+    def __init__(self, socket: zmq.Socket[bytes], epoch: int) -> None:
+        self._socket = socket
+        self._epoch = epoch
+
+    def send(self, report: AnyReport) -> None:
+        """Send a report under this replica's epoch."""
+        self._socket.send(encode_report(report, self._epoch))
+
+    def close(self) -> None:
+        """Close; what was sent last need not arrive."""
+        self._socket.close(linger=0)

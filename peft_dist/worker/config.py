@@ -24,6 +24,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         engine: Options of the replica.
         world_size: Processes that the replica should have.
         replica_factory: "module:function" that makes a replica of an ``EngineConfig``.
+        heartbeat_seconds: Between two signs of life.
         log_level: Of the worker's own log on stderr.
     """
 
@@ -33,6 +34,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     engine: EngineConfig
     world_size: int = 1
     replica_factory: str = DEFAULT_REPLICA_FACTORY
+    heartbeat_seconds: float = 1.0
     log_level: str = "info"
 
     def write(self, path: Path) -> None:

@@ -11,12 +11,22 @@ import signal
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from peft_dist.core.config import EngineConfig
 from peft_dist.worker.config import DEFAULT_REPLICA_FACTORY, WorkerConfig
 
 _TERMINATE_SECONDS = 5.0
+_GPUS = "/proc/driver/nvidia/gpus"
+
+
+def visible_gpus() -> list[str]:
+    """NVIDIA GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` names them; found without torch."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return [gpu.strip() for gpu in chosen.split(",") if gpu.strip()]
+    return [str(index) for index, _ in enumerate(Path(_GPUS).glob("*"))]
 
 
 class LaunchedReplica:
@@ -39,6 +49,11 @@ class LaunchedReplica:
             if not await self._ends_within(_TERMINATE_SECONDS):
                 self._signal(signal.SIGKILL)
                 await self.wait()
+
+    def kill(self) -> None:
+        """End it at once, also when it is stopped. Nothing happens when it has ended."""
+        if not self._end.done():
+            self._signal(signal.SIGKILL)
 
     async def _wait(self) -> int:
         code = await self._process.wait()
@@ -66,8 +81,13 @@ class PlainLauncher:
         *,
         log_level: str = "info",
         replica_factory: str = DEFAULT_REPLICA_FACTORY,
+        heartbeat_seconds: float = 1.0,
+        num_replicas: int = 1,
     ) -> None:
+        """``num_replicas``: Replicas that share this machine."""
         self._engine = engine
+        self._heartbeat_seconds = heartbeat_seconds
+        self._num_replicas = num_replicas
         self._log_level = log_level
         self._replica_factory = replica_factory
 
@@ -82,7 +102,10 @@ class PlainLauncher:
             undo.callback(os.close, lifeline)
             try:
                 process = await asyncio.create_subprocess_exec(
-                    *self._command(folder), stdin=read_end, start_new_session=True
+                    *self._command(folder),
+                    stdin=read_end,
+                    start_new_session=True,
+                    env={**os.environ, **self._environment(replica_id)},
                 )
             finally:
                 os.close(read_end)
@@ -94,10 +117,25 @@ class PlainLauncher:
             endpoint=endpoint,
             replica_id=replica_id,
             epoch=epoch,
-            engine=self._engine,
+            engine=self._share(replica_id),
+            heartbeat_seconds=self._heartbeat_seconds,
             replica_factory=self._replica_factory,
             log_level=self._log_level,
         )
+
+    def _environment(self, replica_id: int) -> dict[str, str]:
+        """Several replicas share out the GPUs, in turn."""
+        gpus = visible_gpus()
+        if self._num_replicas == 1 or self._engine.device not in ("auto", "cuda") or not gpus:
+            return {}
+        return {"CUDA_VISIBLE_DEVICES": gpus[replica_id % len(gpus)]}
+
+    def _share(self, replica_id: int) -> EngineConfig:
+        """The options of one replica, with files of its own."""
+        log = self._engine.decision_log
+        if log is None or self._num_replicas == 1:
+            return self._engine
+        return replace(self._engine, decision_log=f"{log}.{replica_id}")
 
     def _command(self, folder: Path) -> Sequence[str]:
         return [sys.executable, "-m", "peft_dist.worker", str(folder / "worker.json")]
@@ -135,4 +173,4 @@ class AccelerateLauncher(PlainLauncher):
     def _num_threads(self) -> int:
         """Without this option accelerate sets OMP_NUM_THREADS to 1."""
         asked = self._engine.num_threads or os.environ.get("OMP_NUM_THREADS")
-        return int(asked) if asked else len(os.sched_getaffinity(0))
+        return int(asked) if asked else max(1, len(os.sched_getaffinity(0)) // self._num_replicas)

@@ -20,12 +20,14 @@ from peft_dist.core.messages import (
     Progress,
     SequenceProgress,
     Shutdown,
+    Started,
     UnloadAdapter,
 )
 from peft_dist.engine.commands import make_request
 from peft_dist.worker.channel import Channel
 from peft_dist.worker.detail_schedule import DetailSchedule
 from peft_dist.worker.fetcher import AdapterFetcher
+from peft_dist.worker.heart import Heart
 from peft_dist.worker.replica import Replica
 
 logger = logging.getLogger(__name__)
@@ -45,8 +47,9 @@ class WorkerLoop:
         channel: Channel,
         find_adapter: Callable[[LoadAdapter], Path],
         clock: Callable[[], float] = time.monotonic,
+        heart: Heart | None = None,
     ) -> None:
-        """``clock``: Seconds from any origin, never running backwards."""
+        """``clock``: Seconds from any origin, never running backwards. ``heart``: Told when a round begins and ends."""
         self._replica = replica
         self._clock = clock
         self._engine = replica.engine
@@ -59,6 +62,8 @@ class WorkerLoop:
         self._refused: list[SequenceProgress] = []
         self._stopped = False
         self._details = DetailSchedule()
+        self._heart = heart
+        self._engine.on_start = self._tell_started
 
     def run(self) -> None:
         """Raises whatever makes the engine unable to go on."""
@@ -68,7 +73,9 @@ class WorkerLoop:
         gc.freeze()
         while True:
             if self._is_idle and (self._engine.has_work or not self._replica.warm_up_some()):
-                self._channel.wait(self._details.timeout_ms(self._clock()))
+                self._rest()
+            if self._heart is not None:
+                self._heart.begin_round()
             commands = self._channel.receive()
             for command in commands:
                 self._handle(command)
@@ -78,6 +85,14 @@ class WorkerLoop:
             if self._stopped:
                 return
             self._step(report=bool(commands or found))
+
+    def _rest(self) -> None:
+        if self._heart is not None:
+            self._heart.rest()
+        self._channel.wait(self._details.timeout_ms(self._clock()))
+
+    def _tell_started(self, request_ids: list[str]) -> None:
+        self._channel.send(Started(request_ids=request_ids))
 
     @property
     def _is_idle(self) -> bool:

@@ -14,6 +14,7 @@ from peft_dist.core.errors import ConfigError
 from peft_dist.core.messages import Fatal, LoadAdapter, Ready
 from peft_dist.worker.channel import Channel
 from peft_dist.worker.config import WorkerConfig
+from peft_dist.worker.heart import Heart
 from peft_dist.worker.loop import WorkerLoop, describe
 from peft_dist.worker.replica import Replica
 
@@ -42,8 +43,13 @@ def run_worker(config: WorkerConfig) -> int:
 def _serve(config: WorkerConfig, channel: Channel) -> None:
     check_world(config.world_size)
     replica: Replica = config.load_factory()(config.engine)
-    channel.send(Ready(model=replica.model_info, pid=os.getpid()))
-    WorkerLoop(replica, channel, find_adapter).run()
+    channel.send(Ready(model=replica.model_info, pid=os.getpid(), costs=replica.engine.detail().costs))
+    heart = Heart(channel, config.heartbeat_seconds)
+    heart.start()
+    try:
+        WorkerLoop(replica, channel, find_adapter, heart=heart).run()
+    finally:
+        heart.stop()
     # Not after a failure: an engine that failed may fail again, and its first words are the ones that count.
     replica.close()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -13,7 +13,13 @@ from peft_dist.core.request import Request
 
 
 class ReplicaEngine(Protocol):
-    """The engine's side that faces the worker."""
+    """The engine's side that faces the worker.
+
+    Attributes:
+        on_start: Hears the ids of the requests that a step about to run is the first one of.
+    """
+
+    on_start: Callable[[list[str]], None] | None
 
     @property
     def has_work(self) -> bool: ...

@@ -19,7 +19,14 @@ from peft_dist.api.options import ServerOptions
 from peft_dist.api.server import build_app
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.config import ModelInfo
-from peft_dist.core.errors import AdapterError, EngineDeadError, QueueFullError, UnknownModelError
+from peft_dist.core.errors import (
+    AdapterError,
+    EngineDeadError,
+    QueueFullError,
+    ReplicaStateError,
+    UnknownModelError,
+    UnknownReplicaError,
+)
 from peft_dist.core.messages import ReplicaDetail, ReplicaStats, SequenceProgress
 from peft_dist.core.outputs import Logprob, PositionLogprobs
 from peft_dist.core.sampling_params import SamplingParams
@@ -219,6 +226,7 @@ class ScriptedClient:
         self.aborts: list[int | None] = []
         self.load_calls: list[dict[str, Any]] = []
         self.pinned: set[str] = set()
+        self.drains: list[bool] = []
 
     @property
     def is_healthy(self) -> bool:
@@ -295,6 +303,16 @@ class ScriptedClient:
     async def unload_adapter(self, name: str) -> None:
         if self.loaded.pop(name, None) is None:
             raise UnknownModelError(f"The adapter {name!r} is not loaded.")
+
+    async def drain_replica(self, replica_id: int, *, restart: bool = False) -> None:
+        if replica_id != 0:
+            raise UnknownReplicaError(f"There is no replica {replica_id}: there are 0.")
+        self.drains.append(restart)
+
+    def resume_replica(self, replica_id: int) -> None:
+        if not self.drains:
+            raise ReplicaStateError(f"replica {replica_id} is ready, not draining")
+        self.drains.clear()
 
     def stats(self) -> ReplicaStats:
         return ReplicaStats(

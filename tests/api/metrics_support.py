@@ -25,6 +25,7 @@ REPLICA_COUNTERS = (
     "prefix_cache_hits",
     "preemptions",
     "steps",
+    "replica_restarts",
 )
 REQUEST_COUNTERS = ("prompt_tokens", "generation_tokens", "sequences_admitted", "sequences_finished", "request_errors")
 HISTOGRAMS = (

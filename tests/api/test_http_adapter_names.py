@@ -9,6 +9,7 @@ import pytest
 
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.errors import AdapterNameError, UnknownModelError
+from peft_dist.core.messages import LoadAdapter
 from peft_dist.orchestrator.adapters import AdapterRegistry
 from tests.api.http_support import BASE, ScriptedClient, error_of, serving, spec
 
@@ -23,9 +24,9 @@ class NamingClient(ScriptedClient):
         self.registry = AdapterRegistry()
         self.registry.set_base(self.model)
         for call_id, name in enumerate([*self.loaded, "busy"]):
-            self.registry.begin_load(call_id, name, {0})
+            self.registry.begin_load(LoadAdapter(call_id=call_id, name=name, path=name), {0})
             if name != "busy":
-                self.registry.settle(call_id, 0, spec(name), None)
+                self.registry.settle(call_id, 0, spec(name))
 
     async def load_adapter(self, name: str, path: str, **options: Any) -> AdapterSpec:
         self.registry.check_new_name(name, replace=options["replace"])

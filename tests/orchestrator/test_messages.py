@@ -62,6 +62,7 @@ COMMANDS: st.SearchStrategy[AnyCommand] = st.one_of(
         seed=st.integers(-(2**63), 2**64 - 1),
         content_hash=st.none() | TEXT,
         output_token_ids=TOKENS,
+        age=st.floats(0, 1e6),
     ),
     st.builds(AbortRequest, request_ids=st.lists(TEXT, max_size=3)),
     st.builds(LoadAdapter, call_id=st.integers(0, 99), name=TEXT, path=TEXT, root=st.none() | TEXT),

@@ -37,7 +37,7 @@ def test_totals_go_on_in_the_next_incarnation() -> None:
         [started] = core.replicas.views()
         assert started.totals.num_switches == 3 * (times - 1) and started.detail == ReplicaDetail()
         core.observe(0, epoch, Progress(sequences=[], stats=stats, detail=DETAIL), 1.0)
-        core.lose_replica(0, epoch, "it was killed")
+        core.lose_replica(0, epoch, "it was killed", 2.0)
         core.observe(0, epoch, Progress(sequences=[], stats=stats, detail=ReplicaDetail()), 2.0)
         [lost] = core.replicas.views()
         assert lost.state == "dead" and lost.model is not None

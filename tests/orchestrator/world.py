@@ -17,16 +17,28 @@ from peft_dist.core.messages import (
     Ready,
     ReplicaStats,
     SequenceProgress,
+    Shutdown,
+    Started,
     UnloadAdapter,
 )
 from tests.worker.fake_replica import fake_model
 
 
+def drawn_token(seed: int, index: int, draw: int) -> int:
+    """What every replica draws for this sequence."""
+    return hash((seed, index, draw)) % 7
+
+
 class MiniReplica:
-    """Takes commands in order, and reports in order; both wait in queues until a test moves them."""
+    """Takes commands in order, and reports in order; both wait in queues until a test moves them.
+
+    ``running`` are sequences with the tokens that they have, ``started`` those that were in a step.
+    """
 
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
+        self.is_down = False
+        self.started: set[str] = set()
         self.commands: deque[AnyCommand] = deque()
         self.reports: deque[AnyReport] = deque([Ready(model=fake_model("org/mini", max_model_len=20), pid=1)])
         self.running: dict[str, tuple[AddRequest, int]] = {}
@@ -39,7 +51,7 @@ class MiniReplica:
             case AddRequest() as add:
                 assert add.content_hash is None or add.content_hash in self.held, "an adapter the replica lacks"
                 assert add.request_id not in self.running
-                self.running[add.request_id] = (add, 0)
+                self.running[add.request_id] = (add, len(add.output_token_ids))
             case AbortRequest(request_ids=ids):
                 for request_id in ids:
                     self.running.pop(request_id, None)
@@ -53,16 +65,19 @@ class MiniReplica:
                 assert content_hash not in self.pins.values(), "a pinned adapter dropped"
                 self.held.remove(content_hash)
                 self.reports.append(AdapterResult(call_id=call_id))
+            case Shutdown():
+                self.is_down = True
 
     def step(self) -> None:
         """One token for every running sequence."""
+        self.start()
         progress = []
         for request_id, (add, drawn) in list(self.running.items()):
             last = drawn + 1 == add.params.max_tokens
             progress.append(
                 SequenceProgress(
                     request_id=request_id,
-                    token_ids=[drawn % 7],
+                    token_ids=[drawn_token(add.seed, add.sequence_index, drawn)],
                     first_index=drawn,
                     finish_reason="length" if last else None,
                 )
@@ -71,6 +86,12 @@ class MiniReplica:
             if last:
                 del self.running[request_id]
         self.reports.append(Progress(sequences=progress, stats=ReplicaStats(num_running=len(self.running))))
+
+    def start(self) -> None:
+        """Tell which sequences are in a step for the first time."""
+        if new := sorted(self.running.keys() - self.started):
+            self.reports.append(Started(request_ids=new))
+            self.started.update(new)
 
     def _load(self, load: LoadAdapter) -> None:
         if load.path == "broken":

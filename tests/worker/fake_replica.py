@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from peft_dist.core.adapter import AdapterSpec
@@ -15,7 +16,8 @@ from peft_dist.core.messages import ReplicaDetail, ReplicaStats, SequenceProgres
 from peft_dist.core.request import Request
 
 # First prompt tokens that make a request special.
-HOLD, FAIL, CRASH, REFUSE = 1, 2, 3, 4
+HOLD, FAIL, CRASH, REFUSE, SLOW = 1, 2, 3, 4, 9
+SLOW_STEP = 0.005
 VOCAB_SIZE = 1000
 NUM_BLOCKS = 64
 MAX_PINS = 1
@@ -27,9 +29,13 @@ def expected_token(seed: int, index: int, draw: int, content_hash: str) -> int:
 
 
 class FakeEngine:
-    """Each request gets one token a step; HOLD requests get one token and then wait to be aborted."""
+    """Each request gets one token a step; HOLD requests get one token and then wait to be aborted.
+
+    A step with SLOW requests takes ``SLOW_STEP`` seconds.
+    """
 
     waits_for_load = False
+    on_start: Callable[[list[str]], None] | None = None
 
     def __init__(self) -> None:
         self.residency_version = 0
@@ -52,7 +58,15 @@ class FakeEngine:
             self.requests.pop(request_id, None)
 
     def step(self, now: float) -> list[SequenceProgress]:
-        return [self._advance(request) for request in list(self.requests.values()) if self._runs(request)]
+        running = [request for request in self.requests.values() if self._runs(request)]
+        new = [request.request_id for request in running if request.first_scheduled is None]
+        for request in running:
+            request.first_scheduled = now
+        if new and self.on_start is not None:
+            self.on_start(new)
+        if any(request.prompt_token_ids[0] == SLOW for request in running):
+            time.sleep(SLOW_STEP)
+        return [self._advance(request) for request in running]
 
     def register_adapter(self, spec: AdapterSpec) -> None:
         self.adapters[spec.content_hash] = spec

@@ -95,3 +95,32 @@ def test_the_worker_reads_what_the_launcher_writes(tmp_path: Path) -> None:
     config = WorkerConfig(endpoint="ipc:///x", replica_id=2, epoch=9, engine=engine)
     config.write(tmp_path / "worker.json")
     assert WorkerConfig.read(tmp_path / "worker.json") == config
+
+
+def test_replicas_share_the_threads_and_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(5)))
+    engine = EngineConfig(model="m", device="cpu", decision_log="log.jsonl")
+    two, one = (AccelerateLauncher(engine, num_replicas=number) for number in (2, 1))
+    assert (two._num_threads(), one._num_threads()) == (2, 5)
+    logs = [two._config("ipc://x", replica_id, 1).engine.decision_log for replica_id in (0, 1)]
+    assert logs == ["log.jsonl.0", "log.jsonl.1"]
+    assert one._config("ipc://x", 0, 1).engine.decision_log == "log.jsonl"
+    assert AccelerateLauncher(engine, num_replicas=8)._num_threads() == 1
+
+
+def test_several_replicas_get_the_visible_gpus_in_turn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def given(device: str, num_replicas: int) -> list[str | None]:
+        launcher = PlainLauncher(EngineConfig(model="m", device=device), num_replicas=num_replicas)
+        return [launcher._environment(i).get("CUDA_VISIBLE_DEVICES") for i in range(num_replicas)]
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, GPU-abc")
+    assert given("auto", 3) == ["3", "GPU-abc", "3"]
+    assert given("auto", 1) == given("cpu", 1) == given("cuda:1", 1) == [None] and given("cpu", 2) == [None, None]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert given("cuda", 2) == [None, None]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    for name in ("0000:01:00.0", "0000:02:00.0"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr("peft_dist.worker.launcher._GPUS", str(tmp_path))
+    assert given("cuda", 2) == ["0", "1"]

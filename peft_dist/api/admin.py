@@ -1,0 +1,43 @@
+"""Taking replicas out of service and back while the server runs."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.responses import Response
+
+from peft_dist.api.errors import json_response
+from peft_dist.api.state import ServerState
+
+
+class DrainRequest(BaseModel):
+    """What becomes of the replica when it is empty."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    restart: bool | None = Field(None, description="End it then, and start it again.")
+
+
+class ResumeRequest(BaseModel):
+    """Nothing needs to be said."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+def admin_router(state: ServerState) -> APIRouter:
+    """The routes that drain and resume replicas."""
+    router = APIRouter(prefix="/admin", tags=["replicas"])
+
+    @router.post("/drain/{replica}")
+    async def drain(replica: int, body: DrainRequest) -> Response:
+        """Move a replica's requests to others, and answer when it is empty; ``restart`` then starts it again."""
+        await state.client.drain_replica(replica, restart=bool(body.restart))
+        return json_response({"replica": replica, "state": "restarting" if body.restart else "drained"})
+
+    @router.post("/resume/{replica}")
+    async def resume(replica: int, body: ResumeRequest) -> Response:
+        """Let a drained replica take requests again."""
+        state.client.resume_replica(replica)
+        return json_response({"replica": replica, "state": "ready"})
+
+    return router

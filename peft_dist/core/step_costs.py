@@ -1,0 +1,56 @@
+"""What a replica's work costs, in the few numbers that those who route to it need."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import msgspec
+
+from peft_dist.core.cost_model import CostModel, CostPrior, StepFeatures
+
+
+class StepCosts(msgspec.Struct, frozen=True):
+    """Coefficients of a cost model, as its replica reports them.
+
+    Attributes:
+        step: Seconds for each feature of a step, in the order of ``StepFeatures.vector``.
+        load: Seconds of one load of an adapter, and seconds for each of its bytes.
+    """
+
+    step: tuple[float, ...] = CostPrior().step_coefficients()
+    load: tuple[float, float] = CostPrior().load
+
+    @classmethod
+    def of(cls, model: CostModel) -> StepCosts:
+        return cls(model.step_coefficients(), model.load_coefficients())
+
+    def prefill_seconds(self, num_tokens: int) -> float:
+        """What so many prompt tokens add to the steps that compute them."""
+        features = StepFeatures(False, prefill_tokens=num_tokens)
+        return self._predict(features) - self._predict(StepFeatures(False))
+
+    def decode_seconds(self, num_base: int, adapters: Mapping[str, tuple[int, int]], share: float = 1.0) -> float:
+        """One unmerged step that draws a token for each sequence, or for this share of the sequences of each adapter.
+
+        Args:
+            num_base: Sequences of the base.
+            adapters: Sequences and rank rows of each adapter.
+        """
+        rows = sum(number for number, _ in adapters.values())
+        features = StepFeatures(
+            merged=False,
+            decode_sequences=math.ceil((num_base + rows) * share),
+            lora_tokens=math.ceil(rows * share),
+            adapters=len(adapters),
+            rank_rows=sum(rank for _, rank in adapters.values()),
+            rank_row_tokens=math.ceil(sum(number * rank for number, rank in adapters.values()) * share),
+        )
+        return self._predict(features)
+
+    def load_seconds(self, num_bytes: int) -> float:
+        """Bring an adapter to the device."""
+        return self.load[0] + self.load[1] * num_bytes
+
+    def _predict(self, features: StepFeatures) -> float:
+        return sum(c * x for c, x in zip(self.step, features.vector(), strict=True))

@@ -1,0 +1,161 @@
+"""Loads, unloads and pins on all replicas, and bringing those that start later to what the others hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from peft_dist.core.adapter import AdapterSpec
+from peft_dist.core.errors import AdapterError, PeftDistError
+from peft_dist.core.messages import AdapterResult, AnyCommand, LoadAdapter, PinAdapter, UnloadAdapter
+from peft_dist.orchestrator.adapters import AdapterRegistry
+from peft_dist.orchestrator.holdings import Holdings
+from peft_dist.orchestrator.records import AdapterLoaded, AdapterRefused, Event, Notice, Outgoing, Replica
+from peft_dist.orchestrator.replicas import ReplicaTable
+
+
+class _Reload(NamedTuple):
+    """An adapter on its way to one incarnation of a replica."""
+
+    epoch: int
+    spec: AdapterSpec
+    pinned: bool
+
+
+class AdapterCalls:
+    """Keeps what replicas hold in step with the registry. Calls return commands to send.
+
+    A load by a user concerns every replica that is ready, and takes effect on all of them or on none. A replica that
+    becomes ready later is brought the named adapters one by one; until it holds one, its requests go elsewhere.
+    """
+
+    def __init__(self, registry: AdapterRegistry, replicas: ReplicaTable, events: list[Event]) -> None:
+        self._registry = registry
+        self._replicas = replicas
+        self._events = events
+        self._holdings = Holdings()
+        self._next_call = 1
+        # Reloads that were not answered yet, and (epoch, content) that cannot be loaded there.
+        self._reloads: dict[int, _Reload] = {}
+        self._coming: set[tuple[int, str]] = set()
+        self._refused: set[tuple[int, str]] = set()
+
+    def holds(self, replica: Replica, content_hash: str) -> bool:
+        """Whether a replica can run requests of a content."""
+        return self._holdings.holds(replica.replica_id, content_hash)
+
+    def is_coming(self, replica: Replica, content_hash: str) -> bool:
+        """Whether a content is on its way to a replica, or will be once the replica is ready."""
+        if replica.will_be_ready:
+            return not content_hash or self._registry.is_named(content_hash)
+        return (replica.epoch, content_hash) in self._coming
+
+    def load(self, name: str, path: str, pinned: bool | None, **source: Any) -> tuple[int, list[Outgoing]]:
+        """Ask every ready replica; ``pinned`` None: if what it replaces is. ``source`` are fields of LoadAdapter."""
+        call_id = self._new_call()
+        pin = name in self._registry.pinned if pinned is None else pinned
+        command = LoadAdapter(call_id=call_id, name=name, path=path, pinned=pin, **source)
+        replicas = self._replicas.ready()
+        self._registry.begin_load(command, {replica.replica_id for replica in replicas})
+        return call_id, [to(replica, command) for replica in replicas]
+
+    def answered(self, replica: Replica, report: AdapterResult) -> list[Outgoing]:
+        """A replica's answer to a load or unload."""
+        if report.spec is not None:
+            self._holdings.add(replica.replica_id, report.spec.content_hash)
+        if report.call_id in self._reloads:
+            self._reloaded(replica, report)
+        elif report.call_id in self._registry.loads_on(replica.replica_id):
+            error = report.error or "the replica neither loaded nor refused it"
+            return self._settle(report.call_id, replica.replica_id, report.spec or AdapterError(error))
+        elif report.error is not None:
+            self._events.append(Notice(replica.replica_id, report.error))
+        return []
+
+    def welcome(self, replica: Replica) -> list[Outgoing]:
+        """Bring all named adapters that it lacks to a replica that can be used from now on."""
+        return self._reload(replica, self._registry.specs())
+
+    def lose(self, replica: Replica, error: PeftDistError) -> list[Outgoing]:
+        """A replica is gone: loads go on without it, or fail if it was the last one."""
+        self._holdings.lose(replica.replica_id)
+        self._reloads = {call: reload for call, reload in self._reloads.items() if reload.epoch != replica.epoch}
+        self._coming = {(epoch, content) for epoch, content in self._coming if epoch != replica.epoch}
+        self._refused = {(epoch, content) for epoch, content in self._refused if epoch != replica.epoch}
+        out: list[Outgoing] = []
+        for call_id in self._registry.loads_on(replica.replica_id):
+            out += self._settle(call_id, replica.replica_id, error, lost=True)
+        return out
+
+    def tidy(self) -> list[Outgoing]:
+        """Pins that changed, and drops of what neither a name nor a request needs.
+
+        Nothing is dropped while a load is under way: it may turn out to bring the same content again.
+        """
+        alive = {r.replica_id: r for r in self._replicas.all_alive() if r.ready_since is not None}
+        out: list[Outgoing] = []
+        for name, content_hash in self._registry.take_repins():
+            for replica in alive.values():
+                held = content_hash if content_hash and self.holds(replica, content_hash) else None
+                out.append(to(replica, PinAdapter(name=name, content_hash=held)))
+        if self._registry.is_loading:
+            return out
+        for content_hash in self._holdings.unneeded(self._registry.needed()):
+            for holder in [alive[i] for i in self._holdings.drop(content_hash) if i in alive]:
+                out.append(to(holder, UnloadAdapter(call_id=self._new_call(), content_hash=content_hash)))
+        return out
+
+    def _settle(
+        self, call_id: int, replica_id: int, answer: AdapterSpec | PeftDistError, *, lost: bool = False
+    ) -> list[Outgoing]:
+        outcome = self._registry.settle(call_id, replica_id, answer, lost=lost)
+        if outcome is None:
+            return []
+        if not isinstance(outcome, AdapterSpec):
+            self._events.append(AdapterRefused(call_id, outcome))
+            return []
+        self._events.append(AdapterLoaded(call_id, outcome))
+        # Those that became ready meanwhile were not asked.
+        return [out for replica in self._replicas.ready() for out in self._reload(replica, [outcome])]
+
+    def _reload(self, replica: Replica, specs: Iterable[AdapterSpec]) -> list[Outgoing]:
+        out: list[Outgoing] = []
+        for spec in specs:
+            key = (replica.epoch, spec.content_hash)
+            if self.holds(replica, spec.content_hash):
+                # Under another name, of which it knows.
+                self._registry.repin_if_pinned([spec.name])
+                continue
+            if key in self._refused or key in self._coming:
+                continue
+            command = self._registry.reload_command(spec.name, self._new_call())
+            self._reloads[command.call_id] = _Reload(replica.epoch, spec, command.pinned)
+            self._coming.add(key)
+            out.append(to(replica, command))
+        return out
+
+    def _reloaded(self, replica: Replica, report: AdapterResult) -> None:
+        reload = self._reloads.pop(report.call_id)
+        wanted = reload.spec
+        self._coming.discard((reload.epoch, wanted.content_hash))
+        if reload.pinned:
+            self._registry.repin(wanted.name)
+        # The name may mean something else by now, and the replica has just pinned what it meant before, or nothing; and
+        # other names may mean the same.
+        same = [spec.name for spec in self._registry.specs() if spec.content_hash == wanted.content_hash]
+        self._registry.repin_if_pinned([wanted.name, *same])
+        if report.spec is not None and report.spec.content_hash == wanted.content_hash:
+            return
+        problem = report.error or f"{wanted.path} no longer holds what the other replicas loaded"
+        self._refused.add((replica.epoch, wanted.content_hash))
+        text = f"adapter {wanted.name!r} is not served here: {problem}. Unload it, or load it in place"
+        self._events.append(Notice(replica.replica_id, text))
+
+    def _new_call(self) -> int:
+        call_id, self._next_call = self._next_call, self._next_call + 1
+        return call_id
+
+
+def to(replica: Replica, command: AnyCommand) -> Outgoing:
+    """A command for this incarnation of a replica."""
+    return Outgoing(replica.replica_id, replica.epoch, command)

@@ -1,0 +1,125 @@
+"""The lives of replicas: who is late, silent, to be started again, or being drained."""
+
+from __future__ import annotations
+
+import math
+
+from peft_dist.core.errors import ReplicaStateError, UnknownReplicaError
+from peft_dist.orchestrator.options import OrchestratorOptions
+from peft_dist.orchestrator.records import Replica, ReplicaState
+from peft_dist.orchestrator.replicas import ReplicaTable
+
+_SERVING = (ReplicaState.READY, ReplicaState.DRAINING)
+
+
+class Lifecycle:
+    """Decides from the table of replicas and the options; changes nothing but what a replica's life is about."""
+
+    def __init__(self, replicas: ReplicaTable, options: OrchestratorOptions) -> None:
+        self._replicas = replicas
+        self._options = options
+        # Epochs of draining replicas that still have requests.
+        self._draining: set[int] = set()
+
+    # Deadlines
+
+    def lost_by(self, now: float) -> list[tuple[Replica, str, bool]]:
+        """Replicas that missed a deadline, with the reason and whether they hang."""
+        lost = [(r, f"Replica {r.replica_id} was not ready in time.", False) for r in self._replicas.late(now)]
+        for replica in self._replicas.all():
+            if self._silence_ends(replica) <= now:
+                silence = f"{now - replica.last_heard:.1f} s"
+                lost.append((replica, f"Replica {replica.replica_id} has been silent for {silence}.", True))
+        return lost
+
+    def due(self, now: float) -> list[Replica]:
+        """Dead replicas that are to be started again by now."""
+        return [r for r in self._replicas.all() if r.restart_at is not None and r.restart_at <= now]
+
+    def next_deadline(self) -> float:
+        """When ``lost_by`` or ``due`` may next find something, if nothing is heard until then."""
+        times = [self._silence_ends(replica) for replica in self._replicas.all()]
+        times += [time for r in self._replicas.all() for time in (r.restart_at, r.start_deadline) if time is not None]
+        return min(times, default=math.inf)
+
+    def is_stuck(self, busy_seconds: float) -> bool:
+        """Whether a replica that has been in one step for so long hangs."""
+        limit = self._options.step_timeout
+        return limit is not None and busy_seconds > limit
+
+    def excuse_silence(self, now: float) -> None:
+        """Count nobody's silence so far: it was this process that did not listen."""
+        for replica in self._replicas.all_alive():
+            replica.last_heard = now
+
+    def plan_restart(self, replica: Replica, now: float, *, was_asked: bool) -> None:
+        """Note when a replica that has just died is started again; at once if it was asked to end."""
+        policy = self._options.restart
+        if policy is None:
+            return
+        if was_asked:
+            replica.num_failures, replica.restart_at = 0, now
+            return
+        served = 0.0 if replica.ready_since is None else now - replica.ready_since
+        replica.num_failures = policy.failures(replica.num_failures, served)
+        wait = policy.wait(replica.num_failures)
+        replica.restart_at = None if wait is None else now + wait
+
+    def _silence_ends(self, replica: Replica) -> float:
+        """When a replica that says nothing will be lost; one that loads its model may be silent."""
+        limit = self._options.heartbeat_timeout
+        return math.inf if limit is None or replica.state not in _SERVING else replica.last_heard + limit
+
+    # Draining
+
+    def drain(self, replica_id: int, *, leave: bool) -> Replica:
+        """Let a replica take no more requests.
+
+        Raises:
+            UnknownReplicaError, ReplicaStateError: there is no such replica, or it cannot be spared.
+        """
+        replica = self._find(replica_id, *_SERVING)
+        if not any(other is not replica for other in self._replicas.ready()):
+            raise ReplicaStateError(f"replica {replica_id} is the only one that serves: wait until another is ready")
+        if leave and self._options.restart is None:
+            raise ReplicaStateError("replicas are not started again here: serve with --restart, or drain without it")
+        replica.state, replica.leaves = ReplicaState.DRAINING, leave
+        self._draining.add(replica.epoch)
+        return replica
+
+    def resume(self, replica_id: int) -> Replica:
+        """Let a draining or drained replica take requests again.
+
+        Raises:
+            UnknownReplicaError, ReplicaStateError: there is no such replica, or it does not drain (any more).
+        """
+        replica = self._find(replica_id, ReplicaState.DRAINING)
+        replica.state, replica.leaves = ReplicaState.READY, False
+        self._draining.discard(replica.epoch)
+        return replica
+
+    def ended(self, replica: Replica) -> None:
+        """A replica is gone, drained or not."""
+        self._draining.discard(replica.epoch)
+
+    def draining(self) -> list[Replica]:
+        """Draining replicas of which ``drained`` was not said yet."""
+        if not self._draining:
+            return []
+        return [r for r in self._replicas.in_state(ReplicaState.DRAINING) if r.epoch in self._draining]
+
+    def drained(self, replica: Replica) -> None:
+        """A draining replica has no request left."""
+        self._draining.discard(replica.epoch)
+
+    def _find(self, replica_id: int, *states: ReplicaState) -> Replica:
+        replica = self._replicas.get(replica_id)
+        if replica is None:
+            ids = ", ".join(str(other.replica_id) for other in self._replicas.all())
+            raise UnknownReplicaError(f"There is no replica {replica_id}: there are {ids}.")
+        if replica.state not in states:
+            wanted = " or ".join(state.value for state in states)
+            raise ReplicaStateError(f"replica {replica_id} is {replica.state.value}, not {wanted}")
+        if replica.leaves and replica.epoch not in self._draining:
+            raise ReplicaStateError(f"replica {replica_id} is being restarted: it serves again by itself")
+        return replica

@@ -1,0 +1,40 @@
+"""What an Orchestrator goes by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from peft_dist.core.errors import ConfigError
+from peft_dist.orchestrator.restarts import RestartPolicy
+
+
+@dataclass(frozen=True, slots=True)
+class OrchestratorOptions:
+    """
+    Attributes:
+        max_num_seqs: Sequences that one replica runs at once.
+        max_queue: Sequences that may wait beyond those; one more is refused.
+        seed: Seeds the seeds of requests that bring none; None draws from the system.
+        start_timeout: Seconds for a replica that is started again to become ready; None is no limit.
+        heartbeat_timeout: Seconds of silence after which a replica counts as hung; None: it may be silent.
+        step_timeout: Seconds that one round of a replica's loop may take; None is no limit.
+        max_wait: Seconds that an admitted request waits for a replica, when the one it had is lost.
+        restart: When replicas that died are started again; None is never.
+    """
+
+    max_num_seqs: int = 256
+    max_queue: int = 1024
+    seed: int | None = None
+    start_timeout: float | None = None
+    heartbeat_timeout: float | None = None
+    step_timeout: float | None = None
+    max_wait: float = 300.0
+    restart: RestartPolicy | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_queue < 0:
+            raise ConfigError(f"max_queue={self.max_queue} must be 0 (nothing waits) or more")
+        for name in ("start_timeout", "heartbeat_timeout", "step_timeout", "max_wait"):
+            seconds = getattr(self, name)
+            if seconds is not None and not seconds > 0:
+                raise ConfigError(f"{name}={seconds} must be seconds above 0")

@@ -1,0 +1,112 @@
+"""Which replica has which request: giving, taking away, and giving again after a replica was lost or is drained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from peft_dist.core.messages import AbortRequest
+from peft_dist.orchestrator.adapter_calls import AdapterCalls, to
+from peft_dist.orchestrator.dispatcher import Dispatcher, Lengths
+from peft_dist.orchestrator.records import Outgoing, Replica, ReplicaState, RequestRecord
+from peft_dist.orchestrator.replicas import ReplicaTable
+from peft_dist.orchestrator.requests import RequestTable, add_commands
+
+# A request that was in the batch of so many replicas when they died is taken to be the reason.
+MAX_DEATHS = 2
+
+
+class Placer:
+    """Gives requests to replicas that hold their adapters. Calls return commands to send."""
+
+    def __init__(
+        self, requests: RequestTable, replicas: ReplicaTable, calls: AdapterCalls, max_num_seqs: int, lengths: Lengths
+    ) -> None:
+        self._requests = requests
+        self._replicas = replicas
+        self._calls = calls
+        self._lengths = lengths
+        self._dispatcher = Dispatcher(requests, lengths, max_num_seqs)
+        # The last suspect that was placed.
+        self._tried: RequestRecord | None = None
+
+    def place(self, record: RequestRecord, now: float) -> list[Outgoing]:
+        """Send a request that no replica has to the best one; nothing happens while none can take it."""
+        able = self._able(record)
+        if not able or (record.is_suspect and self._is_trying):
+            return []
+        if record.is_suspect:
+            self._tried = record
+        return self._give(record, self._dispatcher.choose(record, able), now)
+
+    def place_waiting(self, now: float) -> list[Outgoing]:
+        """Place what can be placed of all that waits for a replica."""
+        return [out for record in self._requests.unplaced() for out in self.place(record, now)]
+
+    def is_hopeless(self, record: RequestRecord) -> bool:
+        """Whether no replica can run it, nor will be able to by itself."""
+        content = record.content_hash
+        coming = any(self._calls.is_coming(replica, content) for replica in self._replicas.all())
+        return not coming and not self._able(record)
+
+    def move(self, record: RequestRecord, replica: Replica, now: float) -> list[Outgoing]:
+        """Have another replica, which must hold its adapter, go on with a request from the tokens that are known."""
+        assert record.replica_id is not None
+        old = self._replicas[record.replica_id]
+        ids = [sequence.sequence_id for sequence in record.unfinished.values()]
+        self._requests.take(record, now)
+        return [to(old, AbortRequest(request_ids=ids)), *self._give(record, replica, now)]
+
+    def evacuate(self, now: float) -> list[Outgoing]:
+        """Move what can be moved from draining replicas; what no other can run finishes where it is."""
+        out: list[Outgoing] = []
+        for old in self._replicas.in_state(ReplicaState.DRAINING):
+            for record in self._requests.on_replica(old.replica_id):
+                if able := self._able(record):
+                    out += self.move(record, self._dispatcher.choose(record, able), now)
+        return out
+
+    def orphan(self, replica: Replica, now: float, *, by_death: bool) -> RequestRecord | None:
+        """Take all requests from a replica; returns the one that it and another one died of, where that is clear."""
+        records = self._requests.on_replica(replica.replica_id)
+        guilty = find_guilty(records) if by_death else None
+        for record in records:
+            self._requests.take(record, now)
+        return guilty
+
+    @property
+    def _is_trying(self) -> bool:
+        tried = self._tried
+        return tried is not None and tried.is_suspect and tried.replica_id is not None and bool(tried.unfinished)
+
+    def _able(self, record: RequestRecord) -> list[Replica]:
+        return [replica for replica in self._replicas.ready() if self._calls.holds(replica, record.content_hash)]
+
+    def _give(self, record: RequestRecord, replica: Replica, now: float) -> list[Outgoing]:
+        self._requests.place(record, replica.replica_id, self._lengths.expected(record))
+        return [to(replica, command) for command in add_commands(record, now)]
+
+
+def find_guilty(records: Sequence[RequestRecord]) -> RequestRecord | None:
+    """The request, of those that were on a replica that died, that it died of; None while that is not clear.
+
+    A request that was in the batch counts the death, until it draws a token. Who counts two is guilty if nobody else
+    does, or if it alone never drew a token on either replica, as one whose prompt kills. Otherwise all that count two
+    become suspects, which are tried one after another: who is tried when the next replica dies is guilty.
+    """
+    for record in records:
+        for sequence in record.unfinished.values():
+            sequence.num_deaths += sequence.started
+            sequence.num_early_deaths += sequence.started and not sequence.drew
+    twice = [record for record in records if _deaths(record)[0] >= MAX_DEATHS]
+    tried = [record for record in twice if record.is_suspect]
+    early = [record for record in twice if _deaths(record)[1] >= MAX_DEATHS]
+    guilty = next((some[0] for some in (twice, tried, early) if len(some) == 1), None)
+    if guilty is None:
+        for record in twice:
+            record.is_suspect = True
+    return guilty
+
+
+def _deaths(record: RequestRecord) -> tuple[int, int]:
+    sequences = record.unfinished.values()
+    return max(s.num_deaths for s in sequences), max(s.num_early_deaths for s in sequences)

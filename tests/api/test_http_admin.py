@@ -1,0 +1,52 @@
+"""Draining replicas over HTTP, who may, and what ``/health`` and ``/ready`` say meanwhile."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import pytest
+
+from peft_dist.api.options import ServerOptions
+from tests.api.http_support import ScriptedClient, error_of
+from tests.api.test_http_auth import ADMIN, KEYS, REMOTE, ask
+
+
+def test_a_replica_is_drained_and_resumed(engine: ScriptedClient, http: httpx.Client) -> None:
+    drained = http.post("/admin/drain/0", json={})
+    assert drained.status_code == 200 and drained.json() == {"replica": 0, "state": "drained"}
+    assert http.post("/admin/drain/0", json={"restart": True}).json()["state"] == "restarting"
+    assert engine.drains == [False, True]
+    assert http.post("/admin/resume/0", json={}).json() == {"replica": 0, "state": "ready"}
+    assert error_of(http.post("/admin/resume/0", json={}), 409)["code"] == "replica_state"
+
+
+def test_what_is_no_replica(http: httpx.Client) -> None:
+    assert error_of(http.post("/admin/drain/7", json={}), 404)["code"] == "replica_not_found"
+    assert error_of(http.post("/admin/drain/x", json={}), 400)
+    assert error_of(http.post("/admin/drain/0", json={"now": True}), 400)
+    assert error_of(http.get("/admin/drain/0"), 405)
+
+
+@pytest.mark.parametrize("path", ["/admin/drain/0", "/admin/resume/0", "/admin/other"])
+def test_it_takes_the_admin_key_or_this_machine(path: str) -> None:
+    engine = ScriptedClient()
+    guarded = ServerOptions(api_keys=KEYS, admin_key=ADMIN)
+    assert ask(guarded, path, {}, engine=engine).status_code == 401
+    assert ask(guarded, path, {}, key=KEYS[0], engine=engine).status_code == 403
+    assert ask(ServerOptions(), path, {}, peer=REMOTE, engine=engine).status_code == 403
+    assert engine.drains == []
+    assert ask(guarded, "/admin/drain/0", {}, key=ADMIN, peer=REMOTE, engine=engine).status_code == 200
+
+
+def test_health_is_about_any_replica_and_ready_about_all(
+    engine: ScriptedClient, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert http.get("/health").json() == {"status": "ok", "replicas": {"0": "ready"}}
+    assert http.get("/ready").status_code == 200
+    [view] = engine.replicas()
+    views: list[Any] = [view, replace(view, replica_id=1, state="starting")]
+    monkeypatch.setattr(engine, "replicas", lambda: views)
+    assert http.get("/health").json()["replicas"] == {"0": "ready", "1": "starting"}
+    assert "replica 1 is starting" in error_of(http.get("/ready"), 503)["message"]

@@ -1,0 +1,212 @@
+"""Two replicas in processes of their own, around fake engines: what dies, hangs, is poisoned or drained."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from peft_dist.core.errors import EngineDeadError, ReplicaStateError, UnknownReplicaError
+from peft_dist.core.messages import SequenceProgress
+from peft_dist.core.sampling_params import SamplingParams
+from peft_dist.orchestrator.core import OrchestratorOptions
+from peft_dist.orchestrator.restarts import RestartPolicy
+from peft_dist.orchestrator.service import EngineService
+from peft_dist.orchestrator.streams import Stream
+from peft_dist.worker.launcher import AccelerateLauncher, PlainLauncher
+from tests.e2e.test_processes import ENGINE, ROOT, adapter, run
+from tests.worker.fake_replica import CRASH, HOLD, SLOW, expected_token
+
+NUM_TOKENS = 200
+SILENCE = 1.0
+
+
+@pytest.fixture(autouse=True)
+def workers_find_the_fake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
+
+
+@asynccontextmanager
+async def started(kind: type[PlainLauncher] = PlainLauncher, restarts: bool = True) -> AsyncIterator[EngineService]:
+    launcher = kind(
+        ENGINE,
+        replica_factory="tests.worker.fake_replica:build",
+        log_level="critical",
+        heartbeat_seconds=SILENCE / 5,
+        num_replicas=2,
+    )
+    restart = RestartPolicy(first=0.01, longest=0.1) if restarts else None
+    options = OrchestratorOptions(
+        max_num_seqs=64, max_queue=64, seed=1, heartbeat_timeout=SILENCE, step_timeout=30.0, restart=restart
+    )
+    service = EngineService(launcher, options, num_replicas=2, stop_grace=2.0)
+    try:
+        await service.start()
+        yield service
+    finally:
+        await service.stop()
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """That another process is ready, or gone, is told to the service alone."""
+    while not condition():
+        await asyncio.sleep(0.01)
+
+
+def all_ready(service: EngineService) -> bool:
+    return len(service.replica_pids()) == 2
+
+
+class Reader:
+    """Collects a stream, and checks that no token is missing or doubled."""
+
+    def __init__(
+        self, service: EngineService, request_id: str, params: SamplingParams, model: str | None = None
+    ) -> None:
+        self.params = params
+        spec = service.resolve(model)
+        self.content = spec.content_hash if spec else ""
+        self.tokens: dict[int, list[int]] = {index: [] for index in range(params.n)}
+        self.last: dict[int, SequenceProgress] = {}
+        self.stream: Stream = service.generate(request_id, [SLOW], params, model)
+        self.task = asyncio.create_task(self._read())
+
+    async def _read(self) -> None:
+        async for index, progress in self.stream:
+            assert progress.first_index == len(self.tokens[index])
+            self.tokens[index] += progress.token_ids
+            self.last[index] = progress
+
+    async def check(self) -> None:
+        await self.task
+        for index, tokens in self.tokens.items():
+            seed = self.params.seed or 0
+            assert tokens == [expected_token(seed, index, k, self.content) for k in range(NUM_TOKENS)]
+            assert self.last[index].finish_reason == "length"
+
+
+def read_many(service: EngineService, number: int, prefix: str, model: str | None = None) -> list[Reader]:
+    return [
+        Reader(service, f"{prefix}{i}", SamplingParams(n=1 + i % 2, max_tokens=NUM_TOKENS, seed=i + 1), model)
+        for i in range(number)
+    ]
+
+
+def busiest(service: EngineService) -> int:
+    return max(service.replicas(), key=lambda view: view.stats.num_running).replica_id
+
+
+@pytest.mark.parametrize("kind", [PlainLauncher, AccelerateLauncher])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_streams_go_on_when_a_replica_dies_or_hangs(
+    kind: type[PlainLauncher], number: signal.Signals, tmp_path: Path
+) -> None:
+    async def work() -> None:
+        async with started(kind) as service:
+            await service.load_adapter("sql", adapter(tmp_path / "a", "one"))
+            readers = read_many(service, 12, "base") + read_many(service, 12, "sql", "sql")
+            await until(lambda: all(len(reader.tokens[0]) > 20 for reader in readers))
+            assert all(view.stats.num_running for view in service.replicas()), "both have work"
+            victim = busiest(service)
+            os.kill(service.replica_pids()[victim], number)
+            for reader in readers:
+                await reader.check()
+            await until(lambda: all_ready(service))
+            [lost] = [view for view in service.replicas() if view.replica_id == victim]
+            assert lost.num_restarts == 1 and service.is_healthy
+            # It has the adapter again, and serves it.
+            await until(lambda: service.replicas()[victim].stats.resident_adapters)
+            again = read_many(service, 8, "again", "sql")
+            await until(lambda: service.replicas()[victim].stats.num_running)
+            for reader in again:
+                await reader.check()
+
+    run(work())
+
+
+def test_a_request_that_two_replicas_die_of_is_failed_alone() -> None:
+    async def work() -> None:
+        async with started() as service:
+            held = service.generate("held", [HOLD], SamplingParams(max_tokens=400), None)
+            await anext(held)
+            readers = read_many(service, 6, "r")
+            await until(lambda: all(len(reader.tokens[0]) > 20 for reader in readers))
+            poison = service.generate("poison", [CRASH], SamplingParams(max_tokens=4), None)
+            with pytest.raises(EngineDeadError, match=r"the fake crashed\. .*not tried again"):
+                await anext(poison)
+            for reader in readers:
+                await reader.check()
+            await until(lambda: all_ready(service))
+            assert [view.num_restarts for view in service.replicas()] == [1, 1]
+            service.abort("held")
+            assert (await anext(held))[1].finish_reason == "abort"
+
+    run(work())
+
+
+def test_without_restarts_the_last_replica_takes_everything_with_it() -> None:
+    async def work() -> None:
+        async with started(restarts=False) as service:
+            reader = Reader(service, "r", SamplingParams(max_tokens=NUM_TOKENS, seed=1))
+            await until(lambda: len(reader.tokens[0]) > 20)
+            for replica_id in (0, 1):
+                os.kill(service.replica_pids()[replica_id], signal.SIGKILL)
+                await until(lambda gone=replica_id: gone not in service.replica_pids())
+            with pytest.raises(EngineDeadError, match=r"Replica [01] "):
+                await reader.task
+            assert not service.is_healthy
+            with pytest.raises(EngineDeadError):
+                service.generate("next", [5], SamplingParams(), None)
+
+    run(work())
+
+
+def test_while_no_replica_is_there_what_runs_waits_and_nothing_new_is_taken() -> None:
+    async def work() -> None:
+        async with started() as service:
+            readers = read_many(service, 8, "r")
+            await until(lambda: all(len(reader.tokens[0]) > 20 for reader in readers))
+            for pid in service.replica_pids().values():
+                os.kill(pid, signal.SIGKILL)
+            await until(lambda: not service.replica_pids())
+            assert not service.is_healthy
+            with pytest.raises(EngineDeadError):
+                service.generate("next", [5], SamplingParams(), None)
+            for reader in readers:
+                await reader.check()
+
+    run(work())
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_draining_moves_what_runs(restart: bool, tmp_path: Path) -> None:
+    async def work() -> None:
+        async with started() as service:
+            await service.load_adapter("sql", adapter(tmp_path / "a", "one"))
+            pids = service.replica_pids()
+            readers = read_many(service, 12, "base") + read_many(service, 12, "sql", "sql")
+            await until(lambda: all(len(reader.tokens[0]) > 20 for reader in readers))
+            await service.drain_replica(0, restart=restart)
+            assert not any(reader.task.done() for reader in readers), "it does not wait for their ends"
+            assert service.is_healthy and 0 not in service.replica_pids()
+            if restart:
+                await until(lambda: all_ready(service))
+                assert service.replica_pids()[0] != pids[0]
+            else:
+                with pytest.raises(ReplicaStateError, match="the only one"):
+                    await service.drain_replica(1)
+                service.resume_replica(0)
+                assert service.replica_pids() == pids
+            for reader in readers:
+                await reader.check()
+            with pytest.raises(UnknownReplicaError, match="0, 1"):
+                await service.drain_replica(7)
+            with pytest.raises(ReplicaStateError):
+                service.resume_replica(1)
+
+    run(work())

@@ -1,0 +1,77 @@
+"""Where a request is expected to end first."""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+from hypothesis import given
+
+from peft_dist.core.cost_model import CostModel, CostPrior, StepFeatures
+from peft_dist.core.step_costs import StepCosts
+from peft_dist.policy.dispatch import Backlog, Target, Work, choose, finish_seconds
+
+COSTS = StepCosts()
+SLOW = StepCosts(tuple(10 * c for c in COSTS.step), COSTS.load)
+WORK = Work(1, prompt_tokens=100, output_tokens=50.0, adapter="red", rank_rows=64, num_bytes=10_000_000)
+
+
+def target(
+    replica_id: int = 0,
+    backlog: Backlog | None = None,
+    costs: StepCosts = COSTS,
+    resident: frozenset[str] = frozenset(),
+    max_num_seqs: int = 8,
+    capacity_tokens: int = 100_000,
+) -> Target:
+    return Target(replica_id, costs, backlog or Backlog(), resident, max_num_seqs, capacity_tokens)
+
+
+def test_costs_are_those_of_the_model() -> None:
+    model = CostModel(CostPrior(step=1.0, decode_sequence=0.5, prefill_token=0.25, lora_step=2.0, lora_token=0.1))
+    costs = StepCosts.of(model)
+    rows = [("", 1, 0), ("a", 1, 8), ("a", 1, 8), ("b", 1, 4)]
+    assert costs.decode_seconds(1, {"a": (2, 8), "b": (1, 4)}) == model.step_seconds(StepFeatures.of(rows))
+    assert costs.prefill_seconds(10) == 2.5 and costs.load_seconds(1000) == model.load_seconds(1000)
+
+
+def test_of_idle_replicas_the_one_with_the_adapter_is_chosen() -> None:
+    assert choose(WORK, [target(0), target(1, resident=frozenset({"red"}))]) == 1
+
+
+def test_of_equal_replicas_the_one_with_less_to_do_is_chosen_and_then_the_first() -> None:
+    busy = Backlog(2, 0, 60.0)
+    assert choose(WORK, [target(0, busy), target(1)]) == 1
+    assert choose(WORK, [target(0), target(1)]) == 0
+
+
+def test_a_faster_replica_is_worth_some_backlog_but_not_any() -> None:
+    some, much = Backlog(4, 0, 200.0), Backlog(400, 0, 40_000.0)
+    assert choose(WORK, [target(0, costs=SLOW), target(1, some)]) == 1
+    assert choose(WORK, [target(0, costs=SLOW), target(1, much)]) == 0
+
+
+def test_a_resident_adapter_is_not_worth_a_long_queue() -> None:
+    queue = Backlog(20, 2000, 1000.0, {"red": (20, 64)})
+    assert choose(WORK, [target(0, queue, resident=frozenset({"red"})), target(1)]) == 1
+
+
+def test_few_blocks_make_a_queue() -> None:
+    backlog = Backlog(4, 0, 200.0)
+    assert finish_seconds(WORK, target(0, backlog, capacity_tokens=300)) > finish_seconds(WORK, target(0, backlog))
+
+
+@given(st.integers(0, 50), st.integers(0, 5000), st.integers(1, 4), st.booleans())
+def test_more_to_do_never_ends_sooner(num_sequences: int, prefill: int, times: int, has_adapter: bool) -> None:
+    adapters = {"blue": (num_sequences, 32)} if has_adapter and num_sequences else {}
+    less = Backlog(num_sequences, prefill, 10.0 * num_sequences, dict(adapters))
+    more = Backlog(num_sequences, prefill + 10 * times, 10.0 * num_sequences + times, dict(adapters))
+    assert 0 < finish_seconds(WORK, target(0, less)) < finish_seconds(WORK, target(0, more))
+
+
+def test_a_backlog_forgets_adapters_that_have_ended() -> None:
+    backlog = Backlog()
+    backlog.count("red", 64, 2)
+    backlog.count("", 0, 1)
+    backlog.count("red", 64, -1)
+    assert backlog.adapters == {"red": (1, 64)} and backlog.num_sequences == 2
+    backlog.count("red", 64, -1)
+    assert backlog.adapters == {} and backlog.num_sequences == 1
