@@ -47,8 +47,9 @@ def served(folder: Path, alpha: float, targets: tuple[str, ...], way: str) -> tu
         merged_minority=True,
     ) as llm:  # fmt: skip
         engine = llm._open.engine
-        # Both are on the device before anything is decided.
+        # Both are on the device, and neither in the weights, before anything is decided.
         llm.generate([[5], [5]], SamplingParams(max_tokens=1), ["big", "good"], use_tqdm=False)
+        engine.executor.switch(None)
         engine.scheduler.policy = CreditPolicy(CostModel(BY_ROW, fixed=True), SETTINGS)
         engine.on_decision = decisions.append
         recorder = Recorder(llm)
