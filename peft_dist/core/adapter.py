@@ -13,7 +13,8 @@ class AdapterSpec(msgspec.Struct, frozen=True):
     ``content_hash`` covers configuration and weights: it identifies the adapter everywhere (prefix cache,
     slots, messages), while ``name`` is only what users call it. ``ranks`` maps a module path of the base
     model to the rank there; modules that are absent are not adapted. ``kind`` selects how it is loaded,
-    applied, merged and costed.
+    applied, merged and costed. ``merged_ratio`` is how many times as large as the base's weight its part of a merged
+    weight is, in the module where that is most; 0 where nothing is merged, infinite where it is beyond numbers.
     """
 
     name: str
@@ -22,6 +23,7 @@ class AdapterSpec(msgspec.Struct, frozen=True):
     ranks: dict[str, int]
     num_bytes: int
     kind: str = "lora"
+    merged_ratio: float = 0.0
 
     @property
     def max_rank(self) -> int:

@@ -75,6 +75,7 @@ class Engine:
         self._found_nothing = False
         self._switcher = Switcher(executor, self.cost)
         self.scheduler.mergeable = self._can_merge
+        self.scheduler.can_host = self._can_host
         self.scheduler.merged_adapter = executor.merged_adapter
         self.scheduler.holds_merged = executor.holds_merged
 
@@ -209,6 +210,9 @@ class Engine:
 
     def _can_merge(self, content_hash: str) -> bool:
         return self._switcher.can_merge(self._spec(content_hash))
+
+    def _can_host(self, content_hash: str) -> bool:
+        return self._switcher.can_host(self._spec(content_hash))
 
     def _features(self, batch: Batch, requests: list[Request]) -> StepFeatures:
         rows = [

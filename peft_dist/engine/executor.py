@@ -47,6 +47,10 @@ class Executor(Protocol):
         """Whether this adapter can be merged into the base weights."""
         ...
 
+    def can_host(self, spec: AdapterSpec) -> bool:
+        """Whether it can, and rows of others that run beside it, corrected, keep enough of the base's digits."""
+        ...
+
     def switch(self, spec: AdapterSpec | None) -> float | None:
         """Merge a resident adapter into the weights (None: back to the base) for the batches submitted from now on.
 

@@ -26,6 +26,7 @@ class Scheduler:
 
     Attributes:
         mergeable: Whether the adapter with this content hash can be merged into the base; the engine tells.
+        can_host: Whether others may join its merged batches.
         merged_adapter, holds_merged: What the weights hold, and whether an adapter comes back into them at no cost.
     """
 
@@ -41,6 +42,7 @@ class Scheduler:
         self.adapters = adapters
         self.policy = policy
         self.mergeable: Callable[[str], bool] = lambda _: False
+        self.can_host: Callable[[str], bool] = lambda _: False
         self.merged_adapter: Callable[[], str | None] = lambda: None
         self.holds_merged: Callable[[str], bool] = lambda _: False
         self.queue: dict[str, Request] = {}
@@ -124,6 +126,7 @@ class Scheduler:
             max_loras=self.adapters.space.num_slots,
             merged_adapter=self.merged_adapter(),
             mergeable=self.mergeable,
+            can_host=self.can_host,
             holds_merged=self.holds_merged,
         )
 

@@ -45,6 +45,10 @@ class Switcher:
     def can_merge(self, spec: AdapterSpec) -> bool:
         return spec.content_hash not in self._unmergeable and self._executor.can_merge(spec)
 
+    def can_host(self, spec: AdapterSpec) -> bool:
+        """Whether requests of others may join its merged batches."""
+        return self.can_merge(spec) and self._executor.can_host(spec)
+
     def switch(self, spec: AdapterSpec | None) -> Switch | None:
         """Merge an adapter, or bring the base back; None when the merge failed.
 

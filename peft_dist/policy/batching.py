@@ -52,6 +52,8 @@ class QueueState:
         max_loras: Distinct adapters, the base not counted, that one batch may read through the LoRA kernel.
         merged_adapter: What the weights hold; None when unmerged.
         mergeable: Whether an adapter can be merged into this base.
+        can_host: Whether others may run, corrected, in a batch that it is merged for: one that is too large against the
+            base leaves them too few digits.
         holds_merged: Whether a switch to an adapter costs nothing, because its merged weights are still there.
     """
 
@@ -62,6 +64,7 @@ class QueueState:
     max_loras: int
     merged_adapter: str | None = None
     mergeable: Callable[[str], bool] = _any_adapter
+    can_host: Callable[[str], bool] = _any_adapter
     holds_merged: Callable[[str], bool] = _no_adapter
 
 

@@ -9,11 +9,11 @@ from peft_dist.policy.queue_view import QueueView
 def with_corrections(view: QueueView, choice: Choice, leader: str | None, horizon: float) -> Choice:
     """``choice``, or a batch around a merged adapter if that is predicted to compute more tokens a second.
 
-    The adapter is that of ``choice``, the one merged now, or ``leader``. Switches count as spread over ``horizon``
-    steps.
+    The adapter is that of ``choice``, the one merged now, or ``leader``, if it can host others. Switches count as
+    spread over ``horizon`` steps.
     """
     options = dict.fromkeys((choice.merged_adapter, view.state.merged_adapter, leader))
-    hosts = [adapter for adapter in filter(None, options) if adapter in view.groups and view.is_mergeable(adapter)]
+    hosts = [adapter for adapter in filter(None, options) if adapter in view.groups and view.can_host(adapter)]
     best, best_rate = choice, _rate(view, choice.candidates, choice.merged_adapter, horizon)
     for adapter in hosts:
         batch = view.joined(adapter)

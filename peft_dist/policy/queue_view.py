@@ -111,6 +111,10 @@ class QueueView:
     def is_mergeable(self, adapter: str) -> bool:
         return adapter != BASE and self.state.mergeable(adapter)
 
+    def can_host(self, adapter: str) -> bool:
+        """Whether others may join its merged batches."""
+        return self.is_mergeable(adapter) and self.state.can_host(adapter)
+
     def rank(self, adapter: str | None) -> int:
         return self.groups[adapter][0].rank if adapter in self.groups else 0
 

@@ -23,12 +23,15 @@ class ModuleShape:
         out_features: Width of the output.
         weight: Reads the base weight, in the layout the module stores it. Only adapters that bring a copy of it
             need it; None refuses nothing for its values, only for its shape.
+        row_rms: Root mean square norm of the weights of one output (an embedding: of one token), where adapters may be
+            merged into it; else None.
     """
 
     kind: ModuleKind
     in_features: int
     out_features: int
     weight: Callable[[], torch.Tensor] | None = field(default=None, repr=False, compare=False)
+    row_rms: float | None = field(default=None, repr=False, compare=False)
 
     @property
     def weight_shape(self) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from peft_dist.runner.adapter_config import LoraSettings, read_settings
 from peft_dist.runner.adapter_hash import content_hash
 from peft_dist.runner.adapter_modules import ModuleShape
 from peft_dist.runner.adapter_weights import NotFiniteError, SafetensorsFile, WeightsFile, is_finite, open_weights
+from peft_dist.runner.merged_ratio import ratio_to_weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,20 +90,45 @@ def load_adapter(
 def inspect_adapter(
     name: str, path: Path, modules: Mapping[str, ModuleShape], *, allow_pickle: bool = False
 ) -> AdapterSpec:
-    """``load_adapter`` of which only the identity is kept: of the usual file a few MiB at a time are in memory."""
+    """``load_adapter`` of which only the identity is kept: of the usual file a few MiB at a time are in memory.
+
+    It tells ``merged_ratio`` too, which ``load_adapter`` leaves out.
+    """
     try:
         settings = read_settings(path)
         with open_weights(path, allow_pickle) as file:
             if isinstance(file, SafetensorsFile) and file.is_of_one_type:
                 found = map_tensors(file.shapes, modules, settings)
                 if not found.copies:
-                    return _scan(name, path, file, found, settings)
+                    spec = _scan(name, path, file, found, settings)
+                    return msgspec.structs.replace(spec, merged_ratio=_ratio_in(file, found, modules, settings))
     except AdapterError as error:
         raise AdapterError(f"adapter {name!r} in {path}: {error}") from error
     except NotFiniteError:
         # Read whole, the file tells in which tensor.
         pass
-    return load_adapter(name, path, modules, allow_pickle=allow_pickle).spec
+    adapter = load_adapter(name, path, modules, allow_pickle=allow_pickle)
+    ratios = (_ratio(modules[module], w.A, w.B, w.scaling) for module, w in adapter.weights.items())
+    return msgspec.structs.replace(adapter.spec, merged_ratio=max(ratios))
+
+
+def _ratio_in(
+    file: SafetensorsFile, found: TensorMap, modules: Mapping[str, ModuleShape], settings: LoraSettings
+) -> float:
+    """Reads the tensors again, two at a time, where they may be merged."""
+    return max(
+        _ratio(modules[path], file.read_one(pair.A), file.read_one(pair.B), settings.scaling(path))
+        if modules[path].row_rms is not None
+        else 0.0
+        for path, pair in found.pairs.items()
+    )
+
+
+def _ratio(module: ModuleShape, A: torch.Tensor, B: torch.Tensor, scaling: float) -> float:
+    if module.row_rms is None:
+        return 0.0
+    rows, columns = (A.T, B) if module.kind == "embedding" else (B, A.T)
+    return ratio_to_weight(rows, columns, scaling, module.row_rms)
 
 
 def _scan(name: str, path: Path, file: SafetensorsFile, found: TensorMap, settings: LoraSettings) -> AdapterSpec:

@@ -146,6 +146,15 @@ class SafetensorsFile:
                     raise NotFiniteError
                 yield memoryview(piece)
 
+    def read_one(self, name: str) -> torch.Tensor:
+        """One tensor by itself. Raises AdapterError when the file cannot be read."""
+        entry = self._entries[name]
+        first, last = entry.data_offsets
+        data = bytearray(last - first)
+        self._file.seek(self._data_start + first)
+        read_exactly(self._file, memoryview(data), SAFETENSORS_NAME)
+        return torch.frombuffer(data, dtype=_DTYPES[entry.dtype]).view(entry.shape)
+
     @property
     def is_of_one_type(self) -> bool:
         return len({entry.dtype for entry in self._entries.values()}) == 1

@@ -15,6 +15,7 @@ from peft_dist.core.batch import Batch, StepResult
 from peft_dist.core.messages import AdapterResidency
 from peft_dist.engine.executor import LoadOutcome
 from peft_dist.runner.adapter_loader import AdapterLoader
+from peft_dist.runner.merged_ratio import host_limit
 from peft_dist.runner.model_runner import ModelRunner, PendingStep
 
 logger = logging.getLogger(__name__)
@@ -122,12 +123,28 @@ class TorchExecutor:
         self._mergeable[spec.content_hash] = reason is None
         if reason is not None:
             logger.warning("adapter %r cannot be merged: %s", spec.name, reason)
+        elif not self._can_host(spec):
+            logger.warning(
+                "adapter %r: its part of a merged weight is up to %.3g times as large as the base's (%.3g are allowed "
+                "in %s), so others may not join its merged batches, and its own requests run as ever: if that is not "
+                "meant, correct lora_alpha or use an earlier checkpoint",
+                spec.name,
+                spec.merged_ratio,
+                host_limit(self.runner.model.dtype),
+                str(self.runner.model.dtype).removeprefix("torch."),
+            )
         return reason
 
     def can_merge(self, spec: AdapterSpec) -> bool:
         if spec.content_hash not in self._mergeable:
             self.prepare_merge(spec)
         return self._mergeable[spec.content_hash]
+
+    def can_host(self, spec: AdapterSpec) -> bool:
+        return self.can_merge(spec) and self._can_host(spec)
+
+    def _can_host(self, spec: AdapterSpec) -> bool:
+        return spec.merged_ratio <= host_limit(self.runner.model.dtype)
 
     def switch(self, spec: AdapterSpec | None) -> float | None:
         merge, key = self.runner.merge, spec.content_hash if spec else None

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
+import torch
 from transformers import PreTrainedModel
 
 from peft_dist.core.config import EngineConfig
@@ -16,6 +17,7 @@ from peft_dist.core.errors import ConfigError
 from peft_dist.runner.adapter_modules import ModuleShape
 from peft_dist.runner.memory import Room, free_memory
 from peft_dist.runner.merge_state import MergeState
+from peft_dist.runner.merged_ratio import row_rms
 from peft_dist.runner.swapped_models import SwappedModels
 
 logger = logging.getLogger(__name__)
@@ -73,13 +75,21 @@ def later_device_bytes(config: EngineConfig, merging: Merging | None, modules: M
 
 
 def as_in_the_base(modules: Mapping[str, ModuleShape], merging: Merging | None) -> Mapping[str, ModuleShape]:
-    """The modules, whose weights read as the base's whatever is merged in place at the moment."""
+    """The modules, whose weights read as the base's whatever is merged in place at the moment; and their norms.
+
+    To be called while nothing is merged or runs: all weights are read once.
+    """
     if merging is None:
         return modules
     return {
-        path: module if path in merging.cannot else replace(module, weight=partial(merging.base_weight, path))
+        path: module if path in merging.cannot else _mergeable(module, partial(merging.base_weight, path))
         for path, module in modules.items()
     }
+
+
+def _mergeable(module: ModuleShape, read: Callable[[], torch.Tensor]) -> ModuleShape:
+    weight = read()
+    return replace(module, weight=read, row_rms=row_rms(weight.T if module.kind == "conv1d" else weight))
 
 
 def _usual_targets(model: PreTrainedModel, modules: Mapping[str, ModuleShape]) -> list[str]:

@@ -31,7 +31,7 @@ class AnyMode:
         runnable = [c for c in state.candidates if c.num_new_tokens and c.is_resident]
         adapters = sorted({c.adapter for c in runnable if c.adapter != BASE and state.mergeable(c.adapter)})
         merged = self.rng.choice([None, *adapters])
-        if merged is not None and self.rng.random() < 0.5:
+        if merged is not None and (not state.can_host(merged) or self.rng.random() < 0.5):
             runnable = [c for c in runnable if c.adapter == merged]
         self.rng.shuffle(runnable)
         chosen = runnable[: min(state.max_num_seqs, self.rng.randint(1, 8))]

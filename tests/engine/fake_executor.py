@@ -70,6 +70,7 @@ class FakeExecutor:
         self.num_switches = 0
         self.modes: set[bool] = set()
         self.unmergeable: set[str] = set()
+        self.no_hosts: set[str] = set()
 
     def submit(self, batch: Batch) -> StepResult:
         for device, host in batch.swap_outs:
@@ -83,6 +84,8 @@ class FakeExecutor:
             assert (batch.merged_adapter or "") == self.merged, "the weights hold something else"
             if batch.merged_adapter is not None:
                 assert self.slots[batch.merged_slot] == batch.merged_adapter
+                if batch.merged_adapter in self.no_hosts:
+                    assert {sequence.adapter_slot for sequence in batch.sequences} == {batch.merged_slot}
             self.modes.add(batch.merged_adapter is not None)
         self.max_batch_tokens = max(self.max_batch_tokens, batch.num_tokens)
         # Like the real model: every layer writes all keys and values before it reads any.
@@ -98,6 +101,9 @@ class FakeExecutor:
 
     def can_merge(self, spec: AdapterSpec) -> bool:
         return spec.content_hash not in self.unmergeable
+
+    def can_host(self, spec: AdapterSpec) -> bool:
+        return spec.content_hash not in self.no_hosts
 
     def switch(self, spec: AdapterSpec | None) -> float | None:
         assert spec is None or spec.content_hash in self.slots.values()

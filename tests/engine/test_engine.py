@@ -129,10 +129,11 @@ arrivals = st.tuples(prompts, st.integers(0, 4), st.integers(1, 20), st.integers
     minority=st.booleans(),
     bound=st.sampled_from([0.0, 0.05, 5.0]),
     fixed=st.sets(st.sampled_from(["hash0", "hash1"])),
+    large=st.sets(st.sampled_from(["hash0", "hash1", "hash2"])),
 )  # fmt: skip
 def test_tokens_are_those_of_a_request_alone(
     requests, aborts, depth, num_blocks, host, max_seqs, max_tokens, num_slots, preemption, caching, policy, minority,
-    bound, fixed,
+    bound, fixed, large,
 ) -> None:  # fmt: skip
     engine = make_engine(
         num_blocks,
@@ -148,6 +149,7 @@ def test_tokens_are_those_of_a_request_alone(
         enable_prefix_caching=caching,
     )
     engine.executor.unmergeable |= fixed  # type: ignore[attr-defined]
+    engine.executor.no_hosts |= large  # type: ignore[attr-defined]
     everyone = [
         (make_request(f"r{i}", prompt, adapter, count), arrival)
         for i, (prompt, adapter, count, arrival) in enumerate(requests)

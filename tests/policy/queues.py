@@ -22,6 +22,7 @@ def queue(
     absent: Collection[str] = (),
     rank: int = 16,
     mergeable: Callable[[str], bool] = lambda adapter: True,
+    can_host: Callable[[str], bool] = lambda adapter: True,
 ) -> QueueState:
     """Request ``i`` is called "a0", "b1", ... after its letter and place; ``prompts`` gives tokens by place."""
     candidates = [
@@ -35,7 +36,7 @@ def queue(
         )
         for i, letter in enumerate(letters)
     ]
-    return QueueState(candidates, now, seats, tokens, loras, merged, mergeable)
+    return QueueState(candidates, now, seats, tokens, loras, merged, mergeable, can_host)
 
 
 def view(letters: str, cost: CostModel | None = None, **kwargs: Any) -> QueueView:

@@ -57,6 +57,25 @@ def test_adapters_that_cannot_be_merged_are_no_hosts() -> None:
     assert choice.merged_adapter != "a"
 
 
+def test_one_that_cannot_host_others_is_merged_for_itself_alone() -> None:
+    subject = policy(BY_ROW)
+    choices = [
+        step(subject, queue("aaaaab-aaaaaa", merged=merged, can_host=lambda adapter: adapter != "a"))
+        for merged in (None, "a", "b")
+    ]
+    assert [(choice.merged_adapter, choice.reason) for choice in choices] == [
+        (None, "first come"),
+        ("a", "stay"),
+        ("b", "corrected"),
+    ]
+    assert {candidate.adapter for candidate in choices[1].candidates} == {"a"}
+
+
+def test_another_host_is_found_beside_one_that_cannot() -> None:
+    queued = view("aaaabbb", CostModel(BY_ROW, fixed=True), merged="b", can_host=lambda adapter: adapter != "a")
+    assert with_corrections(queued, first_come(queued), "a", 1e9).merged_adapter == "b"
+
+
 def test_a_batch_that_nobody_joins_is_left_to_the_thresholds() -> None:
     settings = PolicySettings(merged_minority=True, alpha=1.5, max_alpha=1.5, expected_lead=math.inf)
     assert step(policy(BY_ROW, settings), queue("a" * 16 + "b")).reason == "first come"

@@ -43,6 +43,7 @@ replicas = st.fixed_dictionaries(
         "max_loras": st.sampled_from([1, 2, 8]),
         "depth": st.sampled_from([0, 1]),
         "mergeable": st.sampled_from([lambda adapter: True, lambda adapter: adapter != "a"]),
+        "can_host": st.sampled_from([lambda adapter: True, lambda adapter: adapter not in "ab"]),
     }
 )
 policies = st.sampled_from([("fcfs", False), ("merge", False), ("credit", False), ("credit", True)])

@@ -92,6 +92,7 @@ class Replica:
     max_loras: int = 64
     depth: int = 0
     mergeable: Callable[[str], bool] = lambda adapter: True
+    can_host: Callable[[str], bool] = lambda adapter: True
     learner: CostModel | None = None
 
     def run(self, jobs: Sequence[Job], max_steps: int = 1_000_000) -> History:
@@ -138,6 +139,7 @@ class Replica:
             max_loras=self.max_loras,
             merged_adapter=merged,
             mergeable=self.mergeable,
+            can_host=self.can_host,
         )
 
     def _check(self, state: QueueState, choice: Choice) -> None:
@@ -150,6 +152,7 @@ class Replica:
         # A correction reads the merged adapter's rows too.
         corrected = merged is not None and any(c.adapter != merged for c in choice.candidates)
         assert len(others) + corrected <= self.max_loras
+        assert not corrected or self.can_host(str(merged))
 
     def _schedule(self, choice: Choice) -> dict[str, int]:
         tokens, scheduled = self.max_num_batched_tokens, {}
