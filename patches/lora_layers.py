@@ -167,8 +167,8 @@ def _run(layers: Sequence[SelectiveLinear], x: torch.Tensor, context: ForwardCon
 def run_gated(gate: nn.Module, up: nn.Module, x: torch.Tensor, activation: str) -> torch.Tensor | None:
     """``activation(gate(x)) * up(x)`` with the adapters' parts added in the pass that the activation takes.
 
-    None, with nothing computed, where that is not to be had: without adapters or kernels of Triton, and for modules that
-    are no siblings, or whose outputs somebody else sees.
+    None, with nothing computed, where that is not to be had: without adapters or kernels of Triton, and for modules
+    that are no siblings, or whose outputs somebody else sees.
 
     Args:
         activation: "silu" or "gelu_tanh".

@@ -58,7 +58,12 @@ def oriented(module: nn.Module, tensors: LayerTensors) -> LayerTensors:
     (Gemma's factor is no part of the weight: the module applies it to whatever it has looked up.)
     """
     A, B, scaling = tensors
-    return (B.T, A.T, scaling) if isinstance(module, (Conv1D, nn.Embedding)) else tensors
+    return (B.T, A.T, scaling) if is_turned(module) else tensors
+
+
+def is_turned(module: nn.Module) -> bool:
+    """Whether the module stores its weight ``[in, out]``."""
+    return isinstance(module, (Conv1D, nn.Embedding))
 
 
 def _base_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

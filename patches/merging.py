@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from peft_dist.kernels.lora_pool import LayerTensors
+from peft_dist.kernels.pooled_adapter import PooledAdapter
 from peft_dist.patches.merge_sites import MergeSites, find_sites, oriented
 from peft_dist.patches.merged_layers import MergedLayers
 
@@ -59,6 +60,11 @@ class Merger(ABC):
             if reason := self._sites.reason_against(path):
                 return f"{path} cannot be merged: {reason}"
         return None
+
+    def knows(self, paths: Iterable[str]) -> bool:
+        """Whether the second copies of all these layers are made, or counted already."""
+        modules = self._sites.modules
+        return all(modules.get(path) in self._modules for path in paths)
 
     @property
     def num_bytes(self) -> int:
@@ -109,6 +115,14 @@ class Merger(ABC):
             ValueError: a layer cannot be merged or a tensor does not fit it; nothing has changed.
             Exception: whatever else failed (memory); the model computes the base's outputs then, bit for bit.
         """
+
+    def merge_pooled(self, adapter: PooledAdapter) -> bool:
+        """``merge`` of an adapter where it lies on the device; False, with nothing changed, where that takes copies.
+
+        Raises:
+            Exception: whatever failed; the model computes the base's outputs then, bit for bit.
+        """
+        return False
 
     @abstractmethod
     def unmerge(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import nn
@@ -10,11 +10,13 @@ from torch import nn
 from peft_dist.kernels.lora_pool import LayerTensors
 from peft_dist.kernels.merge import MergeItem, merge_group_
 from peft_dist.kernels.pinned import pinned_bytes
+from peft_dist.kernels.pooled_adapter import PooledAdapter
 from peft_dist.patches.joined_linear import Joint, joint_of
 from peft_dist.patches.lora_layers import SelectiveEmbedding, SelectiveLinear
 from peft_dist.patches.merged_layers import MergedLayers, twin_of
 from peft_dist.patches.merging import Merger, weight_of
 from peft_dist.patches.packed_linear import Packing, pack_weight, packing_of
+from peft_dist.patches.pooled_merge import PooledMerge
 
 
 class ShadowMerger(Merger):
@@ -41,6 +43,7 @@ class ShadowMerger(Merger):
         self._dirty: set[nn.Module] = set()
         self._scratch = torch.empty(0)
         self._holds_adapter = False
+        self._pooled = PooledMerge(model, self._sites)
 
     @property
     def layers(self) -> MergedLayers | None:
@@ -86,6 +89,28 @@ class ShadowMerger(Merger):
             self._merge_plain({m: t for m, t in tensors.items() if packing_of(m) is None})
             self._merge_packed({m: t for m, t in tensors.items() if packing_of(m) is not None})
         self.is_merged = self._holds_adapter = True
+
+    def merge_pooled(self, adapter: PooledAdapter) -> bool:
+        """In a launch for each shape, with the base's weight in the twins that another adapter was merged into."""
+        modules = self._pooled.modules(adapter)
+        if modules is None or not modules <= self._twins.keys():
+            return False
+        stale = self._dirty - modules
+        written = modules | self._pooled.pooled(stale) if stale else modules
+        table = self._pooled.table(adapter, written, self._twins)
+        if table is None:
+            return False
+        self.is_merged = self._holds_adapter = False
+        with torch.inference_mode(False), torch.no_grad():
+            self._layers.packed.clear()
+            self._dirty |= modules
+            self._restore(stale - written)
+            table.merge(adapter.slot, max(adapter.ranks.values(), default=0))
+            self._dirty -= stale
+            if len(self._covered) != len(self._twins):
+                self._show(self._twins)
+        self.is_merged = self._holds_adapter = True
+        return True
 
     def unmerge(self) -> None:
         self.is_merged = False
@@ -137,10 +162,18 @@ class ShadowMerger(Merger):
     def _cover(self, written: Mapping[nn.Module, object]) -> None:
         """Choose the twins of ``layers``: those about to be written, and on a GPU all others, as the base has them."""
         merged = _with_joined(m for m in self._twins if m in written or weight_of(m).is_cuda)
-        for module in self._dirty.intersection(merged).difference(written):
-            weight_of(self._twins[module]).copy_(weight_of(module))
-            self._dirty.discard(module)
+        self._restore(self._dirty.intersection(merged).difference(written))
         self._dirty.update(written)
+        self._show(merged)
+
+    def _restore(self, modules: Collection[nn.Module]) -> None:
+        """Bring the base's weights into these twins."""
+        if modules:
+            torch._foreach_copy_([weight_of(self._twins[m]) for m in modules], [weight_of(m) for m in modules])
+            self._dirty.difference_update(modules)
+
+    def _show(self, merged: Iterable[nn.Module]) -> None:
+        """Let the merged pass read these twins; those that are joined all or none."""
         self._covered = {module: self._twins[module] for module in merged}
         self._layers.twins.clear()
         self._layers.twins.update((m, twin) for m, twin in self._covered.items() if joint_of(m) is None)

@@ -18,9 +18,10 @@ ALLOWED: dict[str, set[str]] = {
     "core": set(),
     "policy": {"core"},
     "engine": {"core", "policy"},
-    "orchestrator": {"core", "policy"},
+    "placement": {"core"},
+    "orchestrator": {"core", "policy", "placement"},
     "workload": {"core"},
-    "sim": {"core", "policy", "engine", "orchestrator", "workload"},
+    "sim": {"core", "policy", "placement", "engine", "orchestrator", "workload"},
     "forward_context": set(),
     "kernels": set(),
     "patches": {"kernels", "forward_context"},
@@ -34,7 +35,7 @@ EXCEPTIONS = {
     "runner/replica.py": {"engine", "policy"},
     "runner/decision_log.py": {"engine.decisions"},
 }
-NO_TORCH = ("core", "policy", "engine", "orchestrator", "workload", "sim")
+NO_TORCH = ("core", "policy", "placement", "engine", "orchestrator", "workload", "sim")
 
 
 def sources() -> list[Path]:
@@ -89,7 +90,9 @@ def test_policy_layers_know_no_torch(path: Path) -> None:
     assert not heavy, f"{path} imports {heavy}"
 
 
-@pytest.mark.parametrize("module", ["peft_dist", "peft_dist.engine.engine", "peft_dist.orchestrator.core"])
+@pytest.mark.parametrize(
+    "module", ["peft_dist", "peft_dist.engine.engine", "peft_dist.orchestrator.core", "peft_dist.placement.planner"]
+)
 def test_a_fresh_interpreter_stays_free_of_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

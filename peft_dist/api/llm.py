@@ -102,8 +102,8 @@ class LLM:
             self._ids = itertools.count()
             self.tokenizer: Any | None = tokenizer if tokenizer is not None else self._load_tokenizer(config)
             for name, path in (adapters or {}).items():
-                self.load_adapter(path, name, pin=name in config.pinned_adapters)
-            self._replica.capture_graphs(progress=True)
+                self._load_adapter(path, name, pin=name in config.pinned_adapters)
+            self._replica.warm_up(progress=True)
         except BaseException:
             # Whatever it was, Ctrl-C included: nobody else can give the model's memory back.
             self.close()
@@ -199,6 +199,13 @@ class LLM:
             AdapterError: it was refused, was not there within ``adapter_load_timeout`` seconds (its download included),
                 the name is taken, or pins would leave no room for another; the others are untouched.
         """
+        spec = self._load_adapter(path, name, replace=replace, pin=pin)
+        self._open.kernels.finish()
+        return spec
+
+    def _load_adapter(
+        self, path: str | Path, name: str, *, replace: bool = False, pin: bool | None = None
+    ) -> AdapterSpec:
         check_adapter(path, name)
         call_id, sent = self._orchestrator.load_adapter(
             name, str(path), replace=replace, allow_pickle=self._allow_pickle, pinned=pin

@@ -72,6 +72,9 @@ def schedule_decodes(
     name = ("triton_decodes", num_kv_heads, splits, keys, window)
     if name not in meta.scratch:
         max_items = meta.num_seqs + splits
+        # Few kinds of each: whatever changes from batch to batch would be compiled anew.
+        sequences = max(triton.next_power_of_2(meta.num_seqs), MOST_PARTS)
+        most_items = triton.next_power_of_2(max(max_items, sequences + MOST_PARTS))
         integers = {"dtype": torch.int32, "device": meta.context_lens_t.device}
         items = torch.empty(max_items, FIELDS.value, **integers)  # type: ignore[call-overload]
         arrivals = torch.empty(max_items, num_kv_heads, **integers)  # type: ignore[call-overload]
@@ -84,12 +87,12 @@ def schedule_decodes(
             meta.num_seqs,
             max_items,
             arrivals.numel(),
-            EXTRA=splits,
+            splits,
             KEYS=keys,
             FEWEST=fewest,
-            SEQUENCES=triton.next_power_of_2(meta.num_seqs),
-            ITEMS=triton.next_power_of_2(max_items),
-            ARRIVALS=triton.next_power_of_2(arrivals.numel()),
+            SEQUENCES=sequences,
+            ITEMS=most_items,
+            ARRIVALS=most_items * triton.next_power_of_2(num_kv_heads),
             WINDOW=window is not None,
             num_warps=4,
         )
@@ -97,7 +100,7 @@ def schedule_decodes(
     return meta.scratch[name]  # type: ignore[return-value]
 
 
-@triton.jit(do_not_specialize=["num_seqs", "max_items", "num_arrivals"])
+@triton.jit(do_not_specialize=["num_seqs", "max_items", "num_arrivals", "extra"])
 def _schedule_kernel(
     items,
     arrivals,
@@ -107,7 +110,7 @@ def _schedule_kernel(
     num_seqs,
     max_items,
     num_arrivals,
-    EXTRA: tl.constexpr,
+    extra,
     KEYS: tl.constexpr,
     FEWEST: tl.constexpr,
     SEQUENCES: tl.constexpr,
@@ -115,7 +118,7 @@ def _schedule_kernel(
     ARRIVALS: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    """One program. Parts of ``each`` tiles: with T tiles in all, ceil(T / EXTRA) make EXTRA parts more at most."""
+    """One program. Parts of ``each`` tiles: with T tiles in all, ceil(T / extra) make ``extra`` parts more at most."""
     sequence = tl.arange(0, SEQUENCES)
     exists = sequence < num_seqs
     token = tl.load(query_start_loc + sequence, mask=exists, other=0)
@@ -125,7 +128,7 @@ def _schedule_kernel(
     if WINDOW:
         begin = tl.maximum(context - window, 0)
     tiles = (context - begin + KEYS - 1) // KEYS
-    each = tl.maximum((tl.sum(tiles, 0) + EXTRA - 1) // EXTRA, FEWEST)
+    each = tl.maximum((tl.sum(tiles, 0) + extra - 1) // extra, FEWEST)
     splits = (tiles + each - 1) // each
     part = (tiles + splits - 1) // tl.maximum(splits, 1) * KEYS
     last = tl.cumsum(splits, 0)

@@ -90,7 +90,7 @@ def add_embedding_lora_(
     wide = is_wide(layer.B.dtype)
     block = 32 if wide else 64 if tiles.tile_rows > 32 else 128
     with device_of(y):
-        _embedding_kernel[(-(-width // block), tiles.max_tiles)](
+        _embedding_kernel[(-(-width // block), tiles.added)](
             rows,
             ids.contiguous(),
             tiles.rows,

@@ -18,6 +18,8 @@ from peft_dist.kernels.transfer import to_device
 from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
 
 MOST_LAYERS = 3
+# Triton compiles a kernel once for tensors that begin at multiples of 16 bytes, and once more for others.
+_ALIGNED = 4
 
 T = TypeVar("T")
 
@@ -80,10 +82,10 @@ class Group:
         return held
 
     def plan(self, tiles: LoRATiles, wide: bool, given: GroupPlan | None = None) -> GroupPlan:
-        """How to launch it. Tiles are counted in powers of four, so that many batch sizes share a compiled kernel."""
+        """How to launch it. Tiles are counted coarsely, so that many batch sizes share a compiled kernel."""
         if given is not None:
             return given.in_float32() if wide else given
-        count = tile_count(tiles.max_tiles)
+        count = tile_count(tiles.max_tiles, tiles.tile_rows)
         return plan_for(GroupShape(tiles.tile_rows, count, self.in_features, self.out_features), self.device_name, wide)
 
     def workspace(self) -> LoRAWorkspace:
@@ -158,8 +160,14 @@ def make_tiles(
     room = max_tiles(len(row_slots), len(row_slots), size, has_base=has_base)
     rows, slots, lens = np.zeros(room * size, np.int32), np.zeros(room, np.int32), np.zeros(room, np.int32)
     used = max(1, write_tiles(row_slots, rows, slots, lens, tile_rows=size, has_base=has_base))
-    packed = to_device(torch.from_numpy(np.concatenate([rows[: used * size], slots[:used], lens[:used]])), device)
-    return LoRATiles(*packed.split([used * size, used, used]), tile_rows=size, has_base=has_base)
+    places = used * size
+    room = -(-used // _ALIGNED) * _ALIGNED
+    packed = np.zeros(places + 2 * room, np.int32)
+    for begin, array, count in ((0, rows, places), (places, slots, used), (places + room, lens, used)):
+        packed[begin : begin + count] = array[:count]
+    whole = to_device(torch.from_numpy(packed), device)
+    pieces = whole[:places], whole[places:][:used], whole[places + room :][:used]
+    return LoRATiles(*pieces, tile_rows=size, has_base=has_base, with_adapter=int(np.count_nonzero(slots[:used] >= 0)))
 
 
 def even_rows(name: str, tensor: torch.Tensor, num_rows: int, width: int) -> torch.Tensor:

@@ -31,6 +31,8 @@ _LOOP_PROGRAMS, _FEWEST_LOOPS = 396, 14
 _LOOP_PART, _PREFILL_LOOP = 128, 1024
 # With fewer tiles, programs of one block already run all at once.
 _LOOP_TILES = 4
+# What tiles of more than 16 rows are counted as, whatever their number, and the most that others are.
+_LONG_TILES, _MOST_TILES = 16, 256
 # In octaves, summed over tiles, K and N: beyond that a measured shape says nothing.
 _FARTHEST = 4.0
 
@@ -107,9 +109,15 @@ class GroupPlan:
         )
 
 
-def tile_count(max_tiles: int) -> int:
-    """What ``max_tiles`` is in a shape: the least power of four that is not below it."""
-    return 1 << (max(max_tiles - 1, 0).bit_length() + 1) // 2 * 2
+def tile_count(max_tiles: int, tile_rows: int) -> int:
+    """What ``max_tiles`` is in a shape: the least power of four that is not below it, up to 256.
+
+    Long tiles count as 16: only steps that are not captured have them, in any number, and what those launch has to be
+    compiled by then (``runner.warm_up``). More parts of a sum than many tiles need are a small share of what they read.
+    """
+    if tile_rows > 16:
+        return _LONG_TILES
+    return min(1 << (max(max_tiles - 1, 0).bit_length() + 1) // 2 * 2, _MOST_TILES)
 
 
 def default_plan(shape: GroupShape) -> GroupPlan:
@@ -138,7 +146,7 @@ def default_plan(shape: GroupShape) -> GroupPlan:
     warps = 8 if shape.tile_rows == 128 else 4
     # A long tile's inputs are too many to be read again for every 16 ranks.
     shrink_r = min(64, shape.tile_rows)
-    return GroupPlan(
+    plan = GroupPlan(
         block_k,
         split,
         block_n,
@@ -150,18 +158,20 @@ def default_plan(shape: GroupShape) -> GroupPlan:
         gate_n=max(16, block_n // 2),
         gate_part_n=max(16, part_n // 2),
         gate_warps=warps,
-        **(_loops(shape, max_tiles) if loops else {}),
     )
+    return replace(plan, **_loops(shape, max_tiles)) if loops else plan
 
 
 def _loops(shape: GroupShape, max_tiles: int) -> dict[str, int]:
-    """Fields of expands that loop. Long tiles have enough programs; what counts is how much is under way in each."""
+    """Fields of expands that loop. Long tiles have enough programs; what counts is how much is under way in each.
+
+    With twice the block an H100 is a fifth faster in the gate, but no other card has the shared memory.
+    """
     if shape.tile_rows == 16:
         outputs = sum(shape.out_features), shape.out_features[0]
         return {"loop_n": _loop_of(outputs[0], max_tiles), "gate_loop_n": _loop_of(outputs[1], max_tiles)}
     return {
-        "loop_n": _PREFILL_LOOP, "gate_loop_n": _PREFILL_LOOP, "loop_stages": 3,
-        "loop_part": _LOOP_PART if shape.tile_rows == 128 else _LOOP_PART // 2,
+        "loop_n": _PREFILL_LOOP, "gate_loop_n": _PREFILL_LOOP, "loop_stages": 3, "loop_part": _LOOP_PART // 2,
     }  # fmt: skip
 
 

@@ -124,8 +124,15 @@ class LoRAPool:
 
     def read(self, slot: int) -> dict[int, LayerTensors]:
         """A copy of what a slot holds, by ``lora_index``: A ``[r, in]``, B ``[out, r]``, the scaling."""
-        held = self._resident[slot]
-        return {index: self._layers[index].read(slot) for index in held.ranks}
+        return {index: self.read_layer(slot, index) for index in self.ranks(slot)}
+
+    def read_layer(self, slot: int, index: int) -> LayerTensors:
+        """``read`` of one layer that the slot adapts."""
+        return self._layers[index].read(slot)
+
+    def ranks(self, slot: int) -> Mapping[int, int]:
+        """Of what a slot holds, by ``lora_index``."""
+        return self._resident[slot].ranks
 
     def num_free_pages(self, index: int) -> int:
         """Of one layer, as far as its buffers reach now."""

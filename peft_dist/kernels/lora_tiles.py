@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import torch
 
 DECODE_TILE_ROWS = 16
-_TILE_ROWS = (16, 32, 64, 128)
+TILE_ROWS = (16, 32, 64, 128)
 
 
 class LoRATiles(NamedTuple):
@@ -22,6 +22,7 @@ class LoRATiles(NamedTuple):
         lens: int32 ``[max_tiles]``, 0 in tiles that are not used; what is in their other entries does not matter.
         tile_rows: 16, 32, 64 or 128.
         has_base: The rows of the base are in tiles too, which kernels that compute more than an addition need.
+        with_adapter: How many are not the base's, where the host knows: the first ones.
     """
 
     rows: torch.Tensor
@@ -29,11 +30,17 @@ class LoRATiles(NamedTuple):
     lens: torch.Tensor
     tile_rows: int
     has_base: bool = False
+    with_adapter: int | None = None
 
     @property
     def max_tiles(self) -> int:
         """Tiles that a launch covers, used or not."""
         return self.lens.shape[0]
+
+    @property
+    def added(self) -> int:
+        """Tiles that a launch covers which only adds: at least one."""
+        return self.max_tiles if self.with_adapter is None else max(self.with_adapter, 1)
 
 
 def max_tiles(num_rows: int, num_slots: int, tile_rows: int, *, has_base: bool = False) -> int:
@@ -46,13 +53,14 @@ def choose_tile_rows(row_slots: np.ndarray) -> int:
     """Tile for a batch with these slots (int ``[rows]``), by the rows that share an adapter as a row sees it.
 
     Short tiles cost a row more weights read, long ones a product with rows that are not there, which is cheaper: so the
-    mean is over rows, and a long chunk decides for the decodes beside it.
+    mean is over rows, and a long chunk decides for the decodes beside it. Rows of the base do not count: whatever its
+    size, their tile reads no weights, and no kernel but a gate's has anything to do for it.
     """
     counts = np.unique(row_slots[row_slots >= 0], return_counts=True)[1]
     if not len(counts):
         return DECODE_TILE_ROWS
     mean = int((counts * counts).sum() // counts.sum())
-    return next((size for size in reversed(_TILE_ROWS) if size <= mean), DECODE_TILE_ROWS)
+    return next((size for size in reversed(TILE_ROWS) if size <= mean), DECODE_TILE_ROWS)
 
 
 def write_tiles(

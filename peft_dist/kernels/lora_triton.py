@@ -69,9 +69,9 @@ def lora_shrink_group(
     workspace = workspace or group.workspace()
     wide = is_wide(x.dtype, group.dtype)
     launch = group.plan(tiles, wide, launch)
-    partials = workspace.take(tiles.max_tiles * group.size * launch.split * tiles.tile_rows * workspace.max_rank)
+    partials = workspace.take(tiles.added * group.size * launch.split * tiles.tile_rows * workspace.max_rank)
     with device_of(x):
-        shrink_kernel[(group.size * launch.split, tiles.max_tiles)](
+        shrink_kernel[(group.size * launch.split, tiles.added)](
             rows,
             partials,
             tiles.rows,
@@ -136,7 +136,7 @@ def lora_expand_group_(
     }  # fmt: skip
     with device_of(ys[0]):
         if launch.loop_n:
-            grid = tiles.max_tiles, 2 * sum(-(-n // launch.loop_n) for n in widths)
+            grid = tiles.added, 2 * sum(-(-n // launch.loop_n) for n in widths)
             expand_loop_kernel[grid](
                 *tensors, watched_tile(tiles), workspace.max_rank, BLOCK_N=launch.loop_n, PART_N=launch.loop_part,
                 STAGES=launch.loop_stages, **known,
@@ -144,7 +144,7 @@ def lora_expand_group_(
             return
         pdl = launch.pdl and is_next
         part_n = min(launch.block_n, launch.part_n)
-        expand_kernel[(sum(-(-n // part_n) for n in widths), tiles.max_tiles)](
+        expand_kernel[(sum(-(-n // part_n) for n in widths), tiles.added)](
             *tensors, workspace.max_rank, BLOCK_N=launch.block_n, PART_N=part_n, FEW=launch.few_rows, WIDE=wide,
             PDL=pdl, **known, **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip

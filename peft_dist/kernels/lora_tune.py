@@ -14,7 +14,7 @@ import torch
 
 from peft_dist.kernels.lora_gate_triton import lora_expand_gate
 from peft_dist.kernels.lora_group import make_tiles
-from peft_dist.kernels.lora_plans import GroupPlan, GroupShape, default_plan, fit_plan
+from peft_dist.kernels.lora_plans import GroupPlan, GroupShape, default_plan, fit_plan, tile_count
 from peft_dist.kernels.lora_pool import LoRAPool
 from peft_dist.kernels.lora_tiles import LoRATiles, max_tiles
 from peft_dist.kernels.lora_triton import lora_expand_group_, lora_shrink_group
@@ -72,15 +72,12 @@ def descend(shape: GroupShape, start: GroupPlan, fields: dict[str, tuple[Any, ..
 def shapes_of(
     in_features: int, out_features: tuple[int, ...], max_num_seqs: int, max_loras: int, max_tokens: int
 ) -> Iterator[GroupShape]:
-    """Shapes worth measuring for a group of layers: all counts of tiles at decode, some at prefill."""
-    most, count = max_tiles(max_num_seqs, max_loras, 16), 1
-    while count < 4 * most:
-        yield GroupShape(16, count, in_features, out_features)
-        count *= 4
+    """Shapes worth measuring for a group of layers: all counts of tiles at decode, and the one of long tiles."""
+    counts = sorted({tile_count(tiles, 16) for tiles in range(1, max_tiles(max_num_seqs, max_loras, 16) + 1)})
+    yield from (GroupShape(16, count, in_features, out_features) for count in counts)
     for tile_rows in (32, 64, 128):
-        for count in (4, 16, 64):
-            if count * tile_rows <= 2 * max_tokens:
-                yield GroupShape(tile_rows, count, in_features, out_features)
+        if (count := tile_count(1, tile_rows)) * tile_rows <= 2 * max_tokens:
+            yield GroupShape(tile_rows, count, in_features, out_features)
 
 
 def tune_group(bench: GroupBench, shapes: Sequence[GroupShape], done: Callable[[GroupShape, GroupPlan], None]) -> None:

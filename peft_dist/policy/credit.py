@@ -51,7 +51,7 @@ class CreditPolicy(TrackedPolicy):
         self.settlement = Settlement(self.ledger, settings)
         self.tuner = ThresholdTuner(settings)
         self.steps = RequestSteps(settings.expected_steps)
-        self.leads = LeadSteps()
+        self.leads = LeadSteps(settings.expected_lead)
         self._alone: str | None = None
         self._leader: str | None = None
         self._mean_saving: float | None = None
@@ -149,8 +149,9 @@ class CreditPolicy(TrackedPolicy):
     def _horizon(self, view: QueueView, leader: str | None) -> float:
         """Steps for which the leader is expected to lead: as long as its requests keep the seats, unless others have
         ended leads sooner."""
-        waiting = len(view.groups[leader]) if leader is not None else 0
-        return min(self.steps.mean * max(1.0, waiting / view.seats), self.leads.expected(leader))
+        waiting = view.groups[leader] if leader is not None else []
+        left = self.steps.left([candidate.request_id for candidate in waiting])
+        return min(left * max(1.0, len(waiting) / view.seats), self.leads.expected(leader))
 
     def _gap(self, view: QueueView, ordinary: Ordinary) -> float:
         """Credits are in seconds, and so is the gap: it grows with what an interruption of a merged period costs."""

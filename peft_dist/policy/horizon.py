@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 # Share of the newest observation in a running mean, once there have been many.
 RATE = 0.05
@@ -34,6 +33,11 @@ class RequestSteps:
     def mean(self) -> float:
         return self._mean.value
 
+    def left(self, request_ids: Collection[str]) -> float:
+        """Steps that each of these is expected still to run, 1 at least, on average."""
+        steps = (max(self.mean - self._steps.get(request_id, 0), 1.0) for request_id in request_ids)
+        return sum(steps) / len(request_ids) if request_ids else self.mean
+
     def ran(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:
             self._steps[request_id] = self._steps.get(request_id, 0) + 1
@@ -50,21 +54,24 @@ class LeadSteps:
 
     It is observed whether merged or not, so that a rule that no longer merges still learns when to begin again. With
     few requests about, an adapter leads now and then, but only until the next one of another arrives.
+
+    Args:
+        assumed: Steps that a lead lasts, until some have ended.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, assumed: float) -> None:
+        self._assumed = assumed
         self._mean = RunningMean()
         self._leader: str | None = None
         self._steps = 0
 
     @property
     def mean(self) -> float:
-        """Infinite until some leads have ended."""
-        return self._mean.value if self._mean.count >= FEW else math.inf
+        return self._mean.value if self._mean.count >= FEW else self._assumed
 
     def expected(self, adapter: str | None) -> float:
-        """Steps to come: what the mean says, or as many as its lead has lasted already, if that is more."""
-        return max(self.mean, self._steps) if adapter == self._leader else self.mean
+        """Steps to come, 1 at least: what the mean says, or as many as its lead has lasted already, if that is more."""
+        return max(self.mean, self._steps if adapter == self._leader else 0, 1.0)
 
     def ran(self, leader: str | None) -> None:
         """One step. ``leader``: for whom merging would have paid, or paid; None: for nobody."""

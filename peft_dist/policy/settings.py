@@ -32,6 +32,9 @@ class PolicySettings:
         displaced_credit: What one displaced request moves in a step of (a merged, a privileged) batch, instead of its
             share of the step's predicted seconds.
         expected_steps: Steps that a request is expected to run, until requests have ended and told.
+        expected_lead: Steps on end for which an adapter is expected to have enough requests to be merged, until some
+            such leads have ended. Few: a first lead that is longer is expected to last as long again as it already has,
+            so that merging begins when it would have paid by then.
         amortise: Merge only if the predicted saving over these steps pays for the switches.
         max_num_seqs: Further limit of seats.
         strict_prefix: Batches of the baselines end at the first request that does not fit in (the artifact's rule).
@@ -52,6 +55,7 @@ class PolicySettings:
     max_debt: float = math.inf
     displaced_credit: tuple[float, float] | None = None
     expected_steps: float = 64.0
+    expected_lead: float = 8.0
     amortise: bool = True
     max_num_seqs: int | None = None
     strict_prefix: bool = False
@@ -67,6 +71,7 @@ class PolicySettings:
         self._require("credit_gap", self.credit_gap > 0, "above 0")
         self._require("credit_hysteresis", 0 <= self.credit_hysteresis <= 1, "between 0 and 1")
         self._require("expected_steps", self.expected_steps >= 1, "at least 1")
+        self._require("expected_lead", self.expected_lead >= 0, "at least 0")
         self._require("max_num_seqs", self.max_num_seqs is None or self.max_num_seqs >= 1, "at least 1, or None")
 
     def _require(self, name: str, holds: bool, rule: str) -> None:

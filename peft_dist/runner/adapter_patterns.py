@@ -7,24 +7,59 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+import regex
+
 from peft_dist.core.errors import AdapterError
 
 Value = TypeVar("Value")
 
 ALL_LINEAR = "all-linear"
 _PLAIN = re.compile(r"[\w.]+\Z")
+# A plain expression takes a microsecond.
+_SECONDS = 0.5
 _ANY_LAYER_LIST = r".*?\.[^.]*"
 
 
-def compile_pattern(pattern: str, field: str) -> re.Pattern[str]:
-    """Raises AdapterError naming ``field`` when ``pattern`` is no regular expression."""
-    try:
-        return re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise AdapterError(
-            f"adapter_config.json: {field} makes {pattern[:200]!r}, which is no valid regular expression ({error}): "
-            "correct it"
-        ) from error
+class Pattern:
+    """A regular expression of a configuration, matched within a time limit and without the interpreter's lock.
+
+    Python's own engine holds the lock: an expression that backtracks for hours would stop every thread. The package
+    ``regex`` matches the same language.
+
+    Raises:
+        AdapterError: ``text`` is no regular expression; from the methods: it took too long.
+    """
+
+    def __init__(self, text: str, field: str) -> None:
+        self._text, self._field = text, field
+        try:
+            re.compile(text)
+            self._compiled = regex.compile(text, regex.VERSION0)
+        except (re.error, regex.error, RecursionError, OverflowError) as error:
+            raise AdapterError(
+                f"adapter_config.json: {field} makes {text[:200]!r}, which is no valid regular expression ({error}): "
+                "correct it"
+            ) from error
+
+    def match(self, path: str) -> regex.Match[str] | None:
+        """At the start of a path."""
+        try:
+            return self._compiled.match(path, concurrent=True, timeout=_SECONDS)
+        except TimeoutError:
+            raise self._too_long(path) from None
+
+    def fullmatch(self, path: str) -> regex.Match[str] | None:
+        """Over the whole path."""
+        try:
+            return self._compiled.fullmatch(path, concurrent=True, timeout=_SECONDS)
+        except TimeoutError:
+            raise self._too_long(path) from None
+
+    def _too_long(self, path: str) -> AdapterError:
+        return AdapterError(
+            f"adapter_config.json: {self._field} makes {self._text[:200]!r}, which takes more than {_SECONDS:g} s on "
+            f"the name {path!r}: write it without nested repetitions, or list the modules"
+        )
 
 
 class PatternMap(Generic[Value]):
@@ -35,7 +70,7 @@ class PatternMap(Generic[Value]):
 
     def __init__(self, patterns: dict[str, Value], field: str) -> None:
         self._rules = [
-            (_last_name(text), compile_pattern(rf"(.*\.)?({text})$", field), value) for text, value in patterns.items()
+            (_last_name(text), Pattern(rf"(.*\.)?({text})$", field), value) for text, value in patterns.items()
         ]
 
     def get(self, path: str, default: Value) -> Value:
@@ -55,7 +90,7 @@ class NameSet:
     """Module names given as a list (whole paths or their tails) or as one regular expression for whole paths."""
 
     def __init__(self, names: str | Iterable[str], field: str) -> None:
-        self._pattern = compile_pattern(names, field) if isinstance(names, str) else None
+        self._pattern = Pattern(names, field) if isinstance(names, str) else None
         self._names = frozenset(() if isinstance(names, str) else names)
         self._tails = tuple(f".{name}" for name in self._names)
 
@@ -75,7 +110,7 @@ class LayerRule:
     def __init__(self, layers: Iterable[int], containers: Iterable[str]) -> None:
         self._layers = frozenset(layers)
         heads = [rf"(?:^|.*?\.){name}" for name in containers] or [_ANY_LAYER_LIST]
-        self._patterns = [compile_pattern(rf"{head}\.(?P<idx>\d+)\.", "layers_pattern") for head in heads]
+        self._patterns = [Pattern(rf"{head}\.(?P<idx>\d+)\.", "layers_pattern") for head in heads]
 
     def __contains__(self, path: str) -> bool:
         for pattern in self._patterns:

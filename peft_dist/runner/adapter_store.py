@@ -12,10 +12,12 @@ from transformers import PreTrainedModel
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.errors import AdapterError
 from peft_dist.kernels.lora_pool import LayerTensors, LoRAPool
+from peft_dist.kernels.pooled_adapter import PooledAdapter
 from peft_dist.patches.lora_layers import SelectiveLayer, join_siblings, make_layer, wrap_module
 from peft_dist.runner.adapter_modules import ModuleShape
 from peft_dist.runner.adapter_tensors import LoadedAdapter, ModuleWeights, inspect_adapter, load_adapter
 from peft_dist.runner.host_tier import HostTier
+from peft_dist.runner.pooled_weights import PooledWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,7 @@ class AdapterStore:
         self._model = model
         self._modules = modules
         self._layers: dict[str, int] = {}
+        self._paths: dict[int, str] = {}
         self._made: dict[str, SelectiveLayer] = {}
         self._sources: dict[str, list[_Source]] = {}
         self._specs: dict[str, AdapterSpec] = {}
@@ -120,10 +123,9 @@ class AdapterStore:
         """What the pool takes."""
         return {self._layers[path]: (w.A, w.B, w.scaling) for path, w in adapter.weights.items()}
 
-    def weights_in(self, slot: int) -> dict[str, ModuleWeights]:
+    def weights_in(self, slot: int) -> PooledWeights:
         """What a slot of the pool holds, by module path; on the pool's device and in its dtype."""
-        paths = {index: path for path, index in self._layers.items()}
-        return {paths[index]: ModuleWeights(*tensors) for index, tensors in self.pool.read(slot).items()}
+        return PooledWeights(PooledAdapter(self.pool, slot, self._paths), self._layers)
 
     def keep(self, content_hash: str, slot: int | None) -> None:
         """Keep the weights in host memory beyond the budget, from the host's copy or the slot, until they are released.
@@ -131,7 +133,7 @@ class AdapterStore:
         A GPU copies them behind what runs on its current stream; nobody but a load may read them.
         """
         if not self.host.keep(content_hash) and slot is not None:
-            adapter = LoadedAdapter(self._specs[content_hash], _to_host(self.weights_in(slot)))
+            adapter = LoadedAdapter(self._specs[content_hash], _to_host(dict(self.weights_in(slot))))
             self.host.keep(content_hash, adapter)
 
     def _read(self, spec: AdapterSpec, source: _Source) -> LoadedAdapter:
@@ -159,6 +161,7 @@ class AdapterStore:
             layer.in_features, layer.out_features, embedding=isinstance(layer.base_layer, torch.nn.Embedding)
         )
         self._layers[path] = layer.lora_index
+        self._paths[layer.lora_index] = path
         return True
 
 

@@ -171,7 +171,8 @@ class BackgroundCalls(Generic[K, T]):
                         self._start_thread(self._run)
                 pending = [deadline for deadline, _, _ in limited if deadline > now]
                 del limited
-                self._lock.wait(min(pending) - now if pending else None)
+                # Longer than any platform can wait is as good as for ever.
+                self._lock.wait(min(min(pending) - now, threading.TIMEOUT_MAX) if pending else None)
 
 
 def call_in_time(name: str, work: Callable[[], T], time_limit: float | None) -> T:

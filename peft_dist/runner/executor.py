@@ -130,24 +130,20 @@ class TorchExecutor:
         return self._mergeable[spec.content_hash]
 
     def switch(self, spec: AdapterSpec | None) -> float | None:
-        if self.runner.device.type != "cuda":
+        merge, key = self.runner.merge, spec.content_hash if spec else None
+        assert merge is not None, "nothing is mergeable, so nobody asks"
+        self._switch = None
+        is_held = merge.holds(key)
+        weights = None if key is None or is_held else self.runner.store.weights_in(self._slots[key])
+        # A flag of the host alone: events around it would cost more than the change.
+        if is_held or self.runner.device.type != "cuda":
             began = time.perf_counter()
-            self._merge(spec)
+            merge.switch(key, weights)
             return time.perf_counter() - began
         with DeviceSpan() as span:
-            self._merge(spec)
+            merge.switch(key, weights)
         self._switch = span
         return None
-
-    def _merge(self, spec: AdapterSpec | None) -> None:
-        merge = self.runner.merge
-        assert merge is not None, "nothing is mergeable, so nobody asks"
-        if spec is None:
-            merge.switch(None)
-        elif merge.holds(spec.content_hash):
-            merge.switch(spec.content_hash)
-        else:
-            merge.switch(spec.content_hash, self.runner.store.weights_in(self._slots[spec.content_hash]))
 
     def merged_adapter(self) -> str | None:
         return self.runner.merge.current if self.runner.merge is not None else None

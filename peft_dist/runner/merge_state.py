@@ -16,6 +16,7 @@ from peft_dist.patches.merging import Merger
 from peft_dist.patches.shadow_merger import ShadowMerger
 from peft_dist.runner.adapter_tensors import ModuleWeights
 from peft_dist.runner.memory import Room, no_limit
+from peft_dist.runner.pooled_weights import PooledWeights
 
 MergeWay = Literal["auto", "shadow", "host"]
 
@@ -85,6 +86,8 @@ class MergeState:
         Returns:
             Why an adapter of these layers has to run unmerged; None when it can be merged, now and later.
         """
+        if self._merger.knows(paths):
+            return None
         if reason := self._merger.reason_against(paths):
             return reason
         needed = self.more_bytes(paths)
@@ -106,9 +109,10 @@ class MergeState:
         """The weight of a layer that can be merged into, as it is without adapters. For any thread."""
         return self._merger.base_weight(path)
 
-    def holds(self, content_hash: str) -> bool:
-        """Whether ``switch`` brings this adapter at no cost: the shadow holds what was merged last. Never in place."""
-        return self.way == "shadow" and content_hash == self._held
+    def holds(self, content_hash: str | None) -> bool:
+        """Whether ``switch`` brings this at no cost: the shadow holds the base, and what was merged last. Never in
+        place."""
+        return self.way == "shadow" and (content_hash is None or content_hash == self._held)
 
     def discard(self, content_hash: str) -> None:
         """An adapter is gone. The second copies stay for the others."""
@@ -130,7 +134,8 @@ class MergeState:
         no cost where the shadow still holds it.
 
         Args:
-            weights: The adapter's, by path; not needed for the base.
+            weights: The adapter's, by path; not needed for the base. ``PooledWeights`` are merged where they lie,
+                without a copy, where a kernel can.
 
         Raises:
             ValueError: the adapter cannot be merged (``reserve``), or does not fit the model; nothing has changed.
@@ -151,7 +156,8 @@ class MergeState:
         if reason:
             raise ValueError(f"adapter {content_hash}: {reason}")
         try:
-            self._merger.merge({path: (w.A, w.B, w.scaling) for path, w in weights.items()})
+            if not isinstance(weights, PooledWeights) or not self._merger.merge_pooled(weights.adapter):
+                self._merger.merge({path: (w.A, w.B, w.scaling) for path, w in weights.items()})
         except BaseException:
             if not self._merger.is_merged:
                 self.current = self._held = None

@@ -6,14 +6,18 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from peft_dist.core.batch import Batch, ScheduledSequence, SequenceResult, SequenceStart, StepResult
+from peft_dist.core.batch import NO_ADAPTER, Batch, ScheduledSequence, SequenceResult, SequenceStart, StepResult
 from peft_dist.core.outputs import PositionLogprobs
 from peft_dist.forward_context import ForwardContext
 from peft_dist.kernels.kv_pool import KVCachePool
+from peft_dist.kernels.lora_group import make_tiles
+from peft_dist.kernels.lora_tiles import DECODE_TILE_ROWS
 from peft_dist.kernels.transfer import to_device
+from peft_dist.kernels.types import LoRAPlan
 from peft_dist.runner.adapter_store import AdapterStore
 from peft_dist.runner.drawn_tokens import DrawnTokens
 from peft_dist.runner.host_copy import HostCopy
@@ -104,6 +108,30 @@ class ModelRunner:
         self._unfinished.append(step)
         return step
 
+    @torch.inference_mode()
+    def rehearse(self, lengths: Sequence[int], tile_rows: int, *, corrected: bool = False) -> None:
+        """Run sequences of so many tokens as a batch with adapters, to no other effect than that kernels are compiled.
+
+        Nothing is cached or drawn, and every row is the base's, so that it may come between any two steps. For
+        attention back ends that let padding (slot -1) write nothing, and LoRA by Triton.
+
+        Args:
+            tile_rows: Of the rows' ``LoRATiles``.
+            corrected: As a merged batch in which some rows have the merged adapter's part taken away.
+        """
+        block_size = self.kv.block_size
+        sequences = [
+            ScheduledSequence("rehearsal", [0] * length, 0, [0] * -(-length // block_size), samples=True)
+            for length in lengths
+        ]
+        inputs = pack(Batch(0, sequences), {}, block_size, self.device, self.lora_backend, self.attention_backend)
+        inputs.attention.slot_mapping_t.fill_(-1)
+        inputs.lora = self._base_plan(sum(lengths), tile_rows)
+        inputs.lora_logits = self._base_plan(len(lengths), DECODE_TILE_ROWS)
+        if corrected:
+            inputs.lora_correction, inputs.lora_logits_correction = inputs.lora, inputs.lora_logits
+        self._logits(inputs)
+
     def copy_blocks(self, batch: Batch) -> int:
         """Copy the batch's KV blocks between device and host; the bytes that are copied."""
         self.kv.swap_out(batch.swap_outs)
@@ -174,12 +202,14 @@ class ModelRunner:
 
     def _logits(self, inputs: PackedInputs) -> torch.Tensor:
         """``[L, vocab]`` of the rows in ``inputs.logits_rows``."""
+        pool = self.store.pool
         context = ForwardContext(
             attention=inputs.attention,
             kv_caches=self.kv.caches,
             lora=inputs.lora,
             lora_logits=inputs.lora_logits,
-            lora_weights=self.store.pool.weights,
+            # Triton's kernels skip what no adapter adapts; without it they would be others, to be compiled first.
+            lora_weights=pool.addressed_weights if self.lora_backend == "triton" else pool.weights,
             merged=self.merge.layers_for_context() if self.merge else None,
             lora_correction=inputs.lora_correction,
             lora_logits_correction=inputs.lora_logits_correction,
@@ -193,6 +223,11 @@ class ModelRunner:
             )
         logits: torch.Tensor = output.logits[0]
         return logits
+
+    def _base_plan(self, rows: int, tile_rows: int) -> LoRAPlan:
+        slots = np.full(rows, NO_ADAPTER, np.int32)
+        tiles = make_tiles(slots, self.device, tile_rows, has_base=True)
+        return LoRAPlan(slots[:1], np.array([0, rows], np.int32), backend=self.lora_backend, tiles=tiles)
 
     def _fill_pending(self, inputs: PackedInputs) -> None:
         """Put ids that an unfinished step draws where the batch only has placeholders."""

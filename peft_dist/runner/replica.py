@@ -42,7 +42,7 @@ from peft_dist.runner.merge_setup import as_in_the_base, later_device_bytes, mak
 from peft_dist.runner.model_runner import ModelRunner
 from peft_dist.runner.packing import prepare_layers
 from peft_dist.runner.restart_check import check_restart
-from peft_dist.runner.warm_up import run_largest_batch
+from peft_dist.runner.warm_up import KernelWarmUp, run_largest_batch
 
 logger = logging.getLogger(__name__)
 _VERSIONED = ("torch", "transformers", "peft", "accelerate")
@@ -65,6 +65,7 @@ class Replica:
     config: EngineConfig
     loaded_with: EngineConfig
     identity: dict[str, str]
+    kernels: KernelWarmUp
 
     @property
     def load_timeout(self) -> float | None:
@@ -102,8 +103,10 @@ class Replica:
         self.store.register(spec, allow_pickle=allow_pickle)
         self.store.pool.workspace.admit(spec.max_rank)
         self.engine.register_adapter(spec, pinned=pinned)
-        if self.runner.graphs is not None and self._captured_for != captured_for:
-            self.runner.graphs.clear()
+        if self._captured_for != captured_for:
+            if self.runner.graphs is not None:
+                self.runner.graphs.clear()
+            self.kernels.begin()
 
     def load_adapter(
         self, name: str, path: str | Path, *, allow_pickle: bool = False, pinned: bool = False
@@ -140,10 +143,15 @@ class Replica:
             self.engine.pin_adapter(name, spec.content_hash)
         return self.engine
 
-    def capture_graphs(self, *, progress: bool = False) -> None:
-        """On a GPU, make the captured steps ahead of time that the adapters registered so far need."""
+    def warm_up(self, *, progress: bool = False) -> None:
+        """On a GPU, make ahead of time what the adapters registered so far need: captured steps, compiled kernels."""
         if self.runner.graphs is not None:
             self.runner.graphs.capture(lora=bool(self.store.registered), progress=progress)
+        self.kernels.finish(progress=progress)
+
+    def warm_up_some(self) -> bool:
+        """A little of what compiles kernels that registered adapters need; False: nothing is left of that to do."""
+        return self.kernels.go_on()
 
     def fileno(self) -> int:
         """A file descriptor that is readable when an adapter's load has ended and ``engine.step`` should be called."""
@@ -241,8 +249,9 @@ def build_replica(config: EngineConfig) -> Replica:
         prior = device_prior(speed, size, row_bytes(modules, model.dtype), info.merge_way)
         cost = CostModel(prior)
     engine = new_engine(config, info, executor, cost)
-    replica = Replica(engine, info, store, runner, executor, config, config, identity)
-    replica.capture_graphs(progress=True)
+    kernels = KernelWarmUp(runner, config, longest)
+    replica = Replica(engine, info, store, runner, executor, config, config, identity, kernels)
+    replica.warm_up(progress=True)
     return replica
 
 

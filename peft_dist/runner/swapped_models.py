@@ -110,9 +110,9 @@ class SwappedModels:
         """None: graphs are captured when a model is first on the device."""
         return None
 
-    def holds(self, content_hash: str) -> bool:
-        """Whether ``switch`` brings this model at no cost: any that is on the device."""
-        return content_hash in self._resident
+    def holds(self, content_hash: str | None) -> bool:
+        """Whether ``switch`` brings this model at no cost: any that is on the device, as the base always is."""
+        return content_hash is None or content_hash in self._resident
 
     def switch(self, content_hash: str | None, weights: Mapping[str, ModuleWeights] | None = None) -> None:
         """Let the passes from here on see a model; ``weights`` make it where the host has no copy of it.

@@ -37,7 +37,8 @@ class WorkerLoop:
     """Runs one replica for an orchestrator until it says Shutdown.
 
     While the engine has work, commands are taken between two steps without waiting; without work the loop
-    waits for the next command or the end of a load, or until what changed last is to be told.
+    waits for the next command or the end of a load, or until what changed last is to be told. Before it waits without
+    any work it lets the replica warm up, a little at a time.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class WorkerLoop:
         gc.collect()
         gc.freeze()
         while True:
-            if self._is_idle:
+            if self._is_idle and (self._engine.has_work or not self._replica.warm_up_some()):
                 self._rest()
             if self._heart is not None:
                 self._heart.begin_round()

@@ -78,6 +78,10 @@ class Replica(Protocol):
         """
         ...
 
+    def warm_up_some(self) -> bool:
+        """Do a little of what would hold up requests later; False: nothing is left to do. For when there is no work."""
+        ...
+
     def fileno(self) -> int:
         """A file descriptor that is readable when a step makes sense again for an engine that waits for a load."""
         ...

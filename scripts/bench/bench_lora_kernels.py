@@ -106,7 +106,7 @@ def launches(kind: str, plan: LoRAPlan) -> dict[str, GroupPlan]:
     assert plan.tiles is not None
     found = {}
     for name, (n, outs) in GROUPS.items():
-        shape = GroupShape(plan.tiles.tile_rows, tile_count(plan.tiles.max_tiles), n, tuple(outs))
+        shape = GroupShape(plan.tiles.tile_rows, tile_count(plan.tiles.max_tiles, plan.tiles.tile_rows), n, tuple(outs))
         base = default_plan(shape) if kind.startswith("default") else plan_for(shape, torch.cuda.get_device_name())
         found[name] = replace(base, pdl=True) if kind.endswith("+pdl") else base
     return found

@@ -41,6 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=30.0, help="of arrivals")
+    parser.add_argument("--output", type=Path, help="folder for the result (default: docs/results)")
     args = parser.parse_args()
     loads = []
     for num_adapters, share, rate in product(ADAPTERS, SHARES, RATES):
@@ -52,7 +53,8 @@ def main() -> None:
         ratios = [load["credit_over_better"][figure] for load in loads]
         ranges[figure] = (min(ratios), max(ratios))
         print(f"{figure}: {min(ratios):.2f} to {max(ratios):.2f} of the better one's")
-    path = write_result("policies_virtual", {"seeds": args.seeds, "credit_over_better": ranges, "loads": loads})
+    figures = {"seeds": args.seeds, "credit_over_better": ranges, "loads": loads}
+    path = write_result("policies_virtual", figures, args.output)
     print(path)
 
 

@@ -1,6 +1,6 @@
 """For how long a waiting request is overtaken at most, in a replica that is short of everything, against the bound.
 
-    python scripts/bench/bench_starvation.py [--bound 0.5] [--seconds 8] [--load 1.1] [--share 0.7]
+    python scripts/bench/bench_starvation.py [--bound 0.5] [--seconds 8] [--load 1.1] [--share 0.7] [--rank 8]
 
 SmolLM2 with a nearly full KV pool, few adapter slots and one adapter that most requests ask for serves Poisson arrivals
 of `load` times what it can answer, once with each policy. After every step all unfinished requests are looked at. One
@@ -162,7 +162,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     )
     replica = build_replica(config)
     with tempfile.TemporaryDirectory() as folder:
-        adapters = write_adapters(model, Path(folder), 8, NUM_ADAPTERS)
+        adapters = write_adapters(model, Path(folder), options.rank, NUM_ADAPTERS)
         specs = [replica.load_adapter(name, path) for name, path in adapters.items()]
         unbound = replace(config, max_adapter_wait=60.0)
         warm = serve(replica, replace(unbound, policy="fcfs"), specs, arrivals(options.share, 40.0, 0.4, 1))
@@ -188,12 +188,15 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.7, help="of requests that ask for one adapter")
     parser.add_argument("--blocks", type=int, default=20, help="KV blocks of 16 tokens")
     parser.add_argument("--slots", type=int, default=2, help="adapters on the device at once")
+    parser.add_argument("--rank", type=int, default=8, help="of the adapters: the higher, the more merging saves")
+    parser.add_argument("--name", default="", help="of the result file: starvation_NAME.json")
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES)
     parser.add_argument("--output", type=Path, help="folder for the result (default: docs/results)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     settings = {key: str(value) for key, value in vars(options).items() if key != "output"}
-    print("written to", write_result("starvation", {"settings": settings, **measure(options)}, options.output))
+    name = "starvation" + (f"_{options.name}" if options.name else "")
+    print("written to", write_result(name, {"settings": settings, **measure(options)}, options.output))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def start_replica(options: Namespace, ranks: list[int], **more: Any) -> Any:
 def register(replica: Any, paths: dict[str, Path]) -> list[Any]:
     """Have requests be able to name these adapters, and steps captured; their specs, in order."""
     specs = [replica.load_adapter(name, path) for name, path in paths.items()]
-    replica.capture_graphs()
+    replica.warm_up()
     return specs
 
 

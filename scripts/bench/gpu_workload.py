@@ -173,12 +173,14 @@ def time_decode(
         return run(prompts, [count] * batch, chosen)
 
     seconds(16, min(8, new_tokens))
-    first = min(seconds(PROMPT_TOKENS, 1) for _ in range(2))
+    firsts = [seconds(PROMPT_TOKENS, 1) for _ in range(2)]
+    first = min(firsts)
     whole = min(seconds(PROMPT_TOKENS, new_tokens) for _ in range(2))
     steps = new_tokens - 1
     return {
         "adapters": kind, "batch": batch, "distinct": len(set(chosen or ())),
-        "prefill_ms": round(first * 1e3, 2), "step_ms": round((whole - first) / steps * 1e3, 3),
+        "prefill_ms": round(first * 1e3, 2), "prefills_ms": [round(each * 1e3, 2) for each in firsts],
+        "step_ms": round((whole - first) / steps * 1e3, 3),
         "tokens_per_s": round(batch * steps / (whole - first), 1), "new_tokens": new_tokens,
     }  # fmt: skip
 

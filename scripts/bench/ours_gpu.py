@@ -65,16 +65,7 @@ def measure(llm: Any, options: Namespace, label: dict[str, Any], count: int) -> 
 def measure_merge(llm: Any, options: Namespace, rounds: int = 7) -> dict[str, Any]:
     """Best times of merging over another adapter and of unmerging, beside copying as many bytes."""
     runner(llm)([[1000] * 4] * 2, [2, 2], [0, 1])
-    executor, specs = llm._open.executor, llm.adapters
-
-    def switch(spec: Any) -> None:
-        executor.switch(spec)
-        synchronize()
-
-    best = {"merge_ms": float("inf"), "unmerge_ms": float("inf")}
-    for turn in range(2 * rounds):
-        for name, spec in (("merge_ms", specs[turn % 2]), ("unmerge_ms", None)):
-            best[name] = min(best[name], clocked(partial(switch, spec), synchronize) * 1e3)
+    best = time_switches(llm._open.executor, llm.adapters, rounds)
     layers, linears = SHAPES[options.shape]["num_hidden_layers"], linear_shapes(options.shape).values()
     weights = 2 * layers * sum(inputs * outputs for inputs, outputs in linears)
     adapter = 2 * layers * int(options.rank) * sum(inputs + outputs for inputs, outputs in linears)
@@ -86,6 +77,28 @@ def measure_merge(llm: Any, options: Namespace, rounds: int = 7) -> dict[str, An
         "copy_ms": round(moved / bandwidth * 1e3, 4),
         "way": llm.model_info.merge_way,
     }
+
+
+def time_switches(executor: Any, specs: Any, rounds: int) -> dict[str, float]:
+    """Best ms of merging over another adapter and of unmerging: until the host goes on, and until the device is done.
+
+    ``idle_ms`` is what asking whether an idle device is done takes by itself.
+    """
+    best: dict[str, float] = {}
+
+    def note(name: str, seconds: float) -> None:
+        best[name] = min(best.get(name, float("inf")), seconds * 1e3)
+
+    for turn in range(2 * rounds):
+        for name, spec in (("merge", specs[turn % 2]), ("unmerge", None)):
+            synchronize()
+            began = time.perf_counter()
+            executor.switch(spec)
+            note(f"{name}_host_ms", time.perf_counter() - began)
+            synchronize()
+            note(f"{name}_ms", time.perf_counter() - began)
+        note("idle_ms", clocked(synchronize, synchronize))
+    return best
 
 
 def copy_bandwidth(rounds: int = 5) -> float:

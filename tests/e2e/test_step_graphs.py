@@ -133,7 +133,8 @@ def test_tokens_are_pefts(
         assert_close_logits(recorder.logits[output.request_id], answer, min(same + 1, NUM_TOKENS))
     assert captured == plain
     # Added alone, and behind what is taken away; without captured steps too.
-    assert (0 < in_graphs < gates.total()) == fused and set(gates) == ({1.0, -1.0} if fused and modes else {1.0} if fused else set())
+    assert (0 < in_graphs < gates.total()) == fused
+    assert set(gates) == ({1.0, -1.0} if fused and modes else {1.0} if fused else set())
     assert (
         seen["decodes"] and seen["mixed"] and bool(seen["pending"]) == bool(depth) and bool(seen["corrected"]) == modes
     )

@@ -53,7 +53,7 @@ def serve(engine: Engine, load: list[Request]) -> Watch:
         ("fcfs", 2, 16, 0, 2),
         ("credit", 2, 16, 0, 2),
         ("credit", 2, 16, 0, 9),
-        ("credit", 3, 16, 0, 9),
+        ("credit", 3, 16, 0, 12),
         ("credit", 2, 20, 3, 10),
         ("merge", 1, 16, 0, 8),
         ("merge", 2, 16, 0, 13),

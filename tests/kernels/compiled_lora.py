@@ -30,11 +30,28 @@ TABLES = ("tile_rows", "tile_slots", "tile_lens", "ranks")
 UNALIGNED = ("pages", "scalings", "factor")
 
 
-def compile_kernel(kernel: Any, dtype: str, warps: int, stages: int, **constants: Any) -> dict[str, Any]:
-    """Registers, bytes spilt, shared memory, and how often each kind of load, store and product is there."""
+def compile_kernel(
+    kernel: Any,
+    dtype: str,
+    warps: int,
+    stages: int,
+    kinds: dict[str, str] | None = None,
+    registers: int | None = None,
+    **constants: Any,
+) -> dict[str, Any]:
+    """Registers, bytes spilt, shared memory, and how often each kind of load, store and product is there.
+
+    Args:
+        kinds: Of arguments that are not those of LoRA kernels; aligned where the type is followed by a ``:16``.
+        registers: At most so many a thread.
+    """
     signature, known, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         base = re.sub(r"^(gate|up)_|[012]$", "", name)
+        if kinds and name in kinds:
+            signature[name], _, aligned = kinds[name].partition(":")
+            attributes.update({(i,): [ALIGNED]} if aligned else {})
+            continue
         if name in constants:
             signature[name], known[(i,)] = "constexpr", constants[name]
             continue
@@ -44,7 +61,7 @@ def compile_kernel(kernel: Any, dtype: str, warps: int, stages: int, **constants
         if (is_tensor or base in KINDS) and base not in UNALIGNED:
             attributes[(i,)] = [ALIGNED]
     source = ASTSource(kernel, signature, known, attributes)
-    options = {"num_warps": warps, "num_stages": stages}
+    options = {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(built.asm["cubin"])
@@ -53,7 +70,7 @@ def compile_kernel(kernel: Any, dtype: str, warps: int, stages: int, **constants
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
     operations = Counter(
-        re.findall(r"(ld\.global[.\w:]*|st\.global[.\w]*|mma[._]\w+|griddep\w+\.\w+)", built.asm["ptx"])
+        re.findall(r"(ld\.global[.\w:]*|st\.global[.\w:]*|mma[._]\w+|griddep\w+\.\w+)", built.asm["ptx"])
     )
     operations.update(f"cp.async {int(size, 16)}" for size in re.findall(r"cp\.async\.c.*?, (0x\w+)", built.asm["ptx"]))
     return {

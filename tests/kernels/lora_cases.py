@@ -48,12 +48,23 @@ def plan_of_rows(slots: np.ndarray, factor: float = 1.0) -> LoRAPlan:
 
 
 def layers_of(
-    device: str, ranks: Sequence[Sequence[int]], in_features: int, outs: Sequence[int], dtype: torch.dtype, seed: int
+    device: str,
+    ranks: Sequence[Sequence[int]],
+    in_features: int,
+    outs: Sequence[int],
+    dtype: torch.dtype,
+    seed: int,
+    *,
+    cpu_tables: bool = False,
 ) -> list[LoRALayerWeights]:
-    """Layers of one pool in which slot s has rank ``ranks[layer][s]``, in scattered pages; the rest of it holds NaN."""
+    """Layers of one pool in which slot s has rank ``ranks[layer][s]``, in scattered pages; the rest of it holds NaN.
+
+    Pools on a GPU have tables there; on a CPU only those with ``cpu_tables`` do.
+    """
     num_slots = max(map(len, ranks))
     num_rows = max(sum(-(-r // 8) * 8 for r in some) for some in ranks) + 16
-    pool = LoRAPool(device, dtype, page_rows=8, num_rows=num_rows, num_slots=num_slots)
+    grows_tables = cpu_tables and device == "cpu"
+    pool = LoRAPool(device, dtype, page_rows=8, num_rows=num_rows, num_slots=num_slots, grows_tables=grows_tables)
     generator = torch.Generator().manual_seed(seed)
     for out in outs:
         pool.add_layer(in_features, out)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peft_dist.kernels.lora_group import make_tiles
 from peft_dist.kernels.lora_tiles import choose_tile_rows, max_tiles, write_tiles
 
 
@@ -63,3 +65,24 @@ def test_the_longest_share_of_rows_decides_the_tile() -> None:
     assert choose_tile_rows(np.arange(40)) == 16
     assert choose_tile_rows(np.repeat(np.arange(4), 40)) == 32
     assert choose_tile_rows(np.array([*range(30), *[31] * 500])) == 128
+
+
+@pytest.mark.parametrize("count", range(1, 10))
+def test_every_part_of_made_tiles_begins_where_kernels_are_compiled_for(count: int) -> None:
+    """At multiples of 16 bytes of one copy; Triton compiles a kernel once more for any other place."""
+    tiles = make_tiles(np.arange(count, dtype=np.int32), torch.device("cpu"))
+    for part in (tiles.rows, tiles.slots, tiles.lens):
+        assert part.storage_offset() * part.element_size() % 16 == 0
+    assert tiles.slots.tolist() == list(range(count)) and tiles.lens.tolist() == [1] * count
+    assert tiles.rows.view(count, 16)[:, 0].tolist() == list(range(count))
+
+
+@pytest.mark.parametrize(("slots", "added"), [([-1] * 40, 1), ([-1] * 40 + [2], 1), ([3] * 17 + [-1] * 40 + [2], 3)])
+def test_launches_that_only_add_leave_out_the_bases_tiles(slots: list[int], added: int) -> None:
+    row_slots = np.array(slots, np.int32)
+    tiles = make_tiles(row_slots, torch.device("cpu"), 16, has_base=True)
+    assert tiles.added == added < tiles.max_tiles
+    assert (tiles.slots[: tiles.added] >= 0).all() or (row_slots < 0).all()
+    assert (tiles.slots[tiles.added :] < 0).all()
+    # What a captured step's tiles will hold nobody knows.
+    assert tiles._replace(with_adapter=None).added == tiles.max_tiles

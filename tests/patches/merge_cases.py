@@ -21,10 +21,12 @@ from peft_dist.runner.merge_state import plans_for
 WAYS = {"shadow": ShadowMerger, "host": HostMerger}
 
 
-def wrap_all(model: PreTrainedModel, names: Collection[str]) -> tuple[dict[str, SelectiveLayer], LoRAPool]:
+def wrap_all(
+    model: PreTrainedModel, names: Collection[str], pool: LoRAPool | None = None
+) -> tuple[dict[str, SelectiveLayer], LoRAPool]:
     """LoRA layers by path around the modules whose last path part is in ``names``, and a pool that knows them."""
     paths = [n for n, m in model.named_modules() if n.rsplit(".", 1)[-1] in names and can_wrap(m)]
-    pool = LoRAPool(model.device, torch.float32)
+    pool = pool or LoRAPool(model.device, torch.float32)
     layers = {path: wrap_module(model, path) for path in paths}
     for layer in layers.values():
         is_embedding = isinstance(layer, SelectiveEmbedding)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from dataclasses import replace
 
 import pytest
 
@@ -19,7 +21,8 @@ MERGED, UNMERGED, SWITCH = 15e-3, 27e-3, 20e-3
 
 
 def credit(settings: PolicySettings | None = None, cost: CostModel = PAPER) -> CreditPolicy:
-    return CreditPolicy(cost, settings or PolicySettings())
+    """One that believes every lead to last, until it has seen some end."""
+    return CreditPolicy(cost, replace(settings or PolicySettings(), expected_lead=math.inf))
 
 
 def ranked(state: QueueState, **ranks: int) -> QueueState:
@@ -190,3 +193,40 @@ def test_a_request_that_ended_is_overtaken_no_longer() -> None:
     assert policy.overtaking.longest == 1.0
     policy.forget(["b0"])
     assert policy.overtaking.longest == 0.0
+
+
+class TestLeads:
+    """Steps on end in which an adapter has enough requests for merging to pay: r = 15 / 27 of the first-come batch."""
+
+    def leads(self, *states: QueueState, policy: CreditPolicy | None = None) -> list[str | None]:
+        """Whose lead each step counts for."""
+        policy, seen = policy or credit(), []
+        ran = policy.leads.ran
+        policy.leads.ran = lambda leader: (seen.append(leader), ran(leader))  # type: ignore[method-assign, func-returns-value]
+        for state in states:
+            step(policy, state)
+        return seen
+
+    def test_of_the_adapter_with_enough_requests_merged_or_not(self) -> None:
+        never = credit(PolicySettings(expected_steps=1.0))
+        assert self.leads(queue("aab"), queue("aab"), policy=never) == ["a", "a"]
+        assert never.report()["alpha"] == 1.0
+
+    def test_of_nobody_with_fewer(self) -> None:
+        assert self.leads(queue("aabb"), queue("aabbc"), queue("-ab")) == [None, None, None]
+
+    def test_of_the_merged_adapter_though_another_has_more(self) -> None:
+        policy = credit(PolicySettings(beta=0.4))
+        step(policy, queue("aaaa"))
+        choices = self.leads(queue("aabbb", merged="a"), policy=policy)
+        assert policy._ordinary is not None and policy._ordinary.alone == "a", "it stays merged"
+        assert choices == [None], "two of five are too few"
+        assert self.leads(queue("aaabb", merged="a"), policy=policy) == ["a"]
+
+    def test_of_nobody_while_others_are_privileged(self) -> None:
+        policy = credit()
+        step(policy, queue("aaaa"))
+        policy.ledger.move("a", "b", 10.0)
+        state = queue("aaaab", merged="a")
+        assert policy.choose(state).reason == "privileged"
+        assert self.leads(state, policy=policy) == [None]

@@ -50,7 +50,8 @@ def test_one_adapter_alone_is_merged_for_good_though_the_model_starts_from_anoth
         learner = CostModel()
         learned = Replica(make_policy("credit", cost_model=learner), truth, learner=learner).run(jobs)
         merged = Replica(make_policy("merge", cost_model=truth), truth).run(jobs)
-        assert learned.mean <= 1.02 * merged.mean and learned.num_switches <= 3
+        # It begins once its first lead has lasted for long enough to pay.
+        assert learned.mean <= 1.05 * merged.mean and learned.num_switches <= 3
 
 
 def test_the_bound_holds_in_overload() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from peft_dist.core.cost_model import CostModel, CostPrior
 from peft_dist.policy.batching import Choice
 from peft_dist.policy.corrections import with_corrections
@@ -10,7 +12,7 @@ from peft_dist.policy.queue_view import QueueView
 from peft_dist.policy.settings import PolicySettings
 from tests.policy.queues import ids, queue, step, view
 
-SETTINGS = PolicySettings(merged_minority=True, max_adapter_wait=1e9, credit_gap=1e9)
+SETTINGS = PolicySettings(merged_minority=True, max_adapter_wait=1e9, credit_gap=1e9, expected_lead=math.inf)
 # Each row through the kernel costs a lot, the kernel itself little.
 BY_ROW = CostPrior(step=10e-3, decode_sequence=1e-3, lora_step=0.0, lora_token=2e-3, adapter=0.0)
 # The other way round: whoever needs the kernel at all pays for it.
@@ -28,7 +30,7 @@ def test_a_minority_joins_when_its_rows_are_cheap() -> None:
 
 
 def test_not_when_unasked_for() -> None:
-    asked_not = PolicySettings(max_adapter_wait=1e9)
+    asked_not = PolicySettings(max_adapter_wait=1e9, expected_lead=math.inf)
     assert step(policy(BY_ROW, asked_not), queue("aaaaab-aaaaaa")).reason == "first come"
 
 
@@ -56,7 +58,7 @@ def test_adapters_that_cannot_be_merged_are_no_hosts() -> None:
 
 
 def test_a_batch_that_nobody_joins_is_left_to_the_thresholds() -> None:
-    settings = PolicySettings(merged_minority=True, alpha=1.5, max_alpha=1.5)
+    settings = PolicySettings(merged_minority=True, alpha=1.5, max_alpha=1.5, expected_lead=math.inf)
     assert step(policy(BY_ROW, settings), queue("a" * 16 + "b")).reason == "first come"
 
 

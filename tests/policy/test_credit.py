@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 
 from peft_dist.core.cost_model import CostModel, CostPrior
@@ -15,7 +18,8 @@ STEP = 27e-3
 
 
 def credit(settings: PolicySettings | None = None, cost: CostModel = PAPER) -> CreditPolicy:
-    return CreditPolicy(cost, settings or PolicySettings())
+    """One that believes every lead to last, until it has seen some end."""
+    return CreditPolicy(cost, replace(settings or PolicySettings(), expected_lead=math.inf))
 
 
 def merged_on_a(settings: PolicySettings | None = None) -> CreditPolicy:
@@ -77,6 +81,11 @@ class TestEnter:
                 step(policy, queue("aab" if i % 2 else "bba"))
         assert policy.report()["expected_lead"] == 2.0
         assert policy.choose(queue("b")).merged_adapter is None
+
+    def test_a_first_lead_is_believed_for_as_long_as_it_has_lasted(self) -> None:
+        policy = CreditPolicy(PAPER, PolicySettings(expected_lead=2.0))
+        reasons = [step(policy, queue("aa")).reason for _ in range(6)]
+        assert reasons == ["first come"] * 4 + ["enter", "enter"], "by then merging would have paid for its switches"
 
     def test_a_lead_that_lasts_is_believed(self) -> None:
         policy = credit()

@@ -64,6 +64,7 @@ def test_the_artifact_takes_the_papers_times_and_others_the_given_model() -> Non
         {"credit_gap": 0.0},
         {"credit_hysteresis": 2.0},
         {"expected_steps": 0.5},
+        {"expected_lead": -1.0},
         {"max_num_seqs": 0},
     ],
 )

@@ -66,7 +66,8 @@ def test_nobody_is_lost_run_twice_or_overtaken_for_longer_than_the_bound(
     history, _ = simulate(*policy, jobs, options)
     assert history.finished.keys() == {job.request_id for job in jobs}
     step = max(s.seconds for s in history.steps)
-    assert history.longest_gap() <= BOUND + 2 * step
+    # One step is under way when the bound is reached, and with one in flight another is already submitted.
+    assert history.longest_gap() <= BOUND + (1 + options["depth"]) * step + 1e-9
 
 
 def test_seconds_are_counted_for_the_step_that_takes_them() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import threading
 
 import pytest
 
+from peft_dist.runner import adapter_patterns
 from peft_dist.runner.adapter_config import read_settings
 from tests.runner.adapter_folder import CONFIG, WEIGHTS, folder, load, refused, set_config
 
@@ -158,6 +160,32 @@ def test_unusable_layers_pattern(folder):
     refused(folder, "layers_pattern")
     set_config(folder, layers_pattern=[1])
     refused(folder, "layers_pattern")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"(.*)(.*)(.*)(.*)(.*)(.*)(.*)(.*)(.*)\1\2\3[A-Z]",
+        r"(([a-z_]+[.0-9]*)+)+!",  # Hours with Python's engine, at once with this one.
+    ],
+)
+def test_expressions_that_backtrack_stop_nobody(folder, monkeypatch, pattern):
+    monkeypatch.setattr(adapter_patterns, "_SECONDS", 0.2)
+    set_config(folder, target_modules=pattern)
+    ended = threading.Event()
+
+    def read():
+        refused(folder, "target_modules")
+        ended.set()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    turns = 0
+    while reader.is_alive():
+        turns += 1
+        reader.join(0.001)
+    assert ended.is_set()
+    assert "!" in pattern or turns > 20, "this thread stood still while the other matched"
 
 
 def test_layers_with_a_regular_expression(folder):

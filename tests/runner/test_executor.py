@@ -37,9 +37,10 @@ class FakeMerging:
     def __init__(self, clock: FakeClock) -> None:
         self.clock = clock
         self.current: str | None = None
+        self.held: set[str | None] = set()
 
-    def holds(self, content_hash: str) -> bool:
-        return False
+    def holds(self, content_hash: str | None) -> bool:
+        return content_hash in self.held
 
     def switch(self, content_hash: str | None, weights: object = None) -> None:
         self.clock.now += 30.0
@@ -104,6 +105,22 @@ def test_a_switch_that_failed_or_was_cleared_is_nobodys(executor: TorchExecutor)
     assert executor.switch(None) is None
     executor.clear()
     assert executor.collect(executor.submit(Batch(1, []))).switch_seconds is None
+
+
+def test_a_switch_that_costs_nothing_puts_nothing_on_the_device(
+    executor: TorchExecutor, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge: Any = executor.runner.merge
+    assert executor.switch(SPEC) is None
+    merge.held = {None, "hash"}
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.cuda, "Event", None)
+        for spec in (None, SPEC, None):
+            seconds = executor.switch(spec)
+            assert seconds is not None and 0 <= seconds < 1
+            assert merge.current == (spec.content_hash if spec else None)
+    # Those of the merge before were told by nobody: no step came between.
+    assert executor.collect(executor.submit(Batch(0, []))).switch_seconds is None
 
 
 def test_on_a_cpu_the_caller_was_kept_waiting(clock: FakeClock) -> None:

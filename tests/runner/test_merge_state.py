@@ -163,7 +163,7 @@ def test_what_the_shadow_holds_is_told(model: torch.nn.Module, adapters: list[We
     state = MergeState(model, "shadow")
     state.switch("a", adapters[0])
     state.switch(None)
-    assert state.holds("a") and not state.holds("b")
+    assert state.holds("a") and not state.holds("b") and state.holds(None)
     state.switch("b", adapters[1])
     assert state.holds("b") and not state.holds("a")
     state.discard("b")
@@ -175,7 +175,7 @@ def test_what_the_shadow_holds_is_told(model: torch.nn.Module, adapters: list[We
     wrap_all(in_place._merger._model, ("q_proj", "v_proj", "down_proj"))  # type: ignore[arg-type]
     in_place.switch("a", adapters[0])
     in_place.switch(None)
-    assert not in_place.holds("a")
+    assert not in_place.holds("a") and not in_place.holds(None)
 
 
 def test_the_base_is_read_as_it_is_while_something_is_merged_in_place(

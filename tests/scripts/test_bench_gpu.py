@@ -28,7 +28,7 @@ from bench.gpu_workload import (
     write_adapters,
     write_base,
 )
-from bench.timeline import busy_spans, summarise
+from bench.timeline import Interval, busy_spans, summarise
 from safetensors.torch import load_file
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -165,12 +165,33 @@ def test_tables_show_each_kind_in_its_row() -> None:
 def test_a_timeline_counts_overlapping_streams_once() -> None:
     recorded = [("a", 10.0, 20.0), ("b", 15.0, 18.0), ("a", 30.0, 40.0), ("c", 39.0, 50.0), ("a", 51.0, 60.0)]
     assert busy_spans(recorded) == [(10.0, 20.0), (30.0, 50.0), (51.0, 60.0)]
-    found = summarise(recorded, steps=2)
+    found = summarise([*marks(10.0, 60.0), *recorded], steps=2)
     assert found["idle_share"] == pytest.approx(11 / 50) and found["busy_share"] == pytest.approx(39 / 50)
     assert found["longest_gap_us"] == 10 and found["gaps_per_step"] == 0.5 and found["recorded_step_ms"] == 0.025
+    assert found["gap_share"] == pytest.approx(10 / 50) and found["gaps_us_per_step"] == 5
+    assert found["launch_gap_share"] == pytest.approx(1 / 50)
+    assert (found["launch_gaps_us_per_step"], found["launch_gaps_per_step"]) == (0.5, 0.5)
     assert found["kernels"][0] == {"name": "a", "us_per_step": 14.5, "share": 0.58, "calls_per_step": 1.5}
-    with pytest.raises(ValueError, match="nothing was recorded"):
-        summarise([], 1)
+    with pytest.raises(ValueError, match="nothing was recorded between"):
+        summarise(marks(10.0, 60.0), 1)
+
+
+def marks(begin: float, end: float) -> list[Interval]:
+    """Of a window."""
+    return [("void frac_kernel", begin - 1.0, begin), ("void frac_kernel", end, end + 1.0)]
+
+
+def test_a_timeline_leaves_out_what_is_not_of_whole_steps() -> None:
+    early = [("copy", 0.0, 1.0), ("a", 801.0, 810.0)]
+    # Between the marks and the first and last kernels the device is idle too.
+    window = [("a", 823.0, 840.0), ("b", 841.0, 850.0)]
+    found = summarise([*early, *marks(820.0, 860.0), *window, ("late", 862.0, 900.0)], steps=1)
+    assert (found["recorded_step_ms"], found["kernels_per_step"], found["longest_gap_us"]) == (0.04, 2, 10)
+    assert (found["gaps_us_per_step"], found["launch_gaps_us_per_step"], found["idle_us_per_step"]) == (13, 1, 14)
+    assert {row["name"] for row in found["kernels"]} == {"a", "b"}
+    for recorded in ([], window, marks(820.0, 860.0)[:1]):
+        with pytest.raises(ValueError, match="marks were recorded, not 2"):
+            summarise(recorded, 1)
 
 
 def test_lines_of_two_machines_are_not_joined() -> None:

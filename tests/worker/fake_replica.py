@@ -143,6 +143,9 @@ class FakeReplica:
         self.engine.register_adapter(spec)
         self.engine.pin_adapter(spec.name, spec.content_hash if pinned else None)
 
+    def warm_up_some(self) -> bool:
+        return False
+
     def fileno(self) -> int:
         return self._never_readable[0]
 

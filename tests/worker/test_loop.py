@@ -66,6 +66,7 @@ class EngineReplica:
     def __init__(self) -> None:
         self.engine = make_engine(num_slots=1)
         self._pipe = os.pipe()
+        self.warm_ups: list[bool] = []
 
     def inspect_adapter(self, name: str, path: Path, *, allow_pickle: bool) -> AdapterSpec:
         return AdapterSpec(name, name, "", {"m": 4}, 10)
@@ -73,6 +74,10 @@ class EngineReplica:
     def register_adapter(self, spec: AdapterSpec, *, allow_pickle: bool, pinned: bool) -> None:
         self.engine.check_room(spec, pinned=pinned)
         self.engine.register_adapter(spec, pinned=pinned)
+
+    def warm_up_some(self) -> bool:
+        self.warm_ups.append(self.engine.has_work)
+        return len(self.warm_ups) <= 3
 
     def fileno(self) -> int:
         return self._pipe[0]
@@ -149,3 +154,20 @@ def test_while_nothing_changes_nothing_is_told(replica: EngineReplica) -> None:
     run(replica, script)
     told = script.details()
     assert script.now <= 100.0 + CHANGE_SECONDS and told <= 2
+
+
+def test_a_replica_warms_up_while_there_is_no_work_and_commands_come_in_between(replica: EngineReplica) -> None:
+    script = Script([])
+    received: list[int] = []
+    receive = script.receive
+
+    def arriving() -> list[Any]:
+        received.append(len(replica.warm_ups))
+        # A request comes while the replica warms up for the second time.
+        return [add("a", None, tokens=2)] if len(received) == 2 else receive()
+
+    script.receive = arriving  # type: ignore[method-assign]
+    run(replica, script)
+    assert received[:2] == [1, 2] and replica.engine.num_steps == 2
+    # Three times there was something to do, and every wait asks again.
+    assert len(replica.warm_ups) >= 4 and not any(replica.warm_ups)

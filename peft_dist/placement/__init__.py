@@ -1,0 +1,1 @@
+"""Where adapters should be, and which requests move between replicas. Decisions only: no torch, no sockets."""

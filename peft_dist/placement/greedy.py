@@ -1,0 +1,84 @@
+"""The greedy plan: relieve the replica that would finish last, a few requests at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from peft_dist.placement.assignment import RESOLUTION, Assignment
+from peft_dist.placement.problem import Problem
+
+# Targets that are tried for each class: those that finish first, and of those with its adapter the same.
+NUM_TARGETS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    finish: float
+    index: int
+    target: int
+    count: int
+
+
+def greedy(problem: Problem) -> Assignment:
+    """Move requests from the replica that finishes last until no move lets both it and the target end sooner.
+
+    Every move lowers the later of two finishing times, so that it ends, and the makespan never rises above that of
+    moving nothing.
+    """
+    found = Assignment(problem)
+    for _ in range(4 * sum(one.count for one in problem.classes)):
+        last = max(range(len(found.times)), key=found.times.__getitem__)
+        step = _best_step(found, last)
+        if step is None:
+            break
+        found.move(step.index, last, step.target, step.count)
+    return found
+
+
+def targets_of(found: Assignment, index: int, ranked: list[int], limit: int = NUM_TARGETS) -> list[int]:
+    """Replicas worth trying for a class, of ``ranked`` ones: the first, and the first that host its adapter."""
+    if len(ranked) <= limit:
+        return ranked
+    adapter = found.problem.adapter[index]
+    chosen = ranked[:limit]
+    hosting = 0
+    for replica in ranked:
+        if hosting == limit:
+            break
+        if found.hosts(adapter, replica):
+            hosting += 1
+            if replica not in chosen:
+                chosen.append(replica)
+    return chosen
+
+
+def _best_step(found: Assignment, last: int) -> _Step | None:
+    times = found.times
+    ranked = sorted((r for r in found.problem.accepting if r != last), key=times.__getitem__)
+    best: _Step | None = None
+    for index in sorted(found.present[last]):
+        for target in targets_of(found, index, ranked):
+            # Not even without the requests' own time would this end sooner.
+            if times[target] >= (best.finish if best else times[last]) - RESOLUTION:
+                continue
+            step = _step(found, index, last, target)
+            if step is not None and (best is None or step.finish < best.finish - RESOLUTION):
+                best = step
+    return best
+
+
+def _step(found: Assignment, index: int, last: int, target: int) -> _Step | None:
+    """As many requests of a class as level both replicas, or one; None when that does not help."""
+    problem = found.problem
+    room = min(found.flows[index][last], found.fitting(index, target))
+    if room < 1:
+        return None
+    both = problem.request_seconds(index, last) + problem.request_seconds(index, target)
+    gap = found.times[last] - found.times[target]
+    if not found.hosts(problem.adapter[index], target):
+        gap -= problem.load_seconds(problem.adapter[index], target)
+    count = room if both <= 0 else max(1, min(room, int(gap / both)))
+    finish = max(found.after(index, last, target, count))
+    if finish > found.times[last] - RESOLUTION:
+        return None
+    return _Step(finish, index, target, count)

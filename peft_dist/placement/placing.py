@@ -1,0 +1,208 @@
+"""Where adapters should be before their requests come.
+
+As dLoRA (Wu et al., OSDI'24) does, by burst tolerance: how many times more of one adapter its replicas could take
+while the others get what they always get. The adapter that could take least decides; the greedy search raises it.
+Written from a description of the artifact; there free memory stands for throughput, here seconds of work a second do.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+
+import msgspec
+
+from peft_dist.placement.types import ClusterView
+
+Hosts = dict[str, frozenset[int]]
+"""By adapter, ids of the replicas that should have it."""
+
+# Rates are taken relative to one another, as if they filled this share of the cluster.
+UTILISATION = 0.5
+# An adapter nobody asked for yet counts as this share of the mean one.
+LEAST_SHARE = 0.05
+# Room that extra copies leave free on each replica, for adapters that come unplanned.
+SPARE = 0.125
+# Replicas that are tried for a copy.
+NUM_TRIED = 4
+RESOLUTION = 1e-9
+
+
+class Placement(msgspec.Struct, frozen=True):
+    """Replicas of every adapter; none for those that fit nowhere. ``tolerance`` is the least burst tolerance."""
+
+    hosts: Hosts
+    tolerance: float
+
+
+def shares(view: ClusterView) -> dict[str, float]:
+    """Each adapter's part of all work, at least ``LEAST_SHARE`` of an even part."""
+    work = {one.adapter: one.rate * one.work for one in view.adapters}
+    least = LEAST_SHARE * (sum(work.values()) / len(work) if any(work.values()) else 1.0) if work else 0.0
+    raised = {adapter: max(own, least) for adapter, own in work.items()}
+    total = sum(raised.values())
+    return {adapter: own / total for adapter, own in raised.items()}
+
+
+def place(view: ClusterView, keep: Mapping[str, frozenset[int]] | None = None) -> Placement:
+    """A burst-tolerant placement.
+
+    Args:
+        view: Replicas with their memory, adapters with rate and work; its request classes do not matter.
+        keep: Hosts that stay hosts, where replica and adapter are still there and fit.
+
+    Every adapter gets one replica, the busiest first, while there is room; then the one with the least tolerance gets
+    another, as long as that raises the least. Raises PlanError as ``ClusterView.check``.
+    """
+    view.check()
+    # Copies that are made early may take the room of a large adapter.
+    return max((_placed(view, keep or {}, copies) for copies in (True, False)), key=lambda found: found.tolerance)
+
+
+def place_round_robin(view: ClusterView, keep: Mapping[str, frozenset[int]] | None = None) -> Placement:
+    """Adapter i on replica i modulo their number, then one more adapter on each replica but the last.
+
+    Total: replicas + adapters - 1, as in dLoRA's artifact. Rates do not matter. Raises PlanError as ``place``.
+    """
+    view.check()
+    search = _Search(view)
+    search.put_known(keep or {})
+    accepting = [replica.replica_id for replica in view.replicas if replica.accepts]
+    for index, one in enumerate(view.adapters):
+        if not search.hosts[one.adapter]:
+            turn = index % max(len(accepting), 1)
+            search.put_first(one.adapter, accepting[turn:] + accepting[:turn])
+    for index, replica in enumerate(accepting[:-1] if not keep else []):
+        # Not the adapter that the replica has already: the one of its neighbour.
+        for turn in range(1, len(view.adapters)):
+            if search.put_first(view.adapters[(index + turn) % len(view.adapters)].adapter, [replica]):
+                break
+    return search.placement()
+
+
+def tolerance(view: ClusterView, hosts: Mapping[str, frozenset[int]]) -> float:
+    """The least burst tolerance of a placement: 1 is what is asked for now, below 1 somebody has no replica at all."""
+    search = _Search(view)
+    search.put_known(hosts, fit=True)
+    return search.least()
+
+
+def _placed(view: ClusterView, keep: Mapping[str, frozenset[int]], early_copies: bool) -> Placement:
+    search = _Search(view)
+    search.put_known(keep)
+    search.place_each(early_copies)
+    search.add_copies()
+    return search.placement()
+
+
+class _Search:
+    def __init__(self, view: ClusterView) -> None:
+        self._sizes = {one.adapter: one.num_bytes for one in view.adapters}
+        best = min((r.costs.decode_token for r in view.replicas if r.costs.decode_token > 0), default=1.0)
+        # Seconds of the fastest replica's work that each does in a second.
+        self._capacity = {
+            r.replica_id: best / r.costs.decode_token if r.costs.decode_token else 1.0 for r in view.replicas
+        }
+        total = UTILISATION * sum(self._capacity.values())
+        self._load = {adapter: share * total for adapter, share in shares(view).items()}
+        self._room = {r.replica_id: r.adapter_bytes for r in view.replicas}
+        self._spare = {r.replica_id: int(SPARE * r.adapter_bytes) for r in view.replicas}
+        self._accepting = [r.replica_id for r in view.replicas if r.accepts]
+        self._slack = dict(self._capacity)
+        self.hosts: dict[str, set[int]] = {one.adapter: set() for one in view.adapters}
+        for replica in view.replicas:
+            for adapter in replica.pinned:
+                self._put(adapter, replica.replica_id)
+
+    def put_known(self, hosts: Mapping[str, frozenset[int]], fit: bool = False) -> None:
+        """Add hosts that may be out of date, where they still can be; ``fit`` takes their room for granted."""
+        for adapter, replicas in hosts.items():
+            for replica in sorted(replicas & set(self._accepting)):
+                if adapter not in self.hosts or replica in self.hosts[adapter]:
+                    continue
+                if fit or self._sizes[adapter] <= self._room[replica]:
+                    self._put(adapter, replica)
+
+    def put_first(self, adapter: str, replicas: list[int]) -> bool:
+        """Put an adapter on the first of these replicas that has room and not the adapter."""
+        for replica in replicas:
+            if replica not in self.hosts[adapter] and self._sizes[adapter] <= self._room[replica]:
+                self._put(adapter, replica)
+                return True
+        return False
+
+    def place_each(self, early_copies: bool) -> None:
+        """One replica for each adapter that has none, the busiest first, while there is room.
+
+        With ``early_copies`` one that would fill its replica gets as many as bring its part of each down to the mean,
+        at once: one copy at a time would overload the second replica before the third relieves it.
+        """
+        homeless = [a for a in sorted(self.hosts, key=lambda a: (-self._load[a], a)) if not self.hosts[a]]
+        needed = sum(self._sizes[adapter] for adapter in homeless)
+        for adapter in homeless:
+            needed -= self._sizes[adapter]
+            while self.put_first(adapter, self._by_slack()):
+                speed = sum(self._capacity[replica] for replica in self.hosts[adapter])
+                left = sum(self._room[replica] for replica in self._accepting)
+                enough = self._load[adapter] <= UTILISATION * speed
+                if enough or not early_copies or left < needed + self._sizes[adapter]:
+                    break
+
+    def add_copies(self) -> None:
+        """Copies for those that could take least, while these raise the least tolerance or free others of load."""
+        open_to_more = {adapter for adapter, hosts in self.hosts.items() if hosts}
+        while open_to_more:
+            adapter = min(open_to_more, key=lambda a: (self._tolerance(a), a))
+            if not self._copy(adapter):
+                open_to_more.discard(adapter)
+
+    def least(self) -> float:
+        return min((self._tolerance(adapter) for adapter in self.hosts), default=math.inf)
+
+    def placement(self) -> Placement:
+        return Placement({adapter: frozenset(hosts) for adapter, hosts in self.hosts.items()}, self.least())
+
+    def _copy(self, adapter: str) -> bool:
+        before = self.least(), self._tolerance(adapter)
+        size = self._sizes[adapter]
+        free = (r for r in self._by_slack() if r not in self.hosts[adapter] and size <= self._room[r] - self._spare[r])
+        tried: list[tuple[float, float, int, int]] = []
+        for replica in itertools.islice(free, NUM_TRIED):
+            self._put(adapter, replica)
+            tried.append((self.least(), self._tolerance(adapter), -len(tried), replica))
+            self._take(adapter, replica)
+        least, own, _, replica = max(tried, default=(*before, 0, -1))
+        # The least never falls, and one of both rises: so that this ends.
+        if least < before[0] or own <= before[1] + RESOLUTION:
+            return False
+        self._put(adapter, replica)
+        return True
+
+    def _by_slack(self) -> list[int]:
+        """Replicas with the most spare work first; of equals those with the most room."""
+        return sorted(self._accepting, key=lambda r: (-round(self._slack[r], 9), -self._room[r], r))
+
+    def _tolerance(self, adapter: str) -> float:
+        """How many times its present load an adapter's hosts could take of it, others as they are."""
+        hosts, load = self.hosts[adapter], self._load[adapter]
+        return (load + sum(self._slack[replica] for replica in hosts)) / load if hosts else 0.0
+
+    def _put(self, adapter: str, replica: int) -> None:
+        self._share(adapter, 1)
+        self.hosts[adapter].add(replica)
+        self._share(adapter, -1)
+        self._room[replica] -= self._sizes[adapter]
+
+    def _take(self, adapter: str, replica: int) -> None:
+        self._share(adapter, 1)
+        self.hosts[adapter].discard(replica)
+        self._share(adapter, -1)
+        self._room[replica] += self._sizes[adapter]
+
+    def _share(self, adapter: str, sign: int) -> None:
+        """Give the adapter's load, in parts as its hosts are fast, back to their slack (1), or take it (-1)."""
+        hosts = self.hosts[adapter]
+        speed = sum(self._capacity[replica] for replica in hosts)
+        for replica in hosts:
+            self._slack[replica] += sign * self._load[adapter] * self._capacity[replica] / speed
