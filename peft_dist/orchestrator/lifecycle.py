@@ -18,6 +18,7 @@ class Lifecycle:
     def __init__(self, replicas: ReplicaTable, options: OrchestratorOptions) -> None:
         self._replicas = replicas
         self._options = options
+        self._restarts = options.restart
         # Epochs of draining replicas that still have requests.
         self._draining: set[int] = set()
 
@@ -54,7 +55,7 @@ class Lifecycle:
 
     def plan_restart(self, replica: Replica, now: float, *, was_asked: bool) -> None:
         """Note when a replica that has just died is started again; at once if it was asked to end."""
-        policy = self._options.restart
+        policy = self._restarts
         if policy is None:
             return
         if was_asked:
@@ -64,6 +65,12 @@ class Lifecycle:
         replica.num_failures = policy.failures(replica.num_failures, served)
         wait = policy.wait(replica.num_failures)
         replica.restart_at = None if wait is None else now + wait
+
+    def stop_restarts(self) -> None:
+        """What is dead, or dies from now on, stays dead."""
+        self._restarts = None
+        for replica in self._replicas.all():
+            replica.restart_at = None
 
     def _silence_ends(self, replica: Replica) -> float:
         """When a replica that says nothing will be lost; one that loads its model may be silent."""

@@ -14,11 +14,11 @@ class Room:
         self._options = options
         self._pace = Pace()
 
-    def check(self, num_new: int, num_unfinished: int, num_ready: int) -> None:
+    def check(self, num_new: int, num_unfinished: int, num_ready: int, num_replicas: int) -> None:
         """Raises InvalidRequestError or QueueFullError when so many new sequences are too many for ever, or now."""
-        room = num_ready * self._options.max_num_seqs + self._options.max_queue
-        if num_new > room:
-            raise InvalidRequestError(f"n={num_new} is more than the {room} sequences this server holds", "n")
+        most, room = (n * self._options.max_num_seqs + self._options.max_queue for n in (num_replicas, num_ready))
+        if num_new > most:
+            raise InvalidRequestError(f"n={num_new} is more than the {most} sequences this server holds", "n")
         excess = num_unfinished + num_new - room
         if excess > 0:
             raise QueueFullError(

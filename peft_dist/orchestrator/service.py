@@ -231,6 +231,7 @@ class EngineService:
             return
         # Without this task nothing would ever answer the streams again.
         logger.error("a task of the orchestrator failed", exc_info=error)
+        self._core.lives.stop_restarts()
         for replica in self._core.replicas.all_alive():
             reason = f"The orchestrator failed: {type(error).__name__}: {error}"
             self._act(self._core.lose_replica(replica.replica_id, replica.epoch, reason, self._now()))

@@ -7,6 +7,7 @@ import itertools
 import os
 import random
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,9 @@ def holdings(service: EngineService) -> dict[str, object]:
         "idle": service._idle.is_set(),
         "records": dict(table._records),
         "owners": dict(table._owners),
-        "load": +table._load,
+        "backlog": asdict(table.backlog(0)),
+        "unplaced": dict(table._unplaced),
+        "reloads": dict(service._core._calls._reloads),
         "uses": +registry._uses,
         "loads": dict(registry._loads),
         "names": [spec.name for spec in registry.specs()],
