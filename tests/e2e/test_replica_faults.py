@@ -18,7 +18,7 @@ from peft_dist.core.config import EngineConfig
 from peft_dist.orchestrator.core import OrchestratorOptions
 from peft_dist.orchestrator.restarts import RestartPolicy
 from peft_dist.orchestrator.service import EngineService
-from peft_dist.worker.launcher import PlainLauncher
+from peft_dist.worker.launcher import AccelerateLauncher, PlainLauncher
 from scripts.demo_model import ensure_demo_model
 from tests.e2e.test_replicas import until
 from tests.tiny_models import make_model, random_adapter, target_modules
@@ -106,12 +106,13 @@ def serve_with_faults(
     strides: tuple[int, int],
     silence: float,
     rounds: int = 1,
+    kind: type[PlainLauncher] = AccelerateLauncher,
 ) -> list[float]:
     """Returns the longest gap of each stream, in seconds."""
     gaps: list[float] = []
 
     async def work() -> None:
-        launcher = PlainLauncher(config, log_level="error", heartbeat_seconds=silence / 5, num_replicas=2)
+        launcher = kind(config, log_level="error", heartbeat_seconds=silence / 5, num_replicas=2)
         restart = RestartPolicy(first=0.05, longest=1.0, max_failures=100)
         options = OrchestratorOptions(max_num_seqs=256, seed=1, heartbeat_timeout=silence, restart=restart)
         service = EngineService(launcher, options, num_replicas=2, stop_grace=5.0)
@@ -142,7 +143,7 @@ def test_a_tiny_model_killed_and_stopped(tmp_path: Path) -> None:
     cases = make_cases(24, 200, 96, [None, *adapters])
     run_alone(tmp_path / "model", adapters, cases, num_blocks=512, num_threads=1)
     config = EngineConfig(model=str(tmp_path / "model"), device="cpu", num_threads=1, num_blocks=512)
-    serve_with_faults(config, adapters, cases, (600, 1200), silence=2.0)
+    serve_with_faults(config, adapters, cases, (600, 1200), silence=2.0, kind=PlainLauncher)
 
 
 @pytest.mark.slow
