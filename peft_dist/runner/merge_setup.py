@@ -88,8 +88,8 @@ def as_in_the_base(modules: Mapping[str, ModuleShape], merging: Merging | None) 
 
 
 def _mergeable(module: ModuleShape, read: Callable[[], torch.Tensor]) -> ModuleShape:
-    weight = read()
-    return replace(module, weight=read, row_rms=row_rms(weight.T if module.kind == "conv1d" else weight))
+    num_outputs = module.in_features if module.kind == "embedding" else module.out_features
+    return replace(module, weight=read, row_rms=row_rms(read(), num_outputs))
 
 
 def _usual_targets(model: PreTrainedModel, modules: Mapping[str, ModuleShape]) -> list[str]:

@@ -16,20 +16,26 @@ import torch
 ROUNDING_GROWTH = 8.0
 # Share of the logits' scale below which two answers are one (docs/architecture.md, "Identical").
 IDENTICAL = 2e-5
+PIECE_ROWS = 64
 
 
 def host_limit(dtype: torch.dtype) -> float:
     """Largest ratio (``ratio_to_weight``) of an adapter whose merged batches others may join, in weights of ``dtype``.
 
-    The rounding may grow to ``ROUNDING_GROWTH`` times what it is, or up to where it would first be seen.
+    The rounding may grow to ``ROUNDING_GROWTH`` times what it is, or up to where it would first be seen: it happens
+    twice, when the part is added and when it is taken away.
     """
-    return max(ROUNDING_GROWTH, IDENTICAL / torch.finfo(dtype).eps) - 1.0
+    return max(ROUNDING_GROWTH, IDENTICAL / (2.0 * torch.finfo(dtype).eps)) - 1.0
 
 
-def row_rms(weight: torch.Tensor) -> float:
-    """Root of the mean square norm of the rows of a matrix; of any type, on any device."""
-    norms = torch.linalg.vector_norm(weight.detach(), dim=1, dtype=torch.float32).double()
-    return float(norms.square().mean().sqrt())
+def row_rms(weight: torch.Tensor, num_outputs: int) -> float:
+    """Root of the mean square norm of what a matrix, of any type and on any device, has for each output."""
+    # Piece by piece: a CPU converts faster than it reads another type, and the copies must not grow with the weight.
+    pieces = [
+        torch.linalg.vector_norm(rows.float(), dim=1).double().square().sum()
+        for rows in weight.detach().split(PIECE_ROWS)
+    ]
+    return math.sqrt(float(torch.stack(pieces).sum()) / num_outputs)
 
 
 def ratio_to_weight(rows: torch.Tensor, columns: torch.Tensor, scaling: float, row_rms: float) -> float:
