@@ -58,7 +58,7 @@ def test_whatever_ends_the_making_frees_the_model(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(LLM, "load_adapter", interrupted)
+    monkeypatch.setattr(LLM, "_load_adapter", interrupted)
     with pytest.raises(KeyboardInterrupt):
         LLM(folder / "model", {"a0": folder / "a0"}, device="cpu", num_blocks=64)
     assert [llm._replica for llm in closed] == [None]

@@ -134,6 +134,7 @@ def serve_with_faults(
     return gaps
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_a_tiny_model_killed_and_stopped(tmp_path: Path) -> None:
     model = make_model("llama", tmp_path / "model")

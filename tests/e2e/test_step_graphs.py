@@ -80,7 +80,7 @@ def use_graphs(llm: LLM) -> Counter[str]:
 @pytest.mark.parametrize(
     ("depth", "modes", "count", "fused"),
     [
-        (1, True, 4, False),
+        pytest.param(1, True, 4, False, marks=pytest.mark.slow),
         (1, True, 4, True),
         *(
             pytest.param(depth, modes, 8, fused, marks=pytest.mark.slow)
