@@ -11,7 +11,7 @@ import triton.language as tl
 
 from peft_dist.kernels.pooled_adapter import PooledItem
 from peft_dist.kernels.transfer import to_device
-from peft_dist.kernels.triton_device import device_of
+from peft_dist.kernels.triton_device import device_of, triton_type
 
 _FIELDS = tl.constexpr(9)
 
@@ -173,10 +173,6 @@ class MergeTable:
                     num_warps=tile.warps,
                     maxnreg=tile.registers,
                 )
-
-
-def triton_type(dtype: torch.dtype) -> Any:
-    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
 
 
 def tile_of(weight: torch.dtype, adapter: torch.dtype, max_rank: int) -> Tile:

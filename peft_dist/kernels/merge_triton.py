@@ -10,12 +10,12 @@ import triton
 import triton.language as tl
 
 from peft_dist.kernels.transfer import to_device
+from peft_dist.kernels.triton_device import triton_type
 
 if TYPE_CHECKING:
     from peft_dist.kernels.merge import MergeItem
 
 _BLOCK_ROWS, _BLOCK_COLUMNS = 32, 128
-_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @triton.jit
@@ -98,7 +98,7 @@ def _launch(group: list[MergeItem]) -> None:
             base.stride(0),
             *A.stride(),
             *B.stride(),
-            W=_TYPES[out.dtype],
+            W=triton_type(out.dtype),
             BLOCK_ROWS=_BLOCK_ROWS,
             BLOCK_COLUMNS=_BLOCK_COLUMNS,
             BLOCK_RANK=16,

@@ -37,6 +37,11 @@ class Ordinary:
     leader: str | None
     speed_ratio: float
 
+    @property
+    def merging(self) -> str | None:
+        """The adapter that runs alone, or would if this step were merged."""
+        return self.alone if self.alone is not None else self.leader
+
 
 class CreditPolicy(TrackedPolicy):
     """Merges an adapter with enough requests, compared with the first-come batch; lets adapters that this displaced too
@@ -188,7 +193,7 @@ class CreditPolicy(TrackedPolicy):
 
     def _paying_leader(self, view: QueueView, ordinary: Ordinary, choice: Choice) -> str | None:
         """The adapter that runs merged, or would, if its requests are worth the others' waiting."""
-        leader = ordinary.alone if ordinary.alone is not None else ordinary.leader
+        leader = ordinary.merging
         if leader is None or choice is not ordinary.choice:
             return None
         return leader if len(view.groups[leader]) >= ordinary.speed_ratio * len(view.first_come) else None
@@ -202,7 +207,7 @@ class CreditPolicy(TrackedPolicy):
 
     def _count(self, view: QueueView, ordinary: Ordinary) -> None:
         """What each mode would have done in this step."""
-        merging = ordinary.alone if ordinary.alone is not None else ordinary.leader
+        merging = ordinary.merging
         seconds = view.seconds(view.first_come, None)
         requests = len(view.alone(merging)) if merging is not None else 0
         self.tuner.record(requests, len(view.first_come), seconds * ordinary.speed_ratio, seconds)

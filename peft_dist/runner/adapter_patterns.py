@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -43,23 +43,20 @@ class Pattern:
 
     def match(self, path: str) -> regex.Match[str] | None:
         """At the start of a path."""
-        try:
-            return self._compiled.match(path, concurrent=True, timeout=_SECONDS)
-        except TimeoutError:
-            raise self._too_long(path) from None
+        return self._in_time(self._compiled.match, path)
 
     def fullmatch(self, path: str) -> regex.Match[str] | None:
         """Over the whole path."""
-        try:
-            return self._compiled.fullmatch(path, concurrent=True, timeout=_SECONDS)
-        except TimeoutError:
-            raise self._too_long(path) from None
+        return self._in_time(self._compiled.fullmatch, path)
 
-    def _too_long(self, path: str) -> AdapterError:
-        return AdapterError(
-            f"adapter_config.json: {self._field} makes {self._text[:200]!r}, which takes more than {_SECONDS:g} s on "
-            f"the name {path!r}: write it without nested repetitions, or list the modules"
-        )
+    def _in_time(self, matcher: Callable[..., regex.Match[str] | None], path: str) -> regex.Match[str] | None:
+        try:
+            return matcher(path, concurrent=True, timeout=_SECONDS)
+        except TimeoutError:
+            raise AdapterError(
+                f"adapter_config.json: {self._field} makes {self._text[:200]!r}, which takes more than {_SECONDS:g} s "
+                f"on the name {path!r}: write it without nested repetitions, or list the modules"
+            ) from None
 
 
 class PatternMap(Generic[Value]):

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from peft_dist.kernels.merge_pool_triton import merge_pool_kernel, tile_of, triton_type
+from peft_dist.kernels.merge_pool_triton import merge_pool_kernel, tile_of
+from peft_dist.kernels.triton_device import triton_type
 from tests.kernels.compiled_lora import compile_kernel
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
