@@ -13,7 +13,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from peft_dist.kernels.lora_triton_parts import EXPAND_RANKS, expand_part, find_adapter, load_b, load_pages, pick
+from peft_dist.kernels.lora_triton_parts import (
+    EXPAND_RANKS,
+    expand_part,
+    find_adapter,
+    layer_of,
+    load_b,
+    load_pages,
+    pick,
+)
 
 
 @triton.jit
@@ -98,12 +106,7 @@ def expand_loop_kernel(
     total: tl.constexpr = parts0 + parts1 + parts2
     is_second = part >= total
     part -= tl.where(is_second, total, 0)
-    layer = 0
-    if GROUP > 1:
-        layer = (part >= parts0).to(tl.int32)
-    if GROUP > 2:
-        layer += (part >= parts0 + parts1).to(tl.int32)
-    part -= pick(layer, 0, parts0, parts0 + parts1, GROUP)
+    layer, part = layer_of(part, parts0, parts1, GROUP)
     parts = pick(layer, parts0, parts1, parts2, GROUP)
     begin, count = own_outputs(tile_lens, watched, part + tl.where(is_second, parts, 0), 2 * parts, BLOCK_N)
     if (length == 0) | (count == 0):

@@ -25,6 +25,7 @@ from peft_dist.kernels.lora_triton_parts import (
     EXPAND_RANKS,
     expand_part,
     find_adapter,
+    layer_of,
     load_b,
     load_pages,
     multiply,
@@ -191,13 +192,8 @@ def expand_kernel(
             return
     blocks0: tl.constexpr = (N0 + PART_N - 1) // PART_N
     blocks1: tl.constexpr = (N1 + PART_N - 1) // PART_N if GROUP > 1 else 0
-    layer = 0
-    if GROUP > 1:
-        layer = (block >= blocks0).to(tl.int32)
-    if GROUP > 2:
-        layer += (block >= blocks0 + blocks1).to(tl.int32)
+    layer, block = layer_of(block, blocks0, blocks1, GROUP)
     width = pick(layer, N0, N1, N2, GROUP)
-    block -= pick(layer, 0, blocks0, blocks0 + blocks1, GROUP)
     is_within = block % (BLOCK_N // PART_N) != 0
     if not PDL:  # noqa: SIM102
         # That of others shows when their rank is known.

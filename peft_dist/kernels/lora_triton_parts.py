@@ -24,6 +24,17 @@ def pick(index, first, second, third, GROUP: tl.constexpr):
 
 
 @triton.jit
+def layer_of(block, blocks0: tl.constexpr, blocks1: tl.constexpr, GROUP: tl.constexpr):
+    """Which layer's a block is, where those of a group come one after another, and which of its blocks."""
+    layer = 0
+    if GROUP > 1:
+        layer = (block >= blocks0).to(tl.int32)
+    if GROUP > 2:
+        layer += (block >= blocks0 + blocks1).to(tl.int32)
+    return layer, block - pick(layer, 0, blocks0, blocks0 + blocks1, GROUP)
+
+
+@triton.jit
 def load_pages(pages, r, columns, PAGE: tl.constexpr):
     """Pages of the ranks ``r``, as far as the table reaches: asked for before the rank is known."""
     return tl.load(pages + r // PAGE, mask=r // PAGE < columns, other=0)
