@@ -99,6 +99,10 @@ def serve(
     metrics_max_adapters: Annotated[int, typer.Option(min=0, help="Adapters with metrics of their own.")] = 100,
     max_queue: Annotated[int, typer.Option(min=0, help="Sequences that may wait; more are refused.")] = 1024,
     replicas: Annotated[int, typer.Option(min=1, help="Copies of the model, each in processes of its own.")] = 1,
+    migration: Annotated[
+        str, typer.Option(help="Where adapters go and whether requests move: rr, proactive or dlora; with several.")
+    ] = "dlora",
+    planner_limit: Annotated[float, typer.Option(help="Milliseconds for a plan of which requests move.")] = 200.0,
     restart: Annotated[
         bool | None,
         typer.Option("--restart/--no-restart", help="Start dead replicas again; with several if not given."),
@@ -187,6 +191,8 @@ def serve(
         port_file=port_file,
         max_queue=max_queue,
         num_replicas=replicas,
+        migration=_one_of("migration", migration, ("rr", "proactive", "dlora")),
+        planner_limit=planner_limit / 1e3,
         restart=replicas > 1 if restart is None else restart,
         heartbeat_timeout=heartbeat_timeout,
         step_timeout=step_timeout,

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from peft_dist.orchestrator.core import OrchestratorOptions
     from peft_dist.orchestrator.replica_process import ReplicaLauncher
     from peft_dist.orchestrator.service import EngineService
+    from peft_dist.placement.placer import MigrationKind
 
 logger = logging.getLogger("peft_dist.serve")
 _T = TypeVar("_T")
@@ -37,6 +38,8 @@ class ServeSettings:
     port_file: Path | None
     max_queue: int
     num_replicas: int
+    migration: MigrationKind
+    planner_limit: float
     restart: bool
     heartbeat_timeout: float
     step_timeout: float
@@ -64,6 +67,7 @@ async def run_server(settings: ServeSettings) -> None:
         _options(settings),
         num_replicas=settings.num_replicas,
         start_timeout=settings.start_timeout,
+        planner_limit=settings.planner_limit,
     )
     try:
         http_app = await _unless(signals.stop, _prepare(settings, service))
@@ -174,6 +178,9 @@ def _options(settings: ServeSettings) -> OrchestratorOptions:
         heartbeat_timeout=settings.heartbeat_timeout if settings.restart else None,
         step_timeout=settings.step_timeout if settings.restart else None,
         restart=RestartPolicy() if settings.restart else None,
+        migration=settings.migration,
+        # Whole models are what is kept on the device there.
+        sends_ahead=settings.engine.exec_type != "vllm",
     )
 
 
@@ -200,6 +207,8 @@ def _announce(service: EngineService, settings: ServeSettings, url: str) -> None
     logger.info(
         "Replicas  %d, %sstarted again when they die", settings.num_replicas, "" if settings.restart else "not "
     )
+    if settings.num_replicas > 1:
+        logger.info("Migration %s, plans within %.0f ms", settings.migration, 1e3 * settings.planner_limit)
     logger.info("Model     %s as %r, %s in %s", model.model, model.served_model_name, model.device, model.dtype)
     logger.info("Back ends attention %s, LoRA %s, depth %d", model.attention_backend, model.lora_backend, model.depth)
     logger.info("Merging   %s, second copies of %.0f MiB", model.merge_way, model.merge_bytes / 2**20)

@@ -11,12 +11,13 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
 from peft_dist.api.metric_labels import AdapterLabels
+from peft_dist.api.migration_metrics import migration_families
 from peft_dist.api.replica_metrics import replica_families
 from peft_dist.api.request_metrics import RequestMetrics
 from peft_dist.api.router_metrics import queue_time, router_families
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.orchestrator.client import EngineClient
-from peft_dist.orchestrator.observation import ReplicaView
+from peft_dist.orchestrator.observation import MigrationView, ReplicaView
 
 # What ``generate_latest`` writes, whichever version of prometheus-client is installed.
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -29,6 +30,7 @@ class StateCollector:
     Attributes:
         queue: Seconds that sequences waited for their first step.
         wall_time: Seconds since 1970.
+        migration: None with one replica.
     """
 
     replicas: list[ReplicaView]
@@ -38,10 +40,13 @@ class StateCollector:
     max_adapters: int
     queue: Histogram
     wall_time: float
+    migration: MigrationView | None = None
 
     def collect(self) -> Iterator[Any]:
         labels = AdapterLabels(self.replicas, self.adapters, self.recent, self.max_adapters)
         yield from replica_families(self.replicas, len(self.adapters), self.num_pinned, labels)
+        if self.migration is not None:
+            yield from migration_families(self.migration)
         yield from router_families(self.replicas, labels, self.wall_time)
         yield queue_time(self.replicas, self.queue)
 
@@ -75,6 +80,7 @@ class ServerMetrics:
                 self._max_adapters,
                 self.requests.queue,
                 time.time(),
+                self._client.migration(),
             )
         )
         registry.register(self.requests.registry)

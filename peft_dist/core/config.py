@@ -242,8 +242,8 @@ def _check(name: str, kinds: list[str], value: object) -> None:
 class ModelInfo:
     """What a loaded replica tells of its model: measured facts, kept apart from the configuration.
 
-    ``max_loras`` adapters can be on the device at once. ``merge_way`` is "shadow", "host" or "off", ``merge_bytes``
-    what its second copies take.
+    ``max_loras`` adapters can be on the device at once, and ``adapter_bytes`` of them (0: unknown). ``merge_way`` is
+    "shadow", "host" or "off", ``merge_bytes`` what its second copies take.
     """
 
     model: str
@@ -260,6 +260,7 @@ class ModelInfo:
     attention_backend: str
     lora_backend: str
     max_loras: int = 0
+    adapter_bytes: int = 0
     merge_way: str = "off"
     merge_bytes: int = 0
     tokenizer: str | None = None

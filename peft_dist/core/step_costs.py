@@ -15,11 +15,13 @@ class StepCosts(msgspec.Struct, frozen=True):
 
     Attributes:
         step: Seconds for each feature of a step, in the order of ``StepFeatures.vector``.
-        load: Seconds of one load of an adapter, and seconds for each of its bytes.
+        load: Seconds of one load of an adapter from the host, and seconds for each of its bytes.
+        fetch: The same of bringing it to the host from disk: a guess, nobody measures it.
     """
 
     step: tuple[float, ...] = CostPrior().step_coefficients()
     load: tuple[float, float] = CostPrior().load
+    fetch: tuple[float, float] = (1e-2, 1e-9)
 
     @classmethod
     def of(cls, model: CostModel) -> StepCosts:
@@ -48,9 +50,10 @@ class StepCosts(msgspec.Struct, frozen=True):
         )
         return self._predict(features)
 
-    def load_seconds(self, num_bytes: int) -> float:
-        """Bring an adapter to the device."""
-        return self.load[0] + self.load[1] * num_bytes
+    def load_seconds(self, num_bytes: int, *, on_host: bool = True) -> float:
+        """Bring an adapter to the device, from the host or from disk."""
+        fetch = 0.0 if on_host else self.fetch[0] + self.fetch[1] * num_bytes
+        return fetch + self.load[0] + self.load[1] * num_bytes
 
     def _predict(self, features: StepFeatures) -> float:
         return sum(c * x for c, x in zip(self.step, features.vector(), strict=True))

@@ -9,7 +9,7 @@ from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.config import ModelInfo
 from peft_dist.core.messages import ReplicaStats, SequenceProgress
 from peft_dist.core.sampling_params import SamplingParams
-from peft_dist.orchestrator.observation import ReplicaView
+from peft_dist.orchestrator.observation import MigrationView, ReplicaView
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +141,10 @@ class EngineClient(Protocol):
 
     def replicas(self) -> list[ReplicaView]:
         """Every replica as it was last heard of. Cheap: its parts are shared, and never change."""
+        ...
+
+    def migration(self) -> MigrationView | None:
+        """What came of placing adapters and moving requests so far; None with one replica."""
         ...
 
     async def drain_replica(self, replica_id: int, *, restart: bool = False) -> None:

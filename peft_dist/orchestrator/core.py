@@ -8,10 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from peft_dist.core.config import ModelInfo
-from peft_dist.core.errors import (
-    EngineDeadError,
-    InvalidRequestError,
-)
+from peft_dist.core.errors import EngineDeadError, InvalidRequestError
 from peft_dist.core.messages import (
     AbortRequest,
     AdapterResult,
@@ -29,8 +26,9 @@ from peft_dist.orchestrator.adapter_calls import AdapterCalls, to
 from peft_dist.orchestrator.adapters import AdapterRegistry
 from peft_dist.orchestrator.admission import check_prompt, check_token_parameters, resolve_max_tokens
 from peft_dist.orchestrator.client import NewRequest
-from peft_dist.orchestrator.dispatcher import Lengths
+from peft_dist.orchestrator.demand import Demand
 from peft_dist.orchestrator.lifecycle import Lifecycle
+from peft_dist.orchestrator.migration import Migration
 from peft_dist.orchestrator.options import OrchestratorOptions
 from peft_dist.orchestrator.placer import Placer
 from peft_dist.orchestrator.records import (
@@ -65,13 +63,17 @@ class Orchestrator:
         self.adapters = AdapterRegistry()
         self.replicas = ReplicaTable()
         self._requests = RequestTable()
-        self._lengths = Lengths()
+        self._demand = Demand()
         self._options = options
         self._seeds = random.Random(options.seed)
         self._room = Room(options)
         self._events: list[Event] = []
         self._calls = AdapterCalls(self.adapters, self.replicas, self._events)
-        self._placer = Placer(self._requests, self.replicas, self._calls, options.max_num_seqs, self._lengths)
+        tables = self._requests, self.replicas, self._calls
+        self.migration = Migration(options, *tables, self.adapters, self._demand, self._events)
+        lengths, hosting = self._demand.lengths, self.migration.hosting
+        self._placer = Placer(*tables, options.max_num_seqs, lengths, hosting)
+        self.migration.mover = self._placer.move
         self.lives = Lifecycle(self.replicas, options)
         self._stopping = False
 
@@ -99,6 +101,7 @@ class Orchestrator:
             raise EngineDeadError(f"No replica can run the adapter {new.model!r} now: load it again, or try later.")
         self._requests.open(record, now)
         self.adapters.acquire(adapter)
+        self._demand.arrived(record, now)
         return self._placer.place(record, now)
 
     def abort(self, request_id: str, now: float, sequence_index: int | None = None) -> list[Outgoing]:
@@ -133,7 +136,7 @@ class Orchestrator:
             UnknownModelError: no adapter has this name.
         """
         self.adapters.remove(name)
-        self._lengths.forget(self.adapters.needed())
+        self._demand.forget(self.adapters.needed())
         return self._calls.tidy()
 
     def drain_replica(self, replica_id: int, now: float, *, restart: bool = False) -> list[Outgoing]:
@@ -239,12 +242,12 @@ class Orchestrator:
             self._events.append(StartReplica(replica.replica_id, replica.epoch))
         waited = [r for r in self._requests.unplaced() if r.waits_since + self._options.max_wait <= now]
         self._fail(waited, EngineDeadError(f"No replica could go on with this in time. {self.replicas.health_error()}"))
-        return out + self._calls.tidy()
+        return out + self.migration.tick(now) + self._calls.tidy()
 
     def next_deadline(self) -> float:
         """When ``tick`` has something to do, if nothing happens before; infinity for never."""
         waiting = (record.waits_since + self._options.max_wait for record in self._requests.unplaced())
-        return min(self.lives.next_deadline(), min(waiting, default=math.inf))
+        return min(self.lives.next_deadline(), self.migration.next_deadline(), min(waiting, default=math.inf))
 
     def drain_events(self) -> list[Event]:
         """What happened since the last call, in order."""
@@ -290,7 +293,7 @@ class Orchestrator:
 
     def _finish(self, record: RequestRecord, sequence: SequenceRecord, last: SequenceProgress, now: float) -> None:
         self._events.append(SequenceEvent(record.request_id, sequence.index, last))
-        self._lengths.ended(record.content_hash, len(sequence.output_token_ids))
+        self._demand.ended(record, sequence, now)
         if self._requests.close(record, sequence):
             self.adapters.release(record.adapter)
         self._room.ended(now, self.num_unfinished)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from peft_dist.core.step_costs import StepCosts
 from peft_dist.orchestrator.records import Replica, RequestRecord
@@ -11,7 +11,7 @@ from peft_dist.policy.dispatch import Target, Work, choose
 
 _WEIGHT = 0.1
 # Of requests that nothing is known of; long enough to count, shorter than most limits.
-_FIRST_GUESS = 64.0
+FIRST_GUESS = 64.0
 
 
 class Lengths:
@@ -21,13 +21,16 @@ class Lengths:
         self._means: dict[str, float] = {}
 
     def ended(self, content_hash: str, num_tokens: int) -> None:
-        mean = self._means.get(content_hash, _FIRST_GUESS)
+        mean = self._means.get(content_hash, FIRST_GUESS)
         self._means[content_hash] = mean + _WEIGHT * (num_tokens - mean)
+
+    def mean(self, record: RequestRecord) -> float:
+        """Tokens of one sequence of a request's adapter when it ends."""
+        return self._means.get(record.content_hash, FIRST_GUESS)
 
     def expected(self, record: RequestRecord) -> float:
         """Tokens of one sequence of a request when it ends."""
-        mean = self._means.get(record.content_hash, _FIRST_GUESS)
-        return min(mean, float(record.params.max_tokens or 0))
+        return min(self.mean(record), float(record.params.max_tokens or 0))
 
     def forget(self, needed: set[str]) -> None:
         """Keep nothing of adapters that are gone."""
@@ -37,8 +40,12 @@ class Lengths:
 class Dispatcher:
     """Estimates for ``policy.dispatch`` from what was sent to replicas and what they reported."""
 
-    def __init__(self, requests: RequestTable, lengths: Lengths, max_num_seqs: int) -> None:
+    def __init__(
+        self, requests: RequestTable, lengths: Lengths, max_num_seqs: int, is_placed: Callable[[str, int], bool]
+    ) -> None:
+        """``is_placed``: Whether a content is to be at hand on a replica, and so is, or soon will be."""
         self._requests = requests
+        self._is_placed = is_placed
         self._lengths = lengths
         self._max_num_seqs = max_num_seqs
 
@@ -58,17 +65,21 @@ class Dispatcher:
         )
         # One that has not reported costs is taken to be like the others: a guess would send it all or nothing.
         known = next((replica.costs for replica in replicas if replica.costs is not None), StepCosts())
-        targets = [self._target(replica, known) for replica in replicas]
+        targets = [self._target(replica, known, work) for replica in replicas]
         best = choose(work, targets)
         return next(replica for replica in replicas if replica.replica_id == best)
 
-    def _target(self, replica: Replica, costs: StepCosts) -> Target:
+    def _target(self, replica: Replica, costs: StepCosts, work: Work) -> Target:
         model = replica.model
+        here = set(replica.stats.resident_adapters)
+        if self._is_placed(work.adapter, replica.replica_id):
+            here.add(work.adapter)
         return Target(
             replica_id=replica.replica_id,
             costs=replica.costs or costs,
             backlog=self._requests.backlog(replica.replica_id),
-            resident=frozenset(replica.stats.resident_adapters),
+            resident=here,
+            on_host=replica.on_host,
             max_num_seqs=self._max_num_seqs,
             capacity_tokens=model.num_blocks * model.block_size if model else 1,
         )

@@ -41,6 +41,27 @@ class ReplicaTotals:
 
 
 @dataclass(frozen=True, slots=True)
+class MigrationView:
+    """What came of planning so far; seconds as floats. Counts never fall.
+
+    Attributes:
+        kind: "rr", "proactive" or "dlora".
+        plans: By who made them ("solver", "greedy", "stay" where nothing was to move, "failed"), and why.
+        moves: Requests that were moved, by way.
+        num_dropped: Planned moves of requests that had ended or moved, or whose target could not take them any more.
+        plan_seconds: From the first look at the requests to the last move.
+        num_placements: Placements of the adapters that were made.
+    """
+
+    kind: str
+    plans: dict[tuple[str, str], int]
+    moves: dict[str, int]
+    num_dropped: int
+    plan_seconds: float
+    num_placements: int
+
+
+@dataclass(frozen=True, slots=True)
 class ReplicaView:
     """One replica as it was last heard of.
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from peft_dist.core.errors import ConfigError
 from peft_dist.orchestrator.restarts import RestartPolicy
+from peft_dist.placement.placer import KINDS, MigrationKind
+from peft_dist.placement.triggers import TriggerSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +22,10 @@ class OrchestratorOptions:
         step_timeout: Seconds that one round of a replica's loop may take; None is no limit.
         max_wait: Seconds that an admitted request waits for a replica, when the one it had is lost.
         restart: When replicas that died are started again; None is never.
+        migration: Where adapters are placed, where their requests may go, and whether those move: "rr", "proactive" or
+            "dlora" (docs/placement.md). Of no matter with one replica.
+        sends_ahead: Whether replicas are told to load adapters before requests for them come.
+        triggers: When requests are planned to move.
     """
 
     max_num_seqs: int = 256
@@ -30,10 +36,15 @@ class OrchestratorOptions:
     step_timeout: float | None = None
     max_wait: float = 300.0
     restart: RestartPolicy | None = None
+    migration: MigrationKind = "dlora"
+    sends_ahead: bool = True
+    triggers: TriggerSettings = field(default_factory=TriggerSettings)
 
     def __post_init__(self) -> None:
         if self.max_queue < 0:
             raise ConfigError(f"max_queue={self.max_queue} must be 0 (nothing waits) or more")
+        if self.migration not in KINDS:
+            raise ConfigError(f"migration={self.migration!r} is unknown: use {', '.join(KINDS)}")
         for name in ("start_timeout", "heartbeat_timeout", "step_timeout", "max_wait"):
             seconds = getattr(self, name)
             if seconds is not None and not seconds > 0:

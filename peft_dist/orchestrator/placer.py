@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from peft_dist.core.messages import AbortRequest
 from peft_dist.orchestrator.adapter_calls import AdapterCalls, to
 from peft_dist.orchestrator.dispatcher import Dispatcher, Lengths
+from peft_dist.orchestrator.hosting import Hosting
 from peft_dist.orchestrator.records import Outgoing, Replica, ReplicaState, RequestRecord
 from peft_dist.orchestrator.replicas import ReplicaTable
 from peft_dist.orchestrator.requests import RequestTable, add_commands
@@ -19,13 +20,20 @@ class Placer:
     """Gives requests to replicas that hold their adapters. Calls return commands to send."""
 
     def __init__(
-        self, requests: RequestTable, replicas: ReplicaTable, calls: AdapterCalls, max_num_seqs: int, lengths: Lengths
+        self,
+        requests: RequestTable,
+        replicas: ReplicaTable,
+        calls: AdapterCalls,
+        max_num_seqs: int,
+        lengths: Lengths,
+        hosting: Hosting,
     ) -> None:
         self._requests = requests
         self._replicas = replicas
         self._calls = calls
         self._lengths = lengths
-        self._dispatcher = Dispatcher(requests, lengths, max_num_seqs)
+        self._hosting = hosting
+        self._dispatcher = Dispatcher(requests, lengths, max_num_seqs, hosting.is_placed)
         # The last suspect that was placed.
         self._tried: RequestRecord | None = None
 
@@ -36,7 +44,7 @@ class Placer:
             return []
         if record.is_suspect:
             self._tried = record
-        return self._give(record, self._dispatcher.choose(record, able), now)
+        return self._give(record, self._choose(record, able, now), now)
 
     def place_waiting(self, now: float) -> list[Outgoing]:
         """Place what can be placed of all that waits for a replica."""
@@ -62,7 +70,7 @@ class Placer:
         for old in self._replicas.in_state(ReplicaState.DRAINING):
             for record in self._requests.on_replica(old.replica_id):
                 if able := self._able(record):
-                    out += self.move(record, self._dispatcher.choose(record, able), now)
+                    out += self.move(record, self._choose(record, able, now), now)
         return out
 
     def orphan(self, replica: Replica, now: float, *, by_death: bool) -> RequestRecord | None:
@@ -80,6 +88,9 @@ class Placer:
 
     def _able(self, record: RequestRecord) -> list[Replica]:
         return [replica for replica in self._replicas.ready() if self._calls.holds(replica, record.content_hash)]
+
+    def _choose(self, record: RequestRecord, able: Sequence[Replica], now: float) -> Replica:
+        return self._dispatcher.choose(record, self._hosting.among(record, able, now))
 
     def _give(self, record: RequestRecord, replica: Replica, now: float) -> list[Outgoing]:
         self._requests.place(record, replica.replica_id, self._lengths.expected(record))

@@ -13,6 +13,8 @@ from peft_dist.core.messages import AnyCommand, ReplicaDetail, ReplicaStats, Seq
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.core.step_costs import StepCosts
 from peft_dist.orchestrator.observation import ReplicaTotals
+from peft_dist.placement.placer import Search
+from peft_dist.placement.triggers import Trigger
 
 
 class Outgoing(NamedTuple):
@@ -38,6 +40,7 @@ class Replica:
 
     Attributes:
         start_deadline: The time by which a starting replica must be ready, None for no limit.
+        on_host: Content hashes whose weights were in its host memory when it told details last.
         last_heard: When it said anything last.
         ready_since: When it became ready, None before.
         num_restarts: Incarnations of this replica before this one.
@@ -56,6 +59,7 @@ class Replica:
     stats: ReplicaStats = field(default_factory=ReplicaStats)
     detail: ReplicaDetail = field(default_factory=ReplicaDetail)
     costs: StepCosts | None = None
+    on_host: frozenset[str] = frozenset()
     last_heard: float = 0.0
     ready_since: float | None = None
     num_restarts: int = 0
@@ -201,6 +205,20 @@ class StartReplica:
 
 
 @dataclass(frozen=True, slots=True)
+class PlacementDue:
+    """Another placement of the adapters is to be looked for, elsewhere than on the event loop."""
+
+    search: Search
+
+
+@dataclass(frozen=True, slots=True)
+class PlanDue:
+    """It is time to plan which requests move, and why."""
+
+    trigger: Trigger
+
+
+@dataclass(frozen=True, slots=True)
 class Notice:
     """Something an operator should read that concerns no request."""
 
@@ -217,5 +235,7 @@ Event = (
     | ReplicaLost
     | ReplicaDrained
     | StartReplica
+    | PlacementDue
+    | PlanDue
     | Notice
 )

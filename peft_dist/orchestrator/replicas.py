@@ -67,8 +67,10 @@ class ReplicaTable:
 
     def take_in(self, replica: Replica, report: Progress) -> None:
         """Remember what a replica says of itself; details come less often than its stats."""
-        replica.stats, replica.detail = report.stats, report.detail or replica.detail
-        replica.costs = replica.detail.costs or replica.costs
+        replica.stats = report.stats
+        if report.detail is not None:
+            replica.detail, replica.costs = report.detail, report.detail.costs or replica.costs
+            replica.on_host = frozenset(one.content_hash for one in report.detail.adapters if one.tier == "host")
 
     def mark_dead(self, replica: Replica, error: EngineDeadError) -> None:
         """Note that a replica is gone, and why."""

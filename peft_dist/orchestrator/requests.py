@@ -38,6 +38,14 @@ class RequestTable:
         """What a replica has left to do; not to be changed."""
         return self._backlogs.get(replica_id, _NOTHING)
 
+    def get(self, request_id: str) -> RequestRecord | None:
+        """The unfinished request with this id."""
+        return self._records.get(request_id)
+
+    def waiting(self) -> Iterator[RequestRecord]:
+        """Requests of which no sequence is in a batch of its replica yet, oldest first."""
+        return (r for r in self._records.values() if not any(s.started for s in r.unfinished.values()))
+
     def records(self) -> list[RequestRecord]:
         """All unfinished requests, oldest first."""
         return list(self._records.values())

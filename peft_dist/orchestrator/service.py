@@ -9,20 +9,24 @@ from typing import Any
 
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.config import ModelInfo
-from peft_dist.core.errors import PeftDistError, ReplicaStateError
+from peft_dist.core.errors import ReplicaStateError
 from peft_dist.core.messages import ProtocolError, ReplicaStats, decode_report
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.orchestrator.client import NewRequest
 from peft_dist.orchestrator.core import Orchestrator, OrchestratorOptions
 from peft_dist.orchestrator.link import Link
-from peft_dist.orchestrator.observation import ReplicaView
+from peft_dist.orchestrator.observation import MigrationView, ReplicaView
 from peft_dist.orchestrator.processes import Processes
+from peft_dist.orchestrator.promises import Promises
+from peft_dist.orchestrator.rebalancer import Rebalancer
 from peft_dist.orchestrator.records import (
     AdapterLoaded,
     AdapterRefused,
     Event,
     Notice,
     Outgoing,
+    PlacementDue,
+    PlanDue,
     ReplicaDrained,
     ReplicaLost,
     ReplicaReady,
@@ -33,6 +37,7 @@ from peft_dist.orchestrator.records import (
 from peft_dist.orchestrator.replica_process import ReplicaLauncher
 from peft_dist.orchestrator.streams import Stream
 from peft_dist.orchestrator.timer import Timer
+from peft_dist.placement.planner import Planner
 
 logger = logging.getLogger(__name__)
 _GRACE_WHILE_STARTING = 1.0
@@ -54,8 +59,10 @@ class EngineService:
         num_replicas: int = 1,
         start_timeout: float | None = None,
         stop_grace: float = 10.0,
+        planner_limit: float = 0.2,
     ) -> None:
-        """``start_timeout`` and ``stop_grace`` are the seconds a replica gets to become ready, and to end."""
+        """Seconds: ``start_timeout`` and ``stop_grace`` a replica gets to become ready, and to end; ``planner_limit``
+        from a look at the requests to a plan of which ones move."""
         self._loop = asyncio.get_running_loop()
         self._core = Orchestrator(options)
         self._link = Link()
@@ -64,8 +71,9 @@ class EngineService:
         self._start_timeout = start_timeout
         self._stop_grace = stop_grace
         self._streams: dict[str, Stream] = {}
-        self._calls: dict[int, asyncio.Future[AdapterSpec]] = {}
-        self._drains: dict[int, list[asyncio.Future[None]]] = {}
+        self._promises = Promises()
+        planner = Planner(planner_limit)
+        self._rebalancer = Rebalancer(self._core.migration, self._act, self._now, planner)
         self._tasks: set[asyncio.Task[None]] = set()
         self._ready: asyncio.Future[None] = self._loop.create_future()
         self._timer = Timer(self._tick)
@@ -147,10 +155,9 @@ class EngineService:
         call_id, commands = self._core.load_adapter(
             name, path, replace=replace, allow_hub=allow_hub, root=root, allow_pickle=allow_pickle, pinned=pinned
         )
-        future: asyncio.Future[AdapterSpec] = self._loop.create_future()
-        self._calls[call_id] = future
+        loaded = self._promises.load(call_id)
         self._act(commands)
-        return await future
+        return await loaded
 
     async def unload_adapter(self, name: str) -> None:
         """As in ``EngineClient``."""
@@ -163,26 +170,26 @@ class EngineService:
     def replicas(self) -> list[ReplicaView]:
         return self._core.replicas.views()
 
+    def migration(self) -> MigrationView | None:
+        return self._core.migration.view()
+
     def replica_pids(self) -> dict[int, int]:
         """Process id of each ready replica's rank 0."""
         return {r.replica_id: r.pid for r in self._core.replicas.ready() if r.pid is not None}
 
     async def drain_replica(self, replica_id: int, *, restart: bool = False) -> None:
         """As in ``EngineClient``."""
-        drained: asyncio.Future[None] = self._loop.create_future()
-        waiting = self._drains.setdefault(replica_id, [])
-        waiting.append(drained)
+        drained = self._promises.drain(replica_id)
         try:
             self._act(self._core.drain_replica(replica_id, self._now(), restart=restart))
             await drained
         finally:
-            if drained in waiting:
-                waiting.remove(drained)
+            self._promises.forget_drain(replica_id, drained)
 
     def resume_replica(self, replica_id: int) -> None:
         """As in ``EngineClient``."""
         self._act(self._core.resume_replica(replica_id, self._now()))
-        self._end_drain(replica_id, ReplicaStateError(f"replica {replica_id} was resumed"))
+        self._promises.end_drain(replica_id, ReplicaStateError(f"replica {replica_id} was resumed"))
 
     async def drain(self, timeout: float) -> bool:
         """Admit nothing any more and wait for what runs; False when ``timeout`` seconds were not enough."""
@@ -203,6 +210,7 @@ class EngineService:
 
     async def _stop(self) -> None:
         self._timer.cancel()
+        await self._rebalancer.stop()
         self._act(self._core.shut_down())
         await self._processes.stop_all(self._grace())
         tasks = list(self._tasks)
@@ -296,9 +304,9 @@ class EngineService:
                 if stream is not None:
                     stream.fail(error)
             case AdapterLoaded(call_id, spec):
-                self._answer(call_id, spec)
+                self._promises.answer(call_id, spec)
             case AdapterRefused(call_id, error):
-                self._answer(call_id, error)
+                self._promises.answer(call_id, error)
             case ReplicaReady():
                 if not self._ready.done() and len(self._core.replicas.ready()) == self._num_replicas:
                     self._ready.set_result(None)
@@ -307,20 +315,13 @@ class EngineService:
             case StartReplica(replica_id, epoch):
                 self._spawn(self._restart(replica_id, epoch))
             case ReplicaDrained(replica_id, leaves):
-                self._end_drain(replica_id, None)
+                self._promises.end_drain(replica_id, None)
                 if leaves:
                     self._spawn(self._processes.stop(replica_id, self._grace()))
+            case PlanDue() | PlacementDue():
+                self._rebalancer.begin(event)
             case Notice(replica_id, text):
                 logger.warning("replica %d: %s", replica_id, text)
-
-    def _answer(self, call_id: int, answer: AdapterSpec | PeftDistError) -> None:
-        call = self._calls.pop(call_id)
-        if call.done():
-            return  # Whoever asked was cancelled.
-        if isinstance(answer, AdapterSpec):
-            call.set_result(answer)
-        else:
-            call.set_exception(answer)
 
     def _lost(self, lost: ReplicaLost) -> None:
         if lost.was_asked:
@@ -331,16 +332,6 @@ class EngineService:
             self._processes.kill(lost.replica_id)
         else:
             self._spawn(self._processes.stop(lost.replica_id, self._grace()))
-        self._end_drain(lost.replica_id, None)
+        self._promises.end_drain(lost.replica_id, None)
         if not self._ready.done():
             self._ready.set_exception(lost.error)
-
-    def _end_drain(self, replica_id: int, error: PeftDistError | None) -> None:
-        """A replica is empty, for whatever reason, or will not be."""
-        for waiting in self._drains.pop(replica_id, []):
-            if waiting.done():
-                continue  # Whoever asked was cancelled.
-            if error is None:
-                waiting.set_result(None)
-            else:
-                waiting.set_exception(error)

@@ -1,15 +1,17 @@
-"""What one replica charges for work: the linear part of its cost model that plans are made with."""
+"""What one replica charges for work: what plans are made with, from the costs that it reports."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import msgspec
 
-from peft_dist.core.cost_model import CostModel, StepFeatures
+from peft_dist.core.step_costs import StepCosts
 
 Affine = tuple[float, float]
 """(seconds, seconds per byte)."""
+NEVER: Affine = (1e9, 0.0)
+"""What a way costs that there is not."""
 
 
 class ReplicaCosts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -36,34 +38,33 @@ class ReplicaCosts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @classmethod
     def of(
         cls,
-        model: CostModel,
-        batch: int,
-        rank: int = 16,
-        adapters: int = 1,
-        block_bytes: int = 0,
-        fetch: Affine = (1e-2, 1e-9),
+        costs: StepCosts,
+        num_base: int,
+        adapters: Mapping[str, tuple[int, int]],
+        block_size: int = 16,
+        transfer: Affine | None = None,
     ) -> ReplicaCosts:
-        """From a replica's cost model, for decode steps of ``batch`` sequences on ``adapters`` adapters of ``rank``."""
-        rows = [(str(index % adapters) if adapters else "", 1, rank) for index in range(batch)]
-        features = StepFeatures.of(rows)
-        # A prompt token beside a decode batch: what the step grows by.
-        grown = StepFeatures.of([*rows, ("0" if adapters else "", 2, rank)])
-        step = model.step_seconds(features)
+        """From what a replica reports, for decode steps of a usual batch.
+
+        Args:
+            costs: Of the replica.
+            num_base: Sequences of the base in the batch.
+            adapters: Sequences and rank rows of each adapter in it. With ``num_base``, one sequence at least.
+            block_size: Tokens of a KV block: those beyond the pool are taken to be computed again.
+            transfer: None where KV cannot be moved.
+        """
+        batch = num_base + sum(number for number, _ in adapters.values())
+        prefill = costs.prefill_seconds(1)
         return cls(
-            prefill_token=(model.step_seconds(grown) - step) / 2,
-            decode_token=step / batch,
-            load=_affine(model.load_seconds),
-            fetch=fetch,
-            transfer=_affine(model.transfer_seconds),
-            swap_block=2 * (model.swap_seconds(block_bytes) - model.swap_seconds(0)),
+            prefill_token=prefill,
+            decode_token=costs.decode_seconds(num_base, adapters) / batch,
+            load=costs.load,
+            fetch=costs.fetch,
+            transfer=transfer or NEVER,
+            swap_block=prefill * block_size,
         )
 
 
 def seconds(cost: Affine, num_bytes: int) -> float:
     """Of moving so many bytes."""
     return cost[0] + cost[1] * num_bytes
-
-
-def _affine(predict: Callable[[int], float]) -> Affine:
-    base = predict(0)
-    return base, (predict(1 << 30) - base) / (1 << 30)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import msgspec
+
 from peft_dist.core.errors import ConfigError
 from peft_dist.placement.adapter_steps import steps_to
 from peft_dist.placement.placing import Hosts, Placement, place, place_round_robin, shares, tolerance
@@ -32,6 +34,33 @@ class PlacerSettings:
             raise ConfigError(f"gain={self.gain} of the placement must be at least 1")
 
 
+class Search(msgspec.Struct, frozen=True):
+    """What a placement is found from. ``hosts``: The present ones, None before the first; ``gain``: As in settings."""
+
+    kind: MigrationKind
+    view: ClusterView
+    hosts: Hosts | None = None
+    gain: float = 1.0
+
+    def run(self) -> Placement:
+        """The placement to have: the present one unless one with more copies, or quite another, is better by ``gain``.
+
+        Takes seconds for a thousand adapters. Raises PlanError for a view that contradicts itself.
+        """
+        if self.kind == "rr":
+            return place_round_robin(self.view, self.hosts)
+        if self.hosts is None:
+            return place(self.view)
+        found = [place(self.view, self.hosts), place(self.view)]
+        if _is_valid(self.view, self.hosts):
+            found.insert(0, Placement(self.hosts, tolerance(self.view, self.hosts)))
+        best = found[0]
+        for other in found[1:]:
+            if other.tolerance > self.gain * best.tolerance:
+                best = other
+        return best
+
+
 class Placer:
     """The placement of one kind: "rr" is round robin and never follows the rates, "proactive" and "dlora" do.
 
@@ -46,6 +75,7 @@ class Placer:
         self.settings = settings or PlacerSettings()
         self.placement: Placement | None = None
         self._shares: dict[str, float] = {}
+        self._accepting: frozenset[int] = frozenset()
 
     @property
     def migrates(self) -> bool:
@@ -57,22 +87,26 @@ class Placer:
 
     def update(self, view: ClusterView) -> Placement:
         """The placement to have now. Raises PlanError for a view that contradicts itself."""
-        if self.placement is None or self.kind == "rr":
-            keep = None if self.placement is None else self.placement.hosts
-            self.placement = place_round_robin(view, keep) if self.kind == "rr" else place(view)
-            self._shares = shares(view)
-            return self.placement
-        now = shares(view)
-        if _is_valid(view, self.placement.hosts):
-            if _drift(self._shares, now) < self.settings.drift:
-                return self.placement
-            kept = Placement(self.placement.hosts, tolerance(view, self.placement.hosts))
-        else:
-            kept = place(view, self.placement.hosts)
-        fresh = place(view)
-        self.placement = fresh if fresh.tolerance > self.settings.gain * kept.tolerance else kept
-        self._shares = now
+        search = self.find_search(view)
+        if search is not None:
+            self.adopt(search, search.run())
+        assert self.placement is not None
         return self.placement
+
+    def find_search(self, view: ClusterView) -> Search | None:
+        """What to look for a new placement with; None while the present one is good enough. Cheap."""
+        hosts = None if self.placement is None else self.placement.hosts
+        if hosts is not None and self._accepting == _accepting(view) and _is_valid(view, hosts) and self._is_near(view):
+            return None
+        return Search(self.kind, view, hosts, self.settings.gain)
+
+    def _is_near(self, view: ClusterView) -> bool:
+        return self.kind == "rr" or _drift(self._shares, shares(view)) < self.settings.drift
+
+    def adopt(self, search: Search, placement: Placement) -> None:
+        """Take what a search has found."""
+        self.placement = placement
+        self._shares, self._accepting = shares(search.view), _accepting(search.view)
 
 
 def placement_steps(view: ClusterView, placement: Placement) -> list[AdapterStep]:
@@ -94,11 +128,17 @@ def placement_steps(view: ClusterView, placement: Placement) -> list[AdapterStep
     return steps
 
 
+def _accepting(view: ClusterView) -> frozenset[int]:
+    return frozenset(replica.replica_id for replica in view.replicas if replica.accepts)
+
+
 def _is_valid(view: ClusterView, hosts: Hosts) -> bool:
-    """Whether every adapter has a host, all hosts are there and accept, and nothing is placed that is gone."""
-    accepting = {replica.replica_id for replica in view.replicas if replica.accepts}
-    names = {one.adapter for one in view.adapters}
-    return hosts.keys() == names and all(own and own <= accepting for own in hosts.values())
+    """Whether all hosts are there and accept, no adapter is new, and nothing is placed that is gone.
+
+    An adapter that fitted nowhere has no host, and is not looked at again for that.
+    """
+    accepting = _accepting(view)
+    return hosts.keys() == {one.adapter for one in view.adapters} and all(own <= accepting for own in hosts.values())
 
 
 def _drift(before: dict[str, float], now: dict[str, float]) -> float:

@@ -63,8 +63,8 @@ class Backlog:
 class Target:
     """A replica that could take the request.
 
-    ``resident`` are the adapters on its device; ``max_num_seqs`` and ``capacity_tokens`` bound what runs at once: the
-    rest waits.
+    ``resident`` are the adapters on its device, ``on_host`` those in its host memory; ``max_num_seqs`` and
+    ``capacity_tokens`` bound what runs at once: the rest waits.
     """
 
     replica_id: int
@@ -73,6 +73,7 @@ class Target:
     resident: Set[str]
     max_num_seqs: int
     capacity_tokens: int
+    on_host: Set[str] = frozenset()
 
 
 def finish_seconds(work: Work, target: Target) -> float:
@@ -88,7 +89,9 @@ def finish_seconds(work: Work, target: Target) -> float:
     num_base = total - sum(number for number, _ in adapters.values())
     step = costs.decode_seconds(num_base, adapters, min(1.0, slots / total))
     steps_ahead = 0.0 if total <= slots else backlog.output_tokens / slots
-    load = costs.load_seconds(work.num_bytes) if work.adapter and work.adapter not in target.resident else 0.0
+    load = 0.0
+    if work.adapter and work.adapter not in target.resident:
+        load = costs.load_seconds(work.num_bytes, on_host=work.adapter in target.on_host)
     prefill = costs.prefill_seconds(backlog.prefill_tokens + work.prompt_tokens)
     return load + prefill + (steps_ahead + work.output_tokens) * step
 

@@ -237,7 +237,7 @@ def build_replica(config: EngineConfig) -> Replica:
     runner = ModelRunner(model, kv, store, eos, lora, attention, merge, config.max_num_seqs, depth)
     if captured:
         runner.graphs = make_graphs(config, runner, longest)
-    info = _describe(config, runner, longest, depth)
+    info = _describe(config, runner, longest, depth, adapter_bytes)
     logger.info(
         "%s on %s in %s: %d KV blocks of %d tokens", info.model, device, info.dtype, num_blocks, config.block_size
     )
@@ -292,7 +292,7 @@ def policy_settings(config: EngineConfig) -> PolicySettings:
     return PolicySettings(max_adapter_wait=config.max_adapter_wait, merged_minority=config.merged_minority)
 
 
-def _describe(config: EngineConfig, runner: ModelRunner, longest: int, depth: int) -> ModelInfo:
+def _describe(config: EngineConfig, runner: ModelRunner, longest: int, depth: int, adapter_bytes: int) -> ModelInfo:
     return ModelInfo(
         model=config.model,
         served_model_name=config.served_model_name or Path(config.model).name,
@@ -308,6 +308,7 @@ def _describe(config: EngineConfig, runner: ModelRunner, longest: int, depth: in
         attention_backend=runner.attention_backend,
         lora_backend=runner.lora_backend,
         max_loras=config.max_loras,
+        adapter_bytes=adapter_bytes,
         merge_way=runner.merge.way if runner.merge else "off",
         merge_bytes=runner.merge.num_bytes if runner.merge else 0,
         tokenizer=config.model if has_tokenizer(config.model) else None,

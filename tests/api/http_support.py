@@ -31,7 +31,7 @@ from peft_dist.core.messages import ReplicaDetail, ReplicaStats, SequenceProgres
 from peft_dist.core.outputs import Logprob, PositionLogprobs
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.orchestrator.admission import check_prompt, check_token_parameters, resolve_max_tokens
-from peft_dist.orchestrator.observation import ReplicaTotals, ReplicaView
+from peft_dist.orchestrator.observation import MigrationView, ReplicaTotals, ReplicaView
 
 BASE = "tiny-base"
 MAX_MODEL_LEN = 512
@@ -227,6 +227,7 @@ class ScriptedClient:
         self.load_calls: list[dict[str, Any]] = []
         self.pinned: set[str] = set()
         self.drains: list[bool] = []
+        self.migrated: MigrationView | None = None
 
     @property
     def is_healthy(self) -> bool:
@@ -322,6 +323,9 @@ class ScriptedClient:
             num_blocks=1000,
             resident_adapters=self.resident,
         )
+
+    def migration(self) -> MigrationView | None:
+        return self.migrated
 
     def replicas(self) -> list[ReplicaView]:
         state = "ready" if self.is_healthy else "dead"

@@ -25,6 +25,8 @@ from peft_dist.orchestrator.records import (
     AdapterLoaded,
     AdapterRefused,
     Outgoing,
+    PlacementDue,
+    PlanDue,
     ReplicaDrained,
     ReplicaState,
     RequestFailed,
@@ -32,6 +34,10 @@ from peft_dist.orchestrator.records import (
     StartReplica,
 )
 from peft_dist.orchestrator.restarts import RestartPolicy
+from peft_dist.orchestrator.survey import Surveyed
+from peft_dist.placement.aggregation import RequestMove
+from peft_dist.placement.placer import KINDS, MigrationKind, Search
+from peft_dist.placement.planning import greedy_plan
 from tests.orchestrator.world import MiniReplica, drawn_token
 
 MAX_NUM_SEQS, MAX_QUEUE, NUM_REPLICAS = 2, 2, 2
@@ -43,10 +49,16 @@ IDS = st.integers(0, NUM_REPLICAS - 1)
 class Machine(RuleBasedStateMachine):
     """The client's view is kept apart and compared: tokens so far and ends of every accepted request."""
 
-    @initialize()
-    def begin(self) -> None:
+    @initialize(kind=st.sampled_from(KINDS))
+    def begin(self, kind: MigrationKind) -> None:
         restart = RestartPolicy(first=0.0, longest=0.0, max_failures=10**6)
-        self.core = Orchestrator(OrchestratorOptions(MAX_NUM_SEQS, MAX_QUEUE, seed=0, restart=restart))
+        options = OrchestratorOptions(MAX_NUM_SEQS, MAX_QUEUE, seed=0, restart=restart, migration=kind)
+        self.core = Orchestrator(options)
+        self.kind = kind
+        self.searches: deque[Search] = deque()
+        self.plan_is_due = False
+        self.surveys: deque[Surveyed] = deque()
+        self.moves: list[tuple[RequestMove, Surveyed]] = []
         self.now = 0.0
         self.count = 0
         self.seeds: dict[str, int] = {}
@@ -69,7 +81,17 @@ class Machine(RuleBasedStateMachine):
             replica = self.replicas[out.replica_id]
             if out.epoch == replica.epoch:
                 replica.commands.append(out.command)
+            if isinstance(out.command, AddRequest) and self.kind == "rr":
+                self._is_in_its_place(out.replica_id, out.command.content_hash)
         self._hear()
+
+    def _is_in_its_place(self, replica_id: int, content: str | None) -> None:
+        placement = self.core.migration.hosting.placement
+        if content is None or placement is None:
+            return
+        able = {r.replica_id for r in self.core.replicas.ready() if self.core._calls.holds(r, content)}
+        hosts = placement.hosts.get(content, frozenset())
+        assert replica_id in hosts or not hosts & able, "sent to a replica where its adapter is not placed"
 
     def _hear(self) -> None:
         for event in self.core.drain_events():
@@ -102,6 +124,12 @@ class Machine(RuleBasedStateMachine):
                     (self.pinned.add if pinned else self.pinned.discard)(name)
                 case AdapterRefused(call_id, _):
                     del self.loading[call_id]
+                case PlacementDue(search):
+                    assert self.kind != "rr" and not self.searches
+                    self.searches.append(search)
+                case PlanDue():
+                    assert self.kind == "dlora" and not (self.plan_is_due or self.surveys or self.moves)
+                    self.plan_is_due = True
                 case StartReplica(replica_id, epoch):
                     self.replicas[replica_id] = MiniReplica(epoch)
                 case ReplicaDrained(replica_id, leaves):
@@ -205,6 +233,50 @@ class Machine(RuleBasedStateMachine):
     def deliver_all(self, replica_id: int) -> None:
         while self.replicas[replica_id].reports:
             self.deliver_a_report(replica_id)
+
+    @rule(seconds=st.sampled_from([0.2, 1.5, 12.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+        self._send(self.core.tick(self.now))
+
+    @precondition(lambda self: self.searches)
+    @rule(fails=st.booleans())
+    def a_search_ends(self, fails: bool) -> None:
+        search = self.searches.popleft()
+        self._send(self.core.migration.placed(search, None if fails else search.run(), self.now))
+
+    @precondition(lambda self: self.plan_is_due)
+    @rule()
+    def the_requests_are_surveyed(self) -> None:
+        self.plan_is_due = False
+        survey = self.core.migration.survey()
+        while survey.step():
+            pass
+        seen = survey.result(self.now)
+        greedy_plan(seen.view)
+        self.surveys.append(seen)
+
+    @precondition(lambda self: self.surveys)
+    @rule(data=st.data())
+    def a_plan_comes(self, data: st.DataObject) -> None:
+        """Any plan: what a planner could say, and what it could not."""
+        seen = self.surveys.popleft()
+        wanted = [name for names in seen.members for name in names if data.draw(st.booleans())]
+        source = {
+            name: one.source for one, names in zip(seen.view.classes, seen.members, strict=True) for name in names
+        }
+        for name in wanted:
+            self.moves.append((RequestMove(name, source[name], 1 - source[name], "recompute"), seen))
+        if not self.moves:
+            self.core.migration.planned("stay", 0.1, self.now)
+
+    @precondition(lambda self: self.moves)
+    @rule(number=st.integers(1, 3))
+    def some_of_a_plan_is_carried_out(self, number: int) -> None:
+        some, self.moves = self.moves[:number], self.moves[number:]
+        self._send(self.core.migration.move([move for move, _ in some], some[0][1], self.now))
+        if not self.moves:
+            self.core.migration.planned("solver", 0.1, self.now)
 
     @precondition(lambda self: self.ghosts)
     @rule()

@@ -26,7 +26,8 @@ RESTART = RestartPolicy(first=1.0, longest=5.0, stable=100.0, max_failures=4)
 
 
 def cluster(number: int = 2, **options: object) -> Orchestrator:
-    core = Orchestrator(OrchestratorOptions(8, 8, 0, **{"restart": RESTART, **options}))
+    limits = {"max_num_seqs": 8, "max_queue": 8, "seed": 0}
+    core = Orchestrator(OrchestratorOptions(**{**limits, "restart": RESTART, **options}))  # type: ignore[arg-type]
     for replica_id in range(number):
         ready(core, replica_id, core.add_replica(replica_id, 0.0).epoch, 0.0)
     core.drain_events()
@@ -73,7 +74,7 @@ def test_a_silent_replica_is_lost_as_one_that_hangs_and_its_requests_go_on() -> 
     submit(core, "r", max_tokens=4, seed=9)
     core.observe(0, 1, tokens("r-0", [1, 2], 0), 1.0)
     core.observe(1, 2, Heartbeat(busy_seconds=0.0), 2.0)
-    assert core.next_deadline() == 4.0 and core.tick(3.9) == []
+    assert core.lives.next_deadline() == 4.0 and core.tick(3.9) == []
     core.drain_events()
     stop, add = core.tick(4.0)
     assert stop.command == Shutdown() and (add.replica_id, add.epoch) == (1, 2)

@@ -9,7 +9,9 @@ import pytest
 
 from peft_dist.core.cost_model import CostModel, CostPrior
 from peft_dist.core.errors import ConfigError
+from peft_dist.core.step_costs import StepCosts
 from peft_dist.placement.costs import ReplicaCosts
+from peft_dist.placement.problem import Problem
 from peft_dist.placement.triggers import TriggerSettings, trigger
 from peft_dist.placement.types import AdapterLoad, ClusterView, PlanError, ReplicaLoad, RequestClass
 
@@ -90,8 +92,19 @@ def test_views_that_contradict_themselves_are_named(view: ClusterView, error: st
 
 def test_costs_of_a_cost_model() -> None:
     prior = CostPrior(step=8e-3, decode_sequence=1e-4, prefill_token=1e-5, lora_step=0, lora_token=0, adapter=0)
-    costs = ReplicaCosts.of(CostModel(prior, fixed=True), batch=20, block_bytes=10**6)
+    reported = StepCosts.of(CostModel(prior, fixed=True))
+    costs = ReplicaCosts.of(reported, 15, {"a": (5, 8)}, block_size=8)
     assert costs.decode_token == pytest.approx((8e-3 + 20 * 1e-4) / 20)
-    assert costs.prefill_token == pytest.approx(1e-5)
-    assert costs.load == pytest.approx((1e-3, 1e-10)) and costs.transfer == pytest.approx((1e-3, 1e-10))
-    assert costs.swap_block == pytest.approx(2 * 1e-10 * 10**6)
+    assert costs.prefill_token == pytest.approx(1e-5) and costs.swap_block == pytest.approx(8e-5)
+    assert costs.load == pytest.approx((1e-3, 1e-10)) and costs.fetch == reported.fetch
+    # KV that cannot be moved is computed again, whatever it costs.
+    view = cluster(RequestClass(0, "a", 1, 0, 10, context_tokens=10**6), replicas=[IDLE[0], IDLE[1]])
+    ways = [
+        Problem(_charging(view, one)).way(0, 1) for one in (costs, ReplicaCosts.of(reported, 1, {}, 8, (1e-3, 0.0)))
+    ]
+    assert ways == ["recompute", "kv"]
+
+
+def _charging(view: ClusterView, costs: ReplicaCosts) -> ClusterView:
+    replicas = [msgspec.structs.replace(replica, costs=costs) for replica in view.replicas]
+    return msgspec.structs.replace(view, replicas=replicas)

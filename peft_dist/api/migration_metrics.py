@@ -1,0 +1,30 @@
+"""What came of placing adapters and moving requests, as families of metrics named ``peft_dist:...``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from prometheus_client.core import CounterMetricFamily
+
+from peft_dist.orchestrator.observation import MigrationView
+
+_WAYS = ("recompute", "kv")
+
+
+def migration_families(view: MigrationView) -> Iterator[Any]:
+    """Counters of a server with several replicas."""
+    text = "Plans of which requests move, by who made them and why."
+    plans = CounterMetricFamily("peft_dist:migration_plans", text, labels=["origin", "trigger"])
+    for names, number in sorted(view.plans.items()):
+        plans.add_metric(names, number)
+    yield plans
+    moves = CounterMetricFamily("peft_dist:migration_moves", "Requests moved by plans, by way.", labels=["way"])
+    for way in _WAYS:
+        moves.add_metric([way], view.moves.get(way, 0))
+    yield moves
+    text = "Planned moves that were out of date when their turn came."
+    yield CounterMetricFamily("peft_dist:migration_moves_dropped", text, view.num_dropped)
+    text = "Seconds from a look at the requests to the last move of its plan."
+    yield CounterMetricFamily("peft_dist:migration_plan_seconds", text, view.plan_seconds)
+    yield CounterMetricFamily("peft_dist:placements", "Placements of the adapters that were made.", view.num_placements)
