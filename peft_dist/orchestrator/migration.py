@@ -24,7 +24,8 @@ from peft_dist.placement.placing import Placement
 from peft_dist.placement.triggers import Trigger, trigger
 from peft_dist.placement.types import MigrationPlan
 
-CHECK_SECONDS = 1.0
+# However short the pause between two plans may be.
+LEAST_CHECK_SECONDS = 0.05
 FAILED = "failed"
 
 
@@ -35,7 +36,7 @@ class Mover(Protocol):
 
 
 class Migration:
-    """Looks once a second whether to plan (``PlanDue``), and carries plans out. Idle while one replica serves.
+    """Looks every second whether to plan (``PlanDue``), and carries plans out. Idle while one replica serves.
 
     Plans are made elsewhere, from a ``survey``, and take a while: of what they say, what is not true any more is
     dropped. One plan is made at a time.
@@ -81,7 +82,7 @@ class Migration:
         """See whether adapters should be elsewhere, and whether requests should."""
         if now < self.next_deadline():
             return []
-        self._check_at = now + CHECK_SECONDS
+        self._check_at = now + max(self._triggers.pause, LEAST_CHECK_SECONDS)
         if self._placer.migrates and self._planning is None:
             self._planning = trigger(self._views.summary(), self._waiting(now), now - self._last_plan, self._triggers)
             if self._planning is not None:

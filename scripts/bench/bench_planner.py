@@ -1,12 +1,13 @@
 """Migration plans of whole clusters within the limit: who made them, what they gain over greedy, how long they take.
 
-    python scripts/bench/bench_planner.py [--plans 100] [--limit 0.2]
+    python scripts/bench/bench_planner.py [--plans 100] [--limit 0.2] [--orchestrators 20]
 
 Each plan is for a cluster in the middle of a burst: adapters placed for their usual rates (Zipf), a few of which are
 suddenly asked for eight times as often, and requests of lognormal lengths where dispatch left them, some running. A
 `Planner` makes the plans, its solver in a warm process of its own, while a task looks every millisecond at how late the
-event loop comes. Writes docs/results/planner.json: by cluster the shares of plans from the solver, from greedy and with
-nothing to do, gains, times, kills, and the longest stall of the loop; and how busy the machine was.
+event loop comes. Then the same in an orchestrator (bench_rebalancing.py). Writes docs/results/planner.json: by cluster
+the shares of plans from the solver, from greedy and with nothing to do, gains, times, kills, and the longest stall of
+the loop; and how busy the machine was.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import asyncio
 import contextlib
 import gc
+import itertools
 import os
 import random
 import statistics
@@ -29,12 +31,13 @@ import msgspec
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.report import write_result
-from peft_dist.placement.aggregation import RequestLoad, aggregate, pick
+from peft_dist.orchestrator.survey import SLICE
+from peft_dist.placement.aggregation import Grouping, RequestLoad, pick
 from peft_dist.placement.costs import ReplicaCosts
 from peft_dist.placement.placing import place
 from peft_dist.placement.planner import Planner
 from peft_dist.placement.problem import MEAN_WEIGHT
-from peft_dist.placement.types import AdapterLoad, ClusterView, MigrationPlan, ReplicaLoad
+from peft_dist.placement.types import AdapterLoad, ClusterView, MigrationPlan, ReplicaLoad, RequestClass
 
 CLUSTERS = [(8, 400, 40), (8, 3200, 40), (32, 2000, 128)]
 ADAPTER_BYTES = 80 << 20
@@ -84,6 +87,16 @@ def _request(rng: random.Random, name: str, replica: int, adapter: str) -> Reque
     return RequestLoad(name, replica, adapter, 1 if running else prompt, output - done, context, blocks, kv)
 
 
+async def grouped_in_slices(requests: list[RequestLoad]) -> tuple[list[RequestClass], list[list[str]]]:
+    """As an orchestrator does it."""
+    grouping, left = Grouping(), iter(requests)
+    while some := list(itertools.islice(left, SLICE)):
+        for one in some:
+            grouping.add(one)
+        await asyncio.sleep(0)
+    return grouping.result()
+
+
 class Stalls:
     """How late a task of the loop comes that wants to run every millisecond."""
 
@@ -110,7 +123,7 @@ async def measure(size: tuple[int, int, int], plans: int, limit: float) -> dict[
             # A plan that was killed leaves a process that is starting: the next plan is 10 s away, not now.
             await planner.warm()
             start = time.perf_counter()
-            grouped, members = aggregate(requests)
+            grouped, members = await grouped_in_slices(requests)
             view = msgspec.structs.replace(view, classes=grouped)
             grouping.append(time.perf_counter() - start)
             # What a service has others do before it goes on with a plan.
@@ -167,13 +180,21 @@ def quantiles(values: list[float]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plans", type=int, default=100, help="for each cluster")
+    parser.add_argument("--orchestrators", type=int, default=20, help="for each cluster")
     parser.add_argument("--limit", type=float, default=0.2, help="seconds from a view to its plan")
     args = parser.parse_args()
     figures = []
     for size in CLUSTERS:
         figures.append(asyncio.run(measure(size, args.plans, args.limit)))
         print(msgspec.json.format(msgspec.json.encode(figures[-1]), indent=2).decode(), flush=True)
-    print(write_result("planner", {"limit": args.limit, "plans": args.plans, "clusters": figures}))
+    from bench.bench_rebalancing import measure as measure_orchestrators
+
+    whole = []
+    for size in CLUSTERS:
+        whole.append(asyncio.run(measure_orchestrators(size, args.orchestrators, args.limit)))
+        print(msgspec.json.format(msgspec.json.encode(whole[-1]), indent=2).decode(), flush=True)
+    setting = {"limit": args.limit, "plans": args.plans, "orchestrators": args.orchestrators}
+    print(write_result("planner", {**setting, "clusters": figures, "orchestrator": whole}))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from peft_dist.api.metrics import StateCollector
 from peft_dist.api.request_metrics import RequestMetrics
 from peft_dist.core.messages import ReplicaDetail, ReplicaStats
-from peft_dist.orchestrator.observation import ReplicaTotals, ReplicaView
+from peft_dist.orchestrator.observation import MigrationView, ReplicaTotals, ReplicaView
 from tests.api.http_support import BASE, ScriptedClient
 from tests.api.metrics_support import Scrape, adapter
 
@@ -67,6 +67,25 @@ def test_the_time_in_the_queue_counts_once_a_sequence() -> None:
     assert theirs.value("vllm:request_queue_time_seconds_sum", **labels) == 3.02
     assert theirs.value("vllm:request_queue_time_seconds_bucket", le="1.0", **labels) == 1
     assert theirs.value("vllm:request_queue_time_seconds_bucket", le="+Inf", **labels) == 2
+
+
+def test_several_replicas_tell_of_plans_and_moves() -> None:
+    migrated = MigrationView("dlora", {("solver", "memory"): 2, ("stay", "period"): 5}, {"recompute": 7}, 3, 1.5, 4)
+    queue = RequestMetrics(5).queue
+    for migration in (migrated, None):
+        registry = CollectorRegistry()
+        registry.register(StateCollector([], [], 0, [], 100, queue, 12.0, migration))
+        scrape = scraped(registry)
+        names = {"plans", "moves", "moves_dropped", "plan_seconds"}
+        assert all((f"peft_dist:migration_{name}_total" in scrape.types) is (migration is not None) for name in names)
+        if migration is None:
+            continue
+        assert scrape.value("peft_dist:migration_plans_total", origin="solver", trigger="memory") == 2
+        assert scrape.value("peft_dist:migration_moves_total", way="recompute") == 7
+        assert scrape.value("peft_dist:migration_moves_total", way="kv") == 0
+        assert scrape.value("peft_dist:migration_moves_dropped_total") == 3
+        assert scrape.value("peft_dist:migration_plan_seconds_total") == 1.5
+        assert scrape.value("peft_dist:placements_total") == 4
 
 
 def test_what_is_remembered_of_use_is_bounded() -> None:

@@ -52,7 +52,7 @@ class Machine(RuleBasedStateMachine):
     @initialize(kind=st.sampled_from(KINDS))
     def begin(self, kind: MigrationKind) -> None:
         restart = RestartPolicy(first=0.0, longest=0.0, max_failures=10**6)
-        options = OrchestratorOptions(MAX_NUM_SEQS, MAX_QUEUE, seed=0, restart=restart, migration=kind)
+        options = OrchestratorOptions(MAX_NUM_SEQS, MAX_QUEUE, seed=0, max_wait=1e9, restart=restart, migration=kind)
         self.core = Orchestrator(options)
         self.kind = kind
         self.searches: deque[Search] = deque()

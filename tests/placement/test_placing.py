@@ -9,7 +9,7 @@ import pytest
 
 from peft_dist.core.errors import ConfigError
 from peft_dist.placement.costs import ReplicaCosts
-from peft_dist.placement.placer import KINDS, Placer, PlacerSettings, placement_steps
+from peft_dist.placement.placer import KINDS, Placer, PlacerSettings, Search, placement_steps
 from peft_dist.placement.placing import Hosts, Placement, place, place_round_robin, shares, tolerance
 from peft_dist.placement.types import AdapterLoad, AdapterStep, ClusterView, ReplicaLoad, RequestClass
 
@@ -119,6 +119,35 @@ def test_adapters_and_replicas_come_and_go(kind: str) -> None:
     assert left.keys() == {a.adapter for a in view.adapters} and all(own and own <= {1, 2} for own in left.values())
     drained = [msgspec.structs.replace(r, accepts=r.replica_id != 1) for r in view.replicas]
     assert all(own <= {0, 2} for own in placer.update(msgspec.structs.replace(view, replicas=drained)).hosts.values())
+
+
+def test_a_replica_that_comes_gets_its_part() -> None:
+    view = cluster(3, [9.0, 1.0, 1.0, 1.0], 4)
+    placer = Placer()
+    before = placer.update(msgspec.structs.replace(view, replicas=view.replicas[:2])).hosts
+    search = placer.find_search(view)
+    assert search is not None, "the work has not drifted, but there is more to place it on"
+    placer.adopt(search, search.run())
+    assert placer.placement is not None
+    after = placer.placement.hosts
+    assert any(2 in own for own in after.values()) and placer.placement.tolerance > tolerance(view, before)
+    assert placer.find_search(view) is None
+
+
+def test_an_adapter_that_fits_nowhere_is_not_looked_at_again() -> None:
+    view = cluster(2, [1.0, 5.0, 3.0], 1)
+    placer = Placer()
+    assert not placer.update(view).hosts["a0"] and placer.find_search(view) is None
+
+
+def test_present_hosts_and_copies_beside_them_come_before_another_placement() -> None:
+    view = cluster(3, [6.0, 1.0, 1.0], 3)
+    hosts = place(view).hosts
+    assert Search("dlora", view, hosts, 1.1).run().hosts == hosts
+    bare = {"a0": frozenset({0}), "a1": frozenset({1}), "a2": frozenset({2})}
+    more = Search("dlora", view, bare, 1.1).run()
+    assert all(bare[name] <= more.hosts[name] for name in bare) and more.tolerance > 1.1 * tolerance(view, bare)
+    assert Search("dlora", view, bare, 1e6).run().hosts == bare
 
 
 def test_pinned_adapters_are_hosts_and_take_room() -> None:
