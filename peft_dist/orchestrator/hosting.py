@@ -91,6 +91,8 @@ class Hosting:
         if placement is None:
             return []
         self._adopt(search, placement)
+        # Others may have come meanwhile.
+        self._look_at = now
         return self._send_ahead(now)
 
     def carry_out(self, steps: Sequence[AdapterStep]) -> list[Outgoing]:
@@ -139,7 +141,7 @@ class Hosting:
                 lacking[replica.replica_id] = replica, lacks
         if not lacking or self.placement is None or not self._sends_ahead:
             return []
-        view = self._views.placing(self._views.adapters(now))
+        view = self._views.loading(self._views.adapters(now))
         chosen: dict[int, list[str]] = {}
         for step in placement_steps(view, self.placement):
             if step.kind != "evict" and step.replica in lacking and step.adapter in lacking[step.replica][1]:

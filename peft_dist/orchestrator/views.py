@@ -53,34 +53,29 @@ class Views:
         return tuple(spec.content_hash for spec in self._registry.specs())
 
     def placing(self, adapters: list[AdapterLoad], *, coming: bool = False) -> ClusterView:
-        """What placements are found for: no requests, but the adapters that they use count as pinned.
+        """What placements are found for: without requests.
 
         ``coming``: With replicas that are drained, or will be started again.
         """
         replicas = self._ready()
         if coming:
             replicas = [r for r in self._replicas.all() if r.model and (r.is_alive or r.will_be_ready)]
-        costs = self._costs(replicas)
-        loads = [self._load(r, costs[r.replica_id], adapters, keep_used=True) for r in replicas]
-        return ClusterView(loads, adapters, [])
+        return ClusterView(self._loads(replicas, adapters), adapters, [])
+
+    def loading(self, adapters: list[AdapterLoad]) -> ClusterView:
+        """What adapters are loaded by: those that requests use count as pinned."""
+        replicas = self._ready()
+        return ClusterView(self._loads(replicas, adapters, keep_used=True), adapters, [])
 
     def planning(self, adapters: list[AdapterLoad], classes: list[RequestClass]) -> ClusterView:
         """What requests are moved by."""
-        replicas = self._ready()
-        costs = self._costs(replicas)
-        loads = [self._load(r, costs[r.replica_id], adapters) for r in replicas]
-        return ClusterView(loads, adapters, classes)
+        return ClusterView(self._loads(self._ready(), adapters), adapters, classes)
 
     def summary(self) -> ClusterView:
         """What triggers are judged by: one class for all requests of a replica, and no adapters. Cheap."""
         replicas = self._ready()
-        costs = self._costs(replicas)
-        loads = [self._load(replica, costs[replica.replica_id], []) for replica in replicas]
-        return ClusterView(loads, [], [one for one in map(self._everything, replicas) if one.count])
-
-    def costs(self, replica: Replica) -> ReplicaCosts:
-        """What a replica charges now."""
-        return self._costs([replica])[replica.replica_id]
+        classes = [one for one in map(self._everything, replicas) if one.count]
+        return ClusterView(self._loads(replicas, []), [], classes)
 
     def _ready(self) -> list[Replica]:
         return [replica for replica in self._replicas.ready() if replica.model is not None]
@@ -112,27 +107,32 @@ class Views:
         shared, more = divmod(with_adapter, distinct)
         return batch - with_adapter, {str(i): (shared + (i < more), rank_rows) for i in range(distinct)}
 
-    def _load(
-        self, replica: Replica, costs: ReplicaCosts, adapters: list[AdapterLoad], *, keep_used: bool = False
-    ) -> ReplicaLoad:
+    def _loads(
+        self, replicas: list[Replica], adapters: list[AdapterLoad], *, keep_used: bool = False
+    ) -> list[ReplicaLoad]:
         known = {one.adapter for one in adapters}
-        blocks, free = _kv_blocks(replica)
-        return ReplicaLoad(
-            replica_id=replica.replica_id,
-            costs=costs,
-            kv_blocks=blocks,
-            free_kv_blocks=free,
-            adapter_bytes=_adapter_room(replica, adapters),
-            device=[content for content in replica.stats.resident_adapters if content in known],
-            host=sorted(replica.on_host & known),
-            pinned=sorted(self._pinned(replica, keep_used) & known),
-        )
-
-    def _pinned(self, replica: Replica, keep_used: bool) -> set[str]:
         names = self._registry.pinned
-        found = {spec.content_hash for spec in self._registry.specs() if spec.name in names} if names else set()
-        used = self._requests.backlog(replica.replica_id).adapters if keep_used else ()
-        return {content for content in found if self._calls.holds(replica, content)}.union(used)
+        pinned = {spec.content_hash for spec in self._registry.specs() if spec.name in names} if names else set()
+        costs = self._costs(replicas)
+        loads = []
+        for replica in replicas:
+            blocks, free = _kv_blocks(replica)
+            kept = {content for content in pinned if self._calls.holds(replica, content)}
+            if keep_used:
+                kept.update(self._requests.backlog(replica.replica_id).adapters)
+            loads.append(
+                ReplicaLoad(
+                    replica_id=replica.replica_id,
+                    costs=costs[replica.replica_id],
+                    kv_blocks=blocks,
+                    free_kv_blocks=free,
+                    adapter_bytes=_adapter_room(replica, adapters),
+                    device=[content for content in replica.stats.resident_adapters if content in known],
+                    host=sorted(replica.on_host & known),
+                    pinned=sorted(kept & known),
+                )
+            )
+        return loads
 
     def _everything(self, replica: Replica) -> RequestClass:
         """All that a replica has to do, as one class. Sums of floats drift: none may fall below 0."""
