@@ -45,6 +45,14 @@ class Assignment:
             return one.count
         return (problem.replicas[target].free_kv_blocks - self.incoming[target]) // one.kv_blocks
 
+    def without(self, index: int, origin: int) -> float:
+        """Finishing time of a replica if all its requests of a class were elsewhere."""
+        problem, adapter, count = self.problem, self.problem.adapter[index], self.flows[index][origin]
+        left = self._work[origin] - count * problem.request_seconds(index, origin)
+        if self._users[origin][adapter] == count:
+            left -= problem.load_seconds(adapter, origin)
+        return self._time(origin, left, self._demand[origin] - count * problem.classes[index].kv_blocks)
+
     def after(self, index: int, origin: int, target: int, count: int) -> tuple[float, float]:
         """Finishing times of both replicas if so many requests of a class went from one to the other."""
         problem, adapter = self.problem, self.problem.adapter[index]

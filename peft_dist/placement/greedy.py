@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from peft_dist.placement.assignment import RESOLUTION, Assignment
@@ -19,14 +21,16 @@ class _Step:
     count: int
 
 
-def greedy(problem: Problem) -> Assignment:
+def greedy(problem: Problem, seconds_left: Callable[[], float] = lambda: math.inf) -> Assignment:
     """Move requests from the replica that finishes last until no move lets both it and the target end sooner.
 
     Every move lowers the later of two finishing times, so that it ends, and the makespan never rises above that of
-    moving nothing.
+    moving nothing. So it can stop after any move, and does when ``seconds_left()`` is not above 0.
     """
     found = Assignment(problem)
     for _ in range(4 * sum(one.count for one in problem.classes)):
+        if seconds_left() <= 0:
+            break
         last = max(range(len(found.times)), key=found.times.__getitem__)
         step = _best_step(found, last)
         if step is None:
@@ -56,7 +60,10 @@ def _best_step(found: Assignment, last: int) -> _Step | None:
     times = found.times
     ranked = sorted((r for r in found.problem.accepting if r != last), key=times.__getitem__)
     best: _Step | None = None
-    for index in sorted(found.present[last]):
+    # By how soon the replica would end without all of them: what comes after a better step than that is no better.
+    for least, index in sorted((found.without(index, last), index) for index in found.present[last]):
+        if best is not None and least >= best.finish - RESOLUTION:
+            break
         for target in targets_of(found, index, ranked):
             # Not even without the requests' own time would this end sooner.
             if times[target] >= (best.finish if best else times[last]) - RESOLUTION:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
+import time
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Sequence
 from typing import TypeVar
@@ -18,6 +19,7 @@ from peft_dist.placement.planning import greedy_plan
 from peft_dist.placement.types import ClusterView, MigrationPlan, PlanError
 
 T = TypeVar("T")
+PAUSE = 1e-4
 COMMAND = (sys.executable, "-m", "peft_dist.placement.solver_process")
 
 
@@ -30,7 +32,8 @@ class Planner:
 
     The process sends each better plan as it finds it. At ``limit`` it is killed if it has not ended, and the best plan
     that arrived is the answer; a new process is started at once and warms up meanwhile. Without a warm process the
-    greedy plan is made in a thread of this one. One plan is made at a time; others wait.
+    greedy plan is made in a thread of this one, as far as it gets within the limit. One plan is made at a time; others
+    wait.
 
     Args:
         limit: Seconds from the call of ``plan`` to its answer by the solver.
@@ -73,11 +76,11 @@ class Planner:
         async with self._busy:
             starting = self._start()
             if not starting.done():
-                return await _greedy(view, "the solver is starting")
+                return await self._greedy(view, "the solver is starting")
             failed = starting.exception()
             if failed is not None:
                 self._restart()
-                return await _greedy(view, str(failed))
+                return await self._greedy(view, str(failed))
             return await self._ask(starting.result(), view)
 
     async def close(self) -> None:
@@ -111,10 +114,20 @@ class Planner:
                 await _end(process)
                 self._restart()
         if best is None:
-            return await _greedy(view, status)
+            return await self._greedy(view, status)
         if best.error is not None or best.plan is None:
             raise PlanError(best.error or "the solver answered without a plan")
         return best.plan if done else msgspec.structs.replace(best.plan, status=status)
+
+    async def _greedy(self, view: ClusterView, status: str) -> MigrationPlan:
+        end = time.monotonic() + self.limit
+
+        def seconds_left() -> float:
+            # A thread that never pauses lets the event loop run only every 5 ms.
+            time.sleep(PAUSE)
+            return end - time.monotonic()
+
+        return await asyncio.to_thread(greedy_plan, view, status, seconds_left)
 
     def _start(self) -> asyncio.Task[Process]:
         return self._starting or self._restart()
@@ -148,10 +161,6 @@ async def _end(process: Process) -> None:
     with contextlib.suppress(ProcessLookupError):
         process.kill()
     await process.wait()
-
-
-async def _greedy(view: ClusterView, status: str) -> MigrationPlan:
-    return await asyncio.to_thread(greedy_plan, view, status)
 
 
 async def _write(process: Process, data: bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 from peft_dist.placement.adapter_steps import adapter_steps
@@ -11,10 +12,15 @@ from peft_dist.placement.improvement import MAX_FLOWS, Round, Solve, improve
 from peft_dist.placement.problem import Flows, Problem
 from peft_dist.placement.types import ClusterView, MigrationPlan, Move, Origin
 
+# Of the time, for greedy: with 32 replicas, half of them empty, it would take more than there is.
+GREEDY_SHARE = 0.5
 
-def greedy_plan(view: ClusterView, status: str = "not asked") -> MigrationPlan:
-    """The greedy plan alone. Raises PlanError for a view that contradicts itself."""
-    return _Plans(Problem(view)).plan("greedy", status)
+
+def greedy_plan(
+    view: ClusterView, status: str = "not asked", seconds_left: Callable[[], float] = lambda: math.inf
+) -> MigrationPlan:
+    """The greedy plan alone, as far as it gets in time. Raises PlanError for a view that contradicts itself."""
+    return _Plans(Problem(view), seconds_left).plan("greedy", status)
 
 
 def plans(
@@ -24,7 +30,8 @@ def plans(
 
     No plan is worse than one before it, in makespan or in objective. Raises PlanError as ``ClusterView.check``.
     """
-    made = _Plans(Problem(view))
+    rest = (1 - GREEDY_SHARE) * seconds_left()
+    made = _Plans(Problem(view), lambda: seconds_left() - rest)
     yield made.plan("greedy", "not asked")
     if not made.problem.classes:
         return
@@ -41,10 +48,10 @@ def plans(
 class _Plans:
     """Plans of one problem, all of them with the greedy plan's figures."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, seconds_left: Callable[[], float]) -> None:
         self.problem = problem
         self._before = problem.finishing_times(problem.stay)
-        self.flows = self._no_worse(greedy(problem).flows)
+        self.flows = self._no_worse(greedy(problem, seconds_left).flows)
         self._greedy = problem.finishing_times(self.flows)
         self._objective = problem.objective(self._greedy)
 

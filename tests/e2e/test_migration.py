@@ -64,7 +64,7 @@ def placed(service: EngineService) -> dict[int, set[str]]:
 @pytest.mark.timeout(120)
 def test_requests_move_off_a_crowded_replica_and_nobody_notices(tmp_path: Path) -> None:
     adapters = make_adapters(tmp_path)
-    cases = make_cases(24, NUM_TOKENS, 96, [None, *adapters])
+    cases = make_cases(16, NUM_TOKENS, 96, [None, *adapters])
     run_alone(tmp_path / "model", adapters, cases, num_blocks=512, num_threads=1)
 
     async def work() -> None:

@@ -26,6 +26,14 @@ COMMAND = [sys.executable, "-m", "peft_dist.cli"]
 FAKE = ["--launcher", "plain", "--replica-factory", "tests.worker.fake_replica:build", "--device", "cpu"]
 
 
+def plans(pid: str) -> bool:
+    """Whether this is the solver or a search for a placement, or gone by now."""
+    try:
+        return b"peft_dist.placement." in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
 class Server:
     def __init__(self, folder: Path, *options: str, **environment: str) -> None:
         self.port_file, self.log_file = folder / "port", folder / "log"
@@ -53,8 +61,9 @@ class Server:
         return self.log_file.read_text()
 
     def children(self) -> list[int]:
+        """Processes of the replicas: not those that plan for them."""
         found = (file.read_text().split() for file in Path(f"/proc/{self.process.pid}/task").glob("*/children"))
-        return [int(pid) for pids in found for pid in pids]
+        return [int(pid) for pids in found for pid in pids if not plans(pid)]
 
     def post(self, path: str, body: dict[str, object], key: str | None = None) -> httpx.Response:
         headers = {"Authorization": f"Bearer {key}"} if key else {}

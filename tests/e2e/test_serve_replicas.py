@@ -45,6 +45,7 @@ def test_a_stream_outlives_a_drain_and_a_death(tmp_path: Path) -> None:
         assert re.search(r'peft_dist:replicas\{state="ready"\} 2\.0', metrics)
         restarts = re.findall(r'peft_dist:replica_restarts_total\{replica="\d"\} (\d)', metrics)
         assert sum(map(int, restarts)) == 2
+        assert re.search(r'peft_dist:migration_plans_total\{origin="\w+",trigger="\w+"\} [1-9]', metrics)
         assert server.stop() == 0
         assert "was killed by SIGKILL" in server.log and "is started again" in server.log
 

@@ -66,6 +66,17 @@ def test_greedy_plans_keep_their_promises_in_larger_clusters() -> None:
         keeps_its_promises(view, greedy_plan(view))
 
 
+def test_a_greedy_plan_that_is_cut_short_keeps_them_too() -> None:
+    view = next(v for v in map(random_view, range(100)) if len(greedy_plan(v).moves) > 2)
+    found = []
+    for num_steps in range(6):
+        left = iter([1.0] * num_steps)
+        plan = greedy_plan(view, seconds_left=lambda left=left: next(left, 0.0))  # type: ignore[misc]
+        keeps_its_promises(view, plan)
+        found.append(plan.after)
+    assert found[0] == greedy_plan(view).before and found == sorted(found, reverse=True) and found[0] > found[-1]
+
+
 @pytest.mark.parametrize("max_flows", [12, 40, 600])
 def test_rounds_over_groups_never_make_it_worse(max_flows: int) -> None:
     better = 0
@@ -98,14 +109,15 @@ def test_a_solver_that_fails_leaves_the_greedy_plan(answer: str | None) -> None:
 def test_no_solver_is_asked_for_less_than_no_time() -> None:
     """HiGHS takes a negative limit for none."""
     view = random_view(1, replicas=6, classes=14, count=5, adapters=6)
-    left = iter([0.1, 0.05, 0.02, -0.01])
-    asked = []
+    later = iter([0.05, 0.02, -0.01])
+    left, asked = [0.1], []
 
     def slow(program: Program, seconds: float, gap: float) -> tuple[list[float] | None, str]:
         asked.append(seconds)
+        left[0] = next(later)
         return None, "out of time"
 
-    list(plans(view, slow, lambda: next(left), 12))
+    list(plans(view, slow, lambda: left[0], 12))
     assert len(asked) == 3 and min(asked) > 0
 
 
