@@ -98,7 +98,9 @@ def serve(
     cost_profile: Annotated[Path | None, typer.Option(help="Measured seconds, kept here between two starts.")] = None,
     metrics_max_adapters: Annotated[int, typer.Option(min=0, help="Adapters with metrics of their own.")] = 100,
     max_queue: Annotated[int, typer.Option(min=0, help="Sequences that may wait; more are refused.")] = 1024,
-    replicas: Annotated[int, typer.Option(min=1, help="Copies of the model, each in processes of its own.")] = 1,
+    replicas: Annotated[int, typer.Option(min=0, help="Copies of the model, each in processes of its own.")] = 1,
+    listen: Annotated[str | None, typer.Option(help="Where replicas can join (tcp://host:port; port 0: any).")] = None,
+    cluster_key: Annotated[Path | None, typer.Option(help="Keys (peft-dist keys) of those who may join.")] = None,
     migration: Annotated[
         str, typer.Option(help="Where adapters go and whether requests move: rr, proactive or dlora; with several.")
     ] = "dlora",
@@ -132,6 +134,8 @@ def serve(
     from peft_dist.api.options import ServerOptions
     from peft_dist.cli_serve import ServeSettings, configure_logging, run_server
 
+    if not replicas and listen is None:
+        raise ConfigError("--replicas 0 serves nobody unless others join: add --listen tcp://host:port")
     more_keys, other_admin = _take_variable(API_KEYS_VARIABLE).split(), _take_variable(ADMIN_KEY_VARIABLE)
     names = served_model_name or []
     settings = ServeSettings(
@@ -193,17 +197,59 @@ def serve(
         num_replicas=replicas,
         migration=_one_of("migration", migration, ("rr", "proactive", "dlora")),
         planner_limit=planner_limit / 1e3,
-        restart=replicas > 1 if restart is None else restart,
+        restart=replicas != 1 if restart is None else restart,
         heartbeat_timeout=heartbeat_timeout,
         step_timeout=step_timeout,
         launcher=_one_of("launcher", launcher, ("accelerate", "plain")),
         replica_factory=replica_factory,
+        listen=listen,
+        cluster_key=cluster_key,
         start_timeout=start_timeout,
         shutdown_timeout=shutdown_timeout,
         log_level=_one_of("log-level", log_level.lower(), ("debug", "info", "warning", "error")),
     )
     configure_logging(settings.log_level)
     _run(run_server(settings))
+
+
+@app.command()
+def keys(file: Annotated[Path, typer.Argument(help="Is made; only this user can read it.")]) -> None:
+    """Make the keys by which replicas of other machines join a server (--cluster-key at both)."""
+    from peft_dist.core.cluster_keys import ClusterKeys
+
+    ClusterKeys.make().write(file)
+    typer.echo(f"{file}: bring it to every machine, and keep it secret")
+
+
+@app.command()
+def worker(
+    join: Annotated[str, typer.Option(help="tcp://host:port that a server listens on (peft-dist serve --listen).")],
+    cluster_key: Annotated[Path | None, typer.Option(help="The server's keys.")] = None,
+    model: Annotated[str | None, typer.Option(help="Where the base model lies here, if elsewhere.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N, if another than the server's.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the model.")] = None,
+    silence: Annotated[float, typer.Option(help="Seconds without a word of the server until it is given up.")] = 10.0,
+    leave_timeout: Annotated[float, typer.Option(min=0, help="Seconds for requests to move when it leaves.")] = 60.0,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    launcher: Annotated[str, typer.Option(help="accelerate or plain.", hidden=True)] = "accelerate",
+) -> None:
+    """Be a replica of a running server until SIGTERM or Ctrl-C, which moves its requests away first."""
+    from peft_dist.cli_serve import configure_logging
+    from peft_dist.cli_worker import run_worker
+    from peft_dist.worker.joining import JoinSettings
+
+    own = {"model": model, "device": device, "num_threads": threads}
+    settings = JoinSettings(
+        address=join,
+        key_file=cluster_key,
+        engine={name: value for name, value in own.items() if value is not None},
+        launcher=_one_of("launcher", launcher, ("accelerate", "plain")),
+        silence=silence,
+        leave_timeout=leave_timeout,
+        log_level=_one_of("log-level", log_level.lower(), ("debug", "info", "warning", "error")),
+    )
+    configure_logging(settings.log_level)
+    _run(run_worker(settings))
 
 
 def _run(work: Coroutine[Any, Any, None]) -> None:

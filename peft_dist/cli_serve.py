@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
-from collections.abc import Coroutine
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from peft_dist.core.config import EngineConfig, check_pinned
 from peft_dist.core.errors import AdapterError
+from peft_dist.core.waiting import StopSignals, unless
 
 if TYPE_CHECKING:
     from peft_dist.api.options import ServerOptions
     from peft_dist.orchestrator.core import OrchestratorOptions
+    from peft_dist.orchestrator.guests import Invitation
     from peft_dist.orchestrator.replica_process import ReplicaLauncher
     from peft_dist.orchestrator.service import EngineService
     from peft_dist.placement.placer import MigrationKind
 
 logger = logging.getLogger("peft_dist.serve")
-_T = TypeVar("_T")
 # Signs of life that may be missing before a replica counts as hung.
 _BEATS = 5
 
@@ -45,6 +44,8 @@ class ServeSettings:
     step_timeout: float
     launcher: str
     replica_factory: str | None
+    listen: str | None
+    cluster_key: Path | None
     start_timeout: float | None
     shutdown_timeout: float
     log_level: str
@@ -60,7 +61,7 @@ async def run_server(settings: ServeSettings) -> None:
     from peft_dist.orchestrator.service import EngineService
 
     check_pinned(settings.engine, [name for name, _ in (*settings.adapters, *_folder_adapters(settings))])
-    signals = _StopSignals()
+    signals = StopSignals()
     listener = Listener(settings.host, settings.port)
     service = EngineService(
         _launcher(settings),
@@ -68,47 +69,24 @@ async def run_server(settings: ServeSettings) -> None:
         num_replicas=settings.num_replicas,
         start_timeout=settings.start_timeout,
         planner_limit=settings.planner_limit,
+        invitation=_invitation(settings),
     )
     try:
-        http_app = await _unless(signals.stop, _prepare(settings, service))
+        http_app = await unless(signals.stop, _prepare(settings, service))
         if http_app is None:
             return
         serving = await listener.start(http_app, settings.shutdown_timeout)
         _announce(service, settings, listener.url)
         if settings.port_file is not None:
             write_port(settings.port_file, listener.port)
-        await _unless(signals.stop, asyncio.wait({serving}))
+        await unless(signals.stop, asyncio.wait({serving}))
         logger.info("Stopping: streams get %g s to finish", settings.shutdown_timeout)
         listener.finish()
-        if not await _unless(signals.hurry, service.drain(settings.shutdown_timeout)):
+        if not await unless(signals.hurry, service.drain(settings.shutdown_timeout)):
             logger.warning("Some streams did not finish: failing them")
     finally:
         await service.stop()
         await listener.close()
-
-
-class _StopSignals:
-    """SIGTERM or SIGINT sets ``stop``; another one ``hurry``."""
-
-    def __init__(self) -> None:
-        self.stop, self.hurry = asyncio.Event(), asyncio.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, self._received)
-
-    def _received(self) -> None:
-        (self.hurry if self.stop.is_set() else self.stop).set()
-
-
-async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, _T]) -> _T | None:
-    """The result of ``work``, or None when ``event`` is set first; the work is cancelled then."""
-    task, waiting = asyncio.create_task(work), asyncio.create_task(event.wait())
-    try:
-        await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)
-        return task.result() if task.done() else None
-    finally:
-        task.cancel()
-        waiting.cancel()
-        await asyncio.gather(task, waiting, return_exceptions=True)
 
 
 async def _prepare(settings: ServeSettings, service: EngineService) -> Any:
@@ -184,6 +162,23 @@ def _options(settings: ServeSettings) -> OrchestratorOptions:
     )
 
 
+def _invitation(settings: ServeSettings) -> Invitation | None:
+    from peft_dist.core.cluster_keys import ClusterKeys
+    from peft_dist.orchestrator.guests import Invitation
+    from peft_dist.worker.config import DEFAULT_REPLICA_FACTORY
+
+    if settings.listen is None:
+        return None
+    return Invitation(
+        settings.listen,
+        settings.engine,
+        settings.replica_factory or DEFAULT_REPLICA_FACTORY,
+        keys=None if settings.cluster_key is None else ClusterKeys.read(settings.cluster_key),
+        heartbeat_seconds=settings.heartbeat_timeout / _BEATS,
+        **({} if settings.start_timeout is None else {"start_timeout": settings.start_timeout}),
+    )
+
+
 def _launcher(settings: ServeSettings) -> ReplicaLauncher:
     from peft_dist.worker.config import DEFAULT_REPLICA_FACTORY
     from peft_dist.worker.launcher import AccelerateLauncher, PlainLauncher
@@ -207,7 +202,9 @@ def _announce(service: EngineService, settings: ServeSettings, url: str) -> None
     logger.info(
         "Replicas  %d, %sstarted again when they die", settings.num_replicas, "" if settings.restart else "not "
     )
-    if settings.num_replicas > 1:
+    if service.guests is not None:
+        logger.info("Joining   %s%s", service.guests.endpoint, "" if settings.cluster_key else " (this machine only)")
+    if settings.num_replicas > 1 or settings.listen is not None:
         logger.info("Migration %s, plans within %.0f ms", settings.migration, 1e3 * settings.planner_limit)
     logger.info("Model     %s as %r, %s in %s", model.model, model.served_model_name, model.device, model.dtype)
     logger.info("Back ends attention %s, LoRA %s, depth %d", model.attention_backend, model.lora_backend, model.depth)

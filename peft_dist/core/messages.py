@@ -10,7 +10,7 @@ from __future__ import annotations
 import msgspec
 
 from peft_dist.core.adapter import AdapterSpec
-from peft_dist.core.config import ModelInfo
+from peft_dist.core.config import EngineConfig, ModelInfo
 from peft_dist.core.errors import PeftDistError
 from peft_dist.core.outputs import PositionLogprobs
 from peft_dist.core.sampling_params import SamplingParams
@@ -84,8 +84,44 @@ class Shutdown(Command, frozen=True, kw_only=True):
     """End at once. The sender has answered for what still runs, so it need not be reported."""
 
 
+class Fence(Command, frozen=True, kw_only=True):
+    """This incarnation is over, and others have its requests: end at once; a new one may join."""
+
+
+class Welcome(Command, frozen=True, kw_only=True):
+    """Answer to ``Join``: which incarnation of which replica the sender is from now on, and what it is to run."""
+
+    attempt: int
+    replica_id: int
+    incarnation: int
+    engine: EngineConfig
+    replica_factory: str
+    heartbeat_seconds: float
+
+
+class Ping(Command, frozen=True, kw_only=True):
+    """The orchestrator lives; to those that joined it."""
+
+
 class Report(_Message, frozen=True, kw_only=True):
     """From a replica to the orchestrator."""
+
+
+class Join(Report, frozen=True, kw_only=True):
+    """Somebody has room for a replica; repeated until ``Welcome`` comes.
+
+    ``attempt``: Counts the replicas that the sender has begun; a later one tells that the last one is over.
+    """
+
+    host: str
+    attempt: int
+
+
+class Leave(Report, frozen=True, kw_only=True):
+    """A replica that joined wants to go: give it nothing new, move what it has, and tell it to end."""
+
+    replica_id: int
+    incarnation: int
 
 
 class Ready(Report, frozen=True, kw_only=True):
@@ -195,8 +231,8 @@ class Fatal(Report, frozen=True, kw_only=True):
     error: str
 
 
-AnyCommand = AddRequest | AbortRequest | LoadAdapter | PinAdapter | UnloadAdapter | Shutdown
-AnyReport = Ready | Started | Heartbeat | Progress | AdapterResult | Fatal
+AnyCommand = AddRequest | AbortRequest | LoadAdapter | PinAdapter | UnloadAdapter | Shutdown | Fence | Welcome | Ping
+AnyReport = Join | Leave | Ready | Started | Heartbeat | Progress | AdapterResult | Fatal
 
 
 class ProtocolError(PeftDistError):

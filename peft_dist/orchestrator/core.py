@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable
 from typing import Any
 
 from peft_dist.core.config import ModelInfo
@@ -14,11 +13,11 @@ from peft_dist.core.messages import (
     AdapterResult,
     AnyReport,
     Fatal,
+    Fence,
     Heartbeat,
     Progress,
     Ready,
     ReplicaStats,
-    SequenceProgress,
     Shutdown,
     Started,
 )
@@ -27,6 +26,7 @@ from peft_dist.orchestrator.adapters import AdapterRegistry
 from peft_dist.orchestrator.admission import check_prompt, check_token_parameters, resolve_max_tokens
 from peft_dist.orchestrator.client import NewRequest
 from peft_dist.orchestrator.demand import Demand
+from peft_dist.orchestrator.endings import Endings
 from peft_dist.orchestrator.lifecycle import Lifecycle
 from peft_dist.orchestrator.migration import Migration
 from peft_dist.orchestrator.options import OrchestratorOptions
@@ -39,7 +39,6 @@ from peft_dist.orchestrator.records import (
     ReplicaDrained,
     ReplicaLost,
     ReplicaReady,
-    RequestFailed,
     RequestRecord,
     SequenceEvent,
     SequenceRecord,
@@ -68,6 +67,7 @@ class Orchestrator:
         self._seeds = random.Random(options.seed)
         self._room = Room(options)
         self._events: list[Event] = []
+        self._endings = Endings(self._requests, self.adapters, self._demand, self._room, self._events)
         self._calls = AdapterCalls(self.adapters, self.replicas, self._events)
         tables = self._requests, self.replicas, self._calls
         self.migration = Migration(options, *tables, self.adapters, self._demand, self._events)
@@ -109,8 +109,8 @@ class Orchestrator:
         out: list[Outgoing] = []
         for record, sequence in self._requests.running(request_id, sequence_index):
             out += self._abort_command(record, sequence)
-            self._finish(record, sequence, ending(sequence, "abort"), now)
-        return out + self._place_waiting(now) + self._note_drained() + self._calls.tidy()
+            self._endings.finish(record, sequence, ending(sequence, "abort"), now)
+        return out + self._place_waiting(now) + self._note_drained(now) + self._calls.tidy()
 
     def load_adapter(
         self, name: str, path: str, *, replace: bool = False, pinned: bool | None = None, **source: Any
@@ -142,13 +142,14 @@ class Orchestrator:
     def drain_replica(self, replica_id: int, now: float, *, restart: bool = False) -> list[Outgoing]:
         """Give a replica no new requests and move those it has; ``ReplicaDrained`` follows when it has none left.
 
-        What no other replica can run finishes on it. With ``restart`` it then ends, and is started again.
+        What no other replica can run finishes on it. With ``restart`` it then ends, and is started again, or is
+        gone if it had joined.
 
         Raises:
             UnknownReplicaError, ReplicaStateError: there is no such replica, or it cannot be spared.
         """
         self.lives.drain(replica_id, leave=restart)
-        return self._placer.evacuate(now) + self._note_drained()
+        return self._placer.evacuate(now) + self._note_drained(now)
 
     def resume_replica(self, replica_id: int, now: float) -> list[Outgoing]:
         """Let a draining or drained replica take requests again.
@@ -167,7 +168,7 @@ class Orchestrator:
         """Fail what runs, and tell every replica to exit; what they say from now on is ignored."""
         self._stopping = True
         error = EngineDeadError("The server shut down before this was complete: send it again later.")
-        self._fail(self._requests.records(), error)
+        self._endings.fail(self._requests.records(), error)
         self._events.extend(AdapterRefused(call_id, error) for call_id in self.adapters.cancel_loads())
         alive = self.replicas.all_alive()
         for replica in self.replicas.all():
@@ -195,12 +196,15 @@ class Orchestrator:
         self.lives.ended(replica)
         if not self._stopping:
             self.lives.plan_restart(replica, now, was_asked=was_asked)
-        out = [to(replica, Shutdown()), *self._calls.lose(replica, error)]
+        farewell = Fence() if replica.is_guest and not was_asked else Shutdown()
+        out = [to(replica, farewell), *self._calls.lose(replica, error)]
         if (guilty := self._placer.orphan(replica, now, by_death=not was_asked)) is not None:
             twice = f"{reason.rstrip('.')}. So did another replica with this request: it is not tried again."
-            self._fail([guilty], EngineDeadError(twice))
+            self._endings.fail([guilty], EngineDeadError(twice))
         out += self._place_waiting(now, error)
         self._events.append(ReplicaLost(replica_id, error, hangs, was_asked))
+        if replica.is_guest:
+            self.replicas.remove(replica)
         return [*out, *self._calls.tidy()]
 
     def observe(self, replica_id: int, epoch: int, report: AnyReport, now: float) -> list[Outgoing]:
@@ -227,7 +231,7 @@ class Orchestrator:
                 out = self._calls.answered(replica, report) + self._place_waiting(now) + self._placer.evacuate(now)
             case Fatal():
                 out = self.lose_replica(replica_id, epoch, report.error, now)
-        return out + self._note_drained() + self._calls.tidy()
+        return out + self._note_drained(now) + self._calls.tidy()
 
     def tick(self, now: float) -> list[Outgoing]:
         """Act on deadlines that passed; ``next_deadline`` tells when the next one does.
@@ -241,7 +245,9 @@ class Orchestrator:
             replica = self.add_replica(dead.replica_id, now, self._options.start_timeout)
             self._events.append(StartReplica(replica.replica_id, replica.epoch))
         waited = [r for r in self._requests.unplaced() if r.waits_since + self._options.max_wait <= now]
-        self._fail(waited, EngineDeadError(f"No replica could go on with this in time. {self.replicas.health_error()}"))
+        self._endings.fail(
+            waited, EngineDeadError(f"No replica could go on with this in time. {self.replicas.health_error()}")
+        )
         return out + self.migration.tick(now) + self._calls.tidy()
 
     def next_deadline(self) -> float:
@@ -291,20 +297,6 @@ class Orchestrator:
             return []
         return [to(self.replicas[record.replica_id], AbortRequest(request_ids=[sequence.sequence_id]))]
 
-    def _finish(self, record: RequestRecord, sequence: SequenceRecord, last: SequenceProgress, now: float) -> None:
-        self._events.append(SequenceEvent(record.request_id, sequence.index, last))
-        self._demand.ended(record, sequence, now)
-        if self._requests.close(record, sequence):
-            self.adapters.release(record.adapter)
-        self._room.ended(now, self.num_unfinished)
-
-    def _fail(self, records: Iterable[RequestRecord], error: EngineDeadError) -> None:
-        for record in records:
-            for sequence in list(record.unfinished.values()):
-                self._requests.close(record, sequence)
-            self.adapters.release(record.adapter)
-            self._events.append(RequestFailed(record.request_id, error))
-
     def _observe_progress(self, replica: Replica, report: Progress, now: float) -> list[Outgoing]:
         self.replicas.take_in(replica, report)
         out: list[Outgoing] = []
@@ -322,7 +314,7 @@ class Orchestrator:
             if new.finish_reason is None:
                 self._events.append(SequenceEvent(record.request_id, sequence.index, new))
             else:
-                self._finish(record, sequence, new, now)
+                self._endings.finish(record, sequence, new, now)
         return out + self._place_waiting(now)
 
     def _observe_ready(self, replica: Replica, report: Ready, now: float) -> list[Outgoing]:
@@ -337,13 +329,17 @@ class Orchestrator:
             return []
         out = self._placer.place_waiting(now)
         hopeless = [record for record in self._requests.unplaced() if self._placer.is_hopeless(record)]
-        self._fail(hopeless, error or EngineDeadError(self.replicas.health_error()))
+        self._endings.fail(hopeless, error or EngineDeadError(self.replicas.health_error()))
         return out
 
-    def _note_drained(self) -> list[Outgoing]:
+    def _note_drained(self, now: float) -> list[Outgoing]:
         """Tell of replicas that have become empty, and let those go that are to be started again."""
         empty = [replica for replica in self.lives.draining() if not self._requests.load(replica)]
         for replica in empty:
             self.lives.drained(replica)
             self._events.append(ReplicaDrained(replica.replica_id, replica.leaves))
-        return [to(replica, Shutdown()) for replica in empty if replica.leaves]
+        out = [to(replica, Shutdown()) for replica in empty if replica.leaves]
+        for guest in (replica for replica in empty if replica.leaves and replica.is_guest):
+            # No process of ours, whose end would be noticed.
+            out += self.lose_replica(guest.replica_id, guest.epoch, f"Replica {guest.replica_id} has left.", now)
+        return out

@@ -10,6 +10,7 @@ from peft_dist.orchestrator.records import Replica, ReplicaState
 from peft_dist.orchestrator.replicas import ReplicaTable
 
 _SERVING = (ReplicaState.READY, ReplicaState.DRAINING)
+_GUESTS_SILENCE = 10.0
 
 
 class Lifecycle:
@@ -56,7 +57,7 @@ class Lifecycle:
     def plan_restart(self, replica: Replica, now: float, *, was_asked: bool) -> None:
         """Note when a replica that has just died is started again; at once if it was asked to end."""
         policy = self._restarts
-        if policy is None:
+        if policy is None or replica.is_guest:
             return
         if was_asked:
             replica.num_failures, replica.restart_at = 0, now
@@ -74,7 +75,8 @@ class Lifecycle:
 
     def _silence_ends(self, replica: Replica) -> float:
         """When a replica that says nothing will be lost; one that loads its model may be silent."""
-        limit = self._options.heartbeat_timeout
+        # Of one that joined, silence is all that would ever be noticed.
+        limit = self._options.heartbeat_timeout or (_GUESTS_SILENCE if replica.is_guest else None)
         return math.inf if limit is None or replica.state not in _SERVING else replica.last_heard + limit
 
     # Draining
@@ -86,9 +88,10 @@ class Lifecycle:
             UnknownReplicaError, ReplicaStateError: there is no such replica, or it cannot be spared.
         """
         replica = self._find(replica_id, *_SERVING)
-        if not any(other is not replica for other in self._replicas.ready()):
+        goes = leave and replica.is_guest
+        if not goes and not any(other is not replica for other in self._replicas.ready()):
             raise ReplicaStateError(f"replica {replica_id} is the only one that serves: wait until another is ready")
-        if leave and self._options.restart is None:
+        if leave and not goes and self._options.restart is None:
             raise ReplicaStateError("replicas are not started again here: serve with --restart, or drain without it")
         replica.state, replica.leaves = ReplicaState.DRAINING, leave
         self._draining.add(replica.epoch)

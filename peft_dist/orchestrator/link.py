@@ -1,49 +1,142 @@
-"""The orchestrator's end of the socket to its replicas."""
+"""The orchestrator's ends of the sockets to its replicas."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Callable
+from typing import NamedTuple
 
 import zmq.asyncio
+from zmq.auth.asyncio import AsyncioAuthenticator
 from zmq.constants import SocketOption, SocketType
 
-from peft_dist.core.messages import encode_command
+from peft_dist.core.cluster_keys import ClusterKeys
+from peft_dist.core.errors import ConfigError
+from peft_dist.core.messages import AnyCommand, encode_command
 from peft_dist.orchestrator.records import Outgoing
+
+_LOOPBACK = ("127.", "[::1]", "localhost")
+
+
+class Received(NamedTuple):
+    """A message as it came.
+
+    Attributes:
+        sender: The socket that it came from.
+        replica_id, epoch: Of the incarnation that the sender says it is; None of one that has not been given any.
+        data: The encoded report.
+    """
+
+    sender: bytes
+    replica_id: int | None
+    epoch: int
+    data: bytes
 
 
 class Link:
     """A ROUTER socket to which each incarnation of a replica connects as ``b"<replica_id>.<epoch>"``.
 
-    Side sockets, which are only heard, add a name to that.
+    Side sockets, which are only heard, add a name to that. Whoever wants to join connects as ``b"join.<any name>"``.
 
-    It lies in a folder that only this user can enter, so whoever connects needs no further authentication.
+    Args:
+        context: Closed with the socket.
+        close: Called behind that.
     """
 
-    def __init__(self) -> None:
-        self._folder = tempfile.mkdtemp(prefix="peft-dist-")
-        self.endpoint = f"ipc://{self._folder}/orchestrator"
-        self._context = zmq.asyncio.Context()
-        self._socket = self._context.socket(SocketType.ROUTER)
-        # Without high-water marks sending never waits; the Orchestrator bounds what can be under way.
-        self._socket.set(SocketOption.SNDHWM, 0)
-        self._socket.set(SocketOption.RCVHWM, 0)
-        self._socket.set(SocketOption.LINGER, 0)
-        self._socket.bind(self.endpoint)
+    def __init__(self, socket: zmq.asyncio.Socket, context: zmq.asyncio.Context, close: Callable[[], None]) -> None:
+        self._socket, self._context, self._close = socket, context, close
+        endpoint = socket.get(SocketOption.LAST_ENDPOINT)
+        assert isinstance(endpoint, bytes)
+        self.endpoint = endpoint.decode().rstrip("\0")
+
+    @classmethod
+    def local(cls) -> Link:
+        """In a folder that only this user can enter, so whoever connects needs no further authentication."""
+        folder = tempfile.mkdtemp(prefix="peft-dist-")
+        context, socket = _router()
+        socket.bind(f"ipc://{folder}/orchestrator")
+        return cls(socket, context, lambda: shutil.rmtree(folder, ignore_errors=True))
+
+    @classmethod
+    def listening(cls, address: str, keys: ClusterKeys | None) -> Link:
+        """For replicas of other machines, with keys; without them, only for those of this one.
+
+        Args:
+            address: ``tcp://host:port``; port 0 is any free one.
+
+        Raises:
+            ConfigError: the address cannot be used, or would let anybody in.
+        """
+        host, _, port = address.removeprefix("tcp://").rpartition(":")
+        # ZeroMQ takes a larger port modulo 65536.
+        if not address.startswith("tcp://") or not host or not port.isdecimal() or int(port) > 65535:
+            raise ConfigError(f"listen={address!r} is no address: write for example tcp://127.0.0.1:5600")
+        if keys is None and not host.startswith(_LOOPBACK):
+            raise ConfigError(
+                f"listen={address!r} can be reached from other machines, and whoever reaches it gets every request: "
+                "give --cluster-key (peft-dist keys FILE makes one), or listen on 127.0.0.1"
+            )
+        context, socket = _router()
+        guard = None if keys is None else _guarded(context, socket, keys)
+        try:
+            socket.bind(address.replace("localhost", "127.0.0.1"))
+        except zmq.ZMQError as error:
+            if guard is not None:
+                guard.stop()
+            context.destroy(linger=0)
+            raise ConfigError(f"listen={address!r} cannot be used: {error}") from error
+        return cls(socket, context, guard.stop if guard is not None else lambda: None)
 
     def send(self, out: Outgoing) -> None:
         """Hand over a command; it is dropped when its incarnation of the replica is not connected."""
-        identity = f"{out.replica_id}.{out.epoch}".encode()
-        self._socket.send_multipart([identity, encode_command(out.command, out.epoch)])
+        self.answer(f"{out.replica_id}.{out.epoch}".encode(), out.command, out.epoch)
 
-    async def receive(self) -> tuple[int, int, bytes]:
-        """Replica id, epoch and encoded report of the next message."""
-        identity, data = await self._socket.recv_multipart()
-        replica_id, epoch, *_ = identity.split(b".")
-        return int(replica_id), int(epoch), data
+    def answer(self, receiver: bytes, command: AnyCommand, epoch: int = 0) -> None:
+        """Hand over a command to the socket of this name."""
+        self._socket.send_multipart([receiver, encode_command(command, epoch)])
+
+    async def receive(self) -> Received:
+        """The next message."""
+        sender, data = await self._socket.recv_multipart()
+        first, second, *_ = sender.split(b".")
+        if first == b"join":
+            return Received(sender, None, 0, data)
+        return Received(sender, int(first), int(second), data)
 
     def close(self) -> None:
-        """Close the socket and remove its folder."""
+        """Close the socket, and remove what was made for it."""
         self._socket.close()
+        self._close()
         self._context.term()
-        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _router() -> tuple[zmq.asyncio.Context, zmq.asyncio.Socket]:
+    context = zmq.asyncio.Context()
+    socket = context.socket(SocketType.ROUTER)
+    # Without high-water marks sending never waits; the Orchestrator bounds what can be under way.
+    socket.set(SocketOption.SNDHWM, 0)
+    socket.set(SocketOption.RCVHWM, 0)
+    socket.set(SocketOption.LINGER, 0)
+    # Who comes back under its name, on a new connection, has lost the old one.
+    socket.set(SocketOption.ROUTER_HANDOVER, 1)
+    return context, socket
+
+
+class _OneKey:
+    """Lets the holders of one key in."""
+
+    def __init__(self, public: str) -> None:
+        self._public = public.encode()
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        """Asked for each connection, with the key that it showed to own."""
+        return key == self._public
+
+
+def _guarded(context: zmq.asyncio.Context, socket: zmq.asyncio.Socket, keys: ClusterKeys) -> AsyncioAuthenticator:
+    guard = AsyncioAuthenticator(context)
+    guard.start()
+    guard.configure_curve_callback(domain="*", credentials_provider=_OneKey(keys.worker_public))
+    keys.serve(socket)
+    return guard

@@ -16,6 +16,10 @@ class Processes:
         self._endpoint = endpoint
         self._running: dict[int, ReplicaProcess] = {}
 
+    def __contains__(self, replica_id: int) -> bool:
+        """Whether a process of it was ever started here."""
+        return replica_id in self._running
+
     async def start(self, replica_id: int, epoch: int) -> None:
         """Raises OSError when it cannot be started."""
         self._running[replica_id] = await self._launcher.start(self._endpoint, replica_id, epoch)

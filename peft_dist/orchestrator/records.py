@@ -46,7 +46,8 @@ class Replica:
         num_restarts: Incarnations of this replica before this one.
         num_failures: Incarnations of this replica that died early, one after another, up to now.
         restart_at: When a dead replica is started again, None for never.
-        leaves: A draining one ends when it is empty, and is started again at once.
+        leaves: A draining one ends when it is empty, and is started again at once if this process had started it.
+        is_guest: It joined, and is started and ended by somebody else.
         earlier: What the incarnations before this one counted.
     """
 
@@ -66,6 +67,7 @@ class Replica:
     num_failures: int = 0
     restart_at: float | None = None
     leaves: bool = False
+    is_guest: bool = False
     earlier: ReplicaTotals = field(default_factory=ReplicaTotals)
     error: PeftDistError | None = None
 
@@ -76,7 +78,7 @@ class Replica:
     @property
     def will_be_ready(self) -> bool:
         """Whether it starts, or is going to be started again."""
-        return self.state is ReplicaState.STARTING or self.restart_at is not None or self.leaves
+        return self.state is ReplicaState.STARTING or self.restart_at is not None or (self.leaves and not self.is_guest)
 
 
 @dataclass(slots=True)

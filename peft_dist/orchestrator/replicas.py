@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 from peft_dist.core.config import ModelInfo
@@ -34,6 +35,17 @@ class ReplicaTable:
         self._next_epoch += 1
         self._by_id[replica_id] = replica
         return replica
+
+    def join(self, start_deadline: float) -> Replica:
+        """Enter an incarnation that somebody else starts, under the least id that no other has."""
+        free = next(number for number in itertools.count() if number not in self._by_id)
+        replica = self.add(free, start_deadline)
+        replica.is_guest = True
+        return replica
+
+    def remove(self, replica: Replica) -> None:
+        """Forget a dead replica that will not come back under its id."""
+        del self._by_id[replica.replica_id]
 
     def get(self, replica_id: int) -> Replica | None:
         """The replica with this id, dead or alive; None when there is none."""

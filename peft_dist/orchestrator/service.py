@@ -14,6 +14,7 @@ from peft_dist.core.messages import ProtocolError, ReplicaStats, decode_report
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.orchestrator.client import NewRequest
 from peft_dist.orchestrator.core import Orchestrator, OrchestratorOptions
+from peft_dist.orchestrator.guests import Guests, Invitation
 from peft_dist.orchestrator.link import Link
 from peft_dist.orchestrator.observation import MigrationView, ReplicaView
 from peft_dist.orchestrator.processes import Processes
@@ -60,16 +61,23 @@ class EngineService:
         start_timeout: float | None = None,
         stop_grace: float = 10.0,
         planner_limit: float = 0.2,
+        invitation: Invitation | None = None,
     ) -> None:
         """Seconds: ``start_timeout`` and ``stop_grace`` a replica gets to become ready, and to end; ``planner_limit``
-        from a look at the requests to a plan of which ones move."""
+        from a look at the requests to a plan of which ones move. ``invitation``: To replicas that others start.
+
+        Raises:
+            ConfigError: the invitation's address cannot be used.
+        """
         self._loop = asyncio.get_running_loop()
         self._core = Orchestrator(options)
-        self._link = Link()
-        self._processes = Processes(launcher, self._link.endpoint)
         self._num_replicas = num_replicas
         self._start_timeout = start_timeout
         self._stop_grace = stop_grace
+        joining = self._act, self._take, self._now
+        self.guests = Guests(invitation, self._core, *joining) if invitation is not None else None
+        self._link = Link.local()
+        self._processes = Processes(launcher, self._link.endpoint)
         self._streams: dict[str, Stream] = {}
         self._promises = Promises()
         planner = Planner(planner_limit)
@@ -82,12 +90,14 @@ class EngineService:
         self._stopping: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Start the replicas and return when all are ready. Call ``stop`` also when this fails.
+        """Start the replicas and return when all are ready, or one that joined. Call ``stop`` also when this fails.
 
         Raises:
             EngineDeadError: one failed to start, in its own words, or was not ready within ``start_timeout``.
         """
         self._spawn(self._receive())
+        if self.guests is not None:
+            self._spawn(self.guests.run())
         for replica_id in range(self._num_replicas):
             replica = self._core.add_replica(replica_id, self._now(), self._start_timeout)
             await self._processes.start(replica_id, replica.epoch)
@@ -218,6 +228,8 @@ class EngineService:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._link.close()
+        if self.guests is not None:
+            self.guests.close()
 
     def _grace(self) -> float:
         """A replica that never was ready may be stuck in loading, and has nothing to finish."""
@@ -246,14 +258,18 @@ class EngineService:
 
     async def _receive(self) -> None:
         while True:
-            replica_id, epoch, data = await self._link.receive()
-            try:
-                envelope = decode_report(data)
-            except ProtocolError as error:
-                reason = f"Replica {replica_id} cannot be understood: {error}"
-                self._act(self._core.lose_replica(replica_id, epoch, reason, self._now()))
-            else:
-                self._act(self._core.observe(replica_id, envelope.epoch, envelope.message, self._now()))
+            _, replica_id, epoch, data = await self._link.receive()
+            if replica_id is not None:
+                self._take(replica_id, epoch, data)
+
+    def _take(self, replica_id: int, epoch: int, data: bytes) -> None:
+        try:
+            envelope = decode_report(data)
+        except ProtocolError as error:
+            reason = f"Replica {replica_id} cannot be understood: {error}"
+            self._act(self._core.lose_replica(replica_id, epoch, reason, self._now()))
+        else:
+            self._act(self._core.observe(replica_id, envelope.epoch, envelope.message, self._now()))
 
     async def _supervise(self, replica_id: int, epoch: int) -> None:
         end = await self._processes.end(replica_id)
@@ -286,7 +302,8 @@ class EngineService:
 
     def _act(self, commands: Iterable[Outgoing]) -> None:
         for out in commands:
-            self._link.send(out)
+            if self.guests is None or not self.guests.sends(out):
+                self._link.send(out)
         events = self._core.drain_events()
         for event in events:
             self._deliver(event)
@@ -308,7 +325,7 @@ class EngineService:
             case AdapterRefused(call_id, error):
                 self._promises.answer(call_id, error)
             case ReplicaReady():
-                if not self._ready.done() and len(self._core.replicas.ready()) == self._num_replicas:
+                if not self._ready.done() and len(self._core.replicas.ready()) >= max(self._num_replicas, 1):
                     self._ready.set_result(None)
             case ReplicaLost():
                 self._lost(event)
@@ -324,8 +341,9 @@ class EngineService:
                 logger.warning("replica %d: %s", replica_id, text)
 
     def _lost(self, lost: ReplicaLost) -> None:
+        is_guest = lost.replica_id not in self._processes
         if lost.was_asked:
-            logger.info("replica %d has ended and is started again", lost.replica_id)
+            logger.info("replica %d has ended%s", lost.replica_id, "" if is_guest else " and is started again")
         else:
             logger.error("replica %d is lost: %s", lost.replica_id, lost.error)
         if lost.hangs:
@@ -333,5 +351,5 @@ class EngineService:
         else:
             self._spawn(self._processes.stop(lost.replica_id, self._grace()))
         self._promises.end_drain(lost.replica_id, None)
-        if not self._ready.done():
+        if not self._ready.done() and not is_guest:
             self._ready.set_exception(lost.error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zmq
 
+from peft_dist.core.cluster_keys import ClusterKeys
 from peft_dist.core.messages import AnyCommand, AnyReport, decode_command, encode_report
 
 _LAST_WORDS_MS = 5000
@@ -12,8 +13,9 @@ _LAST_WORDS_MS = 5000
 class Channel:
     """Sends reports and receives commands of one incarnation of a replica. Belongs to one thread."""
 
-    def __init__(self, endpoint: str, replica_id: int, epoch: int) -> None:
+    def __init__(self, endpoint: str, replica_id: int, epoch: int, keys: ClusterKeys | None = None) -> None:
         self._epoch = epoch
+        self._keys = keys
         self._context = zmq.Context()
         self._endpoint = endpoint
         self._identity = f"{replica_id}.{epoch}"
@@ -30,6 +32,8 @@ class Channel:
         socket.set(zmq.SocketOption.IDENTITY, identity.encode())
         socket.set(zmq.SocketOption.SNDHWM, 0)
         socket.set(zmq.SocketOption.RCVHWM, 0)
+        if self._keys is not None:
+            self._keys.connect(socket)
         socket.connect(self._endpoint)
         return socket
 

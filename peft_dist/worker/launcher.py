@@ -83,8 +83,10 @@ class PlainLauncher:
         replica_factory: str = DEFAULT_REPLICA_FACTORY,
         heartbeat_seconds: float = 1.0,
         num_replicas: int = 1,
+        key_file: str | None = None,
     ) -> None:
-        """``num_replicas``: Replicas that share this machine."""
+        """``num_replicas``: Replicas that share this machine. ``key_file``: As in ``WorkerConfig``."""
+        self._key_file = key_file
         self._engine = engine
         self._heartbeat_seconds = heartbeat_seconds
         self._num_replicas = num_replicas
@@ -120,6 +122,7 @@ class PlainLauncher:
             engine=self._share(replica_id),
             heartbeat_seconds=self._heartbeat_seconds,
             replica_factory=self._replica_factory,
+            key_file=self._key_file,
             log_level=self._log_level,
         )
 

@@ -15,13 +15,16 @@ from peft_dist.core.messages import (
     AdapterResult,
     AddRequest,
     AnyCommand,
+    Fence,
     LoadAdapter,
     PinAdapter,
+    Ping,
     Progress,
     SequenceProgress,
     Shutdown,
     Started,
     UnloadAdapter,
+    Welcome,
 )
 from peft_dist.engine.commands import make_request
 from peft_dist.worker.channel import Channel
@@ -61,6 +64,7 @@ class WorkerLoop:
         self._adapters: dict[str, AdapterSpec] = {}
         self._refused: list[SequenceProgress] = []
         self._stopped = False
+        self.is_fenced = False
         self._details = DetailSchedule()
         self._heart = heart
         self._engine.on_start = self._tell_started
@@ -130,6 +134,10 @@ class WorkerLoop:
                 self._channel.send(AdapterResult(call_id=command.call_id))
             case Shutdown():
                 self._stopped = True
+            case Fence():
+                self._stopped = self.is_fenced = True
+            case Welcome() | Ping():
+                """For who asked to join, which is not this process."""
 
     def _add(self, command: AddRequest) -> None:
         try:

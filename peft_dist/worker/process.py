@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 from types import FrameType
 
+from peft_dist.core.cluster_keys import ClusterKeys
 from peft_dist.core.errors import ConfigError
 from peft_dist.core.messages import Fatal, LoadAdapter, Ready
 from peft_dist.worker.channel import Channel
@@ -21,15 +22,16 @@ from peft_dist.worker.replica import Replica
 logger = logging.getLogger(__name__)
 
 EXIT_ORPHANED = 3
+EXIT_FENCED = 4
 _LAST_WORDS_MS = 5000
 
 
 def run_worker(config: WorkerConfig) -> int:
     """Serve until told to stop; returns the exit status. A failure is reported before it ends the process."""
-    channel = Channel(config.endpoint, config.replica_id, config.epoch)
+    keys = None if config.key_file is None else ClusterKeys.read(Path(config.key_file))
+    channel = Channel(config.endpoint, config.replica_id, config.epoch, keys)
     try:
-        _serve(config, channel)
-        return 0
+        return _serve(config, channel)
     except Exception as error:  # The last thing this process can do for its streams is to say why they end.
         logger.exception("replica %d cannot go on", config.replica_id)
         channel.send(Fatal(error=f"Replica {config.replica_id}: {describe(error)}"))
@@ -40,18 +42,20 @@ def run_worker(config: WorkerConfig) -> int:
         channel.close()
 
 
-def _serve(config: WorkerConfig, channel: Channel) -> None:
+def _serve(config: WorkerConfig, channel: Channel) -> int:
     check_world(config.world_size)
     replica: Replica = config.load_factory()(config.engine)
     channel.send(Ready(model=replica.model_info, pid=os.getpid(), costs=replica.engine.detail().costs))
     heart = Heart(channel, config.heartbeat_seconds)
     heart.start()
+    loop = WorkerLoop(replica, channel, find_adapter, heart=heart)
     try:
-        WorkerLoop(replica, channel, find_adapter, heart=heart).run()
+        loop.run()
     finally:
         heart.stop()
     # Not after a failure: an engine that failed may fail again, and its first words are the ones that count.
     replica.close()
+    return EXIT_FENCED if loop.is_fenced else 0
 
 
 def check_world(world_size: int) -> None:

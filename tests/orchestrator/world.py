@@ -11,6 +11,7 @@ from peft_dist.core.messages import (
     AddRequest,
     AnyCommand,
     AnyReport,
+    Fence,
     LoadAdapter,
     PinAdapter,
     Progress,
@@ -65,7 +66,7 @@ class MiniReplica:
                 assert content_hash not in self.pins.values(), "a pinned adapter dropped"
                 self.held.remove(content_hash)
                 self.reports.append(AdapterResult(call_id=call_id))
-            case Shutdown():
+            case Shutdown() | Fence():
                 self.is_down = True
 
     def step(self) -> None:

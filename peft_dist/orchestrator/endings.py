@@ -1,0 +1,44 @@
+"""How sequences and requests end: once, and told of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from peft_dist.core.errors import EngineDeadError
+from peft_dist.core.messages import SequenceProgress
+from peft_dist.orchestrator.adapters import AdapterRegistry
+from peft_dist.orchestrator.demand import Demand
+from peft_dist.orchestrator.records import Event, RequestFailed, RequestRecord, SequenceEvent, SequenceRecord
+from peft_dist.orchestrator.requests import RequestTable
+from peft_dist.orchestrator.room import Room
+
+
+class Endings:
+    """Takes what has ended out of every table, and says so in ``events``."""
+
+    def __init__(
+        self, requests: RequestTable, adapters: AdapterRegistry, demand: Demand, room: Room, events: list[Event]
+    ) -> None:
+        self._requests, self._adapters, self._demand, self._room, self._events = (
+            requests,
+            adapters,
+            demand,
+            room,
+            events,
+        )
+
+    def finish(self, record: RequestRecord, sequence: SequenceRecord, last: SequenceProgress, now: float) -> None:
+        """A sequence is complete; ``last`` has its finish_reason."""
+        self._events.append(SequenceEvent(record.request_id, sequence.index, last))
+        self._demand.ended(record, sequence, now)
+        if self._requests.close(record, sequence):
+            self._adapters.release(record.adapter)
+        self._room.ended(now, self._requests.num_sequences)
+
+    def fail(self, records: Iterable[RequestRecord], error: EngineDeadError) -> None:
+        """Requests end before they are complete."""
+        for record in records:
+            for sequence in list(record.unfinished.values()):
+                self._requests.close(record, sequence)
+            self._adapters.release(record.adapter)
+            self._events.append(RequestFailed(record.request_id, error))
