@@ -160,6 +160,7 @@ async def measure(size: tuple[int, int, int], number: int, limit: float) -> dict
         "seconds_to_the_last_move": quantiles(seconds),
         "moves": quantiles(moved),
         "loop_stall_seconds": quantiles(stalls.seconds),
+        "loop_stall_cpu_seconds": quantiles(stalls.cpu_seconds),
     }
 
 
