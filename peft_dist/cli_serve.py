@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 from collections.abc import Coroutine
@@ -73,6 +74,10 @@ async def run_server(settings: ServeSettings) -> None:
         http_app = await _unless(signals.stop, _prepare(settings, service))
         if http_app is None:
             return
+        # Libraries and what was loaded live as long as this process. Left to the collector, they would stop every stream
+        # for a quarter of a second now and then.
+        gc.collect()
+        gc.freeze()
         serving = await listener.start(http_app, settings.shutdown_timeout)
         _announce(service, settings, listener.url)
         if settings.port_file is not None:
