@@ -104,7 +104,7 @@ def serve(
     migration: Annotated[
         str, typer.Option(help="Where adapters go and whether requests move: rr, proactive or dlora; with several.")
     ] = "dlora",
-    planner_limit: Annotated[float, typer.Option(help="Milliseconds for a plan of which requests move.")] = 200.0,
+    planner_limit: Annotated[float, typer.Option(min=1, help="Milliseconds to plan which requests move.")] = 200.0,
     restart: Annotated[
         bool | None,
         typer.Option("--restart/--no-restart", help="Start dead replicas again; with several if not given."),

@@ -73,6 +73,8 @@ class Migration:
         self._moves: Counter[str] = Counter()
         self._num_dropped = 0
         self._plan_seconds = 0.0
+        # What is full, or starves, and is not to be helped is planned for less and less often.
+        self._wait = 0.0
 
     def next_deadline(self) -> float:
         """When ``tick`` has something to do; infinity for never."""
@@ -83,9 +85,11 @@ class Migration:
         if now < self.next_deadline():
             return []
         self._check_at = now + max(self._triggers.pause, LEAST_CHECK_SECONDS)
-        if self._placer.migrates and self._planning is None:
+        if self._placer.migrates and self._planning is None and now >= self._last_plan + self._wait:
             self._planning = trigger(self._views.summary(), self._waiting(now), now - self._last_plan, self._triggers)
-            if self._planning is not None:
+            if self._planning is None:
+                self._wait = 0.0
+            else:
                 self._last_plan = now
                 self._events.append(PlanDue(self._planning))
         return self.hosting.check(now)
@@ -119,6 +123,8 @@ class Migration:
         """A plan was carried out, or, with ``FAILED``, could not be made."""
         self._plans[origin, self._planning or "period"] += 1
         self._plan_seconds += seconds
+        settings, in_vain = self._triggers, origin in (FAILED, "stay") and self._planning != "period"
+        self._wait = min(max(2 * self._wait, settings.pause), settings.period) if in_vain else 0.0
         self._planning, self._last_plan = None, now
 
     def placed(self, search: Search, placement: Placement | None, now: float) -> list[Outgoing]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import sys
 from asyncio.subprocess import PIPE
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from peft_dist.placement.placer import Search
 from peft_dist.placement.placing import Placement
 
 COMMAND = (sys.executable, "-m", "peft_dist.placement.placing_process")
+NICENESS = 10
 _encoder = msgspec.msgpack.Encoder()
 _searches = msgspec.msgpack.Decoder(Search)
 _placements = msgspec.msgpack.Decoder(Placement)
@@ -51,6 +53,8 @@ async def run_search(search: Search, timeout: float = 60.0, command: Sequence[st
 
 def main() -> int:
     """One search from standard input to standard output. Returns the exit status."""
+    # It is in no hurry, and the event loop is.
+    os.nice(NICENESS)
     search = _searches.decode(sys.stdin.buffer.read())
     sys.stdout.buffer.write(_encoder.encode(search.run()))
     return 0

@@ -98,16 +98,21 @@ async def grouped_in_slices(requests: list[RequestLoad]) -> tuple[list[RequestCl
 
 
 class Stalls:
-    """How late a task of the loop comes that wants to run every millisecond."""
+    """How late a task of the loop comes that wants to run every millisecond, and how much the loop computed meanwhile.
+
+    The first is what a stream notices. The second is what others on the machine have no part in.
+    """
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
+        self.cpu_seconds: list[float] = []
 
     async def watch(self) -> None:
         while True:
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), time.thread_time()
             await asyncio.sleep(1e-3)
             self.seconds.append(time.perf_counter() - start - 1e-3)
+            self.cpu_seconds.append(time.thread_time() - cpu)
 
 
 async def measure(size: tuple[int, int, int], plans: int, limit: float) -> dict[str, Any]:
@@ -147,6 +152,7 @@ async def measure(size: tuple[int, int, int], plans: int, limit: float) -> dict[
         "plan_seconds": quantiles(seconds),
         "aggregate_seconds": quantiles(grouping),
         "loop_stall_seconds": quantiles(stalls.seconds),
+        "loop_stall_cpu_seconds": quantiles(stalls.cpu_seconds),
     }
 
 

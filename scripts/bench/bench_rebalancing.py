@@ -133,13 +133,13 @@ async def measure(size: tuple[int, int, int], number: int, limit: float) -> dict
     """Figures of ``number`` orchestrators of one size."""
     cases = [crowded(*size, seed) for seed in range(number)]
     stalls, ticks, seconds, plans, moved = Stalls(), [], [], Counter[str](), []
-    gc.collect()
-    gc.freeze()
     async with Planner(limit) as planner:
-        await planner.warm()
-        watching = asyncio.create_task(stalls.watch())
         for core in cases:
             await planner.warm()
+            # What other cases left is no part of a server.
+            gc.collect()
+            gc.freeze()
+            watching = asyncio.create_task(stalls.watch())
             acting = Acting(core, planner)
             start = time.perf_counter()
             acting.act(core.tick(time.monotonic()))
@@ -149,9 +149,9 @@ async def measure(size: tuple[int, int, int], number: int, limit: float) -> dict
             plans.update({origin: n for (origin, _), n in view.plans.items()})
             seconds.append(view.plan_seconds)
             moved.append(float(sum(view.moves.values())))
-        watching.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await watching
+            watching.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await watching
     return {
         "replicas, requests, adapters": size,
         "plans": plans,
@@ -160,6 +160,7 @@ async def measure(size: tuple[int, int, int], number: int, limit: float) -> dict
         "seconds_to_the_last_move": quantiles(seconds),
         "moves": quantiles(moved),
         "loop_stall_seconds": quantiles(stalls.seconds),
+        "loop_stall_cpu_seconds": quantiles(stalls.cpu_seconds),
     }
 
 

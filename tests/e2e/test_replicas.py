@@ -18,6 +18,7 @@ from peft_dist.orchestrator.core import OrchestratorOptions
 from peft_dist.orchestrator.restarts import RestartPolicy
 from peft_dist.orchestrator.service import EngineService
 from peft_dist.orchestrator.streams import Stream
+from peft_dist.placement.triggers import TriggerSettings
 from peft_dist.worker.launcher import AccelerateLauncher, PlainLauncher
 from tests.e2e.test_processes import ENGINE, ROOT, adapter, run
 from tests.worker.fake_replica import CRASH, HOLD, SLOW, expected_token
@@ -32,7 +33,9 @@ def workers_find_the_fake(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @asynccontextmanager
-async def started(kind: type[PlainLauncher] = PlainLauncher, restarts: bool = True) -> AsyncIterator[EngineService]:
+async def started(
+    kind: type[PlainLauncher] = PlainLauncher, restarts: bool = True, triggers: TriggerSettings | None = None
+) -> AsyncIterator[EngineService]:
     launcher = kind(
         ENGINE,
         replica_factory="tests.worker.fake_replica:build",
@@ -42,7 +45,13 @@ async def started(kind: type[PlainLauncher] = PlainLauncher, restarts: bool = Tr
     )
     restart = RestartPolicy(first=0.01, longest=0.1) if restarts else None
     options = OrchestratorOptions(
-        max_num_seqs=64, max_queue=64, seed=1, heartbeat_timeout=SILENCE, step_timeout=30.0, restart=restart
+        max_num_seqs=64,
+        max_queue=64,
+        seed=1,
+        heartbeat_timeout=SILENCE,
+        step_timeout=30.0,
+        restart=restart,
+        triggers=triggers or TriggerSettings(),
     )
     service = EngineService(launcher, options, num_replicas=2, stop_grace=2.0)
     try:
@@ -125,6 +134,26 @@ def test_streams_go_on_when_a_replica_dies_or_hangs(
             await until(lambda: service.replicas()[victim].stats.num_running)
             for reader in again:
                 await reader.check()
+
+    run(work())
+
+
+def test_requests_move_to_a_replica_that_comes_and_outlive_it(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with started(triggers=TriggerSettings(period=0.2, pause=0.1)) as service:
+            await service.load_adapter("sql", adapter(tmp_path / "a", "one"))
+            await service.drain_replica(1)
+            readers = read_many(service, 8, "base") + read_many(service, 8, "sql", "sql")
+            await until(lambda: all(reader.tokens[0] for reader in readers))
+            service.resume_replica(1)
+            await until(lambda: moves(service) and service.replicas()[1].stats.num_running)
+            os.kill(service.replica_pids()[1], signal.SIGKILL)
+            for reader in readers:
+                await reader.check()
+
+    def moves(service: EngineService) -> int:
+        view = service.migration()
+        return sum(view.moves.values()) if view is not None else 0
 
     run(work())
 

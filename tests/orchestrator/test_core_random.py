@@ -3,7 +3,9 @@ tokens it would have had on one replica, nothing stale is believed."""
 
 from __future__ import annotations
 
+import random
 from collections import Counter, deque
+from collections.abc import Callable
 
 import hypothesis.strategies as st
 import pytest
@@ -49,15 +51,14 @@ IDS = st.integers(0, NUM_REPLICAS - 1)
 class Machine(RuleBasedStateMachine):
     """The client's view is kept apart and compared: tokens so far and ends of every accepted request."""
 
-    @initialize(kind=st.sampled_from(KINDS))
-    def begin(self, kind: MigrationKind) -> None:
+    @initialize(kind=st.sampled_from(KINDS), loaded=st.booleans())
+    def begin(self, kind: MigrationKind, loaded: bool) -> None:
         restart = RestartPolicy(first=0.0, longest=0.0, max_failures=10**6)
         options = OrchestratorOptions(MAX_NUM_SEQS, MAX_QUEUE, seed=0, max_wait=1e9, restart=restart, migration=kind)
         self.core = Orchestrator(options)
         self.kind = kind
         self.searches: deque[Search] = deque()
         self.plan_is_due = False
-        self.surveys: deque[Surveyed] = deque()
         self.moves: list[tuple[RequestMove, Surveyed]] = []
         self.now = 0.0
         self.count = 0
@@ -75,6 +76,10 @@ class Machine(RuleBasedStateMachine):
         for replica_id in range(NUM_REPLICAS):
             self.replicas[replica_id] = MiniReplica(self.core.add_replica(replica_id, self.now).epoch)
             self.deliver_all(replica_id)
+        for name, path in (("red", "one"), ("blue", "two")) if loaded else ():
+            self.load(name, path, replace=False, pin=None)
+            for replica_id in self.replicas:
+                self.everything_under_way_arrives(replica_id)
 
     def _send(self, commands: list[Outgoing]) -> None:
         for out in commands:
@@ -128,7 +133,7 @@ class Machine(RuleBasedStateMachine):
                     assert self.kind != "rr" and not self.searches
                     self.searches.append(search)
                 case PlanDue():
-                    assert self.kind == "dlora" and not (self.plan_is_due or self.surveys or self.moves)
+                    assert self.kind == "dlora" and not (self.plan_is_due or self.moves)
                     self.plan_is_due = True
                 case StartReplica(replica_id, epoch):
                     self.replicas[replica_id] = MiniReplica(epoch)
@@ -246,27 +251,22 @@ class Machine(RuleBasedStateMachine):
         self._send(self.core.migration.placed(search, None if fails else search.run(), self.now))
 
     @precondition(lambda self: self.plan_is_due)
-    @rule()
-    def the_requests_are_surveyed(self) -> None:
+    @rule(data=st.data())
+    def a_plan_comes(self, data: st.DataObject) -> None:
+        """Any plan: what a planner could say, and what it could not."""
+        self.make_plan(lambda most: data.draw(st.integers(0, most)))
+
+    def make_plan(self, choose: Callable[[int], int]) -> None:
         self.plan_is_due = False
         survey = self.core.migration.survey()
         while survey.step():
             pass
         seen = survey.result(self.now)
-        greedy_plan(seen.view)
-        self.surveys.append(seen)
-
-    @precondition(lambda self: self.surveys)
-    @rule(data=st.data())
-    def a_plan_comes(self, data: st.DataObject) -> None:
-        """Any plan: what a planner could say, and what it could not."""
-        seen = self.surveys.popleft()
-        wanted = [name for names in seen.members for name in names if data.draw(st.booleans())]
-        source = {
-            name: one.source for one, names in zip(seen.view.classes, seen.members, strict=True) for name in names
-        }
-        for name in wanted:
-            self.moves.append((RequestMove(name, source[name], 1 - source[name], "recompute"), seen))
+        assert greedy_plan(seen.view).after <= greedy_plan(seen.view).before + 1e-9
+        for one, names in zip(seen.view.classes, seen.members, strict=True):
+            chosen = names[: choose(len(names))]
+            moves = [RequestMove(name, one.source, 1 - one.source, "recompute") for name in chosen]
+            self.moves += [(move, seen) for move in moves]
         if not self.moves:
             self.core.migration.planned("stay", 0.1, self.now)
 
@@ -387,3 +387,51 @@ class Machine(RuleBasedStateMachine):
 
 Machine.TestCase.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
 TestRandomEvents = Machine.TestCase
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_traffic(kind: MigrationKind) -> None:
+    """The same machine where much runs and plans come all the time: few random orders of all events get there."""
+    moved = 0
+    for seed in range(40):
+        rng = random.Random(seed)
+        machine = Machine()
+        machine.begin(kind, loaded=True)
+        for _ in range(250):
+            _happen(machine, rng)
+            machine.the_queue_is_bounded()
+            machine.the_books_are_right()
+        view = machine.core.migration.view()
+        assert view is not None
+        moved += view.moves.get("recompute", 0)
+        machine.teardown()
+    assert moved > 100 if kind == "dlora" else not moved
+
+
+def _happen(machine: Machine, rng: random.Random) -> None:
+    replica_id = rng.randrange(NUM_REPLICAS)
+    match rng.choices(range(10), (6, 4, 3, 4, 4, 1, 1, 2, 0.3, 0.3))[0]:
+        case 0:
+            machine.submit(rng.randrange(1, 3), rng.randrange(2, 8), rng.choice([None, "red", "blue"]))
+        case 1:
+            machine.everything_under_way_arrives(replica_id)
+        case 2:
+            machine.replica_steps(replica_id)
+        case 3:
+            machine.time_passes(rng.choice([0.2, 1.5, 12.0]))
+        case 4 if machine.plan_is_due:
+            machine.make_plan(lambda most: rng.randint(0, most))
+        case 4 if machine.moves:
+            machine.some_of_a_plan_is_carried_out(rng.randrange(1, 4))
+        case 4 if machine.searches:
+            machine.a_search_ends(rng.random() < 0.3)
+        case 5:
+            machine.load(rng.choice(["red", "blue"]), rng.choice(["one", "two", "broken"]), True, None)
+        case 6 if machine.core.replicas[replica_id].state is not ReplicaState.DEAD:
+            machine.a_replica_dies_and_is_started_again(replica_id)
+        case 7:
+            machine.replica_takes_commands(replica_id, 2)
+        case 8:
+            machine.drain(replica_id, rng.random() < 0.5)
+        case 9:
+            machine.resume(replica_id)

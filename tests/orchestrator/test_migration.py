@@ -165,6 +165,25 @@ def test_triggers(trigger: str, settings: TriggerSettings, stats: ReplicaStats) 
     assert due(core, 3.5) == [trigger]
 
 
+def test_what_is_not_to_be_helped_is_planned_for_less_and_less_often() -> None:
+    core = skewed(4, triggers=TriggerSettings(starving=1.0, period=20.0))
+    waits, now, last = [], 1.0, 1.0
+    while now < 60.0:
+        if due(core, now):
+            waits.append(now - last)
+            last = now
+            core.migration.planned("stay", 0.0, now)
+        now += 0.5
+    assert waits[:6] == [0.0, 1.0, 2.0, 4.0, 8.0, 16.0] and max(waits) <= 20.0
+    core.abort("r0", now)
+    core.abort("r1", now)
+    core.abort("r2", now)
+    core.abort("r3", now)
+    assert due(core, 80.0) == []
+    core.submit(NewRequest("new", [5], SamplingParams(max_tokens=4)), 80.0)
+    assert due(core, 81.5) == ["starving"], "once it was well, it is looked at every second again"
+
+
 def test_a_request_that_was_moved_does_not_starve_at_once() -> None:
     core = skewed(1, triggers=TriggerSettings(starving=5.0))
     due(core, 50.0)
