@@ -242,7 +242,8 @@ def _check(name: str, kinds: list[str], value: object) -> None:
 class ModelInfo:
     """What a loaded replica tells of its model: measured facts, kept apart from the configuration.
 
-    ``max_loras`` adapters can be on the device at once. ``merge_way`` is "shadow", "host" or "off", ``merge_bytes``
+    ``block_bytes`` are those of one KV block over all layers; 0 where they are not known. ``max_loras`` adapters can be
+    on the device at once. ``merge_way`` is "shadow", "host" or "off", ``merge_bytes``
     what its second copies take.
     """
 
@@ -259,6 +260,7 @@ class ModelInfo:
     depth: int
     attention_backend: str
     lora_backend: str
+    block_bytes: int = 0
     max_loras: int = 0
     merge_way: str = "off"
     merge_bytes: int = 0

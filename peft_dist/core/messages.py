@@ -12,11 +12,12 @@ import msgspec
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.config import ModelInfo
 from peft_dist.core.errors import PeftDistError
+from peft_dist.core.handover import SequenceState
 from peft_dist.core.outputs import PositionLogprobs
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.core.step_costs import StepCosts
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 
 class _Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
@@ -78,6 +79,34 @@ class UnloadAdapter(Command, frozen=True, kw_only=True):
 
     call_id: int
     content_hash: str
+
+
+class ExportRequests(Command, frozen=True, kw_only=True):
+    """Hold these sequences and copy their KV for another replica; answered by ``Exported`` with the same number.
+
+    They do not run until ``EndExport`` or ``AbortRequest``. Those that have ended by then are passed over.
+    """
+
+    handover: int
+    request_ids: list[str]
+
+
+class EndExport(Command, frozen=True, kw_only=True):
+    """Another replica runs the sequences now (``moved``), or they go on here; not answered, nor refused twice."""
+
+    handover: int
+    moved: bool
+
+
+class ImportRequests(Command, frozen=True, kw_only=True):
+    """Run sequences with the KV that another replica exported: all or none; answered by ``Imported``.
+
+    ``states`` are in the order of ``requests``, whose ids are the new ones. ``AbortRequest`` ends it at any time.
+    """
+
+    handover: int
+    requests: list[AddRequest]
+    states: list[SequenceState]
 
 
 class Shutdown(Command, frozen=True, kw_only=True):
@@ -189,14 +218,39 @@ class AdapterResult(Report, frozen=True, kw_only=True):
     error: str | None = None
 
 
+class Exported(Report, frozen=True, kw_only=True):
+    """Answer to ExportRequests: the sequences that have not ended. With ``error`` nothing was copied."""
+
+    handover: int
+    sequences: list[SequenceState] = []
+    error: str | None = None
+
+
+class Imported(Report, frozen=True, kw_only=True):
+    """Answer to ImportRequests: the sequences run here from now on or, with ``error``, nothing is left of them."""
+
+    handover: int
+    error: str | None = None
+
+
 class Fatal(Report, frozen=True, kw_only=True):
     """The replica cannot go on."""
 
     error: str
 
 
-AnyCommand = AddRequest | AbortRequest | LoadAdapter | PinAdapter | UnloadAdapter | Shutdown
-AnyReport = Ready | Started | Heartbeat | Progress | AdapterResult | Fatal
+AnyCommand = (
+    AddRequest
+    | AbortRequest
+    | ExportRequests
+    | EndExport
+    | ImportRequests
+    | LoadAdapter
+    | PinAdapter
+    | UnloadAdapter
+    | Shutdown
+)
+AnyReport = Ready | Started | Heartbeat | Progress | AdapterResult | Exported | Imported | Fatal
 
 
 class ProtocolError(PeftDistError):

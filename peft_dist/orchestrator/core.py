@@ -8,16 +8,14 @@ from collections.abc import Iterable
 from typing import Any
 
 from peft_dist.core.config import ModelInfo
-from peft_dist.core.errors import (
-    EngineDeadError,
-    InvalidRequestError,
-)
+from peft_dist.core.errors import EngineDeadError, InvalidRequestError
 from peft_dist.core.messages import (
-    AbortRequest,
     AdapterResult,
     AnyReport,
+    Exported,
     Fatal,
     Heartbeat,
+    Imported,
     Progress,
     Ready,
     ReplicaStats,
@@ -30,6 +28,7 @@ from peft_dist.orchestrator.adapters import AdapterRegistry
 from peft_dist.orchestrator.admission import check_prompt, check_token_parameters, resolve_max_tokens
 from peft_dist.orchestrator.client import NewRequest
 from peft_dist.orchestrator.dispatcher import Lengths
+from peft_dist.orchestrator.handover import Handover
 from peft_dist.orchestrator.lifecycle import Lifecycle
 from peft_dist.orchestrator.options import OrchestratorOptions
 from peft_dist.orchestrator.placer import Placer
@@ -72,6 +71,7 @@ class Orchestrator:
         self._events: list[Event] = []
         self._calls = AdapterCalls(self.adapters, self.replicas, self._events)
         self._placer = Placer(self._requests, self.replicas, self._calls, options.max_num_seqs, self._lengths)
+        self.handover = Handover(self._requests, self.replicas, self._placer, options.handover_timeout)
         self.lives = Lifecycle(self.replicas, options)
         self._stopping = False
 
@@ -105,7 +105,7 @@ class Orchestrator:
         """End a request, or one sequence of it, as "abort"; what is unknown or finished is ignored."""
         out: list[Outgoing] = []
         for record, sequence in self._requests.running(request_id, sequence_index):
-            out += self._abort_command(record, sequence)
+            out += self._placer.stop(record, sequence)
             self._finish(record, sequence, ending(sequence, "abort"), now)
         return out + self._place_waiting(now) + self._note_drained() + self._calls.tidy()
 
@@ -145,7 +145,7 @@ class Orchestrator:
             UnknownReplicaError, ReplicaStateError: there is no such replica, or it cannot be spared.
         """
         self.lives.drain(replica_id, leave=restart)
-        return self._placer.evacuate(now) + self._note_drained()
+        return self._evacuate(now) + self._note_drained()
 
     def resume_replica(self, replica_id: int, now: float) -> list[Outgoing]:
         """Let a draining or drained replica take requests again.
@@ -192,7 +192,7 @@ class Orchestrator:
         self.lives.ended(replica)
         if not self._stopping:
             self.lives.plan_restart(replica, now, was_asked=was_asked)
-        out = [to(replica, Shutdown()), *self._calls.lose(replica, error)]
+        out = [to(replica, Shutdown()), *self._calls.lose(replica, error), *self.handover.lose(replica, now)]
         if (guilty := self._placer.orphan(replica, now, by_death=not was_asked)) is not None:
             twice = f"{reason.rstrip('.')}. So did another replica with this request: it is not tried again."
             self._fail([guilty], EngineDeadError(twice))
@@ -221,7 +221,9 @@ class Orchestrator:
             case Ready():
                 out = self._observe_ready(replica, report, now)
             case AdapterResult():
-                out = self._calls.answered(replica, report) + self._place_waiting(now) + self._placer.evacuate(now)
+                out = self._calls.answered(replica, report) + self._place_waiting(now) + self._evacuate(now)
+            case Exported() | Imported():
+                out = self.handover.observe(replica, report, now)
             case Fatal():
                 out = self.lose_replica(replica_id, epoch, report.error, now)
         return out + self._note_drained() + self._calls.tidy()
@@ -231,7 +233,7 @@ class Orchestrator:
 
         Replicas that are not ready in time, or silent for too long, are lost; those that waited for it are started.
         """
-        out: list[Outgoing] = []
+        out = self.handover.tick(now)
         for lost, reason, hangs in self.lives.lost_by(now):
             out += self.lose_replica(lost.replica_id, lost.epoch, reason, now, hangs=hangs)
         for dead in self.lives.due(now):
@@ -244,7 +246,7 @@ class Orchestrator:
     def next_deadline(self) -> float:
         """When ``tick`` has something to do, if nothing happens before; infinity for never."""
         waiting = (record.waits_since + self._options.max_wait for record in self._requests.unplaced())
-        return min(self.lives.next_deadline(), min(waiting, default=math.inf))
+        return min(self.lives.next_deadline(), self.handover.next_deadline(), min(waiting, default=math.inf))
 
     def drain_events(self) -> list[Event]:
         """What happened since the last call, in order."""
@@ -283,11 +285,6 @@ class Orchestrator:
         if (error := self.health_error) is not None:
             raise EngineDeadError(error)
 
-    def _abort_command(self, record: RequestRecord, sequence: SequenceRecord) -> list[Outgoing]:
-        if record.replica_id is None:
-            return []
-        return [to(self.replicas[record.replica_id], AbortRequest(request_ids=[sequence.sequence_id]))]
-
     def _finish(self, record: RequestRecord, sequence: SequenceRecord, last: SequenceProgress, now: float) -> None:
         self._events.append(SequenceEvent(record.request_id, sequence.index, last))
         self._lengths.ended(record.content_hash, len(sequence.output_token_ids))
@@ -313,7 +310,7 @@ class Orchestrator:
             try:
                 new = unseen_part(sequence, progress)
             except ValueError as error:
-                out += self._abort_command(record, sequence)
+                out += self._placer.stop(record, sequence)
                 new = ending(sequence, "error", str(error))
             self._requests.advance(record, sequence, new.token_ids)
             if new.finish_reason is None:
@@ -326,7 +323,10 @@ class Orchestrator:
         self.replicas.mark_ready(replica, report, now)
         self.adapters.set_base(report.model)
         self._events.append(ReplicaReady(replica.replica_id, report.model))
-        return self._calls.welcome(replica) + self._place_waiting(now) + self._placer.evacuate(now)
+        return self._calls.welcome(replica) + self._place_waiting(now) + self._evacuate(now)
+
+    def _evacuate(self, now: float) -> list[Outgoing]:
+        return self._placer.evacuate(now, self.handover.move_record)
 
     def _place_waiting(self, now: float, error: EngineDeadError | None = None) -> list[Outgoing]:
         """Place what waits, and fail what waits in vain."""

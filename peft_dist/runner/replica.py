@@ -19,6 +19,7 @@ from peft_dist.core.cost_model import CostModel
 from peft_dist.core.errors import AdapterError, ConfigError
 from peft_dist.engine.adapter_manager import AdapterManager
 from peft_dist.engine.engine import Engine
+from peft_dist.engine.handovers import Handovers
 from peft_dist.engine.limits import SchedulerLimits
 from peft_dist.engine.scheduler import Scheduler
 from peft_dist.kernels import attention_backends, backend
@@ -58,6 +59,7 @@ class Replica:
     """
 
     engine: Engine
+    handovers: Handovers
     model_info: ModelInfo
     store: AdapterStore
     runner: ModelRunner
@@ -136,7 +138,7 @@ class Replica:
         self.executor.clear()
         self.config = config
         self.model_info = replace(self.model_info, max_loras=config.max_loras)
-        self.engine = new
+        self.engine, self.handovers = new, Handovers(new)
         for spec in old.adapters.values():
             self.engine.register_adapter(spec)
         for name, spec in pins:
@@ -250,7 +252,7 @@ def build_replica(config: EngineConfig) -> Replica:
         cost = CostModel(prior)
     engine = new_engine(config, info, executor, cost)
     kernels = KernelWarmUp(runner, config, longest)
-    replica = Replica(engine, info, store, runner, executor, config, config, identity, kernels)
+    replica = Replica(engine, Handovers(engine), info, store, runner, executor, config, config, identity, kernels)
     replica.warm_up(progress=True)
     return replica
 
@@ -302,6 +304,7 @@ def _describe(config: EngineConfig, runner: ModelRunner, longest: int, depth: in
         num_blocks=runner.kv.num_blocks,
         num_host_blocks=config.num_host_blocks,
         block_size=config.block_size,
+        block_bytes=runner.kv.bytes_per_block,
         device=str(runner.device),
         dtype=str(runner.model.dtype).removeprefix("torch."),
         depth=depth,

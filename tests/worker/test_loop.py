@@ -13,6 +13,7 @@ import pytest
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.messages import AddRequest, AnyReport, LoadAdapter, Progress, ReplicaDetail, Shutdown, UnloadAdapter
 from peft_dist.core.sampling_params import SamplingParams
+from peft_dist.engine.handovers import Handovers
 from peft_dist.worker.detail_schedule import CHANGE_SECONDS
 from peft_dist.worker.loop import WorkerLoop
 from tests.engine.test_engine import make_engine
@@ -65,6 +66,7 @@ class EngineReplica:
 
     def __init__(self) -> None:
         self.engine = make_engine(num_slots=1)
+        self.handovers = Handovers(self.engine)
         self._pipe = os.pipe()
         self.warm_ups: list[bool] = []
 
