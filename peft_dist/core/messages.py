@@ -227,10 +227,14 @@ class Exported(Report, frozen=True, kw_only=True):
 
 
 class Imported(Report, frozen=True, kw_only=True):
-    """Answer to ImportRequests: the sequences run here from now on or, with ``error``, nothing is left of them."""
+    """Answer to ImportRequests: the sequences run here from now on or, with ``error``, nothing is left of them.
+
+    ``is_full``: It was for lack of free blocks.
+    """
 
     handover: int
     error: str | None = None
+    is_full: bool = False
 
 
 class Fatal(Report, frozen=True, kw_only=True):

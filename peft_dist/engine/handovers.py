@@ -91,10 +91,10 @@ class Handovers:
         """Take requests in with their KV, all or none; ``poll`` tells the end."""
         by_id = {request.request_id: state for request, state in zip(requests, states, strict=True)}
         arrival = _Transfer(handover, list(requests), self._scheduler.next_step, by_id)
-        if (problem := self._allocate(arrival)) is not None:
-            self._refused.append(Imported(handover=handover, error=problem))
-            return
-        self._imports[handover] = arrival
+        if (refusal := self._allocate(arrival)) is not None:
+            self._refused.append(refusal)
+        else:
+            self._imports[handover] = arrival
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Give up imports that have one of these requests; their blocks are free once nobody fills them any more."""
@@ -181,21 +181,23 @@ class Handovers:
             kv=kv,
         )
 
-    def _allocate(self, arrival: _Transfer) -> str | None:
-        """Blocks for all that is to come; why there are none."""
+    def _allocate(self, arrival: _Transfer) -> Imported | None:
+        """Blocks for all that is to come; the refusal when there are none."""
         blocks = self._scheduler.blocks
-        for number, request in enumerate(arrival.requests):
-            state = arrival.states[request.request_id]
-            if request.request_id in self._engine.requests or blocks.blocks_of(request.request_id, 1)[0]:
-                problem = f"request id {request.request_id!r} is already in use"
-            elif state.kv is None or blocks.allocate(request.request_id, [], state.num_computed_tokens):
+        taken: list[str] = []
+        for request in arrival.requests:
+            request_id, state = request.request_id, arrival.states[request.request_id]
+            is_in_use = request_id in self._engine.requests or bool(blocks.blocks_of(request_id, 1)[0])
+            if not is_in_use and (state.kv is None or blocks.allocate(request_id, [], state.num_computed_tokens)):
+                taken.append(request_id)
                 continue
-            else:
-                needed = blocks.blocks_for(state.num_computed_tokens)
-                problem = f"{needed} KV blocks are needed and {blocks.num_free} are free: try again, or compute it anew"
-            for other in arrival.requests[:number]:
-                blocks.free(other.request_id)
-            return problem
+            for other in taken:
+                blocks.free(other)
+            if is_in_use:
+                return Imported(handover=arrival.handover, error=f"request id {request_id!r} is already in use")
+            needed = blocks.blocks_for(state.num_computed_tokens)
+            problem = f"{needed} KV blocks are needed and {blocks.num_free} are free: try again later"
+            return Imported(handover=arrival.handover, error=problem, is_full=True)
         return None
 
     def _enter(self, arrival: _Transfer) -> Imported:

@@ -48,8 +48,8 @@ class Handover:
     """Moves requests between replicas: asked (the source holds it), exported, imported, released.
 
     At every moment one replica owns the request: the source until ``Imported``, from then on the target, under sequence
-    ids that nobody knew before. Whatever fails before that (an error, a death, a deadline), the request goes on at its
-    source, where it still is; or, if the source is lost or drains, elsewhere from the tokens that are known.
+    ids that nobody knew before. Where the target lacks room, dies or takes too long, the request goes on at its source,
+    which still holds it; where its KV cannot be had, or the source is lost or drains, elsewhere from the known tokens.
     """
 
     def __init__(self, requests: RequestTable, replicas: ReplicaTable, placer: Placer, timeout: float) -> None:
@@ -164,7 +164,7 @@ class Handover:
         if not self._is_current(move):
             return self._drop(move)
         if report.error is not None:
-            return self._give_up(move, now)
+            return self._give_up(move, now) if report.is_full else self._recompute(move, now)
         del self._moves[move.number]
         self.num_with_kv += 1
         gone = [sequence_id for index, sequence_id in move.ids.items() if index not in move.record.unfinished]

@@ -184,6 +184,10 @@ class EngineService:
         self._act(self._core.resume_replica(replica_id, self._now()))
         self._end_drain(replica_id, ReplicaStateError(f"replica {replica_id} was resumed"))
 
+    def move_request(self, request_id: str, replica_id: int, *, with_kv: bool | None = None) -> None:
+        """As ``Handover.move``."""
+        self._act(self._core.handover.move(request_id, replica_id, self._now(), with_kv=with_kv))
+
     async def drain(self, timeout: float) -> bool:
         """Admit nothing any more and wait for what runs; False when ``timeout`` seconds were not enough."""
         self._core.drain()

@@ -132,7 +132,7 @@ def test_deaths(stage: str, victim: str) -> None:
 def test_what_cannot_be_imported_goes_on_where_it_was() -> None:
     moving = Moving()
     moving.export()
-    out = moving.say(moving.target, Imported(handover=1, error="no blocks"))
+    out = moving.say(moving.target, Imported(handover=1, error="no blocks", is_full=True))
     assert commands(out, moving.source) == [EndExport(handover=1, moved=False)]
     assert moving.owner == moving.source and not any(isinstance(each.command, AddRequest) for each in out)
     moving.say(moving.source, tokens("r-0", [9], 2))
@@ -149,6 +149,15 @@ def test_what_cannot_be_exported_is_computed_again() -> None:
     assert commands(out, moving.source) == [EndExport(handover=1, moved=False), AbortRequest(request_ids=["r-0"])]
     [add] = commands(out, moving.target)
     assert isinstance(add, AddRequest) and add.output_token_ids == [7, 8] and moving.owner == moving.target
+
+
+def test_what_cannot_be_read_is_computed_again_where_it_was_to_go() -> None:
+    moving = Moving()
+    moving.export()
+    out = moving.say(moving.target, Imported(handover=1, error="the memory is gone"))
+    [_, add] = commands(out, moving.target)
+    assert isinstance(add, AddRequest) and add.request_id == "r-0~2" and moving.owner == moving.target
+    assert commands(out, moving.source) == [EndExport(handover=1, moved=False), AbortRequest(request_ids=["r-0"])]
 
 
 def test_an_export_that_does_not_fit_what_is_known_is_not_believed() -> None:
