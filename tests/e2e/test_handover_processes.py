@@ -22,6 +22,8 @@ from peft_dist.worker.launcher import PlainLauncher
 from tests.e2e.test_processes import run
 from tests.tiny_models import make_model, random_adapter, target_modules
 
+# Starting two processes with torch takes half a minute on two busy cores; around fakes: test_replicas.py.
+pytestmark = pytest.mark.slow
 NUM_TOKENS = 60
 PROMPT = [5 + i % 60 for i in range(40)]
 
@@ -59,6 +61,10 @@ async def started(folder: Path) -> AsyncIterator[EngineService]:
 def owner(service: EngineService, name: str) -> int | None:
     running = service._core._requests.running(name)
     return running[0][0].replica_id if running else None
+
+
+def has_drawn(service: EngineService, name: str) -> bool:
+    return any(sequence.output_token_ids for _, sequence in service._core._requests.running(name))
 
 
 async def read(
@@ -118,8 +124,8 @@ def test_a_death_on_the_way_costs_no_token(folder: Path, victim: str) -> None:
         async with started(folder) as service:
             alone = [await read(service, f"alone{i}", *kind) for i, kind in enumerate(kinds())]
             readers = [asyncio.create_task(read(service, f"r{i}", *kind)) for i, kind in enumerate(kinds())]
-            while not all(service._core._requests.running(f"r{i}")[0][1].output_token_ids for i in range(4)):
-                await asyncio.sleep(0)
+            while not all(has_drawn(service, f"r{i}") for i in range(4)):
+                await asyncio.sleep(0.001)
             source = owner(service, "r0")
             assert source is not None
             for i in range(4):
