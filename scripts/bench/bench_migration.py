@@ -49,8 +49,8 @@ class Reading:
     times: list[float] = field(default_factory=list)
 
     def gaps(self, first: int, last: int | None = None) -> list[float]:
-        """Seconds before the tokens ``first`` to ``last``."""
-        times = self.times[first - 1 : last]
+        """Seconds before each of the tokens ``first`` to ``last``, which count from 1; from 2 on there are any."""
+        times = self.times[first - 2 : last]
         return [after - before for before, after in pairwise(times)]
 
 
