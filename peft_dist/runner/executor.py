@@ -71,7 +71,7 @@ class TorchExecutor:
         """``load_timeout``: Seconds for reading one adapter; None is no limit."""
         self.runner = runner
         self._loader = AdapterLoader(runner.store, load_timeout)
-        self._transfers = KVTransfers(runner.kv)
+        self.transfers = KVTransfers(runner.kv)
         self._slots: dict[str, int] = {}
         self._mergeable: dict[str, bool] = {}
         self._switch: DeviceSpan | None = None
@@ -213,19 +213,19 @@ class TorchExecutor:
             self.runner.merge.discard(content_hash)
 
     def start_export(self, key: int, blocks: Sequence[int], *, on_host: bool) -> None:
-        self._transfers.start_export(key, blocks, on_host=on_host)
+        self.transfers.start_export(key, blocks, on_host=on_host)
 
     def start_import(self, key: int, kv: KVHandle, blocks: Sequence[int]) -> None:
-        self._transfers.start_import(key, kv, blocks)
+        self.transfers.start_import(key, kv, blocks)
 
     def take_transfers(self) -> list[TransferOutcome]:
-        return self._transfers.take()
+        return self.transfers.take()
 
     def end_export(self, key: int) -> None:
-        self._transfers.end_export(key)
+        self.transfers.end_export(key)
 
     def transfers_fileno(self) -> int:
-        return self._transfers.fileno()
+        return self.transfers.fileno()
 
     def clear(self) -> None:
         """Bring the base weights back and empty every slot. No batch and no load may be under way."""
@@ -239,4 +239,4 @@ class TorchExecutor:
     def close(self) -> None:
         """End the threads of the loader; the loads under way are not told of."""
         self._loader.close()
-        self._transfers.close()
+        self.transfers.close()

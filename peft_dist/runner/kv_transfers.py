@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Protocol
 
 import msgspec
+import torch
 
 from peft_dist.core.handover import KVHandle
 from peft_dist.engine.executor import TransferOutcome
@@ -15,11 +17,45 @@ from peft_dist.runner.background import BackgroundCalls
 from peft_dist.runner.shared_memory import MemoryGoneError, SharedMemory, open_memory
 
 
+class Transport(Protocol):
+    """How others read what was exported here, and how theirs is read; the latter on the thread of the copies."""
+
+    def offer(self, memory: SharedMemory) -> str | None:
+        """Let others read it; the address for those on other hosts, None where there is none."""
+        ...
+
+    def withdraw(self, memory: SharedMemory) -> None:
+        """Nobody need read it any more."""
+        ...
+
+    def open(self, kv: KVHandle) -> torch.Tensor:
+        """Contents of another replica's export. Raises MemoryGoneError."""
+        ...
+
+
+class SameHost:
+    """Replicas of one host open each other's memory."""
+
+    def offer(self, memory: SharedMemory) -> str | None:
+        return None
+
+    def withdraw(self, memory: SharedMemory) -> None:
+        pass
+
+    def open(self, kv: KVHandle) -> torch.Tensor:
+        return open_memory(kv.pid, kv.descriptor, kv.token, kv.num_bytes)
+
+
 class KVTransfers:
-    """Starts copies, and tells of their ends. Exports are kept until they are ended."""
+    """Starts copies, and tells of their ends. Exports are kept until they are ended.
+
+    Attributes:
+        transport: May be changed while nothing is exported.
+    """
 
     def __init__(self, pool: KVCachePool) -> None:
         self._pool = pool
+        self.transport: Transport = SameHost()
         self._calls: BackgroundCalls[int, SharedMemory | None] = BackgroundCalls("kv-transfer", 1)
         self._exports: dict[int, SharedMemory | None] = {}
 
@@ -38,7 +74,9 @@ class KVTransfers:
 
     def end_export(self, key: int) -> None:
         """As ``Executor.end_export``."""
-        self._exports.pop(key, None)
+        memory = self._exports.pop(key, None)
+        if memory is not None:
+            self.transport.withdraw(memory)
 
     def take(self) -> list[TransferOutcome]:
         """As ``Executor.take_transfers``."""
@@ -66,7 +104,7 @@ class KVTransfers:
         num_bytes = len(blocks) * self._pool.bytes_per_block
         if (kv.layout, kv.num_bytes) != (self._pool.layout, num_bytes):
             raise MemoryGoneError(f"{kv.num_bytes} bytes of {kv.layout} do not fit {num_bytes} of {self._pool.layout}")
-        write_blocks(self._pool, blocks, open_memory(kv.pid, kv.descriptor, kv.token, kv.num_bytes))
+        write_blocks(self._pool, blocks, self.transport.open(kv))
 
     def _describe(self, memory: SharedMemory) -> KVHandle:
         num_bytes = len(memory.contents)
@@ -77,4 +115,5 @@ class KVTransfers:
             token=memory.token,
             pid=os.getpid(),
             descriptor=memory.descriptor,
+            address=self.transport.offer(memory),
         )

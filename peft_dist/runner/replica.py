@@ -37,6 +37,7 @@ from peft_dist.runner.decision_log import DecisionLog
 from peft_dist.runner.executor import TorchExecutor
 from peft_dist.runner.graph_setup import are_captured, graph_bytes, make_graphs
 from peft_dist.runner.kv_probe import probe_kv_shapes
+from peft_dist.runner.kv_transfers import Transport
 from peft_dist.runner.loader import end_of_sequence_ids, has_tokenizer, load_model, max_positions, resolve_device
 from peft_dist.runner.memory import MemoryLeft, count_blocks
 from peft_dist.runner.merge_setup import as_in_the_base, later_device_bytes, make_merging
@@ -150,6 +151,10 @@ class Replica:
         if self.runner.graphs is not None:
             self.runner.graphs.capture(lora=bool(self.store.registered), progress=progress)
         self.kernels.finish(progress=progress)
+
+    def use_transport(self, transport: Transport) -> None:
+        """How KV gets to replicas of other hosts, from now on."""
+        self.executor.transfers.transport = transport
 
     def warm_up_some(self) -> bool:
         """A little of what compiles kernels that registered adapters need; False: nothing is left of that to do."""

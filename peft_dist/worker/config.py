@@ -25,6 +25,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         world_size: Processes that the replica should have.
         replica_factory: "module:function" that makes a replica of an ``EngineConfig``.
         heartbeat_seconds: Between two signs of life.
+        kv_endpoint: Where replicas of other hosts may read exported KV, such as "tcp://10.0.0.5:*"; None: nowhere.
         log_level: Of the worker's own log on stderr.
     """
 
@@ -35,6 +36,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     world_size: int = 1
     replica_factory: str = DEFAULT_REPLICA_FACTORY
     heartbeat_seconds: float = 1.0
+    kv_endpoint: str | None = None
     log_level: str = "info"
 
     def write(self, path: Path) -> None:

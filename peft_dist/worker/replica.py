@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.config import ModelInfo
 from peft_dist.core.handover import SequenceState
 from peft_dist.core.messages import Exported, Imported, ReplicaDetail, ReplicaStats, SequenceProgress
 from peft_dist.core.request import Request
+
+if TYPE_CHECKING:  # It needs torch, of which a replica in a test knows nothing.
+    from peft_dist.runner.kv_transfers import Transport
 
 
 class ReplicaEngine(Protocol):
@@ -107,6 +110,10 @@ class Replica(Protocol):
 
         Raises AdapterError when it is refused.
         """
+        ...
+
+    def use_transport(self, transport: Transport) -> None:
+        """How KV gets to replicas of other hosts, from now on."""
         ...
 
     def warm_up_some(self) -> bool:

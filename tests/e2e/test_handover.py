@@ -6,6 +6,7 @@ import select
 from collections.abc import Iterator
 
 import hypothesis.strategies as st
+import msgspec
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -14,7 +15,9 @@ from peft_dist.core.config import EngineConfig
 from peft_dist.core.messages import Exported, Imported
 from peft_dist.core.request import Request
 from peft_dist.core.sampling_params import SamplingParams
+from peft_dist.runner.kv_transfers import SameHost
 from peft_dist.runner.replica import Replica, build_replica
+from peft_dist.worker.kv_server import TcpTransport
 from tests.tiny_models import VOCAB_SIZE, make_model, random_adapter, target_modules
 
 torch.set_num_threads(1)
@@ -60,7 +63,7 @@ class Running:
     def assert_empty(self) -> None:
         blocks = self.replica.engine.scheduler.blocks
         assert blocks.num_free == blocks.num_blocks and not self.replica.runner.records
-        assert not self.replica.executor._transfers._exports
+        assert not self.replica.executor.transfers._exports
 
 
 def request(name: str, prompt: list[int], params: dict[str, object], spec: object, drawn: list[int]) -> Request:
@@ -151,3 +154,40 @@ def test_tokens_are_those_of_a_request_that_stays(
     alone.drain()
     assert ours == alone.drawn["alone"]
     assert source.drawn["beside"] == target.drawn["there"]
+
+
+def test_kv_of_another_host_comes_over_tcp(replicas: list[list[Replica]]) -> None:
+    source, target = (Running(replica) for replica in replicas[0])
+    params: dict[str, object] = {"temperature": 0.0, "max_tokens": 20}
+    prompt = [3 + i for i in range(25)]
+    moving = request("r", prompt, params, None, [])
+    source.replica.engine.add_request(moving)
+    for _ in range(9):
+        source.step()
+    transports = [TcpTransport("tcp://127.0.0.1:*") for _ in replicas[0]]
+    for replica, transport in zip(replicas[0], transports, strict=True):
+        replica.use_transport(transport)
+    source.replica.handovers.export(1, ["r"])
+    exported = source.wait()
+    assert isinstance(exported, Exported)
+    [state] = exported.sequences
+    assert state.kv is not None and state.num_computed_tokens > 25
+    # A process that does not exist here.
+    far = msgspec.structs.replace(state, kv=msgspec.structs.replace(state.kv, pid=1 << 30))
+    twin = request("r~1", prompt, params, None, source.drawn["r"])
+    target.replica.handovers.import_requests(1, [twin], [far])
+    assert target.wait() == Imported(handover=1) and twin.num_computed_tokens == state.num_computed_tokens
+    source.replica.handovers.end_export(1, moved=True)
+    target.drawn["r~1"] = list(source.drawn["r"])
+    target.drain()
+    # What was let go cannot be had any more.
+    target.replica.handovers.import_requests(2, [request("r~2", prompt, params, None, [])], [far])
+    assert "MemoryGoneError" in str(target.wait())
+    for replica, transport in zip(replicas[0], transports, strict=True):
+        replica.use_transport(SameHost())
+        transport.close()
+    source.replica.engine.add_request(request("alone", prompt, params, None, []))
+    source.drain()
+    assert target.drawn["r~1"] == source.drawn["alone"]
+    source.assert_empty()
+    target.assert_empty()
