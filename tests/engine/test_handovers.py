@@ -260,8 +260,26 @@ def test_blocks_of_an_aborted_import_are_nobodys_before_the_copy_has_ended() -> 
     target.handovers.abort(["r~1"])
     assert target.engine.scheduler.blocks.num_free == 60
     while (report := target.told(Imported)) is None:
+        if target.engine.executor.copying:  # type: ignore[attr-defined]
+            assert target.engine.scheduler.blocks.num_free == 60
         target.round()
-    assert report.error == "it was aborted"
+    assert report.error == "it was aborted" and not target.engine.executor.copying  # type: ignore[attr-defined]
+    assert_empty(target.engine)
+
+
+def test_who_is_aborted_before_its_first_step_leaves_nothing() -> None:
+    source, target = sides()
+    request = make_request("r", [3] * 15, 0, 8, ignore_eos=True)
+    source.engine.add_request(request)
+    source.round()
+    [state] = export(source, ["r"]).sequences
+    target.handovers.import_requests(1, [twin(request, source.drawn("r"))], [state])
+    while not (reports := target.handovers.poll()):
+        pass
+    assert reports == [Imported(handover=1)] and target.engine.has_work
+    target.engine.abort(["r~1"])
+    target.engine.add_request(make_request("next", [3] * 3, 0, 1))
+    target.drain()
     assert_empty(target.engine)
 
 

@@ -71,6 +71,8 @@ def test_the_way_of_a_request_that_moves() -> None:
     moving = Moving()
     assert commands(moving.asked, moving.source) == [ExportRequests(handover=1, request_ids=["r-0"])]
     assert moving.core.handover.move("r", moving.target, 1.0) == [], "it is under way"
+    assert moving.say(moving.target, Imported(handover=1)) == [], "it was not asked to"
+    assert moving.say(moving.target, Exported(handover=1)) == [] and moving.owner == moving.source
     out = moving.export()
     [command] = commands(out, moving.target)
     assert len(out) == 1 and isinstance(command, ImportRequests) and command.states == [state("r-0")]
