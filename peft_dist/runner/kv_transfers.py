@@ -11,7 +11,7 @@ import torch
 
 from peft_dist.core.handover import KVHandle
 from peft_dist.engine.executor import TransferOutcome
-from peft_dist.kernels.kv_copy import read_blocks, write_blocks
+from peft_dist.kernels.kv_copy import KVCopier
 from peft_dist.kernels.kv_pool import KVCachePool
 from peft_dist.runner.background import BackgroundCalls
 from peft_dist.runner.shared_memory import MemoryGoneError, SharedMemory, open_memory
@@ -55,6 +55,7 @@ class KVTransfers:
 
     def __init__(self, pool: KVCachePool) -> None:
         self._pool = pool
+        self._copier = KVCopier(pool)
         self.transport: Transport = SameHost()
         self._calls: BackgroundCalls[int, SharedMemory | None] = BackgroundCalls("kv-transfer", 1)
         self._exports: dict[int, SharedMemory | None] = {}
@@ -97,14 +98,14 @@ class KVTransfers:
 
     def _copy_out(self, blocks: Sequence[int], *, on_host: bool) -> SharedMemory:
         memory = SharedMemory(len(blocks) * self._pool.bytes_per_block)
-        read_blocks(self._pool, blocks, memory.contents, on_host=on_host)
+        self._copier.read(blocks, memory.contents, on_host=on_host)
         return memory
 
     def _copy_in(self, kv: KVHandle, blocks: Sequence[int]) -> None:
         num_bytes = len(blocks) * self._pool.bytes_per_block
         if (kv.layout, kv.num_bytes) != (self._pool.layout, num_bytes):
             raise MemoryGoneError(f"{kv.num_bytes} bytes of {kv.layout} do not fit {num_bytes} of {self._pool.layout}")
-        write_blocks(self._pool, blocks, self.transport.open(kv))
+        self._copier.write(blocks, self.transport.open(kv))
 
     def _describe(self, memory: SharedMemory) -> KVHandle:
         num_bytes = len(memory.contents)
