@@ -17,10 +17,10 @@ from tests.engine.test_engine import assert_empty, expected, make_engine, make_r
 class Side:
     """An engine and its handovers, and what it told."""
 
-    def __init__(self, memory: dict[str, object], **options: object) -> None:
+    def __init__(self, memory: dict[str, object], ahead: int = 16, **options: object) -> None:
         self.engine: Engine = make_engine(**options)  # type: ignore[arg-type]
         self.engine.executor.memory = memory  # type: ignore[attr-defined]
-        self.handovers = Handovers(self.engine)
+        self.handovers = Handovers(self.engine, ahead)
         self.progress: dict[str, list[SequenceProgress]] = {}
         self.reports: list[Exported | Imported] = []
         self.now = 0.0
@@ -59,7 +59,7 @@ def sides(depth: int = 0, delay: int = 0, **options: object) -> tuple[Side, Side
 
 def export(source: Side, ids: list[str], number: int = 1) -> Exported:
     source.handovers.export(number, ids)
-    for _ in range(20):
+    for _ in range(40):
         source.round()
         if (report := source.told(Exported)) is not None:
             assert isinstance(report, Exported)
@@ -97,6 +97,7 @@ plans = st.lists(st.tuples(prompts, st.integers(0, 4), st.integers(1, 14), st.bo
     host=st.sampled_from([0, 20]),
     num_blocks=st.sampled_from([12, 20, 64]),
     mask=st.integers(1, 31),
+    ahead=st.sampled_from([1, 2, 16]),
     fate=st.sampled_from(["moved", "cancelled", "refused", "copy fails", "gone", "aborted"]),
 )
 def test_every_request_has_the_tokens_it_has_alone(
@@ -107,9 +108,10 @@ def test_every_request_has_the_tokens_it_has_alone(
     host: int,
     num_blocks: int,
     mask: int,
+    ahead: int,
     fate: str,
 ) -> None:
-    source, target = sides(depth, delay, num_blocks=num_blocks, host=host, max_tokens=16)
+    source, target = sides(depth, delay, num_blocks=num_blocks, host=host, max_tokens=16, ahead=ahead)
     requests = {
         f"r{i}": make_request(f"r{i}", prompt, adapter, length, prompt_logprobs=0 if scored else None)
         for i, (prompt, adapter, length, scored) in enumerate(plans)
@@ -208,7 +210,7 @@ def test_a_swapped_request_is_exported_from_the_host() -> None:
     while requests[1].status is not RequestStatus.SWAPPED:
         source.round()
     [state] = export(source, ["r1"]).sequences
-    assert state.kv is not None and state.num_computed_tokens
+    assert state.kv and state.num_computed_tokens
     assert bring(target, [twin(requests[1], source.drawn("r1"))], [state]).error is None
     source.handovers.end_export(1, moved=True)
     source.drain()
@@ -311,9 +313,82 @@ def test_ids_in_use_and_adapters_that_are_gone_are_refused() -> None:
     target.drain()
     target.engine.forget_adapter("hash0")
     assert "not registered" in str(bring(target, [moving], [state], 2).error)
-    assert "in use" in str(bring(target, [moving, moving], [replace_kv(state), state], 3).error)
+    assert "in use" in str(bring(target, [moving, moving], [state, state], 3).error)
+    odd = SequenceState("r", state.num_output_tokens, state.num_computed_tokens + 9, kv=state.kv)
+    assert "not those that were exported" in str(bring(target, [moving], [odd], 4).error)
     assert_empty(target.engine)
 
 
-def replace_kv(state: SequenceState) -> SequenceState:
-    return SequenceState(state.request_id, state.num_output_tokens, kv=state.kv, num_computed_tokens=4)
+@pytest.mark.parametrize("depth", [0, 1])
+def test_full_blocks_are_copied_while_the_request_runs(depth: int) -> None:
+    source, target = sides(depth, delay=5, ahead=2)
+    request = make_request("r", [1 + i for i in range(13)], 0, 30, ignore_eos=True)
+    source.engine.add_request(request)
+    for _ in range(4):
+        source.round()
+    before = len(request.output_token_ids)
+    source.handovers.export(1, ["r"])
+    while "r" in source.engine.scheduler.queue:
+        source.round()
+    assert len(request.output_token_ids) >= before + 4, "it ran meanwhile"
+    while (report := source.told(Exported)) is None:
+        source.round()
+    assert isinstance(report, Exported)
+    [state] = report.sequences
+    first, rest = state.kv
+    assert first.num_blocks >= 3 and rest.num_blocks >= 1
+    assert first.num_blocks + rest.num_blocks == -(-state.num_computed_tokens // 4)
+    assert bring(target, [twin(request, source.drawn("r"))], [state]).error is None
+    source.handovers.end_export(1, moved=True)
+    target.drain()
+    assert source.drawn("r") + [t for p in target.progress["r~1"] for t in p.token_ids] == expected(request)
+    assert_empty(source.engine)
+    assert_empty(target.engine)
+
+
+def test_what_was_copied_ahead_is_not_believed_after_a_preemption() -> None:
+    source, target = sides(delay=5, ahead=1, num_blocks=10)
+    elder = make_request("elder", [9] * 6, 0, 26, ignore_eos=True)
+    request = make_request("r", [1 + i for i in range(13)], 0, 12, ignore_eos=True)
+    for each in (elder, request):
+        source.engine.add_request(each)
+    while source.engine.scheduler.blocks.num_free > 1:
+        source.round()
+    source.handovers.export(1, ["r"])
+    while (report := source.told(Exported)) is None:
+        source.round()
+    assert request.num_preemptions and isinstance(report, Exported)
+    answer = bring(target, [twin(request, source.drawn("r"))], report.sequences)
+    assert answer.error is None
+    source.handovers.end_export(1, moved=True)
+    source.drain()
+    target.drain()
+    assert source.drawn("r") + [t for p in target.progress["r~1"] for t in p.token_ids] == expected(request)
+    assert source.drawn("elder") == expected(elder)
+
+
+def test_an_export_that_is_ended_early_leaves_the_request_running() -> None:
+    source, _ = sides(delay=5, ahead=1)
+    request = make_request("r", [3] * 15, 0, 30, ignore_eos=True)
+    source.engine.add_request(request)
+    for _ in range(3):
+        source.round()
+    source.handovers.export(1, ["r"])
+    source.round()
+    source.handovers.end_export(1, moved=False)
+    source.drain()
+    assert source.drawn("r") == expected(request) and source.told(Exported) is None
+    assert_empty(source.engine)
+
+
+def test_what_ends_before_its_blocks_are_copied_ahead_holds_nothing_up() -> None:
+    source, _ = sides(1, ahead=1)
+    request = make_request("r", [3] * 15, 0, 3, ignore_eos=True)
+    source.engine.add_request(request)
+    while source.engine.has_work and len(request.output_token_ids) < 2:
+        source.round()
+    source.handovers.export(1, ["r"])
+    source.drain()
+    # Nobody would wake a loop for it.
+    reports = source.reports + source.handovers.poll()
+    assert reports == [Exported(handover=1)] and not source.handovers.is_due

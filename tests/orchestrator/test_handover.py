@@ -28,7 +28,7 @@ KV = KVHandle("tiny", 1, 64, "token", 1, 1)
 
 
 def state(sequence_id: str, drawn: int = 2) -> SequenceState:
-    return SequenceState(sequence_id, drawn, num_computed_tokens=drawn, kv=KV)
+    return SequenceState(sequence_id, drawn, num_computed_tokens=drawn, kv=[KV])
 
 
 class Moving:

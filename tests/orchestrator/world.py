@@ -128,15 +128,16 @@ class MiniReplica:
         if request_id not in self.started:
             return SequenceState(request_id, drawn)
         kv = KVHandle("mini", 1, drawn, f"{self.epoch}", 0, 0)
-        return SequenceState(request_id, drawn, len(add.prompt_token_ids) + drawn - 1, kv=kv)
+        return SequenceState(request_id, drawn, len(add.prompt_token_ids) + drawn - 1, kv=[kv])
 
     def _import(self, command: ImportRequests, error: str | None) -> Imported:
         if any(add.request_id in self.aborted_imports for add in command.requests):
             error = "aborted"
         for add, state in zip(command.requests, command.states, strict=True):
             assert add.content_hash is None or add.content_hash in self.held, "an adapter the replica lacks"
-            assert add.request_id not in self.running and len(add.output_token_ids) == state.num_output_tokens
+            assert add.request_id not in self.running
             if error is None:
+                assert len(add.output_token_ids) == state.num_output_tokens
                 self.running[add.request_id] = (add, len(add.output_token_ids))
         return Imported(handover=command.handover, error=error)
 

@@ -233,7 +233,7 @@ def test_imports_are_refused_in_words_and_can_be_aborted(replica: EngineReplica)
     replica.engine.executor.copy_delay = 3  # type: ignore[attr-defined]
     kv = KVHandle("fake", 1, 1, "token", 0, 0)
     replica.engine.executor.memory["token"] = [[(5, ""), (6, ""), (7, ""), None]]  # type: ignore[attr-defined]
-    states = [SequenceState("before", 0, 2, kv=kv)]
+    states = [SequenceState("before", 0, 2, kv=[kv])]
     script = Script(
         [ImportRequests(handover=1, requests=[add("x", "not here")], states=states)],
         [ImportRequests(handover=2, requests=[add("y", None)], states=states)],
