@@ -72,6 +72,7 @@ class Orchestrator:
         self._calls = AdapterCalls(self.adapters, self.replicas, self._events)
         self._placer = Placer(self._requests, self.replicas, self._calls, options.max_num_seqs, self._lengths)
         self.handover = Handover(self._requests, self.replicas, self._placer, options.handover_timeout)
+        self._placer.mover = self.handover.move_record
         self.lives = Lifecycle(self.replicas, options)
         self._stopping = False
 
@@ -145,7 +146,7 @@ class Orchestrator:
             UnknownReplicaError, ReplicaStateError: there is no such replica, or it cannot be spared.
         """
         self.lives.drain(replica_id, leave=restart)
-        return self._evacuate(now) + self._note_drained()
+        return self._placer.evacuate(now) + self._note_drained()
 
     def resume_replica(self, replica_id: int, now: float) -> list[Outgoing]:
         """Let a draining or drained replica take requests again.
@@ -221,7 +222,7 @@ class Orchestrator:
             case Ready():
                 out = self._observe_ready(replica, report, now)
             case AdapterResult():
-                out = self._calls.answered(replica, report) + self._place_waiting(now) + self._evacuate(now)
+                out = self._calls.answered(replica, report) + self._place_waiting(now) + self._placer.evacuate(now)
             case Exported() | Imported():
                 out = self.handover.observe(replica, report, now)
             case Fatal():
@@ -323,10 +324,7 @@ class Orchestrator:
         self.replicas.mark_ready(replica, report, now)
         self.adapters.set_base(report.model)
         self._events.append(ReplicaReady(replica.replica_id, report.model))
-        return self._calls.welcome(replica) + self._place_waiting(now) + self._evacuate(now)
-
-    def _evacuate(self, now: float) -> list[Outgoing]:
-        return self._placer.evacuate(now, self.handover.move_record)
+        return self._calls.welcome(replica) + self._place_waiting(now) + self._placer.evacuate(now)
 
     def _place_waiting(self, now: float, error: EngineDeadError | None = None) -> list[Outgoing]:
         """Place what waits, and fail what waits in vain."""

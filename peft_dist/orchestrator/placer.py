@@ -16,7 +16,11 @@ MAX_DEATHS = 2
 
 
 class Placer:
-    """Gives requests to replicas that hold their adapters. Calls return commands to send."""
+    """Gives requests to replicas that hold their adapters. Calls return commands to send.
+
+    Attributes:
+        mover: What moves requests from draining replicas: ``move``, unless there is something better.
+    """
 
     def __init__(
         self, requests: RequestTable, replicas: ReplicaTable, calls: AdapterCalls, max_num_seqs: int, lengths: Lengths
@@ -26,6 +30,7 @@ class Placer:
         self._calls = calls
         self._lengths = lengths
         self._dispatcher = Dispatcher(requests, lengths, max_num_seqs)
+        self.mover: Callable[[RequestRecord, Replica, float], list[Outgoing]] = self.move
         # The last suspect that was placed.
         self._tried: RequestRecord | None = None
 
@@ -78,13 +83,13 @@ class Placer:
         able = self._able(record)
         return self.move(record, self._dispatcher.choose(record, able), now) if able else []
 
-    def evacuate(self, now: float, move: Callable[[RequestRecord, Replica, float], list[Outgoing]]) -> list[Outgoing]:
+    def evacuate(self, now: float) -> list[Outgoing]:
         """Move what can be moved from draining replicas; what no other can run finishes where it is."""
         out: list[Outgoing] = []
         for old in self._replicas.in_state(ReplicaState.DRAINING):
             for record in self._requests.on_replica(old.replica_id):
                 if able := self._able(record):
-                    out += move(record, self._dispatcher.choose(record, able), now)
+                    out += self.mover(record, self._dispatcher.choose(record, able), now)
         return out
 
     def orphan(self, replica: Replica, now: float, *, by_death: bool) -> RequestRecord | None:
