@@ -43,6 +43,13 @@ class BlockManager:
         """Numbers of the request's device blocks, in the order of its tokens."""
         return self._tables[request_id]
 
+    def blocks_of(self, request_id: str, num_tokens: int) -> tuple[list[int], bool]:
+        """Numbers of the blocks of a sequence's first tokens, and whether they are the host's."""
+        needed = self.blocks_for(num_tokens)
+        if request_id in self._tables:
+            return self._tables[request_id][:needed], False
+        return self._host_tables.get(request_id, [])[:needed], True
+
     def find_prefix(self, hashes: list[bytes]) -> list[int]:
         """Blocks of the longest published prefix of this hash chain."""
         blocks = []

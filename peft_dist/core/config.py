@@ -242,8 +242,9 @@ def _check(name: str, kinds: list[str], value: object) -> None:
 class ModelInfo:
     """What a loaded replica tells of its model: measured facts, kept apart from the configuration.
 
-    ``max_loras`` adapters can be on the device at once, and ``adapter_bytes`` of them (0: unknown). ``merge_way`` is
-    "shadow", "host" or "off", ``merge_bytes`` what its second copies take.
+    ``block_bytes`` are those of one KV block over all layers, ``adapter_bytes`` what adapters can take on the device; 0
+    where they are not known. ``max_loras`` adapters can be there at once. ``merge_way`` is "shadow", "host" or "off",
+    ``merge_bytes`` what its second copies take.
     """
 
     model: str
@@ -259,6 +260,7 @@ class ModelInfo:
     depth: int
     attention_backend: str
     lora_backend: str
+    block_bytes: int = 0
     max_loras: int = 0
     adapter_bytes: int = 0
     merge_way: str = "off"

@@ -272,6 +272,11 @@ class CostModel:
         base, per_byte = self._others["load"].coefficients
         return base, per_byte
 
+    def transfer_coefficients(self) -> tuple[float, float]:
+        """Seconds of moving a request's KV to another replica, and seconds per byte."""
+        base, per_byte = self._others["transfer"].coefficients
+        return base, per_byte
+
     def switch_seconds(self, current: str | None, target: str | None, rank_rows: int = 0) -> float:
         """From one merged adapter (None: unmerged) to another; ``rank_rows`` are those of ``target``.
 

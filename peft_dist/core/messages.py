@@ -12,11 +12,15 @@ import msgspec
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.config import EngineConfig, ModelInfo
 from peft_dist.core.errors import PeftDistError
+from peft_dist.core.handover import SequenceState
 from peft_dist.core.outputs import PositionLogprobs
+from peft_dist.core.replica_state import AdapterResidency as AdapterResidency
+from peft_dist.core.replica_state import ReplicaDetail as ReplicaDetail
+from peft_dist.core.replica_state import ReplicaStats as ReplicaStats
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.core.step_costs import StepCosts
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 
 class _Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
@@ -78,6 +82,34 @@ class UnloadAdapter(Command, frozen=True, kw_only=True):
 
     call_id: int
     content_hash: str
+
+
+class ExportRequests(Command, frozen=True, kw_only=True):
+    """Hold these sequences and copy their KV for another replica; answered by ``Exported`` with the same number.
+
+    They do not run until ``EndExport`` or ``AbortRequest``. Those that have ended by then are passed over.
+    """
+
+    handover: int
+    request_ids: list[str]
+
+
+class EndExport(Command, frozen=True, kw_only=True):
+    """Another replica runs the sequences now (``moved``), or they go on here; not answered, nor refused twice."""
+
+    handover: int
+    moved: bool
+
+
+class ImportRequests(Command, frozen=True, kw_only=True):
+    """Run sequences with the KV that another replica exported: all or none; answered by ``Imported``.
+
+    ``states`` are in the order of ``requests``, whose ids are the new ones. ``AbortRequest`` ends it at any time.
+    """
+
+    handover: int
+    requests: list[AddRequest]
+    states: list[SequenceState]
 
 
 class Shutdown(Command, frozen=True, kw_only=True):
@@ -152,51 +184,6 @@ class SequenceProgress(msgspec.Struct, frozen=True):
     queue_seconds: float | None = None
 
 
-class ReplicaStats(msgspec.Struct, frozen=True):
-    """A replica's state after a step."""
-
-    num_running: int = 0
-    num_waiting: int = 0
-    num_swapped: int = 0
-    num_free_blocks: int = 0
-    num_blocks: int = 0
-    num_preemptions: int = 0
-    prefix_cache_queries: int = 0
-    prefix_cache_hits: int = 0
-    resident_adapters: list[str] = []
-
-
-class AdapterResidency(msgspec.Struct, frozen=True):
-    """Where one adapter's weights are: tier "device", "host" or "disk". ``rank`` is the largest of its modules."""
-
-    content_hash: str
-    tier: str
-    rank: int
-    num_bytes: int
-
-
-class ReplicaDetail(msgspec.Struct, frozen=True):
-    """What only people watching a replica want to know; sent about once a second while it works.
-
-    Counts by adapter are keyed by content hash, "" for the base. ``policy`` are the batching policy's own numbers,
-    ``credits`` its credit of each adapter. Seconds as floats.
-    """
-
-    merged_adapter: str | None = None
-    num_steps: int = 0
-    num_merged_steps: int = 0
-    num_switches: int = 0
-    switch_seconds: float = 0.0
-    waiting: dict[str, int] = {}
-    running: dict[str, int] = {}
-    policy: dict[str, float] = {}
-    credits: dict[str, float] = {}
-    adapters: list[AdapterResidency] = []
-    num_adapter_loads: int = 0
-    num_adapter_evictions: int = 0
-    costs: StepCosts | None = None
-
-
 class Started(Report, frozen=True, kw_only=True):
     """These sequences are in a batch for the first time. Told before the batch runs: it may end the process."""
 
@@ -225,14 +212,46 @@ class AdapterResult(Report, frozen=True, kw_only=True):
     error: str | None = None
 
 
+class Exported(Report, frozen=True, kw_only=True):
+    """Answer to ExportRequests: the sequences that have not ended. With ``error`` nothing was copied."""
+
+    handover: int
+    sequences: list[SequenceState] = []
+    error: str | None = None
+
+
+class Imported(Report, frozen=True, kw_only=True):
+    """Answer to ImportRequests: the sequences run here from now on or, with ``error``, nothing is left of them.
+
+    ``is_full``: It was for lack of free blocks.
+    """
+
+    handover: int
+    error: str | None = None
+    is_full: bool = False
+
+
 class Fatal(Report, frozen=True, kw_only=True):
     """The replica cannot go on."""
 
     error: str
 
 
-AnyCommand = AddRequest | AbortRequest | LoadAdapter | PinAdapter | UnloadAdapter | Shutdown | Fence | Welcome | Ping
-AnyReport = Join | Leave | Ready | Started | Heartbeat | Progress | AdapterResult | Fatal
+AnyCommand = (
+    AddRequest
+    | AbortRequest
+    | ExportRequests
+    | EndExport
+    | ImportRequests
+    | LoadAdapter
+    | PinAdapter
+    | UnloadAdapter
+    | Shutdown
+    | Fence
+    | Welcome
+    | Ping
+)
+AnyReport = Join | Leave | Ready | Started | Heartbeat | Progress | AdapterResult | Exported | Imported | Fatal
 
 
 class ProtocolError(PeftDistError):

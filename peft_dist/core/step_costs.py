@@ -17,15 +17,17 @@ class StepCosts(msgspec.Struct, frozen=True):
         step: Seconds for each feature of a step, in the order of ``StepFeatures.vector``.
         load: Seconds of one load of an adapter from the host, and seconds for each of its bytes.
         fetch: The same of bringing it to the host from disk: a guess, nobody measures it.
+        transfer: Seconds of moving a request's KV to another replica, and seconds for each of its bytes.
     """
 
     step: tuple[float, ...] = CostPrior().step_coefficients()
     load: tuple[float, float] = CostPrior().load
     fetch: tuple[float, float] = (1e-2, 1e-9)
+    transfer: tuple[float, float] = CostPrior().transfer
 
     @classmethod
     def of(cls, model: CostModel) -> StepCosts:
-        return cls(model.step_coefficients(), model.load_coefficients())
+        return cls(model.step_coefficients(), model.load_coefficients(), model.transfer_coefficients())
 
     def prefill_seconds(self, num_tokens: int) -> float:
         """What so many prompt tokens add to the steps that compute them."""
@@ -54,6 +56,10 @@ class StepCosts(msgspec.Struct, frozen=True):
         """Bring an adapter to the device, from the host or from disk."""
         fetch = 0.0 if on_host else self.fetch[0] + self.fetch[1] * num_bytes
         return fetch + self.load[0] + self.load[1] * num_bytes
+
+    def transfer_seconds(self, num_bytes: int) -> float:
+        """Bring a request's KV from another replica."""
+        return self.transfer[0] + self.transfer[1] * num_bytes
 
     def _predict(self, features: StepFeatures) -> float:
         return sum(c * x for c, x in zip(self.step, features.vector(), strict=True))

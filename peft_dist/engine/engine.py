@@ -89,7 +89,8 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.requests or self._in_flight or self.scheduler.adapters.loading)
+        runnable = len(self.requests) > len(self.scheduler.held)
+        return bool(runnable or self._in_flight or self.scheduler.adapters.loading)
 
     @property
     def waits_for_load(self) -> bool:
@@ -98,6 +99,10 @@ class Engine:
         A step makes sense before that only after requests came or went.
         """
         return self._found_nothing and bool(self.scheduler.adapters.loading)
+
+    def has_settled(self, step: int) -> bool:
+        """Whether every batch before this number has been collected."""
+        return not self._in_flight or self._in_flight[0].batch.step >= step
 
     def add_request(self, request: Request) -> None:
         """Queue a request. Its id must be new and its adapter registered."""

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.batch import Batch, StepResult
+from peft_dist.core.handover import KVHandle
 from peft_dist.core.messages import AdapterResidency
 
 
@@ -25,6 +26,20 @@ class LoadOutcome:
     error: str | None
     seconds: float
     copy_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TransferOutcome:
+    """How the copy with this key ended; ``kv`` is where an export lies, ``error`` says why there is none.
+
+    Attributes:
+        seconds: That copying took.
+    """
+
+    key: int
+    kv: KVHandle | None
+    error: str | None
+    seconds: float
 
 
 class Executor(Protocol):
@@ -106,4 +121,31 @@ class Executor(Protocol):
 
     def discard_adapter(self, content_hash: str) -> None:
         """Free what the host keeps of an adapter that is in no slot: its copy and where it came from."""
+        ...
+
+    def start_export(self, key: int, blocks: Sequence[int], *, on_host: bool) -> None:
+        """Begin to copy KV blocks, of the device or those of the host, to memory for another replica; steps go on.
+
+        No batch that writes to the blocks may be in flight, and none may until ``take_transfers`` told the end.
+        """
+        ...
+
+    def start_import(self, key: int, kv: KVHandle, blocks: Sequence[int]) -> None:
+        """Begin to fill device blocks from what was exported elsewhere; steps go on.
+
+        No batch in flight may touch the blocks, and nobody may own them otherwise until ``take_transfers`` told the
+        end.
+        """
+        ...
+
+    def take_transfers(self) -> list[TransferOutcome]:
+        """Copies that have ended since the last call, without waiting."""
+        ...
+
+    def end_export(self, key: int) -> None:
+        """Free the memory of an export, whether its copy has ended or not."""
+        ...
+
+    def transfers_fileno(self) -> int:
+        """A file descriptor that is readable while ``take_transfers`` has something."""
         ...

@@ -27,6 +27,7 @@ class Scheduler:
     Attributes:
         mergeable: Whether the adapter with this content hash can be merged into the base; the engine tells.
         can_host: Whether others may join its merged batches.
+        held: Requests that no step takes and nobody takes blocks from: they are about to go to another replica.
         merged_adapter, holds_merged: What the weights hold, and whether an adapter comes back into them at no cost.
     """
 
@@ -46,6 +47,7 @@ class Scheduler:
         self.merged_adapter: Callable[[], str | None] = lambda: None
         self.holds_merged: Callable[[str], bool] = lambda _: False
         self.queue: dict[str, Request] = {}
+        self.held: dict[str, Request] = {}
         self.choice = Choice(None, [], "idle")
         self.num_preemptions = 0
         self.prefix_queries = 0
@@ -63,8 +65,30 @@ class Scheduler:
         """Unfinished requests by status."""
         return Counter(request.status for request in self.queue.values())
 
+    @property
+    def next_step(self) -> int:
+        """The number of the next batch."""
+        return self._step
+
     def add(self, request: Request) -> None:
-        """Queue a request by its arrival; one that comes from another replica may be older than what is here."""
+        """Queue a request by its arrival; one that comes from another replica may be older than what is here.
+
+        Such a one may be running already, with blocks that hold its KV.
+        """
+        if request.status is RequestStatus.RUNNING:
+            self._starts.append(_start_of(request))
+        self._enqueue(request)
+
+    def hold(self, request: Request) -> None:
+        """Let no further step take a queued request; it keeps all that it has."""
+        self.held[request.request_id] = self.queue.pop(request.request_id)
+        self.policy.forget([request.request_id])
+
+    def go_on(self, request: Request) -> None:
+        """End what ``hold`` began."""
+        self._enqueue(self.held.pop(request.request_id))
+
+    def _enqueue(self, request: Request) -> None:
         newest = next(reversed(self.queue.values()), None)
         self.queue[request.request_id] = request
         if newest is not None and newest.arrival_time > request.arrival_time:
@@ -88,7 +112,11 @@ class Scheduler:
     def finish(self, request: Request, reason: str, stop_reason: int | None = None) -> None:
         """End a request, wherever it stands, and give back all that it holds."""
         self.queue.pop(request.request_id, None)
+        self.held.pop(request.request_id, None)
         self.policy.forget([request.request_id])
+        if self._starts:
+            # It came with its KV and was in no batch yet: the executor need not hear of it any more.
+            self._starts = [start for start in self._starts if start.request_id != request.request_id]
         self.blocks.free(request.request_id)
         request.status = RequestStatus.FINISHED
         request.finish_reason = reason

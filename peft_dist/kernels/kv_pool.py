@@ -60,6 +60,15 @@ class KVCachePool:
         """Bytes of one block over all layers, keys and values."""
         return block_bytes(self._shapes, self.block_size, self.dtype)
 
+    @property
+    def layout(self) -> str:
+        """What two pools must agree on for one to take the other's blocks."""
+        return f"{self._shapes} {self.block_size} {str(self.dtype).removeprefix('torch.')}"
+
+    def groups(self, *, on_host: bool = False) -> list[torch.Tensor]:
+        """``[layers, 2, blocks, block_size, kv_heads, head_dim]`` of the layers of each shape."""
+        return list((self._host if on_host else self._device).values())
+
     def swap_out(self, pairs: Pairs) -> None:
         """Copy device blocks to host blocks: pairs (device, host)."""
         self._transfer(self._device, self._host, pairs)

@@ -9,12 +9,13 @@ from typing import Any
 from peft_dist.core.config import ModelInfo
 from peft_dist.core.errors import EngineDeadError, InvalidRequestError
 from peft_dist.core.messages import (
-    AbortRequest,
     AdapterResult,
     AnyReport,
+    Exported,
     Fatal,
     Fence,
     Heartbeat,
+    Imported,
     Progress,
     Ready,
     ReplicaStats,
@@ -27,6 +28,7 @@ from peft_dist.orchestrator.admission import check_prompt, check_token_parameter
 from peft_dist.orchestrator.client import NewRequest
 from peft_dist.orchestrator.demand import Demand
 from peft_dist.orchestrator.endings import Endings
+from peft_dist.orchestrator.handover import Handover
 from peft_dist.orchestrator.lifecycle import Lifecycle
 from peft_dist.orchestrator.migration import Migration
 from peft_dist.orchestrator.options import OrchestratorOptions
@@ -41,7 +43,6 @@ from peft_dist.orchestrator.records import (
     ReplicaReady,
     RequestRecord,
     SequenceEvent,
-    SequenceRecord,
     StartReplica,
 )
 from peft_dist.orchestrator.replicas import ReplicaTable
@@ -73,7 +74,8 @@ class Orchestrator:
         self.migration = Migration(options, *tables, self.adapters, self._demand, self._events)
         lengths, hosting = self._demand.lengths, self.migration.hosting
         self._placer = Placer(*tables, options.max_num_seqs, lengths, hosting)
-        self.migration.mover = self._placer.move
+        self.handover = Handover(self._requests, self.replicas, self._placer, options.handover_timeout)
+        self._placer.mover = self.migration.mover = self.handover.move_record
         self.lives = Lifecycle(self.replicas, options)
         self._stopping = False
 
@@ -108,7 +110,7 @@ class Orchestrator:
         """End a request, or one sequence of it, as "abort"; what is unknown or finished is ignored."""
         out: list[Outgoing] = []
         for record, sequence in self._requests.running(request_id, sequence_index):
-            out += self._abort_command(record, sequence)
+            out += self._placer.stop(record, sequence)
             self._endings.finish(record, sequence, ending(sequence, "abort"), now)
         return out + self._place_waiting(now) + self._note_drained(now) + self._calls.tidy()
 
@@ -197,7 +199,7 @@ class Orchestrator:
         if not self._stopping:
             self.lives.plan_restart(replica, now, was_asked=was_asked)
         farewell = Fence() if replica.is_guest and not was_asked else Shutdown()
-        out = [to(replica, farewell), *self._calls.lose(replica, error)]
+        out = [to(replica, farewell), *self._calls.lose(replica, error), *self.handover.lose(replica, now)]
         if (guilty := self._placer.orphan(replica, now, by_death=not was_asked)) is not None:
             twice = f"{reason.rstrip('.')}. So did another replica with this request: it is not tried again."
             self._endings.fail([guilty], EngineDeadError(twice))
@@ -229,6 +231,8 @@ class Orchestrator:
                 out = self._observe_ready(replica, report, now)
             case AdapterResult():
                 out = self._calls.answered(replica, report) + self._place_waiting(now) + self._placer.evacuate(now)
+            case Exported() | Imported():
+                out = self.handover.observe(replica, report, now)
             case Fatal():
                 out = self.lose_replica(replica_id, epoch, report.error, now)
         return out + self._note_drained(now) + self._calls.tidy()
@@ -238,7 +242,7 @@ class Orchestrator:
 
         Replicas that are not ready in time, or silent for too long, are lost; those that waited for it are started.
         """
-        out: list[Outgoing] = []
+        out = self.handover.tick(now)
         for lost, reason, hangs in self.lives.lost_by(now):
             out += self.lose_replica(lost.replica_id, lost.epoch, reason, now, hangs=hangs)
         for dead in self.lives.due(now):
@@ -253,7 +257,8 @@ class Orchestrator:
     def next_deadline(self) -> float:
         """When ``tick`` has something to do, if nothing happens before; infinity for never."""
         waiting = (record.waits_since + self._options.max_wait for record in self._requests.unplaced())
-        return min(self.lives.next_deadline(), self.migration.next_deadline(), min(waiting, default=math.inf))
+        deadlines = (part.next_deadline() for part in (self.lives, self.handover, self.migration))
+        return min(*deadlines, min(waiting, default=math.inf))
 
     def drain_events(self) -> list[Event]:
         """What happened since the last call, in order."""
@@ -292,11 +297,6 @@ class Orchestrator:
         if (error := self.health_error) is not None:
             raise EngineDeadError(error)
 
-    def _abort_command(self, record: RequestRecord, sequence: SequenceRecord) -> list[Outgoing]:
-        if record.replica_id is None:
-            return []
-        return [to(self.replicas[record.replica_id], AbortRequest(request_ids=[sequence.sequence_id]))]
-
     def _observe_progress(self, replica: Replica, report: Progress, now: float) -> list[Outgoing]:
         self.replicas.take_in(replica, report)
         out: list[Outgoing] = []
@@ -308,7 +308,7 @@ class Orchestrator:
             try:
                 new = unseen_part(sequence, progress)
             except ValueError as error:
-                out += self._abort_command(record, sequence)
+                out += self._placer.stop(record, sequence)
                 new = ending(sequence, "error", str(error))
             self._requests.advance(record, sequence, new.token_ids)
             if new.finish_reason is None:

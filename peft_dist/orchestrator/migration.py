@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 from peft_dist.orchestrator.adapter_calls import AdapterCalls
 from peft_dist.orchestrator.adapters import AdapterRegistry
@@ -29,10 +28,8 @@ LEAST_CHECK_SECONDS = 0.05
 FAILED = "failed"
 
 
-class Mover(Protocol):
-    """Has another replica go on with a request; what moves: ``Placer.move``, which has it computed again."""
-
-    def __call__(self, record: RequestRecord, replica: Replica, now: float) -> list[Outgoing]: ...
+Mover = Callable[[RequestRecord, Replica, float], list[Outgoing]]
+"""Has another replica go on with a request from now on."""
 
 
 class Migration:

@@ -21,6 +21,7 @@ class OrchestratorOptions:
         heartbeat_timeout: Seconds of silence after which a replica counts as hung; None: it may be silent.
         step_timeout: Seconds that one round of a replica's loop may take; None is no limit.
         max_wait: Seconds that an admitted request waits for a replica, when the one it had is lost.
+        handover_timeout: Seconds for moving a running request with its KV; after that it goes on where it was.
         restart: When replicas that died are started again; None is never.
         migration: Where adapters are placed, where their requests may go, and whether those move: "rr", "proactive" or
             "dlora" (docs/placement.md). Of no matter with one replica.
@@ -35,6 +36,7 @@ class OrchestratorOptions:
     heartbeat_timeout: float | None = None
     step_timeout: float | None = None
     max_wait: float = 300.0
+    handover_timeout: float = 10.0
     restart: RestartPolicy | None = None
     migration: MigrationKind = "dlora"
     sends_ahead: bool = True
@@ -45,7 +47,7 @@ class OrchestratorOptions:
             raise ConfigError(f"max_queue={self.max_queue} must be 0 (nothing waits) or more")
         if self.migration not in KINDS:
             raise ConfigError(f"migration={self.migration!r} is unknown: use {', '.join(KINDS)}")
-        for name in ("start_timeout", "heartbeat_timeout", "step_timeout", "max_wait"):
+        for name in ("start_timeout", "heartbeat_timeout", "step_timeout", "max_wait", "handover_timeout"):
             seconds = getattr(self, name)
             if seconds is not None and not seconds > 0:
                 raise ConfigError(f"{name}={seconds} must be seconds above 0")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from peft_dist.core.messages import AbortRequest
 from peft_dist.orchestrator.adapter_calls import AdapterCalls, to
 from peft_dist.orchestrator.dispatcher import Dispatcher, Lengths
 from peft_dist.orchestrator.hosting import Hosting
-from peft_dist.orchestrator.records import Outgoing, Replica, ReplicaState, RequestRecord
+from peft_dist.orchestrator.records import Outgoing, Replica, ReplicaState, RequestRecord, SequenceRecord
 from peft_dist.orchestrator.replicas import ReplicaTable
 from peft_dist.orchestrator.requests import RequestTable, add_commands
 
@@ -17,7 +17,11 @@ MAX_DEATHS = 2
 
 
 class Placer:
-    """Gives requests to replicas that hold their adapters. Calls return commands to send."""
+    """Gives requests to replicas that hold their adapters. Calls return commands to send.
+
+    Attributes:
+        mover: What moves requests from draining replicas: ``move``, unless there is something better.
+    """
 
     def __init__(
         self,
@@ -34,6 +38,7 @@ class Placer:
         self._lengths = lengths
         self._hosting = hosting
         self._dispatcher = Dispatcher(requests, lengths, max_num_seqs, hosting.is_placed)
+        self.mover: Callable[[RequestRecord, Replica, float], list[Outgoing]] = self.move
         # The last suspect that was placed.
         self._tried: RequestRecord | None = None
 
@@ -64,13 +69,35 @@ class Placer:
         self._requests.take(record, now)
         return [to(old, AbortRequest(request_ids=ids)), *self._give(record, replica, now)]
 
+    def stop(self, record: RequestRecord, sequence: SequenceRecord) -> list[Outgoing]:
+        """Have the replica that has a request end one of its sequences."""
+        if record.replica_id is None:
+            return []
+        return [to(self._replicas[record.replica_id], AbortRequest(request_ids=[sequence.sequence_id]))]
+
+    def can_take(self, record: RequestRecord, replica: Replica) -> bool:
+        """Whether a replica takes requests, and can run this one."""
+        return replica.state is ReplicaState.READY and self._calls.holds(replica, record.content_hash)
+
+    def adopt(
+        self, record: RequestRecord, replica: Replica, ids: Mapping[int, str], computed: Mapping[int, int], now: float
+    ) -> None:
+        """Note that another replica runs a request, its sequences known by ``ids``, from the KV that it was brought."""
+        self._requests.take(record, now, ids)
+        self._requests.place(record, replica.replica_id, self._lengths.expected(record), computed)
+
+    def flee(self, record: RequestRecord, now: float) -> list[Outgoing]:
+        """Move a request from its replica to the best other one, if any can run it."""
+        able = self._able(record)
+        return self.move(record, self._dispatcher.choose(record, able), now) if able else []
+
     def evacuate(self, now: float) -> list[Outgoing]:
         """Move what can be moved from draining replicas; what no other can run finishes where it is."""
         out: list[Outgoing] = []
         for old in self._replicas.in_state(ReplicaState.DRAINING):
             for record in self._requests.on_replica(old.replica_id):
                 if able := self._able(record):
-                    out += self.move(record, self._choose(record, able, now), now)
+                    out += self.mover(record, self._choose(record, able, now), now)
         return out
 
     def orphan(self, replica: Replica, now: float, *, by_death: bool) -> RequestRecord | None:
@@ -87,7 +114,7 @@ class Placer:
         return tried is not None and tried.is_suspect and tried.replica_id is not None and bool(tried.unfinished)
 
     def _able(self, record: RequestRecord) -> list[Replica]:
-        return [replica for replica in self._replicas.ready() if self._calls.holds(replica, record.content_hash)]
+        return [replica for replica in self._replicas.ready() if self.can_take(record, replica)]
 
     def _choose(self, record: RequestRecord, able: Sequence[Replica], now: float) -> Replica:
         return self._dispatcher.choose(record, self._hosting.among(record, able, now))

@@ -111,7 +111,7 @@ class RequestRecord:
 
     Attributes:
         replica_id: The replica that has all its sequences (they share the prompt's KV), None while there is none.
-        num_moves: How often it was taken from a replica.
+        num_moves: How often its sequences were given other ids, for another replica.
         waits_since: Since when it has no replica.
         is_suspect: It, or another request beside it, made replicas die: until it draws a token, it runs without other
             suspects.

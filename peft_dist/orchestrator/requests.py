@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import msgspec
 
@@ -83,30 +83,43 @@ class RequestTable:
             record.unfinished[index] = sequence
             self._owners[sequence.sequence_id] = (record, sequence)
 
-    def place(self, record: RequestRecord, replica_id: int, expected_output: float) -> None:
-        """Give a request to a replica. ``expected_output``: Tokens that one of its sequences is expected to have."""
+    def place(
+        self, record: RequestRecord, replica_id: int, expected_output: float, computed: Mapping[int, int] | None = None
+    ) -> None:
+        """Give a request to a replica.
+
+        Args:
+            expected_output: Tokens that one of its sequences is expected to have.
+            computed: Tokens whose KV it has there already, by sequence.
+        """
         del self._unplaced[record.request_id]
         record.replica_id = replica_id
         backlog = self._backlogs.setdefault(replica_id, Backlog())
         shared = 0
         for sequence in record.unfinished.values():
-            sequence.owed_prefill = max(len(record.prompt_token_ids) - shared, 0) + len(sequence.output_token_ids)
+            prefill = max(len(record.prompt_token_ids) - shared, 0) + len(sequence.output_token_ids)
+            sequence.owed_prefill = max(prefill - (computed or {}).get(sequence.index, 0), 0)
             sequence.owed_output = max(expected_output - len(sequence.output_token_ids), 1.0)
             backlog.prefill_tokens += sequence.owed_prefill
             backlog.output_tokens += sequence.owed_output
             backlog.count(record.content_hash, _rank_rows(record), 1)
             shared = len(record.prompt_token_ids)
 
-    def take(self, record: RequestRecord, now: float) -> None:
+    def new_ids(self, record: RequestRecord) -> dict[int, str]:
+        """Ids that no replica ever knew, of the sequences of a request, by index."""
+        record.num_moves += 1
+        return {index: f"{record.request_id}-{index}~{record.num_moves}" for index in record.unfinished}
+
+    def take(self, record: RequestRecord, now: float, ids: Mapping[int, str] | None = None) -> None:
         """Take a request from its replica. Its sequences get other ids, by which the next one will know them."""
+        ids = self.new_ids(record) if ids is None else ids
         for sequence in record.unfinished.values():
             self._settle(record, sequence)
         record.replica_id, record.waits_since = None, now
-        record.num_moves += 1
         self._unplaced[record.request_id] = record
         for sequence in record.unfinished.values():
             del self._owners[sequence.sequence_id]
-            sequence.sequence_id = f"{record.request_id}-{sequence.index}~{record.num_moves}"
+            sequence.sequence_id = ids[sequence.index]
             sequence.started = sequence.drew = False
             self._owners[sequence.sequence_id] = (record, sequence)
 
@@ -150,11 +163,11 @@ class RequestTable:
         sequence.owed_prefill, sequence.owed_output = 0, 0.0
 
 
-def add_commands(record: RequestRecord, now: float) -> Iterator[AddRequest]:
-    """What a replica needs to begin each sequence of a request, or to go on with it."""
+def add_commands(record: RequestRecord, now: float, ids: Mapping[int, str] | None = None) -> Iterator[AddRequest]:
+    """What a replica needs to begin each sequence of a request, or to go on with it; under other ``ids`` if given."""
     for sequence in record.unfinished.values():
         yield AddRequest(
-            request_id=sequence.sequence_id,
+            request_id=sequence.sequence_id if ids is None else ids[sequence.index],
             prompt_token_ids=record.prompt_token_ids,
             params=record.params,
             seed=record.seed,

@@ -36,7 +36,7 @@ from peft_dist.orchestrator.records import (
     StartReplica,
 )
 from peft_dist.orchestrator.replica_process import ReplicaLauncher
-from peft_dist.orchestrator.streams import Stream
+from peft_dist.orchestrator.streams import Stream, StreamTable
 from peft_dist.orchestrator.timer import Timer
 from peft_dist.placement.planner import Planner
 
@@ -78,15 +78,13 @@ class EngineService:
         self.guests = Guests(invitation, self._core, *joining) if invitation is not None else None
         self._link = Link.local()
         self._processes = Processes(launcher, self._link.endpoint)
-        self._streams: dict[str, Stream] = {}
+        self._streams = StreamTable(self.abort)
         self._promises = Promises()
         planner = Planner(planner_limit)
         self._rebalancer = Rebalancer(self._core.migration, self._act, self._now, planner)
         self._tasks: set[asyncio.Task[None]] = set()
         self._ready: asyncio.Future[None] = self._loop.create_future()
         self._timer = Timer(self._tick)
-        self._idle = asyncio.Event()
-        self._idle.set()
         self._stopping: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -140,9 +138,7 @@ class EngineService:
         """Admit a request and return its stream. Raises what ``Orchestrator.submit`` raises."""
         new = NewRequest(request_id, prompt_token_ids, params, model)
         commands = self._core.submit(new, self._now())
-        stream = Stream(params.n, lambda: self._abandon(request_id))
-        self._streams[request_id] = stream
-        self._idle.clear()
+        stream = self._streams.open(request_id, params.n)
         self._act(commands)
         return stream
 
@@ -201,14 +197,14 @@ class EngineService:
         self._act(self._core.resume_replica(replica_id, self._now()))
         self._promises.end_drain(replica_id, ReplicaStateError(f"replica {replica_id} was resumed"))
 
+    def move_request(self, request_id: str, replica_id: int, *, with_kv: bool | None = None) -> None:
+        """As ``Handover.move``."""
+        self._act(self._core.handover.move(request_id, replica_id, self._now(), with_kv=with_kv))
+
     async def drain(self, timeout: float) -> bool:
         """Admit nothing any more and wait for what runs; False when ``timeout`` seconds were not enough."""
         self._core.drain()
-        try:
-            await asyncio.wait_for(self._idle.wait(), timeout)
-        except TimeoutError:
-            return False
-        return True
+        return await self._streams.wait_until_empty(timeout)
 
     async def stop(self) -> None:
         """Fail what still runs and end the replicas. Idempotent; every caller waits for the end."""
@@ -290,16 +286,6 @@ class EngineService:
             self._core.lives.excuse_silence(self._now())
         self._act(self._core.tick(self._now()))
 
-    def _abandon(self, request_id: str) -> None:
-        self._drop_stream(request_id)
-        self.abort(request_id)
-
-    def _drop_stream(self, request_id: str) -> Stream | None:
-        stream = self._streams.pop(request_id, None)
-        if not self._streams:
-            self._idle.set()
-        return stream
-
     def _act(self, commands: Iterable[Outgoing]) -> None:
         for out in commands:
             if self.guests is None or not self.guests.sends(out):
@@ -313,13 +299,9 @@ class EngineService:
     def _deliver(self, event: Event) -> None:
         match event:
             case SequenceEvent(request_id, index, progress):
-                stream = self._streams.get(request_id)
-                if stream is not None and stream.put(index, progress):
-                    self._drop_stream(request_id)
+                self._streams.put(request_id, index, progress)
             case RequestFailed(request_id, error):
-                stream = self._drop_stream(request_id)
-                if stream is not None:
-                    stream.fail(error)
+                self._streams.fail(request_id, error)
             case AdapterLoaded(call_id, spec):
                 self._promises.answer(call_id, spec)
             case AdapterRefused(call_id, error):

@@ -56,3 +56,51 @@ class Stream:
             self._closed = True
             if self._left:
                 self._on_close()
+
+
+class StreamTable:
+    """The streams of all requests that are admitted and have not ended."""
+
+    def __init__(self, abort: Callable[[str], None]) -> None:
+        """``abort``: Ends a request whose reader has gone."""
+        self._streams: dict[str, Stream] = {}
+        self._abort = abort
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def open(self, request_id: str, num_sequences: int) -> Stream:
+        stream = self._streams[request_id] = Stream(num_sequences, lambda: self._abandon(request_id))
+        self._idle.clear()
+        return stream
+
+    def put(self, request_id: str, sequence_index: int, progress: SequenceProgress) -> None:
+        """Pass on progress, if anybody reads it."""
+        stream = self._streams.get(request_id)
+        if stream is not None and stream.put(sequence_index, progress):
+            self._drop(request_id)
+
+    def fail(self, request_id: str, error: PeftDistError) -> None:
+        """End a request's stream with an error."""
+        if (stream := self._drop(request_id)) is not None:
+            stream.fail(error)
+
+    async def wait_until_empty(self, timeout: float) -> bool:
+        """False when ``timeout`` seconds were not enough."""
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout)
+        except TimeoutError:
+            return False
+        return True
+
+    def _abandon(self, request_id: str) -> None:
+        self._drop(request_id)
+        self._abort(request_id)
+
+    def _drop(self, request_id: str) -> Stream | None:
+        stream = self._streams.pop(request_id, None)
+        if not self._streams:
+            self._idle.set()
+        return stream

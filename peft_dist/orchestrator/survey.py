@@ -5,7 +5,10 @@ from __future__ import annotations
 import itertools
 from typing import NamedTuple
 
+import msgspec
+
 from peft_dist.core.adapter import AdapterSpec
+from peft_dist.core.config import ModelInfo
 from peft_dist.orchestrator.dispatcher import Lengths
 from peft_dist.orchestrator.records import Replica, RequestRecord
 from peft_dist.orchestrator.replicas import ReplicaTable
@@ -49,7 +52,7 @@ class Survey:
             replica = None if record.replica_id is None else self._replicas.get(record.replica_id)
             # A suspect stays where it is tried.
             if replica is not None and replica.model is not None and record.unfinished and not record.is_suspect:
-                self._add(record, replica, replica.model.block_size)
+                self._add(record, replica, replica.model)
         return len(some) == SLICE
 
     def result(self, now: float) -> Surveyed:
@@ -62,11 +65,13 @@ class Survey:
         view = self._views.planning(adapters, [classes[index] for index in kept])
         return Surveyed(view, [members[index] for index in kept], self._num_moves)
 
-    def _add(self, record: RequestRecord, replica: Replica, block_size: int) -> None:
+    def _add(self, record: RequestRecord, replica: Replica, model: ModelInfo) -> None:
         if record.adapter is not None:
             self._used[record.content_hash] = record.adapter
         self._num_moves[record.request_id] = record.num_moves
-        self._grouping.add(request_load(record, replica.replica_id, self._lengths.mean(record), block_size))
+        load = request_load(record, replica.replica_id, self._lengths.mean(record), model.block_size)
+        kv_bytes = model.block_bytes * load.kv_blocks if load.context_tokens else 0
+        self._grouping.add(msgspec.structs.replace(load, kv_bytes=kv_bytes))
 
 
 def request_load(record: RequestRecord, replica_id: int, mean_tokens: float, block_size: int) -> RequestLoad:

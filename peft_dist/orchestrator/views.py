@@ -12,19 +12,13 @@ from peft_dist.orchestrator.adapters import AdapterRegistry
 from peft_dist.orchestrator.records import Replica
 from peft_dist.orchestrator.replicas import ReplicaTable
 from peft_dist.orchestrator.requests import RequestTable
-from peft_dist.placement.costs import Affine, ReplicaCosts
+from peft_dist.placement.costs import ReplicaCosts
 from peft_dist.placement.rates import ArrivalRates
 from peft_dist.placement.types import BASE, AdapterLoad, ClusterView, ReplicaLoad, RequestClass
 
 
 class Views:
-    """Makes ``ClusterView``s of the replicas that take requests.
-
-    Attributes:
-        transfer: Seconds, and seconds per byte, of moving KV from one replica to another; None: it cannot be moved.
-    """
-
-    transfer: Affine | None = None
+    """Makes ``ClusterView``s of the replicas that take requests."""
 
     def __init__(
         self,
@@ -84,12 +78,14 @@ class Views:
         """For decode steps of what each would run if all had the same."""
         num_base, adapters = self._usual_step(replicas)
         known = next((replica.costs for replica in replicas if replica.costs is not None), StepCosts())
+        # Blocks of one size, or of one that nobody knows, are no proof of one layout: moves are checked again.
+        sizes = {replica.model.block_bytes for replica in replicas if replica.model}
         found = {}
         for replica in replicas:
             block_size = replica.model.block_size if replica.model else 1
-            found[replica.replica_id] = ReplicaCosts.of(
-                replica.costs or known, num_base, adapters, block_size, self.transfer
-            )
+            costs = replica.costs or known
+            transfer = costs.transfer if len(sizes) == 1 and 0 not in sizes else None
+            found[replica.replica_id] = ReplicaCosts.of(costs, num_base, adapters, block_size, transfer)
         return found
 
     def _usual_step(self, replicas: list[Replica]) -> tuple[int, dict[str, tuple[int, int]]]:

@@ -102,6 +102,8 @@ def device_prior(speed: DeviceSpeed, model: ModelSize, row_bytes: int, merge_way
         unmerge=(from_host, 0.0) if merge_way == "host" else (0.0, 0.0),
         load=copy,
         swap=copy,
+        # Out and in again, through memory that is touched for the first time.
+        transfer=(OVERHEAD, 4 / speed.link_bytes_per_second),
     )
 
 

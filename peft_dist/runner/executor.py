@@ -12,9 +12,11 @@ import torch
 
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.batch import Batch, StepResult
+from peft_dist.core.handover import KVHandle
 from peft_dist.core.messages import AdapterResidency
-from peft_dist.engine.executor import LoadOutcome
+from peft_dist.engine.executor import LoadOutcome, TransferOutcome
 from peft_dist.runner.adapter_loader import AdapterLoader
+from peft_dist.runner.kv_transfers import KVTransfers
 from peft_dist.runner.merged_ratio import host_limit
 from peft_dist.runner.model_runner import ModelRunner, PendingStep
 
@@ -69,6 +71,7 @@ class TorchExecutor:
         """``load_timeout``: Seconds for reading one adapter; None is no limit."""
         self.runner = runner
         self._loader = AdapterLoader(runner.store, load_timeout)
+        self.transfers = KVTransfers(runner.kv)
         self._slots: dict[str, int] = {}
         self._mergeable: dict[str, bool] = {}
         self._switch: DeviceSpan | None = None
@@ -209,6 +212,21 @@ class TorchExecutor:
         if self.runner.merge is not None:
             self.runner.merge.discard(content_hash)
 
+    def start_export(self, key: int, blocks: Sequence[int], *, on_host: bool) -> None:
+        self.transfers.start_export(key, blocks, on_host=on_host)
+
+    def start_import(self, key: int, kv: KVHandle, blocks: Sequence[int]) -> None:
+        self.transfers.start_import(key, kv, blocks)
+
+    def take_transfers(self) -> list[TransferOutcome]:
+        return self.transfers.take()
+
+    def end_export(self, key: int) -> None:
+        self.transfers.end_export(key)
+
+    def transfers_fileno(self) -> int:
+        return self.transfers.fileno()
+
     def clear(self) -> None:
         """Bring the base weights back and empty every slot. No batch and no load may be under way."""
         if self.runner.merge is not None:
@@ -221,3 +239,4 @@ class TorchExecutor:
     def close(self) -> None:
         """End the threads of the loader; the loads under way are not told of."""
         self._loader.close()
+        self.transfers.close()

@@ -19,6 +19,7 @@ from peft_dist.core.cost_model import CostModel
 from peft_dist.core.errors import AdapterError, ConfigError
 from peft_dist.engine.adapter_manager import AdapterManager
 from peft_dist.engine.engine import Engine
+from peft_dist.engine.handovers import Handovers
 from peft_dist.engine.limits import SchedulerLimits
 from peft_dist.engine.scheduler import Scheduler
 from peft_dist.kernels import attention_backends, backend
@@ -36,6 +37,7 @@ from peft_dist.runner.decision_log import DecisionLog
 from peft_dist.runner.executor import TorchExecutor
 from peft_dist.runner.graph_setup import are_captured, graph_bytes, make_graphs
 from peft_dist.runner.kv_probe import probe_kv_shapes
+from peft_dist.runner.kv_transfers import Transport
 from peft_dist.runner.loader import end_of_sequence_ids, has_tokenizer, load_model, max_positions, resolve_device
 from peft_dist.runner.memory import MemoryLeft, count_blocks
 from peft_dist.runner.merge_setup import as_in_the_base, later_device_bytes, make_merging
@@ -58,6 +60,7 @@ class Replica:
     """
 
     engine: Engine
+    handovers: Handovers
     model_info: ModelInfo
     store: AdapterStore
     runner: ModelRunner
@@ -136,7 +139,7 @@ class Replica:
         self.executor.clear()
         self.config = config
         self.model_info = replace(self.model_info, max_loras=config.max_loras)
-        self.engine = new
+        self.engine, self.handovers = new, Handovers(new)
         for spec in old.adapters.values():
             self.engine.register_adapter(spec)
         for name, spec in pins:
@@ -148,6 +151,10 @@ class Replica:
         if self.runner.graphs is not None:
             self.runner.graphs.capture(lora=bool(self.store.registered), progress=progress)
         self.kernels.finish(progress=progress)
+
+    def use_transport(self, transport: Transport) -> None:
+        """How KV gets to replicas of other hosts, from now on."""
+        self.executor.transfers.transport = transport
 
     def warm_up_some(self) -> bool:
         """A little of what compiles kernels that registered adapters need; False: nothing is left of that to do."""
@@ -250,7 +257,7 @@ def build_replica(config: EngineConfig) -> Replica:
         cost = CostModel(prior)
     engine = new_engine(config, info, executor, cost)
     kernels = KernelWarmUp(runner, config, longest)
-    replica = Replica(engine, info, store, runner, executor, config, config, identity, kernels)
+    replica = Replica(engine, Handovers(engine), info, store, runner, executor, config, config, identity, kernels)
     replica.warm_up(progress=True)
     return replica
 
@@ -302,6 +309,7 @@ def _describe(config: EngineConfig, runner: ModelRunner, longest: int, depth: in
         num_blocks=runner.kv.num_blocks,
         num_host_blocks=config.num_host_blocks,
         block_size=config.block_size,
+        block_bytes=runner.kv.bytes_per_block,
         device=str(runner.device),
         dtype=str(runner.model.dtype).removeprefix("torch."),
         depth=depth,

@@ -26,6 +26,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         replica_factory: "module:function" that makes a replica of an ``EngineConfig``.
         heartbeat_seconds: Between two signs of life.
         key_file: Of the ``ClusterKeys`` that the orchestrator asks for; None where it asks for none.
+        kv_endpoint: Where replicas of other hosts may read exported KV, such as "tcp://10.0.0.5:*"; None: nowhere.
         log_level: Of the worker's own log on stderr.
     """
 
@@ -37,6 +38,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     replica_factory: str = DEFAULT_REPLICA_FACTORY
     heartbeat_seconds: float = 1.0
     key_file: str | None = None
+    kv_endpoint: str | None = None
     log_level: str = "info"
 
     def write(self, path: Path) -> None:

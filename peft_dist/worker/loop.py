@@ -15,7 +15,11 @@ from peft_dist.core.messages import (
     AdapterResult,
     AddRequest,
     AnyCommand,
+    EndExport,
+    ExportRequests,
     Fence,
+    Imported,
+    ImportRequests,
     LoadAdapter,
     PinAdapter,
     Ping,
@@ -56,11 +60,13 @@ class WorkerLoop:
         self._replica = replica
         self._clock = clock
         self._engine = replica.engine
+        self._handovers = replica.handovers
         self._channel = channel
         self._find = find_adapter
         self._fetcher = AdapterFetcher(self._inspect, replica.load_timeout)
         self._channel.watch(self._fetcher.fileno())
         self._channel.watch(replica.fileno())
+        self._channel.watch(self._handovers.fileno())
         self._adapters: dict[str, AdapterSpec] = {}
         self._refused: list[SequenceProgress] = []
         self._stopped = False
@@ -88,6 +94,9 @@ class WorkerLoop:
                 self._finish_load(*load)
             if self._stopped:
                 return
+            # Before the step: who has arrived is in it. What the exported ones drew was sent with the step before.
+            for report in self._handovers.poll():
+                self._channel.send(report)
             self._step(report=bool(commands or found))
 
     def _rest(self) -> None:
@@ -100,7 +109,7 @@ class WorkerLoop:
 
     @property
     def _is_idle(self) -> bool:
-        return not self._engine.has_work or self._engine.waits_for_load
+        return not self._handovers.is_due and (not self._engine.has_work or self._engine.waits_for_load)
 
     def _step(self, *, report: bool) -> None:
         """One engine step; its stats are reported with its progress, after commands, and when work ran out."""
@@ -124,6 +133,13 @@ class WorkerLoop:
                 self._add(command)
             case AbortRequest(request_ids=request_ids):
                 self._engine.abort(request_ids)
+                self._handovers.abort(request_ids)
+            case ExportRequests(handover=handover, request_ids=request_ids):
+                self._handovers.export(handover, request_ids)
+            case EndExport(handover=handover, moved=moved):
+                self._handovers.end_export(handover, moved=moved)
+            case ImportRequests():
+                self._import(command)
             case LoadAdapter():
                 self._fetcher.start(command)
             case PinAdapter(name=name, content_hash=content_hash):
@@ -152,6 +168,15 @@ class WorkerLoop:
                     error=str(error),
                 )
             )
+
+    def _import(self, command: ImportRequests) -> None:
+        now = self._clock()
+        try:
+            requests = [make_request(request, self._adapters, now) for request in command.requests]
+        except ValueError as error:
+            self._channel.send(Imported(handover=command.handover, error=str(error)))
+        else:
+            self._handovers.import_requests(command.handover, requests, command.states)
 
     def _inspect(self, command: LoadAdapter) -> AdapterSpec:
         """Runs on a thread of the fetcher, beside the engine's steps."""

@@ -45,6 +45,12 @@ def run_worker(config: WorkerConfig) -> int:
 def _serve(config: WorkerConfig, channel: Channel) -> int:
     check_world(config.world_size)
     replica: Replica = config.load_factory()(config.engine)
+    server = None
+    if config.kv_endpoint is not None:
+        from peft_dist.worker.kv_server import TcpTransport
+
+        server = TcpTransport(config.kv_endpoint)
+        replica.use_transport(server)
     channel.send(Ready(model=replica.model_info, pid=os.getpid(), costs=replica.engine.detail().costs))
     heart = Heart(channel, config.heartbeat_seconds)
     heart.start()
@@ -53,6 +59,8 @@ def _serve(config: WorkerConfig, channel: Channel) -> int:
         loop.run()
     finally:
         heart.stop()
+        if server is not None:
+            server.close()
     # Not after a failure: an engine that failed may fail again, and its first words are the ones that count.
     replica.close()
     return EXIT_FENCED if loop.is_fenced else 0

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.config import ModelInfo
-from peft_dist.core.messages import ReplicaDetail, ReplicaStats, SequenceProgress
+from peft_dist.core.handover import SequenceState
+from peft_dist.core.messages import Exported, Imported, ReplicaDetail, ReplicaStats, SequenceProgress
 from peft_dist.core.request import Request
+
+if TYPE_CHECKING:  # It needs torch, of which a replica in a test knows nothing.
+    from peft_dist.runner.kv_transfers import Transport
 
 
 class ReplicaEngine(Protocol):
@@ -53,11 +57,41 @@ class ReplicaEngine(Protocol):
     def detail(self) -> ReplicaDetail: ...
 
 
+class ReplicaHandovers(Protocol):
+    """Requests that go to other replicas with their KV, or come from them. No call waits."""
+
+    def fileno(self) -> int:
+        """A file descriptor that is readable when ``poll`` has something to do."""
+        ...
+
+    @property
+    def is_due(self) -> bool:
+        """Whether ``poll`` has something to do that ``fileno`` does not tell of."""
+        ...
+
+    def export(self, handover: int, request_ids: Iterable[str]) -> None: ...
+
+    def end_export(self, handover: int, *, moved: bool) -> None: ...
+
+    def import_requests(self, handover: int, requests: Sequence[Request], states: Sequence[SequenceState]) -> None: ...
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """Give up the imports of these requests."""
+        ...
+
+    def poll(self) -> list[Exported | Imported]:
+        """Carry on what can go on between two steps, and tell what has ended."""
+        ...
+
+
 class Replica(Protocol):
     """A loaded model with its engine. Every call but ``inspect_adapter`` comes from the worker's one thread."""
 
     @property
     def engine(self) -> ReplicaEngine: ...
+
+    @property
+    def handovers(self) -> ReplicaHandovers: ...
 
     @property
     def model_info(self) -> ModelInfo: ...
@@ -76,6 +110,10 @@ class Replica(Protocol):
 
         Raises AdapterError when it is refused.
         """
+        ...
+
+    def use_transport(self, transport: Transport) -> None:
+        """How KV gets to replicas of other hosts, from now on."""
         ...
 
     def warm_up_some(self) -> bool:

@@ -36,9 +36,9 @@ def holdings(service: EngineService) -> dict[str, object]:
     table, registry = service._core._requests, service._core.adapters
     return {
         "tasks": asyncio.all_tasks(),
-        "streams": dict(service._streams),
+        "streams": len(service._streams),
         "calls": dict(service._calls),
-        "idle": service._idle.is_set(),
+        "idle": service._streams._idle.is_set(),
         "records": dict(table._records),
         "owners": dict(table._owners),
         "backlog": asdict(table.backlog(0)),

@@ -212,6 +212,32 @@ def test_while_no_replica_is_there_what_runs_waits_and_nothing_new_is_taken() ->
     run(work())
 
 
+@pytest.mark.parametrize("dies", [None, "source", "target"])
+def test_streams_move_back_and_forth_with_their_kv(dies: str | None, tmp_path: Path) -> None:
+    async def work() -> None:
+        async with started() as service:
+            await service.load_adapter("sql", adapter(tmp_path / "a", "one"))
+            readers = read_many(service, 6, "base") + read_many(service, 6, "sql", "sql")
+            handover, moves = service._core.handover, 0
+            while not all(reader.task.done() for reader in readers):
+                await until(lambda: handover.next_deadline() == float("inf"))
+                source = moves % 2
+                for record in service._core._requests.on_replica(source):
+                    service.move_request(record.request_id, 1 - source, with_kv=True)
+                moves += 1
+                if dies is not None and moves == 5:
+                    os.kill(service.replica_pids()[source if dies == "source" else 1 - source], signal.SIGKILL)
+                    await until(lambda: len(service.replica_pids()) < 2)
+                    await until(lambda: all_ready(service))
+                await asyncio.sleep(0.01)
+            for reader in readers:
+                await reader.check()
+            assert handover.num_with_kv > 20 and not handover.num_recomputed
+            assert dies or not handover.num_failed
+
+    run(work())
+
+
 @pytest.mark.parametrize("restart", [False, True])
 def test_draining_moves_what_runs(restart: bool, tmp_path: Path) -> None:
     async def work() -> None:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.batch import NO_ADAPTER, PLACEHOLDER, Batch, ScheduledSequence, SequenceResult, StepResult
+from peft_dist.core.handover import KVHandle
 from peft_dist.core.messages import AdapterResidency
 from peft_dist.core.outputs import Logprob
-from peft_dist.engine.executor import LoadOutcome
+from peft_dist.engine.executor import LoadOutcome, TransferOutcome
 
 VOCAB = 97
 EOS = 0
@@ -71,6 +72,14 @@ class FakeExecutor:
         self.modes: set[bool] = set()
         self.unmergeable: set[str] = set()
         self.no_hosts: set[str] = set()
+        # What was exported, by token; executors that share it can import from one another.
+        self.memory: dict[str, list[list[tuple[int, str] | None]]] = {}
+        self.exports: dict[int, str] = {}
+        self.copying: list[tuple[int, KVHandle, list[int] | None]] = []
+        # How often ``take_transfers`` is asked in vain before a copy has ended, and what is wrong with the next ones.
+        self.copy_delay = 0
+        self.failing_copies: list[str] = []
+        self.polls = 0
 
     def submit(self, batch: Batch) -> StepResult:
         for device, host in batch.swap_outs:
@@ -149,6 +158,41 @@ class FakeExecutor:
                 self.num_loads += 1
             outcomes.append(LoadOutcome(spec.content_hash, slot, error, 0.0))
         return outcomes
+
+    def start_export(self, key: int, blocks: Sequence[int], *, on_host: bool) -> None:
+        source = self.host if on_host else self.cache
+        token = self.exports[key] = f"{id(self)}.{key}"
+        self.memory[token] = [list(source[block]) for block in blocks]
+        self.copying.append((key, KVHandle("fake", len(blocks), len(blocks), token, 0, 0), None))
+
+    def start_import(self, key: int, kv: KVHandle, blocks: Sequence[int]) -> None:
+        assert kv.num_blocks == len(blocks)
+        self.copying.append((key, kv, list(blocks)))
+
+    def take_transfers(self) -> list[TransferOutcome]:
+        if self.copying and self.polls < self.copy_delay:
+            self.polls += 1
+            return []
+        copying, self.copying, self.polls = self.copying, [], 0
+        return [self._copy(*copy) for copy in copying]
+
+    def _copy(self, key: int, kv: KVHandle, blocks: list[int] | None) -> TransferOutcome:
+        error = self.failing_copies.pop() if self.failing_copies else None
+        if blocks is None:
+            return TransferOutcome(key, None if error else kv, error, 0.01)
+        contents = self.memory.get(kv.token)
+        if contents is None:
+            error = "its process is gone"
+        for block, content in zip(blocks, contents or [], strict=False):
+            # Written only now: nobody else may have been given the block meanwhile.
+            self.cache[block] = list(content)
+        return TransferOutcome(key, None, error, 0.01)
+
+    def end_export(self, key: int) -> None:
+        self.memory.pop(self.exports.pop(key))
+
+    def transfers_fileno(self) -> int:
+        return -1  # Nobody waits for a fake copy.
 
     def fileno(self) -> int:
         raise AssertionError("nobody waits for a fake load")

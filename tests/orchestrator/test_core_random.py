@@ -3,6 +3,7 @@ tokens it would have had on one replica, nothing stale is believed."""
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter, deque
 from collections.abc import Callable
@@ -217,6 +218,31 @@ class Machine(RuleBasedStateMachine):
         if self.replicas[replica_id].running:
             self.replicas[replica_id].step()
 
+    @precondition(lambda self: self.open)
+    @rule(data=st.data(), with_kv=st.sampled_from([None, True, True, True, False]), stages=st.integers(0, 3))
+    def move(self, data: st.DataObject, with_kv: bool | None, stages: int) -> None:
+        """``stages``: How far it gets before anything else happens."""
+        name = data.draw(st.sampled_from(sorted({request_id for request_id, _ in self.open})))
+        [record, *_] = [record for record, _ in self.core._requests.running(name)]
+        source, target = record.replica_id, 0 if record.replica_id else 1
+        self._send(self.core.handover.move(name, target, self.now, with_kv=with_kv))
+        for replica_id in [source, target, source][:stages]:
+            if replica_id is not None:
+                self.everything_under_way_arrives(replica_id)
+
+    @rule(replica_id=IDS, fails=st.sampled_from([False, False, True]))
+    def copies_end(self, replica_id: int, fails: bool) -> None:
+        replica = self.replicas[replica_id]
+        replica.has_failing_copies = fails
+        replica.end_copies()
+        replica.has_failing_copies = False
+
+    @rule()
+    def a_deadline_passes(self) -> None:
+        if (deadline := self.core.handover.next_deadline()) < 1e9:
+            self.now = max(self.now, deadline)
+            self._send(self.core.tick(self.now))
+
     @rule(replica_id=IDS)
     def replica_begins_a_step(self, replica_id: int) -> None:
         self.replicas[replica_id].start()
@@ -226,6 +252,7 @@ class Machine(RuleBasedStateMachine):
         replica = self.replicas[replica_id]
         while replica.commands:
             replica.work()
+        replica.end_copies()
         self.deliver_all(replica_id)
 
     @rule(replica_id=IDS)
@@ -380,8 +407,10 @@ class Machine(RuleBasedStateMachine):
                 self.replicas[replica_id].step()
                 self.deliver_all(replica_id)
         assert not self.open and not self.loading and not self.core.num_unfinished
+        assert self.core.handover.next_deadline() == math.inf
         for replica in self.replicas.values():
             assert replica.held == set(self.named.values())
+            assert not replica.running and not replica.exports and not replica.copying
             assert replica.pins == {name: self.named[name] for name in self.pinned}
 
 

@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections import deque
 
 from peft_dist.core.adapter import AdapterSpec
+from peft_dist.core.handover import KVHandle, SequenceState
 from peft_dist.core.messages import (
     AbortRequest,
     AdapterResult,
     AddRequest,
     AnyCommand,
     AnyReport,
+    EndExport,
+    Exported,
+    ExportRequests,
     Fence,
+    Imported,
+    ImportRequests,
     LoadAdapter,
     PinAdapter,
     Progress,
@@ -33,11 +39,16 @@ def drawn_token(seed: int, index: int, draw: int) -> int:
 class MiniReplica:
     """Takes commands in order, and reports in order; both wait in queues until a test moves them.
 
-    ``running`` are sequences with the tokens that they have, ``started`` those that were in a step.
+    ``running`` are sequences with the tokens that they have, ``started`` those that were in a step. ``exports`` are
+    held until they are ended; copies take until ``end_copies``, and can fail.
     """
 
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
+        self.exports: dict[int, dict[str, tuple[AddRequest, int]]] = {}
+        self.copying: dict[int, ImportRequests | None] = {}
+        self.aborted_imports: set[str] = set()
+        self.has_failing_copies = False
         self.is_down = False
         self.started: set[str] = set()
         self.commands: deque[AnyCommand] = deque()
@@ -55,13 +66,25 @@ class MiniReplica:
                 self.running[add.request_id] = (add, len(add.output_token_ids))
             case AbortRequest(request_ids=ids):
                 for request_id in ids:
-                    self.running.pop(request_id, None)
+                    for held in (self.running, *self.exports.values()):
+                        held.pop(request_id, None)
+                self.aborted_imports.update(ids)
+            case ExportRequests(handover=number, request_ids=ids):
+                self.exports[number] = {i: self.running.pop(i) for i in ids if i in self.running}
+                self.copying[number] = None
+            case EndExport(handover=number, moved=moved):
+                left = self.exports.pop(number)
+                self.copying.pop(number, None)
+                self.running.update({} if moved else left)
+            case ImportRequests(handover=number) as command:
+                self.copying[number] = command
             case LoadAdapter() as load:
                 self._load(load)
             case PinAdapter(name=name, content_hash=content_hash):
                 self._pin(name, content_hash)
             case UnloadAdapter(call_id=call_id, content_hash=content_hash):
-                used = {add.content_hash for add, _ in self.running.values()}
+                held = [each for export in self.exports.values() for each in export.values()]
+                used = {add.content_hash for add, _ in (*self.running.values(), *held)}
                 assert content_hash not in used, "an adapter dropped while a request uses it"
                 assert content_hash not in self.pins.values(), "a pinned adapter dropped"
                 self.held.remove(content_hash)
@@ -87,6 +110,37 @@ class MiniReplica:
             if last:
                 del self.running[request_id]
         self.reports.append(Progress(sequences=progress, stats=ReplicaStats(num_running=len(self.running))))
+
+    def end_copies(self) -> None:
+        """Tell how the copies under way have ended; what was imported runs from now on."""
+        for number, command in list(self.copying.items()):
+            del self.copying[number]
+            error = "it failed" if self.has_failing_copies else None
+            if command is not None:
+                self.reports.append(self._import(command, error))
+            elif error is not None:
+                self.reports.append(Exported(handover=number, error=error))
+            else:
+                states = [self._state(i, *held) for i, held in self.exports[number].items()]
+                self.reports.append(Exported(handover=number, sequences=states))
+
+    def _state(self, request_id: str, add: AddRequest, drawn: int) -> SequenceState:
+        # What was in no step yet has no KV.
+        if request_id not in self.started:
+            return SequenceState(request_id, drawn)
+        kv = KVHandle("mini", 1, drawn, f"{self.epoch}", 0, 0)
+        return SequenceState(request_id, drawn, len(add.prompt_token_ids) + drawn - 1, kv=[kv])
+
+    def _import(self, command: ImportRequests, error: str | None) -> Imported:
+        if any(add.request_id in self.aborted_imports for add in command.requests):
+            error = "aborted"
+        for add, state in zip(command.requests, command.states, strict=True):
+            assert add.content_hash is None or add.content_hash in self.held, "an adapter the replica lacks"
+            assert add.request_id not in self.running
+            if error is None:
+                assert len(add.output_token_ids) == state.num_output_tokens
+                self.running[add.request_id] = (add, len(add.output_token_ids))
+        return Imported(handover=command.handover, error=error)
 
     def start(self) -> None:
         """Tell which sequences are in a step for the first time."""

@@ -6,13 +6,14 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.config import EngineConfig, ModelInfo
 from peft_dist.core.errors import AdapterError, ConfigError
-from peft_dist.core.messages import ReplicaDetail, ReplicaStats, SequenceProgress
+from peft_dist.core.handover import SequenceState
+from peft_dist.core.messages import Exported, Imported, ReplicaDetail, ReplicaStats, SequenceProgress
 from peft_dist.core.request import Request
 
 # First prompt tokens that make a request special.
@@ -119,12 +120,52 @@ class FakeEngine:
         )
 
 
+class FakeHandovers:
+    """Requests of a ``FakeEngine`` go and come at once; what is exported is held."""
+
+    is_due = False
+
+    def __init__(self, engine: FakeEngine, fd: int) -> None:
+        self._engine = engine
+        self._fd = fd
+        self._exports: dict[int, dict[str, Request]] = {}
+        self._reports: list[Exported | Imported] = []
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def export(self, handover: int, request_ids: Iterable[str]) -> None:
+        requests = self._engine.requests
+        held = self._exports[handover] = {i: requests.pop(i) for i in request_ids if i in requests}
+        states = [SequenceState(i, len(r.output_token_ids), r.num_known_tokens - 1) for i, r in held.items()]
+        self._reports.append(Exported(handover=handover, sequences=states))
+
+    def end_export(self, handover: int, *, moved: bool) -> None:
+        held = self._exports.pop(handover, {})
+        self._engine.requests.update({} if moved else held)
+
+    def import_requests(self, handover: int, requests: Sequence[Request], states: Sequence[SequenceState]) -> None:
+        for request in requests:
+            self._engine.add_request(request)
+        self._reports.append(Imported(handover=handover))
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        for request_id in request_ids:
+            for held in self._exports.values():
+                held.pop(request_id, None)
+
+    def poll(self) -> list[Exported | Imported]:
+        reports, self._reports = self._reports, []
+        return reports
+
+
 class FakeReplica:
     load_timeout: float | None = None
 
     def __init__(self, config: EngineConfig) -> None:
         self.engine = FakeEngine()
         self._never_readable = os.pipe()
+        self.handovers = FakeHandovers(self.engine, os.pipe()[0])
         self.model_info = fake_model(config.model, name=config.served_model_name)
 
     def inspect_adapter(self, name: str, path: Path, *, allow_pickle: bool) -> AdapterSpec:
@@ -163,6 +204,7 @@ def fake_model(model: str = "fake", max_model_len: int = 500, name: str | None =
         num_blocks=NUM_BLOCKS,
         num_host_blocks=0,
         block_size=16,
+        block_bytes=1024,
         device="cpu",
         dtype="float32",
         depth=0,

@@ -11,8 +11,24 @@ from typing import Any
 import pytest
 
 from peft_dist.core.adapter import AdapterSpec
-from peft_dist.core.messages import AddRequest, AnyReport, LoadAdapter, Progress, ReplicaDetail, Shutdown, UnloadAdapter
+from peft_dist.core.handover import KVHandle, SequenceState
+from peft_dist.core.messages import (
+    AbortRequest,
+    AddRequest,
+    AnyReport,
+    EndExport,
+    Exported,
+    ExportRequests,
+    Imported,
+    ImportRequests,
+    LoadAdapter,
+    Progress,
+    ReplicaDetail,
+    Shutdown,
+    UnloadAdapter,
+)
 from peft_dist.core.sampling_params import SamplingParams
+from peft_dist.engine.handovers import Handovers
 from peft_dist.worker.detail_schedule import CHANGE_SECONDS
 from peft_dist.worker.loop import WorkerLoop
 from tests.engine.test_engine import make_engine
@@ -65,6 +81,7 @@ class EngineReplica:
 
     def __init__(self) -> None:
         self.engine = make_engine(num_slots=1)
+        self.handovers = Handovers(self.engine)
         self._pipe = os.pipe()
         self.warm_ups: list[bool] = []
 
@@ -171,3 +188,64 @@ def test_a_replica_warms_up_while_there_is_no_work_and_commands_come_in_between(
     assert received[:2] == [1, 2] and replica.engine.num_steps == 2
     # Three times there was something to do, and every wait asks again.
     assert len(replica.warm_ups) >= 4 and not any(replica.warm_ups)
+
+
+class Interrupted(Script):
+    """Commands that come while the engine works: ``during`` says in which round which."""
+
+    def __init__(self, during: dict[int, list[Any]], *batches: list[Any]) -> None:
+        super().__init__(*batches)
+        self.during = during
+        self.rounds = 0
+
+    def receive(self) -> list[Any]:
+        self.rounds += 1
+        return super().receive() + self.during.pop(self.rounds, [])
+
+
+def handover_reports(script: Script) -> list[AnyReport]:
+    return [report for report in script.sent if isinstance(report, Exported | Imported)]
+
+
+def test_an_export_begins_though_nothing_else_runs_and_comes_after_the_last_token(replica: EngineReplica) -> None:
+    replica.engine.depth = 1
+    export = ExportRequests(handover=4, request_ids=["a", "unknown"])
+    script = Interrupted({5: [export]}, [add("a", None, 30)], [], [EndExport(handover=4, moved=False)])
+
+    def look() -> bool:
+        # The engine has no work once the step in flight is collected, and nobody would wake the loop.
+        assert not replica.handovers.is_due, "it waits though a copy can begin"
+        return False
+
+    script.before_wait = look
+    run(replica, script)
+    [exported] = handover_reports(script)
+    assert isinstance(exported, Exported) and exported.error is None
+    [state] = exported.sequences
+    before = script.sent[: script.sent.index(exported)]
+    drawn = sum(len(s.token_ids) for report in before if isinstance(report, Progress) for s in report.sequences)
+    assert state.num_output_tokens == drawn > 0 and state.num_computed_tokens == 3 + drawn - 1
+    told = [s for report in script.sent if isinstance(report, Progress) for s in report.sequences]
+    assert sum(len(s.token_ids) for s in told) == 30, "it goes on afterwards"
+
+
+def test_imports_are_refused_in_words_and_can_be_aborted(replica: EngineReplica) -> None:
+    replica.engine.executor.copy_delay = 3  # type: ignore[attr-defined]
+    kv = KVHandle("fake", 1, 1, "token", 0, 0)
+    replica.engine.executor.memory["token"] = [[(5, ""), (6, ""), (7, ""), None]]  # type: ignore[attr-defined]
+    states = [SequenceState("before", 0, 2, kv=[kv])]
+    script = Script(
+        [ImportRequests(handover=1, requests=[add("x", "not here")], states=states)],
+        [ImportRequests(handover=2, requests=[add("y", None)], states=states)],
+        [AbortRequest(request_ids=["y"])],
+        *[[] for _ in range(4)],
+        [ImportRequests(handover=3, requests=[add("z", None)], states=states)],
+        *[[] for _ in range(5)],
+    )
+    run(replica, script)
+    refused, aborted, taken = handover_reports(script)
+    assert isinstance(refused, Imported) and "does not hold the adapter" in str(refused.error)
+    assert aborted == Imported(handover=2, error="it was aborted") and taken == Imported(handover=3)
+    [last] = [s for report in script.sent if isinstance(report, Progress) for s in report.sequences]
+    assert last.request_id == "z" and last.finish_reason == "length"
+    assert replica.engine.scheduler.blocks.num_free == replica.engine.scheduler.blocks.num_blocks

@@ -1,0 +1,211 @@
+"""Running requests that go to another replica with their KV, one message after another."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from peft_dist.core.handover import SequenceState
+from peft_dist.core.messages import (
+    AbortRequest,
+    AnyReport,
+    EndExport,
+    Exported,
+    ExportRequests,
+    Imported,
+    ImportRequests,
+)
+from peft_dist.core.step_costs import StepCosts
+from peft_dist.orchestrator.adapter_calls import to
+from peft_dist.orchestrator.placer import Placer
+from peft_dist.orchestrator.records import Outgoing, Replica, ReplicaState, RequestRecord
+from peft_dist.orchestrator.replicas import ReplicaTable
+from peft_dist.orchestrator.requests import RequestTable, add_commands
+from peft_dist.policy.moving import moves_kv
+
+
+@dataclass(slots=True)
+class _Move:
+    """A request under way. It is its source's until the target has said that it runs it.
+
+    Attributes:
+        num_moves: The record's when it was asked for; another one means that it left the source in another way.
+        ids: What the target knows its sequences as, by index, once it has been asked to import them.
+        computed: Tokens whose KV came along, by index.
+    """
+
+    number: int
+    record: RequestRecord
+    source: Replica
+    target: Replica
+    deadline: float
+    num_moves: int
+    ids: dict[int, str] = field(default_factory=dict)
+    computed: dict[int, int] = field(default_factory=dict)
+
+
+class Handover:
+    """Moves requests between replicas: asked (the source holds it), exported, imported, released.
+
+    At every moment one replica owns the request: the source until ``Imported``, from then on the target, under sequence
+    ids that nobody knew before. Where the target lacks room, dies or takes too long, the request goes on at its source,
+    which still holds it; where its KV cannot be had, or the source is lost or drains, elsewhere from the known tokens.
+    """
+
+    def __init__(self, requests: RequestTable, replicas: ReplicaTable, placer: Placer, timeout: float) -> None:
+        """``timeout``: Seconds for one handover."""
+        self._requests = requests
+        self._replicas = replicas
+        self._placer = placer
+        self._timeout = timeout
+        self._moves: dict[int, _Move] = {}
+        self._next_number = 1
+        self.num_with_kv = 0
+        self.num_recomputed = 0
+        self.num_failed = 0
+
+    def move(self, request_id: str, replica_id: int, now: float, *, with_kv: bool | None = None) -> list[Outgoing]:
+        """Have another replica go on with a running request, in the cheaper way; ``with_kv`` says which one.
+
+        Nothing happens when the request has ended, is under way or nobody's, or when that replica cannot run it.
+        """
+        found = self._requests.running(request_id)
+        target = self._replicas.get(replica_id)
+        if not found or target is None or not self._placer.can_take(found[0][0], target):
+            return []
+        return self.move_record(found[0][0], target, now, with_kv=with_kv)
+
+    def move_record(
+        self, record: RequestRecord, target: Replica, now: float, *, with_kv: bool | None = None
+    ) -> list[Outgoing]:
+        """As ``move``; the target must be able to run the request."""
+        if record.replica_id is None or record.replica_id == target.replica_id or self.is_under_way(record):
+            return []
+        source = self._replicas[record.replica_id]
+        if not (self._is_cheaper(record, source, target) if with_kv is None else with_kv):
+            self.num_recomputed += 1
+            return self._placer.move(record, target, now)
+        number, self._next_number = self._next_number, self._next_number + 1
+        self._moves[number] = _Move(number, record, source, target, now + self._timeout, record.num_moves)
+        ids = [sequence.sequence_id for sequence in record.unfinished.values()]
+        return [to(source, ExportRequests(handover=number, request_ids=ids))]
+
+    def is_under_way(self, record: RequestRecord) -> bool:
+        """Whether a request is being handed over."""
+        return any(move.record is record for move in self._moves.values())
+
+    def observe(self, replica: Replica, report: AnyReport, now: float) -> list[Outgoing]:
+        """A replica's answer to what it was asked for; all else, and what nobody waits for any more, is passed over."""
+        match report:
+            case Exported(handover=number):
+                move = self._moves.get(number)
+                if move is not None and move.source is replica and not move.ids:
+                    return self._exported(move, report, now)
+            case Imported(handover=number):
+                move = self._moves.get(number)
+                if move is not None and move.target is replica and move.ids:
+                    return self._imported(move, report, now)
+        return []
+
+    def lose(self, replica: Replica, now: float) -> list[Outgoing]:
+        """A replica is dead: what was to come from it or go to it does not. Its requests are still its own."""
+        out: list[Outgoing] = []
+        for move in list(self._moves.values()):
+            if move.source is replica:
+                del self._moves[move.number]
+                self.num_failed += 1
+                out += self._abort_import(move)
+            elif move.target is replica:
+                out += self._give_up(move, now)
+        return out
+
+    def tick(self, now: float) -> list[Outgoing]:
+        """Give up what has taken too long."""
+        late = [move for move in self._moves.values() if move.deadline <= now]
+        return [out for move in late for out in self._give_up(move, now)]
+
+    def next_deadline(self) -> float:
+        """When ``tick`` has something to do; infinity for never."""
+        return min((move.deadline for move in self._moves.values()), default=math.inf)
+
+    def _is_cheaper(self, record: RequestRecord, source: Replica, target: Replica) -> bool:
+        ours, theirs = source.model, target.model
+        if ours is None or theirs is None or ours.block_bytes != theirs.block_bytes or record.is_suspect:
+            return False
+        num_tokens = num_bytes = 0
+        for sequence in record.unfinished.values():
+            # How far a prompt is that drew nothing yet is not known: half of it, on average.
+            prompt = len(record.prompt_token_ids) // (1 if sequence.drew else 2) if sequence.started else 0
+            known = prompt + len(sequence.output_token_ids)
+            num_bytes += -(-known // ours.block_size) * ours.block_bytes
+            # Sequences of one request share the prompt where they are, and would where it is computed again.
+            num_tokens += len(sequence.output_token_ids) if num_tokens else known
+        return moves_kv(target.costs or source.costs or StepCosts(), num_tokens, num_bytes)
+
+    def _exported(self, move: _Move, report: Exported, now: float) -> list[Outgoing]:
+        if not self._is_current(move):
+            return self._drop(move)
+        record, states = move.record, {state.request_id: state for state in report.sequences}
+        if report.error is not None or not self._placer.can_take(record, move.target):
+            return self._recompute(move, now)
+        wanted: list[SequenceState] = []
+        for sequence in record.unfinished.values():
+            state = states.get(sequence.sequence_id)
+            if state is None or state.num_output_tokens != len(sequence.output_token_ids):
+                return self._recompute(move, now)
+            wanted.append(state)
+            move.computed[sequence.index] = state.num_computed_tokens
+        move.ids = self._requests.new_ids(record)
+        move.num_moves = record.num_moves
+        requests = list(add_commands(record, now, move.ids))
+        return [to(move.target, ImportRequests(handover=move.number, requests=requests, states=wanted))]
+
+    def _imported(self, move: _Move, report: Imported, now: float) -> list[Outgoing]:
+        if not self._is_current(move):
+            return self._drop(move)
+        if report.error is not None:
+            return self._give_up(move, now) if report.is_full else self._recompute(move, now)
+        del self._moves[move.number]
+        self.num_with_kv += 1
+        gone = [sequence_id for index, sequence_id in move.ids.items() if index not in move.record.unfinished]
+        self._placer.adopt(move.record, move.target, move.ids, move.computed, now)
+        # What a client aborted meanwhile was not aborted there.
+        aborts = [to(move.target, AbortRequest(request_ids=gone))] if gone else []
+        return [*aborts, to(move.source, EndExport(handover=move.number, moved=True))]
+
+    def _is_current(self, move: _Move) -> bool:
+        """Whether the request still runs, at the source, and knows of no other move."""
+        record = move.record
+        at_source = record.replica_id == move.source.replica_id and record.num_moves == move.num_moves
+        return bool(record.unfinished) and at_source
+
+    def _drop(self, move: _Move) -> list[Outgoing]:
+        """The request has ended, or is somewhere else."""
+        del self._moves[move.number]
+        return [*self._abort_import(move), to(move.source, EndExport(handover=move.number, moved=True))]
+
+    def _recompute(self, move: _Move, now: float) -> list[Outgoing]:
+        """Its KV cannot be had: it goes without."""
+        out = self._drop_failed(move)
+        if self._placer.can_take(move.record, move.target):
+            self.num_recomputed += 1
+            return out + self._placer.move(move.record, move.target, now)
+        return out + (self._placer.flee(move.record, now) if move.source.state is ReplicaState.DRAINING else [])
+
+    def _give_up(self, move: _Move, now: float) -> list[Outgoing]:
+        """It goes on where it is; from a draining replica it goes elsewhere, if it can, without its KV."""
+        was_current = self._is_current(move)
+        out = self._drop_failed(move)
+        if was_current and move.source.state is ReplicaState.DRAINING:
+            out += self._placer.flee(move.record, now)
+        return out
+
+    def _drop_failed(self, move: _Move) -> list[Outgoing]:
+        del self._moves[move.number]
+        self.num_failed += 1
+        return [*self._abort_import(move), to(move.source, EndExport(handover=move.number, moved=False))]
+
+    def _abort_import(self, move: _Move) -> list[Outgoing]:
+        if not move.ids or not move.target.is_alive:
+            return []
+        return [to(move.target, AbortRequest(request_ids=list(move.ids.values())))]

@@ -1,0 +1,121 @@
+"""Exported KV for replicas on other hosts: chunks over TCP, asked for one after another."""
+
+from __future__ import annotations
+
+import struct
+import threading
+from typing import Any
+
+import torch
+import zmq
+
+from peft_dist.core.handover import KVHandle
+from peft_dist.runner.shared_memory import MemoryGoneError, SharedMemory, open_memory
+
+CHUNK_BYTES = 1 << 20
+# Asked for before the first of them has come, so that neither side waits for the way.
+_WINDOW = 8
+_SILENCE_MS = 5000
+_REQUEST = struct.Struct("<QQ")
+
+
+class TcpTransport:
+    """Offers this replica's exports, and fetches others'; on the same host memory is opened instead.
+
+    Who knows the token of an export, which is random and goes only through the orchestrator, may read it. What travels
+    is not encrypted.
+    """
+
+    def __init__(self, endpoint: str, silence_ms: int = _SILENCE_MS) -> None:
+        """``endpoint``: An address of this host that others can reach, such as ``tcp://10.0.0.5:*``.
+
+        Raises zmq.ZMQError when it cannot be used.
+        """
+        self._silence_ms = silence_ms
+        self._memories: dict[str, SharedMemory] = {}
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.SocketType.ROUTER)
+        self._socket.set(zmq.SocketOption.LINGER, 0)
+        self._socket.bind(endpoint)
+        self.address = self._socket.get_string(zmq.SocketOption.LAST_ENDPOINT)
+        self._thread = threading.Thread(target=self._serve, name="kv-server", daemon=True)
+        self._thread.start()
+
+    def offer(self, memory: SharedMemory) -> str | None:
+        """Let others read this memory; where."""
+        self._memories[memory.token] = memory
+        return self.address
+
+    def withdraw(self, memory: SharedMemory) -> None:
+        """End what ``offer`` began."""
+        self._memories.pop(memory.token, None)
+
+    def open(self, kv: KVHandle) -> torch.Tensor:
+        """What another replica exported: uint8 ``[kv.num_bytes]``.
+
+        Raises:
+            MemoryGoneError: it is not there any more, or its host does not answer.
+        """
+        try:
+            return open_memory(kv.pid, kv.descriptor, kv.token, kv.num_bytes)
+        except MemoryGoneError:
+            if kv.address is None:
+                raise
+        return fetch(kv.address, kv.token, kv.num_bytes, self._silence_ms)
+
+    def close(self) -> None:
+        """End the thread; what is under way is not finished."""
+        # The thread's wait ends with an error then, and it closes its socket, for which this waits.
+        self._context.term()
+        self._thread.join()
+
+    def _serve(self) -> None:
+        try:
+            while True:
+                parts = self._socket.recv_multipart()
+                if len(parts) == 3:
+                    identity, token, request = parts
+                    self._socket.send_multipart([identity, request, self._chunk(token, request)], copy=False)
+        except zmq.ContextTerminated:
+            self._socket.close()
+
+    def _chunk(self, token: bytes, request: bytes) -> Any:
+        """What was asked for; nothing where there is no such memory, or the request is none of ours."""
+        memory = self._memories.get(token.decode(errors="replace"))
+        if memory is None or len(request) != _REQUEST.size:
+            return b""
+        first, length = _REQUEST.unpack(request)
+        first = min(first, len(memory.contents))
+        return memory.contents[first : first + min(length, CHUNK_BYTES)].numpy()
+
+
+def fetch(address: str, token: str, num_bytes: int, silence_ms: int = _SILENCE_MS) -> torch.Tensor:
+    """Read an export of another host: uint8 ``[num_bytes]``.
+
+    Raises:
+        MemoryGoneError: it is not there any more, or nothing came for ``silence_ms``.
+    """
+    contents = torch.empty(num_bytes, dtype=torch.uint8)
+    with zmq.Context() as context, context.socket(zmq.SocketType.DEALER) as socket:
+        socket.set(zmq.SocketOption.LINGER, 0)
+        socket.set(zmq.SocketOption.RCVTIMEO, silence_ms)
+        socket.connect(address)
+        for number, first in enumerate(range(0, num_bytes, CHUNK_BYTES)):
+            if number >= _WINDOW:
+                _receive(socket, contents, address)
+            length = min(CHUNK_BYTES, num_bytes - first)
+            socket.send_multipart([token.encode(), _REQUEST.pack(first, length)])
+        for _ in range(min(-(-num_bytes // CHUNK_BYTES), _WINDOW)):
+            _receive(socket, contents, address)
+    return contents
+
+
+def _receive(socket: zmq.Socket[bytes], contents: torch.Tensor, address: str) -> None:
+    try:
+        request, chunk = socket.recv_multipart()
+    except zmq.Again:
+        raise MemoryGoneError(f"{address} does not answer") from None
+    first, length = _REQUEST.unpack(request)
+    if len(chunk) != length:
+        raise MemoryGoneError(f"{address} has let it go")
+    contents[first : first + length] = torch.frombuffer(bytearray(chunk), dtype=torch.uint8)

@@ -1,0 +1,220 @@
+"""What a running request pays for a move to another replica: with its KV, and computed again.
+
+    python scripts/bench/bench_migration.py [--moves 500] [--lengths 100 1000 4000] [--repeats 20]
+
+Two CPU replicas of SmolLM2-135M-Instruct in processes of their own, with an adapter. First `--moves` forced moves with
+KV, of concurrent sampled and greedy streams at random tokens: every stream is compared with the same request alone, and
+both replicas must have all their blocks back. Then the added gap of one move at each context length and in both ways:
+the longest time between two tokens of a stream from the move on, less the median before it; no prompt shares a prefix
+with another. One more stream runs on each replica meanwhile, and its longest gap is told too. Writes
+docs/results/migration.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from bench.report import write_result
+from bench.workload import write_adapters
+from peft_dist.core.config import EngineConfig
+from peft_dist.core.sampling_params import SamplingParams
+from peft_dist.orchestrator.core import OrchestratorOptions
+from peft_dist.orchestrator.service import EngineService
+from peft_dist.worker.launcher import PlainLauncher
+
+TOKENS = 48
+BEFORE, AFTER = 12, 12
+BESIDE_TOKENS = 4096
+WAYS = {"kv": True, "recompute": False}
+
+
+@dataclass
+class Reading:
+    """A stream's tokens, and when each of them came."""
+
+    tokens: list[int] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+
+    def gaps(self, first: int, last: int | None = None) -> list[float]:
+        """Seconds before each of the tokens ``first`` to ``last``, which count from 1; from 2 on there are any."""
+        times = self.times[first - 2 : last]
+        return [after - before for before, after in pairwise(times)]
+
+
+def random_prompt(rng: random.Random, length: int) -> list[int]:
+    return [rng.randrange(100, 40_000) for _ in range(length)]
+
+
+def owner(service: EngineService, name: str) -> int | None:
+    running = service._core._requests.running(name)
+    return running[0][0].replica_id if running else None
+
+
+async def read(
+    service: EngineService,
+    name: str,
+    prompt: list[int],
+    params: SamplingParams,
+    model: str | None,
+    move_at: Collection[int] = (),
+    with_kv: bool = True,
+    into: Reading | None = None,
+) -> Reading:
+    """Read a stream to its end, and have the request move when it has so many tokens."""
+    found = into or Reading()
+    async for _, progress in service.generate(name, prompt, params, model):
+        now = time.perf_counter()
+        if progress.error is not None or progress.first_index != len(found.tokens):
+            raise RuntimeError(f"{name}: token {progress.first_index} after {len(found.tokens)}: {progress.error}")
+        found.tokens += progress.token_ids
+        found.times += [now] * len(progress.token_ids)
+        at = owner(service, name)
+        if len(found.tokens) in move_at and at is not None:
+            service.move_request(name, 1 - at, with_kv=with_kv)
+    return found
+
+
+async def force_moves(service: EngineService, number: int, rng: random.Random) -> dict[str, Any]:
+    """Streams that move at random tokens, until there were so many moves; compared with themselves alone."""
+    handover, wrong, streams = service._core.handover, 0, 0
+    cases = [
+        (random_prompt(rng, rng.randrange(8, 120)), sampled, model)
+        for sampled in (0, 1, 1)
+        for model in (None, "adapter0")
+    ]
+    alone = [await read(service, f"alone{i}", *as_call(case, i)) for i, case in enumerate(cases)]
+    while handover.num_with_kv < number:
+        names = [f"moving{streams + i}" for i in range(len(cases))]
+        spots = [rng.sample(range(1, TOKENS), 12) for _ in cases]
+        moving = [
+            read(service, name, *as_call(case, i), move_at=spot)
+            for i, (name, case, spot) in enumerate(zip(names, cases, spots, strict=True))
+        ]
+        found = await asyncio.gather(*moving)
+        wrong += sum(a.tokens != b.tokens for a, b in zip(found, alone, strict=True))
+        streams += len(cases)
+        print(f"  {handover.num_with_kv} moves, {streams} streams, {wrong} differ", flush=True)
+    return {
+        "moves_with_kv": handover.num_with_kv,
+        "moves_failed": handover.num_failed,
+        "streams": streams,
+        "streams_that_differ": wrong,
+        "blocks_conserved": await are_free(service),
+    }
+
+
+def as_call(case: tuple[list[int], int, str | None], number: int) -> tuple[list[int], SamplingParams, str | None]:
+    prompt, sampled, model = case
+    how: dict[str, Any] = {"temperature": 0.8, "top_k": 40, "seed": number} if sampled else {"temperature": 0.0}
+    return prompt, SamplingParams(max_tokens=TOKENS, ignore_eos=True, **how), model
+
+
+async def are_free(service: EngineService) -> bool:
+    """Whether both replicas report, within 5 s, that no block is in use."""
+    for _ in range(500):
+        if all(view.stats.num_free_blocks == view.stats.num_blocks for view in service.replicas()):
+            return True
+        await asyncio.sleep(0.01)
+    return False
+
+
+async def measure_gaps(service: EngineService, length: int, repeats: int, rng: random.Random) -> dict[str, Any]:
+    """Added gap of one move in both ways, in turn, so that a slow moment of the machine falls on both."""
+    params = SamplingParams(temperature=0.0, max_tokens=BEFORE + AFTER, ignore_eos=True)
+    gaps: dict[str, list[float]] = {way: [] for way in WAYS}
+    others: dict[str, list[float]] = {way: [] for way in WAYS}
+    beside = [Reading(), Reading()]
+    endless = SamplingParams(temperature=0.0, max_tokens=BESIDE_TOKENS, ignore_eos=True)
+    tasks = [
+        asyncio.create_task(read(service, f"beside{length}.{i}", random_prompt(rng, 16), endless, None, into=reading))
+        for i, reading in enumerate(beside)
+    ]
+    for repeat in range(repeats):
+        for way, with_kv in WAYS.items():
+            known = [len(reading.times) for reading in beside]
+            name = f"gap{length}.{repeat}.{way}"
+            prompt = random_prompt(rng, length - BEFORE)
+            found = await read(service, name, prompt, params, "adapter0", [BEFORE], with_kv)
+            usual = statistics.median(found.gaps(2, BEFORE))
+            gaps[way].append(max(found.gaps(BEFORE + 1)) - usual)
+            since = found.times[BEFORE - 1]
+            others[way].append(max(longest_since(r, n, since) for r, n in zip(beside, known, strict=True)))
+    for i in range(len(beside)):
+        service.abort(f"beside{length}.{i}")
+    await asyncio.gather(*tasks)
+    return {way: summary(gaps[way]) | {"beside": summary(others[way])} for way in WAYS}
+
+
+def longest_since(reading: Reading, known: int, since: float) -> float:
+    """The longest time between two tokens from a moment on; ``known`` tokens are older than that."""
+    times = reading.times[max(known - 1, 0) :]
+    return max((after - before for before, after in pairwise(times) if after >= since), default=0.0)
+
+
+def summary(seconds: list[float]) -> dict[str, Any]:
+    ordered = sorted(seconds)
+    rank = min(len(ordered) - 1, round(0.99 * (len(ordered) - 1)))
+    return {
+        "p50_ms": round(statistics.median(ordered) * 1e3, 1),
+        "p99_ms": round(ordered[rank] * 1e3, 1),
+        "max_ms": round(ordered[-1] * 1e3, 1),
+        "number": len(ordered),
+    }
+
+
+async def measure(options: argparse.Namespace, model: Path, adapter: Path) -> dict[str, Any]:
+    config = EngineConfig(
+        str(model), device="cpu", dtype=options.dtype, max_model_len=max([*options.lengths, 4096]) + BESIDE_TOKENS,
+        kv_cache_bytes=2 << 30, num_threads=options.threads, max_num_batched_tokens=options.batched_tokens,
+    )  # fmt: skip
+    launcher = PlainLauncher(config, log_level="error", num_replicas=2)
+    service = EngineService(launcher, OrchestratorOptions(64, 64, 1), num_replicas=2)
+    rng = random.Random(0)
+    try:
+        await service.start()
+        await service.load_adapter("adapter0", str(adapter))
+        figures: dict[str, Any] = {"forced": await force_moves(service, options.moves, rng), "added_gap": {}}
+        for length in options.lengths:
+            figures["added_gap"][str(length)] = found = await measure_gaps(service, length, options.repeats, rng)
+            print(f"  {length} tokens: {found}", flush=True)
+    finally:
+        await service.stop()
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="another Llama-like model folder (default: the demo's SmolLM2)")
+    parser.add_argument("--moves", type=int, default=500)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[100, 1000, 4000], help="tokens when it moves")
+    parser.add_argument("--repeats", type=int, default=20, help="moves at each length, in each way")
+    parser.add_argument("--threads", type=int, default=1, help="of each replica")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--batched-tokens", type=int, default=512, help="tokens in one step at most")
+    parser.add_argument("--output", type=Path, help="folder for migration.json (default: docs/results)")
+    options = parser.parse_args()
+    from demo_model import ensure_demo_model
+
+    model = options.model or ensure_demo_model()
+    settings = {key: str(value) for key, value in vars(options).items() if key not in ("output", "model")}
+    with tempfile.TemporaryDirectory() as folder:
+        adapter = write_adapters(model, Path(folder), num_adapters=1)["adapter0"]
+        figures = asyncio.run(measure(options, model, adapter))
+    print("written to", write_result("migration", {"settings": settings, **figures}, options.output))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Exported KV that is read over TCP, as from another host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import zmq
+
+from peft_dist.core.handover import KVHandle
+from peft_dist.runner.shared_memory import MemoryGoneError, SharedMemory
+from peft_dist.worker.kv_server import CHUNK_BYTES, TcpTransport, fetch
+
+
+@pytest.fixture
+def server() -> Iterator[TcpTransport]:
+    made = TcpTransport("tcp://127.0.0.1:*", silence_ms=200)
+    yield made
+    made.close()
+
+
+def offered(server: TcpTransport, num_bytes: int) -> tuple[SharedMemory, KVHandle]:
+    memory = SharedMemory(num_bytes)
+    memory.contents.copy_(torch.randint(0, 255, (num_bytes,), dtype=torch.uint8))
+    address = server.offer(memory)
+    # No such process is on this host.
+    return memory, KVHandle("layout", 1, num_bytes, memory.token, 1 << 30, 3, address)
+
+
+@pytest.mark.parametrize("num_bytes", [1, CHUNK_BYTES, 3 * CHUNK_BYTES + 7, 20 * CHUNK_BYTES])
+def test_all_bytes_arrive_in_their_places(server: TcpTransport, num_bytes: int) -> None:
+    memory, handle = offered(server, num_bytes)
+    assert torch.equal(server.open(handle), memory.contents)
+
+
+def test_what_was_withdrawn_or_never_offered_is_gone(server: TcpTransport) -> None:
+    memory, handle = offered(server, 100)
+    server.withdraw(memory)
+    with pytest.raises(MemoryGoneError, match="let it go"):
+        server.open(handle)
+    with pytest.raises(MemoryGoneError, match="cannot be opened"):
+        server.open(KVHandle("layout", 1, 100, memory.token, 1 << 30, 3))
+
+
+def test_who_asks_wrongly_gets_nothing_and_hurts_nobody(server: TcpTransport) -> None:
+    memory, handle = offered(server, 100)
+    with zmq.Context() as context, context.socket(zmq.SocketType.DEALER) as socket:
+        socket.connect(server.address)
+        beyond = b"\xff" * 16
+        for parts in ([b"one part"], [b"a"] * 5, [b"\xff", b"what"], [memory.token.encode(), beyond]):
+            socket.send_multipart(parts)
+        assert [socket.recv_multipart() for _ in range(2)] == [[b"what", b""], [beyond, b""]]
+    assert torch.equal(server.open(handle), memory.contents)
+
+
+def test_a_host_that_does_not_answer_is_given_up() -> None:
+    with zmq.Context() as context, context.socket(zmq.SocketType.ROUTER) as deaf:
+        deaf.bind("tcp://127.0.0.1:*")
+        with pytest.raises(MemoryGoneError, match="does not answer"):
+            fetch(deaf.get_string(zmq.SocketOption.LAST_ENDPOINT), "token", 100, silence_ms=50)
