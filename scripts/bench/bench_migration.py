@@ -91,7 +91,7 @@ async def force_moves(service: EngineService, number: int, rng: random.Random) -
     """Streams that move at random tokens, until there were so many moves; compared with themselves alone."""
     handover, wrong, streams = service._core.handover, 0, 0
     cases = [
-        (random_prompt(rng, rng.randrange(8, 120)), sampled, model)
+        (random_prompt(rng, rng.randrange(8, 500)), sampled, model)
         for sampled in (0, 1, 1)
         for model in (None, "adapter0")
     ]
