@@ -74,8 +74,7 @@ async def run_server(settings: ServeSettings) -> None:
         http_app = await _unless(signals.stop, _prepare(settings, service))
         if http_app is None:
             return
-        # Libraries and what was loaded live as long as this process. Left to the collector, they would stop every stream
-        # for a quarter of a second now and then.
+        # Libraries live as long as this process. Left to the collector, they would stop all streams now and then.
         gc.collect()
         gc.freeze()
         serving = await listener.start(http_app, settings.shutdown_timeout)
