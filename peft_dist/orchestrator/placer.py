@@ -89,7 +89,7 @@ class Placer:
     def flee(self, record: RequestRecord, now: float) -> list[Outgoing]:
         """Move a request from its replica to the best other one, if any can run it."""
         able = self._able(record)
-        return self.move(record, self._dispatcher.choose(record, able), now) if able else []
+        return self.move(record, self._choose(record, able, now), now) if able else []
 
     def evacuate(self, now: float) -> list[Outgoing]:
         """Move what can be moved from draining replicas; what no other can run finishes where it is."""

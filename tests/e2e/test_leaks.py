@@ -37,7 +37,7 @@ def holdings(service: EngineService) -> dict[str, object]:
     return {
         "tasks": asyncio.all_tasks(),
         "streams": len(service._streams),
-        "calls": dict(service._calls),
+        "calls": dict(service._promises._loads),
         "idle": service._streams._idle.is_set(),
         "records": dict(table._records),
         "owners": dict(table._owners),
@@ -148,7 +148,7 @@ def test_a_thousand_mixed_requests_leave_nothing_behind(tmp_path: Path, monkeypa
             # Loads that nobody waits for are answered all the same, in their own time.
             for number in itertools.count():
                 await collect(service, f"last{number}", [5], SamplingParams(max_tokens=1), "sql")
-                if not service._calls:
+                if not service._promises._loads:
                     break
             await settled()
             assert holdings(service) == before
