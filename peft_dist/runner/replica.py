@@ -23,6 +23,7 @@ from peft_dist.engine.limits import SchedulerLimits
 from peft_dist.engine.scheduler import Scheduler
 from peft_dist.kernels import attention_backends, backend
 from peft_dist.kernels.attention_interface import BackendUnavailableError
+from peft_dist.kernels.capture import NotCapturableError
 from peft_dist.kernels.kv_pool import KVCachePool, block_bytes
 from peft_dist.kernels.lora_pool import LoRAPool
 from peft_dist.policy.factory import make_policy
@@ -146,7 +147,11 @@ class Replica:
     def warm_up(self, *, progress: bool = False) -> None:
         """On a GPU, make ahead of time what the adapters registered so far need: captured steps, compiled kernels."""
         if self.runner.graphs is not None:
-            self.runner.graphs.capture(lora=bool(self.store.registered), progress=progress)
+            try:
+                self.runner.graphs.capture(lora=bool(self.store.registered), progress=progress)
+            except NotCapturableError as error:
+                logger.warning("steps are not captured as CUDA graphs but run operator by operator: %s", error)
+                self.runner.graphs = None
         self.kernels.finish(progress=progress)
 
     def warm_up_some(self) -> bool:
