@@ -98,6 +98,7 @@ def serve(
     cost_profile: Annotated[Path | None, typer.Option(help="Measured seconds, kept here between two starts.")] = None,
     metrics_max_adapters: Annotated[int, typer.Option(min=0, help="Adapters with metrics of their own.")] = 100,
     max_queue: Annotated[int, typer.Option(min=0, help="Sequences that may wait; more are refused.")] = 1024,
+    tensor_parallel_size: Annotated[int, typer.Option(help="Processes that one copy of the model is split over.")] = 1,
     replicas: Annotated[int, typer.Option(min=1, help="Copies of the model, each in processes of its own.")] = 1,
     restart: Annotated[
         bool | None,
@@ -136,6 +137,7 @@ def serve(
             served_model_name=names[0] if names else None,
             revision=revision,
             device=device,
+            tensor_parallel_size=tensor_parallel_size,
             dtype=dtype,
             load_format=cast(LoadFormat, load_format),
             max_model_len=max_model_len,

@@ -110,6 +110,11 @@ class TorchExecutor:
             num_bytes = self.runner.copy_blocks(batch)
         return Swap(num_bytes, 0.0, span)
 
+    def register(self, spec: AdapterSpec, *, allow_pickle: bool) -> None:
+        """Ready the model for an adapter that was inspected, and remember where it is."""
+        self.runner.store.register(spec, allow_pickle=allow_pickle)
+        self.runner.store.pool.workspace.admit(spec.max_rank)
+
     def prepare_merge(self, spec: AdapterSpec) -> str | None:
         """Settle whether an adapter can be merged, and take the memory for it; why it cannot, None when it can.
 

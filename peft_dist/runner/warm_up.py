@@ -121,6 +121,9 @@ class KernelWarmUp:
     @property
     def _is_of_use(self) -> bool:
         runner, config = self._runner, self._config
+        # A rehearsal would have to be one of all ranks.
+        if config.tensor_parallel_size > 1:
+            return False
         if runner.lora_backend != "triton" or config.exec_type != "dlora" or config.policy == "merge":
             return False
         found = attention_backends.load(runner.attention_backend, runner.device)

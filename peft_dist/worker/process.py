@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 EXIT_ORPHANED = 3
 _LAST_WORDS_MS = 5000
+# PR_SET_PDEATHSIG of <linux/prctl.h>.
+_SET_PARENT_DEATH_SIGNAL = 1
 
 
 def run_worker(config: WorkerConfig) -> int:
@@ -38,6 +41,19 @@ def run_worker(config: WorkerConfig) -> int:
         return 1
     finally:
         channel.close()
+
+
+def run_rank(config: WorkerConfig) -> int:
+    """Do what rank 0 of the same launch does, until it is closed; returns the exit status."""
+    try:
+        check_world(config.world_size)
+        config.load_factory()(config.engine).follow()
+        return 0
+    except Exception:
+        logger.exception("a rank of replica %d cannot go on", config.replica_id)
+        # The launcher ends all ranks with the first: rank 0 gets the time to say what it knows. Its end is ours.
+        threading.Event().wait(2 * _LAST_WORDS_MS / 1000)
+        return 1
 
 
 def _serve(config: WorkerConfig, channel: Channel) -> None:
@@ -90,6 +106,16 @@ def _follow_lifeline() -> None:
     os._exit(EXIT_ORPHANED)
 
 
+def end_with_parent() -> None:
+    """Have the system kill this process when the launcher that started it has ended, also while it is stopped.
+
+    Torch's launcher puts ranks into sessions of their own, where signals for its process group do not come.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "prctl"):
+        libc.prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+
+
 def _terminate(signum: int, frame: FrameType | None) -> None:
     # An exception could surface anywhere, and whoever sends this signal expects nothing more from us.
     os._exit(128 + signum)
@@ -106,4 +132,7 @@ def main(argv: list[str]) -> int:
     )
     signal.signal(signal.SIGTERM, _terminate)
     watch_lifeline()
-    return run_worker(config)
+    if config.world_size == 1:
+        return run_worker(config)
+    end_with_parent()
+    return run_rank(config) if int(os.environ.get("RANK", "0")) else run_worker(config)
