@@ -26,6 +26,7 @@ class Case(msgspec.Struct):
         rounds: Each generates for (prompt, adapter) pairs at once; an adapter in ``adapters`` is loaded before the
             round in which it comes first.
         sampling: Fields of ``SamplingParams``.
+        lot: Seeds a policy that decides by lot what is merged and who runs; None: the options' policy.
     """
 
     model: str
@@ -33,14 +34,26 @@ class Case(msgspec.Struct):
     rounds: list[list[tuple[list[int], str | None]]]
     sampling: dict[str, Any]
     options: dict[str, Any] = {}
+    lot: int | None = None
 
 
 class Found(msgspec.Struct):
-    """What a rank saw of a case: tokens by round, and shapes of the weights that it has."""
+    """What a rank saw of a case.
+
+    Attributes:
+        tokens: By round and request, of rank 0.
+        shapes: Of the weights that it has, by name.
+        kv_shape: Of the first layer's cache of keys.
+        slots: Ranks of the adapters in the pool when all was done.
+        merged: What the weights held then.
+    """
 
     tokens: list[list[list[int]]]
     shapes: dict[str, list[int]]
     kv_shape: list[int]
+    slots: dict[int, list[int]]
+    merged: str | None
+    num_switches: int
 
 
 def run_cases(cases: list[Case], folder: Path, size: int = 2) -> list[list[Found]]:
@@ -70,13 +83,22 @@ def run_cases(cases: list[Case], folder: Path, size: int = 2) -> list[list[Found
 def _look(replica: Any, tokens: list[list[list[int]]]) -> Found:
     model = replica.runner.model
     shapes = {name.replace(".base_layer", ""): list(weight.shape) for name, weight in model.named_parameters()}
-    return Found(tokens, shapes, list(replica.runner.kv.caches[0].key.shape))
+    pool = replica.runner.store.pool
+    pool.check()
+    slots = {slot: list(pool.ranks(slot).values()) for slot in replica.executor._slots.values()}
+    cache = replica.runner.kv.caches[0].key
+    switches = replica.engine.num_switches
+    return Found(tokens, shapes, list(cache.shape), slots, replica.executor.merged_adapter(), switches)
 
 
 def _lead(case: Case) -> Found:
     from peft_dist import LLM, SamplingParams
 
     llm = LLM(case.model, **case.options)
+    if case.lot is not None:
+        from tests.e2e.test_policies import AnyMode
+
+        llm._open.engine.scheduler.policy = AnyMode(case.lot)
     known: set[str] = set()
     tokens = []
     for round_ in case.rounds:

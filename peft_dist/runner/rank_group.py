@@ -82,7 +82,8 @@ class RankGroup:
         if any(other != value for other in values):
             found = ", ".join(f"{other} on rank {rank}" for rank, other in enumerate(values))
             raise ConfigError(
-                f"{option} means {found}: the ranks of a replica have to be alike, so give {option} a value, or the ranks the same memory"
+                f"{option} means {found}: the ranks of a replica have to be alike, so give {option} a value, or the "
+                "ranks the same memory"
             )
 
     def whole(self, modules: Mapping[str, ModuleShape]) -> dict[str, ModuleShape]:
