@@ -23,12 +23,6 @@ def are_captured(config: EngineConfig, device: torch.device, attention_backend: 
     """Whether the steps of this replica can be captured, and shall be."""
     if device.type != "cuda" or config.enforce_eager:
         return False
-    if config.tensor_parallel_size > 1:
-        logger.warning(
-            "tensor_parallel_size=%d: steps are not captured as CUDA graphs but run operator by operator",
-            config.tensor_parallel_size,
-        )
-        return False
     found = attention_backends.load(attention_backend, device)
     if isinstance(found, str) or not found.graph_capturable:
         logger.warning("attention by %r cannot be captured: steps run operator by operator", attention_backend)

@@ -79,6 +79,14 @@ class LeadingExecutor(_RankExecutor):
         self._channel.tell(messages.Register(spec, allow_pickle))
         super().register(spec, allow_pickle=allow_pickle)
 
+    def capture(self, *, progress: bool = False) -> None:
+        self._channel.tell(messages.Capture())
+        super().capture(progress=progress)
+
+    def rehearse(self, lengths: Sequence[int], tile_rows: int, *, corrected: bool = False) -> None:
+        self._channel.tell(messages.Rehearse(list(lengths), tile_rows, corrected))
+        super().rehearse(lengths, tile_rows, corrected=corrected)
+
     def prepare_merge(self, spec: AdapterSpec) -> str | None:
         self._channel.tell(messages.PrepareMerge(spec))
         return self._meet_for_merge(spec)
@@ -157,6 +165,10 @@ class FollowingExecutor(_RankExecutor):
                 self.forget(request_ids)
             case messages.Register(spec=spec, allow_pickle=allow_pickle):
                 self.register(spec, allow_pickle=allow_pickle)
+            case messages.Capture():
+                self.capture()
+            case messages.Rehearse(lengths=lengths, tile_rows=tile_rows, corrected=corrected):
+                self.rehearse(lengths, tile_rows, corrected=corrected)
             case messages.PrepareMerge(spec=spec):
                 self._meet_for_merge(spec)
             case messages.StartLoad(spec=spec, slot=slot):

@@ -43,6 +43,18 @@ class Register(msgspec.Struct, frozen=True, tag=True):
     allow_pickle: bool
 
 
+class Capture(msgspec.Struct, frozen=True, tag=True):
+    """Capture the steps that registered adapters need."""
+
+
+class Rehearse(msgspec.Struct, frozen=True, tag=True):
+    """Run a batch that has kernels compiled."""
+
+    lengths: list[int]
+    tile_rows: int
+    corrected: bool
+
+
 class PrepareMerge(msgspec.Struct, frozen=True, tag=True):
     """Take the memory for merging it. All ranks meet."""
 
@@ -100,6 +112,8 @@ RankMessage = (
     | Switch
     | Forget
     | Register
+    | Capture
+    | Rehearse
     | PrepareMerge
     | StartLoad
     | Settle

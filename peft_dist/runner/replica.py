@@ -23,7 +23,6 @@ from peft_dist.engine.limits import SchedulerLimits
 from peft_dist.engine.scheduler import Scheduler
 from peft_dist.kernels import attention_backends, backend
 from peft_dist.kernels.attention_interface import BackendUnavailableError
-from peft_dist.kernels.capture import NotCapturableError
 from peft_dist.kernels.kv_pool import KVCachePool, block_bytes
 from peft_dist.kernels.lora_pool import LoRAPool
 from peft_dist.patches.sharding import num_outputs
@@ -103,12 +102,10 @@ class Replica:
             raise AdapterError(
                 f"adapter {spec.name!r}: {reason}, and exec_type={self.config.exec_type!r} runs nothing else"
             )
-        captured_for = self._captured_for
+        captured_for = self.executor.captured_for
         self.executor.register(spec, allow_pickle=allow_pickle)
         self.engine.register_adapter(spec, pinned=pinned)
-        if self._captured_for != captured_for:
-            if self.runner.graphs is not None:
-                self.runner.graphs.clear()
+        if self.executor.captured_for != captured_for:
             self.kernels.begin()
 
     def load_adapter(
@@ -148,12 +145,7 @@ class Replica:
 
     def warm_up(self, *, progress: bool = False) -> None:
         """On a GPU, make ahead of time what the adapters registered so far need: captured steps, compiled kernels."""
-        if self.runner.graphs is not None:
-            try:
-                self.runner.graphs.capture(lora=bool(self.store.registered), progress=progress)
-            except NotCapturableError as error:
-                logger.warning("steps are not captured as CUDA graphs but run operator by operator: %s", error)
-                self.runner.graphs = None
+        self.executor.capture(progress=progress)
         self.kernels.finish(progress=progress)
 
     def warm_up_some(self) -> bool:
@@ -176,11 +168,6 @@ class Replica:
         self._close_log()
         if self.config.cost_profile is not None and self.engine.cost.num_steps:
             write_profile(Path(self.config.cost_profile), self.identity, self.model_info.model, self.engine.cost)
-
-    @property
-    def _captured_for(self) -> tuple[int, int]:
-        """What captured steps with adapters take for granted."""
-        return self.store.num_layers, self.store.pool.workspace.max_rank
 
     def _drain(self, *, wait_for_loads: bool = False) -> None:
         engine = self.engine
@@ -265,9 +252,9 @@ def build_replica(config: EngineConfig) -> Replica:
         prior = device_prior(speed, size, row_bytes(modules, model.dtype), info.merge_way)
         cost = CostModel(prior)
     engine = new_engine(config, info, executor, cost)
-    kernels = KernelWarmUp(runner, config, longest)
+    kernels = KernelWarmUp(runner, config, longest, executor.rehearse)
     replica = Replica(engine, info, store, runner, executor, config, config, identity, kernels)
-    replica.warm_up(progress=True)
+    replica.warm_up(progress=ranks.rank == 0)
     return replica
 
 

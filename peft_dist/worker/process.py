@@ -127,12 +127,14 @@ def main(argv: list[str]) -> int:
         print("usage: python -m peft_dist.worker CONFIG.json", file=sys.stderr)
         return 2
     config = WorkerConfig.read(Path(argv[0]))
-    logging.basicConfig(
-        level=config.log_level.upper(), format=f"%(asctime)s %(levelname)s [replica {config.replica_id}] %(message)s"
-    )
+    rank = int(os.environ.get("RANK", "0")) if config.world_size > 1 else 0
+    name = f"replica {config.replica_id}" + (f" rank {rank}" if rank else "")
+    # What all ranks do alike is told once.
+    level = "WARNING" if rank and config.log_level.upper() == "INFO" else config.log_level.upper()
+    logging.basicConfig(level=level, format=f"%(asctime)s %(levelname)s [{name}] %(message)s")
     signal.signal(signal.SIGTERM, _terminate)
     watch_lifeline()
     if config.world_size == 1:
         return run_worker(config)
     end_with_parent()
-    return run_rank(config) if int(os.environ.get("RANK", "0")) else run_worker(config)
+    return run_rank(config) if rank else run_worker(config)

@@ -6,9 +6,11 @@ import contextlib
 import os
 import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import pytest
 import torch
 
 from tests.e2e.test_serve import COMMAND, ROOT, Server
@@ -62,45 +64,72 @@ def runs(process: int) -> bool:
     return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
-def test_ranks_answer_as_one_and_die_as_one(tmp_path: Path) -> None:
-    model = make_model("llama", tmp_path / "model")
-    adapters = {
-        name: random_adapter(model, tmp_path / name, 4, 8.0, target_modules("llama"), seed=seed)
-        for seed, name in enumerate(["early", "late"])
-    }
-    oracle = PeftOracle(model, adapters)
+class Scene:
+    """A server of two ranks, PEFT beside it, and two adapters of which the server has one."""
 
-    def check(name: str) -> None:
+    def __init__(self, folder: Path, *options: str) -> None:
+        model = make_model("llama", folder / "model")
+        self.adapters = {
+            name: random_adapter(model, folder / name, 4, 8.0, target_modules("llama"), seed=seed)
+            for seed, name in enumerate(["early", "late"])
+        }
+        self.oracle = PeftOracle(model, self.adapters)
+        self.server = SplitServer(folder, "--adapter", f"early={self.adapters['early']}", *options)
+
+    def check(self, name: str) -> None:
         adapter = None if name == "tiny" else name
-        tokens = server.answer(name)
-        assert_identical(tokens, oracle.answer(PROMPT, adapter, LENGTH), oracle, PROMPT, adapter)
+        answer = self.oracle.answer(PROMPT, adapter, LENGTH)
+        assert_identical(self.server.answer(name), answer, self.oracle, PROMPT, adapter)
 
-    options = ["--adapter", f"early={adapters['early']}", "--restart", "--heartbeat-timeout", "5"]
-    server = SplitServer(tmp_path, *options, "--step-timeout", "5")
+
+@contextlib.contextmanager
+def scene(folder: Path, *options: str) -> Iterator[Scene]:
+    made = Scene(folder, *options)
     try:
-        server.until(server.port_file.exists)
-        first = server.ranks()
-        assert len(first) == 2
-        check("tiny")
-        check("early")
-        load = {"lora_name": "late", "lora_path": str(adapters["late"])}
-        assert server.post("/v1/load_lora_adapter", load).status_code == 200
-        check("late")
+        made.server.until(made.server.port_file.exists)
+        yield made
+    finally:
+        made.server.process.kill()
+        made.server.process.wait()
 
+
+def test_two_ranks_answer_as_one(tmp_path: Path) -> None:
+    with scene(tmp_path) as it:
+        ranks = it.server.ranks()
+        assert len(ranks) == 2
+        it.check("tiny")
+        it.check("early")
+        load = {"lora_name": "late", "lora_path": str(it.adapters["late"])}
+        assert it.server.post("/v1/load_lora_adapter", load).status_code == 200
+        it.check("late")
+        assert it.server.post("/v1/unload_lora_adapter", {"lora_name": "early"}).status_code == 200
+        it.check("late")
+        assert it.server.stop() == 0, it.server.log
+        assert not any(map(runs, ranks)) and "Traceback" not in it.server.log
+
+
+@pytest.mark.slow
+def test_ranks_die_as_one(tmp_path: Path) -> None:
+    with scene(tmp_path, "--restart", "--heartbeat-timeout", "5", "--step-timeout", "3") as it:
+        server, first = it.server, it.server.ranks()
         os.kill(first[1], signal.SIGKILL)
         server.until(lambda: not any(map(runs, first)))
         server.until(lambda: len(set(server.ranks()) - set(first)) == 2)
         server.until(lambda: httpx.get(f"{server.url}/ready").status_code == 200)
         second = server.ranks()
-        check("late")
-
-        # Whichever it is, the other waits for it in the middle of a step.
+        it.check("early")
+        # The other waits for it in the middle of a step.
         os.kill(second[1], signal.SIGSTOP)
-        check("early")
+        it.check("early")
         assert not any(map(runs, second))
         third = server.ranks()
         assert server.stop() == 0, server.log
         assert len(third) == 2 and not any(map(runs, third))
-    finally:
-        server.process.kill()
-        server.process.wait()
+
+
+def test_a_model_that_cannot_be_split_is_refused_in_words(tmp_path: Path) -> None:
+    make_model("gpt2", tmp_path / "model")
+    server = SplitServer(tmp_path)
+    assert server.process.wait(timeout=60) != 0
+    reason = "tensor_parallel_size=2: transformers has no plan for splitting GPT2LMHeadModel over ranks. Choose another"
+    assert reason in server.log.splitlines()[-1]

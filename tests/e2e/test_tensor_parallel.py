@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from peft_dist import LLM, SamplingParams
-from peft_dist.core.config import EngineConfig
 from peft_dist.core.errors import ConfigError
-from peft_dist.patches.sharding import UnsupportedShardingError, shard_model
 from tests.e2e.test_exactness import NAMES, NUM_TOKENS, PROMPTS, make_adapters
 from tests.oracle import PeftOracle, assert_identical
+from tests.patches.test_sharding import llama
 from tests.ranks import Case, Found, run_cases
 from tests.tiny_models import make_model
 
@@ -82,3 +81,32 @@ def test_every_family_that_can_be_split(tmp_path: Path) -> None:
         ],
         tmp_path,
     )
+
+
+def test_draws_and_scores_are_those_of_one_process(tmp_path: Path) -> None:
+    """With biases, as many tokens as cannot be shared out, and key heads that several ranks keep."""
+    model = llama(attention_bias=True, mlp_bias=True, num_key_value_heads=1, vocab_size=97)
+    model.save_pretrained(tmp_path / "base")
+    adapters = make_adapters("llama", model, tmp_path)
+    sampling = {"temperature": 0.8, "top_p": 0.9, "seed": 11, "max_tokens": 20, "ignore_eos": True}
+    sampling |= {"presence_penalty": 0.7, "logprobs": 2, "prompt_logprobs": 1}
+    paths = {name: str(path) for name, path in adapters.items()}
+    [[split], _] = run_cases([Case(str(tmp_path / "base"), paths, [ROUND], sampling, SPLIT)], tmp_path)
+    with LLM(tmp_path / "base", adapters, **OPTIONS) as llm:
+        outputs = llm.generate(PROMPTS, SamplingParams(**sampling), NAMES, use_tqdm=False)
+    assert split.tokens == [[output.outputs[0].token_ids for output in outputs]]
+    assert len({tuple(tokens) for tokens in split.tokens[0]}) == len(PROMPTS)
+    assert split.kv_shape == [64, 16, 1, 8]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({}, "tensor_parallel_size=2 takes as many processes, and 1 of them run here.*peft-dist serve"),
+        ({"exec_type": "vllm"}, "exec_type='vllm' keeps whole merged ones: use 'peft' or 'dlora'"),
+        ({"device": "cuda:1"}, "device='cuda:1' names one: use device='cuda'"),
+    ],
+)
+def test_what_cannot_work_is_refused_at_the_start(options: dict[str, str], reason: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        LLM(tmp_path, tensor_parallel_size=2, **{"device": "cpu", **options})
