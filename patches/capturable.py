@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from transformers import DynamicCache, PreTrainedModel
 
+from peft_dist.kernels.capture import NotCapturableError
 from peft_dist.kernels.types import LoRALayerWeights
 from peft_dist.patches.lora_layers import SelectiveEmbedding
 
@@ -18,10 +19,6 @@ from peft_dist.patches.lora_layers import SelectiveEmbedding
 _ROPES_BY_LENGTH = {"dynamic", "longrope"}
 # Its hooks do nothing unless hidden states or attention weights are wanted, which no captured pass returns.
 _IDLE_HOOKS = "transformers.utils.output_capturing"
-
-
-class NotCapturableError(RuntimeError):
-    """A pass reads or returns what would be wrong in the next replay."""
 
 
 def capture_reason(model: PreTrainedModel, weights: list[LoRALayerWeights | None]) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,9 +13,9 @@ import torch
 from transformers.utils import ModelOutput
 
 from peft_dist.forward_context import ForwardContext
-from peft_dist.kernels.capture import Capture, CudaCapture
+from peft_dist.kernels.capture import Capture, CudaCapture, NotCapturableError, refuse_waiting
 from peft_dist.kernels.types import LoRALayerWeights
-from peft_dist.patches.capturable import HandThroughCache, NotCapturableError, UnreadMask
+from peft_dist.patches.capturable import HandThroughCache, UnreadMask
 from peft_dist.patches.decode_inputs import DecodeInputs, table_width, tile_shape
 from peft_dist.patches.kv_memory import KVMemory
 from peft_dist.patches.paged_cache import PagedCache, PassLayout
@@ -38,27 +37,10 @@ def capture_for(device: torch.device) -> Capture | None:
 
     def checked(run: Callable[[], None]) -> Callable[[], None]:
         with torch.cuda.device(device):
-            _refuse_waiting(run)
+            refuse_waiting(run)
             return capture(run)
 
     return checked
-
-
-def _refuse_waiting(run: Callable[[], None]) -> None:
-    """Raises NotCapturableError when a pass waits for the device: a capture that fails for it cripples the allocator.
-
-    By warnings, because errors would reach all other threads.
-    """
-    before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            run()
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
-    if any("synchronizing CUDA operation" in str(warning.message) for warning in found):
-        raise NotCapturableError("the model waits for the device")
 
 
 @dataclass(slots=True)

@@ -20,6 +20,7 @@ from peft_dist.forward_context import ForwardContext, current
 from peft_dist.kernels import lora as kernels
 from peft_dist.kernels.lora_beside import ShrinkBeside
 from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
+from peft_dist.patches.rank_outputs import Combination
 from peft_dist.patches.siblings import find_siblings
 from peft_dist.patches.together import call_together
 
@@ -31,10 +32,12 @@ class SelectiveLinear(LoraLinear):
         lora_index: Where the layer's weights stand in ``ForwardContext.lora_weights``.
         is_output: The layer sees only the rows whose logits are wanted (``sees_kept_rows``).
         siblings: The layers that are called with the same input, this one among them (``join_siblings``).
+        combination: What makes one output of those of several ranks, where the layer is split over them.
     """
 
     lora_index: int = -1
     is_output: bool = False
+    combination: Combination | None = None
     siblings: tuple[SelectiveLinear, ...] = ()
     sibling_index: int = 0
 
@@ -50,6 +53,12 @@ class SelectiveLinear(LoraLinear):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
+        if self.combination is None:
+            return self._compute(x, *args, **kwargs)
+        y = self._compute(self.combination.enter(x), *args, **kwargs)
+        return self.combination.leave(y, x)
+
+    def _compute(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         context = current()
         if context is None:
             return super().forward(x, *args, **kwargs)
@@ -68,6 +77,7 @@ class SelectiveEmbedding(LoraEmbedding):
 
     lora_index: int = -1
     is_output: bool = False
+    combination: Combination | None = None
 
     @classmethod
     def wrap(cls, base_layer: nn.Module) -> SelectiveEmbedding:
@@ -83,6 +93,12 @@ class SelectiveEmbedding(LoraEmbedding):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Token ids ``[...]`` to ``[..., embedding_dim]``."""
+        if self.combination is None:
+            return self._compute(x, *args, **kwargs)
+        y = self._compute(self.combination.enter(x), *args, **kwargs)
+        return self.combination.leave(y, x)
+
+    def _compute(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         context = current()
         if context is None:
             return super().forward(x, *args, **kwargs)
@@ -197,7 +213,9 @@ def run_gated(gate: nn.Module, up: nn.Module, x: torch.Tensor, activation: str) 
 
 def _is_seen(layer: SelectiveLinear) -> bool:
     """Whether the layer's own output has to be there, not only what becomes of it."""
-    return bool(layer._forward_hooks) or "forward" in layer.__dict__ or _has_hooks(layer)
+    return (
+        layer.combination is not None or bool(layer._forward_hooks) or "forward" in layer.__dict__ or _has_hooks(layer)
+    )
 
 
 def _weights_of(layers: Sequence[SelectiveLinear], context: ForwardContext) -> list[LoRALayerWeights | None]:

@@ -3,7 +3,9 @@
     python scripts/check_exactness.py [--prompts 32] [--tokens 64] [--output DIR]
 
 The engine answers all prompts in one mixed batch (float32, CPU, with chunked prefill and the prefix cache on), and
-so does a patched PeftModel; PEFT answers each prompt alone with its adapter set. Tokens must be identical
+so does a patched PeftModel; PEFT answers each prompt alone with its adapter set. With both ways of merging (shadow,
+host) the engine answers them again in batches of the adapter that is merged, another one by lot in each step, and once
+more with everybody else in those batches (corrected). Tokens must be identical
 (docs/architecture.md says what that means), logits within 1e-4 of their scale. Writes docs/results/exactness.json;
 exits 1 when they are not.
 """
@@ -11,20 +13,26 @@ exits 1 when they are not.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.report import write_result
 from demo_data.prompts import DEMO_PROMPTS
 from demo_model import ensure_demo_model
 
+from peft_dist import LLM, SamplingParams
+from peft_dist.policy.batching import BASE, Choice, QueueState
+from tests.e2e.test_policies import AnyMode
 from tests.oracle import LOGITS, Answer, PeftOracle, Recorder, common_prefix, is_tie
 
 ADAPTERS = {name: Path(__file__).parent / "demo_adapters" / name for name in ("sql", "json", "sentiment", "style")}
+ENGINE: dict[str, Any] = {"device": "cpu", "dtype": "float32", "num_blocks": 1024, "max_num_batched_tokens": 256}
 
 
 def requests(count: int) -> list[tuple[str | None, str]]:
@@ -71,6 +79,44 @@ def worst_error(recorded: list[list[torch.Tensor]], answers: list[Answer], ours:
     return max(errors)
 
 
+class MergedByLot(AnyMode):
+    """Every step that can be is merged with an adapter by lot; the base's requests run in steps of their own."""
+
+    def __init__(self, *, corrected: bool) -> None:
+        super().__init__(0)
+        self._corrected = corrected
+
+    def choose(self, state: QueueState) -> Choice:
+        runnable = [c for c in state.candidates if c.num_new_tokens and c.is_resident]
+        merged = self.rng.choice(sorted({c.adapter for c in runnable}) or [BASE])
+        if not self._corrected or merged == BASE:
+            runnable = [c for c in runnable if c.adapter == merged]
+        # First those that make it a merged batch.
+        runnable.sort(key=lambda c: c.adapter != merged)
+        return Choice(None if merged == BASE else merged, runnable[: state.max_num_seqs], "lot")
+
+
+def engine_answers(
+    llm: LLM, asked: list[tuple[str | None, list[int]]], count: int
+) -> tuple[list[list[int]], list[list[torch.Tensor]]]:
+    """Tokens and the logits they were drawn from, all prompts at once."""
+    recorder = Recorder(llm)
+    greedy = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True)
+    outputs = llm.generate([prompt for _, prompt in asked], greedy, [adapter for adapter, _ in asked])
+    return [out.outputs[0].token_ids for out in outputs], [recorder.logits[out.request_id] for out in outputs]
+
+
+def merged_answers(
+    way: str, corrected: bool, asked: list[tuple[str | None, list[int]]], count: int
+) -> tuple[list[list[int]], list[list[torch.Tensor]], dict[str, int]]:
+    """``engine_answers`` by merged steps, and how many of those there were."""
+    with LLM(ensure_demo_model(), ADAPTERS, merge=way, **ENGINE) as llm:
+        engine = llm._open.engine
+        engine.scheduler.policy = MergedByLot(corrected=corrected)
+        answers = engine_answers(llm, asked, count)
+        return *answers, {"merged_steps": engine.num_merged_steps, "switches": engine.num_switches}
+
+
 def patched_answers(
     oracle: PeftOracle, asked: list[tuple[str | None, list[int]]], count: int
 ) -> tuple[list[list[int]], list[list[torch.Tensor]]]:
@@ -99,35 +145,27 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--output", type=Path, help="folder for exactness.json (default: docs/results)")
     options = parser.parse_args()
-    from transformers import AutoModelForCausalLM
-
-    from peft_dist import LLM, SamplingParams
-
-    path = ensure_demo_model()
-    greedy = SamplingParams(temperature=0.0, max_tokens=options.tokens, ignore_eos=True)
-    with LLM(path, ADAPTERS, device="cpu", dtype="float32", num_blocks=1024, max_num_batched_tokens=256) as llm:
+    with LLM(ensure_demo_model(), ADAPTERS, **ENGINE) as llm:
         asked = []
         for adapter, message in requests(options.prompts):
             chat = [{"role": "user", "content": message}]
-            asked.append(
-                (
-                    adapter,
-                    llm.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"],
-                )
-            )
-        recorder = Recorder(llm)
-        outputs = llm.generate([prompt for _, prompt in asked], greedy, [adapter for adapter, _ in asked])
-        ours = [output.outputs[0].token_ids for output in outputs]
-        recorded = [recorder.logits[output.request_id] for output in outputs]
-    oracle = PeftOracle(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), ADAPTERS)
+            tokens = llm.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
+            asked.append((adapter, tokens["input_ids"]))
+        found: dict[str, Any] = {"LLM": (*engine_answers(llm, asked, options.tokens), {})}
+    for way, corrected in itertools.product(("shadow", "host"), (False, True)):
+        name = f"LLM, merged ({way}){', others corrected' if corrected else ''}"
+        found[name] = merged_answers(way, corrected, asked, options.tokens)
+    base = AutoModelForCausalLM.from_pretrained(ensure_demo_model(), dtype=torch.float32)
+    oracle = PeftOracle(base, ADAPTERS)
     answers = [oracle.answer(prompt, adapter, options.tokens) for adapter, prompt in asked]
-    patched, patched_logits = patched_answers(oracle, asked, options.tokens)
+    found["patch(model)"] = (*patched_answers(oracle, asked, options.tokens), {})
     figures: dict[str, dict[str, float]] = {
         name: {
             **compare(tokens, answers, oracle, asked),
             "worst_logit_error_over_scale": worst_error(logits, answers, tokens),
+            **steps,
         }
-        for name, tokens, logits in (("LLM", ours, recorded), ("patch(model)", patched, patched_logits))
+        for name, (tokens, logits, steps) in found.items()
     }
     for name, value in figures.items():
         print(name, value)

@@ -60,6 +60,7 @@ class EngineConfig:
             than from disk. 0 keeps none.
         adapter_load_timeout: Seconds for finding, reading and checking one adapter; None is no limit.
         pinned_adapters: Names of adapters given at the start that are loaded at once and stay on the device.
+        tensor_parallel_size: Processes, each on a device of its own, that the weights of one replica are split over.
         num_threads: CPU threads of the model; torch's default when None.
         pack_weights: Keep a copy of the weights in the CPU library's packed layout (faster, twice the
             memory); None packs on CPU when the copy fits in half of the free memory.
@@ -111,6 +112,7 @@ class EngineConfig:
     adapter_host_memory: int = 2 << 30
     adapter_load_timeout: float | None = 120.0
     pinned_adapters: tuple[str, ...] = ()
+    tensor_parallel_size: int = 1
     num_threads: int | None = None
     pack_weights: bool | None = None
     compile_kernels: bool = True
@@ -165,6 +167,8 @@ def _contradictions(options: EngineConfig) -> Iterator[str]:
         yield f"pinned_adapters={options.pinned_adapters} stay as adapters, but {exec_type} keeps whole merged models"
     if options.exec_type != "vllm" and options.resident_models != _DEFAULTS["resident_models"]:
         yield f"resident_models={options.resident_models} counts the models of exec_type='vllm', not of {exec_type}"
+    if options.tensor_parallel_size > 1:
+        yield from _against_ranks(options)
     if options.merged_minority:
         minority = "merged_minority=True lets others join a batch of policy='credit' that is merged"
         if options.exec_type != "dlora" or options.policy not in (None, "credit"):
@@ -178,6 +182,14 @@ def _contradictions(options: EngineConfig) -> Iterator[str]:
         math.inf,
     ):
         yield f"{profile} has no bound on waiting: leave out max_adapter_wait={options.max_adapter_wait}"
+
+
+def _against_ranks(options: EngineConfig) -> Iterator[str]:
+    asked = f"tensor_parallel_size={options.tensor_parallel_size}"
+    if options.exec_type == "vllm":
+        yield f"{asked} splits one model, and exec_type='vllm' keeps whole merged ones: use 'peft' or 'dlora'"
+    if options.device.startswith("cuda:"):
+        yield f"{asked} takes a device for each rank, device={options.device!r} names one: use device='cuda'"
 
 
 _DEFAULTS = {option.name: option.default for option in fields(EngineConfig)}
@@ -195,7 +207,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
 }
 _AT_LEAST_1 = (
     *("max_model_len", "block_size", "num_blocks", "kv_cache_bytes", "max_num_seqs", "max_num_batched_tokens"),
-    *("max_loras", "num_threads", "resident_models", "adapter_device_memory"),
+    *("max_loras", "num_threads", "tensor_parallel_size", "resident_models", "adapter_device_memory"),
 )
 _LEAST = dict.fromkeys(_AT_LEAST_1, 1) | {"num_host_blocks": 0, "depth": 0, "adapter_host_memory": 0}
 _CHOICES: dict[str, tuple[str | None, ...]] = {

@@ -27,7 +27,7 @@ _DECODE_PARTS, _PREFILL_PARTS = 16, 4
 # Expands of a decode step: one on each multiprocessor of an H100, wide ones rather than more.
 _DECODE_EXPANDS = 132
 # Of expands that loop: three of their programs fit a multiprocessor, and fewer than so many for each tile are slow.
-_LOOP_PROGRAMS, _FEWEST_LOOPS = 396, 14
+_LOOP_PROGRAMS, _FEWEST_LOOPS = 396, 12
 _LOOP_PART, _PREFILL_LOOP = 128, 1024
 # With fewer tiles, programs of one block already run all at once.
 _LOOP_TILES = 4

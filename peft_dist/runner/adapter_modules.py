@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from peft_dist.patches.sharding import ModulePart
+
 ModuleKind = Literal["linear", "conv1d", "embedding"]
 
 
@@ -23,6 +25,7 @@ class ModuleShape:
         out_features: Width of the output.
         weight: Reads the base weight, in the layout the module stores it. Only adapters that bring a copy of it
             need it; None refuses nothing for its values, only for its shape.
+        part: What of it this process has, where it is split over ranks; ``weight`` reads that part alone.
         row_rms: Root mean square norm of the weights of one output (an embedding: of one token), where adapters may be
             merged into it; else None.
     """
@@ -32,6 +35,7 @@ class ModuleShape:
     out_features: int
     weight: Callable[[], torch.Tensor] | None = field(default=None, repr=False, compare=False)
     row_rms: float | None = field(default=None, repr=False, compare=False)
+    part: ModulePart | None = None
 
     @property
     def weight_shape(self) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from peft_dist.kernels.pooled_adapter import PooledAdapter
 from peft_dist.patches.lora_layers import SelectiveLayer, join_siblings, make_layer, wrap_module
 from peft_dist.runner.adapter_modules import ModuleShape
 from peft_dist.runner.adapter_tensors import LoadedAdapter, ModuleWeights, inspect_adapter, load_adapter
+from peft_dist.runner.adapter_weights import in_one_buffer
 from peft_dist.runner.host_tier import HostTier
 from peft_dist.runner.pooled_weights import PooledWeights
 
@@ -39,7 +40,11 @@ class AdapterStore:
     def __init__(
         self, model: PreTrainedModel, modules: Mapping[str, ModuleShape], pool: LoRAPool, host_memory: int
     ) -> None:
-        """``modules`` describe the model as it was before it was wrapped; ``host_memory`` is in bytes."""
+        """
+        Args:
+            modules: The model as adapters' files describe it: before it was wrapped or split over ranks.
+            host_memory: Bytes.
+        """
         self.pool = pool
         self.host = HostTier(host_memory, pinned=pool.device.type == "cuda")
         self._model = model
@@ -150,7 +155,22 @@ class AdapterStore:
                 f"adapter {source.name!r} in {source.path}: its files have changed since it was loaded, and the old "
                 "weights are not in memory: load it again in place, and give new weights a folder of their own"
             )
-        return adapter
+        return self._own_part(adapter)
+
+    def _own_part(self, adapter: LoadedAdapter) -> LoadedAdapter:
+        """What this process has of it, where the model is split over ranks: copies, so that the rest is freed."""
+        parts = {path: part for path in adapter.weights if (part := self._modules[path].part) is not None}
+        if not parts:
+            return adapter
+        tensors = {}
+        for path, w in adapter.weights.items():
+            pair = parts[path].of_adapter(w.A, w.B) if path in parts else (w.A, w.B)
+            tensors[f"{path}.A"], tensors[f"{path}.B"] = pair
+        kept = in_one_buffer(tensors, pin_memory=self.pool.device.type == "cuda")
+        weights = {
+            path: ModuleWeights(kept[f"{path}.A"], kept[f"{path}.B"], w.scaling) for path, w in adapter.weights.items()
+        }
+        return LoadedAdapter(adapter.spec, weights)
 
     def _wrap(self, path: str) -> bool:
         """Whether the module is wrapped for the first time."""

@@ -169,6 +169,8 @@ def _as_is(tensor: torch.Tensor) -> torch.Tensor:
 
 def _check_copy(name: str, copy: torch.Tensor, module: ModuleShape) -> None:
     """PEFT saves targeted embeddings whole; a copy that equals the base changes nothing, any other is refused."""
+    if module.part is not None:
+        copy = module.part.of_weight(copy, turned=module.kind == "embedding")
     if module.weight is not None and _differs(copy, module.weight):
         raise AdapterError(
             f"tensor {name} is a base weight that differs from this base's (trained, resized or of another "

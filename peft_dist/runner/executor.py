@@ -15,6 +15,7 @@ from peft_dist.core.batch import Batch, StepResult
 from peft_dist.core.handover import KVHandle
 from peft_dist.core.messages import AdapterResidency
 from peft_dist.engine.executor import LoadOutcome, TransferOutcome
+from peft_dist.kernels.capture import NotCapturableError
 from peft_dist.runner.adapter_loader import AdapterLoader
 from peft_dist.runner.kv_transfers import KVTransfers
 from peft_dist.runner.merged_ratio import host_limit
@@ -112,6 +113,33 @@ class TorchExecutor:
         with DeviceSpan() as span:
             num_bytes = self.runner.copy_blocks(batch)
         return Swap(num_bytes, 0.0, span)
+
+    def register(self, spec: AdapterSpec, *, allow_pickle: bool) -> None:
+        """Ready the model for an adapter that was inspected, and remember where it is."""
+        before = self.captured_for
+        self.runner.store.register(spec, allow_pickle=allow_pickle)
+        self.runner.store.pool.workspace.admit(spec.max_rank)
+        if self.runner.graphs is not None and self.captured_for != before:
+            self.runner.graphs.clear()
+
+    @property
+    def captured_for(self) -> tuple[int, int]:
+        """What captured steps with adapters take for granted."""
+        return self.runner.store.num_layers, self.runner.store.pool.workspace.max_rank
+
+    def capture(self, *, progress: bool = False) -> None:
+        """Where steps are captured, make those that the adapters registered so far need."""
+        if self.runner.graphs is None:
+            return
+        try:
+            self.runner.graphs.capture(lora=bool(self.runner.store.registered), progress=progress)
+        except NotCapturableError as error:
+            logger.warning("steps are not captured as CUDA graphs but run operator by operator: %s", error)
+            self.runner.graphs = None
+
+    def rehearse(self, lengths: Sequence[int], tile_rows: int, *, corrected: bool = False) -> None:
+        """As ``ModelRunner.rehearse``."""
+        self.runner.rehearse(lengths, tile_rows, corrected=corrected)
 
     def prepare_merge(self, spec: AdapterSpec) -> str | None:
         """Settle whether an adapter can be merged, and take the memory for it; why it cannot, None when it can.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,13 @@ def resolve_dtype(name: str, config: Any, device: torch.device) -> torch.dtype:
     return _DTYPES[name]
 
 
-def load_model(options: EngineConfig, device: torch.device) -> PreTrainedModel:
+def load_model(
+    options: EngineConfig, device: torch.device, shrink: Callable[[PreTrainedModel], None] | None = None
+) -> PreTrainedModel:
     """Load the base in evaluation mode on ``device``.
+
+    Args:
+        shrink: Drops weights that are not wanted there, before the others are brought there.
 
     Raises:
         ConfigError: nothing loadable is there, or it is no decoder.
@@ -79,6 +85,8 @@ def load_model(options: EngineConfig, device: torch.device) -> PreTrainedModel:
             "or a hub id that is reachable or cached"
         ) from error
     model.requires_grad_(False)
+    if shrink is not None:
+        shrink(model)
     return model.eval().to(device)
 
 

@@ -18,6 +18,7 @@ from peft_dist.kernels.lora_group import make_tiles
 from peft_dist.kernels.lora_tiles import DECODE_TILE_ROWS
 from peft_dist.kernels.transfer import to_device
 from peft_dist.kernels.types import LoRAPlan
+from peft_dist.patches.sharding import num_outputs
 from peft_dist.runner.adapter_store import AdapterStore
 from peft_dist.runner.drawn_tokens import DrawnTokens
 from peft_dist.runner.host_copy import HostCopy
@@ -91,7 +92,7 @@ class ModelRunner:
         self.device = model.device
         self.lora_backend, self.attention_backend = lora_backend, attention_backend
         self.eos_token_ids = eos_token_ids
-        self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
+        self.vocab_size = num_outputs(model)
         self.records: dict[str, SequenceRecord] = {}
         self.drawn = DrawnTokens(max_num_seqs, depth + 2, self.device)
         self.graphs: StepGraphs | None = None

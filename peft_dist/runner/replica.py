@@ -26,6 +26,7 @@ from peft_dist.kernels import attention_backends, backend
 from peft_dist.kernels.attention_interface import BackendUnavailableError
 from peft_dist.kernels.kv_pool import KVCachePool, block_bytes
 from peft_dist.kernels.lora_pool import LoRAPool
+from peft_dist.patches.sharding import num_outputs
 from peft_dist.policy.factory import make_policy
 from peft_dist.policy.settings import PolicySettings
 from peft_dist.runner.adapter_memory import count_rows, row_bytes
@@ -43,6 +44,8 @@ from peft_dist.runner.memory import MemoryLeft, count_blocks
 from peft_dist.runner.merge_setup import as_in_the_base, later_device_bytes, make_merging
 from peft_dist.runner.model_runner import ModelRunner
 from peft_dist.runner.packing import prepare_layers
+from peft_dist.runner.rank_executors import FollowingExecutor, make_executor
+from peft_dist.runner.rank_group import join_ranks
 from peft_dist.runner.restart_check import check_restart
 from peft_dist.runner.warm_up import KernelWarmUp, run_largest_batch
 
@@ -102,13 +105,10 @@ class Replica:
             raise AdapterError(
                 f"adapter {spec.name!r}: {reason}, and exec_type={self.config.exec_type!r} runs nothing else"
             )
-        captured_for = self._captured_for
-        self.store.register(spec, allow_pickle=allow_pickle)
-        self.store.pool.workspace.admit(spec.max_rank)
+        captured_for = self.executor.captured_for
+        self.executor.register(spec, allow_pickle=allow_pickle)
         self.engine.register_adapter(spec, pinned=pinned)
-        if self._captured_for != captured_for:
-            if self.runner.graphs is not None:
-                self.runner.graphs.clear()
+        if self.executor.captured_for != captured_for:
             self.kernels.begin()
 
     def load_adapter(
@@ -148,8 +148,7 @@ class Replica:
 
     def warm_up(self, *, progress: bool = False) -> None:
         """On a GPU, make ahead of time what the adapters registered so far need: captured steps, compiled kernels."""
-        if self.runner.graphs is not None:
-            self.runner.graphs.capture(lora=bool(self.store.registered), progress=progress)
+        self.executor.capture(progress=progress)
         self.kernels.finish(progress=progress)
 
     def use_transport(self, transport: Transport) -> None:
@@ -164,6 +163,11 @@ class Replica:
         """A file descriptor that is readable when an adapter's load has ended and ``engine.step`` should be called."""
         return self.executor.fileno()
 
+    def follow(self) -> None:
+        """Do what rank 0 of this replica does, until it is closed. For every other rank, and nothing else then."""
+        assert isinstance(self.executor, FollowingExecutor), "rank 0 leads"
+        self.executor.follow()
+
     def close(self) -> None:
         """End what runs, and the loader's threads; write down what was learnt of costs, where that was asked for."""
         self._drain()
@@ -171,11 +175,6 @@ class Replica:
         self._close_log()
         if self.config.cost_profile is not None and self.engine.cost.num_steps:
             write_profile(Path(self.config.cost_profile), self.identity, self.model_info.model, self.engine.cost)
-
-    @property
-    def _captured_for(self) -> tuple[int, int]:
-        """What captured steps with adapters take for granted."""
-        return self.store.num_layers, self.store.pool.workspace.max_rank
 
     def _drain(self, *, wait_for_loads: bool = False) -> None:
         engine = self.engine
@@ -207,10 +206,12 @@ def build_replica(config: EngineConfig) -> Replica:
     """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
+    ranks = join_ranks(config)
     device = resolve_device(config.device)
-    model = load_model(config, device)
+    model = load_model(config, device, ranks.shard if ranks.is_split else None)
     # Before its weights are packed, its layers wrapped and the memory taken.
     speed, size, shapes_hash = measure_speed(device, model.dtype), ModelSize.of(model), hash_shapes(model)
+    ranks.combine(model)
     prepare_layers(model, config)
     shapes = probe_kv_shapes(model)
     modules = describe_modules(model)
@@ -226,7 +227,8 @@ def build_replica(config: EngineConfig) -> Replica:
     left = MemoryLeft(config, device, pool, adapter_bytes)
     left.promised = (config.num_blocks or 0) * per_block
     merge = make_merging(config, model, modules, left)
-    store = AdapterStore(model, as_in_the_base(modules, merge), pool, config.adapter_host_memory)
+    ranks.check_alike("merge", merge.way if merge is not None else "off")
+    store = AdapterStore(model, ranks.whole(as_in_the_base(modules, merge)), pool, config.adapter_host_memory)
     num_blocks = count_blocks(
         config,
         device,
@@ -235,8 +237,9 @@ def build_replica(config: EngineConfig) -> Replica:
         adapter_bytes + later_device_bytes(config, merge, modules),
         lambda: run_largest_batch(model, shapes, store, config, lora, attention),
         merge.remedy if merge is not None and merge.on_device else None,
-        partial(graph_bytes, config, model.get_output_embeddings().weight.shape[0]) if captured else None,
+        partial(graph_bytes, config, num_outputs(model)) if captured else None,
     )
+    num_blocks = ranks.smallest(num_blocks)
     longest = min(longest, num_blocks * config.block_size)
     kv = KVCachePool(shapes, num_blocks, config.block_size, model.dtype, device, config.num_host_blocks)
     left.promised = 0
@@ -249,16 +252,16 @@ def build_replica(config: EngineConfig) -> Replica:
         "%s on %s in %s: %d KV blocks of %d tokens", info.model, device, info.dtype, num_blocks, config.block_size
     )
     logger.info("adapters: %d rank rows in each of %d modules, %d slots", num_rows, len(modules), config.max_loras)
-    executor = TorchExecutor(runner, config.adapter_load_timeout)
+    executor = make_executor(runner, config.adapter_load_timeout, ranks)
     identity = identify(info, shapes_hash, device)
     cost = read_profile(Path(config.cost_profile), identity) if config.cost_profile else None
     if cost is None:
         prior = device_prior(speed, size, row_bytes(modules, model.dtype), info.merge_way)
         cost = CostModel(prior)
     engine = new_engine(config, info, executor, cost)
-    kernels = KernelWarmUp(runner, config, longest)
+    kernels = KernelWarmUp(runner, config, longest, executor.rehearse)
     replica = Replica(engine, Handovers(engine), info, store, runner, executor, config, config, identity, kernels)
-    replica.warm_up(progress=True)
+    replica.warm_up(progress=ranks.rank == 0)
     return replica
 
 
@@ -309,7 +312,8 @@ def _describe(config: EngineConfig, runner: ModelRunner, longest: int, depth: in
         num_blocks=runner.kv.num_blocks,
         num_host_blocks=config.num_host_blocks,
         block_size=config.block_size,
-        block_bytes=runner.kv.bytes_per_block,
+        # Of several ranks each has a part, and a move would bring the first one's alone.
+        block_bytes=runner.kv.bytes_per_block if config.tensor_parallel_size == 1 else 0,
         device=str(runner.device),
         dtype=str(runner.model.dtype).removeprefix("torch."),
         depth=depth,

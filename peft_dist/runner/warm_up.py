@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -86,6 +86,12 @@ def _chunks(tokens: int, max_num_seqs: int, max_model_len: int) -> tuple[int, ..
     return ((each,) * whole + (rest,) * (rest > 0))[:max_num_seqs]
 
 
+class Rehearse(Protocol):
+    """``ModelRunner.rehearse``."""
+
+    def __call__(self, lengths: Sequence[int], tile_rows: int, *, corrected: bool = False) -> None: ...
+
+
 class KernelWarmUp:
     """Has the kernels compiled that steps with adapters launch operator by operator, before such a step comes.
 
@@ -93,8 +99,12 @@ class KernelWarmUp:
     find them. Does nothing for replicas that have no kernels of Triton for adapters, or no use for them.
     """
 
-    def __init__(self, runner: ModelRunner, config: EngineConfig, max_model_len: int) -> None:
+    def __init__(
+        self, runner: ModelRunner, config: EngineConfig, max_model_len: int, rehearse: Rehearse | None = None
+    ) -> None:
+        """``rehearse``: The runner's, where that is not all there is to it."""
         self._runner, self._config, self._max_model_len = runner, config, max_model_len
+        self._rehearse: Rehearse = rehearse or runner.rehearse
         self._todo: deque[Rehearsal] = deque()
 
     def begin(self) -> None:
@@ -107,7 +117,7 @@ class KernelWarmUp:
         """One batch more; False: there was none left. For the thread that runs the model, between any two steps."""
         if not self._todo:
             return False
-        self._runner.rehearse(*self._todo.popleft(), corrected=self._config.merged_minority)
+        self._rehearse(*self._todo.popleft(), corrected=self._config.merged_minority)
         return True
 
     def finish(self, *, progress: bool = False) -> None:

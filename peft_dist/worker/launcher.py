@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from peft_dist.core.config import EngineConfig
+from peft_dist.core.errors import ConfigError
 from peft_dist.worker.config import DEFAULT_REPLICA_FACTORY, WorkerConfig
 
 _TERMINATE_SECONDS = 5.0
@@ -75,6 +76,8 @@ class LaunchedReplica:
 class PlainLauncher:
     """Runs ``python -m peft_dist.worker`` directly: one process, no accelerate."""
 
+    starts_ranks = False
+
     def __init__(
         self,
         engine: EngineConfig,
@@ -85,7 +88,16 @@ class PlainLauncher:
         num_replicas: int = 1,
         key_file: str | None = None,
     ) -> None:
-        """``num_replicas``: Replicas that share this machine. ``key_file``: As in ``WorkerConfig``."""
+        """``num_replicas``: Replicas that share this machine. ``key_file``: As in ``WorkerConfig``.
+
+        Raises:
+            ConfigError: it is one process, and the replica takes several.
+        """
+        if engine.tensor_parallel_size > 1 and not self.starts_ranks:
+            raise ConfigError(
+                f"tensor_parallel_size={engine.tensor_parallel_size} takes as many processes, and the plain launcher "
+                "starts one: use --launcher accelerate"
+            )
         self._key_file = key_file
         self._engine = engine
         self._heartbeat_seconds = heartbeat_seconds
@@ -120,6 +132,7 @@ class PlainLauncher:
             replica_id=replica_id,
             epoch=epoch,
             engine=self._share(replica_id),
+            world_size=self._engine.tensor_parallel_size,
             heartbeat_seconds=self._heartbeat_seconds,
             replica_factory=self._replica_factory,
             key_file=self._key_file,
@@ -127,11 +140,12 @@ class PlainLauncher:
         )
 
     def _environment(self, replica_id: int) -> dict[str, str]:
-        """Several replicas share out the GPUs, in turn."""
-        gpus = visible_gpus()
-        if self._num_replicas == 1 or self._engine.device not in ("auto", "cuda") or not gpus:
+        """Several replicas share out the GPUs, in turn, one for each of their ranks."""
+        gpus, size = visible_gpus(), self._engine.tensor_parallel_size
+        if self._num_replicas == 1 or self._engine.device not in ("auto", "cuda") or len(gpus) < size:
             return {}
-        return {"CUDA_VISIBLE_DEVICES": gpus[replica_id % len(gpus)]}
+        first = replica_id % (len(gpus) // size) * size
+        return {"CUDA_VISIBLE_DEVICES": ",".join(gpus[first : first + size])}
 
     def _share(self, replica_id: int) -> EngineConfig:
         """The options of one replica, with files of its own."""
@@ -151,21 +165,26 @@ class AccelerateLauncher(PlainLauncher):
     FSDP or DeepSpeed.
     """
 
+    starts_ranks = True
+
     def _command(self, folder: Path) -> Sequence[str]:
         config = folder / "accelerate.json"
         config.write_text(json.dumps(self._accelerate_config()))
         return [
             *(sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config)),
             *("--num_cpu_threads_per_process", str(self._num_threads())),
+            # A free one: every replica is a launch of its own.
+            *(("--main_process_port", "0") if self._engine.tensor_parallel_size > 1 else ()),
             *("-m", "peft_dist.worker", str(folder / "worker.json")),
         ]
 
     def _accelerate_config(self) -> dict[str, object]:
         return {
             "compute_environment": "LOCAL_MACHINE",
-            "distributed_type": "NO",
+            # Without a GPU too: with anything else accelerate starts one process on a CPU, and says nothing.
+            "distributed_type": "MULTI_GPU" if self._engine.tensor_parallel_size > 1 else "NO",
             "num_machines": 1,
-            "num_processes": 1,
+            "num_processes": self._engine.tensor_parallel_size,
             "machine_rank": 0,
             "mixed_precision": "no",
             "gpu_ids": "all",
@@ -175,5 +194,6 @@ class AccelerateLauncher(PlainLauncher):
 
     def _num_threads(self) -> int:
         """Without this option accelerate sets OMP_NUM_THREADS to 1."""
+        processes = self._num_replicas * self._engine.tensor_parallel_size
         asked = self._engine.num_threads or os.environ.get("OMP_NUM_THREADS")
-        return int(asked) if asked else max(1, len(os.sched_getaffinity(0)) // self._num_replicas)
+        return int(asked) if asked else max(1, len(os.sched_getaffinity(0)) // processes)

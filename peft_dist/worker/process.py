@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 EXIT_ORPHANED = 3
 EXIT_FENCED = 4
 _LAST_WORDS_MS = 5000
+# PR_SET_PDEATHSIG of <linux/prctl.h>.
+_SET_PARENT_DEATH_SIGNAL = 1
 
 
 def run_worker(config: WorkerConfig) -> int:
@@ -40,6 +43,19 @@ def run_worker(config: WorkerConfig) -> int:
         return 1
     finally:
         channel.close()
+
+
+def run_rank(config: WorkerConfig) -> int:
+    """Do what rank 0 of the same launch does, until it is closed; returns the exit status."""
+    try:
+        check_world(config.world_size)
+        config.load_factory()(config.engine).follow()
+        return 0
+    except Exception:
+        logger.exception("a rank of replica %d cannot go on", config.replica_id)
+        # The launcher ends all ranks with the first: rank 0 gets the time to say what it knows. Its end is ours.
+        threading.Event().wait(2 * _LAST_WORDS_MS / 1000)
+        return 1
 
 
 def _serve(config: WorkerConfig, channel: Channel) -> int:
@@ -102,6 +118,16 @@ def _follow_lifeline() -> None:
     os._exit(EXIT_ORPHANED)
 
 
+def end_with_parent() -> None:
+    """Have the system kill this process when the launcher that started it has ended, also while it is stopped.
+
+    Torch's launcher puts ranks into sessions of their own, where signals for its process group do not come.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "prctl"):
+        libc.prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+
+
 def _terminate(signum: int, frame: FrameType | None) -> None:
     # An exception could surface anywhere, and whoever sends this signal expects nothing more from us.
     os._exit(128 + signum)
@@ -113,9 +139,14 @@ def main(argv: list[str]) -> int:
         print("usage: python -m peft_dist.worker CONFIG.json", file=sys.stderr)
         return 2
     config = WorkerConfig.read(Path(argv[0]))
-    logging.basicConfig(
-        level=config.log_level.upper(), format=f"%(asctime)s %(levelname)s [replica {config.replica_id}] %(message)s"
-    )
+    rank = int(os.environ.get("RANK", "0")) if config.world_size > 1 else 0
+    name = f"replica {config.replica_id}" + (f" rank {rank}" if rank else "")
+    # What all ranks do alike is told once.
+    level = "WARNING" if rank and config.log_level.upper() == "INFO" else config.log_level.upper()
+    logging.basicConfig(level=level, format=f"%(asctime)s %(levelname)s [{name}] %(message)s")
     signal.signal(signal.SIGTERM, _terminate)
     watch_lifeline()
-    return run_worker(config)
+    if config.world_size == 1:
+        return run_worker(config)
+    end_with_parent()
+    return run_rank(config) if rank else run_worker(config)

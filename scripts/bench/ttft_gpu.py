@@ -93,7 +93,7 @@ def main() -> None:
     hot, warm, cold = specs[:HOT], specs[HOT : HOT + WARM], specs[HOT + WARM :]
     manager = replica.engine.scheduler.adapters
     for spec in hot + warm:
-        manager.pin(spec.content_hash)
+        manager.pin(spec.name, spec)
     others = {"without_loads": cycle(warm), "with_loads": cycle(cold)}
     for way in others.values():  # Warms up.
         ttft_round(driver, arrivals(-1, 20, options.rate), hot, way, stream)

@@ -15,6 +15,7 @@ import torch
 
 from peft_dist import LLM, SamplingParams
 from peft_dist.kernels import lora_gate_triton
+from peft_dist.kernels.capture import Capture, NotCapturableError
 from peft_dist.patches import fuse
 from peft_dist.runner import replica
 from peft_dist.runner.step_graphs import StepGraphs, decode_sizes, mixed_sizes
@@ -47,7 +48,7 @@ def count_gates(monkeypatch: pytest.MonkeyPatch) -> Counter[float]:
     return seen
 
 
-def use_graphs(llm: LLM) -> Counter[str]:
+def use_graphs(llm: LLM, capture: Capture = run_again) -> Counter[str]:
     """Let an LLM on a CPU run captured steps; counts them by kind."""
     runner = llm._open.runner
     runner.lora_backend = "triton"
@@ -62,7 +63,7 @@ def use_graphs(llm: LLM) -> Counter[str]:
         max_blocks=-(-llm.model_info.max_model_len // runner.kv.block_size),
         attention_backend="triton",
         lora_backend="triton",
-        capture=run_again,
+        capture=capture,
     )
     seen: Counter[str] = Counter()
     run = graphs.run
@@ -149,3 +150,21 @@ def test_sizes_cover_every_batch_with_little_padding() -> None:
     mixed = mixed_sizes(256, 8192)
     assert max(mixed) == (1024, 256) and all(tokens != rows for tokens, rows in mixed)
     assert mixed_sizes(4, 24) == [(24, 4)]
+
+
+def test_a_model_that_waits_for_the_device_runs_without_captures(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(run: Callable[[], None]) -> Callable[[], None]:
+        raise NotCapturableError("the model waits for the device (moe.py:7)")
+
+    model = make_model("llama", tmp_path / "base")
+    with LLM(tmp_path / "base", device="cpu", num_blocks=64, pack_weights=False, max_model_len=64) as llm:
+        use_graphs(llm, refuse)
+        llm._open.warm_up()
+        assert llm._open.runner.graphs is None
+        assert "operator by operator: the model waits for the device (moe.py:7)" in caplog.text
+        greedy = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
+        [output] = llm.generate(PROMPTS[:1], greedy, use_tqdm=False)
+    oracle = PeftOracle(model, {})
+    assert_identical(output.outputs[0].token_ids, oracle.answer(PROMPTS[0], None, NUM_TOKENS), oracle, PROMPTS[0], None)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from peft_dist.core.config import EngineConfig
+from peft_dist.core.errors import ConfigError
 from peft_dist.worker.config import WorkerConfig
 from peft_dist.worker.launcher import AccelerateLauncher, PlainLauncher
 
@@ -124,3 +125,28 @@ def test_several_replicas_get_the_visible_gpus_in_turn(monkeypatch: pytest.Monke
         (tmp_path / name).mkdir()
     monkeypatch.setattr("peft_dist.worker.launcher._GPUS", str(tmp_path))
     assert given("cuda", 2) == ["0", "1"]
+
+
+def test_ranks_of_a_replica_are_processes_of_one_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU too, where accelerate is known to start a single process and to say nothing."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    script = PRINT_WORLD.replace("sys.argv[1]", "sys.argv[1] + os.environ['RANK']").replace("sys.exit(7)", "")
+    (tmp_path / "script.py").write_text(script)
+    engine = EngineConfig(model="m", device="cpu", tensor_parallel_size=2)
+    assert launch(PrintingLauncher(engine, tmp_path / "script.py", tmp_path / "answer")) == 0
+    found = [json.loads((tmp_path / f"answer{rank}").read_text()) for rank in range(2)]
+    assert [(world["RANK"], world["WORLD_SIZE"]) for world in found] == [("0", "2"), ("1", "2")]
+    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert {world["OMP_NUM_THREADS"] for world in found} == {str(threads)}
+
+
+def test_replicas_share_out_the_gpus_by_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,5,7,8")
+    launcher = AccelerateLauncher(EngineConfig(model="m", tensor_parallel_size=2), num_replicas=3)
+    seen = [launcher._environment(replica)["CUDA_VISIBLE_DEVICES"] for replica in range(3)]
+    assert seen == ["2,3", "5,7", "2,3"]
+
+
+def test_the_plain_launcher_starts_no_ranks() -> None:
+    with pytest.raises(ConfigError, match=r"tensor_parallel_size=2 .* use --launcher accelerate"):
+        PlainLauncher(EngineConfig(model="m", tensor_parallel_size=2))

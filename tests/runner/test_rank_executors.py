@@ -1,0 +1,95 @@
+"""Where one rank fails and the others do not: all have the outcome of the one."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from peft_dist.core.adapter import AdapterSpec
+from peft_dist.core.config import EngineConfig
+from peft_dist.core.errors import ConfigError
+from peft_dist.engine.executor import LoadOutcome
+from peft_dist.runner.rank_executors import LeadingExecutor
+from peft_dist.runner.rank_group import RankGroup, join_ranks
+
+SPEC = AdapterSpec("a", "hash", "", {"m": 4}, 10)
+
+
+class Meeting(RankGroup):
+    """Rank 0 of two, the other of which says what the test wants at the next meeting."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 1)
+        self.other: Any = None
+
+    def agree(self, value: Any) -> list[Any]:
+        return [value, self.other]
+
+
+class Weights:
+    """Merges anything."""
+
+    current: str | None = None
+
+    def reserve(self, paths: object) -> str | None:
+        return None
+
+    def holds(self, content_hash: str | None) -> bool:
+        return False
+
+    def switch(self, content_hash: str | None, weights: object = None) -> None:
+        self.current = content_hash
+
+
+@pytest.fixture
+def leader() -> Any:
+    dropped: list[int] = []
+    pool = SimpleNamespace(device=torch.device("cpu"), drop=dropped.append, dropped=dropped)
+    store = SimpleNamespace(pool=pool, weights_in=lambda slot: {})
+    model = SimpleNamespace(dtype=torch.float32)
+    runner: Any = SimpleNamespace(device=torch.device("cpu"), merge=Weights(), store=store, model=model)
+    executor = LeadingExecutor(runner, None, Meeting())
+    yield executor
+    executor.close()
+
+
+def test_a_load_that_failed_on_one_rank_failed(leader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcomes = [LoadOutcome("hash", 3, None, 1.0)]
+    monkeypatch.setattr(leader._loader, "take", lambda: [outcomes.pop()])
+    leader._ranks.other = "its disk is gone"
+    assert leader.take_loaded() == [LoadOutcome("hash", 3, "its disk is gone", 1.0)]
+    assert leader.runner.store.pool.dropped == [3] and leader._slots == {}
+
+
+def test_what_one_rank_cannot_merge_is_not_merged(leader: Any) -> None:
+    leader._ranks.other = "no memory"
+    assert leader.prepare_merge(SPEC) == "no memory"
+    assert not leader.can_merge(SPEC)
+    leader._ranks.other = None
+    assert leader.prepare_merge(SPEC) is None and leader.can_merge(SPEC)
+
+
+def test_a_switch_that_failed_on_one_rank_leaves_all_at_the_base(leader: Any) -> None:
+    leader._slots["hash"] = 0
+    assert isinstance(leader.switch(SPEC), float) and leader.merged_adapter() == "hash"
+    leader.switch(None)
+    leader._ranks.other = "MemoryError: full"
+    with pytest.raises(RuntimeError, match="rank 1 could not change its weights: MemoryError: full"):
+        leader.switch(SPEC)
+    assert leader.merged_adapter() is None
+
+
+def test_ranks_that_chose_differently_are_refused() -> None:
+    ranks = Meeting()
+    ranks.other = "host"
+    with pytest.raises(ConfigError, match="merge means shadow on rank 0, host on rank 1"):
+        ranks.check_alike("merge", "shadow")
+    ranks.check_alike("merge", "host")
+
+
+def test_one_rank_needs_nobody() -> None:
+    ranks = join_ranks(EngineConfig(model="m", device="cpu"))
+    assert not ranks.is_split and ranks.agree(3) == [3] and ranks.smallest(7) == 7
