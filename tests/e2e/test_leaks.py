@@ -9,6 +9,7 @@ import random
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,7 +32,7 @@ async def settled() -> None:
         await asyncio.sleep(0)
 
 
-def holdings(service: EngineService) -> dict[str, object]:
+def holdings(service: EngineService) -> dict[str, Any]:
     """All that a request, or a load, may hold on to."""
     table, registry = service._core._requests, service._core.adapters
     return {
@@ -151,7 +152,10 @@ def test_a_thousand_mixed_requests_leave_nothing_behind(tmp_path: Path, monkeypa
                 if not service._promises._loads:
                     break
             await settled()
-            assert holdings(service) == before
+            after = holdings(service)
+            # A connection that was being made is two files for a moment.
+            assert after.pop("files") <= before.pop("files")
+            assert after == before
             stats = service.stats()
             assert (stats.num_running, stats.num_waiting, stats.num_free_blocks) == (0, 0, NUM_BLOCKS)
             assert stats.resident_adapters == resident

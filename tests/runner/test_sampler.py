@@ -73,6 +73,11 @@ def filtered_by_hand(z: np.ndarray, p: SamplingParams) -> tuple[np.ndarray, floa
             kept.append(token)
             share += weights[token] / weights.sum()
             margin = min(margin, abs(share - p.top_p))
+        gap = min(weights[kept]) - max(
+            [weight for token, weight in enumerate(weights) if token not in kept], default=-1.0
+        )
+        # Weights that are equal go by their place; those that differ by less than float32 can tell may do so too.
+        margin = margin if gap == 0 else min(margin, gap)
         weights = np.array([weight if token in kept else 0.0 for token, weight in enumerate(weights)])
     return weights / weights.sum(), margin
 
