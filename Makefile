@@ -7,6 +7,9 @@ STAMP := $(VENV)/.installed
 TORCH := torch==2.13.0
 TORCH_INDEX := $(if $(shell command -v nvidia-smi 2>/dev/null),,--extra-index-url https://download.pytorch.org/whl/cpu)
 
+# Tests are meant for two cores; more processes need more memory.
+TEST_WORKERS := 2
+
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: demo serve test test-slow test-gpu check format bench-cpu bench-gpu bench-kernels bench-lora train-adapters clean
@@ -18,7 +21,7 @@ serve: $(STAMP)  ## the demo's model and adapters behind an OpenAI-compatible se
 	$(BIN)/python scripts/demo.py --serve
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
