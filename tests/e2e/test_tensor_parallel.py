@@ -75,7 +75,7 @@ def test_every_family_that_can_be_split(tmp_path: Path) -> None:
         [
             ("llama", 3, {"merge": "host"}),
             ("qwen2", 1, {"merge": "host", "depth": 1}),
-            ("qwen3", 2, {"merge": "shadow"}),
+            ("qwen3", 2, {"merge": "shadow", "num_blocks": 10, "num_host_blocks": 20, "preemption": "swap"}),
             ("mistral", None, {"policy": "credit", "merged_minority": True}),
             ("gemma3", 4, {"merge": "shadow", "pack_weights": False}),
         ],
@@ -110,3 +110,18 @@ def test_draws_and_scores_are_those_of_one_process(tmp_path: Path) -> None:
 def test_what_cannot_work_is_refused_at_the_start(options: dict[str, str], reason: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=reason):
         LLM(tmp_path, tensor_parallel_size=2, **{"device": "cpu", **options})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="takes two GPUs")
+def test_two_gpus_give_pefts_tokens(tmp_path: Path) -> None:
+    cuda = {"device": "cuda", "dtype": "float32", "max_num_batched_tokens": 96}
+    run_families(
+        [
+            ("llama", None, {**cuda, "policy": "fcfs", "enforce_eager": True}),
+            ("llama", None, {**cuda, "policy": "fcfs"}),
+            ("gemma2", 1, {**cuda, "merge": "shadow"}),
+            ("qwen2", 2, {**cuda, "merge": "host", "fuse": False}),
+        ],
+        tmp_path,
+    )
