@@ -12,6 +12,7 @@ from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.config import EngineConfig
 from peft_dist.core.errors import ConfigError
 from peft_dist.engine.executor import LoadOutcome
+from peft_dist.runner.executor import TorchExecutor
 from peft_dist.runner.rank_executors import LeadingExecutor
 from peft_dist.runner.rank_group import RankGroup, join_ranks
 
@@ -93,3 +94,12 @@ def test_ranks_that_chose_differently_are_refused() -> None:
 def test_one_rank_needs_nobody() -> None:
     ranks = join_ranks(EngineConfig(model="m", device="cpu"))
     assert not ranks.is_split and ranks.agree(3) == [3] and ranks.smallest(7) == 7
+
+
+def test_whatever_changes_a_rank_is_told_to_the_others() -> None:
+    """Else ranks would drift apart unseen: a new method of the executor is told, or is known to change nothing."""
+    changes_nothing = {
+        *("can_merge", "can_host", "merged_adapter", "holds_merged", "residency", "fileno", "captured_for"),
+    }
+    public = {name for name in vars(TorchExecutor) if not name.startswith("_")}
+    assert public - changes_nothing == {name for name in vars(LeadingExecutor) if not name.startswith("_")}
