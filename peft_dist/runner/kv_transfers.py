@@ -51,12 +51,14 @@ class KVTransfers:
 
     Attributes:
         transport: May be changed while nothing is exported.
+        refusal: Why nothing can be copied; every copy fails with it.
     """
 
     def __init__(self, pool: KVCachePool) -> None:
         self._pool = pool
         self._copier = KVCopier(pool)
         self.transport: Transport = SameHost()
+        self.refusal: str | None = None
         self._calls: BackgroundCalls[int, SharedMemory | None] = BackgroundCalls("kv-transfer", 1)
         self._exports: dict[int, SharedMemory | None] = {}
 
@@ -97,15 +99,21 @@ class KVTransfers:
         self._exports.clear()
 
     def _copy_out(self, blocks: Sequence[int], *, on_host: bool) -> SharedMemory:
+        self._check()
         memory = SharedMemory(len(blocks) * self._pool.bytes_per_block)
         self._copier.read(blocks, memory.contents, on_host=on_host)
         return memory
 
     def _copy_in(self, kv: KVHandle, blocks: Sequence[int]) -> None:
+        self._check()
         num_bytes = len(blocks) * self._pool.bytes_per_block
         if (kv.layout, kv.num_bytes) != (self._pool.layout, num_bytes):
             raise MemoryGoneError(f"{kv.num_bytes} bytes of {kv.layout} do not fit {num_bytes} of {self._pool.layout}")
         self._copier.write(blocks, self.transport.open(kv))
+
+    def _check(self) -> None:
+        if self.refusal is not None:
+            raise MemoryGoneError(self.refusal)
 
     def _describe(self, memory: SharedMemory) -> KVHandle:
         num_bytes = len(memory.contents)

@@ -26,6 +26,7 @@ class _RankExecutor(TorchExecutor):
 
     def __init__(self, runner: ModelRunner, load_timeout: float | None, ranks: RankGroup) -> None:
         super().__init__(runner, load_timeout)
+        self.transfers.refusal = "each of several ranks has a part of the KV: it is computed again elsewhere"
         self._ranks = ranks
         self._channel = RankChannel(ranks)
 

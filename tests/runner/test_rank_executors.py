@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.config import EngineConfig
 from peft_dist.core.errors import ConfigError
 from peft_dist.engine.executor import LoadOutcome
+from peft_dist.runner.executor import TorchExecutor
 from peft_dist.runner.rank_executors import LeadingExecutor
 from peft_dist.runner.rank_group import RankGroup, join_ranks
 
@@ -50,7 +52,7 @@ def leader() -> Any:
     pool = SimpleNamespace(device=torch.device("cpu"), drop=dropped.append, dropped=dropped)
     store = SimpleNamespace(pool=pool, weights_in=lambda slot: {})
     model = SimpleNamespace(dtype=torch.float32)
-    runner: Any = SimpleNamespace(device=torch.device("cpu"), merge=Weights(), store=store, model=model)
+    runner: Any = SimpleNamespace(device=torch.device("cpu"), merge=Weights(), store=store, model=model, kv=None)
     executor = LeadingExecutor(runner, None, Meeting())
     yield executor
     executor.close()
@@ -93,3 +95,21 @@ def test_ranks_that_chose_differently_are_refused() -> None:
 def test_one_rank_needs_nobody() -> None:
     ranks = join_ranks(EngineConfig(model="m", device="cpu"))
     assert not ranks.is_split and ranks.agree(3) == [3] and ranks.smallest(7) == 7
+
+
+def test_whatever_changes_a_rank_is_told_to_the_others() -> None:
+    """Else ranks would drift apart unseen: a new method of the executor is told, or is known to change nothing."""
+    changes_nothing = {
+        *("can_merge", "can_host", "merged_adapter", "holds_merged", "residency", "fileno", "captured_for"),
+        # Refused, so that nothing comes of them on any rank.
+        *("start_export", "start_import", "take_transfers", "end_export", "transfers_fileno"),
+    }
+    public = {name for name in vars(TorchExecutor) if not name.startswith("_")}
+    assert public - changes_nothing == {name for name in vars(LeadingExecutor) if not name.startswith("_")}
+
+
+def test_kv_of_several_ranks_is_not_moved(leader: Any) -> None:
+    leader.start_export(1, [0], on_host=False)
+    select.select([leader.transfers_fileno()], [], [])
+    [outcome] = leader.take_transfers()
+    assert outcome.kv is None and "several ranks" in outcome.error
