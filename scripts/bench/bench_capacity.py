@@ -33,10 +33,11 @@ from tokenizers.decoders import DecodeStream
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "scripts"))
+from demo_model import ensure_demo_model
+
 from bench.capacity_client import Calls, Reading, Received
 from bench.capacity_worker import PLAN, Plan, StepLog
 from bench.report import write_result
-from demo_model import ensure_demo_model
 
 MODEL = "fake"
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"

@@ -37,7 +37,7 @@ class Calls(msgspec.Struct, frozen=True):
 
 
 class Reading(msgspec.Struct):
-    """One stream. ``times[i]``: When a read returned after which ``counts[i]`` events were there, of the monotonic clock.
+    """One stream. ``times[i]``: When a read returned after which ``counts[i]`` events were there (monotonic clock).
 
     ``data``: All of its bytes, HTTP's included, or nothing when they were not kept.
     """
