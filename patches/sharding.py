@@ -165,13 +165,11 @@ def _is_dense(module: nn.Linear) -> bool:
 def _split_linear(model: nn.Module, path: str, module: nn.Linear, style: str, rank: int, size: int) -> ModulePart:
     parent_path, _, name = path.rpartition(".")
     parent = model.get_submodule(parent_path)
-    head_dim = getattr(parent, "head_dim", None)
-    if hasattr(parent, "layer_idx"):
-        _check_attention(parent_path, parent, name, style)
-    whole = module.out_features if style == _COLUMN else module.in_features
     unit = 1
     if hasattr(parent, "layer_idx"):
-        unit = head_dim
+        _check_attention(parent_path, parent, name, style)
+        unit = cast(int, parent.head_dim)
+    whole = module.out_features if style == _COLUMN else module.in_features
     if whole % unit:
         raise UnsupportedShardingError(f"{path}: {whole} features are no whole heads of {unit}")
     count, copies = whole // unit, 1

@@ -19,6 +19,7 @@ from peft_dist.core.errors import ConfigError, PeftDistError
 
 API_KEYS_VARIABLE = "PEFT_DIST_API_KEY"
 ADMIN_KEY_VARIABLE = "PEFT_DIST_ADMIN_KEY"
+LOG_LEVELS = ("debug", "info", "warning", "error")
 
 # A traceback with the values of local variables could show a key.
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -134,6 +135,7 @@ def serve(
     """Serve MODEL and its adapters through an OpenAI-compatible API until SIGTERM or Ctrl-C."""
     from peft_dist.api.options import ServerOptions
     from peft_dist.cli_serve import ServeSettings, configure_logging, run_server
+    from peft_dist.worker.launcher import LAUNCHERS
 
     if not replicas and listen is None:
         raise ConfigError("--replicas 0 serves nobody unless others join: add --listen tcp://host:port")
@@ -202,13 +204,13 @@ def serve(
         restart=replicas != 1 if restart is None else restart,
         heartbeat_timeout=heartbeat_timeout,
         step_timeout=step_timeout,
-        launcher=_one_of("launcher", launcher, ("accelerate", "plain")),
+        launcher=_one_of("launcher", launcher, tuple(LAUNCHERS)),
         replica_factory=replica_factory,
         listen=listen,
         cluster_key=cluster_key,
         start_timeout=start_timeout,
         shutdown_timeout=shutdown_timeout,
-        log_level=_one_of("log-level", log_level.lower(), ("debug", "info", "warning", "error")),
+        log_level=_one_of("log-level", log_level.lower(), LOG_LEVELS),
     )
     configure_logging(settings.log_level)
     _run(run_server(settings))
@@ -239,16 +241,17 @@ def worker(
     from peft_dist.cli_serve import configure_logging
     from peft_dist.cli_worker import run_worker
     from peft_dist.worker.joining import JoinSettings
+    from peft_dist.worker.launcher import LAUNCHERS
 
     own = {"model": model, "device": device, "num_threads": threads}
     settings = JoinSettings(
         address=join,
         key_file=cluster_key,
         engine={name: value for name, value in own.items() if value is not None},
-        launcher=_one_of("launcher", launcher, ("accelerate", "plain")),
+        launcher=_one_of("launcher", launcher, tuple(LAUNCHERS)),
         silence=silence,
         leave_timeout=leave_timeout,
-        log_level=_one_of("log-level", log_level.lower(), ("debug", "info", "warning", "error")),
+        log_level=_one_of("log-level", log_level.lower(), LOG_LEVELS),
     )
     configure_logging(settings.log_level)
     _run(run_worker(settings))

@@ -186,11 +186,10 @@ def _invitation(settings: ServeSettings) -> Invitation | None:
 
 def _launcher(settings: ServeSettings) -> ReplicaLauncher:
     from peft_dist.worker.config import DEFAULT_REPLICA_FACTORY
-    from peft_dist.worker.launcher import AccelerateLauncher, PlainLauncher
+    from peft_dist.worker.launcher import LAUNCHERS
 
-    kind = AccelerateLauncher if settings.launcher == "accelerate" else PlainLauncher
     factory = settings.replica_factory or DEFAULT_REPLICA_FACTORY
-    launcher: ReplicaLauncher = kind(
+    launcher: ReplicaLauncher = LAUNCHERS[settings.launcher](
         settings.engine,
         log_level=settings.log_level,
         replica_factory=factory,

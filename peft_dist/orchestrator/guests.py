@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from peft_dist.core.cluster_keys import ClusterKeys
 from peft_dist.core.config import EngineConfig
@@ -38,10 +37,6 @@ class Invitation:
     start_timeout: float = _START_TIMEOUT
 
 
-class _Take(Protocol):
-    def __call__(self, replica_id: int, epoch: int, data: bytes) -> None: ...
-
-
 class Guests:
     """The socket that they join, and which replica each of them is."""
 
@@ -50,10 +45,10 @@ class Guests:
         invitation: Invitation,
         core: Orchestrator,
         act: Callable[[list[Outgoing]], None],
-        take: _Take,
+        take: Callable[[int, int, bytes], None],
         now: Callable[[], float],
     ) -> None:
-        """``act``: Sends what the core decided. ``take``: Hands an encoded report of a replica to it.
+        """``act``: Sends what the core decided. ``take``: Hands it a report, by replica id, epoch and encoded bytes.
 
         Raises:
             ConfigError: nobody can join there.
@@ -90,7 +85,7 @@ class Guests:
                 self._hear(received)
             elif self._core.replicas.alive(received.replica_id, received.epoch) is None:
                 # Cut off, given up, and back again: whatever it says, others have its requests.
-                self._link.answer(f"{received.replica_id}.{received.epoch}".encode(), Fence(), received.epoch)
+                self._link.send(Outgoing(received.replica_id, received.epoch, Fence()))
             else:
                 self._take(received.replica_id, received.epoch, received.data)
 

@@ -6,7 +6,6 @@ import os
 from collections.abc import Sequence
 from typing import Protocol
 
-import msgspec
 import torch
 
 from peft_dist.core.handover import KVHandle
@@ -88,7 +87,7 @@ class KVTransfers:
             handle = None
             if ended.result is not None and ended.key in self._exports:
                 self._exports[ended.key] = ended.result
-                handle = msgspec.structs.replace(self._describe(ended.result), seconds=ended.seconds)
+                handle = self._describe(ended.result, ended.seconds)
             error = None if ended.error is None else f"{type(ended.error).__name__}: {ended.error}"
             outcomes.append(TransferOutcome(ended.key, handle, error, ended.seconds))
         return outcomes
@@ -115,7 +114,7 @@ class KVTransfers:
         if self.refusal is not None:
             raise MemoryGoneError(self.refusal)
 
-    def _describe(self, memory: SharedMemory) -> KVHandle:
+    def _describe(self, memory: SharedMemory, seconds: float) -> KVHandle:
         num_bytes = len(memory.contents)
         return KVHandle(
             layout=self._pool.layout,
@@ -125,4 +124,5 @@ class KVTransfers:
             pid=os.getpid(),
             descriptor=memory.descriptor,
             address=self.transport.offer(memory),
+            seconds=seconds,
         )

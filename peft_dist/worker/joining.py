@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import socket
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from peft_dist.core.cluster_keys import ClusterKeys
 from peft_dist.core.config import EngineConfig
 from peft_dist.core.messages import AnyCommand, Join, Leave, Welcome, decode_command, encode_report
 from peft_dist.core.waiting import unless
-from peft_dist.worker.launcher import AccelerateLauncher, LaunchedReplica, PlainLauncher
+from peft_dist.worker.launcher import LAUNCHERS, LaunchedReplica
 from peft_dist.worker.process import EXIT_FENCED
 
 logger = logging.getLogger("peft_dist.worker")
@@ -34,7 +33,7 @@ class JoinSettings:
         address: ``tcp://host:port`` of the orchestrator.
         key_file: Of its ``ClusterKeys``.
         engine: What this machine has otherwise, as fields of ``EngineConfig``.
-        launcher: "accelerate" or "plain".
+        launcher: Name in ``LAUNCHERS``.
         silence: Seconds without a word of the orchestrator after which it counts as gone: the replica is ended, and
             asks to join again.
         leave_timeout: Seconds for running requests to move or finish when it leaves.
@@ -57,8 +56,8 @@ async def join(settings: JoinSettings, stop: asyncio.Event) -> int:
     """
     keys = None if settings.key_file is None else ClusterKeys.read(settings.key_file)
     async with _connected(settings.address, keys) as door:
-        failures = 0
-        for attempt in itertools.count():
+        attempt = failures = 0
+        while True:
             welcome = await unless(stop, door.ask(attempt))
             if welcome is None:
                 return 0
@@ -75,13 +74,12 @@ async def join(settings: JoinSettings, stop: asyncio.Event) -> int:
             logger.warning("replica %d ended with status %d: joining again in %g s", welcome.replica_id, code, wait)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), wait)
-        raise AssertionError("unreachable")
+            attempt += 1
 
 
 async def _launch(settings: JoinSettings, welcome: Welcome) -> LaunchedReplica:
     engine: EngineConfig = replace(welcome.engine, **settings.engine)  # type: ignore[arg-type]
-    kind: Callable[..., PlainLauncher] = AccelerateLauncher if settings.launcher == "accelerate" else PlainLauncher
-    launcher = kind(
+    launcher = LAUNCHERS[settings.launcher](
         engine,
         log_level=settings.log_level,
         replica_factory=welcome.replica_factory,

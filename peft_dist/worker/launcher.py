@@ -197,3 +197,7 @@ class AccelerateLauncher(PlainLauncher):
         processes = self._num_replicas * self._engine.tensor_parallel_size
         asked = self._engine.num_threads or os.environ.get("OMP_NUM_THREADS")
         return int(asked) if asked else max(1, len(os.sched_getaffinity(0)) // processes)
+
+
+LAUNCHERS: dict[str, type[PlainLauncher]] = {"accelerate": AccelerateLauncher, "plain": PlainLauncher}
+"""By the name that the command line knows them by."""

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from tests.e2e.test_llm import make_tokenizer
-from tests.e2e.test_serve import COMMAND, ROOT, Server
+from tests.e2e.test_serve import ROOT, Server
 from tests.hub_server import Hub, HubRepo, serve_hub
 from tests.tiny_models import make_model, random_adapter, target_modules
 
@@ -41,13 +41,19 @@ class HubServer(Server):
     """The command with its own replica and a hub within reach."""
 
     def __init__(self, folder: Path, work: Path, environment: dict[str, str], *options: str) -> None:
-        self.port_file, self.log_file = work / "port", work / "log"
-        command = [*COMMAND, "serve", str(folder / "model"), "--launcher", "plain", "--device", "cpu", "--threads", "1"]
-        command += ["--port", "0", "--port-file", str(self.port_file), "--num-blocks", "64", "--max-model-len", "64"]
-        with self.log_file.open("w") as log:
-            self.process = subprocess.Popen(
-                [*command, *options], stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment
-            )
+        own = (
+            "--launcher",
+            "plain",
+            "--device",
+            "cpu",
+            "--threads",
+            "1",
+            "--num-blocks",
+            "64",
+            "--max-model-len",
+            "64",
+        )
+        self._start(work, folder / "model", (*own, *options), environment)
 
     def tokens(self, model: str) -> list[int]:
         body = {"model": model, "prompt": PROMPT, "max_tokens": 4, "temperature": 0, "ignore_eos": True}

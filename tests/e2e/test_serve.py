@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,14 +36,15 @@ def plans(pid: str) -> bool:
 
 class Server:
     def __init__(self, folder: Path, *options: str, **environment: str) -> None:
+        self._start(folder, MODEL, [*FAKE, *options], {**os.environ, **environment})
+
+    def _start(self, folder: Path, model: Path, options: Sequence[str], environment: Mapping[str, str]) -> None:
+        """``folder``: Where the port and the log are written."""
         self.port_file, self.log_file = folder / "port", folder / "log"
+        command = [*COMMAND, "serve", str(model), "--port", "0", "--port-file", str(self.port_file), *options]
         with self.log_file.open("w") as log:
             self.process = subprocess.Popen(
-                [*COMMAND, "serve", str(MODEL), *FAKE, "--port", "0", "--port-file", str(self.port_file), *options],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                cwd=ROOT,
-                env={**os.environ, **environment},
+                command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=dict(environment)
             )
 
     @property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from peft_dist import LLM, SamplingParams
 from tests.e2e.test_llm import make_tokenizer
-from tests.e2e.test_serve import COMMAND, ROOT, Server
+from tests.e2e.test_serve import Server
 from tests.tiny_models import make_model, random_adapter, target_modules
 
 torch.set_num_threads(1)
@@ -34,20 +33,11 @@ class ModelServer(Server):
     """The command with its own replica, not the fake one."""
 
     def __init__(self, folder: Path) -> None:
-        self.port_file, self.log_file = folder / "port", folder / "log"
-        options = ["--launcher", "plain", "--device", "cpu", "--threads", "1", "--port", "0"]
-        options += ["--port-file", str(self.port_file), "--served-model-name", "tiny"]
+        options = ["--launcher", "plain", "--device", "cpu", "--threads", "1", "--served-model-name", "tiny"]
         options += ["--max-model-len", "128", "--num-blocks", str(NUM_BLOCKS)]
         for name in NAMES[1:]:
             options += ["--adapter", f"{name}={folder / name}"]
-        with self.log_file.open("w") as log:
-            self.process = subprocess.Popen(
-                [*COMMAND, "serve", str(folder / "model"), *options],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                cwd=ROOT,
-                env={**os.environ, "HF_HUB_OFFLINE": "1"},
-            )
+        self._start(folder, folder / "model", options, {**os.environ, "HF_HUB_OFFLINE": "1"})
 
 
 @pytest.fixture(scope="module")

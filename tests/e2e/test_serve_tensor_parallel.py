@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import httpx
 import pytest
 import torch
 
-from tests.e2e.test_serve import COMMAND, ROOT, Server
+from tests.e2e.test_serve import Server
 from tests.oracle import PeftOracle, assert_identical
 from tests.tiny_models import make_model, random_adapter, target_modules
 
@@ -24,19 +23,9 @@ PROMPT = [5, 17, 44, 9, 60, 31, 8]
 
 class SplitServer(Server):
     def __init__(self, folder: Path, *options: str) -> None:
-        self.port_file, self.log_file = folder / "port", folder / "log"
-        options = (
-            *("--tensor-parallel-size", "2", "--device", "cpu", "--threads", "1", "--num-blocks", "64"),
-            *("--port", "0", "--port-file", str(self.port_file), "--served-model-name", "tiny", *options),
-        )
-        with self.log_file.open("w") as log:
-            self.process = subprocess.Popen(
-                [*COMMAND, "serve", str(folder / "model"), *options],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                cwd=ROOT,
-                env={**os.environ, "HF_HUB_OFFLINE": "1"},
-            )
+        split = ("--tensor-parallel-size", "2", "--device", "cpu", "--threads", "1", "--num-blocks", "64")
+        options = (*split, "--served-model-name", "tiny", *options)
+        self._start(folder, folder / "model", options, {**os.environ, "HF_HUB_OFFLINE": "1"})
 
     def ranks(self) -> list[int]:
         """Of the launches under way."""
