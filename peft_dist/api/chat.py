@@ -65,6 +65,7 @@ class ChatFormat:
         self._state = state
         self._body = body
         self._collected: dict[int, Collected] = {}
+        self.tells_text_only = not (body.logprobs or body.return_token_ids)
 
     def opening(self, generation: Generation) -> list[dict[str, Any]]:
         """Who speaks, once for each choice."""
@@ -80,8 +81,8 @@ class ChatFormat:
         index, delta = piece.choice.index, piece.delta
         tells_tokens = delta.token_ids and (self._body.logprobs or self._body.return_token_ids)
         if delta.text or tells_tokens:
-            entry = {"index": index, "delta": {"content": delta.text}, "logprobs": self._logprobs(piece)}
-            entry["finish_reason"] = None
+            entry = self.text_only(index, delta.text)
+            entry["logprobs"] = self._logprobs(piece)
             if self._body.return_token_ids:
                 entry["token_ids"] = list(delta.token_ids)
             entries.append(entry)
@@ -89,6 +90,10 @@ class ChatFormat:
             end = {"finish_reason": delta.finish_reason, "stop_reason": delta.stop_reason}
             entries.append({"index": index, "delta": {}, "logprobs": None, **end})
         return entries
+
+    def text_only(self, index: int, text: str) -> dict[str, Any]:
+        """The entry for a piece of text of a choice, without anything else to tell."""
+        return {"index": index, "delta": {"content": text}, "logprobs": None, "finish_reason": None}
 
     def take(self, piece: Piece) -> None:
         """Keep a piece for the whole answer."""

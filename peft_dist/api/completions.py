@@ -60,6 +60,7 @@ class CompletionFormat:
         self._body = body
         self._collected: dict[int, Collected] = {}
         self._legacy: dict[int, LegacyLogprobs] = {}
+        self.tells_text_only = body.logprobs is None and not body.return_token_ids and not body.echo
 
     def opening(self, generation: Generation) -> list[dict[str, Any]]:
         """Nothing: a completion begins with its text."""
@@ -76,6 +77,10 @@ class CompletionFormat:
             choice["token_ids"] = list(delta.token_ids)
             choice["prompt_token_ids"] = piece.choice.prompt.token_ids if piece.is_first else None
         return [choice]
+
+    def text_only(self, index: int, text: str) -> dict[str, Any]:
+        """The entry for a piece of text of a choice, without anything else to tell."""
+        return _choice(index, text, None, None, None)
 
     def take(self, piece: Piece) -> None:
         """Keep a piece for the whole answer."""

@@ -15,9 +15,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders
 
 Decode = Callable[[list[int]], str]
+# Text of a token that is the same behind whatever comes before it; empty for one of which that is not known.
+WholeText = Callable[[int], str]
 
 # What decoders put where bytes are no character, or not yet one.
 REPLACEMENT = "\ufffd"
@@ -40,6 +42,49 @@ def decoder(tokenizer: Any, *, skip_special_tokens: bool) -> Decode:
     return partial(_decode_slowly, tokenizer, len(tokenizer), skip_special_tokens)
 
 
+class Decoders:
+    """How one tokenizer turns ids into text, and what it said of single tokens. Shared by all sequences of a server.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer, fast or slow, or a ``tokenizers.Tokenizer``.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._decoders = {skips: _Decoder(tokenizer, skip_special_tokens=skips) for skips in (False, True)}
+
+    def stream(self, prompt_token_ids: Sequence[int], *, skip_special_tokens: bool) -> TextStream:
+        """A stream of text behind a prompt."""
+        chosen = self._decoders[skip_special_tokens]
+        return TextStream(chosen.decode, prompt_token_ids, chosen.whole if chosen.joins_bytes else _unknown)
+
+
+class _Decoder:
+    """Ids to text, with or without special tokens.
+
+    Attributes:
+        joins_bytes: The text of tokens is that of their bytes put together, so a token of whole characters has the
+            same text behind any others. True of byte-level tokenizers; others drop or add spaces.
+    """
+
+    def __init__(self, tokenizer: Any, *, skip_special_tokens: bool) -> None:
+        self.decode = decoder(tokenizer, skip_special_tokens=skip_special_tokens)
+        backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+        self.joins_bytes = isinstance(backend, Tokenizer) and isinstance(backend.decoder, decoders.ByteLevel)
+        self._texts: dict[int, str] = {}
+
+    def whole(self, token_id: int) -> str:
+        """As ``WholeText``, each token decoded once: there are no more than the vocabulary has."""
+        text = self._texts.get(token_id)
+        if text is None:
+            text = self.decode([token_id])
+            self._texts[token_id] = text = "" if REPLACEMENT in text else text
+        return text
+
+
+def _unknown(token_id: int) -> str:
+    return ""
+
+
 def _decode_slowly(tokenizer: Any, size: int, skip_special_tokens: bool, token_ids: list[int]) -> str:
     known = [token for token in token_ids if token < size]
     text: str = tokenizer.decode(known, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
@@ -55,10 +100,12 @@ class TextStream:
     Args:
         decode: Ids to text.
         prompt_token_ids: What precedes the output; only its end is looked at.
+        whole: Texts of single tokens that need not be decoded behind others.
     """
 
-    def __init__(self, decode: Decode, prompt_token_ids: Sequence[int] = ()) -> None:
+    def __init__(self, decode: Decode, prompt_token_ids: Sequence[int] = (), whole: WholeText = _unknown) -> None:
         self._decode = decode
+        self._whole = whole
         context = _context(decode, prompt_token_ids)
         unfinished = _unfinished(decode, context)
         # ``_prefix``, the text of ``_given``, is out, and ``_pending`` follows. Only at the start may ``_pending``
@@ -70,6 +117,9 @@ class TextStream:
 
     def add(self, token_id: int) -> str:
         """Return the text that is certain now; empty while a character is unfinished."""
+        if not self._pending and (text := self._whole(token_id)):
+            self._given, self._prefix, self._settled = [token_id], text, text
+            return text
         self._pending.append(token_id)
         text = self._decode(self._given + self._pending)
         if len(text) < len(self._prefix) or text == self._prefix:

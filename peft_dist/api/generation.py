@@ -8,6 +8,9 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
+from peft_dist.api.detokenizer import Decoders
 from peft_dist.api.errors import ApiError
 from peft_dist.api.output_processor import Delta, SequenceOutput
 from peft_dist.api.prompts import Prompt
@@ -18,7 +21,10 @@ from peft_dist.core.outputs import PositionLogprobs
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.orchestrator.client import EngineClient, RequestStream
 
-_Queue = asyncio.Queue[tuple[int, tuple[int, SequenceProgress] | None]]
+_Item = tuple[int, SequenceProgress]
+_Queue = asyncio.Queue[tuple[int, list[_Item] | None]]
+# Pieces that go out together at most: a client that lags behind has little more than this in its socket's buffer.
+MAX_BATCH = 64
 
 
 @dataclass(slots=True)
@@ -32,8 +38,7 @@ class Choice:
     finished: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(msgspec.Struct, frozen=True, gc=False):
     """What became known of one choice. ``prompt_logprobs`` comes with the first piece when asked for."""
 
     choice: Choice
@@ -79,6 +84,7 @@ class Generation:
         cls,
         client: EngineClient,
         tokenizer: Any | None,
+        decoders: Decoders | None,
         request_id: str,
         prompts: Sequence[Prompt],
         params: Sequence[SamplingParams],
@@ -96,7 +102,7 @@ class Generation:
             for number, (prompt, own) in enumerate(zip(prompts, params, strict=True)):
                 stream = client.generate(f"{request_id}-{number}", prompt.token_ids, own, model)
                 generation._streams.append(stream)
-                generation._add_choices(tokenizer, prompt, own)
+                generation._add_choices(tokenizer, decoders, prompt, own)
             admitted = True
             watch.admitted(len(generation.choices), generation.usage.prompt_tokens)
         finally:
@@ -104,9 +110,11 @@ class Generation:
                 await generation.aclose()
         return generation
 
-    def _add_choices(self, tokenizer: Any | None, prompt: Prompt, params: SamplingParams) -> None:
+    def _add_choices(
+        self, tokenizer: Any | None, decoders: Decoders | None, prompt: Prompt, params: SamplingParams
+    ) -> None:
         for i in range(self._n):
-            output = SequenceOutput(tokenizer, prompt.token_ids, params, i)
+            output = SequenceOutput(tokenizer, prompt.token_ids, params, i, decoders)
             self.choices.append(Choice(len(self.choices), prompt, output))
 
     async def aclose(self) -> None:
@@ -115,8 +123,11 @@ class Generation:
         for stream in self._streams:
             await stream.aclose()
 
-    async def pieces(self) -> AsyncGenerator[Piece, None]:
-        """Pieces of all choices as they come, until every choice has its finish reason.
+    async def batches(self, limit: int) -> AsyncGenerator[list[Piece], None]:
+        """Pieces of all choices as they come, those that are there already together, until every choice has ended.
+
+        Args:
+            limit: Pieces of one batch at most.
 
         Raises:
             ApiError: 500, a sequence failed.
@@ -124,18 +135,32 @@ class Generation:
         """
         left = len(self.choices)
         try:
-            async with aclosing(self._progress()) as flow:
-                async for number, index, progress in flow:
-                    choice = self.choices[number * self._n + index]
-                    if choice.finished:
-                        continue
-                    yield self._piece(choice, number, index, progress)
-                    left -= choice.finished
+            async with aclosing(self._progress(limit)) as flow:
+                async for number, items in flow:
+                    batch, error = self._batch(number, items)
+                    if batch:
+                        yield batch
+                    if error is not None:
+                        raise error
+                    left -= sum(piece.choice.finished for piece in batch if piece.delta.finish_reason is not None)
                     if not left:
                         return
         except PeftDistError:
             self._watch.close("error")
             raise
+
+    def _batch(self, number: int, items: Sequence[_Item]) -> tuple[list[Piece], PeftDistError | None]:
+        """Pieces of one prompt's choices, and what ended them before the last item: they were drawn all the same."""
+        batch: list[Piece] = []
+        for index, progress in items:
+            choice = self.choices[number * self._n + index]
+            if choice.finished:
+                continue
+            try:
+                batch.append(self._piece(choice, number, index, progress))
+            except PeftDistError as error:
+                return batch, error
+        return batch, None
 
     def _piece(self, choice: Choice, number: int, index: int, progress: SequenceProgress) -> Piece:
         if progress.error is not None:
@@ -153,23 +178,24 @@ class Generation:
         positions = [None, *(progress.prompt_logprobs or [])] if is_first else None
         return Piece(choice, delta, is_first, positions)
 
-    async def _progress(self) -> AsyncGenerator[tuple[int, int, SequenceProgress], None]:
-        """(number of the prompt, number of its sequence, progress) of all streams."""
+    async def _progress(self, limit: int) -> AsyncGenerator[tuple[int, list[_Item]], None]:
+        """(number of the prompt, progress of its sequences) of all streams."""
         if len(self._streams) == 1:
-            async for index, progress in self._streams[0]:
-                yield 0, index, progress
+            stream = self._streams[0]
+            async for item in stream:
+                yield 0, [item, *stream.take_ready(limit - 1)]
             return
         queue: _Queue = asyncio.Queue()
         pumps = [asyncio.create_task(_pump(number, stream, queue)) for number, stream in enumerate(self._streams)]
         running = len(pumps)
         try:
             while running:
-                number, item = await queue.get()
-                if item is None:
+                number, items = await queue.get()
+                if items is None:
                     await pumps[number]  # Raises what ended it.
                     running -= 1
                 else:
-                    yield number, *item
+                    yield number, items
         finally:
             for pump in pumps:
                 pump.cancel()
@@ -180,6 +206,6 @@ async def _pump(number: int, stream: RequestStream, queue: _Queue) -> None:
     """Hand on a stream's items, then None."""
     try:
         async for item in stream:
-            queue.put_nowait((number, item))
+            queue.put_nowait((number, [item]))
     finally:
         queue.put_nowait((number, None))

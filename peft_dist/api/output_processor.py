@@ -6,12 +6,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
-from peft_dist.api.detokenizer import TextStream, decoder
+from peft_dist.api.detokenizer import Decoders, TextStream
 from peft_dist.api.stop_strings import StopMatcher
 from peft_dist.api.token_bytes import TokenBytes
 from peft_dist.core.errors import PeftDistError
@@ -20,8 +19,7 @@ from peft_dist.core.outputs import CompletionOutput, PositionLogprobs, RequestOu
 from peft_dist.core.sampling_params import SamplingParams
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(msgspec.Struct, frozen=True, gc=False):
     """What one report added to a sequence, cut where a stop string ended it.
 
     ``text`` lags behind ``token_ids`` while it may be part of a character or the beginning of a stop string.
@@ -43,6 +41,7 @@ class SequenceOutput:
         prompt_token_ids: The prompt, on which the first piece of text may depend.
         params: What was asked for.
         index: The sequence's number among those of its request.
+        decoders: The tokenizer's, where sequences share them.
 
     Attributes:
         must_abort: The last report's text ended the sequence, which its engine does not know: the caller aborts it.
@@ -50,7 +49,12 @@ class SequenceOutput:
     """
 
     def __init__(
-        self, tokenizer: Any | None, prompt_token_ids: Sequence[int], params: SamplingParams, index: int = 0
+        self,
+        tokenizer: Any | None,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        index: int = 0,
+        decoders: Decoders | None = None,
     ) -> None:
         self.index = index
         self.must_abort = False
@@ -61,8 +65,8 @@ class SequenceOutput:
         self._stream: TextStream | None = None
         self._texts: TokenBytes | None = None
         if tokenizer is not None:
-            decode = decoder(tokenizer, skip_special_tokens=params.skip_special_tokens)
-            self._stream = TextStream(decode, prompt_token_ids)
+            decoders = decoders or Decoders(tokenizer)
+            self._stream = decoders.stream(prompt_token_ids, skip_special_tokens=params.skip_special_tokens)
             self._texts = TokenBytes(tokenizer) if params.logprobs is not None else None
         self._matcher = StopMatcher(params.stop)
         self._token_ids: list[int] = []
@@ -167,7 +171,10 @@ class RequestOutputs:
         params: SamplingParams,
         adapter_name: str | None = None,
     ) -> None:
-        self.sequences = [SequenceOutput(tokenizer, prompt_token_ids, params, index) for index in range(params.n)]
+        decoders = None if tokenizer is None else Decoders(tokenizer)
+        self.sequences = [
+            SequenceOutput(tokenizer, prompt_token_ids, params, index, decoders) for index in range(params.n)
+        ]
         self._request_id = request_id
         self._prompt = prompt
         self._prompt_token_ids = list(prompt_token_ids)

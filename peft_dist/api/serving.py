@@ -6,13 +6,15 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any, Protocol
+from typing import Any
 
 from fastapi import Request
 from starlette.responses import Response
 
+from peft_dist.api.answer_format import AnswerFormat
+from peft_dist.api.chunks import ChunkWriter
 from peft_dist.api.errors import ApiError, json_response
-from peft_dist.api.generation import Generation, Piece
+from peft_dist.api.generation import MAX_BATCH, Generation
 from peft_dist.api.prompts import Prompt
 from peft_dist.api.protocol import GenerationRequest
 from peft_dist.api.request_metrics import CLIENT_CLOSED_REQUEST
@@ -22,33 +24,6 @@ from peft_dist.core.config import ModelInfo
 from peft_dist.core.errors import InvalidRequestError
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.orchestrator.admission import resolve_max_tokens
-
-
-class AnswerFormat(Protocol):
-    """Writes one answer, whole or in chunks.
-
-    Attributes:
-        object_name, chunk_name: What ``object`` says in an answer and in a chunk.
-    """
-
-    object_name: str
-    chunk_name: str
-
-    def opening(self, generation: Generation) -> list[dict[str, Any]]:
-        """Entries of ``choices`` that a stream begins with, each in a chunk of its own."""
-        ...
-
-    def chunk(self, piece: Piece) -> list[dict[str, Any]]:
-        """Entries of ``choices`` that tell of this piece, each for a chunk of its own."""
-        ...
-
-    def take(self, piece: Piece) -> None:
-        """Keep a piece for the whole answer."""
-        ...
-
-    def answer(self, generation: Generation) -> dict[str, Any]:
-        """``choices`` of the whole answer, and what else the body asked for."""
-        ...
 
 
 def check_combinations(body: GenerationRequest) -> None:
@@ -91,7 +66,9 @@ async def serve_generation(
     target = state.target(body.model)
     watch = state.metrics.requests.watch(state.client.resolve(target))
     try:
-        generation = await Generation.start(state.client, state.tokenizer, request_id, prompts, params, target, watch)
+        generation = await Generation.start(
+            state.client, state.tokenizer, state.decoders, request_id, prompts, params, target, watch
+        )
     except InvalidRequestError as error:
         raise InvalidRequestError(str(error), names.get(error.param or "", error.param)) from error
     head = {"id": request_id, "created": int(time.time()), "model": body.model}
@@ -110,26 +87,21 @@ async def serve_generation(
 
 
 async def _collect(generation: Generation, answer_format: AnswerFormat) -> None:
-    async with aclosing(generation.pieces()) as pieces:
-        async for piece in pieces:
-            answer_format.take(piece)
+    async with aclosing(generation.batches(MAX_BATCH)) as batches:
+        async for batch in batches:
+            for piece in batch:
+                answer_format.take(piece)
 
 
 async def _stream(
     head: Mapping[str, Any], body: GenerationRequest, generation: Generation, answer_format: AnswerFormat
-) -> AsyncGenerator[dict[str, Any], None]:
-    def with_usage(choice: dict[str, Any]) -> dict[str, Any]:
-        chunk = {**head, "object": answer_format.chunk_name, "choices": [choice]}
-        if body.wants_usage:
-            chunk["usage"] = generation.usage.as_dict() if body.wants_running_usage else None
-        return chunk
-
-    for choice in answer_format.opening(generation):
-        yield with_usage(choice)
-    async with aclosing(generation.pieces()) as pieces:
-        async for piece in pieces:
-            for choice in answer_format.chunk(piece):
-                yield with_usage(choice)
-    if body.wants_usage:
-        usage = generation.usage.as_dict()
-        yield {**head, "object": answer_format.chunk_name, "choices": [], "usage": usage}
+) -> AsyncGenerator[bytes, None]:
+    writer = ChunkWriter(head, body, generation, answer_format)
+    if opening := writer.opening():
+        yield opening
+    async with aclosing(generation.batches(writer.max_batch)) as batches:
+        async for batch in batches:
+            if events := writer.events(batch):
+                yield events
+    if closing := writer.closing():
+        yield closing

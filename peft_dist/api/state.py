@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from peft_dist.api.detokenizer import Decoders
 from peft_dist.api.metrics import ServerMetrics
 from peft_dist.api.options import ServerOptions
 from peft_dist.api.prompts import PromptReader
@@ -24,6 +25,7 @@ class ServerState:
         self.metrics = ServerMetrics(client, options.metrics_max_adapters)
         self.prompts = PromptReader(tokenizer, options)
         self.texts = TokenBytes(tokenizer)
+        self.decoders = None if tokenizer is None else Decoders(tokenizer)
         self.started = int(time.time())
 
     @property

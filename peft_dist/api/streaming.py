@@ -48,25 +48,26 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-async def server_sent_events(chunks: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[bytes, None]:
-    """Each chunk as an event, ``[DONE]`` at the end; an error in between is an event of its own."""
+async def server_sent_events(events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    """``events`` with ``[DONE]`` at the end; an error in between is an event of its own."""
     try:
-        async with aclosing(chunks):
-            async for chunk in chunks:
-                yield _event(encode_json(chunk))
+        async with aclosing(events):
+            async for some in events:
+                yield some
     except Exception as error:  # The status is sent already: only an event can tell the client what happened.
         if not isinstance(error, PeftDistError):
             logger.exception("a stream failed")
-        yield _event(encode_json(as_api_error(error).body()))
-    yield _event(b"[DONE]")
+        yield event(encode_json(as_api_error(error).body()))
+    yield event(b"[DONE]")
 
 
-def _event(data: bytes) -> bytes:
+def event(data: bytes) -> bytes:
+    """One line of data as a server-sent event."""
     return b"data: " + data + b"\n\n"
 
 
 class EventStream(Response):
-    """Sends events as they come; ``close`` runs in any case at the end."""
+    """Sends events as they come, one or several at once; ``close`` runs in any case at the end."""
 
     media_type = "text/event-stream"
 
@@ -93,6 +94,6 @@ class EventStream(Response):
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async with aclosing(self._events) as events:
-            async for event in events:
-                await send({"type": "http.response.body", "body": event, "more_body": True})
+            async for some in events:
+                await send({"type": "http.response.body", "body": some, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -44,6 +44,10 @@ class RequestStream(Protocol):
         """Raises EngineDeadError when the replica died or the server stops before the end."""
         ...
 
+    def take_ready(self, limit: int) -> list[tuple[int, SequenceProgress]]:
+        """Up to ``limit`` items that the next calls of ``__anext__`` would return at once; raises nothing."""
+        ...
+
     async def aclose(self) -> None:
         """Stop reading; what still runs of the request is aborted."""
         ...

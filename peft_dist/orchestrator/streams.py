@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 
 from peft_dist.core.errors import PeftDistError
@@ -10,10 +11,14 @@ from peft_dist.core.messages import SequenceProgress
 
 
 class Stream:
-    """The ``RequestStream`` of one admitted request. ``on_close`` is called when it is closed before its end."""
+    """The ``RequestStream`` of one admitted request. ``on_close`` is called when it is closed before its end.
+
+    It has one reader. Every token of every request passes through here, so this is less than an ``asyncio.Queue``.
+    """
 
     def __init__(self, num_sequences: int, on_close: Callable[[], None]) -> None:
-        self._queue: asyncio.Queue[tuple[int, SequenceProgress] | PeftDistError] = asyncio.Queue()
+        self._items: deque[tuple[int, SequenceProgress] | PeftDistError] = deque()
+        self._waiter: asyncio.Future[None] | None = None
         self._unfinished = num_sequences
         self._left = num_sequences
         self._on_close = on_close
@@ -21,13 +26,15 @@ class Stream:
 
     def put(self, sequence_index: int, progress: SequenceProgress) -> bool:
         """Pass on progress; True when it was the request's last."""
-        self._queue.put_nowait((sequence_index, progress))
+        self._items.append((sequence_index, progress))
+        self._wake()
         self._unfinished -= progress.finish_reason is not None
         return not self._unfinished
 
     def fail(self, error: PeftDistError) -> None:
         """Let the reader get ``error`` after what came before it."""
-        self._queue.put_nowait(error)
+        self._items.append(error)
+        self._wake()
 
     def __aiter__(self) -> Stream:
         return self
@@ -35,17 +42,40 @@ class Stream:
     async def __anext__(self) -> tuple[int, SequenceProgress]:
         if self._closed or not self._left:
             raise StopAsyncIteration
-        try:
-            item = await self._queue.get()
-        except asyncio.CancelledError:
-            self._close()
-            raise
+        if not self._items:
+            await self._wait()
+        item = self._items.popleft()
         if isinstance(item, PeftDistError):
             self._left = 0
             raise item
-        if item[1].finish_reason is not None:
-            self._left -= 1
+        self._left -= item[1].finish_reason is not None
         return item
+
+    def take_ready(self, limit: int) -> list[tuple[int, SequenceProgress]]:
+        """As in ``RequestStream``."""
+        ready: list[tuple[int, SequenceProgress]] = []
+        while self._items and len(ready) < limit and not self._closed:
+            item = self._items[0]
+            if isinstance(item, PeftDistError):
+                break
+            ready.append(item)
+            self._items.popleft()
+            self._left -= item[1].finish_reason is not None
+        return ready
+
+    async def _wait(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        except asyncio.CancelledError:
+            self._close()
+            raise
+        finally:
+            self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     async def aclose(self) -> None:
         """Stop reading; what still runs of the request is aborted."""

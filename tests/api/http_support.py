@@ -119,6 +119,9 @@ class ScriptedStream:
     async def __anext__(self) -> tuple[int, SequenceProgress]:
         return await self._items.__anext__()
 
+    def take_ready(self, limit: int) -> list[tuple[int, SequenceProgress]]:
+        return []
+
     async def aclose(self) -> None:
         if not self.ended:
             self.ended = True

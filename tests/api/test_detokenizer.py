@@ -14,7 +14,7 @@ from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, ByT5Tokenizer
 
 from peft_dist.api import detokenizer
-from peft_dist.api.detokenizer import TextStream, decoder
+from peft_dist.api.detokenizer import Decoders, TextStream, decoder
 from scripts.demo_model import MODEL_FOLDER, cache_root, is_complete
 
 SPECIALS = ["<s>", "</s>", "<|user|>"]
@@ -100,6 +100,30 @@ def test_pieces_add_up_to_one_decode(make, data: st.DataObject, skip: bool) -> N
     token = st.integers(0, size(tokenizer) - 1)
     prompt, output = data.draw(st.lists(token, max_size=40)), data.draw(st.lists(token, max_size=40))
     assert "".join(streamed(tokenizer, prompt, output, skip)) == in_context(tokenizer, prompt, output, skip)
+
+
+@pytest.mark.parametrize("make", [byte_level, metaspace, byte_fallback, demo], ids=lambda make: make.__name__)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), skip=st.booleans())
+def test_shared_texts_of_tokens_change_no_piece(make, data: st.DataObject, skip: bool) -> None:
+    """Twice, as the second time every token's text is known."""
+    tokenizer = make()
+    token = st.integers(0, size(tokenizer) - 1)
+    prompt, output = data.draw(st.lists(token, max_size=12)), data.draw(st.lists(token, max_size=60))
+    shared, wanted = Decoders(tokenizer), streamed(tokenizer, prompt, output, skip)
+    for _ in range(2):
+        stream = shared.stream(prompt, skip_special_tokens=skip)
+        assert [*(stream.add(token) for token in output), stream.flush()] == wanted
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.integers(0, 255), max_size=6), st.lists(st.integers(0, 255), max_size=100), st.integers(7, 70))
+def test_shared_texts_change_nothing_behind_broken_characters(prompt, output, bound: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(detokenizer, "_MAX_PENDING", bound)
+        stream = Decoders(byte_level()).stream(prompt, skip_special_tokens=True)
+        found = [*(stream.add(token) for token in output), stream.flush()]
+        assert found == streamed(byte_level(), prompt, output, True)
 
 
 @settings(max_examples=150, deadline=None)

@@ -1,0 +1,108 @@
+"""What a stream hands over at once, and what it keeps back."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from peft_dist.core.errors import EngineDeadError
+from peft_dist.core.messages import SequenceProgress
+from peft_dist.orchestrator.streams import Stream
+
+
+def on_loop(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
+    @functools.wraps(test)
+    def run() -> None:
+        asyncio.run(test())
+
+    return run
+
+
+def token(k: int, reason: str | None = None) -> SequenceProgress:
+    return SequenceProgress("r-0", [k], k, finish_reason=reason)
+
+
+@asynccontextmanager
+async def waiting(stream: Stream) -> AsyncIterator[asyncio.Task[tuple[int, SequenceProgress]]]:
+    """Somebody who waits for the next item."""
+    reader = asyncio.ensure_future(anext(stream))
+    await asyncio.sleep(0)
+    assert not reader.done()
+    yield reader
+
+
+@on_loop
+async def test_what_is_there_is_taken_in_order_up_to_the_limit() -> None:
+    stream = Stream(1, lambda: None)
+    for k in range(5):
+        stream.put(0, token(k))
+    assert (await anext(stream))[1].token_ids == [0]
+    assert [p.token_ids for _, p in stream.take_ready(3)] == [[1], [2], [3]]
+    assert [p.token_ids for _, p in stream.take_ready(3)] == [[4]]
+    assert stream.take_ready(3) == []
+
+
+@on_loop
+async def test_an_error_comes_behind_the_tokens_before_it() -> None:
+    stream = Stream(1, lambda: None)
+    stream.put(0, token(0))
+    stream.put(0, token(1))
+    stream.fail(EngineDeadError("gone"))
+    assert len(stream.take_ready(9)) == 2
+    assert stream.take_ready(9) == []
+    with pytest.raises(EngineDeadError, match="gone"):
+        await anext(stream)
+    with pytest.raises(StopAsyncIteration):
+        await anext(stream)
+
+
+@on_loop
+async def test_an_end_that_was_taken_ends_the_stream_and_aborts_nothing() -> None:
+    closed: list[bool] = []
+    stream = Stream(2, lambda: closed.append(True))
+    assert not stream.put(0, token(0, "stop"))
+    assert stream.put(1, token(0, "length"))
+    assert len(stream.take_ready(9)) == 2
+    with pytest.raises(StopAsyncIteration):
+        await anext(stream)
+    await stream.aclose()
+    assert not closed
+
+
+@on_loop
+async def test_a_reader_wakes_once_for_several_items() -> None:
+    stream = Stream(1, lambda: None)
+    async with waiting(stream) as reader:
+        stream.put(0, token(0))
+        stream.put(0, token(1))
+        assert (await reader)[1].token_ids == [0]
+        assert [p.token_ids for _, p in stream.take_ready(9)] == [[1]]
+
+
+@on_loop
+async def test_a_reader_wakes_for_an_error() -> None:
+    stream = Stream(1, lambda: None)
+    async with waiting(stream) as reader:
+        stream.fail(EngineDeadError("gone"))
+        with pytest.raises(EngineDeadError):
+            await reader
+
+
+@on_loop
+async def test_cancelling_the_reader_closes_even_when_an_item_has_just_come() -> None:
+    closed: list[bool] = []
+    stream = Stream(1, lambda: closed.append(True))
+    async with waiting(stream) as reader:
+        stream.put(0, token(0))
+        reader.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reader
+    assert closed == [True]
+    assert stream.take_ready(9) == []
+    with pytest.raises(StopAsyncIteration):
+        await anext(stream)
