@@ -20,7 +20,7 @@ from peft_dist.core.replica_state import ReplicaStats as ReplicaStats
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.core.step_costs import StepCosts
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 
 class _Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
@@ -164,7 +164,7 @@ class Ready(Report, frozen=True, kw_only=True):
     costs: StepCosts | None = None
 
 
-class SequenceProgress(msgspec.Struct, frozen=True):
+class SequenceProgress(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """New tokens of one sequence; ``first_index`` is the number of the first of them in its output.
 
     ``finish_reason`` is None while the sequence runs. ``prompt_logprobs`` starts at prompt position 1 and

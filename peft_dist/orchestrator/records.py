@@ -136,8 +136,7 @@ class RequestRecord:
         return self.adapter.content_hash if self.adapter else ""
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceEvent:
+class SequenceEvent(NamedTuple):
     """New tokens of a sequence, or its end."""
 
     request_id: str
