@@ -9,7 +9,7 @@ import torch
 from peft_dist.kernels import lora_cpu, lora_torch
 from peft_dist.kernels.backend import has_triton
 from peft_dist.kernels.lora_beside import ShrinkBeside
-from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
+from peft_dist.kernels.types import KVCache, LoRALayerWeights, LoRAPlan
 
 
 def add_lora_(y: torch.Tensor, x: torch.Tensor, weights: LoRALayerWeights, plan: LoRAPlan) -> torch.Tensor:
@@ -109,6 +109,53 @@ def lora_gate(
 
     lora_triton.lora_shrink_group(x, weights, plan)
     return lora_gate_triton.lora_expand_gate(gate, up, weights, plan, activation, is_next=True)
+
+
+def has_rotary(
+    x: torch.Tensor, weights: Sequence[LoRALayerWeights | None], plan: LoRAPlan, cache: KVCache, head_dim: int
+) -> bool:
+    """Whether ``lora_rotary`` takes q/k/v, which read x, and the launch plan of their size says that it should."""
+    resident = [w for w in weights if w is not None]
+    if not resident or _backend_of(plan, x) != "triton":
+        return False
+    from peft_dist.kernels import lora_rotary_triton, lora_triton
+
+    return lora_triton.is_one_launch(x, resident) and lora_rotary_triton.takes_rotary(
+        x, resident, plan, cache, head_dim
+    )
+
+
+def lora_rotary(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    cache: KVCache,
+    slot_mapping: torch.Tensor,
+    x: torch.Tensor,
+    weights: Sequence[LoRALayerWeights | None],
+    plan: LoRAPlan,
+    begun: ShrinkBeside | None = None,
+) -> torch.Tensor:
+    """``add_lora_group_`` to q/k/v, and ``glue.Glue.rotary_and_write`` of the sums in the same pass.
+
+    Args:
+        query, key, value, cos, sin, cache, slot_mapping: As that function takes them; query to value are left as they
+            are.
+        x: ``[..., in_features]``, R rows, in which ``has_rotary`` holds.
+        weights: Of the three; None for one that nobody adapts.
+        begun: What ``begin_lora`` gave for these.
+
+    Returns:
+        The rotated queries. Rows in no tile (padding) hold anything, and write nothing.
+    """
+    if begun is not None:
+        return begun.rotary(query, key, value, cos, sin, cache, slot_mapping)
+    from peft_dist.kernels import lora_rotary_triton, lora_triton
+
+    lora_triton.lora_shrink_group(x, weights, plan)
+    return lora_rotary_triton.lora_expand_rotary(query, key, value, cos, sin, cache, slot_mapping, weights, plan)
 
 
 def _backend_of(plan: LoRAPlan, x: torch.Tensor) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -11,7 +10,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from peft_dist.kernels.lora_gate_loop import gate_loop_kernel
-from peft_dist.kernels.lora_group import even_rows, group_of, is_wide, layer_tables, tiles_of, watched_tile
+from peft_dist.kernels.lora_group import even_rows, expand_tables, group_of, is_wide, tiles_of, watched_tile
 from peft_dist.kernels.lora_plans import GroupPlan
 from peft_dist.kernels.lora_triton_parts import EXPAND_RANKS, expand_part, find_adapter, gated, load_b
 from peft_dist.kernels.lora_triton_rows import ask_row, row_part, takes_rows
@@ -183,8 +182,8 @@ def lora_expand_gate(
     launch = group.plan(tiles, wide, launch)
     pdl = launch.pdl and is_next
     tensors = (
-        *rows, workspace.take(0), tiles.rows, tiles.slots, tiles.lens, *_tables(weights[0], resident[0]),
-        *_tables(weights[1], resident[0]),
+        *rows, workspace.take(0), tiles.rows, tiles.slots, tiles.lens, *expand_tables(weights[0], resident[0]),
+        *expand_tables(weights[1], resident[0]),
     )  # fmt: skip
     known = {
         "N": width, "GATE_STRIDE": rows[0].stride(0), "UP_STRIDE": rows[1].stride(0), "OUT_STRIDE": rows[2].stride(0),
@@ -205,11 +204,3 @@ def lora_expand_gate(
             PDL=pdl, **known, **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip
     return out
-
-
-def _tables(weights: LoRALayerWeights | None, other: LoRALayerWeights) -> tuple[Any, ...]:
-    """A layer's arguments; one that nobody adapts gets the other's tables, with no slots."""
-    if weights is not None:
-        return layer_tables(weights).of_expand()
-    *tensors, stride, _, columns = layer_tables(other).of_expand()
-    return *tensors, stride, 0, columns

@@ -136,6 +136,14 @@ def layer_tables(weights: LoRALayerWeights) -> LayerTables:
     return LayerTables(weights.A, weights.B, table[:, 2:], table[:, 0], table.view(torch.float32)[:, 1])
 
 
+def expand_tables(weights: LoRALayerWeights | None, other: LoRALayerWeights) -> tuple[Any, ...]:
+    """A layer's arguments of an expand; one that nobody adapts gets the other's tables, with no slots."""
+    if weights is not None:
+        return layer_tables(weights).of_expand()
+    *tensors, stride, _, columns = layer_tables(other).of_expand()
+    return *tensors, stride, 0, columns
+
+
 def tiles_of(plan: LoRAPlan, device: torch.device) -> LoRATiles:
     """A plan's tiles, made from its runs once where it came without."""
     if plan.tiles is not None:

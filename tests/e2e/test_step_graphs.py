@@ -9,13 +9,15 @@ import itertools
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 from peft_dist import LLM, SamplingParams
-from peft_dist.kernels import lora_gate_triton
+from peft_dist.kernels import lora_gate_triton, lora_rotary_triton
 from peft_dist.kernels.capture import Capture, NotCapturableError
+from peft_dist.kernels.types import LoRAPlan
 from peft_dist.patches import fuse
 from peft_dist.runner import replica
 from peft_dist.runner.step_graphs import StepGraphs, decode_sizes, mixed_sizes
@@ -35,16 +37,16 @@ def run_again(run: Callable[[], None]) -> Callable[[], None]:
     return run
 
 
-def count_gates(monkeypatch: pytest.MonkeyPatch) -> Counter[float]:
-    """How often an activation added adapters' parts, by the plan's factor."""
+def count_calls(monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str) -> Counter[float]:
+    """How often a kernel added adapters' parts, by the plan's factor."""
     seen: Counter[float] = Counter()
-    expand = lora_gate_triton.lora_expand_gate
+    expand = getattr(module, name)
 
-    def counted(gate, up, weights, plan, *args, **kwargs):  # type: ignore[no-untyped-def]
-        seen[plan.factor] += 1
-        return expand(gate, up, weights, plan, *args, **kwargs)
+    def counted(*args, **kwargs):  # type: ignore[no-untyped-def]
+        seen[next(arg.factor for arg in args if isinstance(arg, LoRAPlan))] += 1
+        return expand(*args, **kwargs)
 
-    monkeypatch.setattr(lora_gate_triton, "lora_expand_gate", counted)
+    monkeypatch.setattr(module, name, counted)
     return seen
 
 
@@ -94,7 +96,8 @@ def test_tokens_are_pefts(
 ) -> None:
     """``fused``: as on a GPU, where an MLP's activation adds the adapters' parts; with the other kernels' twins."""
     triton_interpreter.mend()
-    gates = count_gates(monkeypatch)
+    gates = count_calls(monkeypatch, lora_gate_triton, "lora_expand_gate")
+    turns = count_calls(monkeypatch, lora_rotary_triton, "lora_expand_rotary")
     if fused:
         monkeypatch.setattr(replica, "prepare_layers", lambda model, config: fuse(model, "reference"))
     model = make_model("llama", tmp_path / "base")
@@ -136,6 +139,7 @@ def test_tokens_are_pefts(
     # Added alone, and behind what is taken away; without captured steps too.
     assert (0 < in_graphs < gates.total()) == fused
     assert set(gates) == ({1.0, -1.0} if fused and modes else {1.0} if fused else set())
+    assert turns == gates, "every layer has one of both"
     assert (
         seen["decodes"] and seen["mixed"] and bool(seen["pending"]) == bool(depth) and bool(seen["corrected"]) == modes
     )

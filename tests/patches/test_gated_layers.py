@@ -13,8 +13,9 @@ from peft_dist.forward_context import ForwardContext
 from peft_dist.kernels import reference
 from peft_dist.kernels.lora_group import make_tiles
 from peft_dist.kernels.types import LoRAPlan
-from peft_dist.patches import lora_layers
-from peft_dist.patches.lora_layers import SelectiveLinear, join_siblings, run_gated
+from peft_dist.patches import lora_fused
+from peft_dist.patches.lora_fused import run_gated
+from peft_dist.patches.lora_layers import SelectiveLinear, join_siblings
 from tests import triton_interpreter
 from tests.kernels.lora_cases import DEVICES, layers_of, plan_of_rows, random_rows
 
@@ -97,5 +98,5 @@ def test_where_it_cannot_be_nothing_is_computed(
     mlp, x = Gated(device), random_rows(device, len(SLOTS), IN, dtype=torch.float32)
     assert mlp.run(x, context) is not None
     change(mlp, context)
-    monkeypatch.delattr(lora_layers, "call_together")
+    monkeypatch.delattr(lora_fused, "call_together")
     assert mlp.run(x, context) is None
