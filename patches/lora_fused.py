@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import nn
 
 from peft_dist.forward_context import ForwardContext, current
 from peft_dist.kernels import lora as kernels
-from peft_dist.kernels.types import KVCache
+from peft_dist.kernels.lora_down import ShrinkInGate
+from peft_dist.kernels.types import KVCache, LoRALayerWeights, LoRAPlan
 from peft_dist.patches.joined_linear import JoinedLinear
 from peft_dist.patches.lora_layers import SelectiveLinear, add_parts, check_rows, is_hooked, multiplied, weights_of
 from peft_dist.patches.together import call_together
 
 
-def run_gated(gate: nn.Module, up: nn.Module, x: torch.Tensor, activation: str) -> torch.Tensor | None:
-    """``activation(gate(x)) * up(x)`` with the adapters' parts added in the pass that the activation takes.
+def run_mlp(gate: nn.Module, up: nn.Module, down: nn.Module, x: torch.Tensor, activation: str) -> torch.Tensor | None:
+    """``down(activation(gate(x)) * up(x))`` with the adapters' parts of gate and up added in the activation's pass.
+
+    In a captured step that pass does the first half of down's part too.
 
     None, with nothing computed, where that is not to be had: without adapters or kernels of Triton, and for modules
     that are no siblings, or whose outputs somebody else sees.
@@ -43,7 +47,28 @@ def run_gated(gate: nn.Module, up: nn.Module, x: torch.Tensor, activation: str) 
     if len(plans) > 1:
         add_parts(outputs, x, weights, plans[:-1], begun)
         begun = None
-    return kernels.lora_gate(outputs[0], outputs[1], x, weights, plans[-1], activation, begun)
+    shrink = _shrink_of(down, x, weights, plans[-1], context)
+    gated = kernels.lora_gate(outputs[0], outputs[1], x, weights, plans[-1], activation, begun, shrink)
+    if shrink is None:
+        hidden: torch.Tensor = down(gated)
+        return hidden
+    ys = call_together(multiplied([cast(SelectiveLinear, down)], context), gated)
+    add_parts(ys, gated, [shrink.weights], plans[:-1], None)
+    shrink.finish_(ys)
+    return ys[0]
+
+
+def _shrink_of(
+    down: nn.Module,
+    x: torch.Tensor,
+    weights: Sequence[LoRALayerWeights | None],
+    plan: LoRAPlan,
+    context: ForwardContext,
+) -> ShrinkInGate | None:
+    """The first half of down's part in its gate's kernel; None where down is called as any module."""
+    if type(down) is not SelectiveLinear or not _are_alone([down]):
+        return None
+    return ShrinkInGate.find(x, weights, weights_of([down], context)[0], plan)
 
 
 def run_rotary(
@@ -56,7 +81,7 @@ def run_rotary(
 ) -> torch.Tensor | None:
     """Queries, keys and values of x with the adapters' parts added in the pass that rotates them.
 
-    None, with nothing computed, where that is not to be had, as for ``run_gated``, or not the best way.
+    None, with nothing computed, where that is not to be had, as for ``run_mlp``, or not the best way.
 
     Args:
         projections: Of queries, keys and values; some of them adapted.
@@ -90,7 +115,7 @@ def run_rotary(
 
 def _are_alone(layers: Sequence[SelectiveLinear]) -> bool:
     """Whether no others are computed with these, and nobody sees their outputs or those of other rows."""
-    siblings = layers[0].siblings if len(layers) > 1 else layers
+    siblings = layers[0].siblings or layers
     same = len(siblings) == len(layers) and all(a is b for a, b in zip(siblings, layers, strict=True))
     return same and not layers[0].is_output and not any(map(_is_seen, layers))
 

@@ -9,6 +9,7 @@ import torch
 from peft_dist.kernels import lora_cpu, lora_torch
 from peft_dist.kernels.backend import has_triton
 from peft_dist.kernels.lora_beside import ShrinkBeside
+from peft_dist.kernels.lora_down import ShrinkInGate
 from peft_dist.kernels.types import KVCache, LoRALayerWeights, LoRAPlan
 
 
@@ -91,6 +92,7 @@ def lora_gate(
     plan: LoRAPlan,
     activation: str,
     begun: ShrinkBeside | None = None,
+    down: ShrinkInGate | None = None,
 ) -> torch.Tensor:
     """``add_lora_group_`` to the outputs of a gated MLP's two layers, and ``activation(gate) * up`` in the same pass.
 
@@ -99,16 +101,17 @@ def lora_gate(
         x: ``[..., in_features]``, R rows, in which ``has_gate`` holds.
         activation: "silu" or "gelu_tanh".
         begun: What ``begin_lora`` gave for these.
+        down: ``ShrinkInGate.find`` of the layer that reads what is returned, with this plan.
 
     Returns:
         ``[..., N]``, contiguous, each element rounded once. Rows in no tile (padding) hold anything.
     """
     if begun is not None:
-        return begun.gate(gate, up, activation)
+        return begun.gate(gate, up, activation, down)
     from peft_dist.kernels import lora_gate_triton, lora_triton
 
     lora_triton.lora_shrink_group(x, weights, plan)
-    return lora_gate_triton.lora_expand_gate(gate, up, weights, plan, activation, is_next=True)
+    return lora_gate_triton.lora_expand_gate(gate, up, weights, plan, activation, is_next=True, down=down)
 
 
 def has_rotary(

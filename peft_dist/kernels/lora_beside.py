@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from peft_dist.kernels.lora_down import ShrinkInGate
 from peft_dist.kernels.types import KVCache, LoRALayerWeights, LoRAPlan
 
 
@@ -41,12 +42,14 @@ class ShrinkBeside:
         torch.cuda.current_stream().wait_stream(self._stream)
         lora_triton.lora_expand_group_(ys, self._weights, self._plan)
 
-    def gate(self, gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    def gate(
+        self, gate: torch.Tensor, up: torch.Tensor, activation: str, down: ShrinkInGate | None = None
+    ) -> torch.Tensor:
         """The same for two layers whose outputs are only used as ``activation(gate) * up``, which is returned."""
         from peft_dist.kernels import lora_gate_triton
 
         torch.cuda.current_stream().wait_stream(self._stream)
-        return lora_gate_triton.lora_expand_gate(gate, up, self._weights, self._plan, activation)
+        return lora_gate_triton.lora_expand_gate(gate, up, self._weights, self._plan, activation, down=down)
 
     def rotary(
         self,

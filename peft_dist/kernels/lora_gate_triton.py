@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from peft_dist.kernels.lora_down import ShrinkInGate
 from peft_dist.kernels.lora_gate_loop import gate_loop_kernel
-from peft_dist.kernels.lora_group import even_rows, expand_tables, group_of, is_wide, tiles_of, watched_tile
+from peft_dist.kernels.lora_group import (
+    even_rows,
+    expand_tables,
+    group_of,
+    is_wide,
+    layer_tables,
+    tiles_of,
+    watched_tile,
+)
 from peft_dist.kernels.lora_plans import GroupPlan
+from peft_dist.kernels.lora_tiles import LoRATiles
 from peft_dist.kernels.lora_triton_parts import EXPAND_RANKS, expand_part, find_adapter, gated, load_b
 from peft_dist.kernels.lora_triton_rows import ask_row, row_part, takes_rows
 from peft_dist.kernels.lora_workspace import LoRAWorkspace
@@ -148,6 +159,7 @@ def lora_expand_gate(
     *,
     is_next: bool = False,
     launch: GroupPlan | None = None,
+    down: ShrinkInGate | None = None,
 ) -> torch.Tensor:
     """``activation(gate + its part) * (up + its part)`` for all rows in tiles, those of the base too.
 
@@ -161,6 +173,7 @@ def lora_expand_gate(
         activation: "silu" or "gelu_tanh".
         out: Contiguous, of gate's shape and dtype, none of the two; None makes one.
         workspace, is_next, launch: As in ``lora_expand_group_``.
+        down: Of the layer that reads what is returned, as ``find`` gave it for these: its shrink is done too.
 
     Raises:
         ValueError: the tensors do not fit, the plan's tiles lack the base's rows, or the activation is another.
@@ -194,13 +207,26 @@ def lora_expand_gate(
         if launch.gate_loop_n:
             grid = tiles.max_tiles, 2 * -(-width // launch.gate_loop_n)
             gate_loop_kernel[grid](
-                *tensors, watched_tile(tiles), workspace.max_rank, BLOCK_N=launch.gate_loop_n,
-                PART_N=launch.loop_part // 2, STAGES=launch.loop_stages, **known,
+                *tensors, *_shrink_arguments(down, tiles, resident[0], workspace), watched_tile(tiles),
+                workspace.max_rank, BLOCK_N=launch.gate_loop_n, PART_N=launch.loop_part // 2,
+                STAGES=launch.loop_stages, DOWN=down is not None, **known,
             )  # fmt: skip
             return out
+        if down is not None:
+            raise ValueError("a gate of programs that do not loop has no place for the next layer's shrink")
         part_n = min(launch.gate_n, launch.gate_part_n)
         _gate_kernel[(-(-width // part_n), tiles.max_tiles)](
             *tensors, workspace.max_rank, BLOCK_N=launch.gate_n, PART_N=part_n, FEW=launch.few_rows, WIDE=wide,
             PDL=pdl, **known, **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip
     return out
+
+
+def _shrink_arguments(
+    down: ShrinkInGate | None, tiles: LoRATiles, other: LoRALayerWeights, workspace: LoRAWorkspace
+) -> tuple[Any, ...]:
+    """Where there is no shrink in it, the kernel reads none of them."""
+    if down is None:
+        return workspace.take(0), *layer_tables(other).of_shrink(), 1.0
+    partials = workspace.take(tiles.max_tiles * down.parts * tiles.tile_rows * workspace.max_rank, 1)
+    return partials, *layer_tables(down.weights).of_shrink(), float(down.plan.factor)

@@ -199,7 +199,7 @@ def rotary_expand_kernel(
 def takes_rotary(
     rows: torch.Tensor, weights: Sequence[LoRALayerWeights], plan: LoRAPlan, cache: KVCache, head_dim: int
 ) -> bool:
-    """Whether ``lora_expand_rotary`` takes these layers, and is the way to run them: in decode steps, by their plan.
+    """Whether ``lora_expand_rotary`` is how to run these layers: in captured steps, where it can and the plan says so.
 
     Args:
         rows: What the layers read.
@@ -210,7 +210,7 @@ def takes_rotary(
     group = group_of(weights)
     fits = cache.value.shape[3] == cache.key.shape[3] == head_dim and head_dim % 2 == 0
     same = rows.dtype == cache.key.dtype == cache.value.dtype
-    if not (fits and same and tiles.has_base and tiles.tile_rows == 16):
+    if not (fits and same and tiles.has_base and tiles.is_static and tiles.tile_rows == 16):
         return False
     return group.plan(tiles, is_wide(group.dtype)).joins_rotary
 

@@ -47,7 +47,7 @@ def compile_kernel(
     """
     signature, known, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
-        base = re.sub(r"^(gate|up)_|[012]$", "", name)
+        base = re.sub(r"^(gate|up|down)_|[012]$", "", name)
         if kinds and name in kinds:
             signature[name], _, aligned = kinds[name].partition(":")
             attributes.update({(i,): [ALIGNED]} if aligned else {})
@@ -89,7 +89,7 @@ def compile_loops(
         ),
         "gate loop": compile_kernel(
             gate_loop_kernel, dtype, plan.gate_warps, 3, **{**group, "GROUP": 2}, **strides, N=ends["N0"], SILU=True,
-            BLOCK_N=plan.gate_loop_n, **{**blocks, "PART_N": plan.loop_part // 2},
+            BLOCK_N=plan.gate_loop_n, DOWN=group["TILE"] == 16, **{**blocks, "PART_N": plan.loop_part // 2},
         ),
     }  # fmt: skip
 

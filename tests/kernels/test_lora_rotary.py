@@ -84,7 +84,7 @@ class Case:
 
 def plan_of(slots: np.ndarray, device: str) -> LoRAPlan:
     plan = plan_of_rows(slots)
-    plan.tiles = make_tiles(slots, torch.device(device), 16, has_base=True)
+    plan.tiles = make_tiles(slots, torch.device(device), 16, has_base=True)._replace(with_adapter=None)
     return plan
 
 
@@ -179,11 +179,9 @@ def test_where_it_is_not_taken(device: str) -> None:
     assert not lora.has_rotary(case.x, case.weights, plan, case.cache(torch.float32), 16)
     assert not lora.has_rotary(case.x, case.weights, plan, KVCache(cache.key, cache.value[..., :8]), 16)
     tiles = plan.tiles
-    for other in (
-        make_tiles(slots, torch.device(device), 16),
-        make_tiles(slots, torch.device(device), 32, has_base=True),
-    ):
-        plan.tiles = other
+    assert tiles is not None
+    for change in ({"has_base": False}, {"tile_rows": 32}, {"with_adapter": 1}):
+        plan.tiles = tiles._replace(**change)
         assert not takes_rotary(case.x, case.weights, plan, cache, 16)
     plan.tiles, plan.backend = tiles, "torch"
     assert not lora.has_rotary(case.x, case.weights, plan, cache, 16)

@@ -14,7 +14,7 @@ from peft_dist.kernels import reference
 from peft_dist.kernels.lora_group import make_tiles
 from peft_dist.kernels.types import LoRAPlan
 from peft_dist.patches import lora_fused
-from peft_dist.patches.lora_fused import run_gated
+from peft_dist.patches.lora_fused import run_mlp
 from peft_dist.patches.lora_layers import SelectiveLinear, join_siblings
 from tests import triton_interpreter
 from tests.kernels.lora_cases import DEVICES, layers_of, plan_of_rows, random_rows
@@ -32,11 +32,12 @@ class Gated(nn.Module):
         torch.manual_seed(0)
         self.gate_proj, self.up_proj = (SelectiveLinear.wrap(nn.Linear(IN, WIDTH, device=device)) for _ in range(2))
         self.gate_proj.lora_index, self.up_proj.lora_index = 0, 1
+        self.down_proj: nn.Module = nn.Identity()
         join_siblings(self)
 
     def run(self, x: torch.Tensor, context: ForwardContext) -> torch.Tensor | None:
         with torch.inference_mode(), context:
-            return run_gated(self.gate_proj, self.up_proj, x, "silu")
+            return run_mlp(self.gate_proj, self.up_proj, self.down_proj, x, "silu")
 
 
 @pytest.fixture
