@@ -115,7 +115,7 @@ def run_rotary(
 
 def _are_alone(layers: Sequence[SelectiveLinear]) -> bool:
     """Whether no others are computed with these, and nobody sees their outputs or those of other rows."""
-    siblings = layers[0].siblings or layers
+    siblings = layers[0].siblings or layers[:1]
     same = len(siblings) == len(layers) and all(a is b for a, b in zip(siblings, layers, strict=True))
     return same and not layers[0].is_output and not any(map(_is_seen, layers))
 

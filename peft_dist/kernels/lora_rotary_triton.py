@@ -29,9 +29,9 @@ from peft_dist.kernels.triton_device import device_of
 from peft_dist.kernels.types import KVCache, LoRALayerWeights, LoRAPlan
 
 # Of a tile, by one program: with 16 a full tile takes twice as long, with fewer most programs have nothing to do.
-_ROWS = 8
+ROWS = 8
 # Of a thread: twelve programs of one warp fit a multiprocessor then, and those of 32 tiles run all at once on an H100.
-_REGISTERS = 168
+REGISTERS = 168
 
 
 @triton.jit
@@ -272,7 +272,7 @@ def lora_expand_rotary(
     launch = group.plan(tiles, is_wide(group.dtype), launch)
     out = query.new_empty(num_rows, num_heads, head_dim)
     with device_of(query):
-        rotary_expand_kernel[(num_heads + 2 * num_kv_heads, tiles.max_tiles, tiles.tile_rows // _ROWS)](
+        rotary_expand_kernel[(num_heads + 2 * num_kv_heads, tiles.max_tiles, tiles.tile_rows // ROWS)](
             *ys, cos, sin, slot_mapping, out, *cache, workspace.take(0), tiles.rows, tiles.slots, tiles.lens,
             *chain(*(expand_tables(w, resident[0]) for w in weights)),
             cos.stride(0), sin.stride(0), cache.key.shape[1], *cache.key.stride()[:3],
@@ -281,7 +281,7 @@ def lora_expand_rotary(
             NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim,
             HALF=triton.next_power_of_2(head_dim // 2),
             PLACE1=int(weights[0] is not None), PLACE2=sum(w is not None for w in weights[:2]) % group.size,
-            PAGE=group.page_rows, GROUP=group.size, TILE=tiles.tile_rows, SPLIT=launch.split, ROWS=_ROWS,
-            num_warps=launch.rotary_warps, **({"maxnreg": _REGISTERS} if launch.rotary_warps == 1 else {}),
+            PAGE=group.page_rows, GROUP=group.size, TILE=tiles.tile_rows, SPLIT=launch.split, ROWS=ROWS,
+            num_warps=launch.rotary_warps, **({"maxnreg": REGISTERS} if launch.rotary_warps == 1 else {}),
         )  # fmt: skip
     return out

@@ -148,7 +148,7 @@ def test_where_it_is_found(device: str) -> None:
         assert ShrinkInGate.find(rows, gate, other, plan) is None
     changes: list[dict[str, int]] = [{"with_adapter": 1}, {"tile_rows": 32}]
     for change in changes:
-        plan.tiles = tiles._replace(**change)  # type: ignore[arg-type]
+        plan.tiles = tiles._replace(**change)
         assert ShrinkInGate.find(x, gate, down, plan) is None
     plan.tiles = LoRATiles(tiles.rows[:16], tiles.slots[:1], tiles.lens[:1], 16, has_base=True)
     assert ShrinkInGate.find(x, gate, down, plan) is None, "programs of one block"
