@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from peft_dist.kernels.lora_plans import GroupPlan
 from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
 
 # Every program of the expand adds the parts up again: more of them cost more than a launch.
@@ -32,6 +33,7 @@ class ShrinkInGate:
         gate: Sequence[LoRALayerWeights | None],
         weights: LoRALayerWeights | None,
         plan: LoRAPlan,
+        launch: GroupPlan | None = None,
     ) -> ShrinkInGate | None:
         """None where the layer's shrink has to be a launch of its own, or nobody adapts it.
 
@@ -39,6 +41,7 @@ class ShrinkInGate:
             x: What the gate's layers read; the activation has its dtype.
             gate: Their weights, of which there are some.
             weights: Of the layer that reads the activation.
+            launch: The gate's; None takes the best that is known.
         """
         from peft_dist.kernels.lora_group import group_of, tiles_of
 
@@ -49,7 +52,7 @@ class ShrinkInGate:
         same = x.dtype == group.dtype == weights.A.dtype and group.page_rows == weights.page_rows
         if not same or weights.A.shape[1] != group.out_features[0] or x.dtype == torch.float32:
             return None
-        launch = group.plan(tiles, wide=False)
+        launch = group.plan(tiles, False, launch)
         parts = parts_of(group.out_features[0], launch.gate_loop_n) if launch.joins_down and launch.gate_loop_n else 0
         return cls(weights, plan, parts) if 0 < parts <= _MOST_PARTS else None
 
