@@ -30,6 +30,8 @@ from peft_dist.kernels.types import KVCache, LoRALayerWeights, LoRAPlan
 
 # Of a tile, by one program: with 16 a full tile takes twice as long, with fewer most programs have nothing to do.
 ROWS = 8
+# Of a step: with more, rows one after another are slower than products of matrices in a launch of their own.
+MOST_ROWS = 256
 # Of a thread: twelve programs of one warp fit a multiprocessor then, and those of 32 tiles run all at once on an H100.
 REGISTERS = 168
 
@@ -212,7 +214,7 @@ def takes_rotary(
     same = rows.dtype == cache.key.dtype == cache.value.dtype
     if not (fits and same and tiles.has_base and tiles.is_static and tiles.tile_rows == 16):
         return False
-    return group.plan(tiles, is_wide(group.dtype)).joins_rotary
+    return plan.num_rows <= MOST_ROWS and group.plan(tiles, is_wide(group.dtype)).joins_rotary
 
 
 def lora_expand_rotary(

@@ -183,7 +183,10 @@ def test_where_it_is_not_taken(device: str) -> None:
     for change in ({"has_base": False}, {"tile_rows": 32}, {"with_adapter": 1}):
         plan.tiles = tiles._replace(**change)
         assert not takes_rotary(case.x, case.weights, plan, cache, 16)
-    plan.tiles, plan.backend = tiles, "torch"
+    plan.tiles = tiles
+    many = plan_of(np.zeros(257, np.int32), device)
+    assert not takes_rotary(case.x, case.weights, many, cache, 16)
+    plan.backend = "torch"
     assert not lora.has_rotary(case.x, case.weights, plan, cache, 16)
 
 
