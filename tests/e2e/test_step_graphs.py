@@ -8,6 +8,8 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -15,8 +17,9 @@ import pytest
 import torch
 
 from peft_dist import LLM, SamplingParams
-from peft_dist.kernels import lora_gate_triton, lora_rotary_triton
+from peft_dist.kernels import lora_gate_triton, lora_plans, lora_rotary_triton
 from peft_dist.kernels.capture import Capture, NotCapturableError
+from peft_dist.kernels.lora_plans import default_plan
 from peft_dist.kernels.types import LoRAPlan
 from peft_dist.patches import fuse
 from peft_dist.runner import replica
@@ -143,6 +146,45 @@ def test_tokens_are_pefts(
     assert (
         seen["decodes"] and seen["mixed"] and bool(seen["pending"]) == bool(depth) and bool(seen["corrected"]) == modes
     )
+
+
+@pytest.mark.slow
+def test_joined_launches_answer_as_separate_ones_in_half_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Down's shrink is joined in half precision alone. The first tokens' logits, which no choice between has turned."""
+    triton_interpreter.mend()
+    monkeypatch.setattr(replica, "prepare_layers", lambda model, config: fuse(model, "reference"))
+    shrinks: list[object] = []
+    gate = lora_gate_triton.lora_expand_gate
+
+    def counted(*args, **kwargs):  # type: ignore[no-untyped-def]
+        shrinks.append(kwargs["down"])
+        return gate(*args, **kwargs)
+
+    monkeypatch.setattr(lora_gate_triton, "lora_expand_gate", counted)
+    model = make_model("llama", tmp_path / "base")
+    adapters = make_adapters("llama", model, tmp_path)
+    greedy = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
+    logits = []
+    for joins in (True, False):
+        choose = partial(replace, joins_down=joins, joins_rotary=joins)
+        monkeypatch.setattr(lora_plans, "_find_plan", lambda shape, table, choose=choose: choose(default_plan(shape)))
+        lora_plans.plan_for.cache_clear()
+        shrinks.clear()
+        with LLM(
+            tmp_path / "base", adapters, device="cpu", dtype="float16", num_blocks=64, max_num_seqs=6,
+            max_num_batched_tokens=24, attention_backend="triton", pack_weights=False, max_model_len=64,
+        ) as llm:  # fmt: skip
+            use_graphs(llm)
+            recorder = Recorder(llm)
+            llm.generate(PROMPTS[:4], greedy, NAMES[:4], use_tqdm=False)
+        assert any(shrink is not None for shrink in shrinks) == joins
+        logits.append(torch.stack([of_request[0] for of_request in recorder.logits.values()]).float())
+    lora_plans.plan_for.cache_clear()
+    joined, separate = logits
+    assert not torch.equal(joined, separate), "sums are rounded otherwise"
+    assert (joined - separate).norm() <= 4e-3 * separate.norm()
 
 
 def test_sizes_cover_every_batch_with_little_padding() -> None:
