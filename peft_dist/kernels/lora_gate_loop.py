@@ -104,6 +104,7 @@ def gate_loop_kernel(
     STAGES: tl.constexpr,
     SILU: tl.constexpr,
     DOWN: tl.constexpr,
+    BY_TILE: tl.constexpr,
 ):
     """Program (tile, part of the columns). GROUP: layers of the shrink; the one that it lacked has no slots here."""
     HALF_N: tl.constexpr = BLOCK_N // 2
@@ -113,20 +114,26 @@ def gate_loop_kernel(
     slot = tl.load(tile_slots + tile)
     row = tl.load(tile_rows + tile * TILE + m).to(tl.int64)
     begin, count = own_outputs(tile_lens, watched, tl.program_id(1), tl.num_programs(1), BLOCK_N)
-    if (length == 0) | (count == 0):
-        return
+    if BY_TILE:
+        slot, live = tile, 1
+    else:
+        live = length
+        if (length == 0) | (count == 0):
+            return
     gate_pages, gate_rank, gate_page = find_adapter(
-        gate_pages, gate_ranks, gate_table, gate_slots, gate_columns, slot, length, PAGE
+        gate_pages, gate_ranks, gate_table, gate_slots, gate_columns, slot, live, PAGE
     )
-    up_pages, up_rank, up_page = find_adapter(up_pages, up_ranks, up_table, up_slots, up_columns, slot, length, PAGE)
+    up_pages, up_rank, up_page = find_adapter(up_pages, up_ranks, up_table, up_slots, up_columns, slot, live, PAGE)
     down_acc = tl.zeros((TILE, EXPAND_RANKS), tl.float32)
     if DOWN:
         is_down = (slot >= 0) & (slot < down_slots)
         scaling = tl.load(down_scalings + tl.where(is_down, slot, 0) * down_table, mask=is_down, other=0.0)
         scaling *= down_factor
         down_pages, down_rank, down_page = find_adapter(
-            down_pages, down_ranks, down_table, down_slots, down_columns, slot, length, PAGE
+            down_pages, down_ranks, down_table, down_slots, down_columns, slot, live, PAGE
         )
+    if (length == 0) | (count == 0):
+        return
     is_row = m < length
     gate_y = gate + row[:, None] * GATE_STRIDE
     up_y = up + row[:, None] * UP_STRIDE

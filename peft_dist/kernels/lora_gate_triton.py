@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,11 +18,13 @@ from peft_dist.kernels.lora_group import (
     expand_tables,
     group_of,
     is_wide,
-    layer_tables,
+    tables_of,
     tiles_of,
     watched_tile,
 )
+from peft_dist.kernels.lora_lookup_triton import lookup_of
 from peft_dist.kernels.lora_plans import GroupPlan
+from peft_dist.kernels.lora_tables import LayerTables
 from peft_dist.kernels.lora_tiles import LoRATiles
 from peft_dist.kernels.lora_triton_parts import EXPAND_RANKS, expand_part, find_adapter, gated, load_b
 from peft_dist.kernels.lora_triton_rows import ask_row, row_part, takes_rows
@@ -66,6 +69,7 @@ def _gate_kernel(
     WIDE: tl.constexpr,
     SILU: tl.constexpr,
     PDL: tl.constexpr,
+    BY_TILE: tl.constexpr,
 ):
     """Program (part of the columns, tile). GROUP: layers of the shrink; the one that it lacked has no slots here.
 
@@ -79,13 +83,17 @@ def _gate_kernel(
     slot = tl.load(tile_slots + tile)
     row = tl.load(tile_rows + tile * TILE + m).to(tl.int64)
     is_within = block % (BLOCK_N // PART_N) != 0
-    if not PDL:  # noqa: SIM102
+    if not (PDL or BY_TILE):  # noqa: SIM102
         if (length == 0) | ((length == 1) & is_within):
             return
+    if BY_TILE:
+        slot, live = tile, 1
+    else:
+        live = length
     gate_pages, gate_rank, gate_page = find_adapter(
-        gate_pages, gate_ranks, gate_table, gate_slots, gate_columns, slot, length, PAGE
+        gate_pages, gate_ranks, gate_table, gate_slots, gate_columns, slot, live, PAGE
     )
-    up_pages, up_rank, up_page = find_adapter(up_pages, up_ranks, up_table, up_slots, up_columns, slot, length, PAGE)
+    up_pages, up_rank, up_page = find_adapter(up_pages, up_ranks, up_table, up_slots, up_columns, slot, live, PAGE)
     r = tl.arange(0, EXPAND_RANKS)
     n = block * PART_N + tl.arange(0, BLOCK_N)
     is_few = takes_rows(length, tl.maximum(gate_rank, up_rank), FEW)
@@ -194,20 +202,22 @@ def lora_expand_gate(
     wide = is_wide(group.dtype)
     launch = group.plan(tiles, wide, launch)
     pdl = launch.pdl and is_next
+    lookup = lookup_of(plan, tiles, [*resident, *([down.weights] if down else [])], workspace.max_rank)
     tensors = (
-        *rows, workspace.take(0), tiles.rows, tiles.slots, tiles.lens, *expand_tables(weights[0], resident[0]),
-        *expand_tables(weights[1], resident[0]),
+        *rows, workspace.take(0), tiles.rows, tiles.slots, tiles.lens,
+        *chain(*(expand_tables(w, resident[0], lookup) for w in weights)),
     )  # fmt: skip
     known = {
         "N": width, "GATE_STRIDE": rows[0].stride(0), "UP_STRIDE": rows[1].stride(0), "OUT_STRIDE": rows[2].stride(0),
         "PAGE": group.page_rows, "GROUP": group.size, "TILE": tiles.tile_rows, "SPLIT": launch.split,
-        "SILU": activation == "silu", "num_warps": launch.gate_warps,
+        "SILU": activation == "silu", "BY_TILE": lookup is not None, "num_warps": launch.gate_warps,
     }  # fmt: skip
     with device_of(gate):
         if launch.gate_loop_n:
             grid = tiles.max_tiles, 2 * -(-width // launch.gate_loop_n)
+            tables = tables_of(down.weights if down else resident[0], lookup)
             gate_loop_kernel[grid](
-                *tensors, *_shrink_arguments(down, tiles, resident[0], workspace), watched_tile(tiles),
+                *tensors, *_shrink_arguments(down, tiles, tables, workspace), watched_tile(tiles),
                 workspace.max_rank, BLOCK_N=launch.gate_loop_n, PART_N=launch.loop_part // 2,
                 STAGES=launch.loop_stages, DOWN=down is not None, **known,
             )  # fmt: skip
@@ -223,10 +233,9 @@ def lora_expand_gate(
 
 
 def _shrink_arguments(
-    down: ShrinkInGate | None, tiles: LoRATiles, other: LoRALayerWeights, workspace: LoRAWorkspace
+    down: ShrinkInGate | None, tiles: LoRATiles, tables: LayerTables, workspace: LoRAWorkspace
 ) -> tuple[Any, ...]:
-    """Where there is no shrink in it, the kernel reads none of them."""
-    if down is None:
-        return workspace.take(0), *layer_tables(other).of_shrink(), 1.0
-    partials = workspace.take(tiles.max_tiles * down.parts * tiles.tile_rows * workspace.max_rank, 1)
-    return partials, *layer_tables(down.weights).of_shrink(), float(down.plan.factor)
+    """Where there is no shrink in it, the kernel reads none of them, and ``tables`` may be another layer's."""
+    parts = down.parts if down is not None else 0
+    partials = workspace.take(tiles.max_tiles * parts * tiles.tile_rows * workspace.max_rank, 1)
+    return partials, *tables.of_shrink(), 1.0 if down is None else float(down.plan.factor)

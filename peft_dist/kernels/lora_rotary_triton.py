@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from peft_dist.kernels.lora_group import even_rows, expand_tables, group_of, is_wide, tiles_of
+from peft_dist.kernels.lora_lookup_triton import lookup_of
 from peft_dist.kernels.lora_plans import GroupPlan
 from peft_dist.kernels.lora_triton_parts import (
     EXPAND_RANKS,
@@ -121,6 +122,7 @@ def rotary_expand_kernel(
     TILE: tl.constexpr,
     SPLIT: tl.constexpr,
     ROWS: tl.constexpr,
+    BY_TILE: tl.constexpr,
 ):
     """Program (head, tile, some of its rows): heads of the query first, then the keys', then the values', which do not
     turn.
@@ -132,8 +134,9 @@ def rotary_expand_kernel(
     i = tl.program_id(2) * ROWS
     length = tl.load(tile_lens + tile)
     slot = tl.load(tile_slots + tile)
-    if length <= i:
-        return
+    if not BY_TILE:  # noqa: SIM102
+        if length <= i:
+            return
     end = tl.minimum(length, i + ROWS)
     layer, head = layer_of(tl.program_id(0), NUM_HEADS, NUM_KV_HEADS, 3)
     width = pick(layer, NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS, 3) * HEAD_DIM
@@ -146,17 +149,19 @@ def rotary_expand_kernel(
         pick(layer, table0, table1, table2, 3),
         slots,
         columns,
-        slot,
-        length,
+        tile if BY_TILE else slot,
+        1 if BY_TILE else length,
         PAGE,
     )
+    if length <= i:
+        return
     c = tl.arange(0, HALF)
     rows = tile_rows + tile * TILE
     y = pick(layer, query, key, value, 3) + head * HEAD_DIM
     y_stride = pick(layer, Y_STRIDE0, Y_STRIDE1, Y_STRIDE2, 3)
     source = partials + (tile * GROUP + pick(layer, 0, PLACE1, PLACE2, 3)).to(tl.int64) * SPLIT * TILE * max_rank
     # Asked for before the rank is known: what there is of rank 0 is not the row's.
-    is_adapted = (slot >= 0) & (slot < slots)
+    is_adapted = (slot >= 0) & (slots > 0) if BY_TILE else (slot >= 0) & (slot < slots)
     turns = layer < 2
     row, place, a, b, cos_a, sin_a, cos_b, sin_b, h = _ask(
         y, y_stride, places, cos, cos_stride, sin, sin_stride, rows, i, end, source, is_adapted, turns, max_rank, c,
@@ -272,11 +277,12 @@ def lora_expand_rotary(
     ]
     workspace = workspace or group.workspace()
     launch = group.plan(tiles, is_wide(group.dtype), launch)
+    lookup = lookup_of(plan, tiles, resident, workspace.max_rank)
     out = query.new_empty(num_rows, num_heads, head_dim)
     with device_of(query):
         rotary_expand_kernel[(num_heads + 2 * num_kv_heads, tiles.max_tiles, tiles.tile_rows // ROWS)](
             *ys, cos, sin, slot_mapping, out, *cache, workspace.take(0), tiles.rows, tiles.slots, tiles.lens,
-            *chain(*(expand_tables(w, resident[0]) for w in weights)),
+            *chain(*(expand_tables(w, resident[0], lookup) for w in weights)),
             cos.stride(0), sin.stride(0), cache.key.shape[1], *cache.key.stride()[:3],
             *cache.value.stride()[:3], workspace.max_rank,
             **{f"Y_STRIDE{i}": y.stride(0) for i, y in enumerate(ys)},
@@ -284,6 +290,7 @@ def lora_expand_rotary(
             HALF=triton.next_power_of_2(head_dim // 2),
             PLACE1=int(weights[0] is not None), PLACE2=sum(w is not None for w in weights[:2]) % group.size,
             PAGE=group.page_rows, GROUP=group.size, TILE=tiles.tile_rows, SPLIT=launch.split, ROWS=ROWS,
+            BY_TILE=lookup is not None,
             num_warps=launch.rotary_warps, **({"maxnreg": REGISTERS} if launch.rotary_warps == 1 else {}),
         )  # fmt: skip
     return out
