@@ -69,7 +69,7 @@ class GroupBench:
         in_features, outs = self._sizes
         x = torch.randn(num_rows, in_features, device="cuda", dtype=self._dtype)
         joint = torch.zeros(num_rows, sum(outs), device="cuda", dtype=self._dtype)
-        plans = [_plan_of(tiles, num_rows) for tiles in batches]
+        plans = [_plan_of(tiles, num_rows, self._pool.addressed_weights) for tiles in batches]
         count = min(max(len(self._groups) * len(plans), 16), _MOST_CALLS)
 
         def products() -> None:
@@ -145,8 +145,9 @@ def _tiles(row_slots: np.ndarray, room: int, tile_rows: int) -> LoRATiles:
     return LoRATiles(rows, slots, lens, tile_rows, has_base=True)
 
 
-def _plan_of(tiles: LoRATiles, num_rows: int) -> LoRAPlan:
-    return LoRAPlan(np.zeros(1, np.int32), np.array([0, num_rows], np.int32), backend="triton", tiles=tiles)
+def _plan_of(tiles: LoRATiles, num_rows: int, layers: Sequence[LoRALayerWeights]) -> LoRAPlan:
+    starts = np.array([0, num_rows], np.int32)
+    return LoRAPlan(np.zeros(1, np.int32), starts, backend="triton", tiles=tiles, layers=layers)
 
 
 def graph_milliseconds(run: Callable[[], None], rounds: int = 10) -> float:
