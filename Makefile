@@ -31,7 +31,7 @@ test-gpu: $(STAMP)
 
 test-ray: $(STAMP)  ## replicas on a Ray cluster of several nodes, all on this machine
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[ray]'
-	$(BIN)/python -m pytest -m 'slow or not slow' -s tests/e2e/test_clusters.py tests/worker/test_ray.py
+	$(BIN)/python -m pytest -m 'slow or not slow' -s tests/e2e/test_clusters.py tests/e2e/test_ray_nodes.py tests/worker/test_ray.py
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from peft_dist.core.config import EngineConfig
 from peft_dist.core.errors import ConfigError
+
+_CONNECT_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +50,18 @@ def connect(settings: RaySettings) -> str:
             "node of the cluster, with host:port of its head"
         )
     try:
+        if settings.address is not None:
+            # Ray itself tries for minutes.
+            host, _, port = settings.address.rpartition(":")
+            socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
         ray.init(settings.address, include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise ConfigError(
             f"--ray-address {settings.address or 'auto'}: no Ray cluster can be used there ({error}). Start one with "
             "`ray start --head`, and other machines with `ray start --address=HEAD:6379`"
         ) from error
-    host: str = ray.util.get_node_ip_address()
-    return host
+    own: str = ray.util.get_node_ip_address()
+    return own
 
 
 def disconnect() -> None:

@@ -133,7 +133,7 @@ class RayReplica:
             return max((end.result() for end in done), key=abs)
         except RayError as error:
             reason = str(error).strip().splitlines()[-1].strip()
-            raise OSError(f"what ran it is gone: {reason}") from error
+            raise OSError(f"Ray says: {reason}") from error
 
     async def _find_room(self) -> None:
         loop = asyncio.get_running_loop()
@@ -155,7 +155,7 @@ class RayReplica:
             if waited > _SOON and not told:
                 told = True
                 logger.warning(
-                    "replica %d waits for room in the Ray cluster, %g s at most: it takes %s, and free are %s",
+                    "replica %d waits for room in the Ray cluster, %g s at most: it takes %s, free: %s",
                     *(self._order.replica_id, self._timeout, self._demand(), await self._in_thread(ray_cluster.free)),
                 )
 

@@ -28,27 +28,25 @@ _HEALTH = {
 
 
 class RayNodes:
-    """Nodes of one CPU each; the head has none."""
+    """Nodes of some CPUs each; the head has none."""
 
-    def __init__(self, cluster: Any, number: int, host: str, settings: RaySettings) -> None:
-        self._cluster, self._host, self._settings = cluster, host, settings
+    def __init__(self, cluster: Any, number: int, cpus: int, host: str, settings: RaySettings) -> None:
+        self._cluster, self._cpus, self._host, self._settings = cluster, cpus, host, settings
         self._nodes = [self._add() for _ in range(number)]
 
     def launcher(self, config: EngineConfig, num_replicas: int, heartbeat: float, **more: Any) -> Started:
         keys = ClusterKeys.make()
-        launcher = RayLauncher(
-            config,
-            self._settings,
-            keys,
-            log_level="error",
-            heartbeat_seconds=heartbeat,
-            num_replicas=num_replicas,
-            **more,
-        )
+        options = {"log_level": "error", "heartbeat_seconds": heartbeat, "num_replicas": num_replicas, **more}
+        launcher = RayLauncher(config, self._settings, keys, **options)
         return launcher, Link.listening(f"tcp://{self._host}:0", keys)
 
     def node_of(self, replica_id: int) -> str:
         """The id of the node that a replica runs on."""
+        [node_id] = self.nodes_of(replica_id)
+        return node_id
+
+    def nodes_of(self, replica_id: int) -> set[str]:
+        """The ids of the nodes that its ranks run on."""
         from ray.util import placement_group_table
 
         [group] = [
@@ -56,8 +54,7 @@ class RayNodes:
             for group in placement_group_table().values()
             if group["name"].startswith(f"peft-dist replica {replica_id} ") and group["state"] == "CREATED"
         ]
-        [node_id] = set(group["bundles_to_node_id"].values())
-        return str(node_id)
+        return set(group["bundles_to_node_id"].values())
 
     async def take_away(self, service: EngineService, replica_id: int) -> None:
         await self.remove(replica_id)
@@ -73,11 +70,11 @@ class RayNodes:
         self._nodes.append(await asyncio.to_thread(self._add))
 
     def _add(self) -> Any:
-        return self._cluster.add_node(num_cpus=1, **_SMALL)
+        return self._cluster.add_node(num_cpus=self._cpus, **_SMALL)
 
 
 @contextmanager
-def ray_nodes(number: int, **settings: Any) -> Iterator[RayNodes]:
+def ray_nodes(number: int, cpus: int = 1, **settings: Any) -> Iterator[RayNodes]:
     """Until the end of the block. ``settings``: Of ``RaySettings``."""
     from ray.cluster_utils import Cluster
 
@@ -86,7 +83,7 @@ def ray_nodes(number: int, **settings: Any) -> Iterator[RayNodes]:
     cluster = Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
     try:
         wanted = RaySettings(cluster.address, **settings)
-        yield RayNodes(cluster, number, ray_cluster.connect(wanted), wanted)
+        yield RayNodes(cluster, number, cpus, ray_cluster.connect(wanted), wanted)
     finally:
         ray_cluster.disconnect()
         cluster.shutdown()
