@@ -30,14 +30,16 @@ _HEALTH = {
 class RayNodes:
     """Nodes of some CPUs each; the head has none."""
 
-    def __init__(self, cluster: Any, number: int, cpus: int, host: str, settings: RaySettings) -> None:
-        self._cluster, self._cpus, self._host, self._settings = cluster, cpus, host, settings
-        self._nodes = [self._add() for _ in range(number)]
+    def __init__(self, host: str, settings: RaySettings, cluster: Any = None, cpus: int = 1) -> None:
+        """``host``: Of this machine. ``cluster``: To which nodes of so many ``cpus`` can be added."""
+        self.settings = settings
+        self._host, self._cluster, self._cpus = host, cluster, cpus
+        self._nodes: list[Any] = []
 
     def launcher(self, config: EngineConfig, num_replicas: int, heartbeat: float, **more: Any) -> Started:
         keys = ClusterKeys.make()
         options = {"log_level": "error", "heartbeat_seconds": heartbeat, "num_replicas": num_replicas, **more}
-        launcher = RayLauncher(config, self._settings, keys, **options)
+        launcher = RayLauncher(config, self.settings, keys, **options)
         return launcher, Link.listening(f"tcp://{self._host}:0", keys)
 
     def node_of(self, replica_id: int) -> str:
@@ -67,10 +69,12 @@ class RayNodes:
         await asyncio.to_thread(self._cluster.remove_node, node, allow_graceful=False)
 
     async def add(self) -> None:
-        self._nodes.append(await asyncio.to_thread(self._add))
+        """Another node."""
+        await asyncio.to_thread(self.add_nodes, 1)
 
-    def _add(self) -> Any:
-        return self._cluster.add_node(num_cpus=self._cpus, **_SMALL)
+    def add_nodes(self, number: int) -> None:
+        for _ in range(number):
+            self._nodes.append(self._cluster.add_node(num_cpus=self._cpus, **_SMALL))
 
 
 @contextmanager
@@ -83,7 +87,9 @@ def ray_nodes(number: int, cpus: int = 1, **settings: Any) -> Iterator[RayNodes]
     cluster = Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
     try:
         wanted = RaySettings(cluster.address, **settings)
-        yield RayNodes(cluster, number, cpus, ray_cluster.connect(wanted), wanted)
+        nodes = RayNodes(ray_cluster.connect(wanted), wanted, cluster, cpus)
+        nodes.add_nodes(number)
+        yield nodes
     finally:
         ray_cluster.disconnect()
         cluster.shutdown()

@@ -35,15 +35,17 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 # A server that is killed: its workers have to notice.
 SERVER = """
-import asyncio
-from tests.e2e.ray_nodes import ray_nodes
+import asyncio, sys
+from peft_dist.worker import ray_cluster
+from peft_dist.worker.ray_cluster import RaySettings
+from tests.e2e.ray_nodes import RayNodes
 from tests.e2e.test_ray_nodes import started
 
 async def main():
-    with ray_nodes(1) as nodes:
-        async with started(nodes, 1) as service:
-            print("pid", service.replica_pids()[0], flush=True)
-            await asyncio.Event().wait()
+    settings = RaySettings(sys.argv[1])
+    async with started(RayNodes(ray_cluster.connect(settings), settings), 1) as service:
+        print("pid", service.replica_pids()[0], flush=True)
+        await asyncio.Event().wait()
 
 asyncio.run(main())
 """
@@ -144,11 +146,13 @@ def test_what_a_worker_logs_reaches_the_user(capfd: pytest.CaptureFixture[str]) 
 
 
 def test_nothing_outlives_a_server_that_is_killed() -> None:
-    with subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
-        pid = next(int(line.split()[1]) for line in server.stdout if line.startswith("pid "))
-        os.kill(server.pid, signal.SIGKILL)
-        assert ended(pid)
+    with ray_nodes(1) as nodes:
+        command = [sys.executable, "-c", SERVER, str(nodes.settings.address)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+            assert server.stdout is not None
+            pid = next(int(line.split()[1]) for line in server.stdout if line.startswith("pid "))
+            server.kill()
+            assert ended(pid)
 
 
 @pytest.mark.parametrize("cpus", [2, 1])
