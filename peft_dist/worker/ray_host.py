@@ -9,8 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from peft_dist.core.cluster_keys import ClusterKeys
 from peft_dist.core.config import EngineConfig
+from peft_dist.worker.config import WorkerConfig
 from peft_dist.worker.launcher import LaunchedReplica, PlainLauncher
 
 
@@ -64,13 +67,13 @@ class RankHost:
         with socket.socket() as free:
             free.bind(("", 0))
             port = free.getsockname()[1]
-        return Site(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), port)
+        return Site(ray.get_runtime_context().get_node_id(), _own_address(), port)
 
     async def start(self, rank: int, meeting: Site) -> None:
         """Start the worker's process as this rank. Raises OSError when that cannot be done."""
         key_file = self._folder / "keys.json"
         self._order.keys.write(key_file)
-        launcher = _RankLauncher(self._order, key_file, self._world(rank, meeting))
+        launcher = _RankLauncher(self._order, key_file, _own_address(), self._world(rank, meeting))
         order = self._order
         self._process = await launcher.start(order.endpoint, order.replica_id, order.epoch)
 
@@ -107,12 +110,20 @@ class RankHost:
         }
 
 
+def _own_address() -> str:
+    """Of this node in the cluster."""
+    import ray
+
+    address: str = ray.util.get_node_ip_address()
+    return address
+
+
 class _RankLauncher(PlainLauncher):
     """Starts one rank; the others have hosts of their own."""
 
     starts_ranks = True
 
-    def __init__(self, order: Order, key_file: Path, world: Mapping[str, str]) -> None:
+    def __init__(self, order: Order, key_file: Path, host: str, world: Mapping[str, str]) -> None:
         super().__init__(
             order.engine,
             log_level=order.log_level,
@@ -121,6 +132,12 @@ class _RankLauncher(PlainLauncher):
             key_file=str(key_file),
         )
         self._world = world
+        # Of several ranks no KV is moved.
+        self._kv_endpoint = f"tcp://{host}:*" if order.engine.tensor_parallel_size == 1 else None
+
+    def _config(self, endpoint: str, replica_id: int, epoch: int) -> WorkerConfig:
+        # Of replicas of one host each reads the other's memory all the same.
+        return msgspec.structs.replace(super()._config(endpoint, replica_id, epoch), kv_endpoint=self._kv_endpoint)
 
     def _environment(self, replica_id: int) -> dict[str, str]:
         return dict(self._world)

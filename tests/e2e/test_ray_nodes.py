@@ -26,6 +26,7 @@ from tests.e2e.fault_scenario import make_cases, run_alone
 from tests.e2e.ray_nodes import RayNodes, ray_nodes
 from tests.e2e.test_clusters import WITHOUT_RAY
 from tests.e2e.test_clusters import nodes_find_this_package as nodes_find_this_package
+from tests.e2e.test_handover_processes import owner
 from tests.e2e.test_processes import ENGINE, ended
 from tests.e2e.test_replicas import SILENCE, read_many, until
 from tests.tiny_models import make_model
@@ -176,6 +177,34 @@ def test_ranks_of_a_replica_are_on_one_node_if_they_fit(cpus: int, tmp_path: Pat
             await service.stop()
 
     with ray_nodes(2, cpus=cpus) as nodes:
+        run(work(nodes))
+
+
+def test_requests_move_with_their_kv_to_another_host(tmp_path: Path) -> None:
+    make_model("llama", tmp_path / "model")
+    cases = make_cases(8, 200, 96, [None])
+    run_alone(tmp_path / "model", {}, cases, num_blocks=256, num_threads=1)
+    engine = EngineConfig(model=str(tmp_path / "model"), device="cpu", num_threads=1, num_blocks=256)
+
+    async def work(nodes: RayNodes) -> None:
+        launcher, link = nodes.launcher(engine, 2, 1.0, replica_factory="tests.worker.far_replica:build")
+        options = OrchestratorOptions(max_num_seqs=64, seed=1, migration="rr")
+        service = EngineService(launcher, options, num_replicas=2, stop_grace=5.0, link=link)
+        try:
+            await service.start()
+            reading = [asyncio.create_task(case.run(service, f"r{i}")) for i, case in enumerate(cases)]
+            await until(lambda: all(len(case.tokens) > 20 for case in cases))
+            owners = [owner(service, f"r{i}") for i in range(len(cases))]
+            for i, replica_id in enumerate(owners):
+                assert replica_id is not None
+                service.move_request(f"r{i}", 1 - replica_id, with_kv=True)
+            await asyncio.gather(*reading)
+            handover = service._core.handover
+            assert (handover.num_with_kv, handover.num_recomputed, handover.num_failed) == (len(cases), 0, 0)
+        finally:
+            await service.stop()
+
+    with ray_nodes(2) as nodes:
         run(work(nodes))
 
 
