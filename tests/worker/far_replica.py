@@ -14,7 +14,8 @@ from peft_dist.runner.shared_memory import MemoryGoneError
 def build(config: EngineConfig) -> Any:
     from peft_dist.runner.replica import build_replica
 
-    mock.patch("peft_dist.worker.kv_server.open_memory", _no_such_process).start()
+    for module in ("peft_dist.worker.kv_server", "peft_dist.runner.kv_transfers"):
+        mock.patch(f"{module}.open_memory", _no_such_process).start()
     return build_replica(config)
 
 
