@@ -14,7 +14,6 @@ from peft_dist.patches.attention import ATTENTION_NAME, changes_nothing
 from peft_dist.patches.forms import global_matches, method_matches
 from peft_dist.patches.fused_norm import match_norm
 from peft_dist.patches.fusion import fusion_of, has_hooks
-from peft_dist.patches.lora_fused import run_rotary
 
 _MODELS = "transformers.models"
 ROTARY = {
@@ -93,14 +92,13 @@ def _attend(
     """``[1, T, num_heads * head dim of the values]``."""
     rows, head_dim, meta = hidden_states.shape[1], module.head_dim, context.attention
     assert meta is not None
+    query, key, value = (
+        projection(hidden_states).view(rows, -1, head_dim)
+        for projection in (module.q_proj, module.k_proj, module.v_proj)
+    )
     cos, sin = (table.reshape(rows, -1) for table in position_embeddings)
     cache = context.kv_caches[module.layer_idx]
-    projections, norms = (module.q_proj, module.k_proj, module.v_proj), _head_norms(module)
-    whole = norms == (None, None) and cos.shape[1] == head_dim
-    query = run_rotary(projections, hidden_states, cos, sin, cache, meta.slot_mapping_t) if whole else None
-    if query is None:
-        query, key, value = (projection(hidden_states).view(rows, -1, head_dim) for projection in projections)
-        query = glue.rotary_and_write(query, key, value, cos, sin, cache, meta.slot_mapping_t, *norms)
+    query = glue.rotary_and_write(query, key, value, cos, sin, cache, meta.slot_mapping_t, *_head_norms(module))
     attended = kernels.paged_attention(
         query,
         cache,

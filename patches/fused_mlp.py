@@ -11,7 +11,7 @@ from transformers.activations import ACT2FN
 from peft_dist.kernels.glue import Activation
 from peft_dist.patches.forms import method_matches
 from peft_dist.patches.fusion import fusion_of, rows_of
-from peft_dist.patches.lora_fused import run_mlp
+from peft_dist.patches.lora_layers import run_gated
 
 LLAMA = "transformers.models.llama.modeling_llama:LlamaMLP.forward"
 
@@ -31,10 +31,11 @@ class FusedMLP(nn.Module):
             output: torch.Tensor = super().forward(x)
             return output
         activation = fusion.options["activation"]
-        hidden = run_mlp(self.gate_proj, self.up_proj, self.down_proj, x, activation)
-        if hidden is None:
+        gated = run_gated(self.gate_proj, self.up_proj, x, activation)
+        if gated is None:
             gate, up = self.gate_proj(x), self.up_proj(x)
-            hidden = self.down_proj(glue.gated(rows_of(gate), rows_of(up), activation).view(gate.shape))
+            gated = glue.gated(rows_of(gate), rows_of(up), activation).view(gate.shape)
+        hidden: torch.Tensor = self.down_proj(gated)
         return hidden
 
 

@@ -67,7 +67,7 @@ class SelectiveLinear(LoraLinear):
         if args or kwargs:
             raise TypeError(f"a linear layer takes one tensor, not also {[*args, *kwargs]}")
         siblings = self.siblings
-        if len(siblings) < 2 or is_hooked(self):
+        if len(siblings) < 2 or _has_hooks(self):
             return _run([self], x, context)[0]
         return context.shared_output(siblings, self.sibling_index, x, lambda x: _run_together(siblings, x, context))
 
@@ -104,7 +104,7 @@ class SelectiveEmbedding(LoraEmbedding):
             return super().forward(x, *args, **kwargs)
         # PEFT's hooks pass names; they outlive a call that failed, and the context knows better.
         kwargs.pop("adapter_names", None)
-        [base_layer] = multiplied([self], context)
+        [base_layer] = _multiplied([self], context)
         y: torch.Tensor = base_layer(x, *args, **kwargs)
         plans = context.lora_plans(self.is_output)
         weights = context.lora_weights[self.lora_index] if plans and self.lora_index >= 0 else None
@@ -113,7 +113,7 @@ class SelectiveEmbedding(LoraEmbedding):
         ids = x.reshape(-1)
         out = y.reshape(-1, y.shape[-1])
         for plan in plans:
-            check_rows(self, len(ids), plan)
+            _check_rows(self, len(ids), plan)
             kernels.add_embedding_lora_(out, ids, weights, plan, self._embed_factor())
         return out.view(y.shape)
 
@@ -144,7 +144,7 @@ def join_siblings(model: nn.Module) -> None:
             member.__dict__.update(siblings=members, sibling_index=index)
 
 
-def is_hooked(layer: SelectiveLinear) -> bool:
+def _has_hooks(layer: SelectiveLinear) -> bool:
     """Whether hooks may change what the layer reads, or have to run when it is called: then it is computed alone."""
     base = layer._modules["base_layer"]
     assert base is not None
@@ -155,7 +155,7 @@ def _run_together(
     siblings: Sequence[SelectiveLinear], x: torch.Tensor, context: ForwardContext
 ) -> Sequence[torch.Tensor | None]:
     """Outputs of siblings that read x; None for those that are computed alone."""
-    layers = [layer for layer in siblings if not is_hooked(layer)]
+    layers = [layer for layer in siblings if not _has_hooks(layer)]
     outputs = _run(layers, x, context)
     if len(layers) == len(siblings):
         return outputs
@@ -168,25 +168,62 @@ def _run(layers: Sequence[SelectiveLinear], x: torch.Tensor, context: ForwardCon
     # Only the head sees other rows than the rest, and nothing in it has siblings outside of it.
     plans = context.lora_plans(layers[0].is_output)
     if not plans:
-        return call_together(multiplied(layers, context), x)
-    weights = weights_of(layers, context)
+        return call_together(_multiplied(layers, context), x)
+    weights = _weights_of(layers, context)
     if weights.count(None) == len(weights):
-        return call_together(multiplied(layers, context), x)
+        return call_together(_multiplied(layers, context), x)
     for plan in plans:
-        check_rows(layers[0], x.numel() // x.shape[-1], plan)
+        _check_rows(layers[0], x.numel() // x.shape[-1], plan)
     begun = kernels.begin_lora(x, weights, plans[0])
-    outputs = call_together(multiplied(layers, context), x)
-    add_parts(outputs, x, weights, plans, begun)
+    outputs = call_together(_multiplied(layers, context), x)
+    _add(outputs, x, weights, plans, begun)
     return outputs
 
 
-def weights_of(layers: Sequence[SelectiveLinear], context: ForwardContext) -> list[LoRALayerWeights | None]:
-    """Resident adapters of each layer; None where there are none."""
+def run_gated(gate: nn.Module, up: nn.Module, x: torch.Tensor, activation: str) -> torch.Tensor | None:
+    """``activation(gate(x)) * up(x)`` with the adapters' parts added in the pass that the activation takes.
+
+    None, with nothing computed, where that is not to be had: without adapters or kernels of Triton, and for modules
+    that are no siblings, or whose outputs somebody else sees.
+
+    Args:
+        activation: "silu" or "gelu_tanh".
+    """
+    context = current()
+    if context is None or type(gate) is not SelectiveLinear or type(up) is not SelectiveLinear:
+        return None
+    layers = gate.siblings
+    if len(layers) != 2 or layers[0] is not gate or layers[1] is not up or any(map(_is_seen, layers)):
+        return None
+    plans = context.lora_plans(gate.is_output)
+    if not plans:
+        return None
+    weights = _weights_of(layers, context)
+    if not kernels.has_gate(x, weights, plans[-1]):
+        return None
+    for plan in plans:
+        _check_rows(gate, x.numel() // x.shape[-1], plan)
+    begun = kernels.begin_lora(x, weights, plans[0])
+    outputs = call_together(_multiplied(layers, context), x)
+    if len(plans) > 1:
+        _add(outputs, x, weights, plans[:-1], begun)
+        begun = None
+    return kernels.lora_gate(outputs[0], outputs[1], x, weights, plans[-1], activation, begun)
+
+
+def _is_seen(layer: SelectiveLinear) -> bool:
+    """Whether the layer's own output has to be there, not only what becomes of it."""
+    return (
+        layer.combination is not None or bool(layer._forward_hooks) or "forward" in layer.__dict__ or _has_hooks(layer)
+    )
+
+
+def _weights_of(layers: Sequence[SelectiveLinear], context: ForwardContext) -> list[LoRALayerWeights | None]:
     resident = context.lora_weights
     return [resident[layer.lora_index] if layer.lora_index >= 0 else None for layer in layers]
 
 
-def add_parts(
+def _add(
     outputs: Sequence[torch.Tensor],
     x: torch.Tensor,
     weights: Sequence[LoRALayerWeights | None],
@@ -200,7 +237,7 @@ def add_parts(
         kernels.add_lora_group_(outputs, x, weights, plan)
 
 
-def multiplied(layers: Sequence[SelectiveLayer], context: ForwardContext) -> list[nn.Module]:
+def _multiplied(layers: Sequence[SelectiveLayer], context: ForwardContext) -> list[nn.Module]:
     """The modules that a pass runs below these layers: the base layers, or their twins with merged weights."""
     # Past nn.Module.__getattr__, which costs more than the rest of this function.
     modules = [cast(nn.Module, layer._modules["base_layer"]) for layer in layers]
@@ -210,10 +247,7 @@ def multiplied(layers: Sequence[SelectiveLayer], context: ForwardContext) -> lis
     return [twins.get(module, module) for module in modules]
 
 
-def check_rows(layer: SelectiveLayer, rows: int, plan: LoRAPlan) -> None:
-    """Raises:
-    RuntimeError: a layer got other rows than its plan is made for.
-    """
+def _check_rows(layer: SelectiveLayer, rows: int, plan: LoRAPlan) -> None:
     if rows != plan.num_rows:
         raise RuntimeError(
             f"{type(layer).__name__} {layer.lora_index} ({layer.in_features} to {layer.out_features}) got {rows} rows, "

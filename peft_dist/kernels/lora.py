@@ -9,8 +9,7 @@ import torch
 from peft_dist.kernels import lora_cpu, lora_torch
 from peft_dist.kernels.backend import has_triton
 from peft_dist.kernels.lora_beside import ShrinkBeside
-from peft_dist.kernels.lora_down import ShrinkInGate
-from peft_dist.kernels.types import KVCache, LoRALayerWeights, LoRAPlan
+from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
 
 
 def add_lora_(y: torch.Tensor, x: torch.Tensor, weights: LoRALayerWeights, plan: LoRAPlan) -> torch.Tensor:
@@ -92,7 +91,6 @@ def lora_gate(
     plan: LoRAPlan,
     activation: str,
     begun: ShrinkBeside | None = None,
-    down: ShrinkInGate | None = None,
 ) -> torch.Tensor:
     """``add_lora_group_`` to the outputs of a gated MLP's two layers, and ``activation(gate) * up`` in the same pass.
 
@@ -101,64 +99,16 @@ def lora_gate(
         x: ``[..., in_features]``, R rows, in which ``has_gate`` holds.
         activation: "silu" or "gelu_tanh".
         begun: What ``begin_lora`` gave for these.
-        down: ``ShrinkInGate.find`` of the layer that reads what is returned, with this plan.
 
     Returns:
         ``[..., N]``, contiguous, each element rounded once. Rows in no tile (padding) hold anything.
     """
     if begun is not None:
-        return begun.gate(gate, up, activation, down)
+        return begun.gate(gate, up, activation)
     from peft_dist.kernels import lora_gate_triton, lora_triton
 
     lora_triton.lora_shrink_group(x, weights, plan)
-    return lora_gate_triton.lora_expand_gate(gate, up, weights, plan, activation, is_next=True, down=down)
-
-
-def has_rotary(
-    x: torch.Tensor, weights: Sequence[LoRALayerWeights | None], plan: LoRAPlan, cache: KVCache, head_dim: int
-) -> bool:
-    """Whether ``lora_rotary`` takes q/k/v, which read x, and the launch plan of their size says that it should."""
-    resident = [w for w in weights if w is not None]
-    if not resident or _backend_of(plan, x) != "triton":
-        return False
-    from peft_dist.kernels import lora_rotary_triton, lora_triton
-
-    return lora_triton.is_one_launch(x, resident) and lora_rotary_triton.takes_rotary(
-        x, resident, plan, cache, head_dim
-    )
-
-
-def lora_rotary(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    cache: KVCache,
-    slot_mapping: torch.Tensor,
-    x: torch.Tensor,
-    weights: Sequence[LoRALayerWeights | None],
-    plan: LoRAPlan,
-    begun: ShrinkBeside | None = None,
-) -> torch.Tensor:
-    """``add_lora_group_`` to q/k/v, and ``glue.Glue.rotary_and_write`` of the sums in the same pass.
-
-    Args:
-        query, key, value, cos, sin, cache, slot_mapping: As that function takes them; query to value are left as they
-            are.
-        x: ``[..., in_features]``, R rows, in which ``has_rotary`` holds.
-        weights: Of the three; None for one that nobody adapts.
-        begun: What ``begin_lora`` gave for these.
-
-    Returns:
-        The rotated queries. Rows in no tile (padding) hold anything, and write nothing.
-    """
-    if begun is not None:
-        return begun.rotary(query, key, value, cos, sin, cache, slot_mapping)
-    from peft_dist.kernels import lora_rotary_triton, lora_triton
-
-    lora_triton.lora_shrink_group(x, weights, plan)
-    return lora_rotary_triton.lora_expand_rotary(query, key, value, cos, sin, cache, slot_mapping, weights, plan)
+    return lora_gate_triton.lora_expand_gate(gate, up, weights, plan, activation, is_next=True)
 
 
 def _backend_of(plan: LoRAPlan, x: torch.Tensor) -> str:

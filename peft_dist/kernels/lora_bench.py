@@ -10,7 +10,6 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from peft_dist.kernels.lora_down import ShrinkInGate
 from peft_dist.kernels.lora_gate_triton import lora_expand_gate
 from peft_dist.kernels.lora_group import make_tiles
 from peft_dist.kernels.lora_plans import GroupPlan, GroupShape
@@ -29,14 +28,13 @@ class GroupBench:
     """Random layers of one group, and of their adapters, often enough that no call finds its own in a cache.
 
     Attributes:
-        has_gate: The group is a gated MLP's two layers: their expand is measured with the activation, and with the
-            shrink of a layer behind it, in that kernel or as a launch.
+        has_gate: The group is a gated MLP's two layers: their expand is measured with the activation.
     """
 
     def __init__(self, in_features: int, out_features: tuple[int, ...], rank: int, dtype: torch.dtype) -> None:
         self._sizes, self._dtype = (in_features, out_features), dtype
         self.has_gate = len(out_features) == 2 and out_features[0] == out_features[1]
-        layers = [(in_features, out) for out in out_features] + [(out_features[0], in_features)] * self.has_gate
+        layers = [(in_features, out) for out in out_features]
         copies = _copies(SLOTS * rank * sum(map(sum, layers)) * dtype.itemsize)
         self._pool = LoRAPool("cuda", dtype, num_rows=SLOTS * -(-rank // 8) * 8, num_slots=SLOTS)
         for layer in layers * copies:
@@ -95,21 +93,17 @@ class GroupBench:
         launch: GroupPlan,
     ) -> None:
         """As a captured step does it: the shrink on a stream of its own, beside the product (``lora_beside``)."""
-        outs = self._sizes[1]
-        group, current = weights[: len(outs)], torch.cuda.current_stream()
+        current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            lora_shrink_group(x, group, plan, launch=launch)
+            lora_shrink_group(x, weights, plan, launch=launch)
         torch.mm(x, own.T, out=joint)
         current.wait_stream(self._stream)
-        ys = joint.split(list(outs), dim=1)
-        if not self.has_gate:
-            lora_expand_group_(ys, group, plan, launch=launch)
-            return
-        shrink = ShrinkInGate.find(x, group, weights[-1], plan, launch)
-        out = lora_expand_gate(ys[0], ys[1], group, plan, launch=launch, down=shrink)
-        if shrink is None:
-            lora_shrink_group(out, weights[-1:], plan)
+        ys = joint.split(list(self._sizes[1]), dim=1)
+        if self.has_gate:
+            lora_expand_gate(ys[0], ys[1], weights, plan, launch=launch)
+        else:
+            lora_expand_group_(ys, weights, plan, launch=launch)
 
 
 def _copies(num_bytes: int) -> int:

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from peft_dist.kernels.lora_down import ShrinkInGate
-from peft_dist.kernels.types import KVCache, LoRALayerWeights, LoRAPlan
+from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
 
 
 class ShrinkBeside:
@@ -42,29 +41,9 @@ class ShrinkBeside:
         torch.cuda.current_stream().wait_stream(self._stream)
         lora_triton.lora_expand_group_(ys, self._weights, self._plan)
 
-    def gate(
-        self, gate: torch.Tensor, up: torch.Tensor, activation: str, down: ShrinkInGate | None = None
-    ) -> torch.Tensor:
+    def gate(self, gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
         """The same for two layers whose outputs are only used as ``activation(gate) * up``, which is returned."""
         from peft_dist.kernels import lora_gate_triton
 
         torch.cuda.current_stream().wait_stream(self._stream)
-        return lora_gate_triton.lora_expand_gate(gate, up, self._weights, self._plan, activation, down=down)
-
-    def rotary(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        cache: KVCache,
-        slot_mapping: torch.Tensor,
-    ) -> torch.Tensor:
-        """The same for q/k/v, whose outputs are only used in ``glue.Glue.rotary_and_write``."""
-        from peft_dist.kernels import lora_rotary_triton
-
-        torch.cuda.current_stream().wait_stream(self._stream)
-        return lora_rotary_triton.lora_expand_rotary(
-            query, key, value, cos, sin, cache, slot_mapping, self._weights, self._plan
-        )
+        return lora_gate_triton.lora_expand_gate(gate, up, self._weights, self._plan, activation)

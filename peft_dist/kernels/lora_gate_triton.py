@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 from typing import Any
 
 import torch
@@ -11,21 +10,11 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from peft_dist.kernels.lora_down import ShrinkInGate
 from peft_dist.kernels.lora_gate_loop import gate_loop_kernel
-from peft_dist.kernels.lora_group import (
-    even_rows,
-    expand_tables,
-    group_of,
-    is_wide,
-    tables_of,
-    tiles_of,
-    watched_tile,
-)
-from peft_dist.kernels.lora_lookup_triton import lookup_of
+from peft_dist.kernels.lora_group import even_rows, group_of, is_wide, tiles_of, watched_tile
+from peft_dist.kernels.lora_lookup_triton import Lookup, lookup_of
 from peft_dist.kernels.lora_plans import GroupPlan
-from peft_dist.kernels.lora_tables import LayerTables
-from peft_dist.kernels.lora_tiles import LoRATiles
+from peft_dist.kernels.lora_tables import layer_tables
 from peft_dist.kernels.lora_triton_parts import EXPAND_RANKS, expand_part, find_adapter, gated, load_b
 from peft_dist.kernels.lora_triton_rows import ask_row, row_part, takes_rows
 from peft_dist.kernels.lora_workspace import LoRAWorkspace
@@ -167,7 +156,6 @@ def lora_expand_gate(
     *,
     is_next: bool = False,
     launch: GroupPlan | None = None,
-    down: ShrinkInGate | None = None,
 ) -> torch.Tensor:
     """``activation(gate + its part) * (up + its part)`` for all rows in tiles, those of the base too.
 
@@ -181,7 +169,6 @@ def lora_expand_gate(
         activation: "silu" or "gelu_tanh".
         out: Contiguous, of gate's shape and dtype, none of the two; None makes one.
         workspace, is_next, launch: As in ``lora_expand_group_``.
-        down: Of the layer that reads what is returned, as ``find`` gave it for these: its shrink is done too.
 
     Raises:
         ValueError: the tensors do not fit, the plan's tiles lack the base's rows, or the activation is another.
@@ -202,10 +189,10 @@ def lora_expand_gate(
     wide = is_wide(group.dtype)
     launch = group.plan(tiles, wide, launch)
     pdl = launch.pdl and is_next
-    lookup = lookup_of(plan, tiles, [*resident, *([down.weights] if down else [])], workspace.max_rank)
+    lookup = lookup_of(plan, tiles, resident, workspace.max_rank)
     tensors = (
-        *rows, workspace.take(0), tiles.rows, tiles.slots, tiles.lens,
-        *chain(*(expand_tables(w, resident[0], lookup) for w in weights)),
+        *rows, workspace.take(0), tiles.rows, tiles.slots, tiles.lens, *_tables(weights[0], resident[0], lookup),
+        *_tables(weights[1], resident[0], lookup),
     )  # fmt: skip
     known = {
         "N": width, "GATE_STRIDE": rows[0].stride(0), "UP_STRIDE": rows[1].stride(0), "OUT_STRIDE": rows[2].stride(0),
@@ -215,15 +202,11 @@ def lora_expand_gate(
     with device_of(gate):
         if launch.gate_loop_n:
             grid = tiles.max_tiles, 2 * -(-width // launch.gate_loop_n)
-            tables = tables_of(down.weights if down else resident[0], lookup)
             gate_loop_kernel[grid](
-                *tensors, *_shrink_arguments(down, tiles, tables, workspace), watched_tile(tiles),
-                workspace.max_rank, BLOCK_N=launch.gate_loop_n, PART_N=launch.loop_part // 2,
-                STAGES=launch.loop_stages, DOWN=down is not None, **known,
+                *tensors, watched_tile(tiles), workspace.max_rank, BLOCK_N=launch.gate_loop_n,
+                PART_N=launch.loop_part // 2, STAGES=launch.loop_stages, **known,
             )  # fmt: skip
             return out
-        if down is not None:
-            raise ValueError("a gate of programs that do not loop has no place for the next layer's shrink")
         part_n = min(launch.gate_n, launch.gate_part_n)
         _gate_kernel[(-(-width // part_n), tiles.max_tiles)](
             *tensors, workspace.max_rank, BLOCK_N=launch.gate_n, PART_N=part_n, FEW=launch.few_rows, WIDE=wide,
@@ -232,10 +215,8 @@ def lora_expand_gate(
     return out
 
 
-def _shrink_arguments(
-    down: ShrinkInGate | None, tiles: LoRATiles, tables: LayerTables, workspace: LoRAWorkspace
-) -> tuple[Any, ...]:
-    """Where there is no shrink in it, the kernel reads none of them, and ``tables`` may be another layer's."""
-    parts = down.parts if down is not None else 0
-    partials = workspace.take(tiles.max_tiles * parts * tiles.tile_rows * workspace.max_rank, 1)
-    return partials, *tables.of_shrink(), 1.0 if down is None else float(down.plan.factor)
+def _tables(weights: LoRALayerWeights | None, other: LoRALayerWeights, lookup: Lookup | None) -> tuple[Any, ...]:
+    """A layer's arguments; one that nobody adapts gets the other's tables, with no slots."""
+    named = other if weights is None else weights
+    *tensors, stride, slots, columns = (layer_tables(named) if lookup is None else lookup.tables_of(named)).of_expand()
+    return *tensors, stride, 0 if weights is None else slots, columns

@@ -111,21 +111,6 @@ def _arguments(tables: Sequence[LayerTables], versions: list[int]) -> Arguments:
     return Arguments(versions, tuple(chain(*shrink)), tuple(chain(*expand)))
 
 
-def tables_of(weights: LoRALayerWeights, lookup: Lookup | None) -> LayerTables:
-    """A layer's tables by tile where they were looked up, else by slot."""
-    return layer_tables(weights) if lookup is None else lookup.tables_of(weights)
-
-
-def expand_tables(
-    weights: LoRALayerWeights | None, other: LoRALayerWeights, lookup: Lookup | None = None
-) -> tuple[Any, ...]:
-    """A layer's arguments of an expand; one that nobody adapts gets the other's tables, with no slots."""
-    if weights is not None:
-        return tables_of(weights, lookup).of_expand()
-    *tensors, stride, _, columns = tables_of(other, lookup).of_expand()
-    return *tensors, stride, 0, columns
-
-
 def tiles_of(plan: LoRAPlan, device: torch.device) -> LoRATiles:
     """A plan's tiles, made from its runs once where it came without."""
     if plan.tiles is not None:

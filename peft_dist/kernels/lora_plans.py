@@ -69,10 +69,6 @@ class GroupPlan:
             (``lora_expand_loop``), twice ``loop_part`` or a multiple of that; 0: programs of one block, as above.
         loop_part, loop_stages: Outputs of such a block, half of which a gate takes of its two layers, and how many
             are under way.
-        joins_down: In captured steps the shrink of the layer that reads a gated activation is part of the kernel that
-            makes it (``lora_down``), where that has programs that loop, and not too many of them.
-        joins_rotary, rotary_warps: In captured steps the expand of q/k/v is part of the rotary embedding
-            (``lora_rotary_triton``), with so many warps for a head.
         pdl: The expand starts while the shrink still runs, and reads what does not depend on it (programmatic dependent
             launch, from sm_90 on). Both have to be queued one after the other on one stream.
     """
@@ -93,9 +89,6 @@ class GroupPlan:
     gate_loop_n: int = 0
     loop_part: int = _LOOP_PART
     loop_stages: int = 4
-    joins_down: bool = True
-    joins_rotary: bool = True
-    rotary_warps: int = 1
     pdl: bool = False
 
     def in_float32(self) -> GroupPlan:
@@ -109,7 +102,6 @@ class GroupPlan:
             shrink_warps=8,
             expand_warps=8,
             gate_warps=8,
-            rotary_warps=2,
             loop_n=0,
             gate_loop_n=0,
             # In a pipeline such products are slower, and as TF32 were miscompiled for sm_90.

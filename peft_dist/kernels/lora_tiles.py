@@ -33,11 +33,6 @@ class LoRATiles(NamedTuple):
     with_adapter: int | None = None
 
     @property
-    def is_static(self) -> bool:
-        """Whether they stand in memory that steps are captured with: how many are used nobody knows then."""
-        return self.with_adapter is None
-
-    @property
     def max_tiles(self) -> int:
         """Tiles that a launch covers, used or not."""
         return self.lens.shape[0]

@@ -106,7 +106,6 @@ def lora_expand_group_(
     *,
     is_next: bool = False,
     launch: GroupPlan | None = None,
-    place: int = 0,
 ) -> None:
     """Add the layers' parts, whose intermediates ``lora_shrink_group`` left in the workspace, to their outputs.
 
@@ -114,7 +113,6 @@ def lora_expand_group_(
         ys: ``[..., out_features]`` of each layer, R rows, all of one dtype; they may be columns of one wider tensor.
         weights, plan, workspace, launch: As in ``lora_shrink_group``.
         is_next: The shrink is what was queued last on this stream, so that the expand may be launched while it runs.
-        place: Of the workspace, where the intermediates are.
 
     Raises:
         ValueError: an output does not fit its layer or the plan.
@@ -130,7 +128,7 @@ def lora_expand_group_(
     workspace = workspace or group.workspace()
     wide = is_wide(group.dtype)
     launch = group.plan(tiles, wide, launch)
-    partials = workspace.take(0, place)
+    partials = workspace.take(0)
     padded = three(rows)
     lookup = lookup_of(plan, tiles, resident, workspace.max_rank)
     tensors = *padded, partials, tiles.rows, tiles.slots, tiles.lens, *group.arguments(lookup).expand

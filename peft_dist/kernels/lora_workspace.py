@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import torch
 
+# Torch takes the highest priority that there is.
+_FIRST = -5
+
 
 class LoRAWorkspace:
-    """Two float32 buffers on a device, for one call after another on one stream (or streams ordered by what they read).
+    """One float32 buffer on a device, for one call after another on one stream (or streams ordered by what they read).
 
     Attributes:
         max_rank: Room for each row's rank intermediate, a power of two; kernels are launched for it. When an adapter of
@@ -17,34 +20,32 @@ class LoRAWorkspace:
     def __init__(self, device: torch.device | str, max_rank: int = 64) -> None:
         self.device = torch.device(device)
         self.max_rank = 16
-        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._buffers = [torch.empty(0, dtype=torch.float32, device=self.device) for _ in range(2)]
+        # First: both halves become ready together, and the layer's own product, begun first, would leave no room.
+        self.stream = torch.cuda.Stream(self.device, priority=_FIRST) if self.device.type == "cuda" else None
+        self._buffer = torch.empty(0, dtype=torch.float32, device=self.device)
         self._outgrown: list[torch.Tensor] = []
         self.admit(max_rank)
 
     @property
     def num_bytes(self) -> int:
         """Bytes that it holds now, those of outgrown buffers included."""
-        return sum(4 * buffer.numel() for buffer in (*self._buffers, *self._outgrown))
+        return sum(4 * buffer.numel() for buffer in (self._buffer, *self._outgrown))
 
     def admit(self, rank: int) -> None:
         """Make sure that ``max_rank`` is at least this."""
         while self.max_rank < rank:
             self.max_rank *= 2
 
-    def take(self, num_elements: int, place: int = 0) -> torch.Tensor:
+    def take(self, num_elements: int) -> torch.Tensor:
         """At least so many elements, which hold anything. The address stays until more are asked for than ever.
 
         Buffers that became too small are kept, because captured graphs write to them.
-
-        Args:
-            place: 0; 1 for what is written while the other is still read (``lora_down``).
         """
-        if num_elements > self._buffers[place].numel():
-            if self._buffers[place].numel():
-                self._outgrown.append(self._buffers[place])
-            self._buffers[place] = torch.empty(num_elements, dtype=torch.float32, device=self.device)
-        return self._buffers[place]
+        if num_elements > self._buffer.numel():
+            if self._buffer.numel():
+                self._outgrown.append(self._buffer)
+            self._buffer = torch.empty(num_elements, dtype=torch.float32, device=self.device)
+        return self._buffer
 
     def forget_outgrown(self) -> None:
         """Free the outgrown buffers: no graph that was captured with them is replayed any more."""

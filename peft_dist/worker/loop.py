@@ -31,8 +31,8 @@ from peft_dist.core.messages import (
     Welcome,
 )
 from peft_dist.engine.commands import make_request
+from peft_dist.engine.detail_schedule import DetailSchedule
 from peft_dist.worker.channel import Channel
-from peft_dist.worker.detail_schedule import DetailSchedule
 from peft_dist.worker.fetcher import AdapterFetcher
 from peft_dist.worker.heart import Heart
 from peft_dist.worker.replica import Replica

@@ -21,7 +21,6 @@ from peft_dist.kernels.lora_expand_loop import expand_loop_kernel
 from peft_dist.kernels.lora_gate_loop import gate_loop_kernel
 from peft_dist.kernels.lora_gate_triton import _gate_kernel
 from peft_dist.kernels.lora_plans import GroupPlan, GroupShape, default_plan
-from peft_dist.kernels.lora_rotary_triton import REGISTERS, ROWS, rotary_expand_kernel
 from peft_dist.kernels.lora_triton_kernels import expand_kernel, shrink_kernel
 
 ALIGNED = ["tt.divisibility", 16]
@@ -48,7 +47,7 @@ def compile_kernel(
     """
     signature, known, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
-        base = re.sub(r"^(gate|up|down)_|[012]$", "", name)
+        base = re.sub(r"^(gate|up)_|[012]$", "", name)
         if kinds and name in kinds:
             signature[name], _, aligned = kinds[name].partition(":")
             attributes.update({(i,): [ALIGNED]} if aligned else {})
@@ -90,23 +89,9 @@ def compile_loops(
         ),
         "gate loop": compile_kernel(
             gate_loop_kernel, dtype, plan.gate_warps, 3, **{**group, "GROUP": 2}, **strides, N=ends["N0"], SILU=True,
-            BLOCK_N=plan.gate_loop_n, DOWN=group["TILE"] == 16, **{**blocks, "PART_N": plan.loop_part // 2},
+            BLOCK_N=plan.gate_loop_n, **{**blocks, "PART_N": plan.loop_part // 2},
         ),
     }  # fmt: skip
-
-
-def compile_rotary(dtype: str, plan: GroupPlan, group: dict[str, Any]) -> dict[str, Any]:
-    """For 32 heads of 128 on 8; numbers that are multiples of 16 are known to be."""
-    tensors = ("query", "key", "value", "cos", "sin", "out", "key_cache", "value_cache")
-    caches = [f"{cache}_cache_{of}" for cache in ("key", "value") for of in ("block", "slot", "head")]
-    kinds = {"places": "*i64:16", **dict.fromkeys(tensors, f"*{dtype}:16")}
-    kinds |= dict.fromkeys(("cos_stride", "sin_stride", "block_size", *caches), "i32:16")
-    group = {name: value for name, value in group.items() if name != "WIDE"}
-    return compile_kernel(
-        rotary_expand_kernel, dtype, plan.rotary_warps, 3, kinds, REGISTERS if plan.rotary_warps == 1 else None,
-        **{f"Y_STRIDE{i}": 6144 for i in range(3)}, NUM_HEADS=32, NUM_KV_HEADS=8, HEAD_DIM=128, HALF=64,
-        PLACE1=1, PLACE2=2, ROWS=ROWS, **group,
-    )  # fmt: skip
 
 
 def compile_all(shape: GroupShape, dtype: str, pdl: bool) -> dict[str, dict[str, Any]]:
@@ -132,7 +117,6 @@ def compile_all(shape: GroupShape, dtype: str, pdl: bool) -> dict[str, dict[str,
             _gate_kernel, dtype, plan.gate_warps, 3, **{**group, "GROUP": 2}, **strides, N=outs[0],
             BLOCK_N=plan.gate_n, PART_N=min(plan.gate_n, plan.gate_part_n), FEW=plan.few_rows, SILU=True, PDL=pdl,
         ),
-        **({"rotary": compile_rotary(dtype, plan, group)} if (shape.tile_rows, group["GROUP"]) == (16, 3) else {}),
         **(compile_loops(dtype, plan, group, ends, strides) if plan.loop_n else {}),
         "embedding": compile_kernel(
             _embedding_kernel, dtype, 8 if wide else 4, 3, **common, V=128256, N=4096, Y_STRIDE=4096,

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from peft_dist.kernels import lora
-from peft_dist.kernels.lora_down import ShrinkInGate
 from peft_dist.kernels.lora_lookup_triton import lookup_of
 from peft_dist.kernels.lora_plans import GroupPlan
 from peft_dist.kernels.lora_tiles import LoRATiles, max_tiles, write_tiles
 from peft_dist.kernels.lora_triton import lora_expand_group_, lora_shrink_group
-from peft_dist.kernels.types import KVCache, LoRALayerWeights, LoRAPlan
+from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
 from tests import triton_interpreter
 from tests.kernels.lora_cases import DEVICES, assert_added, layers_of, plan_of_rows, random_rows
 
 pytestmark = pytest.mark.parametrize("device", DEVICES)
-IN, HEADS, KV_HEADS, DIM = 24, 3, 1, 16
-OUTS = [HEADS * DIM, KV_HEADS * DIM, KV_HEADS * DIM]
+IN, OUTS = 24, [48, 16, 16]
 # A slot without ranks in a layer, one of more ranks than are in work at once, and one of none anywhere.
 RANKS = [[8, 17, 0, 2, 0], [3, 16, 9, 0, 0], [1, 40, 8, 8, 0]]
 SLOTS = np.array([0, 1, 1, -1, 3, 2, 0, 4, 9, 3], np.int32)
@@ -117,41 +114,14 @@ def test_gates(device: str, launch: GroupPlan) -> None:
     from peft_dist.kernels.lora_gate_triton import lora_expand_gate
 
     layers = layers_of(device, RANKS[:2], IN, [100, 100], torch.float16, seed=1)
-    [down] = layers_of(device, RANKS[2:], 100, [IN], torch.float16, seed=2)
-    down.workspace = layers[0].workspace
-    x, joint, y = (random_rows(device, len(SLOTS), n, dtype=torch.float16) for n in (IN, 200, IN))
+    x, joint = (random_rows(device, len(SLOTS), n, dtype=torch.float16) for n in (IN, 200))
 
     def run(plan: LoRAPlan, weights: list[LoRALayerWeights | None]) -> list[torch.Tensor]:
-        shrink = ShrinkInGate(down, plan, 4) if launch.gate_loop_n else None
         lora_shrink_group(x, weights, plan, launch=launch)
         out = torch.full((len(SLOTS), 100), float("nan"), dtype=x.dtype, device=device)
-        lora_expand_gate(*joint.split(100, dim=1), weights, plan, out=out, launch=launch, down=shrink)
-        if shrink is None:
-            return [out]
-        hidden = y.clone()
-        lora_expand_group_([hidden], [down], plan, launch=replace(launch, split=4), place=1)
-        return [out, hidden]
+        lora_expand_gate(*joint.split(100, dim=1), weights, plan, out=out, launch=launch)
+        return [out]
 
     chosen: list[LoRALayerWeights | None]
     for chosen in ([*layers], [None, layers[1]], [layers[0], None]):
-        check(device, lambda plan, chosen=chosen: run(plan, chosen), [*layers, down])  # type: ignore[misc]
-
-
-@pytest.mark.parametrize("adapted", [(1, 1, 1), (0, 1, 0), (1, 0, 1)])
-def test_rotary(device: str, adapted: tuple[int, int, int]) -> None:
-    from peft_dist.kernels.lora_rotary_triton import lora_expand_rotary
-
-    layers = layers_of(device, RANKS, IN, OUTS, torch.float16, seed=1)
-    weights = [w if there else None for w, there in zip(layers, adapted, strict=True)]
-    x, joint, cos, sin = (
-        random_rows(device, len(SLOTS), n, dtype=torch.float16, seed=n) for n in (IN, sum(OUTS), DIM, DIM)
-    )
-    places = torch.arange(len(SLOTS), device=device)
-
-    def run(plan: LoRAPlan) -> list[torch.Tensor]:
-        heads = [y.view(len(SLOTS), -1, DIM) for y in joint.split(OUTS, dim=1)]
-        cache = KVCache(*torch.full((2, 4, 4, KV_HEADS, DIM), float("nan"), dtype=x.dtype, device=device))
-        lora_shrink_group(x, weights, plan)
-        return [lora_expand_rotary(*heads, cos, sin, cache, places, weights, plan), *cache]
-
-    check(device, run, layers)
+        check(device, lambda plan, chosen=chosen: run(plan, chosen), layers)  # type: ignore[misc]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,14 +10,11 @@ import torch
 from torch import nn
 
 from peft_dist.forward_context import ForwardContext
-from peft_dist.kernels import lora as kernels
-from peft_dist.kernels import lora_plans, reference
+from peft_dist.kernels import reference
 from peft_dist.kernels.lora_group import make_tiles
-from peft_dist.kernels.lora_plans import default_plan
-from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
-from peft_dist.patches import lora_fused
-from peft_dist.patches.lora_fused import run_mlp
-from peft_dist.patches.lora_layers import SelectiveLinear, join_siblings
+from peft_dist.kernels.types import LoRAPlan
+from peft_dist.patches import lora_layers
+from peft_dist.patches.lora_layers import SelectiveLinear, join_siblings, run_gated
 from tests import triton_interpreter
 from tests.kernels.lora_cases import DEVICES, layers_of, plan_of_rows, random_rows
 
@@ -35,12 +31,11 @@ class Gated(nn.Module):
         torch.manual_seed(0)
         self.gate_proj, self.up_proj = (SelectiveLinear.wrap(nn.Linear(IN, WIDTH, device=device)) for _ in range(2))
         self.gate_proj.lora_index, self.up_proj.lora_index = 0, 1
-        self.down_proj: nn.Module = nn.Identity()
         join_siblings(self)
 
     def run(self, x: torch.Tensor, context: ForwardContext) -> torch.Tensor | None:
         with torch.inference_mode(), context:
-            return run_mlp(self.gate_proj, self.up_proj, self.down_proj, x, "silu")
+            return run_gated(self.gate_proj, self.up_proj, x, "silu")
 
 
 @pytest.fixture
@@ -102,81 +97,5 @@ def test_where_it_cannot_be_nothing_is_computed(
     mlp, x = Gated(device), random_rows(device, len(SLOTS), IN, dtype=torch.float32)
     assert mlp.run(x, context) is not None
     change(mlp, context)
-    monkeypatch.delattr(lora_fused, "call_together")
+    monkeypatch.delattr(lora_layers, "call_together")
     assert mlp.run(x, context) is None
-
-
-class WithDown(Gated):
-    """In half precision, with an adapted layer behind it, in a step whose tiles are static."""
-
-    def __init__(self, device: str) -> None:
-        super().__init__(device)
-        self.down_proj = SelectiveLinear.wrap(nn.Linear(WIDTH, IN, device=device))
-        self.down_proj.lora_index = 2
-        self.half()
-
-    def expected(self, x: torch.Tensor, plans: list[LoRAPlan], weights: list[LoRALayerWeights]) -> torch.Tensor:
-        wide = [layer.base_layer(x).float().detach() for layer in (self.gate_proj, self.up_proj)]
-        for plan in plans[:-1]:
-            for y, w in zip(wide, weights, strict=False):
-                reference.add_lora_(y, x.float(), w, plan)
-        gated = reference.lora_gate(*wide, x.float(), weights[:2], plans[-1])
-        y = self.down_proj.base_layer.float()(gated).detach()
-        self.down_proj.base_layer.half()
-        for plan in plans:
-            reference.add_lora_(y, gated, weights[2], plan)
-        return y
-
-
-def static_plan(slots: np.ndarray, device: str, factor: float = 1.0) -> LoRAPlan:
-    plan = plan_of_rows(slots, factor)
-    plan.tiles = make_tiles(slots, torch.device(device), 16, has_base=True)._replace(with_adapter=None)
-    return plan
-
-
-@pytest.fixture
-def found(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether down's shrink was in the gate's kernel, call by call."""
-    seen = []
-    gate = kernels.lora_gate
-
-    def counted(*args: object) -> torch.Tensor:
-        seen.append(args[-1] is not None)
-        return gate(*args)
-
-    monkeypatch.setattr(kernels, "lora_gate", counted)
-    return seen
-
-
-@pytest.mark.parametrize("corrected", [False, True])
-@pytest.mark.parametrize("change", [None, pre_hook, hook, "plain", "no adapters", "off"])
-def test_down_is_begun_with_the_activation(
-    device: str, change: object, corrected: bool, found: list[bool], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    triton_interpreter.mend()
-    weights = layers_of(device, [[3, 0, 9], [2, 4, 0]], IN, [WIDTH] * 2, torch.float16, seed=1)
-    weights += layers_of(device, [[8, 2, 20]], WIDTH, [IN], torch.float16, seed=2)
-    weights[2].workspace = weights[0].workspace
-    plans = [static_plan(SLOTS, device)]
-    context = ForwardContext(lora=plans[0], lora_weights=list(weights))
-    if corrected:
-        plans.append(static_plan(np.where(SLOTS == 0, -1, 0).astype(np.int32), device, -1.0))
-        context.lora_correction = plans[1]
-    mlp, x = WithDown(device), random_rows(device, len(SLOTS), IN, dtype=torch.float16)
-    expected = mlp.expected(x, plans, weights)
-    if change == "plain":
-        mlp.down_proj = mlp.down_proj.base_layer
-    elif change == "no adapters":
-        mlp.down_proj.lora_index = -1
-    elif change == "off":
-        monkeypatch.setattr(
-            lora_plans, "_find_plan", lambda shape, table: replace(default_plan(shape), joins_down=False)
-        )
-        lora_plans.plan_for.cache_clear()
-    elif callable(change):
-        change(mlp.down_proj)
-    got = mlp.run(x, context)
-    lora_plans.plan_for.cache_clear()
-    assert got is not None and found == [change is None]
-    if change not in ("plain", "no adapters"):
-        assert (got.float() - expected).norm() <= 2e-3 * expected.norm()
