@@ -48,7 +48,7 @@ class GroupBench:
         shape = sum(out_features), in_features
         own = _copies(math.prod(shape) * dtype.itemsize)
         self._own = [random(*shape) / in_features**0.5 for _ in range(max(own, 2))]
-        self._stream = torch.cuda.Stream()
+        self._beside = self._pool.workspace.stream
         self._product_times: dict[int, float] = {}
 
     def measure(self, shape: GroupShape, plan: GroupPlan) -> float:
@@ -67,7 +67,7 @@ class GroupBench:
         in_features, outs = self._sizes
         x = torch.randn(num_rows, in_features, device="cuda", dtype=self._dtype)
         joint = torch.zeros(num_rows, sum(outs), device="cuda", dtype=self._dtype)
-        plans = [_plan_of(tiles, num_rows, self._pool.addressed_weights) for tiles in batches]
+        plans = [_plan_of(tiles, num_rows, self._pool) for tiles in batches]
         count = min(max(len(self._groups) * len(plans), 16), _MOST_CALLS)
 
         def products() -> None:
@@ -92,13 +92,14 @@ class GroupBench:
         plan: LoRAPlan,
         launch: GroupPlan,
     ) -> None:
-        """As a captured step does it: the shrink on a stream of its own, beside the product (``lora_beside``)."""
+        """As a step does it: where it is captured, the shrink is on a stream of its own (``lora_beside``)."""
         current = torch.cuda.current_stream()
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
+        stream = self._beside if plan.layers and self._beside is not None else current
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
             lora_shrink_group(x, weights, plan, launch=launch)
         torch.mm(x, own.T, out=joint)
-        current.wait_stream(self._stream)
+        current.wait_stream(stream)
         ys = joint.split(list(self._sizes[1]), dim=1)
         if self.has_gate:
             lora_expand_gate(ys[0], ys[1], weights, plan, launch=launch)
@@ -139,8 +140,10 @@ def _tiles(row_slots: np.ndarray, room: int, tile_rows: int) -> LoRATiles:
     return LoRATiles(rows, slots, lens, tile_rows, has_base=True)
 
 
-def _plan_of(tiles: LoRATiles, num_rows: int, layers: Sequence[LoRALayerWeights]) -> LoRAPlan:
+def _plan_of(tiles: LoRATiles, num_rows: int, pool: LoRAPool) -> LoRAPlan:
+    """Longer tiles are those of steps that are not captured: their launches look tables up themselves."""
     starts = np.array([0, num_rows], np.int32)
+    layers = pool.addressed_weights if tiles.tile_rows == 16 else ()
     return LoRAPlan(np.zeros(1, np.int32), starts, backend="triton", tiles=tiles, layers=layers)
 
 
