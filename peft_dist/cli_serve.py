@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +19,11 @@ if TYPE_CHECKING:
     from peft_dist.api.options import ServerOptions
     from peft_dist.orchestrator.core import OrchestratorOptions
     from peft_dist.orchestrator.guests import Invitation
+    from peft_dist.orchestrator.link import Link
     from peft_dist.orchestrator.replica_process import ReplicaLauncher
     from peft_dist.orchestrator.service import EngineService
     from peft_dist.placement.placer import MigrationKind
+    from peft_dist.worker.ray_cluster import RaySettings
 
 logger = logging.getLogger("peft_dist.serve")
 # Signs of life that may be missing before a replica counts as hung.
@@ -49,6 +53,7 @@ class ServeSettings:
     replica_factory: str | None
     listen: str | None
     cluster_key: Path | None
+    ray: RaySettings | None
     start_timeout: float | None
     shutdown_timeout: float
     log_level: str
@@ -60,19 +65,26 @@ async def run_server(settings: ServeSettings) -> None:
     Raises:
         ConfigError, AdapterError, EngineDeadError: the server could not be started as asked.
     """
+    check_pinned(settings.engine, [name for name, _ in (*settings.adapters, *_folder_adapters(settings))])
+    # Ray has handlers of its own for signals: ours come later.
+    with _cluster(settings) as (launcher, link):
+        await _serve(settings, launcher, link)
+
+
+async def _serve(settings: ServeSettings, launcher: ReplicaLauncher, link: Link | None) -> None:
     from peft_dist.api.listener import Listener, write_port
     from peft_dist.orchestrator.service import EngineService
 
-    check_pinned(settings.engine, [name for name, _ in (*settings.adapters, *_folder_adapters(settings))])
     signals = StopSignals()
     listener = Listener(settings.host, settings.port)
     service = EngineService(
-        _launcher(settings),
+        launcher,
         _options(settings),
         num_replicas=settings.num_replicas,
         start_timeout=settings.start_timeout,
         planner_limit=settings.planner_limit,
         invitation=_invitation(settings),
+        link=link,
     )
     try:
         http_app = await unless(signals.stop, _prepare(settings, service))
@@ -189,19 +201,34 @@ def _invitation(settings: ServeSettings) -> Invitation | None:
     )
 
 
-def _launcher(settings: ServeSettings) -> ReplicaLauncher:
+@contextmanager
+def _cluster(settings: ServeSettings) -> Iterator[tuple[ReplicaLauncher, Link | None]]:
+    """What starts the replicas, and the socket that they connect to if it is not the usual one."""
     from peft_dist.worker.config import DEFAULT_REPLICA_FACTORY
     from peft_dist.worker.launcher import LAUNCHERS
 
-    factory = settings.replica_factory or DEFAULT_REPLICA_FACTORY
-    launcher: ReplicaLauncher = LAUNCHERS[settings.launcher](
-        settings.engine,
-        log_level=settings.log_level,
-        replica_factory=factory,
-        heartbeat_seconds=settings.heartbeat_timeout / _BEATS,
-        num_replicas=settings.num_replicas,
-    )
-    return launcher
+    options: dict[str, Any] = {
+        "log_level": settings.log_level,
+        "replica_factory": settings.replica_factory or DEFAULT_REPLICA_FACTORY,
+        "heartbeat_seconds": settings.heartbeat_timeout / _BEATS,
+        "num_replicas": settings.num_replicas,
+    }
+    if settings.ray is None:
+        yield LAUNCHERS[settings.launcher](settings.engine, **options), None
+        return
+    from peft_dist.core.cluster_keys import ClusterKeys
+    from peft_dist.orchestrator.link import Link
+    from peft_dist.worker import ray_cluster
+    from peft_dist.worker.ray_launcher import RayLauncher
+
+    host = ray_cluster.connect(settings.ray)
+    try:
+        # Of this server's life: nobody else needs them, and they reach the replicas through Ray.
+        keys = ClusterKeys.make()
+        launcher = RayLauncher(settings.engine, settings.ray, keys, **options)
+        yield launcher, Link.listening(f"tcp://{host}:0", keys)
+    finally:
+        ray_cluster.disconnect()
 
 
 def _announce(service: EngineService, settings: ServeSettings, url: str) -> None:

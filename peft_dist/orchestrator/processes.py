@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 
 from peft_dist.orchestrator.replica_process import ReplicaLauncher, ReplicaProcess
@@ -29,12 +30,16 @@ class Processes:
 
         Raises OSError when it cannot be started."""
         if (earlier := self._running.get(replica_id)) is not None:
-            await earlier.wait()
+            with contextlib.suppress(OSError):
+                await earlier.wait()
         await self.start(replica_id, epoch)
 
     async def end(self, replica_id: int) -> str:
         """Wait until a replica has ended; returns how, in words."""
-        code = await self._running[replica_id].wait()
+        try:
+            code = await self._running[replica_id].wait()
+        except OSError as error:
+            return f"has no process: {error}"
         return f"exited with status {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
 
     async def stop(self, replica_id: int, grace: float) -> None:

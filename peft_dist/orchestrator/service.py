@@ -62,9 +62,11 @@ class EngineService:
         stop_grace: float = 10.0,
         planner_limit: float = 0.2,
         invitation: Invitation | None = None,
+        link: Link | None = None,
     ) -> None:
         """Seconds: ``start_timeout`` and ``stop_grace`` a replica gets to become ready, and to end; ``planner_limit``
         from a look at the requests to a plan of which ones move. ``invitation``: To replicas that others start.
+        ``link``: For the replicas of ``launcher``, closed by ``stop``; one for this host alone if there is none.
 
         Raises:
             ConfigError: the invitation's address cannot be used.
@@ -76,7 +78,7 @@ class EngineService:
         self._stop_grace = stop_grace
         joining = self._act, self._take, self._now
         self.guests = Guests(invitation, self._core, *joining) if invitation is not None else None
-        self._link = Link.local()
+        self._link = link or Link.local()
         self._processes = Processes(launcher, self._link.endpoint)
         self._streams = StreamTable(self.abort)
         self._promises = Promises()

@@ -11,7 +11,6 @@ import threading
 from pathlib import Path
 from types import FrameType
 
-from peft_dist.core.cluster_keys import ClusterKeys
 from peft_dist.core.errors import ConfigError
 from peft_dist.core.messages import Fatal, LoadAdapter, Ready
 from peft_dist.worker.channel import Channel
@@ -31,8 +30,7 @@ _SET_PARENT_DEATH_SIGNAL = 1
 
 def run_worker(config: WorkerConfig) -> int:
     """Serve until told to stop; returns the exit status. A failure is reported before it ends the process."""
-    keys = None if config.key_file is None else ClusterKeys.read(Path(config.key_file))
-    channel = Channel(config.endpoint, config.replica_id, config.epoch, keys)
+    channel = Channel(config.endpoint, config.replica_id, config.epoch, config.keys())
     try:
         return _serve(config, channel)
     except Exception as error:  # The last thing this process can do for its streams is to say why they end.
@@ -65,7 +63,7 @@ def _serve(config: WorkerConfig, channel: Channel) -> int:
     if config.kv_endpoint is not None:
         from peft_dist.worker.kv_server import TcpTransport
 
-        server = TcpTransport(config.kv_endpoint)
+        server = TcpTransport(config.kv_endpoint, keys=config.keys())
         replica.use_transport(server)
     channel.send(Ready(model=replica.model_info, pid=os.getpid(), costs=replica.engine.detail().costs))
     heart = Heart(channel, config.heartbeat_seconds)

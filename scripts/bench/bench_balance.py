@@ -1,7 +1,8 @@
 """Two replicas under a skewed load: `dlora` against `proactive` and `rr`, the same arrivals for each.
 
     python scripts/bench/bench_balance.py [--shape 8b] [--loads 0.6 0.8 1.0] [--seconds 20] [--seeds 1]
-    python scripts/bench/bench_balance.py --plot balance.json       # draw the picture of a result again
+    python scripts/bench/bench_balance.py --join balance_a.json more.jsonl  # one result of runs on one machine
+    python scripts/bench/bench_balance.py --plot balance.json               # draw the picture of a result again
 
 A service for each kind of migration, one after another, in real processes. The n-th adapter is asked for in proportion
 to n^-skew, by arrivals of its own with Gamma gaps (bursts: `--cv`). `--loads` are shares of the requests per second
@@ -27,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.balance_load import Load, Results, answer_all, arrivals, idle_first_token, serve
 from bench.balance_report import plot, table
 from bench.cluster_engine import add_engine_options, prepare
+from bench.gpu_workload import read_lines
 from bench.report import RESULTS, write_result
 from peft_dist.core.config import EngineConfig
 from peft_dist.orchestrator.core import OrchestratorOptions
@@ -82,6 +84,26 @@ def summary(found: Results, idle: float, service: EngineService) -> dict[str, An
     }
 
 
+def join(options: argparse.Namespace) -> Path:
+    """The runs of a result, with those that were cut off before they wrote one; of two alike the first counts."""
+    first, *others = options.join
+    result = json.loads(first.read_text())
+    runs = {_key(run): run for run in result["figures"]["runs"]}
+    for path in others:
+        for run in read_lines(path.read_text()):
+            runs.setdefault(_key(run), run)
+    figures = result["figures"] | {"runs": list(runs.values())}
+    return write_result(_name(options), figures, options.output, result["environment"])
+
+
+def _key(run: dict[str, Any]) -> tuple[str, float, int]:
+    return run["migration"], run["load"], run["seed"]
+
+
+def _name(options: argparse.Namespace) -> str:
+    return f"balance_{options.name}" if options.name else "balance"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_engine_options(parser)
@@ -101,6 +123,7 @@ def main() -> None:
     parser.add_argument("--name", default="", help="of the result file: balance_NAME.json")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the result")
     parser.add_argument("--folder", type=Path, help="where adapters are kept (default: removed again)")
+    parser.add_argument("--join", type=Path, nargs="+", help="a result, and lines that other runs printed, instead")
     parser.add_argument("--plot", type=Path, help="draw this result again and measure nothing")
     options = parser.parse_args()
     if options.plot:
@@ -108,17 +131,22 @@ def main() -> None:
         print(table(figures["runs"]))
         plot(figures["runs"], options.plot.with_suffix(".svg"))
         return
-    settings = {key: str(value) for key, value in vars(options).items() if key not in ("output", "folder", "plot")}
+    if options.join:
+        print("written to", join(options))
+        return
+    settings = {
+        key: str(value) for key, value in vars(options).items() if key not in ("output", "folder", "plot", "join")
+    }
     with tempfile.TemporaryDirectory() as folder:
         config, adapters = prepare(
             options, options.folder or Path(folder), options.adapters, options.max_loras,
             max_num_seqs=options.max_num_seqs, max_model_len=2048, enable_prefix_caching=False,
         )  # fmt: skip
-        name, path = f"balance_{options.name}" if options.name else "balance", None
+        path: Path | None = None
 
         def write(figures: dict[str, Any]) -> None:
             nonlocal path
-            path = write_result(name, {"settings": settings, **figures}, options.output)
+            path = write_result(_name(options), {"settings": settings, **figures}, options.output)
 
         asyncio.run(measure(options, config, adapters, write))
     assert path is not None
