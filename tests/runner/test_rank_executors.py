@@ -52,7 +52,9 @@ def leader() -> Any:
     pool = SimpleNamespace(device=torch.device("cpu"), drop=dropped.append, dropped=dropped)
     store = SimpleNamespace(pool=pool, weights_in=lambda slot: {})
     model = SimpleNamespace(dtype=torch.float32)
-    runner: Any = SimpleNamespace(device=torch.device("cpu"), merge=Weights(), store=store, model=model, kv=None)
+    runner: Any = SimpleNamespace(
+        device=torch.device("cpu"), merge=Weights(), store=store, model=model, kv=None, graphs=None
+    )
     executor = LeadingExecutor(runner, None, Meeting())
     yield executor
     executor.close()
