@@ -254,9 +254,9 @@ def _check(name: str, kinds: list[str], value: object) -> None:
 class ModelInfo:
     """What a loaded replica tells of its model: measured facts, kept apart from the configuration.
 
-    ``block_bytes`` are those of one KV block over all layers, ``adapter_bytes`` what adapters can take on the device; 0
-    where they are not known. ``max_loras`` adapters can be there at once. ``merge_way`` is "shadow", "host" or "off",
-    ``merge_bytes`` what its second copies take.
+    ``block_bytes`` are those of one KV block over all layers and ranks, ``adapter_bytes`` what adapters can take on the
+    device; 0 where they are not known. ``max_loras`` adapters can be there at once. ``merge_way`` is "shadow", "host"
+    or "off", ``merge_bytes`` what its second copies take.
     """
 
     model: str
@@ -279,3 +279,9 @@ class ModelInfo:
     merge_bytes: int = 0
     tokenizer: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
+    tensor_parallel_size: int = 1
+
+    @property
+    def kv_size(self) -> tuple[int, int]:
+        """What must be the same for one replica's KV blocks to be of use to another: ranks have their own parts."""
+        return self.block_bytes, self.tensor_parallel_size

@@ -18,6 +18,8 @@ class KVHandle(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         address: Where it is served from, for other hosts; None where nobody serves it.
         seconds: What copying it there took.
         server: Who hands out open files of device memory, on the same host; None where it lies in host memory.
+        others: Of a replica whose heads are split over ranks: the same of all further ranks, in their order. All but
+            ``num_blocks`` and ``seconds`` are of the first rank's part alone.
     """
 
     layout: str
@@ -29,6 +31,12 @@ class KVHandle(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     address: str | None = None
     seconds: float = 0.0
     server: str | None = None
+    others: list[KVHandle] = []
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all ranks."""
+        return self.num_bytes + sum(part.num_bytes for part in self.others)
 
 
 class SequenceState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

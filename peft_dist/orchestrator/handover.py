@@ -152,7 +152,7 @@ class Handover:
 
     def _is_cheaper(self, record: RequestRecord, source: Replica, target: Replica) -> bool:
         ours, theirs = source.model, target.model
-        if ours is None or theirs is None or ours.block_bytes != theirs.block_bytes or record.is_suspect:
+        if ours is None or theirs is None or ours.kv_size != theirs.kv_size or record.is_suspect:
             return False
         num_tokens = num_bytes = 0
         for sequence in record.unfinished.values():
@@ -177,7 +177,7 @@ class Handover:
                 return self._recompute(move, now)
             wanted.append(state)
             move.computed[sequence.index] = state.num_computed_tokens
-            move.num_bytes += sum(kv.num_bytes for kv in state.kv)
+            move.num_bytes += sum(kv.total_bytes for kv in state.kv)
         move.ids = self._requests.new_ids(record)
         move.num_moves = record.num_moves
         requests = list(add_commands(record, now, move.ids))

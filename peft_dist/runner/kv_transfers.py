@@ -56,7 +56,7 @@ class KVTransfers:
 
     Attributes:
         transport: May be changed while nothing is exported.
-        refusal: Why nothing can be copied; every copy fails with it.
+        rank, num_ranks: Whose part of each block the pool has. What is imported must be of as many ranks.
     """
 
     def __init__(self, pool: KVCachePool, devices: DeviceWay | None = None) -> None:
@@ -65,7 +65,7 @@ class KVTransfers:
         self._copier = KVCopier(pool)
         self._devices = devices
         self.transport: Transport = SameHost()
-        self.refusal: str | None = None
+        self.rank, self.num_ranks = 0, 1
         self._calls: BackgroundCalls[int, Memory | None] = BackgroundCalls("kv-transfer", 1)
         self._exports: dict[int, Memory | None] = {}
 
@@ -116,7 +116,6 @@ class KVTransfers:
             self._devices.close()
 
     def _copy_out(self, blocks: Sequence[int], *, on_host: bool) -> Memory:
-        self._check()
         num_bytes = len(blocks) * self._pool.bytes_per_block
         if self._devices is not None and not on_host and isinstance(self.transport, SameHost):
             export = self._devices.allocate(num_bytes)
@@ -128,8 +127,10 @@ class KVTransfers:
         return memory
 
     def _copy_in(self, kv: KVHandle, blocks: Sequence[int]) -> None:
-        self._check()
-        num_bytes = len(blocks) * self._pool.bytes_per_block
+        parts = [kv, *kv.others]
+        if len(parts) != self.num_ranks:
+            raise MemoryGoneError(f"KV of {len(parts)} ranks does not fit {self.num_ranks}")
+        kv, num_bytes = parts[self.rank], len(blocks) * self._pool.bytes_per_block
         if (kv.layout, kv.num_bytes) != (self._pool.layout, num_bytes):
             raise MemoryGoneError(f"{kv.num_bytes} bytes of {kv.layout} do not fit {num_bytes} of {self._pool.layout}")
         if kv.server is None:
@@ -140,10 +141,6 @@ class KVTransfers:
             self._copier.write_from(blocks, memory)
         else:
             self._copier.write(blocks, fetch_to_host(kv))
-
-    def _check(self) -> None:
-        if self.refusal is not None:
-            raise MemoryGoneError(self.refusal)
 
     def _describe(self, memory: Memory, seconds: float) -> KVHandle:
         address = server = None

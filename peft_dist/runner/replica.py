@@ -288,8 +288,8 @@ def _describe(config: EngineConfig, runner: ModelRunner, longest: int, depth: in
         num_blocks=runner.kv.num_blocks,
         num_host_blocks=config.num_host_blocks,
         block_size=config.block_size,
-        # Of several ranks each has a part, and a move would bring the first one's alone.
-        block_bytes=runner.kv.bytes_per_block if config.tensor_parallel_size == 1 else 0,
+        block_bytes=runner.kv.bytes_per_block * config.tensor_parallel_size,
+        tensor_parallel_size=config.tensor_parallel_size,
         device=str(runner.device),
         dtype=str(runner.model.dtype).removeprefix("torch."),
         depth=depth,

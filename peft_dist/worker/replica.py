@@ -120,6 +120,10 @@ class Replica(Protocol):
         """How KV gets to replicas of other hosts, from now on."""
         ...
 
+    def follow(self) -> None:
+        """Do what rank 0 of this replica does, until it is closed. For every other rank."""
+        ...
+
     def warm_up_some(self) -> bool:
         """Do a little of what would hold up requests later; False: nothing is left to do. For when there is no work."""
         ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -262,6 +263,19 @@ def test_the_cheaper_way_is_taken() -> None:
         out = core.handover.move("r", target.replica_id, 1.0)
         assert isinstance(out[0].command, kind)
         assert core.handover.num_recomputed == (kind is AbortRequest)
+
+
+def test_between_replicas_of_other_numbers_of_ranks_it_is_computed_again() -> None:
+    core = cluster()
+    source = submit(core, "r", max_tokens=9)
+    for replica in core.replicas.all():
+        replica.costs = StepCosts(transfer=(0.0, 0.0))
+    target = core.replicas[1 - source]
+    assert target.model is not None
+    target.model = replace(target.model, tensor_parallel_size=2)
+    core.observe(source, source + 1, Started(request_ids=["r-0"]), 1.0)
+    core.observe(source, source + 1, tokens("r-0", [7, 8], 0), 1.0)
+    assert isinstance(core.handover.move("r", target.replica_id, 1.0)[0].command, AbortRequest)
 
 
 def test_who_has_no_kv_is_simply_sent_elsewhere() -> None:
