@@ -40,8 +40,11 @@ def _live_families(view: MovesView) -> Iterator[Any]:
     for names, number in sorted(view.ends.items()):
         ends.add_metric(names, number)
     yield ends
-    text = "Bytes of KV of the requests that moved with it."
-    yield CounterMetricFamily("peft_dist:live_move_kv_bytes", text, view.num_bytes)
+    text = "Bytes of KV of the requests that moved with it, by the memory in which it lay on the way."
+    sizes = CounterMetricFamily("peft_dist:live_move_kv_bytes", text, labels=["memory"])
+    for memory in ("device", "host"):
+        sizes.add_metric([memory], view.num_bytes.get(memory, 0))
+    yield sizes
     text = "Seconds until a request that moved with its KV ran elsewhere."
     bounds = [*map(str, MOVE_SECONDS), "+Inf"]
     buckets = list(zip(bounds, accumulate(view.seconds), strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 
 from peft_dist.core.handover import SequenceState
@@ -34,7 +35,7 @@ class _Move:
         cause: Why it moves, for the counts.
         num_moves: The record's when it was asked for; another one means that it left the source in another way.
         ids: What the target knows its sequences as, by index, once it has been asked to import them.
-        computed: Tokens whose KV came along, by index; ``num_bytes`` is the size of it.
+        computed: Tokens whose KV came along, by index; ``num_bytes`` is the size of it, by memory.
     """
 
     number: int
@@ -47,7 +48,7 @@ class _Move:
     cause: str
     ids: dict[int, str] = field(default_factory=dict)
     computed: dict[int, int] = field(default_factory=dict)
-    num_bytes: int = 0
+    num_bytes: Counter[str] = field(default_factory=Counter)
 
 
 class Handover:
@@ -177,7 +178,8 @@ class Handover:
                 return self._recompute(move, now)
             wanted.append(state)
             move.computed[sequence.index] = state.num_computed_tokens
-            move.num_bytes += sum(kv.total_bytes for kv in state.kv)
+            for kv in state.kv:
+                move.num_bytes["host" if kv.server is None else "device"] += kv.total_bytes
         move.ids = self._requests.new_ids(record)
         move.num_moves = record.num_moves
         requests = list(add_commands(record, now, move.ids))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 from collections import Counter
+from collections.abc import Mapping
 
 from peft_dist.orchestrator.observation import MOVE_SECONDS, MovesView
 
@@ -20,7 +21,7 @@ class MoveCounts:
 
     def __init__(self) -> None:
         self._ends: Counter[tuple[str, str, str]] = Counter()
-        self._num_bytes = 0
+        self._num_bytes: Counter[str] = Counter()
         self._seconds = [0] * (len(MOVE_SECONDS) + 1)
         self._sum_seconds = 0.0
 
@@ -28,10 +29,10 @@ class MoveCounts:
         """A request was sent elsewhere without its KV, as was meant."""
         self._ends[cause, "recompute", "moved"] += 1
 
-    def bring(self, cause: str, num_bytes: int, seconds: float) -> None:
-        """A request has moved with so many bytes of KV, so long after it was asked to."""
+    def bring(self, cause: str, num_bytes: Mapping[str, int], seconds: float) -> None:
+        """A request has moved with so many bytes of KV, by memory, so long after it was asked to."""
         self._ends[cause, "kv", "moved"] += 1
-        self._num_bytes += num_bytes
+        self._num_bytes.update(num_bytes)
         self._seconds[bisect.bisect_left(MOVE_SECONDS, seconds)] += 1
         self._sum_seconds += seconds
 
@@ -40,4 +41,4 @@ class MoveCounts:
         self._ends[cause, "kv", outcome] += 1
 
     def view(self) -> MovesView:
-        return MovesView(dict(self._ends), self._num_bytes, tuple(self._seconds), self._sum_seconds)
+        return MovesView(dict(self._ends), dict(self._num_bytes), tuple(self._seconds), self._sum_seconds)

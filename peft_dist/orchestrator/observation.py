@@ -50,13 +50,13 @@ class MovesView:
 
     Attributes:
         ends: By why ("plan", "drain", "call"), how ("kv", "recompute") and with what end, as ``MoveCounts`` says.
-        num_bytes: Of KV, of the requests that moved with it.
+        num_bytes: Of KV, of the requests that moved with it, by the memory in which it lay ("device", "host").
         seconds: How many of them took how long, by bucket; each counted once.
         sum_seconds: Of all of them.
     """
 
     ends: dict[tuple[str, str, str], int] = field(default_factory=dict)
-    num_bytes: int = 0
+    num_bytes: dict[str, int] = field(default_factory=dict)
     seconds: tuple[int, ...] = (0,) * (len(MOVE_SECONDS) + 1)
     sum_seconds: float = 0.0
 

@@ -75,7 +75,7 @@ def test_several_replicas_tell_of_plans_and_moves() -> None:
     for cause in (PLAN, PLAN, DRAIN):
         counts.recompute(cause)
     for seconds in (0.02, 0.05, 30.0):
-        counts.bring(PLAN, 1000, seconds)
+        counts.bring(PLAN, {"device": 1000}, seconds)
     for outcome in ("recomputed", "stayed"):
         counts.fail(PLAN, outcome)
     live = counts.view()
@@ -97,7 +97,8 @@ def test_several_replicas_tell_of_plans_and_moves() -> None:
         assert scrape.value("peft_dist:live_moves_total", **ends, outcome="moved") == 3
         assert scrape.value("peft_dist:live_moves_total", **ends, outcome="stayed") == 1
         assert scrape.value("peft_dist:live_moves_total", cause="drain", way="recompute", outcome="moved") == 1
-        assert scrape.value("peft_dist:live_move_kv_bytes_total") == 3000
+        assert scrape.value("peft_dist:live_move_kv_bytes_total", memory="device") == 3000
+        assert scrape.value("peft_dist:live_move_kv_bytes_total", memory="host") == 0
         buckets = [scrape.value("peft_dist:live_move_seconds_bucket", le=le) for le in ("0.01", "0.05", "10.0", "+Inf")]
         assert buckets == [0, 2, 2, 3] and scrape.value("peft_dist:live_move_seconds_sum") == 30.07
         assert scrape.value("peft_dist:migration_moves_dropped_total") == 3

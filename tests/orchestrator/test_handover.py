@@ -103,7 +103,7 @@ def test_the_way_of_a_request_that_moves() -> None:
     assert moving.core.handover.next_deadline() == math.inf
     assert moving.ends == {("call", "kv", "moved"): 1}
     view = moving.view
-    assert (view.num_bytes, view.seconds[:2], sum(view.seconds)) == (KV.num_bytes, (1, 0), 1)
+    assert (view.num_bytes, view.seconds[:2], sum(view.seconds)) == ({"host": KV.num_bytes}, (1, 0), 1)
 
 
 def seed_of(moving: Moving) -> int:
