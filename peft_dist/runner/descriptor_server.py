@@ -26,6 +26,7 @@ class DescriptorServer:
     """
 
     def __init__(self) -> None:
+        """Raises OSError when there are no such sockets."""
         self.address = f"peft-dist-{secrets.token_hex(16)}"
         self._offers: dict[str, Offer] = {}
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -44,9 +45,10 @@ class DescriptorServer:
 
     def close(self) -> None:
         """Answer nobody any more."""
-        # Which ends the thread's wait.
-        self._socket.shutdown(socket.SHUT_RDWR)
-        self._thread.join()
+        if self._thread.is_alive():
+            # Which ends its wait.
+            self._socket.shutdown(socket.SHUT_RDWR)
+            self._thread.join()
         self._socket.close()
         self._offers.clear()
 

@@ -74,9 +74,12 @@ class DeviceWay:
             make: Memory of so many bytes. Raises MemoryGoneError.
             map_file: Memory of another process, by descriptor and bytes. Raises MemoryGoneError.
             free_bytes: Of the device.
+
+        Raises:
+            OSError: files cannot be handed to others here.
         """
         self._device, self._make, self._map_file, self._free_bytes = device, make, map_file, free_bytes
-        self._server: DescriptorServer | None = None
+        self._server = DescriptorServer()
         self._lock = threading.Lock()
         self._used = 0
         self._can_map = True
@@ -95,15 +98,12 @@ class DeviceWay:
 
     def offer(self, export: Export) -> str:
         """Let others have it; where."""
-        if self._server is None:
-            self._server = DescriptorServer()
         self._server.offer(export.token, lambda kind: export.descriptor(kind, self._device))
         return self._server.address
 
     def withdraw(self, export: Export) -> None:
         """End what ``offer`` began; who has it open already may read on."""
-        if self._server is not None:
-            self._server.withdraw(export.token)
+        self._server.withdraw(export.token)
 
     def map(self, kv: KVHandle) -> FlatMemory | None:
         """Another replica's export, mapped; None where this device cannot reach that one. Raises MemoryGoneError."""
@@ -123,9 +123,7 @@ class DeviceWay:
 
     def close(self) -> None:
         """Offer nothing any more."""
-        if self._server is not None:
-            self._server.close()
-            self._server = None
+        self._server.close()
 
     def _count(self, num_bytes: int) -> None:
         with self._lock:
@@ -150,16 +148,22 @@ def choose_device_way(device: torch.device) -> DeviceWay | None:
     """For the exports of a GPU; None, with the reason logged, where they are to go through host memory."""
     if device.type != "cuda":
         return None
-    if (obstacle := find_obstacle(device)) is not None:
+    obstacle, way = find_obstacle(device), None
+    if obstacle is None:
+        try:
+            way = DeviceWay(
+                device,
+                lambda num_bytes: DeviceMemory(num_bytes, device),
+                lambda descriptor, num_bytes: DeviceMemory(num_bytes, device, descriptor),
+                lambda: torch.cuda.mem_get_info(device)[0],
+            )
+        except OSError as error:
+            obstacle = str(error)
+    if way is None:
         logger.info("KV for other replicas of this host goes through host memory: %s", obstacle)
-        return None
-    logger.info("KV for other replicas of this host stays in device memory, which they map")
-    return DeviceWay(
-        device,
-        lambda num_bytes: DeviceMemory(num_bytes, device),
-        lambda descriptor, num_bytes: DeviceMemory(num_bytes, device, descriptor),
-        lambda: torch.cuda.mem_get_info(device)[0],
-    )
+    else:
+        logger.info("KV for other replicas of this host stays in device memory, which they map")
+    return way
 
 
 def _copy_to_host(memory: FileMemory, device: torch.device) -> SharedMemory:
