@@ -13,6 +13,7 @@ from peft_dist.core.errors import ConfigError
 Preemption = Literal["auto", "recompute", "swap"]
 MergeMethod = Literal["auto", "shadow", "host", "off"]
 AttentionName = Literal["auto", "vllm-flash-attn", "flashinfer", "triton", "c", "torch"]
+KVTransfer = Literal["auto", "host"]
 LoadFormat = Literal["auto", "dummy"]
 
 _BYTE_UNITS = {"": 1, "b": 1}
@@ -71,6 +72,8 @@ class EngineConfig:
         attention_backend: "auto" takes the fastest that is installed: on a GPU "vllm-flash-attn" (found in vllm, the
             kernels package or vllm_flash_attn), "flashinfer", "triton" or "torch", on a CPU "c" or "torch". A layer
             that it does not take runs in the next one.
+        kv_transfer: Where KV that moves to another replica of the host lies on its way: "auto" in device memory if a
+            GPU offers it, "host" in host memory.
         seed: Seeds the seeds of requests that bring none; None draws from the system.
         trust_remote_code: Let the base model's repository run code. No adapter can set it.
         policy: "credit" (dLoRA), "merge" (merged only) or "fcfs" (unmerged only); None is "credit", and "merge" for
@@ -119,6 +122,7 @@ class EngineConfig:
     enforce_eager: bool = False
     fuse: bool = True
     attention_backend: AttentionName = "auto"
+    kv_transfer: KVTransfer = "auto"
     seed: int | None = None
     trust_remote_code: bool = False
     policy: str | None = None
@@ -201,6 +205,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "Preemption": str,
     "MergeMethod": str,
     "AttentionName": str,
+    "KVTransfer": str,
     "LoadFormat": str,
     "tuple[str, ...]": tuple,
     "None": type(None),
@@ -214,6 +219,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "preemption": get_args(Preemption),
     "merge": get_args(MergeMethod),
     "attention_backend": get_args(AttentionName),
+    "kv_transfer": get_args(KVTransfer),
     "load_format": get_args(LoadFormat),
     "policy_profile": ("default", "artifact"),
     "exec_type": ("dlora", "peft", "vllm"),

@@ -17,7 +17,6 @@ from peft_dist.core.messages import AdapterResidency
 from peft_dist.engine.executor import LoadOutcome, TransferOutcome
 from peft_dist.kernels.capture import NotCapturableError
 from peft_dist.runner.adapter_loader import AdapterLoader
-from peft_dist.runner.device_way import choose_device_way
 from peft_dist.runner.kv_transfers import KVTransfers
 from peft_dist.runner.merged_ratio import host_limit
 from peft_dist.runner.model_runner import ModelRunner, PendingStep
@@ -73,7 +72,7 @@ class TorchExecutor:
         """``load_timeout``: Seconds for reading one adapter; None is no limit."""
         self.runner = runner
         self._loader = AdapterLoader(runner.store, load_timeout)
-        self.transfers = KVTransfers(runner.kv, choose_device_way(runner.device))
+        self.transfers = KVTransfers(runner.kv)
         self._slots: dict[str, int] = {}
         self._mergeable: dict[str, bool] = {}
         self._switch: DeviceSpan | None = None

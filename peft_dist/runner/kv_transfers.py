@@ -55,7 +55,7 @@ class KVTransfers:
     """Starts copies, and tells of their ends. Exports are kept until they are ended.
 
     Attributes:
-        transport: May be changed while nothing is exported.
+        transport, devices: May be changed while nothing is exported.
         rank, num_ranks: Whose part of each block the pool has. What is imported must be of as many ranks.
     """
 
@@ -63,7 +63,7 @@ class KVTransfers:
         """``devices``: Keeps exports in device memory, where only this host's replicas are to read them."""
         self._pool = pool
         self._copier = KVCopier(pool)
-        self._devices = devices
+        self.devices = devices
         self.transport: Transport = SameHost()
         self.rank, self.num_ranks = 0, 1
         self._calls: BackgroundCalls[int, Memory | None] = BackgroundCalls("kv-transfer", 1)
@@ -88,8 +88,8 @@ class KVTransfers:
         match held[0]:
             case SharedMemory() as memory:
                 self.transport.withdraw(memory)
-            case Export() as export if self._devices is not None:
-                self._devices.withdraw(export)
+            case Export() as export if self.devices is not None:
+                self.devices.withdraw(export)
                 del export
                 # Freeing it may wait for the device.
                 self._calls.start(_LET_GO, lambda call: held.clear())
@@ -112,13 +112,13 @@ class KVTransfers:
         """End the thread, and let all memory go."""
         self._calls.close()
         self._exports.clear()
-        if self._devices is not None:
-            self._devices.close()
+        if self.devices is not None:
+            self.devices.close()
 
     def _copy_out(self, blocks: Sequence[int], *, on_host: bool) -> Memory:
         num_bytes = len(blocks) * self._pool.bytes_per_block
-        if self._devices is not None and not on_host and isinstance(self.transport, SameHost):
-            export = self._devices.allocate(num_bytes)
+        if self.devices is not None and not on_host and isinstance(self.transport, SameHost):
+            export = self.devices.allocate(num_bytes)
             if export is not None:
                 self._copier.read_into(blocks, export.contents)
                 return export
@@ -136,7 +136,7 @@ class KVTransfers:
         if kv.server is None:
             self._copier.write(blocks, self.transport.open(kv))
             return
-        memory = self._devices.map(kv) if self._devices is not None else None
+        memory = self.devices.map(kv) if self.devices is not None else None
         if memory is not None:
             self._copier.write_from(blocks, memory)
         else:
@@ -147,8 +147,8 @@ class KVTransfers:
         if isinstance(memory, SharedMemory):
             num_bytes, descriptor, address = len(memory.contents), memory.descriptor, self.transport.offer(memory)
         else:
-            assert self._devices is not None, "it was made there"
-            num_bytes, descriptor, server = memory.contents.num_bytes, -1, self._devices.offer(memory)
+            assert self.devices is not None, "it was made there"
+            num_bytes, descriptor, server = memory.contents.num_bytes, -1, self.devices.offer(memory)
         return KVHandle(
             layout=self._pool.layout,
             num_blocks=num_bytes // self._pool.bytes_per_block,

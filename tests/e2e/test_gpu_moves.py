@@ -137,7 +137,7 @@ def test_a_request_goes_from_gpu_to_gpu(dies: str, tmp_path: Path) -> None:
             target.replica.engine.add_request(request("r", PROMPT, PARAMS, None, told.drawn))
         else:
             assert report.error is None and moving.num_computed_tokens == told.state.num_computed_tokens
-            devices = target.replica.executor.transfers._devices
+            devices = target.replica.executor.transfers.devices
             assert devices is not None and devices._can_map, "not through the host"
         if dies == "after":
             source.kill()
@@ -171,8 +171,8 @@ def _be_a_replica(model: str) -> None:
     transfers.start_export(-2, [0], on_host=False)
     while not transfers.take():
         select.select([transfers.fileno()], [], [])
-    assert transfers._devices is not None
-    left = transfers._devices._used - source.replica.runner.kv.bytes_per_block
+    assert transfers.devices is not None
+    left = transfers.devices._used - source.replica.runner.kv.bytes_per_block
     source.replica.close()
     print(f"{left} bytes left", flush=True)
 
