@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 _DEVICE, _HOST = b"d", b"h"
 # Of all exports of one device at once; what is more goes through the host.
 _MOST_BYTES = 1 << 30
+# The driver gives out no less at once.
+GRAIN_BYTES = 2 << 20
 _PIECE_BYTES = 16 << 20
 
 
@@ -86,14 +88,15 @@ class DeviceWay:
 
     def allocate(self, num_bytes: int) -> Export | None:
         """None where there is no room to spare."""
-        if num_bytes > min(_MOST_BYTES - self._used, self._free_bytes() // 2):
+        taken = -(-num_bytes // GRAIN_BYTES) * GRAIN_BYTES
+        if taken > min(_MOST_BYTES - self._used, self._free_bytes() // 2):
             return None
         try:
             export = Export(self._make(num_bytes))
         except MemoryGoneError:
             return None
-        self._count(num_bytes)
-        weakref.finalize(export, self._count, -num_bytes).atexit = False
+        self._count(taken)
+        weakref.finalize(export, self._count, -taken).atexit = False
         return export
 
     def offer(self, export: Export) -> str:

@@ -19,6 +19,7 @@ from peft_dist.core.handover import SequenceState
 from peft_dist.core.messages import Exported, Imported
 from peft_dist.runner.descriptor_server import DescriptorServer, fetch_descriptor
 from peft_dist.runner.device_memory import DeviceMemory, find_obstacle
+from peft_dist.runner.device_way import GRAIN_BYTES
 from peft_dist.runner.replica import Replica, build_replica
 from tests.e2e.test_handover import Running, request
 from tests.tiny_models import make_model
@@ -172,7 +173,7 @@ def _be_a_replica(model: str) -> None:
     while not transfers.take():
         select.select([transfers.fileno()], [], [])
     assert transfers.devices is not None
-    left = transfers.devices._used - source.replica.runner.kv.bytes_per_block
+    left = transfers.devices._used - GRAIN_BYTES
     source.replica.close()
     print(f"{left} bytes left", flush=True)
 

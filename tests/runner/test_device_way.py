@@ -19,7 +19,7 @@ from peft_dist.engine.executor import TransferOutcome
 from peft_dist.kernels.kv_pool import KVCachePool
 from peft_dist.runner.descriptor_server import DescriptorServer, fetch_descriptor
 from peft_dist.runner.device_memory import find_obstacle
-from peft_dist.runner.device_way import DeviceWay, choose_device_way
+from peft_dist.runner.device_way import GRAIN_BYTES, DeviceWay, choose_device_way
 from peft_dist.runner.kv_transfers import KVTransfers
 from peft_dist.runner.shared_memory import MemoryGoneError, SharedMemory, map_memory
 
@@ -110,7 +110,7 @@ def test_blocks_go_from_device_to_device_and_leave_nothing_behind(source: Device
     assert kv.server is not None and kv.num_bytes == 4 * source.pool.bytes_per_block
     assert target.fill(kv, GIVEN).error is None
     assert target.num_maps == 1 and target.holds(GIVEN, source, TAKEN)
-    assert source.way._used == kv.num_bytes
+    assert source.way._used == GRAIN_BYTES
     source.transfers.end_export(1)
     assert "MemoryGoneError" in str(target.fill(kv, GIVEN).error), "what was let go cannot be had any more"
     # The thread of the copies has let it go by the time it has done something else.
@@ -139,15 +139,14 @@ def test_who_cannot_reach_the_device_gets_a_copy_on_the_host_and_knows_it_next_t
 
 
 def test_without_room_and_from_the_host_it_goes_through_host_memory(target: Device) -> None:
-    source = Device(1, free_bytes=7 * target.pool.bytes_per_block)
+    full, source = Device(1, free_bytes=2 * GRAIN_BYTES - 1), Device(1)
     source.pool.swap_out([(5, 3)])
-    assert source.export([5, 6, 7], 1).server is not None
-    for key, blocks, on_host in ((2, TAKEN, False), (3, [3], True)):
-        kv = source.export(blocks, key, on_host=on_host)
+    for device, blocks, on_host in ((full, TAKEN, False), (source, [3], True)):
+        kv = device.export(blocks, on_host=on_host)
         assert kv.server is None
         assert target.fill(kv, GIVEN[: len(blocks)]).error is None
-        assert target.holds(GIVEN[: len(blocks)], source, [5] if on_host else blocks)
-    source.transfers.close()
+        assert target.holds(GIVEN[: len(blocks)], device, [5] if on_host else blocks)
+        device.transfers.close()
 
 
 def test_device_memory_that_another_process_holds_outlives_it() -> None:
