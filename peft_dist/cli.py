@@ -14,7 +14,15 @@ try:
 except ModuleNotFoundError as missing:
     raise SystemExit("peft-dist needs the server's packages: pip install 'peft-dist[server]'") from missing
 
-from peft_dist.core.config import AttentionName, EngineConfig, LoadFormat, MergeMethod, Preemption, parse_bytes
+from peft_dist.core.config import (
+    AttentionName,
+    EngineConfig,
+    KVTransfer,
+    LoadFormat,
+    MergeMethod,
+    Preemption,
+    parse_bytes,
+)
 from peft_dist.core.errors import ConfigError, PeftDistError
 
 API_KEYS_VARIABLE = "PEFT_DIST_API_KEY"
@@ -79,6 +87,7 @@ def serve(
     attention_backend: Annotated[
         str, typer.Option(help="auto, vllm-flash-attn, flashinfer, triton, c or torch.")
     ] = "auto",
+    kv_transfer: Annotated[str, typer.Option(help="auto or host: where KV lies that moves to a replica.")] = "auto",
     num_host_blocks: Annotated[int, typer.Option(help="KV blocks in host memory, for preemption by swap.")] = 0,
     gpu_memory_utilization: Annotated[float, typer.Option(help="Share of the device's memory to use.")] = 0.9,
     max_loras: Annotated[int, typer.Option(help="Adapters on the device at once.")] = 64,
@@ -166,6 +175,7 @@ def serve(
             num_blocks=num_blocks,
             num_host_blocks=num_host_blocks,
             attention_backend=cast(AttentionName, attention_backend),
+            kv_transfer=cast(KVTransfer, kv_transfer),
             gpu_memory_utilization=gpu_memory_utilization,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,

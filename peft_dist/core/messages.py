@@ -20,7 +20,7 @@ from peft_dist.core.replica_state import ReplicaStats as ReplicaStats
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.core.step_costs import StepCosts
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 
 
 class _Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
@@ -75,6 +75,13 @@ class PinAdapter(Command, frozen=True, kw_only=True):
 
     name: str
     content_hash: str | None = None
+
+
+class PrefetchAdapter(Command, frozen=True, kw_only=True):
+    """Bring content that the replica holds onto its device, if there is room beside what its requests use, also those
+    that wait; else the wish is dropped. Not answered."""
+
+    content_hash: str
 
 
 class UnloadAdapter(Command, frozen=True, kw_only=True):
@@ -245,6 +252,7 @@ AnyCommand = (
     | ImportRequests
     | LoadAdapter
     | PinAdapter
+    | PrefetchAdapter
     | UnloadAdapter
     | Shutdown
     | Fence

@@ -16,6 +16,7 @@ from peft_dist.core.messages import (
     Imported,
     ImportRequests,
     PinAdapter,
+    PrefetchAdapter,
     Progress,
     SequenceProgress,
     Started,
@@ -71,6 +72,8 @@ class EngineDriver:
                 self._import(command)
             case PinAdapter(name=name, content_hash=content_hash):
                 self._engine.pin_adapter(name, content_hash)
+            case PrefetchAdapter(content_hash=content_hash):
+                self._engine.prefetch_adapter(content_hash)
 
     def step(self, *, report: bool) -> None:
         """One engine step; its stats are told with its progress, with ``report`` in any case, and when work ran out."""

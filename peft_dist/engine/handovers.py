@@ -295,4 +295,4 @@ class Handovers:
         for request_id, keys in arrival.copies.items():
             parts = states[request_id].kv
             seconds = parts[-1].seconds + sum(arrival.seconds[key] for key in keys)
-            self._engine.cost.observe_transfer(sum(kv.num_bytes for kv in parts), seconds)
+            self._engine.cost.observe_transfer(sum(kv.total_bytes for kv in parts), seconds)

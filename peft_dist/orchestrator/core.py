@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from functools import partial
 from typing import Any
 
 from peft_dist.core.config import ModelInfo
@@ -31,6 +32,7 @@ from peft_dist.orchestrator.endings import Endings
 from peft_dist.orchestrator.handover import Handover
 from peft_dist.orchestrator.lifecycle import Lifecycle
 from peft_dist.orchestrator.migration import Migration
+from peft_dist.orchestrator.move_counts import DRAIN, PLAN, MoveCounts
 from peft_dist.orchestrator.options import OrchestratorOptions
 from peft_dist.orchestrator.placer import Placer
 from peft_dist.orchestrator.records import (
@@ -71,11 +73,13 @@ class Orchestrator:
         self._endings = Endings(self._requests, self.adapters, self._demand, self._room, self._events)
         self._calls = AdapterCalls(self.adapters, self.replicas, self._events)
         tables = self._requests, self.replicas, self._calls
-        self.migration = Migration(options, *tables, self.adapters, self._demand, self._events)
+        counts = MoveCounts()
+        self.migration = Migration(options, *tables, self.adapters, self._demand, self._events, counts)
         lengths, hosting = self._demand.lengths, self.migration.hosting
         self._placer = Placer(*tables, options.max_num_seqs, lengths, hosting)
-        self.handover = Handover(self._requests, self.replicas, self._placer, options.handover_timeout)
-        self._placer.mover = self.migration.mover = self.handover.move_record
+        self.handover = Handover(self._requests, self.replicas, self._placer, options.handover_timeout, counts)
+        self._placer.mover = partial(self.handover.move_record, cause=DRAIN)
+        self.migration.mover = partial(self.handover.move_record, cause=PLAN)
         self.lives = Lifecycle(self.replicas, options)
         self._stopping = False
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from peft_dist.core.messages import PinAdapter
+from peft_dist.core.messages import PrefetchAdapter
 from peft_dist.orchestrator.adapter_calls import AdapterCalls, to
 from peft_dist.orchestrator.records import Event, Outgoing, PlacementDue, Replica, RequestRecord
 from peft_dist.orchestrator.replicas import ReplicaTable
@@ -13,8 +13,6 @@ from peft_dist.placement.placer import Placer, Search, placement_steps
 from peft_dist.placement.placing import Placement
 from peft_dist.placement.types import AdapterStep
 
-# No name of an adapter: those have no spaces around them. What it pins it pins for a moment: to have it loaded.
-AHEAD = " ahead"
 # Rates move slowly; adapters and replicas that come or go are seen at once.
 LOOK_SECONDS = 5.0
 
@@ -96,7 +94,7 @@ class Hosting:
         return self._send_ahead(now)
 
     def carry_out(self, steps: Sequence[AdapterStep]) -> list[Outgoing]:
-        """Have replicas load adapters now. What leaves for them is the replica's choice: what was used longest ago."""
+        """Have replicas load adapters. What leaves for them is the replica's choice, and nothing that requests use."""
         ready = {replica.replica_id: replica for replica in self._replicas.ready()}
         out: list[Outgoing] = []
         for step in steps:
@@ -151,5 +149,4 @@ class Hosting:
     def _load(self, replica: Replica, contents: Sequence[str]) -> list[Outgoing]:
         if not self._sends_ahead:
             return []
-        # The pin starts the load, and the next one, or the last without content, lets the adapter leave again.
-        return [to(replica, PinAdapter(name=AHEAD, content_hash=content)) for content in (*contents, None)]
+        return [to(replica, PrefetchAdapter(content_hash=content)) for content in contents]

@@ -23,6 +23,7 @@ from peft_dist.core.messages import (
     LoadAdapter,
     PinAdapter,
     Ping,
+    PrefetchAdapter,
     Progress,
     SequenceProgress,
     Shutdown,
@@ -144,6 +145,8 @@ class WorkerLoop:
                 self._fetcher.start(command)
             case PinAdapter(name=name, content_hash=content_hash):
                 self._engine.pin_adapter(name, content_hash)
+            case PrefetchAdapter(content_hash=content_hash):
+                self._engine.prefetch_adapter(content_hash)
             case UnloadAdapter():
                 self._adapters.pop(command.content_hash, None)
                 self._engine.forget_adapter(command.content_hash)

@@ -10,6 +10,7 @@ import sys
 import threading
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from peft_dist.core.errors import ConfigError
 from peft_dist.core.messages import Fatal, LoadAdapter, Ready
@@ -18,6 +19,9 @@ from peft_dist.worker.config import WorkerConfig
 from peft_dist.worker.heart import Heart
 from peft_dist.worker.loop import WorkerLoop, describe
 from peft_dist.worker.replica import Replica
+
+if TYPE_CHECKING:
+    from peft_dist.worker.kv_server import TcpTransport
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +51,11 @@ def run_rank(config: WorkerConfig) -> int:
     """Do what rank 0 of the same launch does, until it is closed; returns the exit status."""
     try:
         check_world(config.world_size)
-        config.load_factory()(config.engine).follow()
+        replica: Replica = config.load_factory()(config.engine)
+        server = _serve_kv(config, replica)
+        replica.follow()
+        if server is not None:
+            server.close()
         return 0
     except Exception:
         logger.exception("a rank of replica %d cannot go on", config.replica_id)
@@ -59,12 +67,7 @@ def run_rank(config: WorkerConfig) -> int:
 def _serve(config: WorkerConfig, channel: Channel) -> int:
     check_world(config.world_size)
     replica: Replica = config.load_factory()(config.engine)
-    server = None
-    if config.kv_endpoint is not None:
-        from peft_dist.worker.kv_server import TcpTransport
-
-        server = TcpTransport(config.kv_endpoint, keys=config.keys())
-        replica.use_transport(server)
+    server = _serve_kv(config, replica)
     channel.send(Ready(model=replica.model_info, pid=os.getpid(), costs=replica.engine.detail().costs))
     heart = Heart(channel, config.heartbeat_seconds)
     heart.start()
@@ -78,6 +81,17 @@ def _serve(config: WorkerConfig, channel: Channel) -> int:
     # Not after a failure: an engine that failed may fail again, and its first words are the ones that count.
     replica.close()
     return EXIT_FENCED if loop.is_fenced else 0
+
+
+def _serve_kv(config: WorkerConfig, replica: Replica) -> TcpTransport | None:
+    """Have this rank's exports read from other hosts, where that is asked for."""
+    if config.kv_endpoint is None:
+        return None
+    from peft_dist.worker.kv_server import TcpTransport
+
+    server = TcpTransport(config.kv_endpoint, keys=config.keys())
+    replica.use_transport(server)
+    return server
 
 
 def check_world(world_size: int) -> None:

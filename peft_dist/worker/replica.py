@@ -50,6 +50,10 @@ class ReplicaEngine(Protocol):
         """Have a name pin this registered content and no other; None: nothing."""
         ...
 
+    def prefetch_adapter(self, content_hash: str) -> None:
+        """Bring an adapter to the device if there is room that no request uses."""
+        ...
+
     def forget_adapter(self, content_hash: str) -> None: ...
 
     def stats(self) -> ReplicaStats: ...
@@ -114,6 +118,10 @@ class Replica(Protocol):
 
     def use_transport(self, transport: Transport) -> None:
         """How KV gets to replicas of other hosts, from now on."""
+        ...
+
+    def follow(self) -> None:
+        """Do what rank 0 of this replica does, until it is closed. For every other rank."""
         ...
 
     def warm_up_some(self) -> bool:

@@ -20,6 +20,7 @@ from peft_dist.core.messages import (
     ImportRequests,
     LoadAdapter,
     PinAdapter,
+    PrefetchAdapter,
     Progress,
     Ready,
     ReplicaStats,
@@ -82,6 +83,8 @@ class MiniReplica:
                 self._load(load)
             case PinAdapter(name=name, content_hash=content_hash):
                 self._pin(name, content_hash)
+            case PrefetchAdapter(content_hash=content_hash):
+                assert content_hash in self.held, "an adapter the replica lacks"
             case UnloadAdapter(call_id=call_id, content_hash=content_hash):
                 held = [each for export in self.exports.values() for each in export.values()]
                 used = {add.content_hash for add, _ in (*self.running.values(), *held)}

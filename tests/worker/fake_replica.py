@@ -43,6 +43,7 @@ class FakeEngine:
         self.requests: dict[str, Request] = {}
         self.adapters: dict[str, AdapterSpec] = {}
         self.pins: dict[str, str] = {}
+        self.prefetched: list[str] = []
 
     @property
     def has_work(self) -> bool:
@@ -78,6 +79,10 @@ class FakeEngine:
         if content_hash is not None:
             assert content_hash in self.adapters
             self.pins[name] = content_hash
+
+    def prefetch_adapter(self, content_hash: str) -> None:
+        assert content_hash in self.adapters
+        self.prefetched.append(content_hash)
 
     def forget_adapter(self, content_hash: str) -> None:
         assert content_hash not in self.pins.values(), "dropped while pinned"

@@ -22,6 +22,7 @@ from peft_dist.core.messages import (
     Imported,
     ImportRequests,
     LoadAdapter,
+    PrefetchAdapter,
     Progress,
     ReplicaDetail,
     Shutdown,
@@ -249,3 +250,10 @@ def test_imports_are_refused_in_words_and_can_be_aborted(replica: EngineReplica)
     [last] = [s for report in script.sent if isinstance(report, Progress) for s in report.sequences]
     assert last.request_id == "z" and last.finish_reason == "length"
     assert replica.engine.scheduler.blocks.num_free == replica.engine.scheduler.blocks.num_blocks
+
+
+def test_an_adapter_that_is_sent_ahead_is_loaded_and_told_while_nothing_runs(replica: EngineReplica) -> None:
+    # One that the replica has not, or has no more, is passed over.
+    script = Script([PrefetchAdapter(content_hash="gone"), PrefetchAdapter(content_hash="hash1")])
+    run(replica, script)
+    assert residency(script) == {"hash1": "device"}
