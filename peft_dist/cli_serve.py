@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from peft_dist.api.options import ServerOptions
     from peft_dist.orchestrator.core import OrchestratorOptions
     from peft_dist.orchestrator.guests import Invitation
-    from peft_dist.orchestrator.replica_process import ReplicaLauncher
     from peft_dist.orchestrator.service import EngineService
     from peft_dist.placement.placer import MigrationKind
+    from peft_dist.worker.launcher import PlainLauncher
+    from peft_dist.worker.state_folder import StateFolder
 
 logger = logging.getLogger("peft_dist.serve")
 # Signs of life that may be missing before a replica counts as hung.
@@ -51,6 +52,8 @@ class ServeSettings:
     cluster_key: Path | None
     start_timeout: float | None
     shutdown_timeout: float
+    state_dir: Path | None
+    orphan_timeout: float
     log_level: str
 
 
@@ -62,17 +65,25 @@ async def run_server(settings: ServeSettings) -> None:
     """
     from peft_dist.api.listener import Listener, write_port
     from peft_dist.orchestrator.service import EngineService
+    from peft_dist.worker.state_folder import StateFolder
+    from peft_dist.worker.survivors import find_survivors
 
     check_pinned(settings.engine, [name for name, _ in (*settings.adapters, *_folder_adapters(settings))])
     signals = StopSignals()
     listener = Listener(settings.host, settings.port)
+    state = None if settings.state_dir is None else StateFolder(settings.state_dir)
+    launcher = _launcher(settings, state)
+    replicas = range(settings.num_replicas)
+    left = {} if state is None else await find_survivors(state, {i: launcher.launch(i) for i in replicas})
     service = EngineService(
-        _launcher(settings),
+        launcher,
         _options(settings),
         num_replicas=settings.num_replicas,
         start_timeout=settings.start_timeout,
         planner_limit=settings.planner_limit,
         invitation=_invitation(settings),
+        socket=None if state is None else state.socket,
+        left=left,
     )
     try:
         http_app = await unless(signals.stop, _prepare(settings, service))
@@ -97,6 +108,8 @@ async def run_server(settings: ServeSettings) -> None:
     finally:
         await service.stop()
         await listener.close()
+        if state is not None:
+            state.close()
 
 
 async def _prepare(settings: ServeSettings, service: EngineService) -> Any:
@@ -109,8 +122,7 @@ async def _prepare(settings: ServeSettings, service: EngineService) -> Any:
         starting.append(asyncio.to_thread(_import_auto_tokenizer))
     await asyncio.gather(*starting)
     for name, path in settings.adapters:
-        pinned = name in settings.engine.pinned_adapters
-        await service.load_adapter(name, path, allow_hub=True, allow_pickle=settings.http.allow_pickle, pinned=pinned)
+        await _load(settings, service, name, path, allow_hub=True)
     await _load_folder(settings, service)
     tokenizer = await asyncio.to_thread(_load_tokenizer, service.model.tokenizer, settings.engine)
     return build_app(service, tokenizer, settings.http)
@@ -118,13 +130,20 @@ async def _prepare(settings: ServeSettings, service: EngineService) -> Any:
 
 async def _load_folder(settings: ServeSettings, service: EngineService) -> None:
     for name, root in _folder_adapters(settings):
-        pinned = name in settings.engine.pinned_adapters
         try:
-            await service.load_adapter(name, name, root=root, allow_pickle=settings.http.allow_pickle, pinned=pinned)
+            await _load(settings, service, name, name, root=root)
         except AdapterError as error:
-            if pinned:
+            if name in settings.engine.pinned_adapters:
                 raise
             logger.error("Not served: %s", error)
+
+
+async def _load(settings: ServeSettings, service: EngineService, name: str, path: str, **source: Any) -> None:
+    """Load an adapter that was given at the start, unless replicas have it from an earlier life."""
+    source |= {"allow_pickle": settings.http.allow_pickle, "pinned": name in settings.engine.pinned_adapters}
+    if not service.has_adapter(name, path, **source):
+        was_served = any(spec.name == name for spec in service.adapters())
+        await service.load_adapter(name, path, replace=was_served, **source)
 
 
 def _folder_adapters(settings: ServeSettings) -> list[tuple[str, str]]:
@@ -154,8 +173,8 @@ def _load_tokenizer(source: str | None, engine: EngineConfig) -> Any | None:
 
 
 def _options(settings: ServeSettings) -> OrchestratorOptions:
+    from peft_dist.core.restarts import RestartPolicy
     from peft_dist.orchestrator.core import OrchestratorOptions
-    from peft_dist.orchestrator.restarts import RestartPolicy
 
     return OrchestratorOptions(
         max_num_seqs=settings.engine.max_num_seqs,
@@ -189,17 +208,19 @@ def _invitation(settings: ServeSettings) -> Invitation | None:
     )
 
 
-def _launcher(settings: ServeSettings) -> ReplicaLauncher:
+def _launcher(settings: ServeSettings, state: StateFolder | None) -> PlainLauncher:
     from peft_dist.worker.config import DEFAULT_REPLICA_FACTORY
     from peft_dist.worker.launcher import LAUNCHERS
 
     factory = settings.replica_factory or DEFAULT_REPLICA_FACTORY
-    launcher: ReplicaLauncher = LAUNCHERS[settings.launcher](
+    launcher: PlainLauncher = LAUNCHERS[settings.launcher](
         settings.engine,
         log_level=settings.log_level,
         replica_factory=factory,
         heartbeat_seconds=settings.heartbeat_timeout / _BEATS,
         num_replicas=settings.num_replicas,
+        state=state,
+        further={} if state is None else {"orphan_timeout": settings.orphan_timeout},
     )
     return launcher
 
@@ -211,6 +232,8 @@ def _announce(service: EngineService, settings: ServeSettings, url: str) -> None
     logger.info(
         "Replicas  %d, %sstarted again when they die", settings.num_replicas, "" if settings.restart else "not "
     )
+    if settings.state_dir is not None:
+        logger.info("State     %s, for a server that starts within %g s", settings.state_dir, settings.orphan_timeout)
     if service.guests is not None:
         logger.info("Joining   %s%s", service.guests.endpoint, "" if settings.cluster_key else " (this machine only)")
     if settings.num_replicas > 1 or settings.listen is not None:

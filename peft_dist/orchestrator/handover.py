@@ -17,6 +17,7 @@ from peft_dist.core.messages import (
 )
 from peft_dist.core.step_costs import StepCosts
 from peft_dist.orchestrator.adapter_calls import to
+from peft_dist.orchestrator.options import OrchestratorOptions
 from peft_dist.orchestrator.placer import Placer
 from peft_dist.orchestrator.records import Outgoing, Replica, ReplicaState, RequestRecord
 from peft_dist.orchestrator.replicas import ReplicaTable
@@ -52,14 +53,15 @@ class Handover:
     which still holds it; where its KV cannot be had, or the source is lost or drains, elsewhere from the known tokens.
     """
 
-    def __init__(self, requests: RequestTable, replicas: ReplicaTable, placer: Placer, timeout: float) -> None:
-        """``timeout``: Seconds for one handover."""
+    def __init__(
+        self, requests: RequestTable, replicas: ReplicaTable, placer: Placer, options: OrchestratorOptions
+    ) -> None:
         self._requests = requests
         self._replicas = replicas
         self._placer = placer
-        self._timeout = timeout
+        self._timeout = options.handover_timeout
         self._moves: dict[int, _Move] = {}
-        self._next_number = 1
+        self._next_number = options.first_number
         self.num_with_kv = 0
         self.num_recomputed = 0
         self.num_failed = 0

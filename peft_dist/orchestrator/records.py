@@ -48,6 +48,8 @@ class Replica:
         restart_at: When a dead replica is started again, None for never.
         leaves: A draining one ends when it is empty, and is started again at once if this process had started it.
         is_guest: It joined, and is started and ended by somebody else.
+        is_survivor: It ran before this orchestrator did, and has not told yet what it has.
+        was_adopted: It did, and has.
         earlier: What the incarnations before this one counted.
     """
 
@@ -68,6 +70,8 @@ class Replica:
     restart_at: float | None = None
     leaves: bool = False
     is_guest: bool = False
+    is_survivor: bool = False
+    was_adopted: bool = False
     earlier: ReplicaTotals = field(default_factory=ReplicaTotals)
     error: PeftDistError | None = None
 

@@ -15,8 +15,8 @@ import pytest
 
 from peft_dist import LLM, SamplingParams
 from peft_dist.core.config import EngineConfig
+from peft_dist.core.restarts import RestartPolicy
 from peft_dist.orchestrator.core import OrchestratorOptions
-from peft_dist.orchestrator.restarts import RestartPolicy
 from peft_dist.orchestrator.service import EngineService
 from peft_dist.worker.launcher import AccelerateLauncher, PlainLauncher
 from scripts.demo_model import ensure_demo_model

@@ -154,6 +154,9 @@ class FakeHandovers:
             for held in self._exports.values():
                 held.pop(request_id, None)
 
+    def clear(self) -> None:
+        self._exports.clear()
+
     def poll(self) -> list[Exported | Imported]:
         reports, self._reports = self._reports, []
         return reports
