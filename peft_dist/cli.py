@@ -143,7 +143,6 @@ def serve(
     from peft_dist.api.options import ServerOptions
     from peft_dist.cli_serve import ServeSettings, configure_logging, run_server
     from peft_dist.worker.launcher import LAUNCHERS
-    from peft_dist.worker.state_folder import default_state_folder
 
     if not replicas and listen is None:
         raise ConfigError("--replicas 0 serves nobody unless others join: add --listen tcp://host:port")
@@ -218,7 +217,7 @@ def serve(
         cluster_key=cluster_key,
         start_timeout=start_timeout,
         shutdown_timeout=shutdown_timeout,
-        state_dir=(state_dir or default_state_folder(port)) if orphan_timeout else None,
+        state_dir=state_dir,
         orphan_timeout=orphan_timeout,
         log_level=_one_of("log-level", log_level.lower(), LOG_LEVELS),
     )

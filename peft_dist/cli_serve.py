@@ -65,13 +65,12 @@ async def run_server(settings: ServeSettings) -> None:
     """
     from peft_dist.api.listener import Listener, write_port
     from peft_dist.orchestrator.service import EngineService
-    from peft_dist.worker.state_folder import StateFolder
     from peft_dist.worker.survivors import find_survivors
 
     check_pinned(settings.engine, [name for name, _ in (*settings.adapters, *_folder_adapters(settings))])
     signals = StopSignals()
     listener = Listener(settings.host, settings.port)
-    state = None if settings.state_dir is None else StateFolder(settings.state_dir)
+    state = _open_state(settings)
     launcher = _launcher(settings, state)
     replicas = range(settings.num_replicas)
     left = {} if state is None else await find_survivors(state, {i: launcher.launch(i) for i in replicas})
@@ -97,7 +96,7 @@ async def run_server(settings: ServeSettings) -> None:
         # streams that took 60 to 80 ms, every 1.3 s.
         gc.set_threshold(*_COLLECT_AFTER)
         serving = await listener.start(http_app, settings.shutdown_timeout)
-        _announce(service, settings, listener.url)
+        _announce(service, settings, listener.url, state)
         if settings.port_file is not None:
             write_port(settings.port_file, listener.port)
         await unless(signals.stop, asyncio.wait({serving}))
@@ -172,6 +171,22 @@ def _load_tokenizer(source: str | None, engine: EngineConfig) -> Any | None:
     return load_tokenizer(source, revision=engine.revision, trust_remote_code=engine.trust_remote_code)
 
 
+def _open_state(settings: ServeSettings) -> StateFolder | None:
+    """Where workers are found again; None where they end with this process."""
+    from peft_dist.worker.state_folder import StateFolder, UnusableFolderError, default_path
+
+    path = settings.state_dir or default_path(settings.port)
+    if path is None or not settings.orphan_timeout:
+        return None
+    try:
+        return StateFolder(path)
+    except UnusableFolderError as error:
+        if settings.state_dir is not None:
+            raise
+        logger.warning("The workers end with this process if it is killed: %s", error)
+        return None
+
+
 def _options(settings: ServeSettings) -> OrchestratorOptions:
     from peft_dist.core.restarts import RestartPolicy
     from peft_dist.orchestrator.core import OrchestratorOptions
@@ -225,15 +240,15 @@ def _launcher(settings: ServeSettings, state: StateFolder | None) -> PlainLaunch
     return launcher
 
 
-def _announce(service: EngineService, settings: ServeSettings, url: str) -> None:
+def _announce(service: EngineService, settings: ServeSettings, url: str, state: StateFolder | None) -> None:
     model = service.model
     adapters = ", ".join(f"{spec.name} (rank {spec.max_rank})" for spec in service.adapters()) or "none"
     tokens = model.num_blocks * model.block_size
     logger.info(
         "Replicas  %d, %sstarted again when they die", settings.num_replicas, "" if settings.restart else "not "
     )
-    if settings.state_dir is not None:
-        logger.info("State     %s, for a server that starts within %g s", settings.state_dir, settings.orphan_timeout)
+    if state is not None:
+        logger.info("State     %s: workers wait %g s for the next server", state.path, settings.orphan_timeout)
     if service.guests is not None:
         logger.info("Joining   %s%s", service.guests.endpoint, "" if settings.cluster_key else " (this machine only)")
     if settings.num_replicas > 1 or settings.listen is not None:

@@ -20,7 +20,7 @@ from peft_dist.core.replica_state import ReplicaDetail as ReplicaDetail
 from peft_dist.core.replica_state import ReplicaStats as ReplicaStats
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.core.step_costs import StepCosts
-from peft_dist.core.succession import Adopt, Identify, Identity, NameAdapters, NamedAdapter
+from peft_dist.core.succession import Adopt, Identify, Identity, NameAdapters, NamedAdapter, NamesKept
 
 PROTOCOL_VERSION = 5
 
@@ -255,7 +255,18 @@ AnyCommand = (
     | Adopt
 )
 AnyReport = (
-    Join | Leave | Identity | Ready | Started | Heartbeat | Progress | AdapterResult | Exported | Imported | Fatal
+    Join
+    | Leave
+    | Identity
+    | Ready
+    | Started
+    | Heartbeat
+    | Progress
+    | AdapterResult
+    | NamesKept
+    | Exported
+    | Imported
+    | Fatal
 )
 
 

@@ -35,7 +35,7 @@ class NamedAdapter(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class NameAdapters(Command, frozen=True, kw_only=True):
-    """Remember what names mean, whether or not the replica holds it; not answered.
+    """Remember what names mean, whether or not the replica holds it; answered by ``NamesKept``.
 
     ``version`` counts the changes of the orchestrator's registry: replicas with the same one remember the same.
     ``given`` names mean something (else) from now on, ``taken`` ones nothing. ``is_whole``: Nor do any others.
@@ -45,6 +45,12 @@ class NameAdapters(Command, frozen=True, kw_only=True):
     given: list[NamedAdapter]
     taken: list[str] = []
     is_whole: bool = False
+
+
+class NamesKept(Report, frozen=True, kw_only=True):
+    """The replica remembers the names as they were at this version."""
+
+    version: int
 
 
 class Identify(Command, frozen=True, kw_only=True):

@@ -11,7 +11,7 @@ from peft_dist.core.messages import AdapterResult, AnyCommand, LoadAdapter, PinA
 from peft_dist.core.succession import NameAdapters
 from peft_dist.orchestrator.adapters import AdapterRegistry
 from peft_dist.orchestrator.holdings import Holdings
-from peft_dist.orchestrator.records import AdapterLoaded, AdapterRefused, Event, Notice, Outgoing, Replica
+from peft_dist.orchestrator.records import AdapterLoaded, AdapterRefused, Event, NamesAreKept, Notice, Outgoing, Replica
 from peft_dist.orchestrator.replicas import ReplicaTable
 
 
@@ -38,6 +38,7 @@ class AdapterCalls:
         self._events = events
         self._holdings = Holdings()
         self._next_call = first_call
+        self._kept = 0
         # Reloads that were not answered yet, and (epoch, content) that cannot be loaded there.
         self._reloads: dict[int, _Reload] = {}
         self._coming: set[tuple[int, str]] = set()
@@ -86,6 +87,7 @@ class AdapterCalls:
                 out += [self._all_names(other), *self._reload(other, self._registry.specs())]
         # The same number may be another life's, from which this one did not go on.
         is_told = version == self._registry.version and report.names == self._registry.named()
+        replica.names_version = version if is_told else 0
         return out if is_told else [*out, self._all_names(replica)]
 
     def _all_names(self, replica: Replica) -> Outgoing:
@@ -116,6 +118,10 @@ class AdapterCalls:
         out: list[Outgoing] = []
         if (renamed := self._registry.take_renamed()) is not None:
             out += [to(replica, renamed) for replica in alive.values()]
+        kept = min((replica.names_version for replica in alive.values()), default=self._registry.version)
+        if kept > self._kept:
+            self._kept = kept
+            self._events.append(NamesAreKept(kept))
         for name, content_hash in self._registry.take_repins():
             for replica in alive.values():
                 held = content_hash if content_hash and self.holds(replica, content_hash) else None

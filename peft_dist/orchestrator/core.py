@@ -22,7 +22,7 @@ from peft_dist.core.messages import (
     Shutdown,
     Started,
 )
-from peft_dist.core.succession import life_of
+from peft_dist.core.succession import NamesKept, life_of
 from peft_dist.orchestrator.adapter_calls import AdapterCalls, to
 from peft_dist.orchestrator.adapters import AdapterRegistry
 from peft_dist.orchestrator.admission import check_prompt, check_token_parameters, resolve_max_tokens
@@ -232,6 +232,8 @@ class Orchestrator:
                 out = self._observe_ready(replica, report, now)
             case AdapterResult():
                 out = self._calls.answered(replica, report) + self._place_waiting(now) + self._placer.evacuate(now)
+            case NamesKept(version=version):
+                replica.names_version = version
             case Exported() | Imported():
                 out = self.handover.observe(replica, report, now)
             case Fatal():

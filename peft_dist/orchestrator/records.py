@@ -50,6 +50,7 @@ class Replica:
         is_guest: It joined, and is started and ended by somebody else.
         is_survivor: It ran before this orchestrator did, and has not told yet what it has.
         was_adopted: It did, and has.
+        names_version: The last version of the names that it is known to remember.
         earlier: What the incarnations before this one counted.
     """
 
@@ -72,6 +73,7 @@ class Replica:
     is_guest: bool = False
     is_survivor: bool = False
     was_adopted: bool = False
+    names_version: int = 0
     earlier: ReplicaTotals = field(default_factory=ReplicaTotals)
     error: PeftDistError | None = None
 
@@ -173,6 +175,13 @@ class AdapterRefused:
 
 
 @dataclass(frozen=True, slots=True)
+class NamesAreKept:
+    """Every replica that serves remembers the names of this version: they outlive this process."""
+
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
 class ReplicaReady:
     """A replica has loaded its model."""
 
@@ -236,6 +245,7 @@ Event = (
     | RequestFailed
     | AdapterLoaded
     | AdapterRefused
+    | NamesAreKept
     | ReplicaReady
     | ReplicaLost
     | ReplicaDrained

@@ -26,6 +26,7 @@ from peft_dist.orchestrator.records import (
     AdapterLoaded,
     AdapterRefused,
     Event,
+    NamesAreKept,
     Notice,
     Outgoing,
     PlacementDue,
@@ -45,7 +46,6 @@ from peft_dist.orchestrator.timer import Timer
 from peft_dist.placement.planner import Planner
 
 logger = logging.getLogger(__name__)
-_GRACE_WHILE_STARTING = 1.0
 # What a busy loop may be late for a deadline without anything being wrong with it.
 _PAUSE = 0.5
 
@@ -80,7 +80,6 @@ class EngineService:
         self._core = Orchestrator(options.for_a_life())
         self._num_replicas = num_replicas
         self._start_timeout = start_timeout
-        self._stop_grace = stop_grace
         self.guests = Guests(invitation, self._core, self._act, self._take, self._now) if invitation else None
         self._link = Link.local(socket)
         self._survivors = Survivors(self._core, self._link, self._now, start_timeout)
@@ -89,7 +88,7 @@ class EngineService:
         self._promises = Promises()
         self._rebalancer = Rebalancer(self._core.migration, self._act, self._now, Planner(planner_limit))
         self._tasks: set[asyncio.Task[None]] = set()
-        self._startup = Startup(num_replicas, left or {})
+        self._startup = Startup(num_replicas, left or {}, stop_grace)
         self._timer = Timer(self._tick)
         self._stopping: asyncio.Task[None] | None = None
 
@@ -172,11 +171,14 @@ class EngineService:
         )
         loaded = self._promises.load(call_id)
         self._act(commands)
-        return await loaded
+        spec = await loaded
+        await self._promises.kept(self._core.adapters.version)
+        return spec
 
     async def unload_adapter(self, name: str) -> None:
         """As in ``EngineClient``."""
         self._act(self._core.unload_adapter(name))
+        await self._promises.kept(self._core.adapters.version)
 
     def has_adapter(self, name: str, path: str, **source: Any) -> bool:
         """As ``AdapterRegistry.is_named_from``: of what an earlier service had loaded."""
@@ -231,7 +233,7 @@ class EngineService:
         self._timer.cancel()
         await self._rebalancer.stop()
         self._act(self._core.shut_down())
-        await self._processes.stop_all(self._grace())
+        await self._processes.stop_all(self._startup.grace)
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -239,10 +241,6 @@ class EngineService:
         self._link.close()
         if self.guests is not None:
             self.guests.close()
-
-    def _grace(self) -> float:
-        """A replica that never was ready may be stuck in loading, and has nothing to finish."""
-        return self._stop_grace if self._startup.is_over else min(self._stop_grace, _GRACE_WHILE_STARTING)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -317,6 +315,8 @@ class EngineService:
                 self._promises.answer(call_id, spec)
             case AdapterRefused(call_id, error):
                 self._promises.answer(call_id, error)
+            case NamesAreKept(version):
+                self._promises.keep(version)
             case ReplicaReady(replica_id):
                 replicas = self._core.replicas
                 self._startup.ready(replica_id, len(replicas.ready()), adopted=replicas[replica_id].was_adopted)
@@ -327,7 +327,7 @@ class EngineService:
             case ReplicaDrained(replica_id, leaves):
                 self._promises.end_drain(replica_id, None)
                 if leaves:
-                    self._spawn(self._processes.stop(replica_id, self._grace()))
+                    self._spawn(self._processes.stop(replica_id, self._startup.grace))
             case PlanDue() | PlacementDue():
                 self._rebalancer.begin(event)
             case Notice(replica_id, text):
@@ -342,7 +342,7 @@ class EngineService:
         if lost.hangs:
             self._processes.kill(lost.replica_id)
         else:
-            self._spawn(self._processes.stop(lost.replica_id, self._grace()))
+            self._spawn(self._processes.stop(lost.replica_id, self._startup.grace))
         self._promises.end_drain(lost.replica_id, None)
         if is_ours:
             self._startup.lost(lost.replica_id, lost.error)

@@ -11,17 +11,19 @@ from peft_dist.core.errors import PeftDistError
 logger = logging.getLogger(__name__)
 # What other replicas of an earlier life get to tell of names once the first has.
 _PATIENCE = 1.0
+_GRACE_WHILE_STARTING = 1.0
 
 
 class Startup:
     """Done when all replicas are ready; or those that an earlier life left, which need not wait for new ones."""
 
-    def __init__(self, num_replicas: int, left: Collection[int]) -> None:
-        """``left``: Replicas that run already."""
+    def __init__(self, num_replicas: int, left: Collection[int], stop_grace: float) -> None:
+        """``left``: Replicas that run already. ``stop_grace``: Seconds for one to end that has served."""
         self._loop = asyncio.get_running_loop()
         self._done: asyncio.Future[None] = self._loop.create_future()
         self._wanted = max(num_replicas, 1)
         self._left = set(left)
+        self._stop_grace = stop_grace
         self._came = False
         self._error: PeftDistError | None = None
 
@@ -30,9 +32,10 @@ class Startup:
         await asyncio.shield(self._done)
 
     @property
-    def is_over(self) -> bool:
-        """Whether it was done, without an error."""
-        return self._done.done() and self._done.exception() is None
+    def grace(self) -> float:
+        """Seconds for a replica to end: one that never was ready may be stuck in loading, and has nothing to finish."""
+        is_over = self._done.done() and self._done.exception() is None
+        return self._stop_grace if is_over else min(self._stop_grace, _GRACE_WHILE_STARTING)
 
     def ready(self, replica_id: int, num_ready: int, *, adopted: bool) -> None:
         """A replica is ready; there are ``num_ready`` now."""

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 
-from peft_dist.core.messages import ProtocolError, Shutdown, decode_report
+from peft_dist.core.messages import AnyReport, Heartbeat, ProtocolError, Shutdown, decode_report
 from peft_dist.core.succession import Adopt, Identify, Identity
 from peft_dist.orchestrator.core import Orchestrator
 from peft_dist.orchestrator.link import Link, Received
@@ -15,6 +15,7 @@ from peft_dist.orchestrator.records import Replica
 logger = logging.getLogger(__name__)
 # Without a word for so long a worker hangs: an orphan says something several times a second, also while it loads.
 FIRST_WORD_SECONDS = 10.0
+_LONGEST_STEP_SECONDS = 60.0
 _ASK_AGAIN_SECONDS = 1.0
 
 
@@ -50,9 +51,14 @@ class Survivors:
             if replica is None or not replica.was_adopted:
                 logger.warning("a worker of another life, as replica %d, is told to end", received.replica_id)
             self._link.answer(received.listener, Shutdown(), received.epoch)
-        elif _is_identity(received.data):
+            return
+        report = _decode(received.data)
+        if isinstance(report, Identity):
             adopt = Adopt(replica_id=replica.replica_id, incarnation=replica.epoch, pid=os.getpid())
             self._link.answer(received.listener, adopt, epoch)
+        elif isinstance(report, Heartbeat) and report.busy_seconds > _LONGEST_STEP_SECONDS:
+            # Its answer would come after this step, which does not end.
+            replica.start_deadline = now
         elif now >= self._asked.get(epoch, -_ASK_AGAIN_SECONDS) + _ASK_AGAIN_SECONDS:
             if epoch not in self._asked:
                 replica.start_deadline = None if self._start_timeout is None else now + self._start_timeout
@@ -60,9 +66,9 @@ class Survivors:
             self._link.answer(received.listener, Identify(), epoch)
 
 
-def _is_identity(data: bytes) -> bool:
+def _decode(data: bytes) -> AnyReport | None:
     try:
-        return isinstance(decode_report(data).message, Identity)
+        return decode_report(data).message
     except ProtocolError:
         # Launched by this very protocol: what it sends later will be understood, or it ends in time.
-        return False
+        return None

@@ -30,7 +30,7 @@ from peft_dist.core.messages import (
     UnloadAdapter,
     Welcome,
 )
-from peft_dist.core.succession import Adopt, Identify, NameAdapters
+from peft_dist.core.succession import Adopt, Identify, NameAdapters, NamesKept
 from peft_dist.engine.commands import make_request
 from peft_dist.worker.allegiance import Allegiance
 from peft_dist.worker.channel import Channel
@@ -170,6 +170,7 @@ class WorkerLoop:
         match command:
             case NameAdapters():
                 self._allegiance.remember(command)
+                self._channel.send(NamesKept(version=command.version))
             case Identify():
                 self._drop_requests()
                 self._allegiance.identify()

@@ -42,7 +42,7 @@ def run_worker(config: WorkerConfig, orphaned: Callable[[], None]) -> int:
     vigil = None if config.orphan_timeout is None else _keep_vigil(config, config.orphan_timeout, orphaned)
     heart = Heart(channel, config.heartbeat_seconds, vigil)
     if vigil is not None:
-        vigil.on_loss = heart.hurry
+        vigil.on_loss = lambda: _mourn(heart)
     heart.start()
     try:
         return _serve(config, channel, Allegiance(config, channel, heart, vigil))
@@ -96,13 +96,14 @@ def _serve(config: WorkerConfig, channel: Channel, allegiance: Allegiance) -> in
 def _keep_vigil(config: WorkerConfig, orphan_timeout: float, orphaned: Callable[[], None]) -> Vigil:
     vigil = Vigil(config.silence, orphan_timeout, orphaned)
 
-    def lose() -> None:
-        drop_broken_output()
-        vigil.lose(0, "the orchestrator is gone")
-
     if config.guest is None:
-        watch_standard_input(lose)
+        watch_standard_input(lambda: vigil.lose(0, "the orchestrator is gone"))
     return vigil
+
+
+def _mourn(heart: Heart) -> None:
+    drop_broken_output()
+    heart.hurry()
 
 
 def check_world(world_size: int) -> None:

@@ -16,25 +16,32 @@ _LONGEST_SOCKET = 107
 _SOCKET = "orchestrator"
 
 
+class UnusableFolderError(ConfigError):
+    """State cannot be kept there."""
+
+
 class StateFolder:
     """One server at a time: it is locked as long as this process lives, or until it is closed."""
 
     def __init__(self, path: Path) -> None:
         """
         Raises:
-            ConfigError: another server uses the folder, or it cannot be used.
+            UnusableFolderError: nothing can be kept there.
+            ConfigError: another server uses the folder.
         """
         self.path = path.absolute()
         if not hasattr(os, "pidfd_open"):
-            raise ConfigError("--state-dir needs Linux 5.3 or newer: serve without it")
+            raise UnusableFolderError("workers outlive a server on Linux 5.3 or newer only: leave out --state-dir")
         if len(os.fsencode(self.path / _SOCKET)) > _LONGEST_SOCKET:
-            raise ConfigError(f"state folder {self.path}: its path is too long for a Unix socket, give a shorter one")
+            raise UnusableFolderError(f"state folder {self.path}: too long for the path of a Unix socket")
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             _check_private(self.path)
             self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
-            raise ConfigError(f"state folder {self.path} cannot be used ({error}): give --state-dir another") from error
+            raise UnusableFolderError(
+                f"state folder {self.path} cannot be used ({error}): give --state-dir another"
+            ) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -70,24 +77,22 @@ class StateFolder:
         os.close(self._lock)
 
 
-def default_state_folder(port: int) -> Path | None:
+def default_path(port: int) -> Path | None:
     """Where a server of this port keeps its state if it is not told: below the user's runtime folder.
 
-    None where there is no fixed port to know it by, or processes cannot be waited for that are not children.
+    None where there is no fixed port to know it by.
     """
-    if not port or not hasattr(os, "pidfd_open"):
-        return None
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     base = Path(runtime) / "peft-dist" if runtime else Path(tempfile.gettempdir()) / f"peft-dist-{os.getuid()}"
-    return base / str(port)
+    return base / str(port) if port else None
 
 
 def _check_private(folder: Path) -> None:
     """Whoever can enter could speak to the orchestrator, and have it take any process for a replica."""
-    for path in (folder.parent, folder):
-        found = path.stat()
-        is_sticky = bool(found.st_mode & stat.S_ISVTX)
-        if found.st_uid not in (os.getuid(), 0) or (found.st_mode & 0o022 and not is_sticky):
-            raise ConfigError(f"state folder {folder}: others can write to {path}, give --state-dir one of yours alone")
-    if folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o077:
-        raise ConfigError(f"state folder {folder}: it must be yours alone (chmod 700), or give --state-dir another")
+    own, parent = folder.stat(), folder.parent.stat()
+    # Others could put another folder in its place, unless each may move but his own there.
+    is_open = bool(parent.st_mode & 0o022) and not parent.st_mode & stat.S_ISVTX
+    if own.st_uid != os.getuid() or own.st_mode & 0o077 or is_open or parent.st_uid not in (os.getuid(), 0):
+        raise UnusableFolderError(
+            f"state folder {folder}: others can enter or replace it, give one that is yours alone (chmod 700)"
+        )

@@ -224,6 +224,12 @@ def build_failing(config: EngineConfig) -> FakeReplica:
     raise ConfigError(f"model {config.model!r} cannot be loaded: choose another")
 
 
+def build_when_told(config: EngineConfig) -> FakeReplica:
+    """Takes as long as nobody writes to the named pipe that the environment names."""
+    Path(os.environ["FAKE_GATE"]).read_bytes()
+    return FakeReplica(config)
+
+
 def build_hanging(config: EngineConfig) -> FakeReplica:
     threading.Event().wait()
     raise AssertionError("unreachable")
