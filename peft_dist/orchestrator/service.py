@@ -263,7 +263,7 @@ class EngineService:
         while True:
             received = await self._link.receive()
             if life_of(received.epoch) != self._core.life:
-                self._survivors.hear(received)
+                self._act(self._survivors.hear(received))
             elif received.replica_id is not None:
                 self._take(received.replica_id, received.epoch, received.data)
 

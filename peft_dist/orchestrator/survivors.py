@@ -10,7 +10,7 @@ from peft_dist.core.messages import AnyReport, Heartbeat, ProtocolError, Shutdow
 from peft_dist.core.succession import Adopt, Identify, Identity
 from peft_dist.orchestrator.core import Orchestrator
 from peft_dist.orchestrator.link import Link, Received
-from peft_dist.orchestrator.records import Replica
+from peft_dist.orchestrator.records import Outgoing, Replica
 
 logger = logging.getLogger(__name__)
 # Without a word for so long a worker hangs: an orphan says something several times a second, also while it loads.
@@ -40,10 +40,10 @@ class Survivors:
         replica.is_survivor = True
         return replica
 
-    def hear(self, received: Received) -> None:
-        """Something was said under the epoch of another life."""
+    def hear(self, received: Received) -> list[Outgoing]:
+        """Something was said under the epoch of another life. Returns what follows for others."""
         if received.replica_id is None:
-            return
+            return []
         replica, now = self._core.replicas.get(received.replica_id), self._now()
         is_expected = replica is not None and replica.is_alive and replica.is_survivor
         epoch = self._heard.setdefault(received.replica_id, received.epoch) if is_expected else None
@@ -51,19 +51,21 @@ class Survivors:
             if replica is None or not replica.was_adopted:
                 logger.warning("a worker of another life, as replica %d, is told to end", received.replica_id)
             self._link.answer(received.listener, Shutdown(), received.epoch)
-            return
+            return []
         report = _decode(received.data)
         if isinstance(report, Identity):
             adopt = Adopt(replica_id=replica.replica_id, incarnation=replica.epoch, pid=os.getpid())
             self._link.answer(received.listener, adopt, epoch)
         elif isinstance(report, Heartbeat) and report.busy_seconds > _LONGEST_STEP_SECONDS:
             # Its answer would come after this step, which does not end.
-            replica.start_deadline = now
+            reason = f"Replica {replica.replica_id} has been in one step for {report.busy_seconds:.0f} s."
+            return self._core.lose_replica(replica.replica_id, replica.epoch, reason, now, hangs=True)
         elif now >= self._asked.get(epoch, -_ASK_AGAIN_SECONDS) + _ASK_AGAIN_SECONDS:
             if epoch not in self._asked:
                 replica.start_deadline = None if self._start_timeout is None else now + self._start_timeout
             self._asked[epoch] = now
             self._link.answer(received.listener, Identify(), epoch)
+        return []
 
 
 def _decode(data: bytes) -> AnyReport | None:
