@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,14 @@ class Lives:
     def begin(self, *more: str, wait: bool = True) -> Server:
         folder = self.folder / f"life{len(self.servers)}"
         folder.mkdir()
-        options = ["--state-dir", str(self.folder / "state"), *self.options, *more]
-        server = Server(folder, *options, **self.environment)
+        server = self._start(folder, "--state-dir", str(self.folder / "state"), *self.options, *more)
         self.servers.append(server)
         if wait:
             server.until(server.port_file.exists)
         return server
+
+    def _start(self, folder: Path, *options: str) -> Server:
+        return Server(folder, *options, **self.environment)
 
     def workers(self) -> dict[int, int]:
         """Process id of each launch that is recorded, by replica."""
@@ -81,9 +83,9 @@ def running(server: Server) -> float:
     return sum(map(float, re.findall(r"peft_dist:requests_running\{[^}]*\} (\S+)", metrics)))
 
 
-def hold(server: Server, model: str) -> Iterator[str]:
+def hold(server: Server, model: str, prompt: Sequence[int] = (HOLD,), max_tokens: int = 400) -> Iterator[str]:
     """A stream that has begun, and ends only with the server; yields once, and then nothing when it breaks."""
-    body = {"model": model, "prompt": [HOLD], "max_tokens": 400, "stream": True, "return_token_ids": True}
+    body = {"model": model, "prompt": list(prompt), "max_tokens": max_tokens, "stream": True, "return_token_ids": True}
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=30) as stream:
         lines = stream.iter_lines()
         yield next(lines)
