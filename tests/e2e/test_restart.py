@@ -104,7 +104,10 @@ def tokens(server: Server, **body: object) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("launcher", [(), ACCELERATE], ids=["plain", "accelerate"])
+@pytest.mark.parametrize(
+    "launcher",
+    [pytest.param((), id="plain"), pytest.param(ACCELERATE, id="accelerate", marks=pytest.mark.slow)],
+)
 def test_a_killed_server_finds_its_workers_and_their_adapters_again(launcher: tuple[str, ...], tmp_path: Path) -> None:
     sql, web = adapter(tmp_path / "sql", "two"), adapter(tmp_path / "web", "three")
     with lives(tmp_path, "--adapter", f"sql={sql}", *launcher) as own:
@@ -155,6 +158,7 @@ def test_what_is_missing_is_started_and_brought_the_adapters(tmp_path: Path) -> 
         assert "replica 1 of the last life is ended, not adopted: fewer replicas" in third.log
 
 
+@pytest.mark.slow
 def test_workers_with_other_options_are_ended_and_others_started(tmp_path: Path) -> None:
     with lives(tmp_path) as own:
         kill(own.begin())
@@ -176,6 +180,7 @@ def test_workers_with_other_options_are_ended_and_others_started(tmp_path: Path)
             stranger.kill()
 
 
+@pytest.mark.slow
 def test_two_servers_do_not_share_a_folder(tmp_path: Path) -> None:
     with lives(tmp_path) as own:
         first = own.begin()
@@ -186,7 +191,7 @@ def test_two_servers_do_not_share_a_folder(tmp_path: Path) -> None:
 
 
 def test_orphans_end_in_time(tmp_path: Path) -> None:
-    with lives(tmp_path, "--orphan-timeout", "0.5", *ACCELERATE) as own:
+    with lives(tmp_path, "--orphan-timeout", "0.5") as own:
         first = own.begin()
         workers, children = own.workers(), first.children()
         kill(first)
@@ -279,6 +284,7 @@ def test_a_replica_that_joined_outlives_the_server_and_leaves_the_next_one(tmp_p
         third.until(lambda: httpx.get(f"{third.url}/health").status_code == 503)
 
 
+@pytest.mark.slow
 def test_a_replica_that_joined_with_other_options_joins_anew(tmp_path: Path) -> None:
     address = free_address()
     options = ["--replicas", "0", "--listen", address, "--heartbeat-timeout", "2"]
@@ -290,6 +296,7 @@ def test_a_replica_that_joined_with_other_options_joins_anew(tmp_path: Path) -> 
         assert tokens(second, model="worker", prompt=[5])
 
 
+@pytest.mark.slow
 def test_a_replica_that_joined_and_waited_in_vain_asks_to_join(tmp_path: Path) -> None:
     address = free_address()
     options = ["--replicas", "0", "--listen", address, "--heartbeat-timeout", "2"]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from peft_dist.core.adapter import AdapterSpec
+from peft_dist.core.errors import AdapterError, EngineDeadError, UnknownModelError
 from peft_dist.core.messages import (
     AdapterResult,
     Heartbeat,
@@ -16,9 +19,17 @@ from peft_dist.core.messages import (
     UnloadAdapter,
 )
 from peft_dist.core.restarts import RestartPolicy
-from peft_dist.core.succession import NameAdapters, NamedAdapter, first_number, life_of
+from peft_dist.core.succession import NameAdapters, NamedAdapter, NamesKept, first_number, life_of
 from peft_dist.orchestrator.core import Orchestrator, OrchestratorOptions
-from peft_dist.orchestrator.records import AdapterLoaded, Outgoing, PlacementDue, ReplicaLost, StartReplica
+from peft_dist.orchestrator.records import (
+    AdapterLoaded,
+    NamesAreKept,
+    Outgoing,
+    PlacementDue,
+    ReplicaLost,
+    StartReplica,
+)
+from tests.orchestrator.world import MiniReplica
 from tests.worker.fake_replica import fake_model
 
 
@@ -94,6 +105,31 @@ def test_every_change_is_told_to_all_with_a_number_that_goes_on() -> None:
     out = core.unload_adapter("a")
     assert NameAdapters(version=7, given=[], taken=["a"]) in commands(out, 0)
     assert any(isinstance(command, UnloadAdapter) for command in commands(out, 1))
+
+
+def test_a_change_is_safe_when_all_that_serve_remember_it() -> None:
+    core = heir()
+    come(core, 0, named("a"), 5)
+    core.drain_events()
+    load(core, "b")
+    first, second = (core.replicas[i] for i in range(2))
+    assert not any(isinstance(event, NamesAreKept) for event in core.drain_events())
+    core.observe(0, first.epoch, NamesKept(version=6), 2.0)
+    assert core.drain_events() == [NamesAreKept(6)]
+    # One that has just come was told all, and may not have heard it yet.
+    come(core, 1, [], 0)
+    core.drain_events()
+    core.unload_adapter("b")
+    core.observe(0, first.epoch, NamesKept(version=7), 2.0)
+    core.observe(1, second.epoch, NamesKept(version=6), 2.0)
+    assert core.drain_events() == []
+    core.observe(1, second.epoch, NamesKept(version=7), 2.0)
+    assert core.drain_events() == [NamesAreKept(7)]
+    # Nobody waits for one that is gone.
+    core.unload_adapter("a")
+    core.observe(0, first.epoch, NamesKept(version=8), 2.0)
+    core.lose_replica(1, second.epoch, "it died", 3.0)
+    assert NamesAreKept(8) in core.drain_events()
 
 
 def test_of_two_tales_the_later_one_counts_whoever_comes_first() -> None:
@@ -198,3 +234,90 @@ def test_the_placement_is_that_of_the_adapters_on_the_devices(kind: str) -> None
         assert all(replica_id in placement.hosts[content] for content in resident)
     if kind == "rr":
         assert placement.hosts == {"h-a": {0}, "h-b": {1}, "h-c": {0}}
+
+
+class Cluster:
+    """Replicas in miniature, and one orchestrator after another. What is on its way may never arrive."""
+
+    def __init__(self, rng: random.Random, number: int) -> None:
+        self.rng = rng
+        self.core = Orchestrator(OrchestratorOptions(seed=0))
+        self.replicas = {i: MiniReplica(self.core.add_replica(i, 0.0).epoch) for i in range(number)}
+        self.known: dict[int, list[tuple[str, str]]] = {0: []}
+        self.life = 0
+
+    def send(self, out: list[Outgoing]) -> None:
+        for one in out:
+            replica = self.replicas.get(one.replica_id)
+            if replica is not None and replica.epoch == one.epoch:
+                replica.commands.append(one.command)
+        self.known[self.core.adapters.version] = [(one.name, one.content_hash) for one in self.core.adapters.specs()]
+
+    def work(self, replica_id: int) -> bool:
+        """Let a replica take a command, or the orchestrator a report; whether there was one."""
+        replica = self.replicas[replica_id]
+        if replica.reports and (not replica.commands or self.rng.random() < 0.5):
+            self.send(self.core.observe(replica_id, replica.epoch, replica.reports.popleft(), 1.0))
+        elif replica.commands:
+            replica.work()
+        else:
+            return False
+        return True
+
+    def change(self) -> None:
+        """A load or an unload, where it is allowed."""
+        name, path = self.rng.choice("abc"), self.rng.choice("xyz")
+        try:
+            if self.rng.random() < 0.7:
+                self.send(self.core.load_adapter(name, path, replace=True, pinned=self.rng.random() < 0.3)[1])
+            else:
+                self.send(self.core.unload_adapter(name))
+        except (AdapterError, EngineDeadError, UnknownModelError):
+            return
+
+    def crash(self) -> None:
+        """Some replicas die with the orchestrator, perhaps; the next one hears the others, one after another."""
+        self.life += 1
+        left = [i for i in self.replicas if self.rng.random() < 0.8]
+        latest = max((self.replicas[i].names.version for i in left), default=0)
+        expected = self.known[latest]
+        self.core = Orchestrator(OrchestratorOptions(seed=0, first_number=first_number(self.life)))
+        for i in self.replicas:
+            self.core.add_replica(i, 0.0).is_survivor = i in left
+        self.replicas = {
+            i: replica if i in left else MiniReplica(self.core.replicas[i].epoch)
+            for i, replica in self.replicas.items()
+        }
+        self.rng.shuffle(left)
+        for i in left:
+            self.replicas[i].adopted(self.core.replicas[i].epoch)
+            self.send(self.core.observe(i, self.replicas[i].epoch, self.replicas[i].reports.popleft(), 1.0))
+        assert [(one.name, one.content_hash) for one in self.core.adapters.specs()] == expected
+
+    def settle(self) -> None:
+        while sum(self.work(i) for i in self.replicas):
+            continue
+        named = [(one.name, one.content_hash) for one in self.core.adapters.specs()]
+        pinned = {
+            one.name: one.content_hash for one in self.core.adapters.specs() if one.name in self.core.adapters.pinned
+        }
+        for replica in self.replicas.values():
+            assert replica.held == {content for _, content in named}
+            assert [(one.spec.name, one.spec.content_hash) for one in replica.names.all()] == named
+            assert replica.names.version == self.core.adapters.version and replica.pins == pinned
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_whatever_arrived_before_a_crash_the_registry_is_the_latest_that_a_replica_knew(seed: int) -> None:
+    rng = random.Random(seed)
+    cluster = Cluster(rng, rng.randrange(1, 4))
+    for _ in range(rng.randrange(2, 5)):
+        for _ in range(rng.randrange(60)):
+            if rng.random() < 0.2:
+                cluster.change()
+            else:
+                cluster.work(rng.choice(list(cluster.replicas)))
+        if rng.random() < 0.3:
+            cluster.settle()
+        cluster.crash()
+    cluster.settle()

@@ -117,6 +117,7 @@ def test_whoever_is_asked_drops_requests_and_says_who_it_is(replica: ModelReplic
     assert not replica.engine.requests and not replica.engine.scheduler.held
     assert replica.engine.scheduler.blocks.num_free == replica.engine.scheduler.blocks.num_blocks
     replica.handovers.check()
+    assert not replica.handovers._exports, "nothing of it is left for a handover of the same number"
     [identity] = script.told(Identity)
     assert isinstance(identity, Identity) and (identity.guest, identity.attempt) == ("door", 2)
     assert identity.engine == CONFIG.told != CONFIG.engine
