@@ -231,9 +231,11 @@ def test_a_worker_that_does_not_listen_is_replaced(tmp_path: Path) -> None:
 class Guest:
     """``peft-dist worker``, and the process of its replica."""
 
-    def __init__(self, address: str, *options: str) -> None:
+    def __init__(self, folder: Path, address: str, *options: str) -> None:
         command = [*COMMAND, "worker", "--join", address, "--device", "cpu", "--launcher", "plain", *options]
-        self.process = subprocess.Popen(command, cwd=ROOT)
+        self.log_file = folder / "guest.log"
+        with self.log_file.open("w") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
 
     @property
     def worker(self) -> int | None:
@@ -242,8 +244,8 @@ class Guest:
 
 
 @contextmanager
-def guest(address: str, *options: str) -> Iterator[Guest]:
-    one = Guest(address, *options)
+def guest(folder: Path, address: str, *options: str) -> Iterator[Guest]:
+    one = Guest(folder, address, *options)
     try:
         yield one
     finally:
@@ -260,7 +262,7 @@ def free_address() -> str:
 def test_a_replica_that_joined_outlives_the_server_and_leaves_the_next_one(tmp_path: Path) -> None:
     sql, address = adapter(tmp_path / "sql", "two"), free_address()
     options = ["--replicas", "0", "--listen", address, "--heartbeat-timeout", "2"]
-    with lives(tmp_path, *options) as own, guest(address, "--silence", "1") as one:
+    with lives(tmp_path, *options) as own, guest(tmp_path, address, "--silence", "1") as one:
         first = own.begin()
         assert first.post("/v1/load_lora_adapter", {"lora_name": "sql", "lora_path": str(sql)}).status_code == 200
         worker, expected = one.worker, tokens(first, model="sql", prompt=[5])
@@ -273,10 +275,9 @@ def test_a_replica_that_joined_outlives_the_server_and_leaves_the_next_one(tmp_p
         assert tokens(second, model="sql", prompt=[5]) == expected and running(second) == 0
         assert one.worker == worker and "goes on from another life" in second.log
         kill(second)
-        # Longer than the silence after which it counts as an orphan.
-        deadline = time.monotonic() + 1.5
-        while time.monotonic() < deadline:
+        while "the orchestrator has been silent for 1 s" not in one.log_file.read_text():
             assert one.process.poll() is None
+            time.sleep(0.02)
         third = own.begin()
         assert tokens(third, model="sql", prompt=[5]) == expected and one.worker == worker
         one.process.send_signal(signal.SIGTERM)
@@ -288,7 +289,7 @@ def test_a_replica_that_joined_outlives_the_server_and_leaves_the_next_one(tmp_p
 def test_a_replica_that_joined_with_other_options_joins_anew(tmp_path: Path) -> None:
     address = free_address()
     options = ["--replicas", "0", "--listen", address, "--heartbeat-timeout", "2"]
-    with lives(tmp_path, *options) as own, guest(address) as one:
+    with lives(tmp_path, *options) as own, guest(tmp_path, address) as one:
         kill(own.begin())
         worker = one.worker
         second = own.begin("--max-num-seqs", "7")
@@ -300,7 +301,10 @@ def test_a_replica_that_joined_with_other_options_joins_anew(tmp_path: Path) -> 
 def test_a_replica_that_joined_and_waited_in_vain_asks_to_join(tmp_path: Path) -> None:
     address = free_address()
     options = ["--replicas", "0", "--listen", address, "--heartbeat-timeout", "2"]
-    with lives(tmp_path, *options) as own, guest(address, "--silence", "0.5", "--orphan-timeout", "0.5") as one:
+    with (
+        lives(tmp_path, *options) as own,
+        guest(tmp_path, address, "--silence", "0.5", "--orphan-timeout", "0.5") as one,
+    ):
         kill(own.begin())
         worker = one.worker
         assert worker is not None and ended(worker)
