@@ -12,7 +12,7 @@ TEST_WORKERS := 2
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo serve test test-slow test-gpu check format bench-cpu bench-gpu bench-kernels bench-lora train-adapters clean
+.PHONY: demo serve test test-slow test-gpu test-ray check format bench-cpu bench-gpu bench-kernels bench-lora train-adapters clean
 
 demo: $(STAMP)  ## real model, base and four adapters at once, side by side with PEFT
 	$(BIN)/python scripts/demo.py
@@ -28,6 +28,10 @@ test-slow: $(STAMP)
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
+
+test-ray: $(STAMP)  ## replicas on a Ray cluster of several nodes, all on this machine
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[ray]'
+	$(BIN)/python -m pytest -m 'slow or not slow' -s tests/e2e/test_clusters.py tests/e2e/test_ray_nodes.py tests/worker/test_ray.py
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -136,6 +136,11 @@ def serve(
     start_timeout: Annotated[float | None, typer.Option(help="Seconds for loading the model; no limit.")] = None,
     shutdown_timeout: Annotated[float, typer.Option(min=0, help="Seconds that streams get to finish.")] = 30.0,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    cluster: Annotated[str, typer.Option(help="What runs the replicas: local (this host) or ray.")] = "local",
+    ray_address: Annotated[str | None, typer.Option(help="HOST:PORT of the Ray head; found if not given.")] = None,
+    ray_cpus: Annotated[float | None, typer.Option(min=0, help="CPUs a rank takes in Ray; --threads or 1.")] = None,
+    ray_gpus: Annotated[float | None, typer.Option(min=0, help="GPUs a rank takes in Ray; 1 if it uses one.")] = None,
+    ray_placement_timeout: Annotated[float, typer.Option(min=0, help="Seconds to wait for room in Ray.")] = 300.0,
     launcher: Annotated[str, typer.Option(help="accelerate or plain.", hidden=True)] = "accelerate",
     replica_factory: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
@@ -143,7 +148,13 @@ def serve(
     from peft_dist.api.options import ServerOptions
     from peft_dist.cli_serve import ServeSettings, configure_logging, run_server
     from peft_dist.worker.launcher import LAUNCHERS
+    from peft_dist.worker.ray_cluster import RaySettings
 
+    ray: RaySettings | None = RaySettings(ray_address, ray_cpus, ray_gpus, ray_placement_timeout)
+    if _one_of("cluster", cluster, ("local", "ray")) == "local":
+        if ray != RaySettings():
+            raise ConfigError("--ray-address, --ray-cpus, --ray-gpus and --ray-placement-timeout need --cluster ray")
+        ray = None
     if not replicas and listen is None:
         raise ConfigError("--replicas 0 serves nobody unless others join: add --listen tcp://host:port")
     more_keys, other_admin = _take_variable(API_KEYS_VARIABLE).split(), _take_variable(ADMIN_KEY_VARIABLE)
@@ -215,6 +226,7 @@ def serve(
         replica_factory=replica_factory,
         listen=listen,
         cluster_key=cluster_key,
+        ray=ray,
         start_timeout=start_timeout,
         shutdown_timeout=shutdown_timeout,
         state_dir=state_dir,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peft_dist.core.config import EngineConfig, check_pinned
 from peft_dist.core.errors import AdapterError
@@ -17,9 +19,11 @@ if TYPE_CHECKING:
     from peft_dist.api.options import ServerOptions
     from peft_dist.orchestrator.core import OrchestratorOptions
     from peft_dist.orchestrator.guests import Invitation
+    from peft_dist.orchestrator.link import Link
+    from peft_dist.orchestrator.replica_process import ReplicaLauncher, ReplicaProcess
     from peft_dist.orchestrator.service import EngineService
     from peft_dist.placement.placer import MigrationKind
-    from peft_dist.worker.launcher import PlainLauncher
+    from peft_dist.worker.ray_cluster import RaySettings
     from peft_dist.worker.state_folder import StateFolder
 
 logger = logging.getLogger("peft_dist.serve")
@@ -50,6 +54,7 @@ class ServeSettings:
     replica_factory: str | None
     listen: str | None
     cluster_key: Path | None
+    ray: RaySettings | None
     start_timeout: float | None
     shutdown_timeout: float
     state_dir: Path | None
@@ -63,17 +68,23 @@ async def run_server(settings: ServeSettings) -> None:
     Raises:
         ConfigError, AdapterError, EngineDeadError: the server could not be started as asked.
     """
+    check_pinned(settings.engine, [name for name, _ in (*settings.adapters, *_folder_adapters(settings))])
+    if settings.ray is None:
+        await _serve(settings, None)
+        return
+    # Ray has handlers of its own for signals: ours come later.
+    with _on_ray(settings, settings.ray) as cluster:
+        await _serve(settings, cluster)
+
+
+async def _serve(settings: ServeSettings, cluster: _Cluster | None) -> None:
+    """``cluster`` None: This host."""
     from peft_dist.api.listener import Listener, write_port
     from peft_dist.orchestrator.service import EngineService
-    from peft_dist.worker.survivors import find_survivors
 
-    check_pinned(settings.engine, [name for name, _ in (*settings.adapters, *_folder_adapters(settings))])
     signals = StopSignals()
     listener = Listener(settings.host, settings.port)
-    state = _open_state(settings)
-    launcher = _launcher(settings, state)
-    replicas = range(settings.num_replicas)
-    left = {} if state is None else await find_survivors(state, {i: launcher.launch(i) for i in replicas})
+    launcher, link, left, state = cluster or await _on_this_host(settings)
     service = EngineService(
         launcher,
         _options(settings),
@@ -81,7 +92,7 @@ async def run_server(settings: ServeSettings) -> None:
         start_timeout=settings.start_timeout,
         planner_limit=settings.planner_limit,
         invitation=_invitation(settings),
-        socket=None if state is None else state.socket,
+        link=link,
         left=left,
     )
     try:
@@ -223,21 +234,56 @@ def _invitation(settings: ServeSettings) -> Invitation | None:
     )
 
 
-def _launcher(settings: ServeSettings, state: StateFolder | None) -> PlainLauncher:
-    from peft_dist.worker.config import DEFAULT_REPLICA_FACTORY
-    from peft_dist.worker.launcher import LAUNCHERS
+class _Cluster(NamedTuple):
+    """What starts the replicas, the socket that they connect to if it is not the usual one, and those that are left
+    from an earlier server, which is known by a folder."""
 
-    factory = settings.replica_factory or DEFAULT_REPLICA_FACTORY
-    launcher: PlainLauncher = LAUNCHERS[settings.launcher](
-        settings.engine,
-        log_level=settings.log_level,
-        replica_factory=factory,
-        heartbeat_seconds=settings.heartbeat_timeout / _BEATS,
-        num_replicas=settings.num_replicas,
-        state=state,
-        further={} if state is None else {"orphan_timeout": settings.orphan_timeout},
-    )
-    return launcher
+    launcher: ReplicaLauncher
+    link: Link | None = None
+    left: Mapping[int, ReplicaProcess] = {}
+    state: StateFolder | None = None
+
+
+async def _on_this_host(settings: ServeSettings) -> _Cluster:
+    from peft_dist.orchestrator.link import Link
+    from peft_dist.worker.launcher import LAUNCHERS
+    from peft_dist.worker.survivors import find_survivors
+
+    state, launcher_type = _open_state(settings), LAUNCHERS[settings.launcher]
+    if state is None:
+        return _Cluster(launcher_type(settings.engine, **_for_launcher(settings)))
+    further = {"orphan_timeout": settings.orphan_timeout}
+    launcher = launcher_type(settings.engine, state=state, further=further, **_for_launcher(settings))
+    left = await find_survivors(state, {i: launcher.launch(i) for i in range(settings.num_replicas)})
+    return _Cluster(launcher, Link.local(state.socket), left, state)
+
+
+@contextmanager
+def _on_ray(settings: ServeSettings, ray: RaySettings) -> Iterator[_Cluster]:
+    from peft_dist.core.cluster_keys import ClusterKeys
+    from peft_dist.orchestrator.link import Link
+    from peft_dist.worker import ray_cluster
+    from peft_dist.worker.ray_launcher import RayLauncher
+
+    host = ray_cluster.connect(ray)
+    try:
+        # Of this server's life: nobody else needs them, and they reach the replicas through Ray.
+        keys = ClusterKeys.make()
+        launcher = RayLauncher(settings.engine, ray, keys, **_for_launcher(settings))
+        yield _Cluster(launcher, Link.listening(f"tcp://{host}:0", keys))
+    finally:
+        ray_cluster.disconnect()
+
+
+def _for_launcher(settings: ServeSettings) -> dict[str, Any]:
+    from peft_dist.worker.config import DEFAULT_REPLICA_FACTORY
+
+    return {
+        "log_level": settings.log_level,
+        "replica_factory": settings.replica_factory or DEFAULT_REPLICA_FACTORY,
+        "heartbeat_seconds": settings.heartbeat_timeout / _BEATS,
+        "num_replicas": settings.num_replicas,
+    }
 
 
 def _announce(service: EngineService, settings: ServeSettings, url: str, state: StateFolder | None) -> None:

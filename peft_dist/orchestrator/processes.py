@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 from collections.abc import Mapping
 
@@ -31,12 +32,16 @@ class Processes:
 
         Raises OSError when it cannot be started."""
         if (earlier := self._running.get(replica_id)) is not None:
-            await earlier.wait()
+            with contextlib.suppress(OSError):
+                await earlier.wait()
         await self.start(replica_id, epoch)
 
     async def end(self, replica_id: int) -> str:
         """Wait until a replica has ended; returns how, in words."""
-        code = await self._running[replica_id].wait()
+        try:
+            code = await self._running[replica_id].wait()
+        except OSError as error:
+            return f"has no process: {error}"
         if code is None:
             return "has ended"
         return f"exited with status {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"

@@ -9,7 +9,11 @@ class ReplicaProcess(Protocol):
     """A started replica: all processes of one launch."""
 
     async def wait(self) -> int | None:
-        """Return code when it has ended; negative is the signal that killed it, None that nobody knows."""
+        """Return code when it has ended; negative is the signal that killed it, None that nobody knows.
+
+        Raises:
+            OSError: it never started, or whatever ran it is gone.
+        """
         ...
 
     async def stop(self, grace: float) -> None:
@@ -27,5 +31,5 @@ class ReplicaLauncher(Protocol):
     async def start(self, endpoint: str, replica_id: int, epoch: int) -> ReplicaProcess:
         """Start a replica that connects to ``endpoint`` and names itself by id and epoch.
 
-        Raises OSError when it cannot be started."""
+        Raises OSError when it cannot be started, or lets ``wait`` of what it returns do so."""
         ...

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from peft_dist.core.adapter import AdapterSpec
@@ -66,12 +65,13 @@ class EngineService:
         stop_grace: float = 10.0,
         planner_limit: float = 0.2,
         invitation: Invitation | None = None,
-        socket: Path | None = None,
+        link: Link | None = None,
         left: Mapping[int, ReplicaProcess] | None = None,
     ) -> None:
         """Seconds: ``start_timeout`` and ``stop_grace`` a replica gets to become ready, and to end; ``planner_limit``
-        from a look at requests to a plan of which ones move. ``invitation``: To replicas that others start.
-        ``socket``: Where replicas find this service, and the next one. ``left``: Those an earlier one started there.
+        from a look at requests to a plan of which ones move. ``invitation``: To replicas that others start. ``link``:
+        For the replicas of ``launcher``, closed by ``stop``; one for this host alone if there is none. ``left``: Those
+        that run already, and reach this service by it.
 
         Raises:
             ConfigError: the invitation's address cannot be used.
@@ -81,7 +81,7 @@ class EngineService:
         self._num_replicas = num_replicas
         self._start_timeout = start_timeout
         self.guests = Guests(invitation, self._core, self._act, self._take, self._now) if invitation else None
-        self._link = Link.local(socket)
+        self._link = link or Link.local()
         self._survivors = Survivors(self._core, self._link, self._now, start_timeout)
         self._processes = Processes(launcher, self._link.endpoint, left or {})
         self._streams = StreamTable(self.abort)

@@ -265,6 +265,8 @@ class TorchExecutor:
         self._slots.clear()
 
     def close(self) -> None:
-        """End the threads of the loader; the loads under way are not told of."""
+        """End the threads of the loader, and drop captured steps; the loads under way are not told of."""
         self._loader.close()
         self.transfers.close()
+        if self.runner.graphs is not None:
+            self.runner.graphs.close()

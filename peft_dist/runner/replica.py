@@ -13,22 +13,17 @@ from pathlib import Path
 import torch
 
 from peft_dist.core.adapter import AdapterSpec
-from peft_dist.core.block_manager import BlockManager
 from peft_dist.core.config import EngineConfig, ModelInfo
 from peft_dist.core.cost_model import CostModel
 from peft_dist.core.errors import AdapterError, ConfigError
-from peft_dist.engine.adapter_manager import AdapterManager
+from peft_dist.engine.assembly import assemble
 from peft_dist.engine.engine import Engine
 from peft_dist.engine.handovers import Handovers
-from peft_dist.engine.limits import SchedulerLimits
-from peft_dist.engine.scheduler import Scheduler
 from peft_dist.kernels import attention_backends, backend
 from peft_dist.kernels.attention_interface import BackendUnavailableError
 from peft_dist.kernels.kv_pool import KVCachePool, block_bytes
 from peft_dist.kernels.lora_pool import LoRAPool
 from peft_dist.patches.sharding import num_outputs
-from peft_dist.policy.factory import make_policy
-from peft_dist.policy.settings import PolicySettings
 from peft_dist.runner.adapter_memory import count_rows, row_bytes
 from peft_dist.runner.adapter_modules import describe_modules
 from peft_dist.runner.adapter_store import AdapterStore
@@ -277,29 +272,10 @@ def _choose_attention(
 
 
 def new_engine(config: EngineConfig, info: ModelInfo, executor: TorchExecutor, cost: CostModel) -> Engine:
-    """An engine with nothing in it, for a model that is loaded. Two must not use one executor at the same time."""
-    settings = replace(policy_settings(config), steps_in_flight=info.depth)
-    limits = SchedulerLimits(
-        max_model_len=info.max_model_len,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        enable_prefix_caching=config.enable_prefix_caching,
-        preemption=config.preemption,
-        # The policy's: the artifact's profile knows no bound, and no adapter makes room for another early there either.
-        max_adapter_wait=settings.max_adapter_wait,
-    )
-    blocks = BlockManager(info.num_blocks, config.block_size, config.num_host_blocks)
+    """As ``assemble``, with room for adapters as the executor's pool has it."""
     pool = executor.runner.store.pool
-    adapters = AdapterManager(config.max_loras, pool.page_rows, pool.num_rows)
-    scheduler = Scheduler(limits, blocks, adapters, make_policy(config.policy, config.exec_type, settings, cost))
     log = DecisionLog(Path(config.decision_log)) if config.decision_log else None
-    return Engine(scheduler, executor, info.depth, info.eos_token_ids, cost, log)
-
-
-def policy_settings(config: EngineConfig) -> PolicySettings:
-    if config.policy_profile == "artifact":
-        return PolicySettings.artifact()
-    return PolicySettings(max_adapter_wait=config.max_adapter_wait, merged_minority=config.merged_minority)
+    return assemble(config, info, executor, cost, page_rows=pool.page_rows, num_rows=pool.num_rows, on_decision=log)
 
 
 def _describe(config: EngineConfig, runner: ModelRunner, longest: int, depth: int, adapter_bytes: int) -> ModelInfo:

@@ -158,6 +158,10 @@ class StepGraphs:
         """Drop the captured steps with adapters, because other layers have adapters now."""
         self._steps = {variant: step for variant, step in self._steps.items() if not variant.lora}
 
+    def close(self) -> None:
+        """Drop all captured steps: NCCL waits for those that use a group of ranks before it ends the group."""
+        self._steps.clear()
+
     def capture(self, *, lora: bool, progress: bool = False) -> None:
         """Make steps ahead of time, the largest first, so that the smaller ones find memory in its pool.
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from peft_dist.core.cluster_keys import ClusterKeys
 from peft_dist.core.config import EngineConfig
 from peft_dist.core.errors import ConfigError
 
@@ -26,7 +27,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         replica_factory: "module:function" that makes a replica of an ``EngineConfig``.
         heartbeat_seconds: Between two signs of life.
         key_file: Of the ``ClusterKeys`` that the orchestrator asks for; None where it asks for none.
-        kv_endpoint: Where replicas of other hosts may read exported KV, such as "tcp://10.0.0.5:*"; None: nowhere.
+        kv_endpoint: Where replicas of other hosts may read exported KV, such as "tcp://10.0.0.5:*", with these keys;
+            None: nowhere.
         log_level: Of the worker's own log on stderr.
         orphan_timeout: Seconds that it waits for another orchestrator when its own is gone; None: it ends at once.
         silence: Seconds without a word after which the orchestrator is gone; None: the end of standard input tells.
@@ -61,6 +63,10 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             return msgspec.json.decode(path.read_bytes(), type=cls)
         except msgspec.MsgspecError as error:
             raise ConfigError(f"{path} is no worker configuration of this release: {error}") from error
+
+    def keys(self) -> ClusterKeys | None:
+        """What the key file holds. Raises ConfigError when that is no keys."""
+        return None if self.key_file is None else ClusterKeys.read(Path(self.key_file))
 
     def load_factory(self) -> Callable[[EngineConfig], Any]:
         """Raises ConfigError when there is no such function."""

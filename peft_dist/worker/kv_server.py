@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import zmq
 
+from peft_dist.core.cluster_keys import ClusterKeys
+from peft_dist.core.errors import ConfigError
 from peft_dist.core.handover import KVHandle
 from peft_dist.runner.shared_memory import MemoryGoneError, SharedMemory, open_memory
 
@@ -22,21 +24,33 @@ _REQUEST = struct.Struct("<QQ")
 class TcpTransport:
     """Offers this replica's exports, and fetches others'; on the same host memory is opened instead.
 
-    Who knows the token of an export, which is random and goes only through the orchestrator, may read it. What travels
-    is not encrypted.
+    Who knows the token of an export, which is random and goes only through the orchestrator, may read it. With keys
+    what travels is encrypted, and only goes to whoever has them too.
     """
 
-    def __init__(self, endpoint: str, silence_ms: int = _SILENCE_MS) -> None:
-        """``endpoint``: An address of this host that others can reach, such as ``tcp://10.0.0.5:*``.
-
-        Raises zmq.ZMQError when it cannot be used.
+    def __init__(self, endpoint: str, silence_ms: int = _SILENCE_MS, keys: ClusterKeys | None = None) -> None:
         """
-        self._silence_ms = silence_ms
+        Args:
+            endpoint: An address of this host that others can reach, such as ``tcp://10.0.0.5:*``.
+            keys: Of the cluster; None only where no other machine can reach the address.
+
+        Raises:
+            ConfigError: the address cannot be used, or others could listen in.
+        """
+        if keys is None and not endpoint.startswith("tcp://127."):
+            raise ConfigError(f"kv_endpoint={endpoint!r} can be reached from other machines: it needs a key_file")
+        self._silence_ms, self._keys = silence_ms, keys
         self._memories: dict[str, SharedMemory] = {}
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.SocketType.ROUTER)
         self._socket.set(zmq.SocketOption.LINGER, 0)
-        self._socket.bind(endpoint)
+        if keys is not None:
+            keys.serve(self._socket)
+        try:
+            self._socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            self._context.destroy()
+            raise ConfigError(f"kv_endpoint={endpoint!r} cannot be used: {error}") from error
         self.address = self._socket.get_string(zmq.SocketOption.LAST_ENDPOINT)
         self._thread = threading.Thread(target=self._serve, name="kv-server", daemon=True)
         self._thread.start()
@@ -61,7 +75,7 @@ class TcpTransport:
         except MemoryGoneError:
             if kv.address is None:
                 raise
-        return fetch(kv.address, kv.token, kv.num_bytes, self._silence_ms)
+        return fetch(kv.address, kv.token, kv.num_bytes, self._silence_ms, self._keys)
 
     def close(self) -> None:
         """End the thread; what is under way is not finished."""
@@ -89,16 +103,21 @@ class TcpTransport:
         return memory.contents[first : first + min(length, CHUNK_BYTES)].numpy()
 
 
-def fetch(address: str, token: str, num_bytes: int, silence_ms: int = _SILENCE_MS) -> torch.Tensor:
+def fetch(
+    address: str, token: str, num_bytes: int, silence_ms: int = _SILENCE_MS, keys: ClusterKeys | None = None
+) -> torch.Tensor:
     """Read an export of another host: uint8 ``[num_bytes]``.
 
     Raises:
-        MemoryGoneError: it is not there any more, or nothing came for ``silence_ms``.
+        MemoryGoneError: it is not there any more, or nothing came for ``silence_ms``, which is all that one with other
+            keys will see.
     """
     contents = torch.empty(num_bytes, dtype=torch.uint8)
     with zmq.Context() as context, context.socket(zmq.SocketType.DEALER) as socket:
         socket.set(zmq.SocketOption.LINGER, 0)
         socket.set(zmq.SocketOption.RCVTIMEO, silence_ms)
+        if keys is not None:
+            keys.connect(socket)
         socket.connect(address)
         for number, first in enumerate(range(0, num_bytes, CHUNK_BYTES)):
             if number >= _WINDOW:

@@ -32,9 +32,9 @@ from peft_dist.core.messages import (
 )
 from peft_dist.core.succession import Adopt, Identify, NameAdapters, NamesKept
 from peft_dist.engine.commands import make_request
+from peft_dist.engine.detail_schedule import DetailSchedule
 from peft_dist.worker.allegiance import Allegiance
 from peft_dist.worker.channel import Channel
-from peft_dist.worker.detail_schedule import DetailSchedule
 from peft_dist.worker.fetcher import AdapterFetcher
 from peft_dist.worker.replica import Replica
 

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from peft_dist.core.cluster_keys import ClusterKeys
 from peft_dist.core.errors import ConfigError
 from peft_dist.core.messages import Fatal, LoadAdapter, Ready
 from peft_dist.worker.allegiance import Allegiance
@@ -37,8 +36,7 @@ def run_worker(config: WorkerConfig, orphaned: Callable[[], None]) -> int:
 
     ``orphaned``: Ends the process, from any thread, when nobody is left to serve.
     """
-    keys = None if config.key_file is None else ClusterKeys.read(Path(config.key_file))
-    channel = Channel(config.endpoint, config.replica_id, config.epoch, keys)
+    channel = Channel(config.endpoint, config.replica_id, config.epoch, config.keys())
     vigil = None if config.orphan_timeout is None else _keep_vigil(config, config.orphan_timeout, orphaned)
     heart = Heart(channel, config.heartbeat_seconds, vigil)
     if vigil is not None:
@@ -79,7 +77,7 @@ def _serve(config: WorkerConfig, channel: Channel, allegiance: Allegiance) -> in
     if config.kv_endpoint is not None:
         from peft_dist.worker.kv_server import TcpTransport
 
-        server = TcpTransport(config.kv_endpoint)
+        server = TcpTransport(config.kv_endpoint, keys=config.keys())
         replica.use_transport(server)
     channel.send(Ready(model=replica.model_info, pid=os.getpid(), costs=replica.engine.detail().costs))
     loop = WorkerLoop(replica, channel, find_adapter, allegiance=allegiance)

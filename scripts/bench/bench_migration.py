@@ -1,13 +1,15 @@
 """What a running request pays for a move to another replica: with its KV, and computed again.
 
     python scripts/bench/bench_migration.py [--moves 500] [--lengths 100 1000 4000] [--repeats 20]
+    python scripts/bench/bench_migration.py --shape 8b --name gpu       # two GPUs, random weights
 
-Two CPU replicas of SmolLM2-135M-Instruct in processes of their own, with an adapter. First `--moves` forced moves with
-KV, of concurrent sampled and greedy streams at random tokens: every stream is compared with the same request alone, and
-both replicas must have all their blocks back. Then the added gap of one move at each context length and in both ways:
-the longest time between two tokens of a stream from the move on, less the median before it; no prompt shares a prefix
-with another. One more stream runs on each replica meanwhile, and its longest gap is told too. Writes
-docs/results/migration.json.
+Two replicas in processes of their own, with an adapter: SmolLM2-135M-Instruct on the CPU, or what `--shape` says.
+First `--moves` forced moves with KV, of concurrent sampled and greedy streams at random tokens: every stream is
+compared with the same request alone, and both replicas must have all their blocks back. Then the added gap of one move
+at each context length and in both ways: the longest time between two tokens of a stream from the move on, less the
+median before it; no prompt shares a prefix with another, and a move that came too late for its stream is counted and
+made again. One more stream runs on each replica meanwhile, and its longest gap is told too. Writes
+docs/results/migration[_NAME].json.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from bench.cluster_engine import add_engine_options, prepare
 from bench.report import write_result
-from bench.workload import write_adapters
 from peft_dist.core.config import EngineConfig
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.orchestrator.core import OrchestratorOptions
@@ -36,7 +38,7 @@ from peft_dist.orchestrator.service import EngineService
 from peft_dist.worker.launcher import PlainLauncher
 
 TOKENS = 48
-BEFORE, AFTER = 12, 12
+BEFORE = 12
 BESIDE_TOKENS = 4096
 WAYS = {"kv": True, "recompute": False}
 
@@ -131,9 +133,14 @@ async def are_free(service: EngineService) -> bool:
     return False
 
 
-async def measure_gaps(service: EngineService, length: int, repeats: int, rng: random.Random) -> dict[str, Any]:
-    """Added gap of one move in both ways, in turn, so that a slow moment of the machine falls on both."""
-    params = SamplingParams(temperature=0.0, max_tokens=BEFORE + AFTER, ignore_eos=True)
+async def measure_gaps(
+    service: EngineService, length: int, after: int, repeats: int, rng: random.Random
+) -> dict[str, Any]:
+    """Added gap of one move in both ways, in turn, so that a slow moment of the machine falls on both.
+
+    ``after``: Tokens that follow the one at which it moves: more than are drawn until it has moved.
+    """
+    params = SamplingParams(temperature=0.0, max_tokens=BEFORE + after, ignore_eos=True)
     gaps: dict[str, list[float]] = {way: [] for way in WAYS}
     others: dict[str, list[float]] = {way: [] for way in WAYS}
     beside = [Reading(), Reading()]
@@ -142,12 +149,20 @@ async def measure_gaps(service: EngineService, length: int, repeats: int, rng: r
         asyncio.create_task(read(service, f"beside{length}.{i}", random_prompt(rng, 16), endless, None, into=reading))
         for i, reading in enumerate(beside)
     ]
-    for repeat in range(repeats):
+    too_late = 0
+    while min(map(len, gaps.values())) < repeats:
         for way, with_kv in WAYS.items():
             known = [len(reading.times) for reading in beside]
-            name = f"gap{length}.{repeat}.{way}"
+            moved = service._core.handover.num_with_kv
+            name = f"gap{length}.{too_late}.{len(gaps[way])}.{way}"
             prompt = random_prompt(rng, length - BEFORE)
             found = await read(service, name, prompt, params, "adapter0", [BEFORE], with_kv)
+            if with_kv and service._core.handover.num_with_kv == moved:
+                # It ended where it was: that is no gap of a move.
+                too_late += 1
+                if too_late > 3 * repeats:
+                    raise RuntimeError(f"at {length} tokens streams end before they have moved: give more --after")
+                continue
             usual = statistics.median(found.gaps(2, BEFORE))
             gaps[way].append(max(found.gaps(BEFORE + 1)) - usual)
             since = found.times[BEFORE - 1]
@@ -155,7 +170,7 @@ async def measure_gaps(service: EngineService, length: int, repeats: int, rng: r
     for i in range(len(beside)):
         service.abort(f"beside{length}.{i}")
     await asyncio.gather(*tasks)
-    return {way: summary(gaps[way]) | {"beside": summary(others[way])} for way in WAYS}
+    return {way: summary(gaps[way]) | {"beside": summary(others[way])} for way in WAYS} | {"moved_too_late": too_late}
 
 
 def longest_since(reading: Reading, known: int, since: float) -> float:
@@ -175,11 +190,7 @@ def summary(seconds: list[float]) -> dict[str, Any]:
     }
 
 
-async def measure(options: argparse.Namespace, model: Path, adapter: Path) -> dict[str, Any]:
-    config = EngineConfig(
-        str(model), device="cpu", dtype=options.dtype, max_model_len=max([*options.lengths, 4096]) + BESIDE_TOKENS,
-        kv_cache_bytes=2 << 30, num_threads=options.threads, max_num_batched_tokens=options.batched_tokens,
-    )  # fmt: skip
+async def measure(options: argparse.Namespace, config: EngineConfig, adapter: Path) -> dict[str, Any]:
     launcher = PlainLauncher(config, log_level="error", num_replicas=2)
     service = EngineService(launcher, OrchestratorOptions(64, 64, 1), num_replicas=2)
     rng = random.Random(0)
@@ -188,7 +199,9 @@ async def measure(options: argparse.Namespace, model: Path, adapter: Path) -> di
         await service.load_adapter("adapter0", str(adapter))
         figures: dict[str, Any] = {"forced": await force_moves(service, options.moves, rng), "added_gap": {}}
         for length in options.lengths:
-            figures["added_gap"][str(length)] = found = await measure_gaps(service, length, options.repeats, rng)
+            figures["added_gap"][str(length)] = found = await measure_gaps(
+                service, length, options.after, options.repeats, rng
+            )
             print(f"  {length} tokens: {found}", flush=True)
     finally:
         await service.stop()
@@ -197,23 +210,24 @@ async def measure(options: argparse.Namespace, model: Path, adapter: Path) -> di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="another Llama-like model folder (default: the demo's SmolLM2)")
+    add_engine_options(parser)
     parser.add_argument("--moves", type=int, default=500)
     parser.add_argument("--lengths", type=int, nargs="+", default=[100, 1000, 4000], help="tokens when it moves")
+    parser.add_argument("--after", type=int, default=12, help="tokens behind the one at which it moves")
     parser.add_argument("--repeats", type=int, default=20, help="moves at each length, in each way")
-    parser.add_argument("--threads", type=int, default=1, help="of each replica")
-    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--batched-tokens", type=int, default=512, help="tokens in one step at most")
+    parser.add_argument("--name", default="", help="of the result file: migration_NAME.json")
     parser.add_argument("--output", type=Path, help="folder for migration.json (default: docs/results)")
     options = parser.parse_args()
-    from demo_model import ensure_demo_model
-
-    model = options.model or ensure_demo_model()
-    settings = {key: str(value) for key, value in vars(options).items() if key not in ("output", "model")}
+    settings = {key: str(value) for key, value in vars(options).items() if key != "output"}
     with tempfile.TemporaryDirectory() as folder:
-        adapter = write_adapters(model, Path(folder), num_adapters=1)["adapter0"]
-        figures = asyncio.run(measure(options, model, adapter))
-    print("written to", write_result("migration", {"settings": settings, **figures}, options.output))
+        config, adapters = prepare(
+            options, Path(folder), 1, max_num_batched_tokens=options.batched_tokens,
+            max_model_len=max([*options.lengths, 4096]) + BESIDE_TOKENS,
+        )  # fmt: skip
+        figures = asyncio.run(measure(options, config, adapters["adapter0"]))
+    name = f"migration_{options.name}" if options.name else "migration"
+    print("written to", write_result(name, {"settings": settings, **figures}, options.output))
 
 
 if __name__ == "__main__":

@@ -2,16 +2,23 @@
 
 python -m scripts.bench.bench_tensor_parallel MODEL
 torchrun --nproc-per-node 2 -m scripts.bench.bench_tensor_parallel MODEL
+
+Writes docs/results/tensor_parallel_SIZE[_NAME].json. ``--shape 8b`` writes a folder MODEL of that shape first, for
+``--load-format dummy``.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from bench.gpu_workload import write_base
+from bench.report import write_result
 from peft_dist import LLM, SamplingParams
 from peft_dist.core.config import EngineConfig
 from peft_dist.runner.replica import build_replica
@@ -30,8 +37,13 @@ def main() -> None:
     options.add_argument("--adapters", type=int, default=8, help="0 measures the base alone")
     options.add_argument("--rank", type=int, default=16)
     options.add_argument("--tokens", type=int, default=128)
+    options.add_argument("--shape", help="write MODEL/base-SHAPE (gpu_workload.py) and measure that")
+    options.add_argument("--name", default="", help="of the result file: tensor_parallel_SIZE_NAME.json")
+    options.add_argument("--output", type=Path, help="folder for the result (default: docs/results)")
     asked = options.parse_args()
     size = int(os.environ.get("WORLD_SIZE", "1"))
+    if asked.shape:
+        asked.model = str(write_base(asked.shape, Path(asked.model)))
     config = EngineConfig(
         model=asked.model,
         dtype=asked.dtype,
@@ -54,9 +66,13 @@ def main() -> None:
             print(
                 f"{size} x {llm.model_info.device}, {llm.model_info.dtype}, {len(paths)} adapters of rank {asked.rank}"
             )
+            steps = {}
             for batch in asked.batches:
-                milliseconds = 1e3 * seconds_of_step(llm, batch, list(paths), asked.tokens)
-                print(f"{batch:5d} sequences: {milliseconds:8.3f} ms a step")
+                steps[batch] = round(1e3 * seconds_of_step(llm, batch, list(paths), asked.tokens), 3)
+                print(f"{batch:5d} sequences: {steps[batch]:8.3f} ms a step")
+    settings = {key: str(value) for key, value in vars(asked).items() if key != "output"}
+    name = "_".join(["tensor_parallel", str(size), *filter(None, [asked.name])])
+    print(write_result(name, {"ranks": size, "settings": settings, "step_ms": steps}, asked.output))
 
 
 def make_adapters(model: str, folder: Path, number: int, rank: int) -> dict[str, Path]:

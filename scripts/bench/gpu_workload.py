@@ -54,7 +54,11 @@ def model_config(shape: str) -> dict[str, Any]:
 
 def linear_shapes(shape: str) -> dict[str, tuple[int, int]]:
     """(inputs, outputs) of the seven linears of a layer, by their path in it."""
-    sizes = SHAPES[shape]
+    return linears_of(SHAPES[shape])
+
+
+def linears_of(sizes: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """As ``linear_shapes``, of what a Llama-like config.json says."""
     hidden, inner = sizes["hidden_size"], sizes["intermediate_size"]
     query, kv = (sizes[key] * sizes["head_dim"] for key in ("num_attention_heads", "num_key_value_heads"))
     return {
@@ -89,11 +93,14 @@ def write_adapters(
         path = folder / f"{label}-{shape}-r{rank}-std{std}-{number}"
         paths[f"{label}{number}"] = path
         if not (path / "adapter_config.json").exists():
-            _write_adapter(path, shape, rank, number, device, std)
+            write_adapter(path, SHAPES[shape], rank, number, device, std)
     return paths
 
 
-def _write_adapter(path: Path, shape: str, rank: int, seed: int, device: str, std: float) -> None:
+def write_adapter(
+    path: Path, sizes: dict[str, Any], rank: int, seed: int, device: str = "cpu", std: float = 0.01
+) -> None:
+    """A random bf16 adapter in PEFT's format on all linears of a model of these sizes."""
     import torch
     from safetensors.torch import save_file
 
@@ -104,8 +111,8 @@ def _write_adapter(path: Path, shape: str, rank: int, seed: int, device: str, st
     def draw(*size: int) -> torch.Tensor:
         return torch.randn(*size, device=device, generator=generator).mul_(std).to(torch.bfloat16).cpu()
 
-    linears, tensors = linear_shapes(shape), {}
-    for layer in range(SHAPES[shape]["num_hidden_layers"]):
+    linears, tensors = linears_of(sizes), {}
+    for layer in range(sizes["num_hidden_layers"]):
         for name, (inputs, outputs) in linears.items():
             key = f"base_model.model.model.layers.{layer}.{name}"
             tensors[f"{key}.lora_A.weight"] = draw(rank, inputs)

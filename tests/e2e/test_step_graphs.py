@@ -6,6 +6,7 @@ Without a GPU a stand-in runs the captured function again on the same memory, th
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -139,6 +140,27 @@ def test_tokens_are_pefts(
     assert (
         seen["decodes"] and seen["mixed"] and bool(seen["pending"]) == bool(depth) and bool(seen["corrected"]) == modes
     )
+
+
+def test_no_captured_step_outlives_its_model(tmp_path: Path) -> None:
+    """NCCL waited for ever at the end of two ranks whose captured steps were still there."""
+    triton_interpreter.mend()
+    make_model("llama", tmp_path / "base")
+    captured: list[weakref.ref[Callable[[], None]]] = []
+
+    def noted(run: Callable[[], None]) -> Callable[[], None]:
+        captured.append(weakref.ref(run))
+        return run_again(run)
+
+    options = {"num_blocks": 16, "max_num_seqs": 6, "max_num_batched_tokens": 24, "attention_backend": "triton"}
+    with LLM(tmp_path / "base", device="cpu", dtype="float32", max_model_len=64, **options) as llm:
+        use_graphs(llm, noted)
+        executor = llm._open.executor
+        llm.generate([[5, 6]], SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True), use_tqdm=False)
+        assert all(step() is not None for step in captured)
+    # Without the collector's help: while the model is still held, as by a rank that is about to leave.
+    assert executor.runner.graphs is not None and len(captured) == 2
+    assert all(step() is None for step in captured)
 
 
 def test_sizes_cover_every_batch_with_little_padding() -> None:

@@ -8,6 +8,8 @@ import pytest
 import torch
 import zmq
 
+from peft_dist.core.cluster_keys import ClusterKeys
+from peft_dist.core.errors import ConfigError
 from peft_dist.core.handover import KVHandle
 from peft_dist.runner.shared_memory import MemoryGoneError, SharedMemory
 from peft_dist.worker.kv_server import CHUNK_BYTES, TcpTransport, fetch
@@ -17,6 +19,14 @@ from peft_dist.worker.kv_server import CHUNK_BYTES, TcpTransport, fetch
 def server() -> Iterator[TcpTransport]:
     made = TcpTransport("tcp://127.0.0.1:*", silence_ms=200)
     yield made
+    made.close()
+
+
+@pytest.fixture
+def guarded() -> Iterator[tuple[TcpTransport, ClusterKeys]]:
+    keys = ClusterKeys.make()
+    made = TcpTransport("tcp://127.0.0.1:*", silence_ms=200, keys=keys)
+    yield made, keys
     made.close()
 
 
@@ -59,3 +69,25 @@ def test_a_host_that_does_not_answer_is_given_up() -> None:
         deaf.bind("tcp://127.0.0.1:*")
         with pytest.raises(MemoryGoneError, match="does not answer"):
             fetch(deaf.get_string(zmq.SocketOption.LAST_ENDPOINT), "token", 100, silence_ms=50)
+
+
+def test_with_keys_only_their_holders_read(guarded: tuple[TcpTransport, ClusterKeys]) -> None:
+    server, keys = guarded
+    memory, handle = offered(server, 3 * CHUNK_BYTES + 7)
+    assert torch.equal(server.open(handle), memory.contents)
+    for other in (None, ClusterKeys.make()):
+        with pytest.raises(MemoryGoneError, match="does not answer"):
+            fetch(server.address, memory.token, 100, 200, other)
+    assert torch.equal(fetch(server.address, memory.token, 100, 5000, keys), memory.contents[:100])
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "keys", "words"),
+    [
+        ("tcp://0.0.0.0:*", None, "can be reached from other machines: it needs a key_file"),
+        ("tcp://192.0.2.250:*", ClusterKeys.make(), "cannot be used"),
+    ],
+)
+def test_addresses_where_no_kv_is_offered(endpoint: str, keys: ClusterKeys | None, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        TcpTransport(endpoint, keys=keys)

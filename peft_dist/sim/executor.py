@@ -1,0 +1,172 @@
+"""An executor that spends virtual seconds and computes nothing."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from peft_dist.core.adapter import AdapterSpec
+from peft_dist.core.batch import NO_ADAPTER, Batch, SequenceResult, StepResult
+from peft_dist.core.cost_model import CostModel, StepFeatures
+from peft_dist.core.handover import KVHandle
+from peft_dist.core.messages import AdapterResidency
+from peft_dist.engine.executor import LoadOutcome, TransferOutcome
+
+TOKEN = 1
+"""What every draw is: no prompt, stop token or text depends on it."""
+LAYOUT = "simulated"
+
+
+class _Handle(NamedTuple):
+    """A step: what it will have drawn, and when its last part ends."""
+
+    result: StepResult
+    ends: float
+
+
+class _Ending(NamedTuple):
+    ends: float
+    spec: AdapterSpec
+    began: float
+
+
+class SimExecutor:
+    """Steps, switches, loads and copies take what a cost model says; loads and copies run beside the steps.
+
+    Args:
+        truth: Seconds of everything. The engine has a model of its own, which learns from them.
+        clock: The time, in seconds.
+        block_bytes: Of one KV block.
+        num_held: Merged copies that are kept beside the base ("shadow"); 0: weights are merged in place.
+    """
+
+    def __init__(self, truth: CostModel, clock: Callable[[], float], block_bytes: int, num_held: int) -> None:
+        self._truth = truth
+        self._clock = clock
+        self._block_bytes = block_bytes
+        self._num_held = num_held
+        self._slots: dict[int, AdapterSpec] = {}
+        self._loading: dict[int, _Ending] = {}
+        self._copies: list[tuple[float, TransferOutcome]] = []
+        self._merged: AdapterSpec | None = None
+        self._held: OrderedDict[str, None] = OrderedDict()
+        self._free_at = 0.0
+        self.collected_at = 0.0
+        """When the last step that was collected ended."""
+
+    def next_end(self) -> float | None:
+        """When the next load or copy ends; None: none is under way."""
+        ends = [load.ends for load in self._loading.values()] + [end for end, _ in self._copies]
+        return min(ends, default=None)
+
+    def submit(self, batch: Batch) -> _Handle:
+        swapped = (len(batch.swap_outs) + len(batch.swap_ins)) * self._block_bytes
+        swap_seconds = self._truth.swap_seconds(swapped) if swapped else None
+        seconds = self._truth.step_seconds(self._features(batch)) if batch.sequences else 0.0
+        self._free_at = max(self._free_at, self._clock()) + (swap_seconds or 0.0) + seconds
+        results = [SequenceResult(s.request_id, [TOKEN] if s.samples else [], s.draw) for s in batch.sequences]
+        result = StepResult(batch.step, results, seconds, swap_bytes=swapped, swap_seconds=swap_seconds)
+        return _Handle(result, self._free_at)
+
+    def collect(self, handle: _Handle) -> StepResult:
+        self.collected_at = handle.ends
+        return handle.result
+
+    def can_merge(self, spec: AdapterSpec) -> bool:
+        return True
+
+    def can_host(self, spec: AdapterSpec) -> bool:
+        return True
+
+    def switch(self, spec: AdapterSpec | None) -> float | None:
+        target = None if spec is None else spec.content_hash
+        seconds = 0.0
+        if target is None or target not in self._held:
+            rows = 0 if spec is None else spec.num_rank_rows
+            seconds = self._truth.switch_seconds(self.merged_adapter(), target, rows)
+        self._merged = spec
+        if target is not None and self._num_held:
+            self._held[target] = None
+            self._held.move_to_end(target)
+            while len(self._held) > self._num_held:
+                self._held.popitem(last=False)
+        self._free_at = max(self._free_at, self._clock()) + seconds
+        return seconds
+
+    def merged_adapter(self) -> str | None:
+        return None if self._merged is None else self._merged.content_hash
+
+    def holds_merged(self, content_hash: str) -> bool:
+        return content_hash in self._held or content_hash == self.merged_adapter()
+
+    def residency(self) -> list[AdapterResidency]:
+        return [
+            AdapterResidency(spec.content_hash, "device", spec.num_rank_rows, spec.num_bytes)
+            for spec in self._slots.values()
+        ]
+
+    def forget(self, request_ids: Sequence[str]) -> None:
+        """Nothing is kept."""
+
+    def start_load(self, spec: AdapterSpec, slot: int) -> None:
+        now = self._clock()
+        self._loading[slot] = _Ending(now + self._truth.load_seconds(spec.num_bytes), spec, now)
+
+    def take_loaded(self) -> list[LoadOutcome]:
+        now, outcomes = self._clock(), []
+        for slot, load in [(slot, load) for slot, load in self._loading.items() if load.ends <= now]:
+            del self._loading[slot]
+            self._slots[slot] = load.spec
+            seconds = load.ends - load.began
+            outcomes.append(LoadOutcome(load.spec.content_hash, slot, None, seconds, seconds))
+        return outcomes
+
+    def fileno(self) -> int:
+        return -1  # Nobody waits: ``next_end`` tells.
+
+    def drop_adapter(self, slot: int) -> None:
+        del self._slots[slot]
+
+    def keep_adapter(self, content_hash: str) -> None:
+        """Host memory is not simulated: every load takes what one from there takes."""
+
+    def release_adapter(self, content_hash: str) -> None:
+        """As ``keep_adapter``."""
+
+    def discard_adapter(self, content_hash: str) -> None:
+        self._held.pop(content_hash, None)
+
+    def start_export(self, key: int, blocks: Sequence[int], *, on_host: bool) -> None:
+        num_bytes = len(blocks) * self._block_bytes
+        # A move is measured as one: half of it is the way out.
+        seconds = self._truth.transfer_seconds(num_bytes) / 2
+        kv = KVHandle(LAYOUT, len(blocks), num_bytes, str(key), 0, 0, seconds=seconds)
+        self._copies.append((self._clock() + seconds, TransferOutcome(key, kv, None, seconds)))
+
+    def start_import(self, key: int, kv: KVHandle, blocks: Sequence[int]) -> None:
+        seconds = self._truth.transfer_seconds(kv.num_bytes) / 2
+        self._copies.append((self._clock() + seconds, TransferOutcome(key, None, None, seconds)))
+
+    def take_transfers(self) -> list[TransferOutcome]:
+        now = self._clock()
+        ended = [outcome for end, outcome in self._copies if end <= now]
+        self._copies = [copy for copy in self._copies if copy[0] > now]
+        return ended
+
+    def end_export(self, key: int) -> None:
+        """Nothing is held."""
+
+    def transfers_fileno(self) -> int:
+        return -1
+
+    def _features(self, batch: Batch) -> StepFeatures:
+        rows = []
+        for sequence in batch.sequences:
+            spec = None if sequence.adapter_slot == NO_ADAPTER else self._slots[sequence.adapter_slot]
+            tokens = len(sequence.token_ids)
+            rows.append(("", tokens, 0) if spec is None else (spec.content_hash, tokens, spec.num_rank_rows))
+        merged = batch.merged_adapter
+        present = any(adapter == merged for adapter, _, _ in rows)
+        rank = self._merged.num_rank_rows if merged is not None and present and self._merged is not None else 0
+        return StepFeatures.of(rows, merged, rank)

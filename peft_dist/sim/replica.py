@@ -1,0 +1,140 @@
+"""A replica in virtual time: what a worker does, without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from peft_dist.core.adapter import AdapterSpec
+from peft_dist.core.config import EngineConfig, ModelInfo
+from peft_dist.core.cost_model import CostModel
+from peft_dist.core.messages import AdapterResult, AnyCommand, AnyReport, LoadAdapter, Ready, UnloadAdapter
+from peft_dist.engine.assembly import assemble
+from peft_dist.engine.driver import EngineDriver
+from peft_dist.engine.handovers import Handovers
+from peft_dist.sim.events import EventQueue
+from peft_dist.sim.executor import SimExecutor
+
+# A round of a loop whose engine finds nothing to do.
+_IDLE_ROUND = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class SimHardware:
+    """What a simulated replica is made of.
+
+    Attributes:
+        config: As for a real one; sizes that a real one measures are below.
+        truth: Seconds of everything it does.
+        prior: What its engine believes before it has measured anything.
+        num_blocks: Of KV memory, ``block_bytes`` each.
+        num_held: Merged copies beside the base's weights.
+        host_seconds: That scheduling and reporting add to a step where none is in flight.
+    """
+
+    config: EngineConfig
+    truth: CostModel
+    prior: Callable[[], CostModel]
+    num_blocks: int
+    block_bytes: int
+    num_held: int = 0
+    host_seconds: float = 0.0
+
+    def model(self) -> ModelInfo:
+        config = self.config
+        return ModelInfo(
+            model=config.model,
+            served_model_name=config.served_model_name or config.model,
+            max_model_len=config.max_model_len or self.num_blocks * config.block_size,
+            vocab_size=1 << 31,
+            eos_token_ids=(),
+            num_blocks=self.num_blocks,
+            num_host_blocks=config.num_host_blocks,
+            block_size=config.block_size,
+            block_bytes=self.block_bytes,
+            device="simulated",
+            dtype="simulated",
+            depth=config.depth or 0,
+            attention_backend="simulated",
+            lora_backend="simulated",
+            max_loras=config.max_loras,
+        )
+
+
+class SimReplica:
+    """Takes commands when they arrive, and reports when its steps end."""
+
+    def __init__(
+        self,
+        hardware: SimHardware,
+        queue: EventQueue,
+        report: Callable[[list[AnyReport]], None],
+        find_adapter: Callable[[LoadAdapter], AdapterSpec],
+    ) -> None:
+        """``report``: Told at the end of each round. ``find_adapter``: What is at the path of a load."""
+        self._queue = queue
+        self._report = report
+        self._find = find_adapter
+        self._host_seconds = hardware.host_seconds
+        self._commands: list[AnyCommand] = []
+        self._reports: list[AnyReport] = []
+        self._is_running = False
+        self._now = queue.now
+        info = hardware.model()
+        self.executor = SimExecutor(hardware.truth, self._clock, hardware.block_bytes, hardware.num_held)
+        self.engine = assemble(hardware.config, info, self.executor, hardware.prior(), page_rows=1, num_rows=None)
+        self._driver = EngineDriver(self.engine, Handovers(self.engine), self._reports.append, self._clock)
+        self._reports.append(Ready(model=info, pid=0))
+        self._wake()
+
+    def take(self, command: AnyCommand) -> None:
+        """A command arrives now."""
+        self._commands.append(command)
+        self._wake()
+
+    def _clock(self) -> float:
+        return self._now
+
+    def _wake(self) -> None:
+        if not self._is_running:
+            self._is_running = True
+            self._queue.at(self._queue.now, self._round)
+
+    def _round(self) -> None:
+        began = self._now = self._queue.now
+        commands, self._commands = self._commands, []
+        for command in commands:
+            self._handle(command)
+        self.executor.collected_at = began
+        self._driver.step(report=bool(commands))
+        # With a step in flight, scheduling the next one takes no time of the device's.
+        host = 0.0 if self.engine.depth else self._host_seconds
+        self._queue.at(max(self.executor.collected_at + host, began + _IDLE_ROUND), self._end_round)
+
+    def _end_round(self) -> None:
+        reports, self._reports[:] = self._reports[:], []
+        if reports:
+            self._report(reports)
+        self._is_running = False
+        if self._commands or not self._driver.is_idle:
+            self._wake()
+            return
+        if (end := self.executor.next_end()) is not None:
+            self._queue.at(end, self._wake)
+        self._now = self._queue.now
+        if (wait := self._driver.timeout_ms()) is not None:
+            self._queue.at(self._queue.now + max(1e-3 * wait, _IDLE_ROUND), self._wake)
+
+    def _handle(self, command: AnyCommand) -> None:
+        match command:
+            case LoadAdapter():
+                spec = self._find(command)
+                self.engine.register_adapter(spec, pinned=command.pinned)
+                self._driver.adapters[spec.content_hash] = spec
+                self._reports.append(AdapterResult(call_id=command.call_id, spec=spec))
+            case UnloadAdapter(call_id=call_id, content_hash=content_hash):
+                self._driver.adapters.pop(content_hash, None)
+                self.engine.forget_adapter(content_hash)
+                self._reports.append(AdapterResult(call_id=call_id))
+            case _:
+                self._driver.handle(command)

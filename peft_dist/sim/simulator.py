@@ -1,0 +1,195 @@
+"""A cluster in virtual time: the live orchestrator and engines, with other clocks, executors and messengers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from peft_dist.core.adapter import AdapterSpec
+from peft_dist.core.messages import AnyReport, LoadAdapter, SequenceProgress
+from peft_dist.core.sampling_params import SamplingParams
+from peft_dist.orchestrator.client import NewRequest
+from peft_dist.orchestrator.core import Orchestrator, OrchestratorOptions
+from peft_dist.orchestrator.records import Outgoing, PlacementDue, PlanDue, RequestFailed, SequenceEvent
+from peft_dist.placement.planning import greedy_plan
+from peft_dist.placement.types import ClusterView, MigrationPlan, PlanError
+from peft_dist.sim.events import EventQueue
+from peft_dist.sim.replica import SimHardware, SimReplica
+
+FAILED = "failed"
+
+
+class Arrival(Protocol):
+    """A request that comes: seconds from the start, adapter (None: the base), tokens of prompt and answer."""
+
+    @property
+    def time(self) -> float: ...
+    @property
+    def adapter(self) -> str | None: ...
+    @property
+    def prompt_tokens(self) -> int: ...
+    @property
+    def output_tokens(self) -> int: ...
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of a request. Times in seconds from the start.
+
+    Attributes:
+        first, last: Of its tokens.
+        queue: From its arrival at a replica to its first step there.
+    """
+
+    arrival: Arrival
+    first: float | None = None
+    last: float | None = None
+    tokens: int = 0
+    queue: float | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SimCluster:
+    """What is simulated.
+
+    Attributes:
+        hardware: Of each replica.
+        adapters: By name; every replica can run each.
+        message_seconds: That a command or report is under way.
+        plan_seconds, placement_seconds: From a view to its plan, and to its placement.
+        plan: Makes plans; nothing whose answer depends on this machine's speed gives the same run twice.
+    """
+
+    hardware: Sequence[SimHardware]
+    adapters: Mapping[str, AdapterSpec]
+    options: OrchestratorOptions
+    message_seconds: float = 2e-4
+    plan_seconds: float = 0.05
+    placement_seconds: float = 0.2
+    plan: Callable[[ClusterView], MigrationPlan] = lambda view: greedy_plan(view, "virtual time")
+
+
+class Simulator:
+    """One run. It begins when all replicas are ready and hold all adapters, at time 0 of the arrivals.
+
+    Attributes:
+        core: The orchestrator.
+    """
+
+    def __init__(self, cluster: SimCluster) -> None:
+        self._cluster = cluster
+        self._queue = EventQueue()
+        self.core = Orchestrator(cluster.options)
+        self.replicas: list[SimReplica] = []
+        self._outcomes: dict[str, Outcome] = {}
+        self._left = 0
+        self._start = 0.0
+        self._tick_at: float | None = None
+        self._failed: list[str] = []
+
+    def run(self, arrivals: Iterable[Arrival]) -> list[Outcome]:
+        """Offer requests at their times, whatever becomes of the others; ends with the last of them."""
+        self._set_up()
+        self._start = self._queue.now
+        found = []
+        for number, arrival in enumerate(arrivals):
+            found.append(self._outcomes.setdefault(f"r{number}", Outcome(arrival)))
+            self._queue.at(self._start + arrival.time, lambda n=number, a=arrival: self._submit(f"r{n}", a))  # type: ignore[misc]
+        self._left = len(found)
+        self._queue.run(lambda: not self._left)
+        return found
+
+    def _set_up(self) -> None:
+        for replica_id, hardware in enumerate(self._cluster.hardware):
+            epoch = self.core.add_replica(replica_id, self._queue.now).epoch
+            self.replicas.append(SimReplica(hardware, self._queue, self._reporter(replica_id, epoch), self._spec))
+        self._queue.run(lambda: len(self.core.replicas.ready()) == len(self.replicas))
+        for name in self._cluster.adapters:
+            self._act(self.core.load_adapter(name, name)[1])
+        self._queue.run(lambda: len(self.core.adapters.specs()) == len(self._cluster.adapters))
+
+    def _spec(self, load: LoadAdapter) -> AdapterSpec:
+        return self._cluster.adapters[load.name]
+
+    def _reporter(self, replica_id: int, epoch: int) -> Callable[[list[AnyReport]], None]:
+        def arrive(reports: list[AnyReport]) -> None:
+            for report in reports:
+                self._act(self.core.observe(replica_id, epoch, report, self._queue.now))
+
+        def send(reports: list[AnyReport]) -> None:
+            self._queue.at(self._queue.now + self._cluster.message_seconds, lambda: arrive(reports))
+
+        return send
+
+    def _submit(self, request_id: str, arrival: Arrival) -> None:
+        params = SamplingParams(temperature=0.0, max_tokens=arrival.output_tokens, ignore_eos=True)
+        new = NewRequest(request_id, [0] * arrival.prompt_tokens, params, arrival.adapter)
+        self._act(self.core.submit(new, self._queue.now))
+
+    def _act(self, commands: Iterable[Outgoing]) -> None:
+        for out in commands:
+            take, command = self.replicas[out.replica_id].take, out.command
+            self._queue.at(self._queue.now + self._cluster.message_seconds, lambda take=take, c=command: take(c))  # type: ignore[misc]
+        for event in self.core.drain_events():
+            match event:
+                case SequenceEvent(request_id=request_id, progress=progress):
+                    self._note(request_id, progress)
+                case RequestFailed(request_id=request_id, error=error):
+                    self._fail(request_id, str(error))
+                case PlanDue():
+                    self._plan()
+                case PlacementDue(search=search):
+                    self._queue.at(
+                        self._queue.now + self._cluster.placement_seconds,
+                        lambda s=search: self._act(self.core.migration.placed(s, s.run(), self._queue.now)),  # type: ignore[misc]
+                    )
+        self._arm()
+
+    def _arm(self) -> None:
+        """Have the deadlines of the orchestrator looked at when they pass."""
+        deadline = self.core.next_deadline()
+        if deadline < float("inf") and (self._tick_at is None or deadline < self._tick_at):
+            self._tick_at = deadline
+            self._queue.at(deadline, self._tick)
+
+    def _tick(self) -> None:
+        if self._tick_at is not None and self._queue.now >= self._tick_at:
+            self._tick_at = None
+            self._act(self.core.tick(self._queue.now))
+
+    def _plan(self) -> None:
+        survey = self.core.migration.survey()
+        while survey.step():
+            pass
+        surveyed = survey.result(self._queue.now)
+        try:
+            plan = self._cluster.plan(surveyed.view)
+        except PlanError:
+            self._queue.at(self._queue.now, lambda: self.core.migration.planned(FAILED, 0.0, self._queue.now))
+            return
+
+        def carry_out() -> None:
+            migration, now = self.core.migration, self._queue.now
+            commands = migration.prepare(plan)
+            commands += migration.move(migration.chosen(plan, surveyed), surveyed, now)
+            migration.planned(plan.origin, self._cluster.plan_seconds, now)
+            self._act(commands)
+
+        self._queue.at(self._queue.now + self._cluster.plan_seconds, carry_out)
+
+    def _note(self, request_id: str, progress: SequenceProgress) -> None:
+        outcome, now = self._outcomes[request_id], self._queue.now - self._start
+        if progress.token_ids:
+            if outcome.first is None:
+                outcome.first, outcome.queue = now, progress.queue_seconds
+            outcome.last = now
+            outcome.tokens += len(progress.token_ids)
+        if progress.finish_reason is not None:
+            outcome.error = progress.error
+            self._left -= 1
+
+    def _fail(self, request_id: str, error: str) -> None:
+        self._outcomes[request_id].error = error
+        self._left -= 1

@@ -1,0 +1,222 @@
+"""Replicas with a real model that lose what they run on, under load: every stream is what its request is alone.
+
+One body for whatever runs the replicas.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import signal
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from peft_dist import LLM, SamplingParams
+from peft_dist.core.config import EngineConfig
+from peft_dist.core.restarts import RestartPolicy
+from peft_dist.orchestrator.core import OrchestratorOptions
+from peft_dist.orchestrator.link import Link
+from peft_dist.orchestrator.replica_process import ReplicaLauncher
+from peft_dist.orchestrator.service import EngineService
+from peft_dist.worker.launcher import AccelerateLauncher, PlainLauncher
+from tests.e2e.test_replicas import until
+
+KINDS: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    # Of a large vocabulary as it is, about every draw lies within rounding of two tokens.
+    {"temperature": 1.0, "top_k": 64},
+    {"temperature": 0.8, "top_p": 0.9, "top_k": 40, "presence_penalty": 0.5, "frequency_penalty": 0.3},
+    {"temperature": 0.0, "repetition_penalty": 1.3, "logprobs": 2},
+]
+
+Fault = Callable[[EngineService, int], Awaitable[None]]
+"""Takes away what a replica runs on."""
+Started = tuple[ReplicaLauncher, Link | None]
+"""A launcher, and the socket that its replicas connect to if it is not the usual one."""
+
+
+@dataclass
+class Case:
+    """One request, what it is alone, and what its stream brought.
+
+    Attributes:
+        tokens: Of its last stream.
+        num_tokens, gaps: Over all its streams: the tokens, and the longest gap of each in seconds.
+    """
+
+    prompt: list[int]
+    params: SamplingParams
+    adapter: str | None
+    expected: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    num_tokens: int = 0
+    gaps: list[float] = field(default_factory=list)
+
+    async def run(self, service: EngineService, request_id: str) -> None:
+        """Stream it, and check every token."""
+        loop = asyncio.get_running_loop()
+        self.tokens = []
+        times: list[float] = []
+        num_scores = 0
+        async for _, progress in service.generate(request_id, self.prompt, self.params, self.adapter):
+            assert progress.error is None and progress.first_index == len(self.tokens)
+            self.tokens += progress.token_ids
+            self.num_tokens += len(progress.token_ids)
+            num_scores += len(progress.logprobs or ())
+            times.append(loop.time())
+        assert self.tokens == self.expected
+        assert num_scores == (len(self.tokens) if self.params.logprobs is not None else 0)
+        self.gaps.append(max(b - a for a, b in itertools.pairwise(times)))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of all rounds together.
+
+    Attributes:
+        restored: Seconds of each round from its last fault until there were as many replicas as before.
+        gaps: Longest gap of each request's stream, in seconds.
+    """
+
+    restored: list[float]
+    gaps: list[float]
+
+    def __str__(self) -> str:
+        gaps, seconds = sorted(self.gaps), ", ".join(f"{seconds:.1f}" for seconds in self.restored)
+        return (
+            f"{len(gaps)} requests, 0 lost; all replicas again after {seconds} s; longest gap of a stream: median "
+            f"{gaps[len(gaps) // 2]:.1f} s, longest {gaps[-1]:.1f} s"
+        )
+
+
+class Machines(Protocol):
+    """What runs the replicas."""
+
+    def launcher(self, config: EngineConfig, num_replicas: int, heartbeat: float) -> Started:
+        """For so many replicas, with so many seconds between two signs of life."""
+        ...
+
+    async def take_away(self, service: EngineService, replica_id: int) -> None:
+        """What a replica runs on; there is something else in its place."""
+        ...
+
+
+class ThisHost:
+    """Processes of this host: the launcher's own supervisor is what starts them again."""
+
+    def __init__(self, kind: type[PlainLauncher] = AccelerateLauncher) -> None:
+        self._kind = kind
+
+    def launcher(self, config: EngineConfig, num_replicas: int, heartbeat: float) -> Started:
+        launcher = self._kind(config, log_level="error", heartbeat_seconds=heartbeat, num_replicas=num_replicas)
+        return launcher, None
+
+    async def take_away(self, service: EngineService, replica_id: int) -> None:
+        os.kill(service.replica_pids()[replica_id], signal.SIGKILL)
+
+    async def stop(self, service: EngineService, replica_id: int) -> None:
+        os.kill(service.replica_pids()[replica_id], signal.SIGSTOP)
+
+
+def make_cases(number: int, num_tokens: int, vocab_size: int, adapters: Sequence[str | None]) -> list[Case]:
+    cases = []
+    for i in range(number):
+        params = SamplingParams(max_tokens=num_tokens, ignore_eos=True, seed=i, **KINDS[i % len(KINDS)])
+        prompt = [3 + (7 * i + 5 * k) % (vocab_size - 3) for k in range(6 + i % 11)]
+        cases.append(Case(prompt, params, adapters[(i // len(KINDS)) % len(adapters)]))
+    return cases
+
+
+def run_alone(model: Path | str, adapters: dict[str, str | Path], cases: list[Case], **options: Any) -> None:
+    with LLM(model, adapters, device="cpu", **options) as llm:
+        for case in cases:
+            [output] = llm.generate([case.prompt], case.params, case.adapter, use_tqdm=False)
+            case.expected = output.outputs[0].token_ids
+
+
+async def one_round(
+    service: EngineService, cases: list[Case], faults: Sequence[tuple[int, Fault]], num_replicas: int
+) -> float:
+    """Stream all cases, again and again until all faults have come and all replicas are there again.
+
+    Args:
+        faults: Each with the tokens that are to be there before it. The first befalls the busiest replica, the next
+            one another.
+
+    Returns seconds from the last fault until all replicas were there.
+    """
+    loop = asyncio.get_running_loop()
+    restored = asyncio.Event()
+    before = sum(case.num_tokens for case in cases)
+
+    def drawn() -> int:
+        return sum(case.num_tokens for case in cases) - before
+
+    async def stream(case: Case, name: str) -> None:
+        for number in itertools.count():
+            await case.run(service, f"{name}.{number}")
+            if restored.is_set():
+                return
+
+    reading = [asyncio.create_task(stream(case, f"r{i}")) for i, case in enumerate(cases)]
+
+    async def reach(condition: Callable[[], bool]) -> None:
+        """Wait for it, unless a stream is not what it should be."""
+        await until(lambda: condition() or any(task.done() for task in reading))
+        for task in reading:
+            if task.done():
+                task.result()
+
+    try:
+        pids = service.replica_pids()
+        assert len(pids) == num_replicas
+        await reach(lambda: drawn() >= faults[0][0])
+        running = {view.replica_id: view.stats.num_running for view in service.replicas()}
+        victims = sorted(running, key=lambda replica_id: -running[replica_id])
+        for victim, (goal, fault) in zip(victims, faults, strict=False):
+            await reach(lambda goal=goal: drawn() >= goal)
+            begun = loop.time()
+            await fault(service, victim)
+            await reach(lambda gone=victim: service.replica_pids().get(gone) != pids[gone])
+        await reach(lambda: len(service.replica_pids()) == num_replicas)
+        seconds = loop.time() - begun
+        restored.set()
+        await asyncio.gather(*reading)
+        return seconds
+    finally:
+        for task in reading:
+            task.cancel()
+        await asyncio.gather(*reading, return_exceptions=True)
+
+
+def serve_with_faults(
+    config: EngineConfig,
+    adapters: dict[str, str | Path],
+    cases: list[Case],
+    faults: Sequence[tuple[int, Fault]],
+    machines: Machines,
+    num_replicas: int = 2,
+    silence: float = 2.0,
+    rounds: int = 1,
+) -> Outcome:
+    """``silence``: Seconds without a word of a replica after which it is given up."""
+
+    async def work() -> Outcome:
+        launcher, link = machines.launcher(config, num_replicas, silence / 5)
+        restart = RestartPolicy(first=0.05, longest=1.0, max_failures=100)
+        options = OrchestratorOptions(max_num_seqs=256, seed=1, heartbeat_timeout=silence, restart=restart)
+        service = EngineService(launcher, options, num_replicas=num_replicas, stop_grace=5.0, link=link)
+        try:
+            await service.start()
+            for name, path in adapters.items():
+                await service.load_adapter(name, str(path))
+            restored = [await one_round(service, cases, faults, num_replicas) for _ in range(rounds)]
+            assert sum(view.num_restarts for view in service.replicas()) == rounds * len(faults)
+        finally:
+            await service.stop()
+        return Outcome(restored, [gap for case in cases for gap in case.gaps])
+
+    return asyncio.run(work())
