@@ -21,6 +21,8 @@ _START_TIMEOUT = 600.0
 # A replica that was asked who it is has loaded its model: it may be in a step.
 _ADOPTION_SECONDS = 60.0
 _ASK_AGAIN_SECONDS = 1.0
+# Replicas have a limit of their own to the silence of this process, of 10 s unless they were told.
+_PING_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +107,7 @@ class Guests:
                 if replica.is_guest:
                     self._link.send(Outgoing(replica.replica_id, replica.epoch, Ping()))
             self._forget_the_gone()
-            await asyncio.sleep(self._invitation.heartbeat_seconds)
+            await asyncio.sleep(min(self._invitation.heartbeat_seconds, _PING_SECONDS))
 
     def _forget_the_gone(self) -> None:
         self._joined = {sender: (one, attempt) for sender, (one, attempt) in self._joined.items() if one.is_alive}
