@@ -157,7 +157,9 @@ class WorkerLoop:
             case Shutdown():
                 self._stopped = True
             case Fence():
-                self._stopped = self.is_fenced = True
+                # One that was let go before it hears this, because a sign of life crossed the farewell, ended well.
+                self.is_fenced = not self._stopped
+                self._stopped = True
             case NameAdapters() | Identify() | Adopt():
                 self._serve_another(command)
             case Ping() | Welcome():

@@ -19,6 +19,7 @@ from peft_dist.core.messages import (
     EndExport,
     Exported,
     ExportRequests,
+    Fence,
     Imported,
     ImportRequests,
     LoadAdapter,
@@ -249,3 +250,10 @@ def test_imports_are_refused_in_words_and_can_be_aborted(replica: EngineReplica)
     [last] = [s for report in script.sent if isinstance(report, Progress) for s in report.sequences]
     assert last.request_id == "z" and last.finish_reason == "length"
     assert replica.engine.scheduler.blocks.num_free == replica.engine.scheduler.blocks.num_blocks
+
+
+def test_whoever_was_let_go_is_not_fenced_by_what_comes_behind(replica: EngineReplica) -> None:
+    for commands, is_fenced in (([Shutdown(), Fence()], False), ([Fence()], True), ([Fence(), Shutdown()], True)):
+        script = Script()
+        script.ready = list(commands)
+        assert run(replica, script).is_fenced is is_fenced
