@@ -122,6 +122,13 @@ def serve(
     ] = None,
     heartbeat_timeout: Annotated[float, typer.Option(help="Seconds of silence until a replica is given up.")] = 10.0,
     step_timeout: Annotated[float, typer.Option(help="Seconds that one step of a replica may take.")] = 300.0,
+    state_dir: Annotated[
+        Path | None,
+        typer.Option(help="What finds the workers again after a crash; by port, in the user's runtime folder."),
+    ] = None,
+    orphan_timeout: Annotated[
+        float, typer.Option(min=0, help="Seconds that workers wait for a server after a crash; 0: none.")
+    ] = 60.0,
     api_key: Annotated[list[str] | None, typer.Option(help=f"Guards /v1; repeatable. And {API_KEYS_VARIABLE}.")] = None,
     admin_key: Annotated[str | None, typer.Option(help=f"Guards adapter loads. Or {ADMIN_KEY_VARIABLE}.")] = None,
     allow_hub_load: Annotated[bool, typer.Option("--allow-hub-load", help="HTTP loads may name hub ids.")] = False,
@@ -232,6 +239,8 @@ def serve(
         ray=ray,
         start_timeout=start_timeout,
         shutdown_timeout=shutdown_timeout,
+        state_dir=state_dir,
+        orphan_timeout=orphan_timeout,
         log_level=_one_of("log-level", log_level.lower(), LOG_LEVELS),
     )
     configure_logging(settings.log_level)
@@ -255,6 +264,9 @@ def worker(
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N, if another than the server's.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the model.")] = None,
     silence: Annotated[float, typer.Option(help="Seconds without a word of the server until it is given up.")] = 10.0,
+    orphan_timeout: Annotated[
+        float, typer.Option(min=0, help="Seconds that the model is kept for another server then.")
+    ] = 60.0,
     leave_timeout: Annotated[float, typer.Option(min=0, help="Seconds for requests to move when it leaves.")] = 60.0,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
     launcher: Annotated[str, typer.Option(help="accelerate or plain.", hidden=True)] = "accelerate",
@@ -272,6 +284,7 @@ def worker(
         engine={name: value for name, value in own.items() if value is not None},
         launcher=_one_of("launcher", launcher, tuple(LAUNCHERS)),
         silence=silence,
+        orphan_timeout=orphan_timeout,
         leave_timeout=leave_timeout,
         log_level=_one_of("log-level", log_level.lower(), LOG_LEVELS),
     )

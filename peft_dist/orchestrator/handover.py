@@ -19,6 +19,7 @@ from peft_dist.core.messages import (
 from peft_dist.core.step_costs import StepCosts
 from peft_dist.orchestrator.adapter_calls import to
 from peft_dist.orchestrator.move_counts import CALL, MoveCounts
+from peft_dist.orchestrator.options import OrchestratorOptions
 from peft_dist.orchestrator.placer import Placer
 from peft_dist.orchestrator.records import Outgoing, Replica, ReplicaState, RequestRecord
 from peft_dist.orchestrator.replicas import ReplicaTable
@@ -60,15 +61,19 @@ class Handover:
     """
 
     def __init__(
-        self, requests: RequestTable, replicas: ReplicaTable, placer: Placer, timeout: float, counts: MoveCounts
+        self,
+        requests: RequestTable,
+        replicas: ReplicaTable,
+        placer: Placer,
+        options: OrchestratorOptions,
+        counts: MoveCounts,
     ) -> None:
-        """``timeout``: Seconds for one handover."""
         self._requests = requests
         self._replicas = replicas
         self._placer = placer
-        self._timeout = timeout
+        self._timeout = options.handover_timeout
         self._moves: dict[int, _Move] = {}
-        self._next_number = 1
+        self._next_number = options.first_number
         self._counts = counts
 
     @property

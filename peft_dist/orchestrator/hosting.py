@@ -78,7 +78,8 @@ class Hosting:
             if not self._placer.swaps_on_dispatch:
                 self._place_in_turn(now)
             elif self._search is None and (self.placement is not None or members[-1]):
-                self._search = self._placer.find_search(self._views.placing(self._views.adapters(now)))
+                view = self._views.placing(self._views.adapters(now))
+                self._search = self._placer.find_search(view, from_devices=self._has_adopted())
                 if self._search is not None:
                     self._events.append(PlacementDue(self._search))
         return self._send_ahead(now)
@@ -107,13 +108,18 @@ class Hosting:
         """What a placement is of."""
         return tuple(replica.epoch for replica in self._replicas.ready()), self._views.contents()
 
+    def _has_adopted(self) -> bool:
+        """Whether replicas brought adapters from an earlier life: what is there had better stay."""
+        return any(replica.was_adopted for replica in self._replicas.ready())
+
     def _place_in_turn(self, now: float) -> None:
         """Round robin is cheap, and an adapter must have its place before its first request has one.
 
         It is never made anew: replicas that will serve again keep their adapters.
         """
         adapters = self._views.adapters(now)
-        search = self._placer.find_search(self._views.placing(adapters, coming=True))
+        view = self._views.placing(adapters, coming=True)
+        search = self._placer.find_search(view, from_devices=self._has_adopted())
         if adapters and search is not None:
             self._adopt(search, search.run())
 

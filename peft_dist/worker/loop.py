@@ -31,11 +31,12 @@ from peft_dist.core.messages import (
     UnloadAdapter,
     Welcome,
 )
+from peft_dist.core.succession import Adopt, Identify, NameAdapters, NamesKept
 from peft_dist.engine.commands import make_request
 from peft_dist.engine.detail_schedule import DetailSchedule
+from peft_dist.worker.allegiance import Allegiance
 from peft_dist.worker.channel import Channel
 from peft_dist.worker.fetcher import AdapterFetcher
-from peft_dist.worker.heart import Heart
 from peft_dist.worker.replica import Replica
 
 logger = logging.getLogger(__name__)
@@ -55,9 +56,9 @@ class WorkerLoop:
         channel: Channel,
         find_adapter: Callable[[LoadAdapter], Path],
         clock: Callable[[], float] = time.monotonic,
-        heart: Heart | None = None,
+        allegiance: Allegiance | None = None,
     ) -> None:
-        """``clock``: Seconds from any origin, never running backwards. ``heart``: Told when a round begins and ends."""
+        """``clock``: Seconds from any origin, never running backwards. ``allegiance``: None of what is never told."""
         self._replica = replica
         self._clock = clock
         self._engine = replica.engine
@@ -73,7 +74,7 @@ class WorkerLoop:
         self._stopped = False
         self.is_fenced = False
         self._details = DetailSchedule()
-        self._heart = heart
+        self._allegiance = allegiance
         self._engine.on_start = self._tell_started
 
     def run(self) -> None:
@@ -85,11 +86,13 @@ class WorkerLoop:
         while True:
             if self._is_idle and (self._engine.has_work or not self._replica.warm_up_some()):
                 self._rest()
-            if self._heart is not None:
-                self._heart.begin_round()
+            if self._allegiance is not None:
+                self._allegiance.begin_round()
             commands = self._channel.receive()
             for command in commands:
                 self._handle(command)
+            if self._allegiance is not None and self._allegiance.hear(len(commands)):
+                self._drop_requests()
             found = self._fetcher.take_found()
             for load in found:
                 self._finish_load(*load)
@@ -101,9 +104,11 @@ class WorkerLoop:
             self._step(report=bool(commands or found))
 
     def _rest(self) -> None:
-        if self._heart is not None:
-            self._heart.rest()
-        self._channel.wait(self._details.timeout_ms(self._clock()))
+        timeout_ms = self._details.timeout_ms(self._clock())
+        if self._allegiance is not None:
+            self._allegiance.rest()
+            timeout_ms = self._allegiance.limit(timeout_ms)
+        self._channel.wait(timeout_ms)
 
     def _tell_started(self, request_ids: list[str]) -> None:
         self._channel.send(Started(request_ids=request_ids))
@@ -145,6 +150,7 @@ class WorkerLoop:
                 self._fetcher.start(command)
             case PinAdapter(name=name, content_hash=content_hash):
                 self._engine.pin_adapter(name, content_hash)
+                self._note_pin(name, pinned=content_hash is not None)
             case PrefetchAdapter(content_hash=content_hash):
                 self._engine.prefetch_adapter(content_hash)
             case UnloadAdapter():
@@ -154,9 +160,39 @@ class WorkerLoop:
             case Shutdown():
                 self._stopped = True
             case Fence():
-                self._stopped = self.is_fenced = True
-            case Welcome() | Ping():
-                """For who asked to join, which is not this process."""
+                # One that was let go before it hears this, because a sign of life crossed the farewell, ended well.
+                self.is_fenced = not self._stopped
+                self._stopped = True
+            case NameAdapters() | Identify() | Adopt():
+                self._serve_another(command)
+            case Ping() | Welcome():
+                """That it came is all there is to it; the other is for who asked to join."""
+
+    def _serve_another(self, command: NameAdapters | Identify | Adopt) -> None:
+        """What concerns an orchestrator after this one, or is said by it."""
+        if self._allegiance is None:
+            return
+        match command:
+            case NameAdapters():
+                self._allegiance.remember(command)
+                self._channel.send(NamesKept(version=command.version))
+            case Identify():
+                self._drop_requests()
+                self._allegiance.identify()
+            case Adopt():
+                self._drop_requests()
+                self._details = DetailSchedule()
+                self._allegiance.follow(command, self._replica, self._adapters.values())
+
+    def _drop_requests(self) -> None:
+        """End all requests: nobody reads what they bring."""
+        self._handovers.clear()
+        self._engine.abort(list(self._engine.requests))
+        self._refused.clear()
+
+    def _note_pin(self, name: str, *, pinned: bool) -> None:
+        if self._allegiance is not None:
+            self._allegiance.note_pin(name, pinned=pinned)
 
     def _add(self, command: AddRequest) -> None:
         try:
@@ -198,6 +234,7 @@ class WorkerLoop:
             self._channel.send(AdapterResult(call_id=command.call_id, error=describe(error)))
         else:
             self._adapters[spec.content_hash] = spec
+            self._note_pin(spec.name, pinned=command.pinned)
             self._channel.send(AdapterResult(call_id=command.call_id, spec=spec))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -24,6 +24,11 @@ class ReplicaEngine(Protocol):
     """
 
     on_start: Callable[[list[str]], None] | None
+
+    @property
+    def requests(self) -> Mapping[str, Request]:
+        """Those that were added and have not ended, by id."""
+        ...
 
     @property
     def has_work(self) -> bool: ...
@@ -81,6 +86,10 @@ class ReplicaHandovers(Protocol):
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Give up the imports of these requests."""
+        ...
+
+    def clear(self) -> None:
+        """Give up whatever is under way, and abort its requests."""
         ...
 
     def poll(self) -> list[Exported | Imported]:

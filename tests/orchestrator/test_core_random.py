@@ -21,6 +21,7 @@ from peft_dist.core.errors import (
     UnknownModelError,
 )
 from peft_dist.core.messages import AddRequest, Progress, ReplicaStats, SequenceProgress
+from peft_dist.core.restarts import RestartPolicy
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.orchestrator.client import NewRequest
 from peft_dist.orchestrator.core import Orchestrator, OrchestratorOptions
@@ -36,7 +37,6 @@ from peft_dist.orchestrator.records import (
     SequenceEvent,
     StartReplica,
 )
-from peft_dist.orchestrator.restarts import RestartPolicy
 from peft_dist.orchestrator.survey import Surveyed
 from peft_dist.placement.aggregation import RequestMove
 from peft_dist.placement.placer import KINDS, MigrationKind, Search

@@ -159,6 +159,9 @@ class FakeHandovers:
             for held in self._exports.values():
                 held.pop(request_id, None)
 
+    def clear(self) -> None:
+        self._exports.clear()
+
     def poll(self) -> list[Exported | Imported]:
         reports, self._reports = self._reports, []
         return reports
@@ -224,6 +227,12 @@ def build(config: EngineConfig) -> FakeReplica:
 
 def build_failing(config: EngineConfig) -> FakeReplica:
     raise ConfigError(f"model {config.model!r} cannot be loaded: choose another")
+
+
+def build_when_told(config: EngineConfig) -> FakeReplica:
+    """Takes as long as nobody writes to the named pipe that the environment names."""
+    Path(os.environ["FAKE_GATE"]).read_bytes()
+    return FakeReplica(config)
 
 
 def build_hanging(config: EngineConfig) -> FakeReplica:

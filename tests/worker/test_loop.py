@@ -19,6 +19,7 @@ from peft_dist.core.messages import (
     EndExport,
     Exported,
     ExportRequests,
+    Fence,
     Imported,
     ImportRequests,
     LoadAdapter,
@@ -257,3 +258,10 @@ def test_an_adapter_that_is_sent_ahead_is_loaded_and_told_while_nothing_runs(rep
     script = Script([PrefetchAdapter(content_hash="gone"), PrefetchAdapter(content_hash="hash1")])
     run(replica, script)
     assert residency(script) == {"hash1": "device"}
+
+
+def test_whoever_was_let_go_is_not_fenced_by_what_comes_behind(replica: EngineReplica) -> None:
+    for commands, is_fenced in (([Shutdown(), Fence()], False), ([Fence()], True), ([Fence(), Shutdown()], True)):
+        script = Script()
+        script.ready = list(commands)
+        assert run(replica, script).is_fenced is is_fenced
