@@ -77,8 +77,7 @@ class Orchestrator:
         tables = self._requests, self.replicas, self._calls
         counts = MoveCounts()
         self.migration = Migration(options, *tables, self.adapters, self._demand, self._events, counts)
-        lengths, hosting = self._demand.lengths, self.migration.hosting
-        self._placer = Placer(*tables, options.max_num_seqs, lengths, hosting)
+        self._placer = Placer(*tables, options.max_num_seqs, self._demand.lengths, self.migration.hosting)
         self.handover = Handover(self._requests, self.replicas, self._placer, options, counts)
         self._placer.mover = partial(self.handover.move_record, cause=DRAIN)
         self.migration.mover = partial(self.handover.move_record, cause=PLAN)
@@ -225,10 +224,8 @@ class Orchestrator:
         match report:
             case Progress():
                 out = self._observe_progress(replica, report, now)
-            case Started():
-                for sequence_id in report.request_ids:
-                    if owner := self._requests.owner(sequence_id, replica_id):
-                        owner[1].started = True
+            case Started(request_ids=ids):
+                self._requests.note_started(ids, replica_id)
             case Heartbeat():
                 if (reason := self.lives.find_fault(replica, report)) is not None:
                     out = self.lose_replica(replica_id, epoch, reason, now, hangs=not report.is_orphaned)

@@ -98,7 +98,7 @@ def run(replica: ModelReplica, script: NamedScript, silence: float | None = None
         clock=lambda: script.now,
         allegiance=allegiance,
     )
-    loop._adapters = dict(replica.engine.adapters)
+    loop._driver.adapters = dict(replica.engine.adapters)
     loop.run()
     loop._fetcher.close()
     heart.stop()

@@ -115,7 +115,7 @@ def replica() -> Iterator[EngineReplica]:
 
 def run(replica: Any, script: Any) -> WorkerLoop:
     loop = WorkerLoop(replica, script, lambda command: Path(command.path), clock=lambda: script.now)
-    loop._adapters = dict(replica.engine.adapters)
+    loop._driver.adapters = dict(replica.engine.adapters)
     loop.run()
     loop._fetcher.close()
     return loop
@@ -163,7 +163,7 @@ def test_a_registration_is_told_soon_and_many_of_them_together(replica: EngineRe
 
     script.before_wait = all_found
     loop = run(replica, script)
-    assert len(loop._adapters) == 4 + 20
+    assert len(loop._driver.adapters) == 4 + 20
     assert script.now <= 100.0 + 2 * CHANGE_SECONDS
     assert 1 <= script.details() <= 3
 
