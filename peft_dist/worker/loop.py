@@ -106,7 +106,7 @@ class WorkerLoop:
                 self._stopped = True
             case Fence():
                 # One that was let go before it hears this, because a sign of life crossed the farewell, ended well.
-                self.is_fenced = not self._stopped
+                self.is_fenced |= not self._stopped
                 self._stopped = True
             case NameAdapters() | Identify() | Adopt():
                 self._serve_another(command)
