@@ -263,6 +263,4 @@ def test_an_adapter_that_is_sent_ahead_is_loaded_and_told_while_nothing_runs(rep
 def test_whoever_was_let_go_is_not_fenced_by_what_comes_behind(replica: EngineReplica) -> None:
     cases = ([Shutdown(), Fence()], False), ([Fence()], True), ([Fence(), Shutdown()], True), ([Fence(), Fence()], True)
     for commands, is_fenced in cases:
-        script = Script()
-        script.ready = list(commands)
-        assert run(replica, script).is_fenced is is_fenced
+        assert run(replica, Script(list(commands))).is_fenced is is_fenced
