@@ -43,7 +43,7 @@ class Case:
     """One request, what it is alone, and what its stream brought.
 
     Attributes:
-        tokens: Of its last stream.
+        tokens, num_scores: Of its last stream.
         num_tokens, gaps: Over all its streams: the tokens, and the longest gap of each in seconds.
     """
 
@@ -52,24 +52,28 @@ class Case:
     adapter: str | None
     expected: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
+    num_scores: int = 0
     num_tokens: int = 0
     gaps: list[float] = field(default_factory=list)
 
     async def run(self, service: EngineService, request_id: str) -> None:
-        """Stream it, and check every token."""
+        """Stream it."""
         loop = asyncio.get_running_loop()
         self.tokens = []
         times: list[float] = []
-        num_scores = 0
+        self.num_scores = 0
         async for _, progress in service.generate(request_id, self.prompt, self.params, self.adapter):
             assert progress.error is None and progress.first_index == len(self.tokens)
             self.tokens += progress.token_ids
             self.num_tokens += len(progress.token_ids)
-            num_scores += len(progress.logprobs or ())
+            self.num_scores += len(progress.logprobs or ())
             times.append(loop.time())
+        self.gaps.append(max((b - a for a, b in itertools.pairwise(times)), default=0.0))
+
+    def check(self) -> None:
+        """That its last stream is what it is alone."""
         assert self.tokens == self.expected
-        assert num_scores == (len(self.tokens) if self.params.logprobs is not None else 0)
-        self.gaps.append(max(b - a for a, b in itertools.pairwise(times)))
+        assert self.num_scores == (len(self.tokens) if self.params.logprobs is not None else 0)
 
 
 @dataclass(frozen=True)
@@ -158,6 +162,7 @@ async def one_round(
     async def stream(case: Case, name: str) -> None:
         for number in itertools.count():
             await case.run(service, f"{name}.{number}")
+            case.check()
             if restored.is_set():
                 return
 
