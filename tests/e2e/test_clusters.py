@@ -34,7 +34,7 @@ def machines(kind: str) -> Iterator[Machines]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", ["accelerate", "ray"])
 def test_three_replicas_lose_a_machine_under_load(kind: str, tmp_path: Path) -> None:
     model = make_model("llama", tmp_path / "model")
