@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+# Torch takes the highest priority that there is.
+_FIRST = -5
+
 
 class LoRAWorkspace:
     """One float32 buffer on a device, for one call after another on one stream (or streams ordered by what they read).
@@ -17,7 +20,8 @@ class LoRAWorkspace:
     def __init__(self, device: torch.device | str, max_rank: int = 64) -> None:
         self.device = torch.device(device)
         self.max_rank = 16
-        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        # First: both halves become ready together, and the layer's own product, begun first, would leave no room.
+        self.stream = torch.cuda.Stream(self.device, priority=_FIRST) if self.device.type == "cuda" else None
         self._buffer = torch.empty(0, dtype=torch.float32, device=self.device)
         self._outgrown: list[torch.Tensor] = []
         self.admit(max_rank)

@@ -28,8 +28,8 @@ from peft_dist.core.messages import (
     UnloadAdapter,
 )
 from peft_dist.core.sampling_params import SamplingParams
-from peft_dist.engine.handovers import Handovers
 from peft_dist.engine.detail_schedule import CHANGE_SECONDS
+from peft_dist.engine.handovers import Handovers
 from peft_dist.worker.loop import WorkerLoop
 from tests.engine.test_engine import make_engine
 
