@@ -81,6 +81,8 @@ def test_requests_move_off_a_crowded_replica_and_nobody_notices(tmp_path: Path) 
             await until(lambda: all(len(case.tokens) > 3 for case in cases))
             service.resume_replica(1)
             await asyncio.gather(*reading)
+            for case in cases:
+                case.check()
             view = service.migration()
             assert view is not None and view.moves["recompute"] >= 4
             # Whoever made the first plan: later ones are asked of a warm solver.

@@ -192,6 +192,9 @@ class FakeReplica:
         self.engine.register_adapter(spec)
         self.engine.pin_adapter(spec.name, spec.content_hash if pinned else None)
 
+    def use_transport(self, transport: object) -> None:
+        """It moves requests without any KV."""
+
     def warm_up_some(self) -> bool:
         return False
 
