@@ -22,6 +22,7 @@ Ints = NDArray[np.int64]
 DAY_MINUTES = 24 * 60
 MAF1_NAME = "invocations_per_function_md.anon.d{day:02d}.csv"
 MAF2_NAME = "AzureFunctionsInvocationTraceForTwoWeeksJan2021.txt"
+_SHORT = range(1, 12)
 _WINDOW = re.compile(r"(\d+)\.(\d+)\.(\d+)-(\d+)\.(\d+)\.(\d+)")
 
 
@@ -139,7 +140,7 @@ def _maf1_reader(window: Window, names: list[str]) -> Callable[[list[str]], tupl
             raise ValueError(f"there are {len(row)} fields, not {len(names)}")
         cells = row[zero + window.start : zero + window.end]
         # A row has up to 1,440 of them, and a file some 46,000 rows: what is wrong is looked for afterwards.
-        if "".join(cells).isdigit() and len(max(cells, key=len)) < 12 and all(cells):
+        if (joined := "".join(cells)).isdigit() and joined.isascii() and all(map(_SHORT.__contains__, map(len, cells))):
             return f"{row[owner]}/{row[app]}/{row[function]}", [int(cell) for cell in cells]
         calls = [whole(cell, f"minute {window.start + i + 1}") for i, cell in enumerate(cells)]
         return f"{row[owner]}/{row[app]}/{row[function]}", calls
