@@ -14,8 +14,9 @@ import typer
 from peft_dist.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from peft_dist.workload.client import ClientOptions, Outcome
+    from peft_dist.workload.client import Outcome
     from peft_dist.workload.records import Summary
+    from peft_dist.workload.sending import ClientOptions
 
 API_KEY_VARIABLE = "PEFT_DIST_API_KEY"
 
@@ -37,6 +38,7 @@ def bench(
     warm_up: Annotated[int, typer.Option(min=0, help="Short requests to each adapter before the start.")] = 1,
     timeout: Annotated[float, typer.Option(help="Seconds for one request.")] = 3600.0,
     max_lateness: Annotated[float, typer.Option(help="Seconds; a later client (P99) reports nothing.")] = 0.05,
+    processes: Annotated[int, typer.Option(min=1, help="That send; more for many thousand tokens a second.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Of the prompts.")] = 0,
     slo: Annotated[float, typer.Option(min=0, help="Objective: seconds a token of the answer; 0: none.")] = 0.5,
     slo_ttft: Annotated[float | None, typer.Option(help="Objective: seconds to the first token.")] = None,
@@ -45,8 +47,8 @@ def bench(
 ) -> None:
     """Send the requests of WORKLOAD to the server at URL, each at its time, and report how it did."""
     from peft_dist.workload import files, records
-    from peft_dist.workload.client import ClientOptions
     from peft_dist.workload.prompts import Prompts
+    from peft_dist.workload.sending import ClientOptions
 
     requests = files.read(workload)
     objectives = records.Objectives(slo or None, slo_ttft, slo_tpot, slo_e2e)
@@ -62,6 +64,7 @@ def bench(
         warm_up=warm_up,
         timeout=timeout,
         max_lateness=max_lateness,
+        processes=processes,
     )
     for file in filter(None, (output, csv)):
         if not file.parent.is_dir():
@@ -85,12 +88,12 @@ async def _run(requests: Any, options: ClientOptions) -> Outcome:
     from peft_dist.workload import client
 
     with tqdm(total=len(requests.arrivals), unit="request", smoothing=0) as bar:
-        return await client.run(requests, options, lambda record: bar.update() and None)
+        return await client.run(requests, options, lambda record: bar.update())
 
 
 def _source(workload: dict[str, Any], options: ClientOptions, outcome: Outcome, wanted: list[int]) -> dict[str, Any]:
     """Where the figures come from, without the key."""
-    names = ("temperature", "ignore_eos", "warm_up", "timeout", "max_lateness")
+    names = ("temperature", "ignore_eos", "warm_up", "timeout", "max_lateness", "processes")
     told = {name: getattr(options, name) for name in names}
     short = sum(r.error is None and r.output_tokens < most for r, most in zip(outcome.records, wanted, strict=True))
     return {

@@ -19,9 +19,10 @@ from peft_dist import cli
 from peft_dist.core.errors import ConfigError
 from peft_dist.workload import client, files, records
 from peft_dist.workload.arrivals import Arrival, Workload
-from peft_dist.workload.client import ClientOptions, LateClientError, Outcome
+from peft_dist.workload.client import LateClientError, Outcome
 from peft_dist.workload.prompts import Prompts
 from peft_dist.workload.queueing import ServerQueue
+from peft_dist.workload.sending import ClientOptions
 from peft_dist.workload.streams import Stream
 from tests.e2e.test_serve import adapter, serving
 from tests.workload.peer import Peer, running
@@ -83,6 +84,24 @@ def test_open_loop_requests_do_not_wait_for_answers() -> None:
 
     outcome = run(Holding(), workload(*[(0.0, "a", 2, 2)] * 300), warm_up=0)
     assert [r.error for r in outcome.records] == [None] * 300
+
+
+def test_several_processes_send_one_workload_on_one_clock() -> None:
+    peer, ended = Peer(), []
+    requests = workload(*((0.05 * number, f"m{number % 3}", 10 + number, 2) for number in range(7)))
+
+    async def both() -> Outcome:
+        async with running(peer):
+            options = ClientOptions(peer.url, warm_up=0, processes=2)
+            return await client.run(requests, options, lambda record: ended.append(record.index))
+
+    outcome = asyncio.run(both())
+    assert sorted(ended) == list(range(7)) == [record.index for record in outcome.records]
+    assert sorted(len(body["prompt"]) for body in peer.bodies) == list(range(10, 17))
+    for record, arrival in zip(outcome.records, requests.arrivals, strict=True):
+        assert record.error is None and record.adapter == arrival.adapter
+        assert arrival.time <= record.sent < arrival.time + 5
+    assert len(outcome.lags) >= 2 * 5, "of both"
 
 
 @pytest.mark.parametrize(
