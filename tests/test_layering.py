@@ -94,7 +94,11 @@ def test_policy_layers_know_no_torch(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["peft_dist", "peft_dist.engine.engine", "peft_dist.orchestrator.core", "peft_dist.placement.planner"]
+    "module",
+    [
+        *("peft_dist", "peft_dist.engine.engine", "peft_dist.orchestrator.core", "peft_dist.placement.planner"),
+        *("peft_dist.workload.client", "peft_dist.workload.generator"),
+    ],
 )
 def test_a_fresh_interpreter_stays_free_of_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"

@@ -88,6 +88,18 @@ def test_a_synthetic_trace_is_as_published() -> None:
     assert "synthetic" in trace.source and "Shahrad" in trace.source
 
 
+def test_two_fifths_of_a_synthetic_trace_vary_from_hour_to_hour() -> None:
+    trace = synthetic.maf_like(4000, Window(0, 14 * 1440), seed=0)
+    busy = trace.counts[trace.counts.sum(axis=1) > 14 * 24 * 100]
+    minutes = np.arange(14 * 1440)
+    daily = synthetic.diurnal(minutes).reshape(-1, 60).mean(axis=1)
+    cv = (busy / daily).std(axis=1) / (busy / daily).mean(axis=1)
+    varies = cv > 0.5
+    assert varies.mean() == pytest.approx(synthetic.VARYING, abs=SIGMAS * math.sqrt(0.25 / len(busy)))
+    assert np.median(cv[varies]) == pytest.approx(synthetic.HOURLY_CV, rel=0.1)
+    assert cv[~varies].max() < 0.3
+
+
 @pytest.mark.parametrize("name", ["day.csv", "day.csv.gz"])
 def test_a_synthetic_trace_reads_back(tmp_path: Path, name: str) -> None:
     synthetic.write_maf1(tmp_path / name, 40, seed=3)
