@@ -14,12 +14,12 @@ from peft_dist.core.errors import ConfigError
 from peft_dist.workload import arrivals
 from peft_dist.workload.arrivals import Arrival, Workload, correlated_gamma_times, gamma_times, merged, uniform, zipf
 
-# Two-sided, in standard errors: wrong once in a million draws of an example that hypothesis would have to find.
+# Standard errors that are let pass. The examples are the same every time, so that none fails by bad luck.
 SIGMAS = 5.0
 SEEDS = st.integers(0, 10**6)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(rate=st.floats(0.05, 50), cv=st.floats(0.2, 4), seed=SEEDS)
 def test_gaps_have_the_mean_and_cv_that_were_asked_for(rate: float, cv: float, seed: int) -> None:
     count = 4000
@@ -30,12 +30,11 @@ def test_gaps_have_the_mean_and_cv_that_were_asked_for(rate: float, cv: float, s
     assert abs(gaps.var() / cv**2 - 1) < SIGMAS * error
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(cv=st.sampled_from([0.3, 1.0, 3.0]), seed=SEEDS, num=st.integers(1, 40))
 def test_the_whole_has_the_rate_that_was_asked_for_however_bursty(cv: float, seed: int, num: int) -> None:
-    """Counted from the start, where processes that all begin with a gap would give too many (or too few)."""
     rate, seconds = 20.0, 100.0
-    drawn = merged(zipf(num, 1.0), rate, 20_000, cv=cv, seed=seed)
+    drawn = merged(zipf(num, 1.0), rate, 6000, cv=cv, seed=seed)
     count = sum(time < seconds for time, _ in drawn)
     assert drawn[-1][0] > seconds
     # The number of a stationary renewal process varies by cv^2 of its mean, and by a constant of order cv^4 each.
@@ -43,7 +42,21 @@ def test_the_whole_has_the_rate_that_was_asked_for_however_bursty(cv: float, see
     assert abs(count - rate * seconds) < SIGMAS * spread
 
 
-@settings(max_examples=20, deadline=None)
+@pytest.mark.parametrize("cv", [0.3, 3.0])
+def test_the_rate_is_right_from_the_first_second(cv: float) -> None:
+    """Processes that all begin with a whole gap, as the artifact's, give too many at first (or too few)."""
+
+    def in_ten_seconds(seed: int, correlated: bool) -> int:
+        drawn = merged(uniform(100), 20.0, 3000, cv=cv, seed=seed, correlated=correlated)
+        return sum(time < 10 for time, _ in drawn)
+
+    counts = np.array([in_ten_seconds(seed, False) for seed in range(30)])
+    assert abs(counts.mean() - 200) < SIGMAS * counts.std() / math.sqrt(30)
+    begun = np.array([in_ten_seconds(seed, True) for seed in range(30)])
+    assert (begun.mean() - 200) * (cv - 1) > 20 * abs(cv - 1)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(seed=SEEDS, exponent=st.floats(0, 2), num=st.integers(1, 20))
 def test_requests_are_shared_as_asked(seed: int, exponent: float, num: int) -> None:
     shares, count = zipf(num, exponent), 3000
@@ -52,7 +65,7 @@ def test_requests_are_shared_as_asked(seed: int, exponent: float, num: int) -> N
     assert np.all(np.abs(found - shares * count) < SIGMAS * np.sqrt(shares * (1 - shares) * count) + 1)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(seed=SEEDS, num=st.integers(1, 8), stream=st.integers(0, 5))
 def test_an_adapters_stream_depends_on_seed_interval_and_index_alone(seed: int, num: int, stream: int) -> None:
     def of_first(shares: list[float], rate: float) -> list[float]:

@@ -25,9 +25,12 @@ def turns(*counts: int) -> dict[str, object]:
     return {"id": "x", "conversations": [{"from": "human", "value": "w " * count} for count in counts]}
 
 
+TOKENS = st.one_of(st.sampled_from([3, 4, 1023, 1024, 1025]), st.integers(1, 3000))
+
+
 @settings(max_examples=50, deadline=None)
 @given(
-    pairs=st.lists(st.tuples(st.integers(1, 3000), st.integers(1, 3000)), min_size=1, max_size=30),
+    pairs=st.lists(st.tuples(TOKENS, TOKENS), min_size=1, max_size=30),
     ratio=st.floats(1, 8),
     max_total=st.sampled_from([2048, 4096]),
 )
