@@ -7,7 +7,7 @@ import io
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import msgspec
 
@@ -53,22 +53,28 @@ def read(path: Path) -> Workload:
 
     Raises ConfigError with the line of whatever is wrong.
     """
-    with open_text(path) as file:
-        first = file.readline()
-        if first.startswith("{"):
-            header, arrivals = _header(path, first), list(_numbered(path, file, 2, _from_json))
-        else:
-            named = first.startswith("#")
-            header = _header(path, first[1:]) if named else {}
-            names = (file.readline() if named else first).strip()
-            if names != ",".join(COLUMNS):
-                raise ConfigError(f"{path}: the columns are {names[:80]!r}, not {','.join(COLUMNS)}")
-            arrivals = list(_numbered(path, file, 3 if named else 2, _from_csv))
+    try:
+        with open_text(path) as file:
+            header, arrivals = _parse(path, file)
+    except (OSError, EOFError) as error:
+        raise ConfigError(f"{path}: the file is damaged: {error}") from error
     header.pop("peft_dist_workload", None)
     expected = header.pop("requests", len(arrivals))
     if expected != len(arrivals):
         raise ConfigError(f"{path} has {len(arrivals)} requests, its header says {expected}: it is not complete")
     return Workload(tuple(arrivals), header or {"arrivals": path.name})
+
+
+def _parse(path: Path, file: IO[str]) -> tuple[dict[str, Any], list[Arrival]]:
+    first = file.readline()
+    if first.startswith("{"):
+        return _header(path, first), list(_numbered(path, file, 2, _from_json))
+    named = first.startswith("#")
+    header = _header(path, first[1:]) if named else {}
+    names = (file.readline() if named else first).strip()
+    if names != ",".join(COLUMNS):
+        raise ConfigError(f"{path}: the columns are {names[:80]!r}, not {','.join(COLUMNS)}")
+    return header, list(_numbered(path, file, 3 if named else 2, _from_csv))
 
 
 def _header(path: Path, text: str) -> dict[str, Any]:

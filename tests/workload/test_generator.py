@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import math
 from pathlib import Path
@@ -146,6 +147,17 @@ def test_files_that_are_no_workloads(tmp_path: Path, text: str, message: str) ->
     (tmp_path / "file.csv").write_text(text)
     with pytest.raises(ConfigError, match=message):
         files.read(tmp_path / "file.csv")
+
+
+def test_zipped_files(tmp_path: Path) -> None:
+    made = generator.from_shares(["a"], zipf(1, 0.0), "uniform", Load(1.0, 300), SIZES)
+    files.write(made, tmp_path / "plain")
+    zipped = gzip.compress((tmp_path / "plain").read_bytes())
+    (tmp_path / "zipped").write_bytes(zipped)
+    assert files.read(tmp_path / "zipped") == made
+    (tmp_path / "cut").write_bytes(zipped[:-200])
+    with pytest.raises(ConfigError, match="damaged"):
+        files.read(tmp_path / "cut")
 
 
 def test_a_bare_csv_is_a_workload(tmp_path: Path) -> None:
