@@ -16,10 +16,10 @@ from typing import Any, Protocol
 
 from peft_dist import LLM, SamplingParams
 from peft_dist.core.config import EngineConfig
+from peft_dist.core.restarts import RestartPolicy
 from peft_dist.orchestrator.core import OrchestratorOptions
 from peft_dist.orchestrator.link import Link
 from peft_dist.orchestrator.replica_process import ReplicaLauncher
-from peft_dist.orchestrator.restarts import RestartPolicy
 from peft_dist.orchestrator.service import EngineService
 from peft_dist.worker.launcher import AccelerateLauncher, PlainLauncher
 from tests.e2e.test_replicas import until

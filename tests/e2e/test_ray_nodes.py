@@ -17,8 +17,8 @@ import pytest
 
 from peft_dist.core.config import EngineConfig
 from peft_dist.core.errors import ConfigError, EngineDeadError
+from peft_dist.core.restarts import RestartPolicy
 from peft_dist.orchestrator.core import OrchestratorOptions
-from peft_dist.orchestrator.restarts import RestartPolicy
 from peft_dist.orchestrator.service import EngineService
 from peft_dist.worker import ray_cluster
 from peft_dist.worker.ray_cluster import RaySettings
