@@ -14,6 +14,8 @@ try:
 except ModuleNotFoundError as missing:
     raise SystemExit("peft-dist needs the server's packages: pip install 'peft-dist[server]'") from missing
 
+from peft_dist.cli_bench import bench
+from peft_dist.cli_workload import app as workload
 from peft_dist.core.config import (
     AttentionName,
     EngineConfig,
@@ -31,6 +33,8 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 
 # A traceback with the values of local variables could show a key.
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app.command()(bench)
+app.add_typer(workload, name="workload")
 
 
 @app.command()
