@@ -14,7 +14,17 @@ try:
 except ModuleNotFoundError as missing:
     raise SystemExit("peft-dist needs the server's packages: pip install 'peft-dist[server]'") from missing
 
-from peft_dist.core.config import AttentionName, EngineConfig, LoadFormat, MergeMethod, Preemption, parse_bytes
+from peft_dist.cli_bench import bench
+from peft_dist.cli_workload import app as workload
+from peft_dist.core.config import (
+    AttentionName,
+    EngineConfig,
+    KVTransfer,
+    LoadFormat,
+    MergeMethod,
+    Preemption,
+    parse_bytes,
+)
 from peft_dist.core.errors import ConfigError, PeftDistError
 
 API_KEYS_VARIABLE = "PEFT_DIST_API_KEY"
@@ -23,6 +33,8 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 
 # A traceback with the values of local variables could show a key.
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app.command()(bench)
+app.add_typer(workload, name="workload")
 
 
 @app.command()
@@ -81,6 +93,7 @@ def serve(
     attention_backend: Annotated[
         str, typer.Option(help="auto, vllm-flash-attn, flashinfer, triton, c or torch.")
     ] = "auto",
+    kv_transfer: Annotated[str, typer.Option(help="auto or host: where KV lies that moves to a replica.")] = "auto",
     num_host_blocks: Annotated[int, typer.Option(help="KV blocks in host memory, for preemption by swap.")] = 0,
     gpu_memory_utilization: Annotated[float, typer.Option(help="Share of the device's memory to use.")] = 0.9,
     max_loras: Annotated[int, typer.Option(help="Adapters on the device at once.")] = 64,
@@ -115,6 +128,13 @@ def serve(
     ] = None,
     heartbeat_timeout: Annotated[float, typer.Option(help="Seconds of silence until a replica is given up.")] = 10.0,
     step_timeout: Annotated[float, typer.Option(help="Seconds that one step of a replica may take.")] = 300.0,
+    state_dir: Annotated[
+        Path | None,
+        typer.Option(help="What finds the workers again after a crash; by port, in the user's runtime folder."),
+    ] = None,
+    orphan_timeout: Annotated[
+        float, typer.Option(min=0, help="Seconds that workers wait for a server after a crash; 0: none.")
+    ] = 60.0,
     api_key: Annotated[list[str] | None, typer.Option(help=f"Guards /v1; repeatable. And {API_KEYS_VARIABLE}.")] = None,
     admin_key: Annotated[str | None, typer.Option(help=f"Guards adapter loads. Or {ADMIN_KEY_VARIABLE}.")] = None,
     allow_hub_load: Annotated[bool, typer.Option("--allow-hub-load", help="HTTP loads may name hub ids.")] = False,
@@ -168,6 +188,7 @@ def serve(
             num_blocks=num_blocks,
             num_host_blocks=num_host_blocks,
             attention_backend=cast(AttentionName, attention_backend),
+            kv_transfer=cast(KVTransfer, kv_transfer),
             gpu_memory_utilization=gpu_memory_utilization,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
@@ -224,6 +245,8 @@ def serve(
         ray=ray,
         start_timeout=start_timeout,
         shutdown_timeout=shutdown_timeout,
+        state_dir=state_dir,
+        orphan_timeout=orphan_timeout,
         log_level=_one_of("log-level", log_level.lower(), LOG_LEVELS),
     )
     configure_logging(settings.log_level)
@@ -247,6 +270,9 @@ def worker(
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N, if another than the server's.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the model.")] = None,
     silence: Annotated[float, typer.Option(help="Seconds without a word of the server until it is given up.")] = 10.0,
+    orphan_timeout: Annotated[
+        float, typer.Option(min=0, help="Seconds that the model is kept for another server then.")
+    ] = 60.0,
     leave_timeout: Annotated[float, typer.Option(min=0, help="Seconds for requests to move when it leaves.")] = 60.0,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
     launcher: Annotated[str, typer.Option(help="accelerate or plain.", hidden=True)] = "accelerate",
@@ -264,6 +290,7 @@ def worker(
         engine={name: value for name, value in own.items() if value is not None},
         launcher=_one_of("launcher", launcher, tuple(LAUNCHERS)),
         silence=silence,
+        orphan_timeout=orphan_timeout,
         leave_timeout=leave_timeout,
         log_level=_one_of("log-level", log_level.lower(), LOG_LEVELS),
     )

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peft_dist.core.config import EngineConfig, check_pinned
 from peft_dist.core.errors import AdapterError
@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from peft_dist.orchestrator.core import OrchestratorOptions
     from peft_dist.orchestrator.guests import Invitation
     from peft_dist.orchestrator.link import Link
-    from peft_dist.orchestrator.replica_process import ReplicaLauncher
+    from peft_dist.orchestrator.replica_process import ReplicaLauncher, ReplicaProcess
     from peft_dist.orchestrator.service import EngineService
     from peft_dist.placement.placer import MigrationKind
     from peft_dist.worker.ray_cluster import RaySettings
+    from peft_dist.worker.state_folder import StateFolder
 
 logger = logging.getLogger("peft_dist.serve")
 # Signs of life that may be missing before a replica counts as hung.
@@ -56,6 +57,8 @@ class ServeSettings:
     ray: RaySettings | None
     start_timeout: float | None
     shutdown_timeout: float
+    state_dir: Path | None
+    orphan_timeout: float
     log_level: str
 
 
@@ -66,17 +69,22 @@ async def run_server(settings: ServeSettings) -> None:
         ConfigError, AdapterError, EngineDeadError: the server could not be started as asked.
     """
     check_pinned(settings.engine, [name for name, _ in (*settings.adapters, *_folder_adapters(settings))])
+    if settings.ray is None:
+        await _serve(settings, None)
+        return
     # Ray has handlers of its own for signals: ours come later.
-    with _cluster(settings) as (launcher, link):
-        await _serve(settings, launcher, link)
+    with _on_ray(settings, settings.ray) as cluster:
+        await _serve(settings, cluster)
 
 
-async def _serve(settings: ServeSettings, launcher: ReplicaLauncher, link: Link | None) -> None:
+async def _serve(settings: ServeSettings, cluster: _Cluster | None) -> None:
+    """``cluster`` None: This host."""
     from peft_dist.api.listener import Listener, write_port
     from peft_dist.orchestrator.service import EngineService
 
     signals = StopSignals()
     listener = Listener(settings.host, settings.port)
+    launcher, link, left, state = cluster or await _on_this_host(settings)
     service = EngineService(
         launcher,
         _options(settings),
@@ -85,6 +93,7 @@ async def _serve(settings: ServeSettings, launcher: ReplicaLauncher, link: Link 
         planner_limit=settings.planner_limit,
         invitation=_invitation(settings),
         link=link,
+        left=left,
     )
     try:
         http_app = await unless(signals.stop, _prepare(settings, service))
@@ -98,7 +107,7 @@ async def _serve(settings: ServeSettings, launcher: ReplicaLauncher, link: Link 
         # streams that took 60 to 80 ms, every 1.3 s.
         gc.set_threshold(*_COLLECT_AFTER)
         serving = await listener.start(http_app, settings.shutdown_timeout)
-        _announce(service, settings, listener.url)
+        _announce(service, settings, listener.url, state)
         if settings.port_file is not None:
             write_port(settings.port_file, listener.port)
         await unless(signals.stop, asyncio.wait({serving}))
@@ -109,6 +118,8 @@ async def _serve(settings: ServeSettings, launcher: ReplicaLauncher, link: Link 
     finally:
         await service.stop()
         await listener.close()
+        if state is not None:
+            state.close()
 
 
 async def _prepare(settings: ServeSettings, service: EngineService) -> Any:
@@ -121,8 +132,7 @@ async def _prepare(settings: ServeSettings, service: EngineService) -> Any:
         starting.append(asyncio.to_thread(_import_auto_tokenizer))
     await asyncio.gather(*starting)
     for name, path in settings.adapters:
-        pinned = name in settings.engine.pinned_adapters
-        await service.load_adapter(name, path, allow_hub=True, allow_pickle=settings.http.allow_pickle, pinned=pinned)
+        await _load(settings, service, name, path, allow_hub=True)
     await _load_folder(settings, service)
     tokenizer = await asyncio.to_thread(_load_tokenizer, service.model.tokenizer, settings.engine)
     return build_app(service, tokenizer, settings.http)
@@ -130,13 +140,20 @@ async def _prepare(settings: ServeSettings, service: EngineService) -> Any:
 
 async def _load_folder(settings: ServeSettings, service: EngineService) -> None:
     for name, root in _folder_adapters(settings):
-        pinned = name in settings.engine.pinned_adapters
         try:
-            await service.load_adapter(name, name, root=root, allow_pickle=settings.http.allow_pickle, pinned=pinned)
+            await _load(settings, service, name, name, root=root)
         except AdapterError as error:
-            if pinned:
+            if name in settings.engine.pinned_adapters:
                 raise
             logger.error("Not served: %s", error)
+
+
+async def _load(settings: ServeSettings, service: EngineService, name: str, path: str, **source: Any) -> None:
+    """Load an adapter that was given at the start, unless replicas have it from an earlier life."""
+    source |= {"allow_pickle": settings.http.allow_pickle, "pinned": name in settings.engine.pinned_adapters}
+    if not service.has_adapter(name, path, **source):
+        was_served = any(spec.name == name for spec in service.adapters())
+        await service.load_adapter(name, path, replace=was_served, **source)
 
 
 def _folder_adapters(settings: ServeSettings) -> list[tuple[str, str]]:
@@ -165,9 +182,25 @@ def _load_tokenizer(source: str | None, engine: EngineConfig) -> Any | None:
     return load_tokenizer(source, revision=engine.revision, trust_remote_code=engine.trust_remote_code)
 
 
+def _open_state(settings: ServeSettings) -> StateFolder | None:
+    """Where workers are found again; None where they end with this process."""
+    from peft_dist.worker.state_folder import StateFolder, UnusableFolderError, default_path
+
+    path = settings.state_dir or default_path(settings.port)
+    if path is None or not settings.orphan_timeout:
+        return None
+    try:
+        return StateFolder(path)
+    except UnusableFolderError as error:
+        if settings.state_dir is not None:
+            raise
+        logger.warning("The workers end with this process if it is killed: %s", error)
+        return None
+
+
 def _options(settings: ServeSettings) -> OrchestratorOptions:
+    from peft_dist.core.restarts import RestartPolicy
     from peft_dist.orchestrator.core import OrchestratorOptions
-    from peft_dist.orchestrator.restarts import RestartPolicy
 
     return OrchestratorOptions(
         max_num_seqs=settings.engine.max_num_seqs,
@@ -201,43 +234,67 @@ def _invitation(settings: ServeSettings) -> Invitation | None:
     )
 
 
-@contextmanager
-def _cluster(settings: ServeSettings) -> Iterator[tuple[ReplicaLauncher, Link | None]]:
-    """What starts the replicas, and the socket that they connect to if it is not the usual one."""
-    from peft_dist.worker.config import DEFAULT_REPLICA_FACTORY
-    from peft_dist.worker.launcher import LAUNCHERS
+class _Cluster(NamedTuple):
+    """What starts the replicas, the socket that they connect to if it is not the usual one, and those that are left
+    from an earlier server, which is known by a folder."""
 
-    options: dict[str, Any] = {
-        "log_level": settings.log_level,
-        "replica_factory": settings.replica_factory or DEFAULT_REPLICA_FACTORY,
-        "heartbeat_seconds": settings.heartbeat_timeout / _BEATS,
-        "num_replicas": settings.num_replicas,
-    }
-    if settings.ray is None:
-        yield LAUNCHERS[settings.launcher](settings.engine, **options), None
-        return
+    launcher: ReplicaLauncher
+    link: Link | None = None
+    left: Mapping[int, ReplicaProcess] = {}
+    state: StateFolder | None = None
+
+
+async def _on_this_host(settings: ServeSettings) -> _Cluster:
+    from peft_dist.orchestrator.link import Link
+    from peft_dist.worker.launcher import LAUNCHERS
+    from peft_dist.worker.survivors import find_survivors
+
+    state, launcher_type = _open_state(settings), LAUNCHERS[settings.launcher]
+    if state is None:
+        return _Cluster(launcher_type(settings.engine, **_for_launcher(settings)))
+    further = {"orphan_timeout": settings.orphan_timeout}
+    launcher = launcher_type(settings.engine, state=state, further=further, **_for_launcher(settings))
+    left = await find_survivors(state, {i: launcher.launch(i) for i in range(settings.num_replicas)})
+    return _Cluster(launcher, Link.local(state.socket), left, state)
+
+
+@contextmanager
+def _on_ray(settings: ServeSettings, ray: RaySettings) -> Iterator[_Cluster]:
     from peft_dist.core.cluster_keys import ClusterKeys
     from peft_dist.orchestrator.link import Link
     from peft_dist.worker import ray_cluster
     from peft_dist.worker.ray_launcher import RayLauncher
 
-    host = ray_cluster.connect(settings.ray)
+    host = ray_cluster.connect(ray)
     try:
         # Of this server's life: nobody else needs them, and they reach the replicas through Ray.
         keys = ClusterKeys.make()
-        launcher = RayLauncher(settings.engine, settings.ray, keys, **options)
-        yield launcher, Link.listening(f"tcp://{host}:0", keys)
+        launcher = RayLauncher(settings.engine, ray, keys, **_for_launcher(settings))
+        yield _Cluster(launcher, Link.listening(f"tcp://{host}:0", keys))
     finally:
         ray_cluster.disconnect()
 
 
-def _announce(service: EngineService, settings: ServeSettings, url: str) -> None:
+def _for_launcher(settings: ServeSettings) -> dict[str, Any]:
+    from peft_dist.worker.config import DEFAULT_REPLICA_FACTORY
+
+    return {
+        "log_level": settings.log_level,
+        "replica_factory": settings.replica_factory or DEFAULT_REPLICA_FACTORY,
+        "heartbeat_seconds": settings.heartbeat_timeout / _BEATS,
+        "num_replicas": settings.num_replicas,
+    }
+
+
+def _announce(service: EngineService, settings: ServeSettings, url: str, state: StateFolder | None) -> None:
     model = service.model
     adapters = ", ".join(f"{spec.name} (rank {spec.max_rank})" for spec in service.adapters()) or "none"
     tokens = model.num_blocks * model.block_size
     logger.info(
         "Replicas  %d, %sstarted again when they die", settings.num_replicas, "" if settings.restart else "not "
     )
+    if state is not None:
+        logger.info("State     %s: workers wait %g s for the next server", state.path, settings.orphan_timeout)
     if service.guests is not None:
         logger.info("Joining   %s%s", service.guests.endpoint, "" if settings.cluster_key else " (this machine only)")
     if settings.num_replicas > 1 or settings.listen is not None:

@@ -13,6 +13,7 @@ from peft_dist.core.errors import ConfigError
 Preemption = Literal["auto", "recompute", "swap"]
 MergeMethod = Literal["auto", "shadow", "host", "off"]
 AttentionName = Literal["auto", "vllm-flash-attn", "flashinfer", "triton", "c", "torch"]
+KVTransfer = Literal["auto", "host"]
 LoadFormat = Literal["auto", "dummy"]
 
 _BYTE_UNITS = {"": 1, "b": 1}
@@ -71,6 +72,8 @@ class EngineConfig:
         attention_backend: "auto" takes the fastest that is installed: on a GPU "vllm-flash-attn" (found in vllm, the
             kernels package or vllm_flash_attn), "flashinfer", "triton" or "torch", on a CPU "c" or "torch". A layer
             that it does not take runs in the next one.
+        kv_transfer: Where KV that moves to another replica of the host lies on its way: "auto" in device memory if a
+            GPU offers it, "host" in host memory.
         seed: Seeds the seeds of requests that bring none; None draws from the system.
         trust_remote_code: Let the base model's repository run code. No adapter can set it.
         policy: "credit" (dLoRA), "merge" (merged only) or "fcfs" (unmerged only); None is "credit", and "merge" for
@@ -119,6 +122,7 @@ class EngineConfig:
     enforce_eager: bool = False
     fuse: bool = True
     attention_backend: AttentionName = "auto"
+    kv_transfer: KVTransfer = "auto"
     seed: int | None = None
     trust_remote_code: bool = False
     policy: str | None = None
@@ -201,6 +205,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "Preemption": str,
     "MergeMethod": str,
     "AttentionName": str,
+    "KVTransfer": str,
     "LoadFormat": str,
     "tuple[str, ...]": tuple,
     "None": type(None),
@@ -214,6 +219,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "preemption": get_args(Preemption),
     "merge": get_args(MergeMethod),
     "attention_backend": get_args(AttentionName),
+    "kv_transfer": get_args(KVTransfer),
     "load_format": get_args(LoadFormat),
     "policy_profile": ("default", "artifact"),
     "exec_type": ("dlora", "peft", "vllm"),
@@ -254,9 +260,9 @@ def _check(name: str, kinds: list[str], value: object) -> None:
 class ModelInfo:
     """What a loaded replica tells of its model: measured facts, kept apart from the configuration.
 
-    ``block_bytes`` are those of one KV block over all layers, ``adapter_bytes`` what adapters can take on the device; 0
-    where they are not known. ``max_loras`` adapters can be there at once. ``merge_way`` is "shadow", "host" or "off",
-    ``merge_bytes`` what its second copies take.
+    ``block_bytes`` are those of one KV block over all layers and ranks, ``adapter_bytes`` what adapters can take on the
+    device; 0 where they are not known. ``max_loras`` adapters can be there at once. ``merge_way`` is "shadow", "host"
+    or "off", ``merge_bytes`` what its second copies take.
     """
 
     model: str
@@ -279,3 +285,9 @@ class ModelInfo:
     merge_bytes: int = 0
     tokenizer: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
+    tensor_parallel_size: int = 1
+
+    @property
+    def kv_size(self) -> tuple[int, int]:
+        """What must be the same for one replica's KV blocks to be of use to another: ranks have their own parts."""
+        return self.block_bytes, self.tensor_parallel_size

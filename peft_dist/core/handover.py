@@ -8,15 +8,18 @@ from peft_dist.core.outputs import PositionLogprobs
 
 
 class KVHandle(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where copied KV blocks, of a part of a sequence, lie in host memory, for whoever is to fill blocks with them.
+    """Where copied KV blocks, of a part of a sequence, lie in memory, for whoever is to fill blocks with them.
 
     Attributes:
         layout: What both pools must agree on: shapes of all layers, tokens in a block, element type.
         num_blocks, num_bytes: Of the part.
         token: Stands at the beginning of the memory, so that no other memory is taken for it.
-        pid, descriptor: Of the process that holds the memory, and the open file there; on the same host.
+        pid, descriptor: Of the process that holds host memory, and the open file there; on the same host.
         address: Where it is served from, for other hosts; None where nobody serves it.
         seconds: What copying it there took.
+        server: Who hands out open files of device memory, on the same host; None where it lies in host memory.
+        others: Of a replica whose heads are split over ranks: the same of all further ranks, in their order. All but
+            ``num_blocks`` and ``seconds`` are of the first rank's part alone.
     """
 
     layout: str
@@ -27,6 +30,13 @@ class KVHandle(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     descriptor: int
     address: str | None = None
     seconds: float = 0.0
+    server: str | None = None
+    others: list[KVHandle] = []
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all ranks."""
+        return self.num_bytes + sum(part.num_bytes for part in self.others)
 
 
 class SequenceState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -13,22 +13,16 @@ from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.config import EngineConfig, ModelInfo
 from peft_dist.core.errors import PeftDistError
 from peft_dist.core.handover import SequenceState
+from peft_dist.core.message_kinds import Command, Report
 from peft_dist.core.outputs import PositionLogprobs
 from peft_dist.core.replica_state import AdapterResidency as AdapterResidency
 from peft_dist.core.replica_state import ReplicaDetail as ReplicaDetail
 from peft_dist.core.replica_state import ReplicaStats as ReplicaStats
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.core.step_costs import StepCosts
+from peft_dist.core.succession import Adopt, Identify, Identity, NameAdapters, NamedAdapter, NamesKept
 
-PROTOCOL_VERSION = 4
-
-
-class _Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
-    pass
-
-
-class Command(_Message, frozen=True, kw_only=True):
-    """From the orchestrator to a replica."""
+PROTOCOL_VERSION = 5
 
 
 class AddRequest(Command, frozen=True, kw_only=True):
@@ -75,6 +69,13 @@ class PinAdapter(Command, frozen=True, kw_only=True):
 
     name: str
     content_hash: str | None = None
+
+
+class PrefetchAdapter(Command, frozen=True, kw_only=True):
+    """Bring content that the replica holds onto its device, if there is room beside what its requests use, also those
+    that wait; else the wish is dropped. Not answered."""
+
+    content_hash: str
 
 
 class UnloadAdapter(Command, frozen=True, kw_only=True):
@@ -132,11 +133,7 @@ class Welcome(Command, frozen=True, kw_only=True):
 
 
 class Ping(Command, frozen=True, kw_only=True):
-    """The orchestrator lives; to those that joined it."""
-
-
-class Report(_Message, frozen=True, kw_only=True):
-    """From a replica to the orchestrator."""
+    """The orchestrator lives; to replicas that joined it."""
 
 
 class Join(Report, frozen=True, kw_only=True):
@@ -150,18 +147,24 @@ class Join(Report, frozen=True, kw_only=True):
 
 
 class Leave(Report, frozen=True, kw_only=True):
-    """A replica that joined wants to go: give it nothing new, move what it has, and tell it to end."""
+    """The replica of this attempt wants to go: give it nothing new, move what it has, and tell it to end. Repeated."""
 
-    replica_id: int
-    incarnation: int
+    attempt: int
 
 
 class Ready(Report, frozen=True, kw_only=True):
-    """The model is loaded, by the process ``pid``, and commands may come."""
+    """The model is loaded, by the process ``pid``, and commands may come.
+
+    What it has from before, of a replica that another orchestrator had: the ``contents`` that it holds, and the
+    ``names`` that it remembers of ``names_version`` (see ``NameAdapters``), in order.
+    """
 
     model: ModelInfo
     pid: int
     costs: StepCosts | None = None
+    contents: list[AdapterSpec] = []
+    names: list[NamedAdapter] = []
+    names_version: int = 0
 
 
 class SequenceProgress(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -191,9 +194,13 @@ class Started(Report, frozen=True, kw_only=True):
 
 
 class Heartbeat(Report, frozen=True, kw_only=True):
-    """The process lives. ``busy_seconds``: for how long its loop has been in one round, 0 while it waits."""
+    """The process lives. ``busy_seconds``: for how long its loop has been in one round, 0 while it waits.
+
+    ``is_orphaned``: It heard nothing of the orchestrator for too long, and has no requests any more.
+    """
 
     busy_seconds: float
+    is_orphaned: bool = False
 
 
 class Progress(Report, frozen=True, kw_only=True):
@@ -245,13 +252,30 @@ AnyCommand = (
     | ImportRequests
     | LoadAdapter
     | PinAdapter
+    | PrefetchAdapter
     | UnloadAdapter
+    | NameAdapters
     | Shutdown
     | Fence
     | Welcome
     | Ping
+    | Identify
+    | Adopt
 )
-AnyReport = Join | Leave | Ready | Started | Heartbeat | Progress | AdapterResult | Exported | Imported | Fatal
+AnyReport = (
+    Join
+    | Leave
+    | Identity
+    | Ready
+    | Started
+    | Heartbeat
+    | Progress
+    | AdapterResult
+    | NamesKept
+    | Exported
+    | Imported
+    | Fatal
+)
 
 
 class ProtocolError(PeftDistError):

@@ -27,7 +27,9 @@ class StepCosts(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, model: CostModel) -> StepCosts:
-        return cls(model.step_coefficients(), model.load_coefficients(), model.transfer_coefficients())
+        return cls(
+            step=model.step_coefficients(), load=model.load_coefficients(), transfer=model.transfer_coefficients()
+        )
 
     def prefill_seconds(self, num_tokens: int) -> float:
         """What so many prompt tokens add to the steps that compute them."""

@@ -136,6 +136,20 @@ class AdapterManager:
         """Let what the name pinned leave when its room is needed."""
         self.pins.remove(name)
 
+    def prefetch(self, spec: AdapterSpec) -> bool:
+        """Load an adapter for requests that may come, in room that is free or that no request uses, if there is any.
+
+        Returns whether it is on the device or on its way. Where a request, or a pin, still waits for its own load, none
+        begins: it could only take what that one waits for.
+        """
+        key = spec.content_hash
+        if key in self._idle:
+            self._idle.move_to_end(key)
+        if self.is_held(key):
+            return True
+        is_awaited = bool(self.pins.unmet) or not all(map(self.is_held, self._users))
+        return not is_awaited and self._start_load(spec, self._users)
+
     def want_pinned(self) -> None:
         """Load what is pinned and on no device; for each, nothing that a request uses leaves if others are enough."""
         for spec in self.pins.unmet:

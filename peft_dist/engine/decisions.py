@@ -9,7 +9,7 @@ import msgspec
 
 from peft_dist.core.batch import Batch
 from peft_dist.core.cost_model import CostModel, StepFeatures
-from peft_dist.core.request import RequestStatus
+from peft_dist.core.request import Request, RequestStatus
 from peft_dist.engine.scheduler import Scheduler
 
 # A line is written every step, and a thousand adapters may have credits.
@@ -44,6 +44,16 @@ class Decision(msgspec.Struct, frozen=True):
     num_waiting: int
     policy: dict[str, float]
     credits: dict[str, float] = {}
+
+
+def features_of(batch: Batch, requests: list[Request]) -> StepFeatures:
+    """What a step costs by; ``requests`` in the order of the batch."""
+    rows = [
+        (request.content_hash, sequence.num_tokens, request.adapter.num_rank_rows if request.adapter else 0)
+        for request, sequence in zip(requests, batch.sequences, strict=True)
+    ]
+    merged_rank = max((rank for adapter, _, rank in rows if adapter == batch.merged_adapter), default=0)
+    return StepFeatures.of(rows, batch.merged_adapter, merged_rank)
 
 
 def describe(

@@ -16,6 +16,7 @@ from peft_dist.core.messages import (
     Imported,
     ImportRequests,
     PinAdapter,
+    PrefetchAdapter,
     Progress,
     SequenceProgress,
     Started,
@@ -55,6 +56,16 @@ class EngineDriver:
         """For how long an idle driver may be left alone, because of what is yet to be told; None: for ever."""
         return self._details.timeout_ms(self._clock())
 
+    def drop_requests(self) -> None:
+        """End all requests: nobody reads what they bring."""
+        self._handovers.clear()
+        self._engine.abort(list(self._engine.requests))
+        self._refused.clear()
+
+    def tell_anew(self) -> None:
+        """Whoever listens from now on knows nothing yet."""
+        self._details = DetailSchedule()
+
     def handle(self, command: AnyCommand) -> None:
         """Do what concerns the engine alone; other commands are their receiver's, and ignored here."""
         match command:
@@ -71,6 +82,8 @@ class EngineDriver:
                 self._import(command)
             case PinAdapter(name=name, content_hash=content_hash):
                 self._engine.pin_adapter(name, content_hash)
+            case PrefetchAdapter(content_hash=content_hash):
+                self._engine.prefetch_adapter(content_hash)
 
     def step(self, *, report: bool) -> None:
         """One engine step; its stats are told with its progress, with ``report`` in any case, and when work ran out."""

@@ -15,7 +15,7 @@ from peft_dist.core.cost_model import CostModel, StepFeatures
 from peft_dist.core.messages import ReplicaDetail, ReplicaStats, SequenceProgress
 from peft_dist.core.request import Request
 from peft_dist.engine.adapter_changes import apply_changes
-from peft_dist.engine.decisions import Decision, describe
+from peft_dist.engine.decisions import Decision, describe, features_of
 from peft_dist.engine.executor import Executor
 from peft_dist.engine.reports import StepCounts, detail_of, stats_of
 from peft_dist.engine.scheduler import Scheduler
@@ -144,6 +144,12 @@ class Engine:
         self._apply_adapter_changes()
         self.residency_version += 1
 
+    def prefetch_adapter(self, content_hash: str) -> None:
+        """Bring an adapter to the device if there is room that no request uses; passed over once it was forgotten."""
+        spec = self.adapters.get(content_hash)
+        if spec is not None and self.scheduler.adapters.prefetch(spec):
+            self._apply_adapter_changes()
+
     def forget_adapter(self, content_hash: str) -> None:
         """Take no more requests for an adapter; it leaves the device when the last running one has ended."""
         self.adapters.pop(content_hash, None)
@@ -179,7 +185,7 @@ class Engine:
         requests = [self.requests[sequence.request_id] for sequence in batch.sequences]
         try:
             batch, switch = self._switch(batch) if batch.sequences else (batch, None)
-            features = self._features(batch, requests)
+            features = features_of(batch, requests)
             self.num_steps += 1
             self.num_merged_steps += batch.merged_adapter is not None
             if self.on_decision is not None:
@@ -218,14 +224,6 @@ class Engine:
 
     def _can_host(self, content_hash: str) -> bool:
         return self._switcher.can_host(self._spec(content_hash))
-
-    def _features(self, batch: Batch, requests: list[Request]) -> StepFeatures:
-        rows = [
-            (request.content_hash, sequence.num_tokens, request.adapter.num_rank_rows if request.adapter else 0)
-            for request, sequence in zip(requests, batch.sequences, strict=True)
-        ]
-        merged_rank = max((rank for adapter, _, rank in rows if adapter == batch.merged_adapter), default=0)
-        return StepFeatures.of(rows, batch.merged_adapter, merged_rank)
 
     def _collect(self, submitted: _Submitted) -> list[SequenceProgress]:
         result = self.executor.collect(submitted.handle)

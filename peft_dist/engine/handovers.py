@@ -121,6 +121,13 @@ class Handovers:
         for arrival in self._imports.values():
             arrival.aborted |= any(request.request_id in ids for request in arrival.requests)
 
+    def clear(self) -> None:
+        """Give up whatever is under way, and abort its requests."""
+        for handover in list(self._exports):
+            self.end_export(handover, moved=True)
+        for arrival in self._imports.values():
+            arrival.aborted = True
+
     def poll(self) -> list[Exported | Imported]:
         """Begin copies whose blocks no step in flight touches, and tell of what has ended."""
         for outcome in self._executor.take_transfers():
@@ -295,4 +302,4 @@ class Handovers:
         for request_id, keys in arrival.copies.items():
             parts = states[request_id].kv
             seconds = parts[-1].seconds + sum(arrival.seconds[key] for key in keys)
-            self._engine.cost.observe_transfer(sum(kv.num_bytes for kv in parts), seconds)
+            self._engine.cost.observe_transfer(sum(kv.total_bytes for kv in parts), seconds)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 
@@ -10,6 +12,18 @@ from peft_dist.kernels.kv_pool import KVCachePool
 
 # What is on its way between a GPU and host memory at once, and taken on both sides for that.
 _PIECE_BYTES = 16 << 20
+
+
+class FlatMemory(Protocol):
+    """Memory that is reached by copies alone, which a GPU's are queued on its current stream."""
+
+    def put(self, offset: int, piece: torch.Tensor) -> None:
+        """Copy a contiguous tensor of the pool's device there, from this byte on."""
+        ...
+
+    def get(self, offset: int, piece: torch.Tensor) -> None:
+        """Fill a contiguous tensor of the pool's device."""
+        ...
 
 
 class KVCopier:
@@ -52,6 +66,49 @@ class KVCopier:
                     self._to_gpu(group, index, part)
                 else:
                     group.index_copy_(2, index, part)
+
+    def read_into(self, blocks: Sequence[int], memory: FlatMemory) -> None:
+        """As ``read``, without a way through the host: from the device's blocks to memory of ``read``'s layout."""
+        index = torch.tensor(blocks, dtype=torch.long)
+        for group, start in self._shares(len(blocks)):
+            with torch.no_grad(), self._beside(group):
+                rows = index.to(group.device)
+                for layer, first, last, offsets in _flat_pieces(group, len(blocks), start):
+                    piece = group[layer].index_select(1, rows[first:last])
+                    for half, offset in enumerate(offsets):
+                        memory.put(offset, piece[half])
+
+    def write_from(self, blocks: Sequence[int], memory: FlatMemory) -> None:
+        """As ``write``, from what ``read_into`` filled."""
+        index = torch.tensor(blocks, dtype=torch.long)
+        for group, start in self._shares(len(blocks)):
+            with torch.no_grad(), self._beside(group):
+                rows = index.to(group.device)
+                for layer, first, last, offsets in _flat_pieces(group, len(blocks), start):
+                    piece = group.new_empty((2, last - first, *group.shape[3:]))
+                    for half, offset in enumerate(offsets):
+                        memory.get(offset, piece[half])
+                    group[layer].index_copy_(1, rows[first:last], piece)
+
+    def _shares(self, num_blocks: int) -> Iterator[tuple[torch.Tensor, int]]:
+        """Each group of layers, and the byte where its share ``[layers, 2, num_blocks, ...]`` of flat memory begins."""
+        start = 0
+        for group in self._pool.groups():
+            yield group, start
+            start += len(group) * 2 * num_blocks * group[0, 0, 0].nbytes
+
+    @contextlib.contextmanager
+    def _beside(self, group: torch.Tensor) -> Iterator[None]:
+        """On a GPU: on the stream of the copies, whose work is done at the end, however that comes."""
+        if not group.is_cuda:
+            yield
+            return
+        stream = self._stream_on(group.device)
+        with torch.cuda.stream(stream):
+            try:
+                yield
+            finally:
+                stream.synchronize()
 
     def _parts(
         self, num_blocks: int, flat: torch.Tensor, *, on_host: bool
@@ -99,3 +156,14 @@ class KVCopier:
         if self._pinned is None or self._pinned.nbytes < piece.nbytes:
             self._pinned = torch.empty(max(piece.nbytes, _PIECE_BYTES), dtype=torch.uint8, pin_memory=True)
         return self._pinned[: piece.nbytes].view(piece.dtype).view(piece.shape)
+
+
+def _flat_pieces(group: torch.Tensor, num_blocks: int, start: int) -> Iterator[tuple[int, int, int, tuple[int, int]]]:
+    """Layer, first and last block of each piece, and where its keys and its values lie, in bytes; see ``_shares``."""
+    block = group[0, 0, 0].nbytes
+    at_once = max(1, _PIECE_BYTES // (2 * block))
+    for layer in range(len(group)):
+        keys = start + 2 * layer * num_blocks * block
+        for first in range(0, num_blocks, at_once):
+            offset = keys + first * block
+            yield layer, first, min(first + at_once, num_blocks), (offset, offset + num_blocks * block)

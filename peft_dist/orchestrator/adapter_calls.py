@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.errors import AdapterError, PeftDistError
-from peft_dist.core.messages import AdapterResult, AnyCommand, LoadAdapter, PinAdapter, UnloadAdapter
+from peft_dist.core.messages import AdapterResult, AnyCommand, LoadAdapter, PinAdapter, Ready, UnloadAdapter
+from peft_dist.core.succession import NameAdapters
 from peft_dist.orchestrator.adapters import AdapterRegistry
 from peft_dist.orchestrator.holdings import Holdings
-from peft_dist.orchestrator.records import AdapterLoaded, AdapterRefused, Event, Notice, Outgoing, Replica
+from peft_dist.orchestrator.records import AdapterLoaded, AdapterRefused, Event, NamesAreKept, Notice, Outgoing, Replica
 from peft_dist.orchestrator.replicas import ReplicaTable
 
 
@@ -29,12 +30,15 @@ class AdapterCalls:
     becomes ready later is brought the named adapters one by one; until it holds one, its requests go elsewhere.
     """
 
-    def __init__(self, registry: AdapterRegistry, replicas: ReplicaTable, events: list[Event]) -> None:
+    def __init__(
+        self, registry: AdapterRegistry, replicas: ReplicaTable, events: list[Event], first_call: int = 1
+    ) -> None:
         self._registry = registry
         self._replicas = replicas
         self._events = events
         self._holdings = Holdings()
-        self._next_call = 1
+        self._next_call = first_call
+        self._kept = 0
         # Reloads that were not answered yet, and (epoch, content) that cannot be loaded there.
         self._reloads: dict[int, _Reload] = {}
         self._coming: set[tuple[int, str]] = set()
@@ -72,6 +76,24 @@ class AdapterCalls:
             self._events.append(Notice(replica.replica_id, report.error))
         return []
 
+    def take_in(self, replica: Replica, report: Ready) -> list[Outgoing]:
+        """What a replica that has become ready has from before: contents, and names where these are the latest ones."""
+        for spec in report.contents:
+            self._holdings.add(replica.replica_id, spec.content_hash)
+        version, out = report.names_version, []
+        if self._registry.restore(report.names, version):
+            # Those that were ready before remember less.
+            for other in (other for other in self._replicas.ready() if other is not replica):
+                out += [self._all_names(other), *self._reload(other, self._registry.specs())]
+        # The same number may be another life's, from which this one did not go on.
+        is_told = version == self._registry.version and report.names == self._registry.named()
+        replica.names_version = version if is_told else 0
+        return out if is_told else [*out, self._all_names(replica)]
+
+    def _all_names(self, replica: Replica) -> Outgoing:
+        names = NameAdapters(version=self._registry.version, given=self._registry.named(), is_whole=True)
+        return to(replica, names)
+
     def welcome(self, replica: Replica) -> list[Outgoing]:
         """Bring all named adapters that it lacks to a replica that can be used from now on."""
         return self._reload(replica, self._registry.specs())
@@ -94,6 +116,12 @@ class AdapterCalls:
         """
         alive = {r.replica_id: r for r in self._replicas.all_alive() if r.ready_since is not None}
         out: list[Outgoing] = []
+        if (renamed := self._registry.take_renamed()) is not None:
+            out += [to(replica, renamed) for replica in alive.values()]
+        kept = min((replica.names_version for replica in alive.values()), default=self._registry.version)
+        if kept > self._kept:
+            self._kept = kept
+            self._events.append(NamesAreKept(kept))
         for name, content_hash in self._registry.take_repins():
             for replica in alive.values():
                 held = content_hash if content_hash and self.holds(replica, content_hash) else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 
@@ -12,6 +13,7 @@ from peft_dist.core.adapter import BASE_NAMES, AdapterSpec
 from peft_dist.core.config import ModelInfo
 from peft_dist.core.errors import AdapterError, AdapterNameError, PeftDistError, UnknownModelError
 from peft_dist.core.messages import LoadAdapter
+from peft_dist.core.succession import NameAdapters, NamedAdapter
 
 _MAX_LISTED = 20
 
@@ -38,6 +40,10 @@ class AdapterRegistry:
         self._uses: Counter[str] = Counter()
         self._base_names: tuple[str, ...] = tuple(name for name in BASE_NAMES if name)
         self._loads: dict[int, _Load] = {}
+        # Counts changes, over all lives of the orchestrator.
+        self.version = 0
+        self._renamed: dict[str, None] = {}
+        self._is_restored_only = True
 
     def set_base(self, model: ModelInfo) -> None:
         names = (model.served_model_name, model.model, *(name for name in BASE_NAMES if name))
@@ -130,12 +136,53 @@ class AdapterRegistry:
                 "load it again when its files no longer change"
             )
         self._by_name[name], self._sources[name] = load.specs[-1], load.command
+        self._rename(name)
         (self._pinned.add if load.command.pinned else self._pinned.discard)(name)
         return load.specs[-1]
 
     def reload_command(self, name: str, call_id: int) -> LoadAdapter:
         """What brings a named adapter to one more replica."""
         return msgspec.structs.replace(self._sources[name], call_id=call_id, pinned=name in self._pinned)
+
+    def is_named_from(self, name: str, path: str, *, pinned: bool, **source: Any) -> bool:
+        """Whether a name has what such a load would bring, unless the files there have changed since."""
+        if name not in self._by_name:
+            return False
+        return self.reload_command(name, 0) == LoadAdapter(call_id=0, name=name, path=path, pinned=pinned, **source)
+
+    def named(self, names: Iterable[str] | None = None) -> list[NamedAdapter]:
+        """Some of the names, or all, with what they mean, for replicas to remember."""
+        found = [name for name in (self._by_name if names is None else names) if name in self._by_name]
+        return [_named(self._by_name[name], self.reload_command(name, 0)) for name in found]
+
+    def restore(self, names: Iterable[NamedAdapter], version: int) -> bool:
+        """Take what a replica remembers of an earlier life for the registry, if it is later; returns whether it is.
+
+        Every replica is told every change in its order, so the highest version is all that was. Once a name was given
+        or taken in this life, no earlier one counts any more.
+        """
+        if version <= self.version or not self._is_restored_only:
+            return False
+        self._by_name = {one.spec.name: one.spec for one in names}
+        self._sources = {one.spec.name: _source(one) for one in names}
+        self._repins.update(dict.fromkeys(self._pinned))
+        self._pinned = {one.spec.name for one in names if one.pinned}
+        self._repins.update(dict.fromkeys(self._pinned))
+        self.version = version
+        return True
+
+    def take_renamed(self) -> NameAdapters | None:
+        """What names mean that changed since the last call, for replicas that were told all before; None: nothing."""
+        if not self._renamed:
+            return None
+        names, self._renamed = self._renamed, {}
+        taken = [name for name in names if name not in self._by_name]
+        return NameAdapters(version=self.version, given=self.named(names), taken=taken)
+
+    def _rename(self, name: str) -> None:
+        self._renamed[name] = None
+        self.version += 1
+        self._is_restored_only = False
 
     def repin(self, name: str) -> None:
         """A replica was told to pin this name at a time when it may have meant something else."""
@@ -151,6 +198,7 @@ class AdapterRegistry:
         if not isinstance(name, str) or self._by_name.pop(name, None) is None:
             raise UnknownModelError(f"The adapter {name!r} is not loaded. {self._served()}")
         del self._sources[name]
+        self._rename(name)
         if name in self._pinned:
             self._pinned.remove(name)
             self._repins[name] = None
@@ -183,3 +231,19 @@ class AdapterRegistry:
         more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
         adapters = ", ".join(map(repr, names[:_MAX_LISTED])) + more if names else "none"
         return f"Served here: base {self._base_names[0]!r}; adapters: {adapters}."
+
+
+def _named(spec: AdapterSpec, source: LoadAdapter) -> NamedAdapter:
+    return NamedAdapter(spec, source.path, source.root, source.allow_hub, source.allow_pickle, source.pinned)
+
+
+def _source(one: NamedAdapter) -> LoadAdapter:
+    return LoadAdapter(
+        call_id=0,
+        name=one.spec.name,
+        path=one.path,
+        root=one.root,
+        allow_hub=one.allow_hub,
+        allow_pickle=one.allow_pickle,
+        pinned=one.pinned,
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from functools import partial
 from typing import Any
 
 from peft_dist.core.config import ModelInfo
@@ -22,6 +23,7 @@ from peft_dist.core.messages import (
     Shutdown,
     Started,
 )
+from peft_dist.core.succession import NamesKept, life_of
 from peft_dist.orchestrator.adapter_calls import AdapterCalls, to
 from peft_dist.orchestrator.adapters import AdapterRegistry
 from peft_dist.orchestrator.admission import check_prompt, check_token_parameters, resolve_max_tokens
@@ -31,6 +33,7 @@ from peft_dist.orchestrator.endings import Endings
 from peft_dist.orchestrator.handover import Handover
 from peft_dist.orchestrator.lifecycle import Lifecycle
 from peft_dist.orchestrator.migration import Migration
+from peft_dist.orchestrator.move_counts import DRAIN, PLAN, MoveCounts
 from peft_dist.orchestrator.options import OrchestratorOptions
 from peft_dist.orchestrator.placer import Placer
 from peft_dist.orchestrator.records import (
@@ -61,21 +64,23 @@ class Orchestrator:
 
     def __init__(self, options: OrchestratorOptions) -> None:
         self.adapters = AdapterRegistry()
-        self.replicas = ReplicaTable()
+        self.replicas = ReplicaTable(options.first_number)
         self._requests = RequestTable()
         self._demand = Demand()
         self._options = options
         self._seeds = random.Random(options.seed)
+        self.life = life_of(options.first_number)
         self._room = Room(options)
         self._events: list[Event] = []
         self._endings = Endings(self._requests, self.adapters, self._demand, self._room, self._events)
-        self._calls = AdapterCalls(self.adapters, self.replicas, self._events)
+        self._calls = AdapterCalls(self.adapters, self.replicas, self._events, options.first_number)
         tables = self._requests, self.replicas, self._calls
-        self.migration = Migration(options, *tables, self.adapters, self._demand, self._events)
-        lengths, hosting = self._demand.lengths, self.migration.hosting
-        self._placer = Placer(*tables, options.max_num_seqs, lengths, hosting)
-        self.handover = Handover(self._requests, self.replicas, self._placer, options.handover_timeout)
-        self._placer.mover = self.migration.mover = self.handover.move_record
+        counts = MoveCounts()
+        self.migration = Migration(options, *tables, self.adapters, self._demand, self._events, counts)
+        self._placer = Placer(*tables, options.max_num_seqs, self._demand.lengths, self.migration.hosting)
+        self.handover = Handover(self._requests, self.replicas, self._placer, options, counts)
+        self._placer.mover = partial(self.handover.move_record, cause=DRAIN)
+        self.migration.mover = partial(self.handover.move_record, cause=PLAN)
         self.lives = Lifecycle(self.replicas, options)
         self._stopping = False
 
@@ -219,18 +224,17 @@ class Orchestrator:
         match report:
             case Progress():
                 out = self._observe_progress(replica, report, now)
-            case Started():
-                for sequence_id in report.request_ids:
-                    if owner := self._requests.owner(sequence_id, replica_id):
-                        owner[1].started = True
-            case Heartbeat(busy_seconds=seconds):
-                if self.lives.is_stuck(seconds):
-                    reason = f"Replica {replica_id} has been in one step for {seconds:.0f} s."
-                    out = self.lose_replica(replica_id, epoch, reason, now, hangs=True)
+            case Started(request_ids=ids):
+                self._requests.note_started(ids, replica_id)
+            case Heartbeat():
+                if (reason := self.lives.find_fault(replica, report)) is not None:
+                    out = self.lose_replica(replica_id, epoch, reason, now, hangs=not report.is_orphaned)
             case Ready():
                 out = self._observe_ready(replica, report, now)
             case AdapterResult():
                 out = self._calls.answered(replica, report) + self._place_waiting(now) + self._placer.evacuate(now)
+            case NamesKept(version=version):
+                replica.names_version = version
             case Exported() | Imported():
                 out = self.handover.observe(replica, report, now)
             case Fatal():
@@ -321,7 +325,8 @@ class Orchestrator:
         self.replicas.mark_ready(replica, report, now)
         self.adapters.set_base(report.model)
         self._events.append(ReplicaReady(replica.replica_id, report.model))
-        return self._calls.welcome(replica) + self._place_waiting(now) + self._placer.evacuate(now)
+        named = self._calls.take_in(replica, report)
+        return named + self._calls.welcome(replica) + self._place_waiting(now) + self._placer.evacuate(now)
 
     def _place_waiting(self, now: float, error: EngineDeadError | None = None) -> list[Outgoing]:
         """Place what waits, and fail what waits in vain."""

@@ -5,18 +5,24 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from peft_dist.core.cluster_keys import ClusterKeys
 from peft_dist.core.config import EngineConfig
 from peft_dist.core.errors import ReplicaStateError, UnknownReplicaError
 from peft_dist.core.messages import Fence, Join, Leave, Ping, ProtocolError, Welcome, decode_report
+from peft_dist.core.succession import Adopt, Identify, Identity, life_of
 from peft_dist.orchestrator.core import Orchestrator
 from peft_dist.orchestrator.link import Link, Received
 from peft_dist.orchestrator.records import Outgoing, Replica
 
 logger = logging.getLogger(__name__)
 _START_TIMEOUT = 600.0
+# A replica that was asked who it is has loaded its model: it may be in a step.
+_ADOPTION_SECONDS = 60.0
+_ASK_AGAIN_SECONDS = 1.0
+# Replicas have a limit of their own to the silence of this process, of 10 s unless they were told.
+_PING_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +62,11 @@ class Guests:
         self._invitation = invitation
         self._core, self._act, self._take, self._now = core, act, take, now
         self._link = Link.listening(invitation.listen, invitation.keys)
+        # By the socket that asked, which of its attempts became which replica.
         self._joined: dict[bytes, tuple[Replica, int]] = {}
+        # By incarnation in another life, what came of it in this one; and when each was asked who it is.
+        self._adopted: dict[bytes, Replica] = {}
+        self._asked: dict[bytes, float] = {}
         self._ids: set[int] = set()
 
     @property
@@ -83,6 +93,8 @@ class Guests:
             received = await self._link.receive()
             if received.replica_id is None:
                 self._hear(received)
+            elif life_of(received.epoch) != self._core.life:
+                self._hear_of_another_life(received)
             elif self._core.replicas.alive(received.replica_id, received.epoch) is None:
                 # Cut off, given up, and back again: whatever it says, others have its requests.
                 self._link.send(Outgoing(received.replica_id, received.epoch, Fence()))
@@ -91,9 +103,17 @@ class Guests:
 
     async def _ping(self) -> None:
         while True:
-            for sender in list(self._joined):
-                self._link.answer(sender, Ping())
-            await asyncio.sleep(self._invitation.heartbeat_seconds)
+            for replica in self._core.replicas.all_alive():
+                if replica.is_guest:
+                    self._link.send(Outgoing(replica.replica_id, replica.epoch, Ping()))
+            self._forget_the_gone()
+            await asyncio.sleep(min(self._invitation.heartbeat_seconds, _PING_SECONDS))
+
+    def _forget_the_gone(self) -> None:
+        self._joined = {sender: (one, attempt) for sender, (one, attempt) in self._joined.items() if one.is_alive}
+        self._adopted = {listener: one for listener, one in self._adopted.items() if one.is_alive}
+        last = self._now() - _ASK_AGAIN_SECONDS
+        self._asked = {listener: asked for listener, asked in self._asked.items() if asked > last}
 
     def _hear(self, received: Received) -> None:
         try:
@@ -104,8 +124,12 @@ class Guests:
         match message:
             case Join(host=host, attempt=attempt):
                 self._welcome(received.sender, host, attempt)
-            case Leave(replica_id=replica_id, incarnation=incarnation):
-                self._act(self._let_go(replica_id, incarnation))
+            case Leave(attempt=attempt):
+                replica, last = self._joined.get(received.sender, (None, None))
+                # It is repeated until the replica has ended, or nobody answers.
+                self._link.answer(received.sender, Ping())
+                if replica is not None and last == attempt and not replica.leaves:
+                    self._act(self._let_go(replica.replica_id, replica.epoch))
 
     def _welcome(self, sender: bytes, host: str, attempt: int) -> None:
         replica, last = self._joined.get(sender, (None, None))
@@ -129,6 +153,48 @@ class Guests:
             heartbeat_seconds=self._invitation.heartbeat_seconds,
         )
         self._link.answer(sender, welcome)
+
+    def _hear_of_another_life(self, received: Received) -> None:
+        """A replica outlived the orchestrator that it had joined: it is asked who it is, then adopted or sent away."""
+        listener, now = received.listener, self._now()
+        try:
+            message = decode_report(received.data).message
+        except ProtocolError as error:
+            logger.warning("a replica of another life is sent away, for it cannot be understood: %s", error)
+            self._link.answer(listener, Fence(), received.epoch)
+            return
+        if isinstance(message, Identity):
+            self._link.answer(listener, self._adopt(received, message), received.epoch)
+        elif now >= self._asked.get(listener, -_ASK_AGAIN_SECONDS) + _ASK_AGAIN_SECONDS:
+            self._asked[listener] = now
+            self._link.answer(listener, Identify(), received.epoch)
+
+    def _adopt(self, received: Received, identity: Identity) -> Adopt | Fence:
+        replica = self._adopted.get(received.listener)
+        if replica is None:
+            if identity.guest is None or (misfit := self._misfit(identity)) is not None:
+                reason = "it did not join" if identity.guest is None else misfit
+                logger.warning("replica %s on %s is sent away: %s", received.replica_id, identity.host, reason)
+                return Fence()
+            replica = self._core.replicas.join(self._now() + _ADOPTION_SECONDS, received.replica_id)
+            replica.is_survivor = True
+            self._adopted[received.listener] = replica
+            self._joined[f"join.{identity.guest}".encode()] = replica, identity.attempt
+            self._ids.add(replica.replica_id)
+            logger.info("replica %d on %s goes on from another life", replica.replica_id, identity.host)
+            self._act([])
+        pace = self._invitation.heartbeat_seconds
+        return Adopt(replica_id=replica.replica_id, incarnation=replica.epoch, heartbeat_seconds=pace)
+
+    def _misfit(self, identity: Identity) -> str | None:
+        """Why a replica is not what would be started for this invitation."""
+        wanted = self._invitation
+        was, now = asdict(identity.engine), asdict(wanted.engine)
+        was["replica_factory"], now["replica_factory"] = identity.replica_factory, wanted.replica_factory
+        # What is pinned is the orchestrator's.
+        del was["pinned_adapters"], now["pinned_adapters"]
+        different = [f"{name} was {was[name]!r} and is {now[name]!r}" for name in now if was[name] != now[name]]
+        return ", ".join(different) or None
 
     def _let_go(self, replica_id: int, incarnation: int) -> list[Outgoing]:
         if self._core.replicas.alive(replica_id, incarnation) is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 
 from peft_dist.core.handover import SequenceState
@@ -17,6 +18,8 @@ from peft_dist.core.messages import (
 )
 from peft_dist.core.step_costs import StepCosts
 from peft_dist.orchestrator.adapter_calls import to
+from peft_dist.orchestrator.move_counts import CALL, MoveCounts
+from peft_dist.orchestrator.options import OrchestratorOptions
 from peft_dist.orchestrator.placer import Placer
 from peft_dist.orchestrator.records import Outgoing, Replica, ReplicaState, RequestRecord
 from peft_dist.orchestrator.replicas import ReplicaTable
@@ -29,19 +32,24 @@ class _Move:
     """A request under way. It is its source's until the target has said that it runs it.
 
     Attributes:
+        asked_at: Seconds.
+        cause: Why it moves, for the counts.
         num_moves: The record's when it was asked for; another one means that it left the source in another way.
         ids: What the target knows its sequences as, by index, once it has been asked to import them.
-        computed: Tokens whose KV came along, by index.
+        computed: Tokens whose KV came along, by index; ``num_bytes`` is the size of it, by memory.
     """
 
     number: int
     record: RequestRecord
     source: Replica
     target: Replica
+    asked_at: float
     deadline: float
     num_moves: int
+    cause: str
     ids: dict[int, str] = field(default_factory=dict)
     computed: dict[int, int] = field(default_factory=dict)
+    num_bytes: Counter[str] = field(default_factory=Counter)
 
 
 class Handover:
@@ -52,17 +60,37 @@ class Handover:
     which still holds it; where its KV cannot be had, or the source is lost or drains, elsewhere from the known tokens.
     """
 
-    def __init__(self, requests: RequestTable, replicas: ReplicaTable, placer: Placer, timeout: float) -> None:
-        """``timeout``: Seconds for one handover."""
+    def __init__(
+        self,
+        requests: RequestTable,
+        replicas: ReplicaTable,
+        placer: Placer,
+        options: OrchestratorOptions,
+        counts: MoveCounts,
+    ) -> None:
         self._requests = requests
         self._replicas = replicas
         self._placer = placer
-        self._timeout = timeout
+        self._timeout = options.handover_timeout
         self._moves: dict[int, _Move] = {}
-        self._next_number = 1
-        self.num_with_kv = 0
-        self.num_recomputed = 0
-        self.num_failed = 0
+        self._next_number = options.first_number
+        self._counts = counts
+
+    @property
+    def num_with_kv(self) -> int:
+        """Requests that have moved with their KV."""
+        return self._counts.view().by_way().get("kv", 0)
+
+    @property
+    def num_recomputed(self) -> int:
+        """Requests that have moved without it."""
+        return self._counts.view().by_way().get("recompute", 0)
+
+    @property
+    def num_failed(self) -> int:
+        """Requests that were to move with their KV, and did not though they had not ended."""
+        ends = self._counts.view().ends
+        return sum(number for (_, way, end), number in ends.items() if way == "kv" and end not in ("moved", "ended"))
 
     def move(self, request_id: str, replica_id: int, now: float, *, with_kv: bool | None = None) -> list[Outgoing]:
         """Have another replica go on with a running request, in the cheaper way; ``with_kv`` says which one.
@@ -76,17 +104,17 @@ class Handover:
         return self.move_record(found[0][0], target, now, with_kv=with_kv)
 
     def move_record(
-        self, record: RequestRecord, target: Replica, now: float, *, with_kv: bool | None = None
+        self, record: RequestRecord, target: Replica, now: float, *, with_kv: bool | None = None, cause: str = CALL
     ) -> list[Outgoing]:
         """As ``move``; the target must be able to run the request."""
         if record.replica_id is None or record.replica_id == target.replica_id or self.is_under_way(record):
             return []
         source = self._replicas[record.replica_id]
         if not (self._is_cheaper(record, source, target) if with_kv is None else with_kv):
-            self.num_recomputed += 1
+            self._counts.recompute(cause)
             return self._placer.move(record, target, now)
         number, self._next_number = self._next_number, self._next_number + 1
-        self._moves[number] = _Move(number, record, source, target, now + self._timeout, record.num_moves)
+        self._moves[number] = _Move(number, record, source, target, now, now + self._timeout, record.num_moves, cause)
         ids = [sequence.sequence_id for sequence in record.unfinished.values()]
         return [to(source, ExportRequests(handover=number, request_ids=ids))]
 
@@ -113,7 +141,7 @@ class Handover:
         for move in list(self._moves.values()):
             if move.source is replica:
                 del self._moves[move.number]
-                self.num_failed += 1
+                self._counts.fail(move.cause, "lost" if self._is_current(move) else "ended")
                 out += self._abort_import(move)
             elif move.target is replica:
                 out += self._give_up(move, now)
@@ -130,7 +158,7 @@ class Handover:
 
     def _is_cheaper(self, record: RequestRecord, source: Replica, target: Replica) -> bool:
         ours, theirs = source.model, target.model
-        if ours is None or theirs is None or ours.block_bytes != theirs.block_bytes or record.is_suspect:
+        if ours is None or theirs is None or ours.kv_size != theirs.kv_size or record.is_suspect:
             return False
         num_tokens = num_bytes = 0
         for sequence in record.unfinished.values():
@@ -155,6 +183,8 @@ class Handover:
                 return self._recompute(move, now)
             wanted.append(state)
             move.computed[sequence.index] = state.num_computed_tokens
+            for kv in state.kv:
+                move.num_bytes["host" if kv.server is None else "device"] += kv.total_bytes
         move.ids = self._requests.new_ids(record)
         move.num_moves = record.num_moves
         requests = list(add_commands(record, now, move.ids))
@@ -166,7 +196,7 @@ class Handover:
         if report.error is not None:
             return self._give_up(move, now) if report.is_full else self._recompute(move, now)
         del self._moves[move.number]
-        self.num_with_kv += 1
+        self._counts.bring(move.cause, move.num_bytes, now - move.asked_at)
         gone = [sequence_id for index, sequence_id in move.ids.items() if index not in move.record.unfinished]
         self._placer.adopt(move.record, move.target, move.ids, move.computed, now)
         # What a client aborted meanwhile was not aborted there.
@@ -182,27 +212,33 @@ class Handover:
     def _drop(self, move: _Move) -> list[Outgoing]:
         """The request has ended, or is somewhere else."""
         del self._moves[move.number]
+        self._counts.fail(move.cause, "ended")
         return [*self._abort_import(move), to(move.source, EndExport(handover=move.number, moved=True))]
 
     def _recompute(self, move: _Move, now: float) -> list[Outgoing]:
         """Its KV cannot be had: it goes without."""
         out = self._drop_failed(move)
         if self._placer.can_take(move.record, move.target):
-            self.num_recomputed += 1
+            self._counts.fail(move.cause, "recomputed")
             return out + self._placer.move(move.record, move.target, now)
-        return out + (self._placer.flee(move.record, now) if move.source.state is ReplicaState.DRAINING else [])
+        return out + self._stay(move, now)
 
     def _give_up(self, move: _Move, now: float) -> list[Outgoing]:
         """It goes on where it is; from a draining replica it goes elsewhere, if it can, without its KV."""
         was_current = self._is_current(move)
         out = self._drop_failed(move)
-        if was_current and move.source.state is ReplicaState.DRAINING:
-            out += self._placer.flee(move.record, now)
+        if was_current:
+            return out + self._stay(move, now)
+        self._counts.fail(move.cause, "ended")
+        return out
+
+    def _stay(self, move: _Move, now: float) -> list[Outgoing]:
+        out = self._placer.flee(move.record, now) if move.source.state is ReplicaState.DRAINING else []
+        self._counts.fail(move.cause, "recomputed" if move.record.replica_id != move.source.replica_id else "stayed")
         return out
 
     def _drop_failed(self, move: _Move) -> list[Outgoing]:
         del self._moves[move.number]
-        self.num_failed += 1
         return [*self._abort_import(move), to(move.source, EndExport(handover=move.number, moved=False))]
 
     def _abort_import(self, move: _Move) -> list[Outgoing]:

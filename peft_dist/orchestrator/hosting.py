@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from peft_dist.core.messages import PinAdapter
+from peft_dist.core.messages import PrefetchAdapter
 from peft_dist.orchestrator.adapter_calls import AdapterCalls, to
 from peft_dist.orchestrator.records import Event, Outgoing, PlacementDue, Replica, RequestRecord
 from peft_dist.orchestrator.replicas import ReplicaTable
@@ -13,8 +13,6 @@ from peft_dist.placement.placer import Placer, Search, placement_steps
 from peft_dist.placement.placing import Placement
 from peft_dist.placement.types import AdapterStep
 
-# No name of an adapter: those have no spaces around them. What it pins it pins for a moment: to have it loaded.
-AHEAD = " ahead"
 # Rates move slowly; adapters and replicas that come or go are seen at once.
 LOOK_SECONDS = 5.0
 
@@ -80,7 +78,8 @@ class Hosting:
             if not self._placer.swaps_on_dispatch:
                 self._place_in_turn(now)
             elif self._search is None and (self.placement is not None or members[-1]):
-                self._search = self._placer.find_search(self._views.placing(self._views.adapters(now)))
+                view = self._views.placing(self._views.adapters(now))
+                self._search = self._placer.find_search(view, from_devices=self._has_adopted())
                 if self._search is not None:
                     self._events.append(PlacementDue(self._search))
         return self._send_ahead(now)
@@ -96,7 +95,7 @@ class Hosting:
         return self._send_ahead(now)
 
     def carry_out(self, steps: Sequence[AdapterStep]) -> list[Outgoing]:
-        """Have replicas load adapters now. What leaves for them is the replica's choice: what was used longest ago."""
+        """Have replicas load adapters. What leaves for them is the replica's choice, and nothing that requests use."""
         ready = {replica.replica_id: replica for replica in self._replicas.ready()}
         out: list[Outgoing] = []
         for step in steps:
@@ -109,13 +108,18 @@ class Hosting:
         """What a placement is of."""
         return tuple(replica.epoch for replica in self._replicas.ready()), self._views.contents()
 
+    def _has_adopted(self) -> bool:
+        """Whether replicas brought adapters from an earlier life: what is there had better stay."""
+        return any(replica.was_adopted for replica in self._replicas.ready())
+
     def _place_in_turn(self, now: float) -> None:
         """Round robin is cheap, and an adapter must have its place before its first request has one.
 
         It is never made anew: replicas that will serve again keep their adapters.
         """
         adapters = self._views.adapters(now)
-        search = self._placer.find_search(self._views.placing(adapters, coming=True))
+        view = self._views.placing(adapters, coming=True)
+        search = self._placer.find_search(view, from_devices=self._has_adopted())
         if adapters and search is not None:
             self._adopt(search, search.run())
 
@@ -151,5 +155,4 @@ class Hosting:
     def _load(self, replica: Replica, contents: Sequence[str]) -> list[Outgoing]:
         if not self._sends_ahead:
             return []
-        # The pin starts the load, and the next one, or the last without content, lets the adapter leave again.
-        return [to(replica, PinAdapter(name=AHEAD, content_hash=content)) for content in (*contents, None)]
+        return [to(replica, PrefetchAdapter(content_hash=content)) for content in contents]

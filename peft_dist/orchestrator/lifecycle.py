@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from peft_dist.core.errors import ReplicaStateError, UnknownReplicaError
+from peft_dist.core.messages import Heartbeat
 from peft_dist.orchestrator.options import OrchestratorOptions
 from peft_dist.orchestrator.records import Replica, ReplicaState
 from peft_dist.orchestrator.replicas import ReplicaTable
@@ -20,6 +21,7 @@ class Lifecycle:
         self._replicas = replicas
         self._options = options
         self._restarts = options.restart
+        self._is_over = False
         # Epochs of draining replicas that still have requests.
         self._draining: set[int] = set()
 
@@ -27,7 +29,9 @@ class Lifecycle:
 
     def lost_by(self, now: float) -> list[tuple[Replica, str, bool]]:
         """Replicas that missed a deadline, with the reason and whether they hang."""
-        lost = [(r, f"Replica {r.replica_id} was not ready in time.", False) for r in self._replicas.late(now)]
+        late = self._replicas.late(now)
+        # One of an earlier life that says nothing is no slow start.
+        lost = [(r, f"Replica {r.replica_id} was not ready in time.", r.is_survivor) for r in late]
         for replica in self._replicas.all():
             if self._silence_ends(replica) <= now:
                 silence = f"{now - replica.last_heard:.1f} s"
@@ -44,10 +48,15 @@ class Lifecycle:
         times += [time for r in self._replicas.all() for time in (r.restart_at, r.start_deadline) if time is not None]
         return min(times, default=math.inf)
 
-    def is_stuck(self, busy_seconds: float) -> bool:
-        """Whether a replica that has been in one step for so long hangs."""
+    def find_fault(self, replica: Replica, beat: Heartbeat) -> str | None:
+        """Why a replica is to be given up by what it says of itself; None: it is well."""
+        if beat.is_orphaned:
+            # Its words come here, and what it is told does not reach it.
+            return f"Replica {replica.replica_id} heard nothing of this server for too long."
         limit = self._options.step_timeout
-        return limit is not None and busy_seconds > limit
+        if limit is not None and beat.busy_seconds > limit:
+            return f"Replica {replica.replica_id} has been in one step for {beat.busy_seconds:.0f} s."
+        return None
 
     def excuse_silence(self, now: float) -> None:
         """Count nobody's silence so far: it was this process that did not listen."""
@@ -57,6 +66,10 @@ class Lifecycle:
     def plan_restart(self, replica: Replica, now: float, *, was_asked: bool) -> None:
         """Note when a replica that has just died is started again; at once if it was asked to end."""
         policy = self._restarts
+        if replica.is_survivor and not replica.is_guest and not self._is_over:
+            # It was never this life's: in its place comes the one that would have been started without it.
+            replica.restart_at = now
+            return
         if policy is None or replica.is_guest:
             return
         if was_asked:
@@ -70,6 +83,7 @@ class Lifecycle:
     def stop_restarts(self) -> None:
         """What is dead, or dies from now on, stays dead."""
         self._restarts = None
+        self._is_over = True
         for replica in self._replicas.all():
             replica.restart_at = None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import zmq.asyncio
@@ -33,6 +34,11 @@ class Received(NamedTuple):
     epoch: int
     data: bytes
 
+    @property
+    def listener(self) -> bytes:
+        """The socket of the same incarnation that listens."""
+        return f"{self.replica_id}.{self.epoch}".encode()
+
 
 class Link:
     """A ROUTER socket to which each incarnation of a replica connects as ``b"<replica_id>.<epoch>"``.
@@ -51,10 +57,16 @@ class Link:
         self.endpoint = endpoint.decode().rstrip("\0")
 
     @classmethod
-    def local(cls) -> Link:
-        """In a folder that only this user can enter, so whoever connects needs no further authentication."""
-        folder = tempfile.mkdtemp(prefix="peft-dist-")
+    def local(cls, path: Path | None = None) -> Link:
+        """In a folder that only this user can enter, so whoever connects needs no further authentication.
+
+        ``path``: Of the socket, in such a folder that is kept; another process may have left it there.
+        """
         context, socket = _router()
+        if path is not None:
+            socket.bind(f"ipc://{path}")
+            return cls(socket, context, lambda: path.unlink(missing_ok=True))
+        folder = tempfile.mkdtemp(prefix="peft-dist-")
         socket.bind(f"ipc://{folder}/orchestrator")
         return cls(socket, context, lambda: shutil.rmtree(folder, ignore_errors=True))
 

@@ -10,6 +10,7 @@ from peft_dist.orchestrator.adapter_calls import AdapterCalls
 from peft_dist.orchestrator.adapters import AdapterRegistry
 from peft_dist.orchestrator.demand import Demand
 from peft_dist.orchestrator.hosting import Hosting
+from peft_dist.orchestrator.move_counts import PLAN, MoveCounts
 from peft_dist.orchestrator.observation import MigrationView
 from peft_dist.orchestrator.options import OrchestratorOptions
 from peft_dist.orchestrator.records import Event, Outgoing, PlanDue, Replica, ReplicaState, RequestRecord
@@ -54,6 +55,7 @@ class Migration:
         registry: AdapterRegistry,
         demand: Demand,
         events: list[Event],
+        counts: MoveCounts,
     ) -> None:
         self._requests = requests
         self._replicas = replicas
@@ -67,7 +69,7 @@ class Migration:
         self._last_plan = -math.inf
         self._planning: Trigger | None = None
         self._plans: Counter[tuple[str, str]] = Counter()
-        self._moves: Counter[str] = Counter()
+        self._counts = counts
         self._num_dropped = 0
         self._plan_seconds = 0.0
         # What is full, or starves, and is not to be helped is planned for less and less often.
@@ -113,7 +115,6 @@ class Migration:
                 self._num_dropped += 1
                 continue
             out += self.mover(record, target, now)
-            self._moves[one.way] += 1
         return out
 
     def planned(self, origin: str, seconds: float, now: float) -> None:
@@ -132,9 +133,15 @@ class Migration:
         """What came of it so far; None with one replica."""
         if len(self._replicas.all()) < 2:
             return None
-        plans, moves = dict(self._plans), dict(self._moves)
+        live = self._counts.view()
         return MigrationView(
-            self._placer.kind, plans, moves, self._num_dropped, self._plan_seconds, self.hosting.num_placements
+            kind=self._placer.kind,
+            plans=dict(self._plans),
+            moves=live.by_way(PLAN),
+            num_dropped=self._num_dropped,
+            plan_seconds=self._plan_seconds,
+            num_placements=self.hosting.num_placements,
+            live=live,
         )
 
     def _waiting(self, now: float) -> dict[str, float]:

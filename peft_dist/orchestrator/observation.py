@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 
 from peft_dist.core.config import ModelInfo
 from peft_dist.core.messages import ReplicaDetail, ReplicaStats
@@ -40,6 +40,36 @@ class ReplicaTotals:
         return ReplicaTotals(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
+MOVE_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+"""Upper bounds of the buckets in which seconds of moves are counted; one more has what is above."""
+
+
+@dataclass(frozen=True, slots=True)
+class MovesView:
+    """What came of moving running requests. Counts never fall.
+
+    Attributes:
+        ends: By why ("plan", "drain", "call"), how ("kv", "recompute") and with what end, as ``MoveCounts`` says.
+        num_bytes: Of KV, of the requests that moved with it, by the memory in which it lay ("device", "host").
+        seconds: How many of them took how long, by bucket; each counted once.
+        sum_seconds: Of all of them.
+    """
+
+    ends: dict[tuple[str, str, str], int] = field(default_factory=dict)
+    num_bytes: dict[str, int] = field(default_factory=dict)
+    seconds: tuple[int, ...] = (0,) * (len(MOVE_SECONDS) + 1)
+    sum_seconds: float = 0.0
+
+    def by_way(self, *causes: str) -> dict[str, int]:
+        """Requests that got somewhere else, by the way in which they did; of these causes, or of all."""
+        ways: dict[str, int] = {}
+        for (cause, way, outcome), number in self.ends.items():
+            if outcome in ("moved", "recomputed") and (not causes or cause in causes):
+                taken = way if outcome == "moved" else "recompute"
+                ways[taken] = ways.get(taken, 0) + number
+        return ways
+
+
 @dataclass(frozen=True, slots=True)
 class MigrationView:
     """What came of planning so far; seconds as floats. Counts never fall.
@@ -47,10 +77,11 @@ class MigrationView:
     Attributes:
         kind: "rr", "proactive" or "dlora".
         plans: By who made them ("solver", "greedy", "stay" where nothing was to move, "failed"), and why.
-        moves: Requests that were moved, by way.
+        moves: Requests that were moved because of plans, by the way that was taken in the end.
         num_dropped: Planned moves of requests that had ended or moved, or whose target could not take them any more.
         plan_seconds: From the first look at the requests to the last move.
         num_placements: Placements of the adapters that were made.
+        live: All moves of running requests, planned or not.
     """
 
     kind: str
@@ -59,6 +90,7 @@ class MigrationView:
     num_dropped: int
     plan_seconds: float
     num_placements: int
+    live: MovesView = MovesView()
 
 
 @dataclass(frozen=True, slots=True)

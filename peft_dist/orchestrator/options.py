@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import secrets
+from dataclasses import dataclass, field, replace
 
 from peft_dist.core.errors import ConfigError
-from peft_dist.orchestrator.restarts import RestartPolicy
+from peft_dist.core.restarts import RestartPolicy
+from peft_dist.core.succession import LIFE_BITS, first_number
 from peft_dist.placement.placer import KINDS, MigrationKind
 from peft_dist.placement.triggers import TriggerSettings
 
@@ -27,6 +29,8 @@ class OrchestratorOptions:
             "dlora" (docs/placement.md). Of no matter with one replica.
         sends_ahead: Whether replicas are told to load adapters before requests for them come.
         triggers: When requests are planned to move.
+        first_number: The least number of incarnations, loads and handovers: replicas that outlive one orchestrator must
+            not meet a number again (``core/succession.py``).
     """
 
     max_num_seqs: int = 256
@@ -41,6 +45,11 @@ class OrchestratorOptions:
     migration: MigrationKind = "dlora"
     sends_ahead: bool = True
     triggers: TriggerSettings = field(default_factory=TriggerSettings)
+    first_number: int = 1
+
+    def for_a_life(self) -> OrchestratorOptions:
+        """The same with numbers that no other life has."""
+        return replace(self, first_number=first_number(secrets.randbits(LIFE_BITS)))
 
     def __post_init__(self) -> None:
         if self.max_queue < 0:

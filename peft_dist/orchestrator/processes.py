@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+from collections.abc import Mapping
 
 from peft_dist.orchestrator.replica_process import ReplicaLauncher, ReplicaProcess
 
@@ -12,13 +13,14 @@ from peft_dist.orchestrator.replica_process import ReplicaLauncher, ReplicaProce
 class Processes:
     """Starts and ends one process group for each replica; never two of one replica at the same time."""
 
-    def __init__(self, launcher: ReplicaLauncher, endpoint: str) -> None:
+    def __init__(self, launcher: ReplicaLauncher, endpoint: str, left: Mapping[int, ReplicaProcess]) -> None:
+        """``left``: What runs already."""
         self._launcher = launcher
         self._endpoint = endpoint
-        self._running: dict[int, ReplicaProcess] = {}
+        self._running = dict(left)
 
     def __contains__(self, replica_id: int) -> bool:
-        """Whether a process of it was ever started here."""
+        """Whether a process of it was ever started here, or left."""
         return replica_id in self._running
 
     async def start(self, replica_id: int, epoch: int) -> None:
@@ -40,6 +42,8 @@ class Processes:
             code = await self._running[replica_id].wait()
         except OSError as error:
             return f"has no process: {error}"
+        if code is None:
+            return "has ended"
         return f"exited with status {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
 
     async def stop(self, replica_id: int, grace: float) -> None:

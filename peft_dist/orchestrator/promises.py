@@ -1,4 +1,4 @@
-"""Who waits for the answer to a load of an adapter, or for a replica to be empty."""
+"""Who waits for the answer to a load of an adapter, for names to be safe, or for a replica to be empty."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ import asyncio
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.errors import PeftDistError
 
+# A replica in a long step takes its time; whoever changed a name need not wait for it to end.
+_KEPT_SECONDS = 2.0
+
 
 class Promises:
     """Futures of one event loop, by what they wait for. Whoever waits may be cancelled."""
 
     def __init__(self) -> None:
         self._loads: dict[int, asyncio.Future[AdapterSpec]] = {}
+        self._kept_version = 0
+        self._waiting: list[tuple[int, asyncio.Future[None]]] = []
         self._drains: dict[int, list[asyncio.Future[None]]] = {}
 
     def load(self, call_id: int) -> asyncio.Future[AdapterSpec]:
@@ -29,6 +34,21 @@ class Promises:
             call.set_result(answer)
         else:
             call.set_exception(answer)
+
+    async def kept(self, version: int) -> None:
+        """Return when the names of this version outlive this process, or soon."""
+        if self._kept_version < version:
+            future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.append((version, future))
+            await asyncio.wait([future], timeout=_KEPT_SECONDS)
+
+    def keep(self, version: int) -> None:
+        """The names of this version do."""
+        self._kept_version = version
+        for wanted, future in self._waiting:
+            if wanted <= version and not future.done():
+                future.set_result(None)
+        self._waiting = [(wanted, future) for wanted, future in self._waiting if not future.done()]
 
     def drain(self, replica_id: int) -> asyncio.Future[None]:
         """The moment when a replica is empty."""

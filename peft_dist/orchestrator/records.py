@@ -48,6 +48,9 @@ class Replica:
         restart_at: When a dead replica is started again, None for never.
         leaves: A draining one ends when it is empty, and is started again at once if this process had started it.
         is_guest: It joined, and is started and ended by somebody else.
+        is_survivor: It ran before this orchestrator did, and has not told yet what it has.
+        was_adopted: It did, and has.
+        names_version: The last version of the names that it is known to remember.
         earlier: What the incarnations before this one counted.
     """
 
@@ -68,6 +71,9 @@ class Replica:
     restart_at: float | None = None
     leaves: bool = False
     is_guest: bool = False
+    is_survivor: bool = False
+    was_adopted: bool = False
+    names_version: int = 0
     earlier: ReplicaTotals = field(default_factory=ReplicaTotals)
     error: PeftDistError | None = None
 
@@ -169,6 +175,13 @@ class AdapterRefused:
 
 
 @dataclass(frozen=True, slots=True)
+class NamesAreKept:
+    """Every replica that serves remembers the names of this version: they outlive this process."""
+
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
 class ReplicaReady:
     """A replica has loaded its model."""
 
@@ -232,6 +245,7 @@ Event = (
     | RequestFailed
     | AdapterLoaded
     | AdapterRefused
+    | NamesAreKept
     | ReplicaReady
     | ReplicaLost
     | ReplicaDrained

@@ -8,8 +8,8 @@ from typing import Protocol
 class ReplicaProcess(Protocol):
     """A started replica: all processes of one launch."""
 
-    async def wait(self) -> int:
-        """Return code when it has ended; negative is the signal that killed it.
+    async def wait(self) -> int | None:
+        """Return code when it has ended; negative is the signal that killed it, None that nobody knows.
 
         Raises:
             OSError: it never started, or whatever ran it is gone.

@@ -16,9 +16,9 @@ from peft_dist.orchestrator.records import Replica, ReplicaState
 class ReplicaTable:
     """Replicas by id. Epochs count over all replicas, so no two incarnations share one."""
 
-    def __init__(self) -> None:
+    def __init__(self, first_epoch: int = 1) -> None:
         self._by_id: dict[int, Replica] = {}
-        self._next_epoch = 1
+        self._next_epoch = first_epoch
 
     def __getitem__(self, replica_id: int) -> Replica:
         return self._by_id[replica_id]
@@ -36,10 +36,10 @@ class ReplicaTable:
         self._by_id[replica_id] = replica
         return replica
 
-    def join(self, start_deadline: float) -> Replica:
-        """Enter an incarnation that somebody else starts, under the least id that no other has."""
+    def join(self, start_deadline: float, wanted: int | None = None) -> Replica:
+        """Enter an incarnation that somebody else starts, under the id ``wanted`` or the least that no other has."""
         free = next(number for number in itertools.count() if number not in self._by_id)
-        replica = self.add(free, start_deadline)
+        replica = self.add(free if wanted is None or wanted in self._by_id else wanted, start_deadline)
         replica.is_guest = True
         return replica
 
@@ -76,6 +76,7 @@ class ReplicaTable:
         replica.state, replica.start_deadline = ReplicaState.READY, None
         replica.model, replica.pid, replica.costs = report.model, report.pid, report.costs
         replica.ready_since = replica.last_heard = now
+        replica.was_adopted, replica.is_survivor = replica.is_survivor, False
 
     def take_in(self, replica: Replica, report: Progress) -> None:
         """Remember what a replica says of itself; details come less often than its stats."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import msgspec
 
@@ -73,6 +73,12 @@ class RequestTable:
         """Request and sequence of an id, if the replica owns it and it is unfinished."""
         owner = self._owners.get(sequence_id)
         return owner if owner is not None and owner[0].replica_id == replica_id else None
+
+    def note_started(self, sequence_ids: Iterable[str], replica_id: int) -> None:
+        """The replica said that these are in a batch; of those that it owns it is noted."""
+        for sequence_id in sequence_ids:
+            if owner := self.owner(sequence_id, replica_id):
+                owner[1].started = True
 
     def open(self, record: RequestRecord, now: float) -> None:
         """Enter a request with ``params.n`` sequences, which no replica has yet."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine, Iterable, Mapping
 from typing import Any
 
 from peft_dist.core.adapter import AdapterSpec
@@ -12,6 +12,7 @@ from peft_dist.core.config import ModelInfo
 from peft_dist.core.errors import ReplicaStateError
 from peft_dist.core.messages import ProtocolError, ReplicaStats, decode_report
 from peft_dist.core.sampling_params import SamplingParams
+from peft_dist.core.succession import life_of
 from peft_dist.orchestrator.client import NewRequest
 from peft_dist.orchestrator.core import Orchestrator, OrchestratorOptions
 from peft_dist.orchestrator.guests import Guests, Invitation
@@ -24,6 +25,7 @@ from peft_dist.orchestrator.records import (
     AdapterLoaded,
     AdapterRefused,
     Event,
+    NamesAreKept,
     Notice,
     Outgoing,
     PlacementDue,
@@ -35,13 +37,14 @@ from peft_dist.orchestrator.records import (
     SequenceEvent,
     StartReplica,
 )
-from peft_dist.orchestrator.replica_process import ReplicaLauncher
+from peft_dist.orchestrator.replica_process import ReplicaLauncher, ReplicaProcess
+from peft_dist.orchestrator.startup import Startup
 from peft_dist.orchestrator.streams import Stream, StreamTable
+from peft_dist.orchestrator.survivors import Survivors
 from peft_dist.orchestrator.timer import Timer
 from peft_dist.placement.planner import Planner
 
 logger = logging.getLogger(__name__)
-_GRACE_WHILE_STARTING = 1.0
 # What a busy loop may be late for a deadline without anything being wrong with it.
 _PAUSE = 0.5
 
@@ -63,34 +66,34 @@ class EngineService:
         planner_limit: float = 0.2,
         invitation: Invitation | None = None,
         link: Link | None = None,
+        left: Mapping[int, ReplicaProcess] | None = None,
     ) -> None:
         """Seconds: ``start_timeout`` and ``stop_grace`` a replica gets to become ready, and to end; ``planner_limit``
-        from a look at the requests to a plan of which ones move. ``invitation``: To replicas that others start.
-        ``link``: For the replicas of ``launcher``, closed by ``stop``; one for this host alone if there is none.
+        from a look at requests to a plan of which ones move. ``invitation``: To replicas that others start. ``link``:
+        For the replicas of ``launcher``, closed by ``stop``; one for this host alone if there is none. ``left``: Those
+        that run already, and reach this service by it.
 
         Raises:
             ConfigError: the invitation's address cannot be used.
         """
-        self._loop = asyncio.get_running_loop()
-        self._core = Orchestrator(options)
+        self._now = asyncio.get_running_loop().time
+        self._core = Orchestrator(options.for_a_life())
         self._num_replicas = num_replicas
         self._start_timeout = start_timeout
-        self._stop_grace = stop_grace
-        joining = self._act, self._take, self._now
-        self.guests = Guests(invitation, self._core, *joining) if invitation is not None else None
+        self.guests = Guests(invitation, self._core, self._act, self._take, self._now) if invitation else None
         self._link = link or Link.local()
-        self._processes = Processes(launcher, self._link.endpoint)
+        self._survivors = Survivors(self._core, self._link, self._now, start_timeout)
+        self._processes = Processes(launcher, self._link.endpoint, left or {})
         self._streams = StreamTable(self.abort)
         self._promises = Promises()
-        planner = Planner(planner_limit)
-        self._rebalancer = Rebalancer(self._core.migration, self._act, self._now, planner)
+        self._rebalancer = Rebalancer(self._core.migration, self._act, self._now, Planner(planner_limit))
         self._tasks: set[asyncio.Task[None]] = set()
-        self._ready: asyncio.Future[None] = self._loop.create_future()
+        self._startup = Startup(num_replicas, left or {}, stop_grace)
         self._timer = Timer(self._tick)
         self._stopping: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Start the replicas and return when all are ready, or one that joined. Call ``stop`` also when this fails.
+        """Return when all replicas are ready, or one that joined, or those that were left; ``stop`` also on an error.
 
         Raises:
             EngineDeadError: one failed to start, in its own words, or was not ready within ``start_timeout``.
@@ -99,11 +102,14 @@ class EngineService:
         if self.guests is not None:
             self._spawn(self.guests.run())
         for replica_id in range(self._num_replicas):
-            replica = self._core.add_replica(replica_id, self._now(), self._start_timeout)
-            await self._processes.start(replica_id, replica.epoch)
+            if replica_id in self._processes:
+                replica = self._survivors.expect(replica_id)
+            else:
+                replica = self._core.add_replica(replica_id, self._now(), self._start_timeout)
+                await self._processes.start(replica_id, replica.epoch)
             self._spawn(self._supervise(replica_id, replica.epoch))
         self._timer.arm(self._core.next_deadline())
-        await asyncio.shield(self._ready)
+        await self._startup.wait()
 
     # EngineClient
 
@@ -165,11 +171,18 @@ class EngineService:
         )
         loaded = self._promises.load(call_id)
         self._act(commands)
-        return await loaded
+        spec = await loaded
+        await self._promises.kept(self._core.adapters.version)
+        return spec
 
     async def unload_adapter(self, name: str) -> None:
         """As in ``EngineClient``."""
         self._act(self._core.unload_adapter(name))
+        await self._promises.kept(self._core.adapters.version)
+
+    def has_adapter(self, name: str, path: str, **source: Any) -> bool:
+        """As ``AdapterRegistry.is_named_from``: of what an earlier service had loaded."""
+        return self._core.adapters.is_named_from(name, path, **source)
 
     def stats(self) -> ReplicaStats:
         """The last report of a ready replica, or of the last known one when none is ready."""
@@ -220,7 +233,7 @@ class EngineService:
         self._timer.cancel()
         await self._rebalancer.stop()
         self._act(self._core.shut_down())
-        await self._processes.stop_all(self._grace())
+        await self._processes.stop_all(self._startup.grace)
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -228,14 +241,6 @@ class EngineService:
         self._link.close()
         if self.guests is not None:
             self.guests.close()
-
-    def _grace(self) -> float:
-        """A replica that never was ready may be stuck in loading, and has nothing to finish."""
-        was_ready = self._ready.done() and self._ready.exception() is None
-        return self._stop_grace if was_ready else min(self._stop_grace, _GRACE_WHILE_STARTING)
-
-    def _now(self) -> float:
-        return self._loop.time()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -256,9 +261,11 @@ class EngineService:
 
     async def _receive(self) -> None:
         while True:
-            _, replica_id, epoch, data = await self._link.receive()
-            if replica_id is not None:
-                self._take(replica_id, epoch, data)
+            received = await self._link.receive()
+            if life_of(received.epoch) != self._core.life:
+                self._act(self._survivors.hear(received))
+            elif received.replica_id is not None:
+                self._take(received.replica_id, received.epoch, received.data)
 
     def _take(self, replica_id: int, epoch: int, data: bytes) -> None:
         try:
@@ -308,9 +315,11 @@ class EngineService:
                 self._promises.answer(call_id, spec)
             case AdapterRefused(call_id, error):
                 self._promises.answer(call_id, error)
-            case ReplicaReady():
-                if not self._ready.done() and len(self._core.replicas.ready()) >= max(self._num_replicas, 1):
-                    self._ready.set_result(None)
+            case NamesAreKept(version):
+                self._promises.keep(version)
+            case ReplicaReady(replica_id):
+                replicas = self._core.replicas
+                self._startup.ready(replica_id, len(replicas.ready()), adopted=replicas[replica_id].was_adopted)
             case ReplicaLost():
                 self._lost(event)
             case StartReplica(replica_id, epoch):
@@ -318,22 +327,22 @@ class EngineService:
             case ReplicaDrained(replica_id, leaves):
                 self._promises.end_drain(replica_id, None)
                 if leaves:
-                    self._spawn(self._processes.stop(replica_id, self._grace()))
+                    self._spawn(self._processes.stop(replica_id, self._startup.grace))
             case PlanDue() | PlacementDue():
                 self._rebalancer.begin(event)
             case Notice(replica_id, text):
                 logger.warning("replica %d: %s", replica_id, text)
 
     def _lost(self, lost: ReplicaLost) -> None:
-        is_guest = lost.replica_id not in self._processes
+        is_ours = lost.replica_id in self._processes
         if lost.was_asked:
-            logger.info("replica %d has ended%s", lost.replica_id, "" if is_guest else " and is started again")
+            logger.info("replica %d has ended%s", lost.replica_id, " and is started again" if is_ours else "")
         else:
             logger.error("replica %d is lost: %s", lost.replica_id, lost.error)
         if lost.hangs:
             self._processes.kill(lost.replica_id)
         else:
-            self._spawn(self._processes.stop(lost.replica_id, self._grace()))
+            self._spawn(self._processes.stop(lost.replica_id, self._startup.grace))
         self._promises.end_drain(lost.replica_id, None)
-        if not self._ready.done() and not is_guest:
-            self._ready.set_exception(lost.error)
+        if is_ours:
+            self._startup.lost(lost.replica_id, lost.error)

@@ -79,12 +79,12 @@ class Views:
         num_base, adapters = self._usual_step(replicas)
         known = next((replica.costs for replica in replicas if replica.costs is not None), StepCosts())
         # Blocks of one size, or of one that nobody knows, are no proof of one layout: moves are checked again.
-        sizes = {replica.model.block_bytes for replica in replicas if replica.model}
+        sizes = {replica.model.kv_size for replica in replicas if replica.model}
         found = {}
         for replica in replicas:
             block_size = replica.model.block_size if replica.model else 1
             costs = replica.costs or known
-            transfer = costs.transfer if len(sizes) == 1 and 0 not in sizes else None
+            transfer = costs.transfer if len(sizes) == 1 and all(size for size, _ in sizes) else None
             found[replica.replica_id] = ReplicaCosts.of(costs, num_base, adapters, block_size, transfer)
         return found
 

@@ -93,9 +93,14 @@ class Placer:
         assert self.placement is not None
         return self.placement
 
-    def find_search(self, view: ClusterView) -> Search | None:
-        """What to look for a new placement with; None while the present one is good enough. Cheap."""
+    def find_search(self, view: ClusterView, *, from_devices: bool = False) -> Search | None:
+        """What to look for a new placement with; None while the present one is good enough. Cheap.
+
+        ``from_devices``: Where there is none yet, the one to keep is that of the adapters on the devices.
+        """
         hosts = None if self.placement is None else self.placement.hosts
+        if hosts is None and from_devices and (found := _on_devices(view)):
+            return Search(self.kind, view, found, self.settings.gain)
         if hosts is not None and self._accepting == _accepting(view) and _is_valid(view, hosts) and self._is_near(view):
             return None
         return Search(self.kind, view, hosts, self.settings.gain)
@@ -139,6 +144,14 @@ def _is_valid(view: ClusterView, hosts: Hosts) -> bool:
     """
     accepting = _accepting(view)
     return hosts.keys() == {one.adapter for one in view.adapters} and all(own <= accepting for own in hosts.values())
+
+
+def _on_devices(view: ClusterView) -> Hosts:
+    found = {
+        one.adapter: frozenset(replica.replica_id for replica in view.replicas if one.adapter in replica.device)
+        for one in view.adapters
+    }
+    return {adapter: hosts for adapter, hosts in found.items() if hosts}
 
 
 def _drift(before: dict[str, float], now: dict[str, float]) -> float:

@@ -13,6 +13,7 @@ from peft_dist.engine.executor import TransferOutcome
 from peft_dist.kernels.kv_copy import KVCopier
 from peft_dist.kernels.kv_pool import KVCachePool
 from peft_dist.runner.background import BackgroundCalls
+from peft_dist.runner.device_way import DeviceWay, Export, fetch_to_host
 from peft_dist.runner.shared_memory import MemoryGoneError, SharedMemory, open_memory
 
 
@@ -45,21 +46,28 @@ class SameHost:
         return open_memory(kv.pid, kv.descriptor, kv.token, kv.num_bytes)
 
 
+# Of calls that nobody waits for.
+_LET_GO = -1
+Memory = SharedMemory | Export
+
+
 class KVTransfers:
     """Starts copies, and tells of their ends. Exports are kept until they are ended.
 
     Attributes:
-        transport: May be changed while nothing is exported.
-        refusal: Why nothing can be copied; every copy fails with it.
+        transport, devices: May be changed while nothing is exported.
+        rank, num_ranks: Whose part of each block the pool has. What is imported must be of as many ranks.
     """
 
-    def __init__(self, pool: KVCachePool) -> None:
+    def __init__(self, pool: KVCachePool, devices: DeviceWay | None = None) -> None:
+        """``devices``: Keeps exports in device memory, where only this host's replicas are to read them."""
         self._pool = pool
         self._copier = KVCopier(pool)
+        self.devices = devices
         self.transport: Transport = SameHost()
-        self.refusal: str | None = None
-        self._calls: BackgroundCalls[int, SharedMemory | None] = BackgroundCalls("kv-transfer", 1)
-        self._exports: dict[int, SharedMemory | None] = {}
+        self.rank, self.num_ranks = 0, 1
+        self._calls: BackgroundCalls[int, Memory | None] = BackgroundCalls("kv-transfer", 1)
+        self._exports: dict[int, Memory | None] = {}
 
     def fileno(self) -> int:
         """Readable while ``take`` has something."""
@@ -76,14 +84,22 @@ class KVTransfers:
 
     def end_export(self, key: int) -> None:
         """As ``Executor.end_export``."""
-        memory = self._exports.pop(key, None)
-        if memory is not None:
-            self.transport.withdraw(memory)
+        held = [self._exports.pop(key, None)]
+        match held[0]:
+            case SharedMemory() as memory:
+                self.transport.withdraw(memory)
+            case Export() as export if self.devices is not None:
+                self.devices.withdraw(export)
+                del export
+                # Freeing it may wait for the device.
+                self._calls.start(_LET_GO, lambda call: held.clear())
 
     def take(self) -> list[TransferOutcome]:
         """As ``Executor.take_transfers``."""
         outcomes = []
         for ended in self._calls.take():
+            if ended.key == _LET_GO:
+                continue
             handle = None
             if ended.result is not None and ended.key in self._exports:
                 self._exports[ended.key] = ended.result
@@ -96,33 +112,51 @@ class KVTransfers:
         """End the thread, and let all memory go."""
         self._calls.close()
         self._exports.clear()
+        if self.devices is not None:
+            self.devices.close()
 
-    def _copy_out(self, blocks: Sequence[int], *, on_host: bool) -> SharedMemory:
-        self._check()
-        memory = SharedMemory(len(blocks) * self._pool.bytes_per_block)
+    def _copy_out(self, blocks: Sequence[int], *, on_host: bool) -> Memory:
+        num_bytes = len(blocks) * self._pool.bytes_per_block
+        if self.devices is not None and not on_host and isinstance(self.transport, SameHost):
+            export = self.devices.allocate(num_bytes)
+            if export is not None:
+                self._copier.read_into(blocks, export.contents)
+                return export
+        memory = SharedMemory(num_bytes)
         self._copier.read(blocks, memory.contents, on_host=on_host)
         return memory
 
     def _copy_in(self, kv: KVHandle, blocks: Sequence[int]) -> None:
-        self._check()
-        num_bytes = len(blocks) * self._pool.bytes_per_block
+        parts = [kv, *kv.others]
+        if len(parts) != self.num_ranks:
+            raise MemoryGoneError(f"KV of {len(parts)} ranks does not fit {self.num_ranks}")
+        kv, num_bytes = parts[self.rank], len(blocks) * self._pool.bytes_per_block
         if (kv.layout, kv.num_bytes) != (self._pool.layout, num_bytes):
             raise MemoryGoneError(f"{kv.num_bytes} bytes of {kv.layout} do not fit {num_bytes} of {self._pool.layout}")
-        self._copier.write(blocks, self.transport.open(kv))
+        if kv.server is None:
+            self._copier.write(blocks, self.transport.open(kv))
+            return
+        memory = self.devices.map(kv) if self.devices is not None else None
+        if memory is not None:
+            self._copier.write_from(blocks, memory)
+        else:
+            self._copier.write(blocks, fetch_to_host(kv))
 
-    def _check(self) -> None:
-        if self.refusal is not None:
-            raise MemoryGoneError(self.refusal)
-
-    def _describe(self, memory: SharedMemory, seconds: float) -> KVHandle:
-        num_bytes = len(memory.contents)
+    def _describe(self, memory: Memory, seconds: float) -> KVHandle:
+        address = server = None
+        if isinstance(memory, SharedMemory):
+            num_bytes, descriptor, address = len(memory.contents), memory.descriptor, self.transport.offer(memory)
+        else:
+            assert self.devices is not None, "it was made there"
+            num_bytes, descriptor, server = memory.contents.num_bytes, -1, self.devices.offer(memory)
         return KVHandle(
             layout=self._pool.layout,
             num_blocks=num_bytes // self._pool.bytes_per_block,
             num_bytes=num_bytes,
             token=memory.token,
             pid=os.getpid(),
-            descriptor=memory.descriptor,
-            address=self.transport.offer(memory),
+            descriptor=descriptor,
+            address=address,
             seconds=seconds,
+            server=server,
         )

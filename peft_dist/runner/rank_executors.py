@@ -11,9 +11,12 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 
+import msgspec
+
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.batch import Batch, StepResult
-from peft_dist.engine.executor import LoadOutcome
+from peft_dist.core.handover import KVHandle
+from peft_dist.engine.executor import LoadOutcome, TransferOutcome
 from peft_dist.runner import rank_messages as messages
 from peft_dist.runner.executor import Submitted, TorchExecutor
 from peft_dist.runner.model_runner import ModelRunner
@@ -26,7 +29,7 @@ class _RankExecutor(TorchExecutor):
 
     def __init__(self, runner: ModelRunner, load_timeout: float | None, ranks: RankGroup) -> None:
         super().__init__(runner, load_timeout)
-        self.transfers.refusal = "each of several ranks has a part of the KV: it is computed again elsewhere"
+        self.transfers.rank, self.transfers.num_ranks = ranks.rank, ranks.size
         self._ranks = ranks
         self._channel = RankChannel(ranks)
 
@@ -58,6 +61,17 @@ class _RankExecutor(TorchExecutor):
         if error is not None and outcome.error is None:
             TorchExecutor.drop_adapter(self, outcome.slot)
         return replace(outcome, error=error)
+
+    def _meet_for_transfer(self, outcome: TransferOutcome) -> TransferOutcome:
+        """The outcome on all ranks, of which this one's is given: with an export's parts, unless one has none."""
+        found: list[TransferOutcome] = self._ranks.agree(outcome)
+        seconds = max(each.seconds for each in found)
+        error = next((each.error for each in found if each.error is not None), None)
+        parts = [each.kv for each in found if each.kv is not None]
+        if error is not None or outcome.kv is None or len(parts) < len(found):
+            return replace(outcome, kv=None, error=error, seconds=seconds)
+        kv = msgspec.structs.replace(outcome.kv, others=parts[1:], seconds=seconds)
+        return replace(outcome, kv=kv, seconds=seconds)
 
     def close(self) -> None:
         super().close()
@@ -130,6 +144,25 @@ class LeadingExecutor(_RankExecutor):
         self._channel.tell(messages.Discard(content_hash))
         super().discard_adapter(content_hash)
 
+    def start_export(self, key: int, blocks: Sequence[int], *, on_host: bool) -> None:
+        self._channel.tell(messages.StartExport(key, list(blocks), on_host))
+        super().start_export(key, blocks, on_host=on_host)
+
+    def start_import(self, key: int, kv: KVHandle, blocks: Sequence[int]) -> None:
+        self._channel.tell(messages.StartImport(key, kv, list(blocks)))
+        super().start_import(key, kv, blocks)
+
+    def take_transfers(self) -> list[TransferOutcome]:
+        outcomes = []
+        for outcome in super().take_transfers():
+            self._channel.tell(messages.SettleTransfer(outcome.key))
+            outcomes.append(self._meet_for_transfer(outcome))
+        return outcomes
+
+    def end_export(self, key: int) -> None:
+        self._channel.tell(messages.EndExport(key))
+        super().end_export(key)
+
     def clear(self) -> None:
         self._channel.tell(messages.Clear())
         super().clear()
@@ -146,6 +179,7 @@ class FollowingExecutor(_RankExecutor):
         super().__init__(runner, load_timeout, ranks)
         self._started: deque[Submitted] = deque()
         self._ended: dict[int, LoadOutcome] = {}
+        self._copied: dict[int, TransferOutcome] = {}
 
     def follow(self) -> None:
         """Do what rank 0 does until it is closed. Raises whatever it would raise there, or there alone not."""
@@ -184,6 +218,14 @@ class FollowingExecutor(_RankExecutor):
                 self.release_adapter(content_hash)
             case messages.Discard(content_hash=content_hash):
                 self.discard_adapter(content_hash)
+            case messages.StartExport(key=key, blocks=blocks, on_host=on_host):
+                self.start_export(key, blocks, on_host=on_host)
+            case messages.StartImport(key=key, kv=kv, blocks=blocks):
+                self.start_import(key, kv, blocks)
+            case messages.SettleTransfer(key=key):
+                self._meet_for_transfer(self._wait_for_transfer(key))
+            case messages.EndExport(key=key):
+                self.end_export(key)
             case messages.Clear():
                 self.clear()
 
@@ -193,6 +235,13 @@ class FollowingExecutor(_RankExecutor):
             select.select([self.fileno()], [], [])
             self._ended.update({outcome.slot: outcome for outcome in self.take_loaded()})
         return self._ended.pop(slot)
+
+    def _wait_for_transfer(self, key: int) -> TransferOutcome:
+        # Copies of memory that is open are short, and waits for a server have their limits.
+        while key not in self._copied:
+            select.select([self.transfers_fileno()], [], [])
+            self._copied.update({outcome.key: outcome for outcome in self.take_transfers()})
+        return self._copied.pop(key)
 
 
 def make_executor(runner: ModelRunner, load_timeout: float | None, ranks: RankGroup) -> TorchExecutor:

@@ -11,6 +11,7 @@ import zmq
 
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.batch import Batch
+from peft_dist.core.handover import KVHandle
 from peft_dist.runner.rank_group import RankGroup
 
 
@@ -98,6 +99,34 @@ class Discard(msgspec.Struct, frozen=True, tag=True):
     content_hash: str
 
 
+class StartExport(msgspec.Struct, frozen=True, tag=True):
+    """Copy this rank's part of KV blocks to memory of its own, beside the steps."""
+
+    key: int
+    blocks: list[int]
+    on_host: bool
+
+
+class StartImport(msgspec.Struct, frozen=True, tag=True):
+    """Fill blocks from what the same rank of another replica exported."""
+
+    key: int
+    kv: KVHandle
+    blocks: list[int]
+
+
+class SettleTransfer(msgspec.Struct, frozen=True, tag=True):
+    """Wait for the end of a copy, which rank 0 has seen. All ranks meet."""
+
+    key: int
+
+
+class EndExport(msgspec.Struct, frozen=True, tag=True):
+    """Free the memory of an export."""
+
+    key: int
+
+
 class Clear(msgspec.Struct, frozen=True, tag=True):
     """Back to the base, and every slot empty."""
 
@@ -121,6 +150,10 @@ RankMessage = (
     | Keep
     | Release
     | Discard
+    | StartExport
+    | StartImport
+    | SettleTransfer
+    | EndExport
     | Clear
     | Stop
 )

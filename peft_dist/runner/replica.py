@@ -30,6 +30,7 @@ from peft_dist.runner.adapter_store import AdapterStore
 from peft_dist.runner.cost_prior import ModelSize, device_prior, measure_speed
 from peft_dist.runner.cost_profile import hash_shapes, identify, read_profile, write_profile
 from peft_dist.runner.decision_log import DecisionLog
+from peft_dist.runner.device_way import choose_device_way
 from peft_dist.runner.executor import TorchExecutor
 from peft_dist.runner.graph_setup import are_captured, graph_bytes, make_graphs
 from peft_dist.runner.kv_probe import probe_kv_shapes
@@ -248,6 +249,8 @@ def build_replica(config: EngineConfig) -> Replica:
     )
     logger.info("adapters: %d rank rows in each of %d modules, %d slots", num_rows, len(modules), config.max_loras)
     executor = make_executor(runner, config.adapter_load_timeout, ranks)
+    if config.kv_transfer == "auto":
+        executor.transfers.devices = choose_device_way(kv.device)
     identity = identify(info, shapes_hash, device)
     cost = read_profile(Path(config.cost_profile), identity) if config.cost_profile else None
     if cost is None:
@@ -288,8 +291,8 @@ def _describe(config: EngineConfig, runner: ModelRunner, longest: int, depth: in
         num_blocks=runner.kv.num_blocks,
         num_host_blocks=config.num_host_blocks,
         block_size=config.block_size,
-        # Of several ranks each has a part, and a move would bring the first one's alone.
-        block_bytes=runner.kv.bytes_per_block if config.tensor_parallel_size == 1 else 0,
+        block_bytes=runner.kv.bytes_per_block * config.tensor_parallel_size,
+        tensor_parallel_size=config.tensor_parallel_size,
         device=str(runner.device),
         dtype=str(runner.model.dtype).removeprefix("torch."),
         depth=depth,

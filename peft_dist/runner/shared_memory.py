@@ -49,12 +49,22 @@ def open_memory(pid: int, descriptor: int, token: str, num_bytes: int) -> torch.
     except OSError as error:
         raise MemoryGoneError(f"memory of process {pid} cannot be opened: {error.strerror}") from error
     try:
-        if os.fstat(opened).st_size != _HEADER + num_bytes:
-            raise MemoryGoneError(f"descriptor {descriptor} of process {pid} is something else by now")
-        # Private, so that torch may take it for writable.
-        memory = mmap.mmap(opened, _HEADER + num_bytes, access=mmap.ACCESS_COPY)
+        found, contents = map_memory(opened, num_bytes)
     finally:
         os.close(opened)
-    if memory[: len(token)] != token.encode():
+    if not found.startswith(token.encode()):
         raise MemoryGoneError(f"descriptor {descriptor} of process {pid} is something else by now")
-    return torch.frombuffer(memory, dtype=torch.uint8, offset=_HEADER, count=num_bytes)
+    return contents
+
+
+def map_memory(descriptor: int, num_bytes: int) -> tuple[bytes, torch.Tensor]:
+    """What begins with the token, and the contents, of a ``SharedMemory`` by its open file, which may be closed then.
+
+    Raises:
+        MemoryGoneError: it is none of this size.
+    """
+    if os.fstat(descriptor).st_size != _HEADER + num_bytes:
+        raise MemoryGoneError(f"descriptor {descriptor} is something else by now")
+    # Private, so that torch may take it for writable.
+    memory = mmap.mmap(descriptor, _HEADER + num_bytes, access=mmap.ACCESS_COPY)
+    return memory[:_HEADER], torch.frombuffer(memory, dtype=torch.uint8, offset=_HEADER, count=num_bytes)

@@ -23,6 +23,14 @@ class Channel:
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.PollEvent.POLLIN)
 
+    def rename(self, replica_id: int, epoch: int) -> None:
+        """Be another incarnation from now on. What was sent as the one before, and has not left, never will."""
+        self._poller.unregister(self._socket)
+        self._socket.close(linger=0)
+        self._epoch, self._identity = epoch, f"{replica_id}.{epoch}"
+        self._socket = self._connect(self._identity)
+        self._poller.register(self._socket, zmq.PollEvent.POLLIN)
+
     def sender(self) -> Sender:
         """Another way to the orchestrator under the same epoch, for one other thread. Close it before the channel."""
         return Sender(self._connect(f"{self._identity}.side"), self._epoch)

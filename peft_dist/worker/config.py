@@ -30,6 +30,10 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         kv_endpoint: Where replicas of other hosts may read exported KV, such as "tcp://10.0.0.5:*", with these keys;
             None: nowhere.
         log_level: Of the worker's own log on stderr.
+        orphan_timeout: Seconds that it waits for another orchestrator when its own is gone; None: it ends at once.
+        silence: Seconds without a word after which the orchestrator is gone; None: the end of standard input tells.
+        guest, attempt: Of one that joined: the name of the socket that asked for it, and which time that was.
+        told: What the orchestrator asked for, where ``engine`` is not that.
     """
 
     endpoint: str
@@ -42,6 +46,11 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     key_file: str | None = None
     kv_endpoint: str | None = None
     log_level: str = "info"
+    orphan_timeout: float | None = None
+    silence: float | None = None
+    guest: str | None = None
+    attempt: int = 0
+    told: EngineConfig | None = None
 
     def write(self, path: Path) -> None:
         """Write it as JSON, for ``read`` in the worker's process."""

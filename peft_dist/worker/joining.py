@@ -8,7 +8,7 @@ import logging
 import socket
 import uuid
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import zmq.asyncio
@@ -16,13 +16,13 @@ import zmq.asyncio
 from peft_dist.core.cluster_keys import ClusterKeys
 from peft_dist.core.config import EngineConfig
 from peft_dist.core.messages import AnyCommand, Join, Leave, Welcome, decode_command, encode_report
+from peft_dist.core.restarts import RestartPolicy
 from peft_dist.core.waiting import unless
 from peft_dist.worker.launcher import LAUNCHERS, LaunchedReplica
-from peft_dist.worker.process import EXIT_FENCED
+from peft_dist.worker.status import EXIT_FENCED, EXIT_ORPHANED
 
 logger = logging.getLogger("peft_dist.worker")
 _ASK_SECONDS = 1.0
-_SHORTEST_WAIT, _LONGEST_WAIT = 1.0, 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +34,10 @@ class JoinSettings:
         key_file: Of its ``ClusterKeys``.
         engine: What this machine has otherwise, as fields of ``EngineConfig``.
         launcher: Name in ``LAUNCHERS``.
-        silence: Seconds without a word of the orchestrator after which it counts as gone: the replica is ended, and
-            asks to join again.
+        silence: Seconds without a word of the orchestrator after which it counts as gone: the replica drops its
+            requests, and waits for another one with its model and adapters.
+        orphan_timeout: Seconds that it waits; then it is ended, and asks to join.
+        restart: When a replica that ended otherwise than it was told asks to join again, and when no more.
         leave_timeout: Seconds for running requests to move or finish when it leaves.
     """
 
@@ -44,12 +46,16 @@ class JoinSettings:
     engine: dict[str, object]
     launcher: str = "accelerate"
     silence: float = 10.0
+    orphan_timeout: float = 60.0
+    restart: RestartPolicy = field(default_factory=RestartPolicy)
     leave_timeout: float = 60.0
     log_level: str = "info"
 
 
 async def join(settings: JoinSettings, stop: asyncio.Event) -> int:
-    """Serve as one replica until ``stop`` is set or the orchestrator ends; returns the exit status.
+    """Serve as one replica until ``stop`` is set, the orchestrator ends, or the replica died too often.
+
+    Returns the exit status: 0, or the last one of the replica where it ended otherwise than it was asked to.
 
     Raises:
         ConfigError: the keys cannot be used, or the options do not fit those of the orchestrator.
@@ -57,27 +63,33 @@ async def join(settings: JoinSettings, stop: asyncio.Event) -> int:
     keys = None if settings.key_file is None else ClusterKeys.read(settings.key_file)
     async with _connected(settings.address, keys) as door:
         attempt = failures = 0
+        clock = asyncio.get_running_loop().time
         while True:
             welcome = await unless(stop, door.ask(attempt))
             if welcome is None:
                 return 0
-            process = await _launch(settings, welcome)
+            process, began = await _launch(settings, welcome, door.name), clock()
             try:
                 code = await _accompany(settings, door, welcome, process, stop)
             finally:
                 process.kill()
                 await process.wait()
             if code == 0 or stop.is_set():
-                return 0
-            failures = 0 if code == EXIT_FENCED else failures + 1
-            wait = min(_SHORTEST_WAIT * 2**failures, _LONGEST_WAIT)
+                return code if code >= 0 else 128 - code
+            # One that was given up, or waited for nobody, did not fail.
+            is_well = code in (EXIT_FENCED, EXIT_ORPHANED)
+            failures = 0 if is_well else settings.restart.failures(failures, clock() - began)
+            wait = settings.restart.first if is_well else settings.restart.wait(failures)
+            if wait is None:
+                logger.error("the replica ended %d times soon after it had begun: giving up", failures)
+                return code if code >= 0 else 128 - code
             logger.warning("replica %d ended with status %d: joining again in %g s", welcome.replica_id, code, wait)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), wait)
             attempt += 1
 
 
-async def _launch(settings: JoinSettings, welcome: Welcome) -> LaunchedReplica:
+async def _launch(settings: JoinSettings, welcome: Welcome, name: str) -> LaunchedReplica:
     engine: EngineConfig = replace(welcome.engine, **settings.engine)  # type: ignore[arg-type]
     launcher = LAUNCHERS[settings.launcher](
         engine,
@@ -85,6 +97,13 @@ async def _launch(settings: JoinSettings, welcome: Welcome) -> LaunchedReplica:
         replica_factory=welcome.replica_factory,
         heartbeat_seconds=welcome.heartbeat_seconds,
         key_file=None if settings.key_file is None else str(settings.key_file),
+        further={
+            "silence": settings.silence,
+            "orphan_timeout": settings.orphan_timeout,
+            "guest": name,
+            "attempt": welcome.attempt,
+            "told": welcome.engine,
+        },
     )
     logger.info("replica %d of %s: loading %s", welcome.replica_id, settings.address, engine.model)
     return await launcher.start(settings.address, welcome.replica_id, welcome.incarnation)
@@ -93,33 +112,33 @@ async def _launch(settings: JoinSettings, welcome: Welcome) -> LaunchedReplica:
 async def _accompany(
     settings: JoinSettings, door: _Door, welcome: Welcome, process: LaunchedReplica, stop: asyncio.Event
 ) -> int:
-    """Wait for the end of the replica's process, which comes when it leaves, and when nobody is heard any more."""
+    """Wait for the end of the replica's process, which comes when it leaves, and when it waited long for nobody.
+
+    Returns its status; 0 when it was to leave and no orchestrator was there to let it go.
+    """
     ended = asyncio.ensure_future(process.wait())
-    silent = asyncio.ensure_future(door.silence(settings.silence))
-    stopped = asyncio.ensure_future(stop.wait())
-    try:
-        await asyncio.wait({ended, silent, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        if not ended.done():
-            if silent.done():
-                logger.error("nothing was heard of %s for %g s: ending the replica", settings.address, settings.silence)
-                process.kill()
-            else:
-                logger.info("replica %d leaves", welcome.replica_id)
-                await door.leave(welcome)
-                await asyncio.wait({ended}, timeout=settings.leave_timeout)
-                process.kill()
+    await unless(stop, asyncio.wait({ended}))
+    if ended.done():
         return await ended
-    finally:
-        for task in (silent, stopped):
-            task.cancel()
-        await asyncio.gather(silent, stopped, return_exceptions=True)
+    logger.info("the replica leaves")
+    leaving = asyncio.ensure_future(door.leave(welcome.attempt))
+    silent = asyncio.ensure_future(door.silence(settings.silence))
+    await asyncio.wait({ended, silent}, timeout=settings.leave_timeout, return_when=asyncio.FIRST_COMPLETED)
+    is_alone = silent.done() and not ended.done()
+    for task in (leaving, silent):
+        task.cancel()
+    await asyncio.gather(leaving, silent, return_exceptions=True)
+    process.kill()
+    status = await ended
+    return 0 if is_alone else status
 
 
 class _Door:
-    """The socket by which one asks to join, and hears that the orchestrator lives."""
+    """The socket by which one asks to join, and to leave. Orchestrators know it by its name."""
 
-    def __init__(self, socket: zmq.asyncio.Socket) -> None:
+    def __init__(self, socket: zmq.asyncio.Socket, name: str) -> None:
         self._socket = socket
+        self.name = name
 
     async def ask(self, attempt: int) -> Welcome:
         """Ask until there is an answer, however long that takes."""
@@ -130,10 +149,11 @@ class _Door:
                 async with asyncio.timeout(_ASK_SECONDS):
                     return await self._welcome(attempt)
 
-    async def leave(self, welcome: Welcome) -> None:
-        """Say that this replica goes."""
-        leave = Leave(replica_id=welcome.replica_id, incarnation=welcome.incarnation)
-        await self._socket.send(encode_report(leave, 0))
+    async def leave(self, attempt: int) -> None:
+        """Say that this replica goes, until somebody cancels it: the orchestrator may be another one by now."""
+        while True:
+            await self._socket.send(encode_report(Leave(attempt=attempt), 0))
+            await asyncio.sleep(_ASK_SECONDS)
 
     async def silence(self, seconds: float) -> None:
         """Return when nothing was heard for so long."""
@@ -158,12 +178,13 @@ async def _connected(address: str, keys: ClusterKeys | None) -> AsyncIterator[_D
     context = zmq.asyncio.Context()
     try:
         dealer = context.socket(zmq.SocketType.DEALER)
-        dealer.set(zmq.SocketOption.IDENTITY, f"join.{uuid.uuid4().hex}".encode())
+        name = uuid.uuid4().hex
+        dealer.set(zmq.SocketOption.IDENTITY, f"join.{name}".encode())
         # What was said to an orchestrator that does not hear must not reach the next one.
         dealer.set(zmq.SocketOption.IMMEDIATE, 1)
         if keys is not None:
             keys.connect(dealer)
         dealer.connect(address)
-        yield _Door(dealer)
+        yield _Door(dealer, name)
     finally:
         context.destroy(linger=1000)

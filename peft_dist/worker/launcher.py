@@ -13,10 +13,18 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import msgspec
+
+import peft_dist
 from peft_dist.core.config import EngineConfig
 from peft_dist.core.errors import ConfigError
+from peft_dist.core.messages import PROTOCOL_VERSION
 from peft_dist.worker.config import DEFAULT_REPLICA_FACTORY, WorkerConfig
+from peft_dist.worker.state_folder import StateFolder
+from peft_dist.worker.status import told_status
+from peft_dist.worker.survivors import Launch, record
 
 _TERMINATE_SECONDS = 5.0
 _GPUS = "/proc/driver/nvidia/gpus"
@@ -31,7 +39,7 @@ def visible_gpus() -> list[str]:
 
 
 class LaunchedReplica:
-    """A replica's process group. It ends with this process, whose end of the lifeline then closes."""
+    """A replica's process group. It learns of the end of this process, whose end of the lifeline then closes."""
 
     def __init__(self, process: asyncio.subprocess.Process, lifeline: int, folder: Path) -> None:
         self._process = process
@@ -40,7 +48,7 @@ class LaunchedReplica:
         self._end = asyncio.ensure_future(self._wait())
 
     async def wait(self) -> int:
-        """Return code when it has ended; negative is the signal that killed it."""
+        """Status when it has ended, as its worker told it, or the launcher's; negative is the signal that killed it."""
         return await asyncio.shield(self._end)
 
     async def stop(self, grace: float) -> None:
@@ -61,8 +69,9 @@ class LaunchedReplica:
         # What the launcher left behind when it was killed itself.
         self._signal(signal.SIGKILL)
         os.close(self._lifeline)
+        told = told_status(self._folder)
         shutil.rmtree(self._folder, ignore_errors=True)
-        return code
+        return code if told is None else told
 
     async def _ends_within(self, seconds: float) -> bool:
         done, _ = await asyncio.wait([self._end], timeout=seconds)
@@ -87,8 +96,15 @@ class PlainLauncher:
         heartbeat_seconds: float = 1.0,
         num_replicas: int = 1,
         key_file: str | None = None,
+        state: StateFolder | None = None,
+        further: dict[str, Any] | None = None,
     ) -> None:
-        """``num_replicas``: Replicas that share this machine. ``key_file``: As in ``WorkerConfig``.
+        """
+        Args:
+            num_replicas: Replicas that share this machine.
+            key_file: As in ``WorkerConfig``.
+            state: Where launches are recorded, for another process to find them.
+            further: More fields of ``WorkerConfig``.
 
         Raises:
             ConfigError: it is one process, and the replica takes several.
@@ -99,6 +115,8 @@ class PlainLauncher:
                 "starts one: use --launcher accelerate"
             )
         self._key_file = key_file
+        self._state = state
+        self._further = further or {}
         self._engine = engine
         self._heartbeat_seconds = heartbeat_seconds
         self._num_replicas = num_replicas
@@ -107,7 +125,7 @@ class PlainLauncher:
 
     async def start(self, endpoint: str, replica_id: int, epoch: int) -> LaunchedReplica:
         """Start the process. Raises OSError when it cannot be started."""
-        folder = Path(tempfile.mkdtemp(prefix="peft-dist-"))
+        folder = self._folder(replica_id)
         with contextlib.ExitStack() as undo:
             undo.callback(shutil.rmtree, folder, ignore_errors=True)
             self._config(endpoint, replica_id, epoch).write(folder / "worker.json")
@@ -124,7 +142,33 @@ class PlainLauncher:
             finally:
                 os.close(read_end)
             undo.pop_all()
+        if self._state is not None:
+            record(folder, process.pid, self.launch(replica_id))
         return LaunchedReplica(process, lifeline, folder)
+
+    def launch(self, replica_id: int) -> Launch:
+        """What a launch of a replica depends on, whichever incarnation it is."""
+        assert self._state is not None
+        config = msgspec.json.decode(msgspec.json.encode(self._config("", replica_id, 0)))
+        # What is given at the start is the orchestrator's; what is logged is of no matter.
+        del config["engine"]["pinned_adapters"], config["log_level"]
+        with tempfile.TemporaryDirectory() as scratch:
+            command = [part.replace(scratch, "") for part in self._command(Path(scratch))]
+        return {
+            "protocol": PROTOCOL_VERSION,
+            "release": peft_dist.__version__,
+            "command": command,
+            "environment": self._environment(replica_id),
+            "worker": config,
+        }
+
+    def _folder(self, replica_id: int) -> Path:
+        if self._state is None:
+            return Path(tempfile.mkdtemp(prefix="peft-dist-"))
+        self._state.forget(replica_id)
+        folder = self._state.of_replica(replica_id)
+        folder.mkdir(mode=0o700)
+        return folder
 
     def _config(self, endpoint: str, replica_id: int, epoch: int) -> WorkerConfig:
         return WorkerConfig(
@@ -137,6 +181,7 @@ class PlainLauncher:
             replica_factory=self._replica_factory,
             key_file=self._key_file,
             log_level=self._log_level,
+            **self._further,
         )
 
     def _environment(self, replica_id: int) -> dict[str, str]:

@@ -11,30 +11,21 @@ from pathlib import Path
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.errors import PeftDistError
 from peft_dist.core.messages import (
-    AbortRequest,
     AdapterResult,
-    AddRequest,
     AnyCommand,
-    EndExport,
-    ExportRequests,
     Fence,
-    Imported,
-    ImportRequests,
     LoadAdapter,
     PinAdapter,
     Ping,
-    Progress,
-    SequenceProgress,
     Shutdown,
-    Started,
     UnloadAdapter,
     Welcome,
 )
-from peft_dist.engine.commands import make_request
-from peft_dist.engine.detail_schedule import DetailSchedule
+from peft_dist.core.succession import Adopt, Identify, NameAdapters, NamesKept
+from peft_dist.engine.driver import EngineDriver
+from peft_dist.worker.allegiance import Allegiance
 from peft_dist.worker.channel import Channel
 from peft_dist.worker.fetcher import AdapterFetcher
-from peft_dist.worker.heart import Heart
 from peft_dist.worker.replica import Replica
 
 logger = logging.getLogger(__name__)
@@ -54,26 +45,21 @@ class WorkerLoop:
         channel: Channel,
         find_adapter: Callable[[LoadAdapter], Path],
         clock: Callable[[], float] = time.monotonic,
-        heart: Heart | None = None,
+        allegiance: Allegiance | None = None,
     ) -> None:
-        """``clock``: Seconds from any origin, never running backwards. ``heart``: Told when a round begins and ends."""
+        """``clock``: Seconds from any origin, never running backwards. ``allegiance``: None of what is never told."""
         self._replica = replica
-        self._clock = clock
         self._engine = replica.engine
-        self._handovers = replica.handovers
+        self._driver = EngineDriver(replica.engine, replica.handovers, channel.send, clock)
         self._channel = channel
         self._find = find_adapter
         self._fetcher = AdapterFetcher(self._inspect, replica.load_timeout)
         self._channel.watch(self._fetcher.fileno())
         self._channel.watch(replica.fileno())
-        self._channel.watch(self._handovers.fileno())
-        self._adapters: dict[str, AdapterSpec] = {}
-        self._refused: list[SequenceProgress] = []
+        self._channel.watch(replica.handovers.fileno())
         self._stopped = False
         self.is_fenced = False
-        self._details = DetailSchedule()
-        self._heart = heart
-        self._engine.on_start = self._tell_started
+        self._allegiance = allegiance
 
     def run(self) -> None:
         """Raises whatever makes the engine unable to go on."""
@@ -82,101 +68,72 @@ class WorkerLoop:
         gc.collect()
         gc.freeze()
         while True:
-            if self._is_idle and (self._engine.has_work or not self._replica.warm_up_some()):
+            if self._driver.is_idle and (self._engine.has_work or not self._replica.warm_up_some()):
                 self._rest()
-            if self._heart is not None:
-                self._heart.begin_round()
+            if self._allegiance is not None:
+                self._allegiance.begin_round()
             commands = self._channel.receive()
             for command in commands:
                 self._handle(command)
+            if self._allegiance is not None and self._allegiance.hear(len(commands)):
+                self._driver.drop_requests()
             found = self._fetcher.take_found()
             for load in found:
                 self._finish_load(*load)
             if self._stopped:
                 return
-            # Before the step: who has arrived is in it. What the exported ones drew was sent with the step before.
-            for report in self._handovers.poll():
-                self._channel.send(report)
-            self._step(report=bool(commands or found))
+            self._driver.step(report=bool(commands or found))
 
     def _rest(self) -> None:
-        if self._heart is not None:
-            self._heart.rest()
-        self._channel.wait(self._details.timeout_ms(self._clock()))
-
-    def _tell_started(self, request_ids: list[str]) -> None:
-        self._channel.send(Started(request_ids=request_ids))
-
-    @property
-    def _is_idle(self) -> bool:
-        return not self._handovers.is_due and (not self._engine.has_work or self._engine.waits_for_load)
-
-    def _step(self, *, report: bool) -> None:
-        """One engine step; its stats are reported with its progress, after commands, and when work ran out."""
-        progress, self._refused = self._refused, []
-        stepped = self._engine.has_work
-        if stepped:
-            progress += self._engine.step(self._clock())
-            report |= not self._engine.has_work
-        self._details.note(stepped=stepped, is_idle=self._is_idle, version=self._engine.residency_version)
-        now = self._clock()
-        if not self._details.is_due(now):
-            if progress or report:
-                self._channel.send(Progress(sequences=progress, stats=self._engine.stats()))
-            return
-        self._details.sent(now)
-        self._channel.send(Progress(sequences=progress, stats=self._engine.stats(), detail=self._engine.detail()))
+        timeout_ms = self._driver.timeout_ms()
+        if self._allegiance is not None:
+            self._allegiance.rest()
+            timeout_ms = self._allegiance.limit(timeout_ms)
+        self._channel.wait(timeout_ms)
 
     def _handle(self, command: AnyCommand) -> None:
         match command:
-            case AddRequest():
-                self._add(command)
-            case AbortRequest(request_ids=request_ids):
-                self._engine.abort(request_ids)
-                self._handovers.abort(request_ids)
-            case ExportRequests(handover=handover, request_ids=request_ids):
-                self._handovers.export(handover, request_ids)
-            case EndExport(handover=handover, moved=moved):
-                self._handovers.end_export(handover, moved=moved)
-            case ImportRequests():
-                self._import(command)
             case LoadAdapter():
                 self._fetcher.start(command)
             case PinAdapter(name=name, content_hash=content_hash):
-                self._engine.pin_adapter(name, content_hash)
+                self._driver.handle(command)
+                self._note_pin(name, pinned=content_hash is not None)
             case UnloadAdapter():
-                self._adapters.pop(command.content_hash, None)
+                self._driver.adapters.pop(command.content_hash, None)
                 self._engine.forget_adapter(command.content_hash)
                 self._channel.send(AdapterResult(call_id=command.call_id))
             case Shutdown():
                 self._stopped = True
             case Fence():
-                self._stopped = self.is_fenced = True
-            case Welcome() | Ping():
-                """For who asked to join, which is not this process."""
+                # One that was let go before it hears this, because a sign of life crossed the farewell, ended well.
+                self.is_fenced |= not self._stopped
+                self._stopped = True
+            case NameAdapters() | Identify() | Adopt():
+                self._serve_another(command)
+            case Ping() | Welcome():
+                """That it came is all there is to it; the other is for who asked to join."""
+            case _:
+                self._driver.handle(command)
 
-    def _add(self, command: AddRequest) -> None:
-        try:
-            self._engine.add_request(make_request(command, self._adapters, self._clock()))
-        except (PeftDistError, ValueError) as error:
-            self._refused.append(
-                SequenceProgress(
-                    request_id=command.request_id,
-                    token_ids=[],
-                    first_index=len(command.output_token_ids),
-                    finish_reason="error",
-                    error=str(error),
-                )
-            )
+    def _serve_another(self, command: NameAdapters | Identify | Adopt) -> None:
+        """What concerns an orchestrator after this one, or is said by it."""
+        if self._allegiance is None:
+            return
+        match command:
+            case NameAdapters():
+                self._allegiance.remember(command)
+                self._channel.send(NamesKept(version=command.version))
+            case Identify():
+                self._driver.drop_requests()
+                self._allegiance.identify()
+            case Adopt():
+                self._driver.drop_requests()
+                self._driver.tell_anew()
+                self._allegiance.follow(command, self._replica, self._driver.adapters.values())
 
-    def _import(self, command: ImportRequests) -> None:
-        now = self._clock()
-        try:
-            requests = [make_request(request, self._adapters, now) for request in command.requests]
-        except ValueError as error:
-            self._channel.send(Imported(handover=command.handover, error=str(error)))
-        else:
-            self._handovers.import_requests(command.handover, requests, command.states)
+    def _note_pin(self, name: str, *, pinned: bool) -> None:
+        if self._allegiance is not None:
+            self._allegiance.note_pin(name, pinned=pinned)
 
     def _inspect(self, command: LoadAdapter) -> AdapterSpec:
         """Runs on a thread of the fetcher, beside the engine's steps."""
@@ -194,7 +151,8 @@ class WorkerLoop:
                 logger.exception("loading adapter %r failed", command.name)
             self._channel.send(AdapterResult(call_id=command.call_id, error=describe(error)))
         else:
-            self._adapters[spec.content_hash] = spec
+            self._driver.adapters[spec.content_hash] = spec
+            self._note_pin(spec.name, pinned=command.pinned)
             self._channel.send(AdapterResult(call_id=command.call_id, spec=spec))
 
 

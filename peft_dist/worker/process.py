@@ -1,4 +1,4 @@
-"""The process of one rank: connects, builds the replica, runs the loop, and ends with the orchestrator."""
+"""The process of one rank: connects, builds the replica, runs the loop, and ends as it should."""
 
 from __future__ import annotations
 
@@ -8,31 +8,46 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from peft_dist.core.errors import ConfigError
 from peft_dist.core.messages import Fatal, LoadAdapter, Ready
+from peft_dist.worker.allegiance import Allegiance
 from peft_dist.worker.channel import Channel
 from peft_dist.worker.config import WorkerConfig
 from peft_dist.worker.heart import Heart
+from peft_dist.worker.lifeline import drop_broken_output, watch_standard_input
 from peft_dist.worker.loop import WorkerLoop, describe
 from peft_dist.worker.replica import Replica
+from peft_dist.worker.status import EXIT_FENCED, EXIT_ORPHANED, tell_status
+from peft_dist.worker.vigil import Vigil
+
+if TYPE_CHECKING:
+    from peft_dist.worker.kv_server import TcpTransport
 
 logger = logging.getLogger(__name__)
 
-EXIT_ORPHANED = 3
-EXIT_FENCED = 4
 _LAST_WORDS_MS = 5000
 # PR_SET_PDEATHSIG of <linux/prctl.h>.
 _SET_PARENT_DEATH_SIGNAL = 1
 
 
-def run_worker(config: WorkerConfig) -> int:
-    """Serve until told to stop; returns the exit status. A failure is reported before it ends the process."""
+def run_worker(config: WorkerConfig, orphaned: Callable[[], None]) -> int:
+    """Serve until told to stop; returns the exit status. A failure is reported before it ends the process.
+
+    ``orphaned``: Ends the process, from any thread, when nobody is left to serve.
+    """
     channel = Channel(config.endpoint, config.replica_id, config.epoch, config.keys())
+    vigil = None if config.orphan_timeout is None else _keep_vigil(config, config.orphan_timeout, orphaned)
+    heart = Heart(channel, config.heartbeat_seconds, vigil)
+    if vigil is not None:
+        vigil.on_loss = lambda: _mourn(heart)
+    heart.start()
     try:
-        return _serve(config, channel)
+        return _serve(config, channel, Allegiance(config, channel, heart, vigil))
     except Exception as error:  # The last thing this process can do for its streams is to say why they end.
         logger.exception("replica %d cannot go on", config.replica_id)
         channel.send(Fatal(error=f"Replica {config.replica_id}: {describe(error)}"))
@@ -40,6 +55,9 @@ def run_worker(config: WorkerConfig) -> int:
         channel.wait(_LAST_WORDS_MS)
         return 1
     finally:
+        heart.stop()
+        if vigil is not None:
+            vigil.close()
         channel.close()
 
 
@@ -47,7 +65,11 @@ def run_rank(config: WorkerConfig) -> int:
     """Do what rank 0 of the same launch does, until it is closed; returns the exit status."""
     try:
         check_world(config.world_size)
-        config.load_factory()(config.engine).follow()
+        replica: Replica = config.load_factory()(config.engine)
+        server = _serve_kv(config, replica)
+        replica.follow()
+        if server is not None:
+            server.close()
         return 0
     except Exception:
         logger.exception("a rank of replica %d cannot go on", config.replica_id)
@@ -56,28 +78,44 @@ def run_rank(config: WorkerConfig) -> int:
         return 1
 
 
-def _serve(config: WorkerConfig, channel: Channel) -> int:
+def _serve(config: WorkerConfig, channel: Channel, allegiance: Allegiance) -> int:
     check_world(config.world_size)
     replica: Replica = config.load_factory()(config.engine)
-    server = None
-    if config.kv_endpoint is not None:
-        from peft_dist.worker.kv_server import TcpTransport
-
-        server = TcpTransport(config.kv_endpoint, keys=config.keys())
-        replica.use_transport(server)
+    server = _serve_kv(config, replica)
     channel.send(Ready(model=replica.model_info, pid=os.getpid(), costs=replica.engine.detail().costs))
-    heart = Heart(channel, config.heartbeat_seconds)
-    heart.start()
-    loop = WorkerLoop(replica, channel, find_adapter, heart=heart)
+    loop = WorkerLoop(replica, channel, find_adapter, allegiance=allegiance)
     try:
         loop.run()
     finally:
-        heart.stop()
         if server is not None:
             server.close()
     # Not after a failure: an engine that failed may fail again, and its first words are the ones that count.
     replica.close()
     return EXIT_FENCED if loop.is_fenced else 0
+
+
+def _serve_kv(config: WorkerConfig, replica: Replica) -> TcpTransport | None:
+    """Have this rank's exports read from other hosts, where that is asked for."""
+    if config.kv_endpoint is None:
+        return None
+    from peft_dist.worker.kv_server import TcpTransport
+
+    server = TcpTransport(config.kv_endpoint, keys=config.keys())
+    replica.use_transport(server)
+    return server
+
+
+def _keep_vigil(config: WorkerConfig, orphan_timeout: float, orphaned: Callable[[], None]) -> Vigil:
+    vigil = Vigil(config.silence, orphan_timeout, orphaned)
+
+    if config.guest is None:
+        watch_standard_input(lambda: vigil.lose(0, "the orchestrator is gone"))
+    return vigil
+
+
+def _mourn(heart: Heart) -> None:
+    drop_broken_output()
+    heart.hurry()
 
 
 def check_world(world_size: int) -> None:
@@ -103,19 +141,6 @@ def find_adapter(command: LoadAdapter) -> Path:
     return folder
 
 
-def watch_lifeline() -> None:
-    """End this process when its standard input ends: the orchestrator, which held the other end, is gone."""
-    threading.Thread(target=_follow_lifeline, name="lifeline", daemon=True).start()
-
-
-def _follow_lifeline() -> None:
-    while os.read(sys.__stdin__.fileno() if sys.__stdin__ else 0, 4096):
-        pass
-    logger.error("the orchestrator is gone: this worker ends")
-    # Not an exception: the main thread may be inside a long computation, and there is nobody to report to.
-    os._exit(EXIT_ORPHANED)
-
-
 def end_with_parent() -> None:
     """Have the system kill this process when the launcher that started it has ended, also while it is stopped.
 
@@ -132,7 +157,7 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """``python -m peft_dist.worker CONFIG.json``, with the orchestrator's lifeline as standard input."""
+    """``python -m peft_dist.worker CONFIG.json``, with the lifeline of whoever started it as standard input."""
     if len(argv) != 1:
         print("usage: python -m peft_dist.worker CONFIG.json", file=sys.stderr)
         return 2
@@ -143,8 +168,21 @@ def main(argv: list[str]) -> int:
     level = "WARNING" if rank and config.log_level.upper() == "INFO" else config.log_level.upper()
     logging.basicConfig(level=level, format=f"%(asctime)s %(levelname)s [{name}] %(message)s")
     signal.signal(signal.SIGTERM, _terminate)
-    watch_lifeline()
-    if config.world_size == 1:
-        return run_worker(config)
-    end_with_parent()
-    return run_rank(config) if rank else run_worker(config)
+    folder = Path(argv[0]).parent
+
+    def orphaned() -> None:
+        logger.error("nobody is left to work for: this worker ends")
+        tell_status(folder, EXIT_ORPHANED)
+        # Not an exception: the main thread may be inside a long computation, and there is nobody to report to.
+        os._exit(EXIT_ORPHANED)
+
+    if config.orphan_timeout is None or config.guest is not None:
+        # Whoever started it holds the other end: the orchestrator, or the one that asked to join.
+        watch_standard_input(orphaned)
+    if config.world_size > 1:
+        end_with_parent()
+    if rank:
+        return run_rank(config)
+    status = run_worker(config, orphaned)
+    tell_status(folder, status)
+    return status

@@ -132,8 +132,8 @@ class _RankLauncher(PlainLauncher):
             key_file=str(key_file),
         )
         self._world = world
-        # Of several ranks no KV is moved.
-        self._kv_endpoint = f"tcp://{host}:*" if order.engine.tensor_parallel_size == 1 else None
+        # Of several ranks each serves its own part.
+        self._kv_endpoint = f"tcp://{host}:*"
 
     def _config(self, endpoint: str, replica_id: int, epoch: int) -> WorkerConfig:
         # Of replicas of one host each reads the other's memory all the same.

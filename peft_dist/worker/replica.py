@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -24,6 +24,11 @@ class ReplicaEngine(Protocol):
     """
 
     on_start: Callable[[list[str]], None] | None
+
+    @property
+    def requests(self) -> Mapping[str, Request]:
+        """Those that were added and have not ended, by id."""
+        ...
 
     @property
     def has_work(self) -> bool: ...
@@ -48,6 +53,10 @@ class ReplicaEngine(Protocol):
 
     def pin_adapter(self, name: str, content_hash: str | None) -> None:
         """Have a name pin this registered content and no other; None: nothing."""
+        ...
+
+    def prefetch_adapter(self, content_hash: str) -> None:
+        """Bring an adapter to the device if there is room that no request uses."""
         ...
 
     def forget_adapter(self, content_hash: str) -> None: ...
@@ -77,6 +86,10 @@ class ReplicaHandovers(Protocol):
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Give up the imports of these requests."""
+        ...
+
+    def clear(self) -> None:
+        """Give up whatever is under way, and abort its requests."""
         ...
 
     def poll(self) -> list[Exported | Imported]:
@@ -114,6 +127,10 @@ class Replica(Protocol):
 
     def use_transport(self, transport: Transport) -> None:
         """How KV gets to replicas of other hosts, from now on."""
+        ...
+
+    def follow(self) -> None:
+        """Do what rank 0 of this replica does, until it is closed. For every other rank."""
         ...
 
     def warm_up_some(self) -> bool:

@@ -198,6 +198,8 @@ async def measure(options: argparse.Namespace, config: EngineConfig, adapter: Pa
         await service.start()
         await service.load_adapter("adapter0", str(adapter))
         figures: dict[str, Any] = {"forced": await force_moves(service, options.moves, rng), "added_gap": {}}
+        view = service.migration()
+        figures["kv_bytes_by_memory"] = None if view is None else view.live.num_bytes
         for length in options.lengths:
             figures["added_gap"][str(length)] = found = await measure_gaps(
                 service, length, options.after, options.repeats, rng

@@ -7,6 +7,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from peft_dist.api.metrics import StateCollector
 from peft_dist.api.request_metrics import RequestMetrics
 from peft_dist.core.messages import ReplicaDetail, ReplicaStats
+from peft_dist.orchestrator.move_counts import DRAIN, PLAN, MoveCounts
 from peft_dist.orchestrator.observation import MigrationView, ReplicaTotals, ReplicaView
 from tests.api.http_support import BASE, ScriptedClient
 from tests.api.metrics_support import Scrape, adapter
@@ -70,7 +71,16 @@ def test_the_time_in_the_queue_counts_once_a_sequence() -> None:
 
 
 def test_several_replicas_tell_of_plans_and_moves() -> None:
-    migrated = MigrationView("dlora", {("solver", "memory"): 2, ("stay", "period"): 5}, {"recompute": 7}, 3, 1.5, 4)
+    counts = MoveCounts()
+    for cause in (PLAN, PLAN, DRAIN):
+        counts.recompute(cause)
+    for seconds in (0.02, 0.05, 30.0):
+        counts.bring(PLAN, {"device": 1000}, seconds)
+    for outcome in ("recomputed", "stayed"):
+        counts.fail(PLAN, outcome)
+    live = counts.view()
+    plans = {("solver", "memory"): 2, ("stay", "period"): 5}
+    migrated = MigrationView("dlora", plans, live.by_way(PLAN), 3, 1.5, 4, live)
     queue = RequestMetrics(5).queue
     for migration in (migrated, None):
         registry = CollectorRegistry()
@@ -81,8 +91,16 @@ def test_several_replicas_tell_of_plans_and_moves() -> None:
         if migration is None:
             continue
         assert scrape.value("peft_dist:migration_plans_total", origin="solver", trigger="memory") == 2
-        assert scrape.value("peft_dist:migration_moves_total", way="recompute") == 7
-        assert scrape.value("peft_dist:migration_moves_total", way="kv") == 0
+        assert scrape.value("peft_dist:migration_moves_total", way="recompute") == 3
+        assert scrape.value("peft_dist:migration_moves_total", way="kv") == 3
+        ends = {"cause": "plan", "way": "kv"}
+        assert scrape.value("peft_dist:live_moves_total", **ends, outcome="moved") == 3
+        assert scrape.value("peft_dist:live_moves_total", **ends, outcome="stayed") == 1
+        assert scrape.value("peft_dist:live_moves_total", cause="drain", way="recompute", outcome="moved") == 1
+        assert scrape.value("peft_dist:live_move_kv_bytes_total", memory="device") == 3000
+        assert scrape.value("peft_dist:live_move_kv_bytes_total", memory="host") == 0
+        buckets = [scrape.value("peft_dist:live_move_seconds_bucket", le=le) for le in ("0.01", "0.05", "10.0", "+Inf")]
+        assert buckets == [0, 2, 2, 3] and scrape.value("peft_dist:live_move_seconds_sum") == 30.07
         assert scrape.value("peft_dist:migration_moves_dropped_total") == 3
         assert scrape.value("peft_dist:migration_plan_seconds_total") == 1.5
         assert scrape.value("peft_dist:placements_total") == 4

@@ -11,6 +11,8 @@ from hypothesis import given, settings
 
 from peft_dist.core.cost_model import CostModel, CostPrior, OnlineRegression, StepFeatures
 from peft_dist.core.errors import ConfigError
+from peft_dist.core.step_costs import StepCosts
+from peft_dist.placement.costs import ReplicaCosts
 
 CPU = CostPrior(
     step=12e-3,
@@ -199,6 +201,18 @@ class TestProfiles:
         for wrong in ({"step": -1.0}, {"load": (0.0, float("nan"))}):
             with pytest.raises(ConfigError, match="prior"):
                 CostModel(CostPrior(**wrong))  # type: ignore[arg-type]
+
+    def test_each_number_that_is_reported_is_what_it_is_called(self) -> None:
+        model = CostModel()
+        for _ in range(50):
+            model.observe_load(10**7, 0.5)
+            model.observe_transfer(10**7, 2.0)
+        costs = StepCosts.of(model)
+        assert costs.step == model.step_coefficients()
+        assert (costs.load, costs.transfer) == (model.load_coefficients(), model.transfer_coefficients())
+        assert costs.transfer_seconds(10**7) > 2 * costs.load_seconds(10**7) > 0.5
+        assert costs.fetch == StepCosts().fetch, "nobody measures it"
+        assert ReplicaCosts.of(costs, 1, {}, transfer=costs.transfer).transfer == costs.transfer
 
     def test_what_was_never_observed_keeps_its_prior(self) -> None:
         regression = OnlineRegression((1.0, 2.0), (1.0, 1.0), ("only",))

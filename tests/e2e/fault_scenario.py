@@ -16,10 +16,10 @@ from typing import Any, Protocol
 
 from peft_dist import LLM, SamplingParams
 from peft_dist.core.config import EngineConfig
+from peft_dist.core.restarts import RestartPolicy
 from peft_dist.orchestrator.core import OrchestratorOptions
 from peft_dist.orchestrator.link import Link
 from peft_dist.orchestrator.replica_process import ReplicaLauncher
-from peft_dist.orchestrator.restarts import RestartPolicy
 from peft_dist.orchestrator.service import EngineService
 from peft_dist.worker.launcher import AccelerateLauncher, PlainLauncher
 from tests.e2e.test_replicas import until
@@ -43,7 +43,7 @@ class Case:
     """One request, what it is alone, and what its stream brought.
 
     Attributes:
-        tokens: Of its last stream.
+        tokens, num_scores: Of its last stream.
         num_tokens, gaps: Over all its streams: the tokens, and the longest gap of each in seconds.
     """
 
@@ -52,24 +52,28 @@ class Case:
     adapter: str | None
     expected: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
+    num_scores: int = 0
     num_tokens: int = 0
     gaps: list[float] = field(default_factory=list)
 
     async def run(self, service: EngineService, request_id: str) -> None:
-        """Stream it, and check every token."""
+        """Stream it."""
         loop = asyncio.get_running_loop()
         self.tokens = []
         times: list[float] = []
-        num_scores = 0
+        self.num_scores = 0
         async for _, progress in service.generate(request_id, self.prompt, self.params, self.adapter):
             assert progress.error is None and progress.first_index == len(self.tokens)
             self.tokens += progress.token_ids
             self.num_tokens += len(progress.token_ids)
-            num_scores += len(progress.logprobs or ())
+            self.num_scores += len(progress.logprobs or ())
             times.append(loop.time())
+        self.gaps.append(max((b - a for a, b in itertools.pairwise(times)), default=0.0))
+
+    def check(self) -> None:
+        """That its last stream is what it is alone."""
         assert self.tokens == self.expected
-        assert num_scores == (len(self.tokens) if self.params.logprobs is not None else 0)
-        self.gaps.append(max(b - a for a, b in itertools.pairwise(times)))
+        assert self.num_scores == (len(self.tokens) if self.params.logprobs is not None else 0)
 
 
 @dataclass(frozen=True)
@@ -138,13 +142,14 @@ def run_alone(model: Path | str, adapters: dict[str, str | Path], cases: list[Ca
 
 
 async def one_round(
-    service: EngineService, cases: list[Case], faults: Sequence[tuple[int, Fault]], num_replicas: int
+    service: EngineService, cases: list[Case], faults: Sequence[tuple[int, Fault]], num_replicas: int, again: bool
 ) -> float:
-    """Stream all cases, again and again until all faults have come and all replicas are there again.
+    """Stream all cases while faults come, and wait until all replicas are there again.
 
     Args:
         faults: Each with the tokens that are to be there before it. The first befalls the busiest replica, the next
             one another.
+        again: Stream each of them again and again until then.
 
     Returns seconds from the last fault until all replicas were there.
     """
@@ -158,14 +163,15 @@ async def one_round(
     async def stream(case: Case, name: str) -> None:
         for number in itertools.count():
             await case.run(service, f"{name}.{number}")
-            if restored.is_set():
+            case.check()
+            if restored.is_set() or not again:
                 return
 
     reading = [asyncio.create_task(stream(case, f"r{i}")) for i, case in enumerate(cases)]
 
     async def reach(condition: Callable[[], bool]) -> None:
         """Wait for it, unless a stream is not what it should be."""
-        await until(lambda: condition() or any(task.done() for task in reading))
+        await until(lambda: condition() or any(task.done() and task.exception() for task in reading))
         for task in reading:
             if task.done():
                 task.result()
@@ -178,6 +184,7 @@ async def one_round(
         victims = sorted(running, key=lambda replica_id: -running[replica_id])
         for victim, (goal, fault) in zip(victims, faults, strict=False):
             await reach(lambda goal=goal: drawn() >= goal)
+            assert not all(task.done() for task in reading), "the fault came too late to be one"
             begun = loop.time()
             await fault(service, victim)
             await reach(lambda gone=victim: service.replica_pids().get(gone) != pids[gone])
@@ -201,8 +208,9 @@ def serve_with_faults(
     num_replicas: int = 2,
     silence: float = 2.0,
     rounds: int = 1,
+    again: bool = False,
 ) -> Outcome:
-    """``silence``: Seconds without a word of a replica after which it is given up."""
+    """``silence``: Seconds without a word of a replica after which it is given up. ``again``: As in ``one_round``."""
 
     async def work() -> Outcome:
         launcher, link = machines.launcher(config, num_replicas, silence / 5)
@@ -213,7 +221,7 @@ def serve_with_faults(
             await service.start()
             for name, path in adapters.items():
                 await service.load_adapter(name, str(path))
-            restored = [await one_round(service, cases, faults, num_replicas) for _ in range(rounds)]
+            restored = [await one_round(service, cases, faults, num_replicas, again) for _ in range(rounds)]
             assert sum(view.num_restarts for view in service.replicas()) == rounds * len(faults)
         finally:
             await service.stop()

@@ -34,7 +34,7 @@ def machines(kind: str) -> Iterator[Machines]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", ["accelerate", "ray"])
 def test_three_replicas_lose_a_machine_under_load(kind: str, tmp_path: Path) -> None:
     model = make_model("llama", tmp_path / "model")
@@ -45,5 +45,6 @@ def test_three_replicas_lose_a_machine_under_load(kind: str, tmp_path: Path) -> 
     run_alone(tmp_path / "model", adapters, cases, num_blocks=512, num_threads=1)
     config = EngineConfig(model=str(tmp_path / "model"), device="cpu", num_threads=1, num_blocks=512)
     with machines(kind) as place:
-        outcome = serve_with_faults(config, adapters, cases, [(1000, place.take_away)], place, num_replicas=3, rounds=2)
+        faults = [(1000, place.take_away)]
+        outcome = serve_with_faults(config, adapters, cases, faults, place, num_replicas=3, rounds=2, again=True)
     print(f"{kind}: {outcome}")

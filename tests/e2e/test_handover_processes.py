@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from peft_dist.core.config import EngineConfig
+from peft_dist.core.restarts import RestartPolicy
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.orchestrator.core import OrchestratorOptions
-from peft_dist.orchestrator.restarts import RestartPolicy
 from peft_dist.orchestrator.service import EngineService
 from peft_dist.worker.launcher import PlainLauncher
 from tests.e2e.test_processes import run

@@ -22,6 +22,7 @@ from zmq.utils.monitor import recv_monitor_message
 from peft_dist.core.cluster_keys import ClusterKeys
 from peft_dist.core.errors import ConfigError
 from peft_dist.core.messages import Join, encode_report
+from peft_dist.core.restarts import RestartPolicy
 from peft_dist.orchestrator.core import OrchestratorOptions
 from peft_dist.orchestrator.guests import Invitation
 from peft_dist.orchestrator.service import EngineService
@@ -109,6 +110,9 @@ def test_a_replica_joins_with_the_key_and_leaves_without_losing_a_request(tmp_pa
                 assert await one.leave() == 0
                 assert ids(service) == {0} and [view.replica_id for view in service.replicas()] == [0]
                 await check(readers)
+                # Nobody is pinged, or remembered, that has gone.
+                assert service.guests is not None
+                await until(lambda: not service.guests._joined)  # type: ignore[union-attr]
 
     run(work())
 
@@ -180,6 +184,40 @@ def test_replicas_end_with_the_server_that_they_joined() -> None:
             one = Guest(address_of(service))
             await until(lambda: ids(service) == {0})
         assert await one.task == 0
+
+    run(work())
+
+
+def test_a_replica_that_dies_again_and_again_is_given_up_and_that_is_told() -> None:
+    async def work() -> None:
+        invitation = Invitation(LOOPBACK, ENGINE, f"{FACTORY}_failing")
+        service = EngineService(PlainLauncher(ENGINE), OrchestratorOptions(), num_replicas=0, invitation=invitation)
+        starting = asyncio.create_task(service.start())
+        restart = RestartPolicy(first=0.01, longest=0.02, max_failures=2)
+        settings = JoinSettings(address_of(service), None, {}, "plain", restart=restart, log_level="critical")
+        try:
+            assert await join(settings, asyncio.Event()) == 1
+        finally:
+            await service.stop()
+            starting.cancel()
+
+    run(work())
+
+
+def test_whoever_leaves_a_server_that_is_gone_does_not_wait_for_it() -> None:
+    async def work() -> None:
+        stop = asyncio.Event()
+        async with started(0) as service:
+            settings = JoinSettings(
+                address_of(service), None, {"num_threads": 1}, "plain", silence=0.5, log_level="critical"
+            )
+            task = asyncio.create_task(join(settings, stop))
+            await until(lambda: ids(service) == {0})
+            assert service.guests is not None
+            # From now on nothing that is said arrives anywhere, as if the machine were gone.
+            service.guests.close()
+            stop.set()
+            assert await task == 0
 
     run(work())
 

@@ -17,8 +17,8 @@ import pytest
 
 from peft_dist.core.config import EngineConfig
 from peft_dist.core.errors import ConfigError, EngineDeadError
+from peft_dist.core.restarts import RestartPolicy
 from peft_dist.orchestrator.core import OrchestratorOptions
-from peft_dist.orchestrator.restarts import RestartPolicy
 from peft_dist.orchestrator.service import EngineService
 from peft_dist.worker import ray_cluster
 from peft_dist.worker.ray_cluster import RaySettings
@@ -173,6 +173,8 @@ def test_ranks_of_a_replica_are_on_one_node_if_they_fit(cpus: int, tmp_path: Pat
             await service.start()
             assert len(nodes.nodes_of(0)) == 2 // cpus
             await asyncio.gather(*(case.run(service, f"r{i}") for i, case in enumerate(cases)))
+            for case in cases:
+                case.check()
         finally:
             await service.stop()
 
@@ -199,6 +201,8 @@ def test_requests_move_with_their_kv_to_another_host(tmp_path: Path) -> None:
                 assert replica_id is not None
                 service.move_request(f"r{i}", 1 - replica_id, with_kv=True)
             await asyncio.gather(*reading)
+            for case in cases:
+                case.check()
             handover = service._core.handover
             assert (handover.num_with_kv, handover.num_recomputed, handover.num_failed) == (len(cases), 0, 0)
         finally:

@@ -13,9 +13,9 @@ import pytest
 
 from peft_dist.core.errors import EngineDeadError, ReplicaStateError, UnknownReplicaError
 from peft_dist.core.messages import SequenceProgress
+from peft_dist.core.restarts import RestartPolicy
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.orchestrator.core import OrchestratorOptions
-from peft_dist.orchestrator.restarts import RestartPolicy
 from peft_dist.orchestrator.service import EngineService
 from peft_dist.orchestrator.streams import Stream
 from peft_dist.placement.triggers import TriggerSettings

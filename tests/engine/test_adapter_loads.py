@@ -41,6 +41,12 @@ def executor_of(engine: Engine) -> FakeExecutor:
     return executor
 
 
+def hash_of(adapter: int) -> str:
+    spec = ADAPTERS[adapter]
+    assert spec is not None
+    return spec.content_hash
+
+
 def pin(engine: Engine, name: str, adapter: int) -> None:
     """As a replica does when an adapter is registered; 0 unpins."""
     spec = ADAPTERS[adapter]
@@ -66,6 +72,7 @@ def warm(engine: Engine, adapter: int) -> None:
     aborts=st.dictionaries(st.integers(0, 11), st.integers(0, 30), max_size=4),
     forgets=st.dictionaries(st.integers(1, 4), st.integers(0, 30), max_size=2),
     pins=st.lists(st.tuples(st.integers(0, 30), st.integers(0, 4), st.sampled_from("pq")), max_size=4),
+    prefetches=st.lists(st.tuples(st.integers(0, 30), st.integers(1, 4)), max_size=4),
     delays=st.lists(st.integers(0, 9), min_size=4, max_size=4),
     depth=st.integers(0, 2),
     num_blocks=st.integers(16, 40),
@@ -74,7 +81,7 @@ def warm(engine: Engine, adapter: int) -> None:
     num_rows=st.sampled_from([None, 4, 8, 12]),
 )  # fmt: skip
 def test_tokens_are_those_of_a_request_alone(
-    requests, aborts, forgets, pins, delays, depth, num_blocks, host, num_slots, num_rows
+    requests, aborts, forgets, pins, prefetches, delays, depth, num_blocks, host, num_slots, num_rows
 ) -> None:
     engine = slow_engine(
         lambda spec: delays[int(spec.name[1:])], num_blocks=num_blocks, host=host, depth=depth, num_slots=num_slots
@@ -105,6 +112,9 @@ def test_tokens_are_those_of_a_request_alone(
         for when, index, name in pins:
             if when == now:
                 pin(engine, name, index)
+        for when, index in prefetches:
+            if when == now:
+                engine.prefetch_adapter(hash_of(index))
         step(engine, got)
     drain(engine, got)
     for request, _ in everyone:
@@ -285,4 +295,45 @@ def test_a_pin_that_finds_every_slot_under_way_is_met_once_one_has_arrived(depth
     drain(engine, got)
     spec = ADAPTERS[1]
     assert spec is not None and engine.scheduler.adapters.is_resident(spec)
+    assert_empty(engine)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_an_adapter_that_only_waiting_requests_use_stays_when_another_is_sent_ahead(depth: int) -> None:
+    engine = slow_engine(0, depth=depth, num_slots=2, max_seqs=1)
+    warm(engine, 2)
+    warm(engine, 1)
+    for name, adapter in (("runs", 1), ("waits", 2)):
+        engine.add_request(make_request(name, [adapter] * 6, adapter, 8))
+    got: Progress = {}
+    for _ in range(3):
+        step(engine, got)
+    assert "waits" not in got and set(engine.scheduler.adapters.resident) == {hash_of(1), hash_of(2)}
+    engine.prefetch_adapter(hash_of(3))
+    engine.prefetch_adapter(hash_of(2))
+    assert set(engine.scheduler.adapters.resident) == {hash_of(1), hash_of(2)}
+    assert not engine.scheduler.adapters.loading, "there is no room, and the wish is dropped"
+    drain(engine, got)
+    assert hash_of(3) not in executor_of(engine).slots.values()
+    version = engine.residency_version
+    engine.prefetch_adapter(hash_of(3))
+    drain(engine, got)
+    assert hash_of(3) in engine.scheduler.adapters.resident and engine.residency_version > version
+    engine.forget_adapter(hash_of(4))
+    engine.prefetch_adapter(hash_of(4))
+    assert not engine.scheduler.adapters.loading
+    assert_empty(engine)
+
+
+def test_what_is_sent_ahead_takes_no_room_that_a_request_waits_for() -> None:
+    engine = slow_engine(4, num_slots=2)
+    engine.add_request(make_request("first", [1] * 6, 1, 3))
+    # No step has seen the request yet.
+    engine.prefetch_adapter(hash_of(2))
+    assert not engine.scheduler.adapters.loading
+    got: Progress = {}
+    step(engine, got)
+    engine.prefetch_adapter(hash_of(2))
+    assert engine.scheduler.adapters.loading == [hash_of(1), hash_of(2)]
+    drain(engine, got)
     assert_empty(engine)

@@ -130,6 +130,15 @@ class World:
         elif what == "unpin":
             self.pinned.pop(f"name {number % 3}", None)
             self.manager.unpin(f"name {number % 3}")
+        elif what == "prefetch":
+            key, loading = spec.content_hash, self.manager.loading
+            # Whatever it is worth, nothing that a request uses leaves for it, and nobody's load is kept waiting.
+            wanted = [other.content_hash for other in self.specs if self.manager.has_users(other.content_hash)]
+            awaited = [other for other in wanted if not self.manager.is_held(other)]
+            assert self.manager.prefetch(spec) == self.manager.is_held(key)
+            if self.manager.is_resident(spec) and key not in {other.content_hash for other in self.running}:
+                self.touch(key)
+            assert not awaited or self.manager.loading == loading
         elif what in ("arrived", "failed") and self.under_way:
             key = sorted(self.under_way)[number % len(self.under_way)]
             slot = self.under_way.pop(key)
@@ -168,7 +177,10 @@ ranks = st.dictionaries(st.sampled_from(MODULES), st.integers(1, 16), min_size=1
 actions = st.lists(
     st.tuples(
         st.sampled_from(
-            ["arrive", "arrive", "schedule", "schedule", "end", "preempt", "pin", "unpin", "arrived", "failed"]
+            [
+                *["arrive", "arrive", "schedule", "schedule", "end", "preempt", "pin", "unpin", "arrived", "failed"],
+                "prefetch",
+            ]
         ),
         st.integers(0, 100),
     ),

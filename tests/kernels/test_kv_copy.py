@@ -46,6 +46,39 @@ def test_blocks_arrive_in_other_places_and_nothing_else_changes(
             assert torch.equal(other[kept], was[kept])
 
 
+class Flat:
+    """Memory that is reached by copies alone."""
+
+    def __init__(self, num_bytes: int, device: str) -> None:
+        self.contents = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+
+    def put(self, offset: int, piece: torch.Tensor) -> None:
+        assert piece.is_contiguous()
+        self.contents[offset : offset + piece.nbytes].copy_(piece.flatten().view(torch.uint8))
+
+    def get(self, offset: int, piece: torch.Tensor) -> None:
+        assert piece.is_contiguous()
+        piece.view(-1).view(torch.uint8).copy_(self.contents[offset : offset + piece.nbytes])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("piece", [1, 400, 1 << 20])
+def test_flat_memory_that_is_reached_by_copies_has_the_same_bytes(
+    device: str, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kv_copy, "_PIECE_BYTES", piece)
+    source, target, other = (random_pool(device, seed) for seed in (1, 2, 2))
+    host = torch.empty(5 * source.bytes_per_block, dtype=torch.uint8)
+    flat = Flat(len(host), device)
+    taken, given = [7, 0, 11, 3, 4], [2, 9, 1, 0, 5]
+    KVCopier(source).read(taken, host)
+    KVCopier(source).read_into(taken, flat)
+    assert torch.equal(flat.contents.cpu(), host)
+    KVCopier(target).write(given, host)
+    KVCopier(other).write_from(given, flat)
+    assert all(torch.equal(a, b) for a, b in zip(target.groups(), other.groups(), strict=True))
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_host_blocks_are_read_where_they_are(device: str) -> None:
     source, target = random_pool(device, 1, num_host_blocks=4), random_pool(device, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -20,6 +21,7 @@ from peft_dist.core.messages import (
 )
 from peft_dist.core.step_costs import StepCosts
 from peft_dist.orchestrator.core import Orchestrator
+from peft_dist.orchestrator.observation import MovesView
 from peft_dist.orchestrator.records import Outgoing, ReplicaDrained, SequenceEvent
 from tests.orchestrator.test_core import tokens
 from tests.orchestrator.test_lifecycle import cluster, submit
@@ -58,6 +60,17 @@ class Moving:
     def owner(self) -> int | None:
         return self.core._requests.running("r")[0][0].replica_id
 
+    @property
+    def view(self) -> MovesView:
+        """What the counts say of moves."""
+        migration = self.core.migration.view()
+        assert migration is not None
+        return migration.live
+
+    @property
+    def ends(self) -> dict[tuple[str, str, str], int]:
+        return self.view.ends
+
     def heard(self) -> list[int]:
         events = self.core.drain_events()
         return [token for event in events if isinstance(event, SequenceEvent) for token in event.progress.token_ids]
@@ -88,6 +101,9 @@ def test_the_way_of_a_request_that_moves() -> None:
     moving.say(moving.source, tokens("r-0", [6], 2))
     assert moving.heard() == [9], "the source's late words are nobody's"
     assert moving.core.handover.next_deadline() == math.inf
+    assert moving.ends == {("call", "kv", "moved"): 1}
+    view = moving.view
+    assert (view.num_bytes, view.seconds[:2], sum(view.seconds)) == ({"host": KV.num_bytes}, (1, 0), 1)
 
 
 def seed_of(moving: Moving) -> int:
@@ -121,6 +137,8 @@ def test_deaths(stage: str, victim: str) -> None:
             assert AbortRequest(request_ids=["r-0~1"]) in commands(out, moving.target)
     else:
         assert not adds and moving.owner == (moving.target if stage == "imported" else moving.source)
+    end = "moved" if stage == "imported" else "lost" if victim == "source" else "stayed"
+    assert moving.ends == {("call", "kv", end): 1}
     if victim == "target" and stage != "imported":
         assert EndExport(handover=1, moved=False) in commands(out, moving.source)
     assert moving.core.handover.next_deadline() == math.inf
@@ -137,6 +155,7 @@ def test_what_cannot_be_imported_goes_on_where_it_was() -> None:
     out = moving.say(moving.target, Imported(handover=1, error="no blocks", is_full=True))
     assert commands(out, moving.source) == [EndExport(handover=1, moved=False)]
     assert moving.owner == moving.source and not any(isinstance(each.command, AddRequest) for each in out)
+    assert moving.ends == {("call", "kv", "stayed"): 1} and moving.core.handover.num_failed == 1
     moving.say(moving.source, tokens("r-0", [9], 2))
     assert moving.heard() == [9]
     # The next try has ids of its own.
@@ -159,6 +178,7 @@ def test_what_cannot_be_read_is_computed_again_where_it_was_to_go() -> None:
     out = moving.say(moving.target, Imported(handover=1, error="the memory is gone"))
     [_, add] = commands(out, moving.target)
     assert isinstance(add, AddRequest) and add.request_id == "r-0~2" and moving.owner == moving.target
+    assert moving.ends == {("call", "kv", "recomputed"): 1} and moving.view.by_way() == {"recompute": 1}
     assert commands(out, moving.source) == [EndExport(handover=1, moved=False), AbortRequest(request_ids=["r-0"])]
 
 
@@ -196,7 +216,7 @@ def test_a_client_that_goes_away(stage: str) -> None:
         out = moving.say(moving.target, Imported(handover=1))
         assert commands(out, moving.target) == [AbortRequest(request_ids=["r-0~1"])]
     assert commands(out, moving.source) == [EndExport(handover=1, moved=True)]
-    assert not moving.core.num_unfinished
+    assert not moving.core.num_unfinished and moving.ends == {("call", "kv", "ended"): 1}
 
 
 def test_one_of_two_sequences_ends_on_the_way() -> None:
@@ -228,6 +248,7 @@ def test_from_a_draining_replica_it_flees_without_its_kv_if_that_does_not_work()
     [add] = [each for each in out if isinstance(each.command, AddRequest)]
     assert add.replica_id == moving.owner and add.replica_id not in (moving.source, moving.target)
     assert commands(out, moving.source)[-1] == AbortRequest(request_ids=["r-0"])
+    assert moving.ends == {("call", "kv", "recomputed"): 1}
 
 
 def test_the_cheaper_way_is_taken() -> None:
@@ -242,6 +263,19 @@ def test_the_cheaper_way_is_taken() -> None:
         out = core.handover.move("r", target.replica_id, 1.0)
         assert isinstance(out[0].command, kind)
         assert core.handover.num_recomputed == (kind is AbortRequest)
+
+
+def test_between_replicas_of_other_numbers_of_ranks_it_is_computed_again() -> None:
+    core = cluster()
+    source = submit(core, "r", max_tokens=9)
+    for replica in core.replicas.all():
+        replica.costs = StepCosts(transfer=(0.0, 0.0))
+    target = core.replicas[1 - source]
+    assert target.model is not None
+    target.model = replace(target.model, tensor_parallel_size=2)
+    core.observe(source, source + 1, Started(request_ids=["r-0"]), 1.0)
+    core.observe(source, source + 1, tokens("r-0", [7, 8], 0), 1.0)
+    assert isinstance(core.handover.move("r", target.replica_id, 1.0)[0].command, AbortRequest)
 
 
 def test_who_has_no_kv_is_simply_sent_elsewhere() -> None:

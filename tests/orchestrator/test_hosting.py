@@ -6,11 +6,11 @@ import pytest
 
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.errors import ConfigError
-from peft_dist.core.messages import AdapterResult, LoadAdapter, PinAdapter, ReplicaStats
+from peft_dist.core.messages import AdapterResult, LoadAdapter, PrefetchAdapter, ReplicaStats
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.orchestrator.client import NewRequest
 from peft_dist.orchestrator.core import Orchestrator
-from peft_dist.orchestrator.hosting import AHEAD, LOOK_SECONDS
+from peft_dist.orchestrator.hosting import LOOK_SECONDS
 from peft_dist.orchestrator.options import OrchestratorOptions
 from peft_dist.orchestrator.records import Outgoing, PlacementDue
 from peft_dist.placement.placing import Placement
@@ -57,9 +57,9 @@ def hosts(core: Orchestrator, name: str) -> frozenset[int]:
     return core.migration.hosting.placement.hosts[f"h-{name}"]
 
 
-def ahead(commands: list[Outgoing]) -> list[tuple[int, str | None]]:
-    """Replicas and contents of the pins in passing."""
-    assert all(isinstance(out.command, PinAdapter) and out.command.name == AHEAD for out in commands)
+def ahead(commands: list[Outgoing]) -> list[tuple[int, str]]:
+    """Replicas and contents of what is sent ahead."""
+    assert all(isinstance(out.command, PrefetchAdapter) for out in commands)
     return [(out.replica_id, out.command.content_hash) for out in commands]  # type: ignore[union-attr]
 
 
@@ -97,9 +97,7 @@ def test_in_turn_a_host_that_is_away_is_stood_in_for_and_gets_its_requests_back(
 @pytest.mark.parametrize("kind", ["proactive", "dlora"])
 def test_placed_adapters_are_sent_ahead_once(kind: str) -> None:
     core = with_adapters(3, migration=kind)
-    placed = {
-        (i, f"h-a{k}") for out in [place(core, 0.0)] for i, content in ahead(out) if content for k in [content[-1]]
-    }
+    placed = {(i, f"h-a{k}") for out in [place(core, 0.0)] for i, content in ahead(out) for k in [content[-1]]}
     assert placed == {(i, f"h-a{k}") for k in range(3) for i in hosts(core, f"a{k}")} != set()
     assert place(core, 20.0) == []
     # What a replica has is not sent; one that starts again gets its part when it knows the adapters.
@@ -109,7 +107,7 @@ def test_placed_adapters_are_sent_ahead_once(kind: str) -> None:
     assert ahead(place(core, 23.0)) == [] and not core.migration.hosting.can_run(core.replicas[1], "h-a0")
     answer(core, loads, 23.0)  # type: ignore[arg-type]
     again = place(core, 24.0)
-    assert {i for i, _ in ahead(again)} == {1} and ahead(again)[-1] == (1, None)
+    assert {i for i, _ in ahead(again)} == {1}
 
 
 def test_what_is_on_the_device_is_not_sent_ahead() -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from peft_dist.core.errors import ConfigError, EngineDeadError, ReplicaStateError
 from peft_dist.core.messages import AbortRequest, AddRequest, Heartbeat, Ready, Shutdown, Started
+from peft_dist.core.restarts import RestartPolicy
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.orchestrator.client import NewRequest
 from peft_dist.orchestrator.core import Orchestrator, OrchestratorOptions
@@ -18,7 +19,6 @@ from peft_dist.orchestrator.records import (
     SequenceEvent,
     StartReplica,
 )
-from peft_dist.orchestrator.restarts import RestartPolicy
 from tests.orchestrator.test_core import tokens
 from tests.worker.fake_replica import fake_model
 

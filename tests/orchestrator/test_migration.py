@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from peft_dist.core.messages import AbortRequest, AddRequest, PinAdapter, ReplicaDetail, ReplicaStats
+from peft_dist.core.messages import AbortRequest, AddRequest, PrefetchAdapter, ReplicaDetail, ReplicaStats
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.orchestrator.client import NewRequest
 from peft_dist.orchestrator.core import Orchestrator
@@ -136,8 +136,8 @@ def test_adapters_go_ahead_of_their_requests() -> None:
     seen = surveyed(core)
     steps = AdapterStep("evict", 1, "h-x"), AdapterStep("copy", 1, "h-sql", source=0), AdapterStep("load", 7, "h-sql")
     out = carry_out(core, plan_of(Move(0, 0, 1, "h-sql", 1, "recompute"), steps=steps), seen, 2.0)
-    assert [type(sent.command) for sent in out] == [PinAdapter, PinAdapter, AbortRequest, AddRequest]
-    assert [sent.command.content_hash for sent in out[:2]] == ["h-sql", None]  # type: ignore[union-attr]
+    assert [type(sent.command) for sent in out] == [PrefetchAdapter, AbortRequest, AddRequest]
+    assert out[0].command == PrefetchAdapter(content_hash="h-sql")
 
 
 def test_a_plan_that_failed_lets_the_next_one_come() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.messages import AdapterResult, LoadAdapter, PinAdapter, Ready, UnloadAdapter
-from tests.orchestrator.test_core import load, ready_core
+from tests.orchestrator.test_core import load, ready_core, unnamed
 from tests.worker.fake_replica import fake_model
 
 
@@ -19,7 +19,7 @@ def test_a_pin_goes_with_its_name() -> None:
     assert isinstance(again.command, LoadAdapter) and again.command.pinned, "what takes its place is pinned too"
     refused = core.observe(0, 1, AdapterResult(call_id=again.command.call_id, error="no"), 0.0)
     assert [out.command for out in refused] == [PinAdapter(name="sql", content_hash="h1")]
-    pin, drop = core.unload_adapter("sql")
+    pin, drop = unnamed(core.unload_adapter("sql"))
     assert pin.command == PinAdapter(name="sql") and isinstance(drop.command, UnloadAdapter)
     assert load(core, "sql", "h1") == [] and core.adapters.pinned == frozenset()
 

@@ -20,6 +20,7 @@ from peft_dist.core.messages import (
     ImportRequests,
     LoadAdapter,
     PinAdapter,
+    PrefetchAdapter,
     Progress,
     Ready,
     ReplicaStats,
@@ -28,12 +29,19 @@ from peft_dist.core.messages import (
     Started,
     UnloadAdapter,
 )
+from peft_dist.core.succession import NameAdapters, NamesKept
+from peft_dist.worker.names import NameTable
 from tests.worker.fake_replica import fake_model
 
 
 def drawn_token(seed: int, index: int, draw: int) -> int:
     """What every replica draws for this sequence."""
     return hash((seed, index, draw)) % 7
+
+
+def mini_spec(name: str, path: str) -> AdapterSpec:
+    """What a replica finds at a path."""
+    return AdapterSpec(name=name, content_hash=f"h-{path}", path=path, ranks={"q": 4}, num_bytes=1)
 
 
 class MiniReplica:
@@ -56,6 +64,7 @@ class MiniReplica:
         self.running: dict[str, tuple[AddRequest, int]] = {}
         self.held: set[str] = set()
         self.pins: dict[str, str] = {}
+        self.names = NameTable()
 
     def work(self) -> None:
         """Take one command."""
@@ -82,6 +91,11 @@ class MiniReplica:
                 self._load(load)
             case PinAdapter(name=name, content_hash=content_hash):
                 self._pin(name, content_hash)
+            case PrefetchAdapter(content_hash=content_hash):
+                assert content_hash in self.held, "an adapter the replica lacks"
+            case NameAdapters() as names:
+                self.names.apply(names)
+                self.reports.append(NamesKept(version=names.version))
             case UnloadAdapter(call_id=call_id, content_hash=content_hash):
                 held = [each for export in self.exports.values() for each in export.values()]
                 used = {add.content_hash for add, _ in (*self.running.values(), *held)}
@@ -91,6 +105,16 @@ class MiniReplica:
                 self.reports.append(AdapterResult(call_id=call_id))
             case Shutdown() | Fence():
                 self.is_down = True
+
+    def adopted(self, epoch: int) -> None:
+        """Go on as another incarnation, with what is kept of this one."""
+        self.epoch = epoch
+        for forgotten in (self.commands, self.reports, self.running, self.exports, self.copying, self.pins):
+            forgotten.clear()
+        contents = [mini_spec(content, content.removeprefix("h-")) for content in sorted(self.held)]
+        names, version = self.names.all(), self.names.version
+        model = fake_model("org/mini", max_model_len=20)
+        self.reports.append(Ready(model=model, pid=1, contents=contents, names=names, names_version=version))
 
     def step(self) -> None:
         """One token for every running sequence."""
@@ -152,7 +176,7 @@ class MiniReplica:
         if load.path == "broken":
             self.reports.append(AdapterResult(call_id=load.call_id, error="broken: mend it"))
             return
-        spec = AdapterSpec(name=load.name, content_hash=f"h-{load.path}", path=load.path, ranks={"q": 4}, num_bytes=1)
+        spec = mini_spec(load.name, load.path)
         self.held.add(spec.content_hash)
         self._pin(load.name, spec.content_hash if load.pinned else None)
         self.reports.append(AdapterResult(call_id=load.call_id, spec=spec))

@@ -53,7 +53,7 @@ class FakeRunner:
     """Each step takes 8 ms of the device."""
 
     device = torch.device("cuda")
-    kv = None
+    kv = graphs = None
 
     def __init__(self, clock: FakeClock) -> None:
         self.clock = clock

@@ -6,13 +6,15 @@ import select
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.config import EngineConfig
 from peft_dist.core.errors import ConfigError
-from peft_dist.engine.executor import LoadOutcome
+from peft_dist.core.handover import KVHandle
+from peft_dist.engine.executor import LoadOutcome, TransferOutcome
 from peft_dist.runner.executor import TorchExecutor
 from peft_dist.runner.rank_executors import LeadingExecutor
 from peft_dist.runner.rank_group import RankGroup, join_ranks
@@ -52,7 +54,9 @@ def leader() -> Any:
     pool = SimpleNamespace(device=torch.device("cpu"), drop=dropped.append, dropped=dropped)
     store = SimpleNamespace(pool=pool, weights_in=lambda slot: {})
     model = SimpleNamespace(dtype=torch.float32)
-    runner: Any = SimpleNamespace(device=torch.device("cpu"), merge=Weights(), store=store, model=model, kv=None)
+    runner: Any = SimpleNamespace(
+        device=torch.device("cpu"), merge=Weights(), store=store, model=model, kv=None, graphs=None
+    )
     executor = LeadingExecutor(runner, None, Meeting())
     yield executor
     executor.close()
@@ -101,15 +105,41 @@ def test_whatever_changes_a_rank_is_told_to_the_others() -> None:
     """Else ranks would drift apart unseen: a new method of the executor is told, or is known to change nothing."""
     changes_nothing = {
         *("can_merge", "can_host", "merged_adapter", "holds_merged", "residency", "fileno", "captured_for"),
-        # Refused, so that nothing comes of them on any rank.
-        *("start_export", "start_import", "take_transfers", "end_export", "transfers_fileno"),
+        "transfers_fileno",
     }
     public = {name for name in vars(TorchExecutor) if not name.startswith("_")}
     assert public - changes_nothing == {name for name in vars(LeadingExecutor) if not name.startswith("_")}
 
 
-def test_kv_of_several_ranks_is_not_moved(leader: Any) -> None:
-    leader.start_export(1, [0], on_host=False)
-    select.select([leader.transfers_fileno()], [], [])
+def part(token: str, num_bytes: int = 64) -> KVHandle:
+    return KVHandle("layout", 2, num_bytes, token, 1, 1)
+
+
+def test_an_export_has_the_parts_of_all_ranks(leader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcomes = [TransferOutcome(5, part("own"), None, 1.0)]
+    monkeypatch.setattr(leader.transfers, "take", lambda: [outcomes.pop()])
+    leader._ranks.other = TransferOutcome(5, part("other", 32), None, 3.0)
     [outcome] = leader.take_transfers()
-    assert outcome.kv is None and "several ranks" in outcome.error
+    assert outcome.error is None and outcome.seconds == outcome.kv.seconds == 3.0
+    assert [outcome.kv.token, *(other.token for other in outcome.kv.others)] == ["own", "other"]
+    assert outcome.kv.total_bytes == 96
+
+
+@pytest.mark.parametrize("own", [part("own"), None])
+def test_a_copy_that_failed_on_one_rank_failed(leader: Any, monkeypatch: pytest.MonkeyPatch, own: Any) -> None:
+    """Of an export, and of an import, which has nothing to tell of."""
+    outcomes = [TransferOutcome(5, own, None, 1.0)]
+    monkeypatch.setattr(leader.transfers, "take", lambda: [outcomes.pop()])
+    leader._ranks.other = TransferOutcome(5, None, "OSError: no memory", 3.0)
+    assert leader.take_transfers() == [TransferOutcome(5, None, "OSError: no memory", 3.0)]
+
+
+@pytest.mark.parametrize("others", [0, 2])
+def test_kv_of_another_number_of_ranks_is_refused(leader: Any, others: int) -> None:
+    leader.transfers.rank, leader.transfers.num_ranks = 0, 2
+    kv = msgspec.structs.replace(part("own"), others=[part("other")] * others)
+    leader.start_import(1, kv, [0, 1])
+    select.select([leader.transfers_fileno()], [], [])
+    leader._ranks.other = TransferOutcome(1, None, None, 0.0)
+    [outcome] = leader.take_transfers()
+    assert outcome.error == f"MemoryGoneError: KV of {1 + others} ranks does not fit 2"

@@ -43,6 +43,7 @@ class FakeEngine:
         self.requests: dict[str, Request] = {}
         self.adapters: dict[str, AdapterSpec] = {}
         self.pins: dict[str, str] = {}
+        self.prefetched: list[str] = []
 
     @property
     def has_work(self) -> bool:
@@ -78,6 +79,10 @@ class FakeEngine:
         if content_hash is not None:
             assert content_hash in self.adapters
             self.pins[name] = content_hash
+
+    def prefetch_adapter(self, content_hash: str) -> None:
+        assert content_hash in self.adapters
+        self.prefetched.append(content_hash)
 
     def forget_adapter(self, content_hash: str) -> None:
         assert content_hash not in self.pins.values(), "dropped while pinned"
@@ -154,6 +159,9 @@ class FakeHandovers:
             for held in self._exports.values():
                 held.pop(request_id, None)
 
+    def clear(self) -> None:
+        self._exports.clear()
+
     def poll(self) -> list[Exported | Imported]:
         reports, self._reports = self._reports, []
         return reports
@@ -183,6 +191,9 @@ class FakeReplica:
             raise AdapterError(f"adapter {spec.name!r} cannot be pinned: unpin one")
         self.engine.register_adapter(spec)
         self.engine.pin_adapter(spec.name, spec.content_hash if pinned else None)
+
+    def use_transport(self, transport: object) -> None:
+        """It moves requests without any KV."""
 
     def warm_up_some(self) -> bool:
         return False
@@ -219,6 +230,12 @@ def build(config: EngineConfig) -> FakeReplica:
 
 def build_failing(config: EngineConfig) -> FakeReplica:
     raise ConfigError(f"model {config.model!r} cannot be loaded: choose another")
+
+
+def build_when_told(config: EngineConfig) -> FakeReplica:
+    """Takes as long as nobody writes to the named pipe that the environment names."""
+    Path(os.environ["FAKE_GATE"]).read_bytes()
+    return FakeReplica(config)
 
 
 def build_hanging(config: EngineConfig) -> FakeReplica:

@@ -32,7 +32,7 @@ class PrintingLauncher(AccelerateLauncher):
     def _command(self, folder: Path) -> list[str]:
         command = list(super()._command(folder))
         end = command.index("-m", command.index("--config_file"))
-        return [*command[:end], str(self.script), str(self.answer)]
+        return [*command[:end], str(self.script), str(self.answer), str(folder)]
 
 
 def launch(launcher: PlainLauncher) -> int:
@@ -62,6 +62,14 @@ def test_one_process_with_all_threads_against_a_misleading_default(
         "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
         "ACCELERATE_USE_CPU": "True",
     }
+
+
+def test_the_workers_status_is_told_past_accelerate(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(
+        "import pathlib, sys\npathlib.Path(sys.argv[2], 'status').write_text('4')\nsys.exit(4)"
+    )
+    launcher = PrintingLauncher(EngineConfig(model="m", device="cpu"), tmp_path / "script.py", tmp_path / "answer")
+    assert launch(launcher) == 4
 
 
 def test_threads_are_those_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,9 +19,11 @@ from peft_dist.core.messages import (
     EndExport,
     Exported,
     ExportRequests,
+    Fence,
     Imported,
     ImportRequests,
     LoadAdapter,
+    PrefetchAdapter,
     Progress,
     ReplicaDetail,
     Shutdown,
@@ -113,7 +115,7 @@ def replica() -> Iterator[EngineReplica]:
 
 def run(replica: Any, script: Any) -> WorkerLoop:
     loop = WorkerLoop(replica, script, lambda command: Path(command.path), clock=lambda: script.now)
-    loop._adapters = dict(replica.engine.adapters)
+    loop._driver.adapters = dict(replica.engine.adapters)
     loop.run()
     loop._fetcher.close()
     return loop
@@ -161,7 +163,7 @@ def test_a_registration_is_told_soon_and_many_of_them_together(replica: EngineRe
 
     script.before_wait = all_found
     loop = run(replica, script)
-    assert len(loop._adapters) == 4 + 20
+    assert len(loop._driver.adapters) == 4 + 20
     assert script.now <= 100.0 + 2 * CHANGE_SECONDS
     assert 1 <= script.details() <= 3
 
@@ -249,3 +251,16 @@ def test_imports_are_refused_in_words_and_can_be_aborted(replica: EngineReplica)
     [last] = [s for report in script.sent if isinstance(report, Progress) for s in report.sequences]
     assert last.request_id == "z" and last.finish_reason == "length"
     assert replica.engine.scheduler.blocks.num_free == replica.engine.scheduler.blocks.num_blocks
+
+
+def test_an_adapter_that_is_sent_ahead_is_loaded_and_told_while_nothing_runs(replica: EngineReplica) -> None:
+    # One that the replica has not, or has no more, is passed over.
+    script = Script([PrefetchAdapter(content_hash="gone"), PrefetchAdapter(content_hash="hash1")])
+    run(replica, script)
+    assert residency(script) == {"hash1": "device"}
+
+
+def test_whoever_was_let_go_is_not_fenced_by_what_comes_behind(replica: EngineReplica) -> None:
+    cases = ([Shutdown(), Fence()], False), ([Fence()], True), ([Fence(), Shutdown()], True), ([Fence(), Fence()], True)
+    for commands, is_fenced in cases:
+        assert run(replica, Script(list(commands))).is_fenced is is_fenced

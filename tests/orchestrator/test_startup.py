@@ -1,0 +1,144 @@
+"""When a service has started, and how it hears replicas of an earlier life."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+import pytest
+
+from peft_dist.core.config import EngineConfig
+from peft_dist.core.errors import EngineDeadError
+from peft_dist.core.messages import AnyReport, Heartbeat, Shutdown, encode_report
+from peft_dist.core.succession import Adopt, Identify, Identity, first_number
+from peft_dist.orchestrator.core import Orchestrator, OrchestratorOptions
+from peft_dist.orchestrator.link import Received
+from peft_dist.orchestrator.records import ReplicaLost
+from peft_dist.orchestrator.startup import Startup
+from peft_dist.orchestrator.survivors import Survivors
+
+ERROR = EngineDeadError("it died")
+EARLIER, EARLIEST = first_number(3), first_number(2)
+IDENTITY = Identity(guest=None, attempt=0, host="h", engine=EngineConfig(model="m"), replica_factory="f")
+
+
+def run(work: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(work, 20))
+
+
+def is_done(startup: Startup) -> bool:
+    return startup.grace == 9.0
+
+
+def test_a_first_start_waits_for_all_and_fails_with_one() -> None:
+    async def work() -> None:
+        startup = Startup(2, [], 9.0)
+        startup.ready(0, 1, adopted=False)
+        assert startup.grace == 1.0
+        startup.ready(1, 2, adopted=False)
+        await startup.wait()
+        assert is_done(startup)
+        startup = Startup(2, [], 9.0)
+        startup.lost(1, ERROR)
+        with pytest.raises(EngineDeadError):
+            await startup.wait()
+
+    run(work())
+
+
+def test_what_an_earlier_life_left_does_not_wait_for_what_is_missing() -> None:
+    async def work() -> None:
+        startup = Startup(3, {0, 1}, 9.0)
+        # A new one that cannot start is no reason to end those that can serve.
+        startup.lost(2, ERROR)
+        startup.ready(1, 1, adopted=True)
+        assert not is_done(startup), "the other one may remember more names"
+        startup.ready(0, 2, adopted=True)
+        assert is_done(startup)
+        # One that came is enough where the other does not.
+        startup = Startup(2, {0, 1}, 9.0)
+        startup.ready(1, 1, adopted=True)
+        await startup.wait()
+
+    run(work())
+
+
+def test_where_nothing_is_left_after_all_it_is_as_a_first_start() -> None:
+    async def work() -> None:
+        startup = Startup(1, {0}, 9.0)
+        startup.lost(0, ERROR)
+        assert not is_done(startup)
+        startup.ready(0, 1, adopted=False)
+        assert is_done(startup)
+        startup = Startup(2, {0}, 9.0)
+        startup.lost(1, ERROR)
+        startup.lost(0, ERROR)
+        with pytest.raises(EngineDeadError):
+            await startup.wait()
+
+    run(work())
+
+
+class Wire:
+    """Takes the place of a link: what was answered, in order."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[bytes, object, int]] = []
+
+    def answer(self, receiver: bytes, command: object, epoch: int = 0) -> None:
+        self.sent.append((receiver, command, epoch))
+
+    def take(self) -> list[tuple[bytes, object, int]]:
+        sent, self.sent = self.sent, []
+        return sent
+
+
+class Scene:
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.wire = Wire()
+        self.core = Orchestrator(OrchestratorOptions(first_number=first_number(4)))
+        self.survivors = Survivors(self.core, self.wire, lambda: self.now, 300.0)  # type: ignore[arg-type]
+
+    def hear(self, replica_id: int, report: AnyReport, epoch: int = EARLIER) -> list[tuple[bytes, object, int]]:
+        name = f"{replica_id}.{epoch}.side".encode()
+        self.survivors.hear(Received(name, replica_id, epoch, encode_report(report, epoch)))
+        return self.wire.take()
+
+
+def test_a_survivor_is_asked_who_it_is_and_adopted_under_a_new_epoch() -> None:
+    scene, beat = Scene(), Heartbeat(busy_seconds=0.0)
+    replica, name = scene.survivors.expect(0), f"0.{EARLIER}".encode()
+    assert scene.core.next_deadline() == 110.0
+    assert scene.hear(0, beat) == [(name, Identify(), EARLIER)]
+    assert scene.core.next_deadline() == 400.0, "it may be loading its model"
+    assert scene.hear(0, beat) == [], "it was asked just now"
+    scene.now += 1.0
+    assert len(scene.hear(0, beat)) == 1
+    [(receiver, adopt, epoch)] = scene.hear(0, IDENTITY)
+    assert (receiver, epoch) == (name, EARLIER) and isinstance(adopt, Adopt) and adopt.pid
+    assert (adopt.replica_id, adopt.incarnation) == (0, replica.epoch)
+    # The answer may have been lost; who asks again is the same replica.
+    assert scene.hear(0, IDENTITY) == [(name, adopt, EARLIER)]
+
+
+def test_whoever_is_not_expected_is_told_to_end() -> None:
+    scene, beat = Scene(), Heartbeat(busy_seconds=0.0)
+    scene.survivors.expect(0)
+    scene.hear(0, beat)
+    assert scene.hear(1, beat) == [(f"1.{EARLIER}".encode(), Shutdown(), EARLIER)]
+    assert scene.hear(0, beat, EARLIEST) == [(f"0.{EARLIEST}".encode(), Shutdown(), EARLIEST)]
+    replica = scene.core.replicas[0]
+    scene.core.lose_replica(0, replica.epoch, "it was given up", scene.now)
+    assert [command for _, command, _ in scene.hear(0, beat)] == [Shutdown()]
+
+
+def test_a_survivor_in_a_step_that_does_not_end_is_given_up() -> None:
+    scene = Scene()
+    scene.survivors.expect(0)
+    scene.hear(0, Heartbeat(busy_seconds=59.0))
+    assert not scene.core.drain_events()
+    scene.hear(0, Heartbeat(busy_seconds=61.0))
+    [lost] = scene.core.drain_events()
+    assert isinstance(lost, ReplicaLost) and lost.hangs and scene.core.replicas[0].restart_at == scene.now
