@@ -54,6 +54,7 @@ def tune(
     max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="Most tokens in one step.")] = 2048,
     tile_rows: Annotated[list[int] | None, typer.Option(help="16 (decode), 32, 64, 128; all if not given.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder of the table, if not the user's cache.")] = None,
+    time_limit: Annotated[float, typer.Option(min=1, help="Seconds; the plans of frequent steps come first.")] = 270.0,
 ) -> None:
     """Measure how to launch the LoRA kernels on this GPU, and keep the answers for every later start."""
     from peft_dist.runner import tune as tuning
@@ -66,6 +67,7 @@ def tune(
         max_tokens=max_num_batched_tokens,
         tile_rows=tuple(tile_rows or (16, 32, 64, 128)),
         folder=output,
+        seconds=time_limit,
     )
     typer.echo(path)
 

@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from peft_dist.kernels.lora_group import even_rows, is_wide, layer_tables, tiles_of
+from peft_dist.kernels.lora_group import even_rows, is_wide, tiles_of
+from peft_dist.kernels.lora_tables import layer_tables
 from peft_dist.kernels.lora_triton_parts import EXPAND_RANKS, load_b, load_pages, multiply_intermediate
 from peft_dist.kernels.triton_device import device_of
 from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan

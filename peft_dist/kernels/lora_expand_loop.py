@@ -91,6 +91,7 @@ def expand_loop_kernel(
     BLOCK_N: tl.constexpr,
     PART_N: tl.constexpr,
     STAGES: tl.constexpr,
+    BY_TILE: tl.constexpr,
 ):
     """Program (tile, part of a layer's outputs), PART_N outputs at a time. For half precision."""
     tile = tl.program_id(0)
@@ -109,8 +110,9 @@ def expand_loop_kernel(
     layer, part = layer_of(part, parts0, parts1, GROUP)
     parts = pick(layer, parts0, parts1, parts2, GROUP)
     begin, count = own_outputs(tile_lens, watched, part + tl.where(is_second, parts, 0), 2 * parts, BLOCK_N)
-    if (length == 0) | (count == 0):
-        return
+    if not BY_TILE:  # noqa: SIM102
+        if (length == 0) | (count == 0):
+            return
     width = pick(layer, N0, N1, N2, GROUP)
     columns = pick(layer, columns0, columns1, columns2, GROUP)
     pages, rank, page = find_adapter(
@@ -119,11 +121,11 @@ def expand_loop_kernel(
         pick(layer, table0, table1, table2, GROUP),
         pick(layer, slots0, slots1, slots2, GROUP),
         columns,
-        slot,
-        length,
+        tile if BY_TILE else slot,
+        1 if BY_TILE else length,
         PAGE,
     )
-    if rank == 0:
+    if (rank == 0) | (count == 0):
         return
     B = pick(layer, B0, B1, B2, GROUP)
     y_stride = pick(layer, Y_STRIDE0, Y_STRIDE1, Y_STRIDE2, GROUP)

@@ -48,6 +48,7 @@ def gate_loop_kernel(
     PART_N: tl.constexpr,
     STAGES: tl.constexpr,
     SILU: tl.constexpr,
+    BY_TILE: tl.constexpr,
 ):
     """Program (tile, part of the columns). GROUP: layers of the shrink; the one that it lacked has no slots here."""
     tile = tl.program_id(0)
@@ -56,12 +57,18 @@ def gate_loop_kernel(
     slot = tl.load(tile_slots + tile)
     row = tl.load(tile_rows + tile * TILE + m).to(tl.int64)
     begin, count = own_outputs(tile_lens, watched, tl.program_id(1), tl.num_programs(1), BLOCK_N)
+    if BY_TILE:
+        slot, live = tile, 1
+    else:
+        live = length
+        if (length == 0) | (count == 0):
+            return
+    gate_pages, gate_rank, gate_page = find_adapter(
+        gate_pages, gate_ranks, gate_table, gate_slots, gate_columns, slot, live, PAGE
+    )
+    up_pages, up_rank, up_page = find_adapter(up_pages, up_ranks, up_table, up_slots, up_columns, slot, live, PAGE)
     if (length == 0) | (count == 0):
         return
-    gate_pages, gate_rank, gate_page = find_adapter(
-        gate_pages, gate_ranks, gate_table, gate_slots, gate_columns, slot, length, PAGE
-    )
-    up_pages, up_rank, up_page = find_adapter(up_pages, up_ranks, up_table, up_slots, up_columns, slot, length, PAGE)
     is_row = m < length
     gate_y = gate + row[:, None] * GATE_STRIDE
     up_y = up + row[:, None] * UP_STRIDE

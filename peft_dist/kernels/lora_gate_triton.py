@@ -11,8 +11,10 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from peft_dist.kernels.lora_gate_loop import gate_loop_kernel
-from peft_dist.kernels.lora_group import even_rows, group_of, is_wide, layer_tables, tiles_of, watched_tile
+from peft_dist.kernels.lora_group import even_rows, group_of, is_wide, tiles_of, watched_tile
+from peft_dist.kernels.lora_lookup_triton import Lookup, lookup_of
 from peft_dist.kernels.lora_plans import GroupPlan
+from peft_dist.kernels.lora_tables import layer_tables
 from peft_dist.kernels.lora_triton_parts import EXPAND_RANKS, expand_part, find_adapter, gated, load_b
 from peft_dist.kernels.lora_triton_rows import ask_row, row_part, takes_rows
 from peft_dist.kernels.lora_workspace import LoRAWorkspace
@@ -56,6 +58,7 @@ def _gate_kernel(
     WIDE: tl.constexpr,
     SILU: tl.constexpr,
     PDL: tl.constexpr,
+    BY_TILE: tl.constexpr,
 ):
     """Program (part of the columns, tile). GROUP: layers of the shrink; the one that it lacked has no slots here.
 
@@ -69,13 +72,17 @@ def _gate_kernel(
     slot = tl.load(tile_slots + tile)
     row = tl.load(tile_rows + tile * TILE + m).to(tl.int64)
     is_within = block % (BLOCK_N // PART_N) != 0
-    if not PDL:  # noqa: SIM102
+    if not (PDL or BY_TILE):  # noqa: SIM102
         if (length == 0) | ((length == 1) & is_within):
             return
+    if BY_TILE:
+        slot, live = tile, 1
+    else:
+        live = length
     gate_pages, gate_rank, gate_page = find_adapter(
-        gate_pages, gate_ranks, gate_table, gate_slots, gate_columns, slot, length, PAGE
+        gate_pages, gate_ranks, gate_table, gate_slots, gate_columns, slot, live, PAGE
     )
-    up_pages, up_rank, up_page = find_adapter(up_pages, up_ranks, up_table, up_slots, up_columns, slot, length, PAGE)
+    up_pages, up_rank, up_page = find_adapter(up_pages, up_ranks, up_table, up_slots, up_columns, slot, live, PAGE)
     r = tl.arange(0, EXPAND_RANKS)
     n = block * PART_N + tl.arange(0, BLOCK_N)
     is_few = takes_rows(length, tl.maximum(gate_rank, up_rank), FEW)
@@ -182,14 +189,15 @@ def lora_expand_gate(
     wide = is_wide(group.dtype)
     launch = group.plan(tiles, wide, launch)
     pdl = launch.pdl and is_next
+    lookup = lookup_of(plan, tiles, resident, workspace.max_rank)
     tensors = (
-        *rows, workspace.take(0), tiles.rows, tiles.slots, tiles.lens, *_tables(weights[0], resident[0]),
-        *_tables(weights[1], resident[0]),
+        *rows, workspace.take(0), tiles.rows, tiles.slots, tiles.lens, *_tables(weights[0], resident[0], lookup),
+        *_tables(weights[1], resident[0], lookup),
     )  # fmt: skip
     known = {
         "N": width, "GATE_STRIDE": rows[0].stride(0), "UP_STRIDE": rows[1].stride(0), "OUT_STRIDE": rows[2].stride(0),
         "PAGE": group.page_rows, "GROUP": group.size, "TILE": tiles.tile_rows, "SPLIT": launch.split,
-        "SILU": activation == "silu", "num_warps": launch.gate_warps,
+        "SILU": activation == "silu", "BY_TILE": lookup is not None, "num_warps": launch.gate_warps,
     }  # fmt: skip
     with device_of(gate):
         if launch.gate_loop_n:
@@ -207,9 +215,8 @@ def lora_expand_gate(
     return out
 
 
-def _tables(weights: LoRALayerWeights | None, other: LoRALayerWeights) -> tuple[Any, ...]:
+def _tables(weights: LoRALayerWeights | None, other: LoRALayerWeights, lookup: Lookup | None) -> tuple[Any, ...]:
     """A layer's arguments; one that nobody adapts gets the other's tables, with no slots."""
-    if weights is not None:
-        return layer_tables(weights).of_expand()
-    *tensors, stride, _, columns = layer_tables(other).of_expand()
-    return *tensors, stride, 0, columns
+    named = other if weights is None else weights
+    *tensors, stride, slots, columns = (layer_tables(named) if lookup is None else lookup.tables_of(named)).of_expand()
+    return *tensors, stride, 0 if weights is None else slots, columns

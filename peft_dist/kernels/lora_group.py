@@ -6,44 +6,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from operator import is_
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
 from peft_dist.kernels.lora_plans import GroupPlan, GroupShape, plan_for, tile_count
+from peft_dist.kernels.lora_tables import LayerTables, layer_tables
 from peft_dist.kernels.lora_tiles import LoRATiles, choose_tile_rows, max_tiles, write_tiles
 from peft_dist.kernels.lora_workspace import LoRAWorkspace
 from peft_dist.kernels.transfer import to_device
 from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
+
+if TYPE_CHECKING:
+    from peft_dist.kernels.lora_lookup_triton import Lookup
 
 MOST_LAYERS = 3
 # Triton compiles a kernel once for tensors that begin at multiples of 16 bytes, and once more for others.
 _ALIGNED = 4
 
 T = TypeVar("T")
-
-
-class LayerTables(NamedTuple):
-    """One layer on the device."""
-
-    A: torch.Tensor
-    B: torch.Tensor
-    pages: torch.Tensor
-    rank: torch.Tensor
-    scaling: torch.Tensor
-
-    def of_shrink(self) -> tuple[Any, ...]:
-        """Its arguments of ``shrink_kernel``."""
-        return self.A, self.pages, self.rank, self.scaling, *self.sizes()
-
-    def of_expand(self) -> tuple[Any, ...]:
-        """Its arguments of ``expand_kernel``."""
-        return self.B, self.pages, self.rank, *self.sizes()
-
-    def sizes(self) -> tuple[int, int, int]:
-        """Distance of two slots in the tables, slots, columns of ``pages``."""
-        return self.rank.stride(0), *self.pages.shape
 
 
 class Arguments(NamedTuple):
@@ -71,14 +53,14 @@ class Group:
         """Layers."""
         return len(self.weights)
 
-    def arguments(self) -> Arguments:
+    def arguments(self, lookup: Lookup | None = None) -> Arguments:
         """Made once a version: a step without a graph is bound by such work on the host."""
+        if lookup is not None:
+            return _arguments([lookup.tables_of(weights) for weights in self.weights], [])
         versions = [weights.version for weights in self.weights]
         held = self._arguments
         if held is None or held.versions != versions:
-            layers = three([layer_tables(weights) for weights in self.weights])
-            shrink, expand = (layer.of_shrink() for layer in layers), (layer.of_expand() for layer in layers)
-            held = self._arguments = Arguments(versions, tuple(chain(*shrink)), tuple(chain(*expand)))
+            held = self._arguments = _arguments([layer_tables(weights) for weights in self.weights], versions)
         return held
 
     def plan(self, tiles: LoRATiles, wide: bool, given: GroupPlan | None = None) -> GroupPlan:
@@ -123,17 +105,10 @@ def group_of(weights: Sequence[LoRALayerWeights]) -> Group:
     return group
 
 
-def layer_tables(weights: LoRALayerWeights) -> LayerTables:
-    """The pool's tables on the device; where it has none, copies of the host's, made once a version."""
-    if weights.pages_t is not None and weights.rank_t is not None and weights.scaling_t is not None:
-        return LayerTables(weights.A, weights.B, weights.pages_t, weights.rank_t, weights.scaling_t)
-    held = weights.scratch.get("triton_tables")
-    if held is None or held[0] != weights.version:  # type: ignore[index]
-        head = np.stack([weights.rank.astype(np.int32), weights.scaling.astype(np.float32).view(np.int32)], axis=1)
-        table = to_device(torch.from_numpy(np.concatenate([head, weights.pages], axis=1)), weights.A.device)
-        held = weights.scratch["triton_tables"] = (weights.version, table)
-    table = held[1]  # type: ignore[index]
-    return LayerTables(weights.A, weights.B, table[:, 2:], table[:, 0], table.view(torch.float32)[:, 1])
+def _arguments(tables: Sequence[LayerTables], versions: list[int]) -> Arguments:
+    layers = three(tables)
+    shrink, expand = (layer.of_shrink() for layer in layers), (layer.of_expand() for layer in layers)
+    return Arguments(versions, tuple(chain(*shrink)), tuple(chain(*expand)))
 
 
 def tiles_of(plan: LoRAPlan, device: torch.device) -> LoRATiles:

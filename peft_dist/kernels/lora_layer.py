@@ -8,11 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import torch
 
+from peft_dist.kernels.lora_tables import TABLE_HEAD
 from peft_dist.kernels.page_allocator import PageAllocator
 from peft_dist.kernels.types import LoRALayerWeights
-
-# Columns of a device table before its pages: the rank, and the bits of the scaling.
-_TABLE_HEAD = 2
 
 
 class PooledLayer:
@@ -71,7 +69,7 @@ class PooledLayer:
 
     def add_device_tables(self, num_slots: int) -> None:
         """Twins of the host tables at fixed addresses: one row a slot, so that a change is one copy."""
-        width = _TABLE_HEAD + self.pages.capacity
+        width = TABLE_HEAD + self.pages.capacity
         self._use_table(torch.zeros(num_slots, width, dtype=torch.int32, device=self.weights.A.device))
 
     def _use_table(self, table: torch.Tensor) -> None:
@@ -79,7 +77,7 @@ class PooledLayer:
         self.moves += 1
         self.weights.rank_t = table[:, 0]
         self.weights.scaling_t = table.view(torch.float32)[:, 1]
-        self.weights.pages_t = table[:, _TABLE_HEAD:]
+        self.weights.pages_t = table[:, TABLE_HEAD:]
 
     def copies(
         self, pages: Sequence[int], A: torch.Tensor, B: torch.Tensor
@@ -111,7 +109,7 @@ class PooledLayer:
         held.rank[slot], held.scaling[slot], held.pages[slot, : len(pages)] = entry
         held.finite[slot] = finite
         held.version += 1
-        wanted = (len(held.rank), _TABLE_HEAD + held.pages.shape[1])
+        wanted = (len(held.rank), TABLE_HEAD + held.pages.shape[1])
         if self._grows_tables and (self._table is None or self._table.shape != wanted):
             self._use_table(self._table_of_all())
         elif self._table is not None and is_new:
@@ -132,7 +130,7 @@ class PooledLayer:
         held.finite[slot] = False
         held.version += 1
         if self._table is not None:
-            self._table[slot, :_TABLE_HEAD].zero_()
+            self._table[slot, :TABLE_HEAD].zero_()
 
     def find_inconsistency(self, resident: Mapping[int, tuple[int, Sequence[int]]]) -> str | None:
         """What the tables say other than ``resident`` (rank and pages by slot); else None."""

@@ -11,6 +11,7 @@ import torch
 
 from peft_dist.kernels.lora_expand_loop import expand_loop_kernel
 from peft_dist.kernels.lora_group import MOST_LAYERS, even_rows, group_of, is_wide, three, tiles_of, watched_tile
+from peft_dist.kernels.lora_lookup_triton import lookup_of
 from peft_dist.kernels.lora_plans import GroupPlan
 from peft_dist.kernels.lora_triton_kernels import expand_kernel, shrink_kernel
 from peft_dist.kernels.lora_workspace import LoRAWorkspace
@@ -70,6 +71,7 @@ def lora_shrink_group(
     wide = is_wide(x.dtype, group.dtype)
     launch = group.plan(tiles, wide, launch)
     partials = workspace.take(tiles.added * group.size * launch.split * tiles.tile_rows * workspace.max_rank)
+    lookup = lookup_of(plan, tiles, resident, workspace.max_rank)
     with device_of(x):
         shrink_kernel[(group.size * launch.split, tiles.added)](
             rows,
@@ -77,7 +79,7 @@ def lora_shrink_group(
             tiles.rows,
             tiles.slots,
             tiles.lens,
-            *group.arguments().shrink,
+            *group.arguments(lookup).shrink,
             float(plan.factor),
             workspace.max_rank,
             K=group.in_features,
@@ -90,6 +92,7 @@ def lora_shrink_group(
             BLOCK_R=min(launch.shrink_r, workspace.max_rank),
             WIDE=wide,
             PDL=False,
+            BY_TILE=lookup is not None,
             num_warps=launch.shrink_warps,
             num_stages=launch.shrink_stages,
         )
@@ -127,11 +130,12 @@ def lora_expand_group_(
     launch = group.plan(tiles, wide, launch)
     partials = workspace.take(0)
     padded = three(rows)
-    tensors = *padded, partials, tiles.rows, tiles.slots, tiles.lens, *group.arguments().expand
+    lookup = lookup_of(plan, tiles, resident, workspace.max_rank)
+    tensors = *padded, partials, tiles.rows, tiles.slots, tiles.lens, *group.arguments(lookup).expand
     n, strides = three(widths), [y.stride(0) for y in padded]
     known = {
         "PAGE": group.page_rows, "GROUP": group.size, "TILE": tiles.tile_rows, "SPLIT": launch.split,
-        "num_warps": launch.expand_warps, **{f"N{i}": n[i] for i in range(3)},
+        "BY_TILE": lookup is not None, "num_warps": launch.expand_warps, **{f"N{i}": n[i] for i in range(3)},
         **{f"Y_STRIDE{i}": strides[i] for i in range(3)},
     }  # fmt: skip
     with device_of(ys[0]):

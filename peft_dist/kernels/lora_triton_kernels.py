@@ -78,6 +78,7 @@ def shrink_kernel(
     BLOCK_R: tl.constexpr,
     WIDE: tl.constexpr,
     PDL: tl.constexpr,
+    BY_TILE: tl.constexpr,
 ):
     """Program (layer and part of the inputs, tile)."""
     layer = tl.program_id(0) // SPLIT
@@ -90,8 +91,12 @@ def shrink_kernel(
     length = tl.load(tile_lens + tile)
     slot = tl.load(tile_slots + tile)
     row = tl.load(tile_rows + tile * TILE + m)
-    if (length == 0) | (slot < 0):
-        return
+    if BY_TILE:
+        # Tiles that are not used and the base's have rank 0 there.
+        slot = tile
+    else:
+        if (length == 0) | (slot < 0):
+            return
     table = pick(layer, table0, table1, table2, GROUP)
     columns = pick(layer, columns0, columns1, columns2, GROUP)
     is_known = (slot >= 0) & (slot < pick(layer, slots0, slots1, slots2, GROUP))
@@ -174,6 +179,7 @@ def expand_kernel(
     FEW: tl.constexpr,
     WIDE: tl.constexpr,
     PDL: tl.constexpr,
+    BY_TILE: tl.constexpr,
 ):
     """Program (layer and part of its outputs, tile).
 
@@ -186,7 +192,7 @@ def expand_kernel(
     length = tl.load(tile_lens + tile)
     slot = tl.load(tile_slots + tile)
     row = tl.load(tile_rows + tile * TILE + m).to(tl.int64)
-    if not PDL:  # noqa: SIM102
+    if not (PDL or BY_TILE):  # noqa: SIM102
         # Tiles that are not used, and those of the base.
         if (length == 0) | (slot < 0):
             return
@@ -195,7 +201,7 @@ def expand_kernel(
     layer, block = layer_of(block, blocks0, blocks1, GROUP)
     width = pick(layer, N0, N1, N2, GROUP)
     is_within = block % (BLOCK_N // PART_N) != 0
-    if not PDL:  # noqa: SIM102
+    if not (PDL or BY_TILE):  # noqa: SIM102
         # That of others shows when their rank is known.
         if (length == 1) & is_within:
             return
@@ -207,8 +213,8 @@ def expand_kernel(
         pick(layer, table0, table1, table2, GROUP),
         pick(layer, slots0, slots1, slots2, GROUP),
         columns,
-        slot,
-        length,
+        tile if BY_TILE else slot,
+        1 if BY_TILE else length,
         PAGE,
     )
     r = tl.arange(0, EXPAND_RANKS)

@@ -71,7 +71,10 @@ def load_b(B, page, r, rank, n, width, PAGE: tl.constexpr):
 
 @triton.jit
 def find_adapter(pages, ranks, table, slots, columns, slot, length, PAGE: tl.constexpr):
-    """Pages, rank and first pages of a tile's slot in one layer; rank 0 where there is nothing to add."""
+    """Pages, rank and first pages of a tile's slot in one layer; rank 0 where there is nothing to add.
+
+    In tables by tile (``lora_lookup_triton``) the slot is the tile, whatever its length: nothing is waited for then.
+    """
     is_known = (length > 0) & (slot >= 0) & (slot < slots)
     slot = tl.where(is_known, slot, 0)
     pages = pages + slot * table

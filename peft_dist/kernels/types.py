@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -116,6 +117,8 @@ class LoRAPlan:
         factor: Multiplies every adapter's part: -1 takes a part away that merged weights put in for all rows.
         tiles: The same rows in tiles on the device, for the Triton kernels, which read nothing else of the plan then
             but ``num_rows`` and ``factor``; None: they make them from the runs.
+        layers: All layers that are run by this plan in one pass, which uses a plan of its own: the Triton kernels look
+            their tables up for all tiles at once then (``lora_lookup_triton``). Empty: each launch does it.
     """
 
     slots: np.ndarray
@@ -124,6 +127,7 @@ class LoRAPlan:
     backend: str | None = None
     factor: float = 1.0
     tiles: LoRATiles | None = None
+    layers: Sequence[LoRALayerWeights] = ()
 
     @property
     def num_rows(self) -> int:

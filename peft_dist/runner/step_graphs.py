@@ -246,6 +246,7 @@ class StepGraphs:
             backend=self._backends[1],
             factor=factor,
             tiles=LoRATiles(tiles.rows, tiles.slots, tiles.lens, TILE_ROWS, has_base=True),
+            layers=self._pool.addressed_weights,
         )
 
     def _attention(self, inputs: StepBuffer, shape: StepShape) -> AttentionMetadata:

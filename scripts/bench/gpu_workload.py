@@ -169,20 +169,21 @@ def choose_for_throughput(kind: str, count: int, adapters: int = ADAPTERS) -> li
 
 
 def time_decode(
-    run: Run, shape: str, kind: str, batch: int, adapters: int = ADAPTERS, new_tokens: int = NEW_TOKENS
-) -> dict[str, Any]:
+    run: Run, shape: str, kind: str, batch: int, adapters: int = ADAPTERS, new_tokens: int = NEW_TOKENS,
+    prompt_tokens: int = PROMPT_TOKENS,
+) -> dict[str, Any]:  # fmt: skip
     """A step's and a prefill's milliseconds at a fixed batch: (time of 129 tokens - time of 1) / 128, best of two."""
     stream = Stream(f"{kind} {batch}", shape, adapters)
     chosen = stream.choose(kind, batch)
 
-    def seconds(prompt_tokens: int, count: int) -> float:
-        prompts = [stream.prompt(prompt_tokens) for _ in range(batch)]
+    def seconds(length: int, count: int) -> float:
+        prompts = [stream.prompt(length) for _ in range(batch)]
         return run(prompts, [count] * batch, chosen)
 
     seconds(16, min(8, new_tokens))
-    firsts = [seconds(PROMPT_TOKENS, 1) for _ in range(2)]
+    firsts = [seconds(prompt_tokens, 1) for _ in range(2)]
     first = min(firsts)
-    whole = min(seconds(PROMPT_TOKENS, new_tokens) for _ in range(2))
+    whole = min(seconds(prompt_tokens, new_tokens) for _ in range(2))
     steps = new_tokens - 1
     return {
         "adapters": kind, "batch": batch, "distinct": len(set(chosen or ())),

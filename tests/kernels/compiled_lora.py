@@ -101,7 +101,7 @@ def compile_all(shape: GroupShape, dtype: str, pdl: bool) -> dict[str, dict[str,
     outs = [*shape.out_features, *[shape.out_features[0]] * 2][:3]
     total = sum(shape.out_features)
     common = {"PAGE": 8, "TILE": shape.tile_rows, "WIDE": wide}
-    group = {**common, "GROUP": len(shape.out_features), "SPLIT": plan.split}
+    group = {**common, "BY_TILE": shape.tile_rows == 16, "GROUP": len(shape.out_features), "SPLIT": plan.split}
     ends = {f"N{i}": n for i, n in enumerate(outs)} | {f"Y_STRIDE{i}": total for i in range(3)}
     strides = {"GATE_STRIDE": 2 * outs[0], "UP_STRIDE": 2 * outs[0], "OUT_STRIDE": outs[0]}
     return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -80,20 +81,71 @@ def test_shipped_tables_can_be_read() -> None:
             assert fit_plan(plan, shape) == plan, path.name
 
 
-def test_descending_finds_the_best_value_of_each_field() -> None:
+@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize("tile_rows", [16, 128])
+@pytest.mark.parametrize("tiles", [1, 64])
+def test_descending_finds_the_best_value_of_each_field(tiles: int, tile_rows: int, gate: bool) -> None:
     from peft_dist.kernels.lora_tune import descend, fields_of
 
-    wanted = {"split": 8, "block_k": 256, "shrink_warps": 2, "block_n": 128, "pdl": True}
+    shape = GroupShape(tile_rows, tiles, 4096, (14336, 14336) if gate else (4096, 1024, 1024))
+    start, fields = default_plan(shape), fields_of(shape, gate)
+    wanted = {name: values[-1] for name, values in fields.items()}
+    best = fit_plan(replace(start, **wanted), shape)
     measured: list[GroupPlan] = []
 
     def measure(plan: GroupPlan) -> float:
         measured.append(plan)
-        return 10.0 + sum(getattr(plan, name) != value for name, value in wanted.items())
+        return 10.0 + sum(getattr(plan, name) != getattr(best, name) for name in wanted)
 
-    start = GroupPlan(128, 2, 64)
-    best = descend(SHAPE, start, fields_of(SHAPE, gate=False), measure)
-    assert best == replace(start, **wanted)
-    assert len(set(measured)) == len(measured) < 40
+    assert descend(shape, start, fields, measure, lambda: False) == best
+    assert len(set(measured)) == len(measured) < 25
+    # When time is up, what was found by then; the launch that is there is always measured.
+    few: list[GroupPlan] = []
+    found = descend(shape, start, fields, lambda plan: (few.append(plan), measure(plan))[1], lambda: len(few) > 3)
+    assert few == measured[:4] and found in few
+
+
+class Bench:
+    """In the place of a card: likes the widest loops best, and takes a second for each plan."""
+
+    clock = 0.0
+
+    def __init__(self, in_features: int, out_features: tuple[int, ...], rank: int, dtype: object) -> None:
+        self.has_gate = len(out_features) == 2
+
+    def measure(self, shape: GroupShape, plan: GroupPlan) -> float:
+        Bench.clock += 1.0
+        return 1e4 - plan.loop_n - plan.gate_loop_n
+
+
+@pytest.mark.parametrize("seconds", [1e9, 10.0])
+def test_tuning_writes_a_table_within_its_time(
+    seconds: float, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import torch
+
+    from peft_dist.kernels import lora_bench
+    from peft_dist.runner import tune as tuning
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: CARD)
+    monkeypatch.setattr(tuning, "has_triton", lambda: True)
+    monkeypatch.setattr(lora_bench, "GroupBench", Bench)
+    monkeypatch.setattr(tuning, "time", SimpleNamespace(monotonic=lambda: Bench.clock))
+    Bench.clock = 0.0
+    sizes = [(4096, (4096, 1024, 1024)), (4096, (14336, 14336))]
+    path = tuning.tune(sizes, rank=16, max_loras=64, max_num_seqs=256, max_tokens=2048, seconds=seconds)
+    assert path == folder / lora_plans.table_name(CARD)
+    plans = lora_plans.read_table(path)
+    first = [GroupShape(16, 64, *size) for size in sizes]
+    assert list(plans)[:2] == first and (len(plans) == 16) == (seconds > 10)
+    assert seconds > 10 or Bench.clock <= 11, "a plan that is measured when time is up is the last"
+    assert all(plan_for(shape, CARD) == plan for shape, plan in plans.items())
+    if seconds > 10:
+        assert plans[first[0]].loop_n > default_plan(first[0]).loop_n
+        assert plans[first[1]].gate_loop_n > default_plan(first[1]).gate_loop_n
+    assert plans[first[1]].loop_n == default_plan(first[1]).loop_n, "nothing runs it"
+    assert ("time is up" in caplog.text) == (len(plans) < 16)
 
 
 def test_a_models_layers_are_grouped_as_they_are_launched() -> None:

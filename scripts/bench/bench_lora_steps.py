@@ -1,0 +1,210 @@
+"""Launch plans and switches of the LoRA kernels tried in whole captured decode steps, all in one process.
+
+    python scripts/bench/bench_lora_steps.py [--part streams lookup shrink gate expand] [--seconds 235]
+                                             [--batches 32 128 8] [--kinds distinct same] [--output FOLDER]
+
+What kernels take alone says little: in a step the weights of all layers stream between two launches, and a shrink runs
+beside its layer's product. Each case has the steps captured anew. streams: the shrinks' stream as urgent as others, or
+none. lookup: each launch looks its tables up. shrink, gate, expand: one field of the plans of some layers changed,
+with the first of ``--batches`` alone. A part ends with the default again: what differs there is noise. No case is
+begun that would end after ``--seconds``. One JSON line a case, and docs/results/lora_steps.json. On a CPU nothing is
+captured, so that all cases are alike (``--tiny`` tries the script).
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from bench.gpu_engine import DEVICE, add_engine_options, runner, start
+from bench.gpu_options import make_parser, parse
+from bench.gpu_workload import emit, ranks_of, time_decode, write_adapters
+from bench.report import write_result
+from peft_dist.kernels import lora_plans
+from peft_dist.kernels.backend import has_triton
+from peft_dist.kernels.lora_plans import GroupPlan, GroupShape, default_plan, fit_plan
+from peft_dist.kernels.types import LoRAPlan
+
+Change = Callable[[GroupPlan], GroupPlan]
+Load = tuple[str, int]
+PROMPT_TOKENS, NEW_TOKENS = 32, 49
+
+
+def times(**factors: float) -> Change:
+    """Fields by factors."""
+    return lambda plan: replace(plan, **{name: max(1, int(getattr(plan, name) * by)) for name, by in factors.items()})
+
+
+def more(name: str, by: int) -> Change:
+    """A field of outputs, of which 0 are none."""
+    return lambda plan: replace(plan, **{name: max(0, getattr(plan, name) + by)})
+
+
+def become(**values: int) -> Change:
+    return lambda plan: replace(plan, **values)
+
+
+PLANS: dict[str, tuple[tuple[str, ...], dict[str, Change]]] = {
+    "shrink": (("qkv", "gate", "o", "down"), {
+        "twice the parts": times(split=2), "half the parts": times(split=0.5),
+        "twice the parts, half the block": times(split=2, block_k=0.5),
+        "half the parts, twice the block": times(split=0.5, block_k=2),
+        **{f"{warps} warps": become(shrink_warps=warps) for warps in (1, 2, 4)},
+        "2 stages": become(shrink_stages=2),
+    }),
+    "gate": (("gate",), {
+        **{f"{by:+} outputs": more("gate_loop_n", by) for by in (-512, -256, 256, 512, 768)},
+        "2 warps": become(gate_warps=2), "3 stages": become(loop_stages=3), "5 stages": become(loop_stages=5),
+    }),
+    "expand": (("qkv", "o", "down"), {
+        "-256 outputs": more("loop_n", -256), "+256 outputs": more("loop_n", 256), "+512 outputs": more("loop_n", 512),
+        "no loop": become(loop_n=0), "2 warps": become(expand_warps=2),
+    }),
+}  # fmt: skip
+
+
+class Case(NamedTuple):
+    """What is other than usual; of ``change`` in the plans of ``group``, a kind of layers.
+
+    Attributes:
+        stream: Of the shrinks: "first" in line, "usual" (as urgent as any), "none" (no stream of their own).
+    """
+
+    part: str
+    name: str = "default"
+    group: str = ""
+    change: Change | None = None
+    stream: str = "first"
+    lookup: bool = True
+
+
+def cases_of(part: str) -> Iterator[Case]:
+    if part == "streams":
+        yield from (Case(part, f"{stream} stream", stream=stream) for stream in ("usual", "none"))
+    elif part == "lookup":
+        yield Case(part, "no lookup", lookup=False)
+    else:
+        groups, changes = PLANS[part]
+        yield from (Case(part, f"{group}: {name}", group, changes[name]) for group in groups for name in changes)
+    yield Case(part, "default again")
+
+
+def group_of(shape: GroupShape) -> str:
+    """Which of a Llama's layers have this shape."""
+    alone = "down" if shape.in_features > shape.out_features[0] else "o"
+    return {2: "gate", 3: "qkv"}.get(len(shape.out_features), alone)
+
+
+def choose(case: Case, shape: GroupShape) -> GroupPlan:
+    """A shape's plan; prefills keep theirs."""
+    plan = default_plan(shape)
+    if case.change is None or shape.tile_rows != 16 or group_of(shape) != case.group:
+        return plan
+    return fit_plan(case.change(plan), shape)
+
+
+class Steps:
+    """An engine that takes cases."""
+
+    def __init__(self, llm: Any, options: Namespace) -> None:
+        self._run, self._options = runner(llm), options
+        self._graphs = llm._open.runner.graphs
+        self._workspace = llm._open.runner.store.pool.workspace
+        self._streams: dict[str, Any] = {"none": None, "first": self._workspace.stream}
+        self._streams["usual"] = torch.cuda.Stream() if DEVICE == "cuda" else None
+
+    def take(self, case: Case) -> None:
+        """From now on steps are captured like this."""
+        lora_plans._find_plan = lambda shape, table: choose(case, shape)
+        lora_plans.plan_for.cache_clear()
+        self._workspace.stream = self._streams[case.stream]
+        if self._graphs is not None:
+            make = type(self._graphs)._plan
+            self._graphs._plan = lambda *args: looked_up(make(self._graphs, *args), case.lookup)
+            self._graphs.clear()
+
+    def milliseconds(self, loads: Sequence[Load]) -> dict[str, float]:
+        """Of a step, by load."""
+        count, new_tokens = self._options.adapters, self._options.new_tokens or NEW_TOKENS
+        return {
+            f"{kind} {batch}": time_decode(
+                self._run, self._options.shape, kind, batch, count, new_tokens, PROMPT_TOKENS
+            )["step_ms"]
+            for kind, batch in loads
+        }  # fmt: skip
+
+
+def looked_up(plan: LoRAPlan, lookup: bool) -> LoRAPlan:
+    return plan if lookup else replace(plan, layers=())
+
+
+def not_launched() -> tuple[type[Exception], ...]:
+    """What Triton says of a plan that this card cannot run."""
+    if not has_triton():
+        return ()
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    return OutOfResources, PTXASError, CompilationError
+
+
+def measure(steps: Steps, cases: Sequence[Case], loads: Sequence[Load], seconds: float) -> Iterator[dict[str, Any]]:
+    """A record a case, and one that names those there was no time for; the first case is what others differ from."""
+    usual: dict[str, float] = {}
+    end, longest = time.monotonic() + seconds, 0.0
+    for index, case in enumerate(cases):
+        began = time.monotonic()
+        if began + longest > end:
+            yield {"part": "left out", "cases": [left.name for left in cases[index:]]}
+            return
+        steps.take(case)
+        record: dict[str, Any] = {"part": case.part, "case": case.name}
+        try:
+            found = steps.milliseconds([load for load in loads if case.part not in PLANS or load[1] == loads[0][1]])
+        except not_launched() as error:
+            yield record | {"error": str(error)}
+            continue
+        usual = usual or found
+        longest = max(longest, time.monotonic() - began)
+        yield record | {"step_ms": found, "more_ms": {key: round(found[key] - usual[key], 3) for key in found}}
+
+
+def main() -> None:
+    parts = ("streams", "lookup", *PLANS)
+    parser = make_parser(__doc__, parts)
+    add_engine_options(parser)
+    parser.add_argument("--seconds", type=float, default=235, help="for all cases, without the engine's start")
+    parser.add_argument("--output", type=Path, help="folder for lora_steps.json (default: docs/results)")
+    parser.set_defaults(part=list(parts), batches=[32, 128, 8], kinds=["distinct", "same"])
+    options = parse(parser)
+    ranks = ranks_of(options.rank, options.adapters)
+    paths = write_adapters(options.shape, options.folder, ranks, DEVICE)
+    llm = start(options, paths, ranks, max_num_seqs=max(options.batches))
+    steps = Steps(llm, options)
+    records: list[dict[str, Any]] = []
+    cases = [Case("default"), *(case for part in options.part for case in cases_of(part))]
+    loads = [(kind, batch) for batch in options.batches for kind in options.kinds]
+    try:
+        # Without adapters there is nothing to change.
+        records.append({"part": "base", "step_ms": steps.milliseconds([("none", batch) for batch in options.batches])})
+        emit(**records[0])
+        for record in measure(steps, cases, loads, options.seconds):
+            records.append(record)
+            emit(**record)
+    finally:
+        print("written to", write_result("lora_steps", records, options.output))
+    llm.close()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1) if DEVICE == "cpu" else None
+    main()

@@ -1,0 +1,135 @@
+"""Cases of the benchmark of captured LoRA steps: what each changes, and what is measured within the time."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from bench import bench_lora_steps as bench
+from bench.bench_lora_steps import PLANS, Case, Steps, cases_of, choose, group_of, measure
+from bench.gpu_workload import read_lines
+
+from peft_dist.kernels import lora_plans
+from peft_dist.kernels.lora_plans import GroupShape, default_plan, plan_for
+from peft_dist.kernels.types import LoRAPlan
+
+SHAPES = {
+    "qkv": GroupShape(16, 64, 4096, (4096, 1024, 1024)),
+    "gate": GroupShape(16, 64, 4096, (14336, 14336)),
+    "o": GroupShape(16, 64, 4096, (4096,)),
+    "down": GroupShape(16, 64, 14336, (4096,)),
+}
+SCRIPT = Path(bench.__file__)
+
+
+def test_a_plans_case_changes_the_decodes_of_its_layers_alone() -> None:
+    assert {group_of(shape) for shape in SHAPES.values()} == set(SHAPES)
+    for part in PLANS:
+        *cases, last = cases_of(part)
+        assert last.change is None and len({case.name for case in cases}) == len(cases)
+        changed = set()
+        for case in cases:
+            for group, shape in SHAPES.items():
+                plan = choose(case, shape)
+                changed |= {case.name} if plan != default_plan(shape) else set()
+                assert group == case.group or plan == default_plan(shape)
+                assert plan.block_k >= 16 and plan.split * plan.block_k < shape.in_features + plan.block_k
+                assert plan.loop_n % (2 * plan.loop_part) == plan.gate_loop_n % (2 * plan.loop_part) == 0
+            assert choose(case, SHAPES[case.group]._replace(tile_rows=64)).shrink_r == 64
+        # The default has two warps already, and a part for each block of these.
+        usual = {*(f"{group}: 2 warps" for group in SHAPES), "gate: twice the parts", "o: twice the parts"}
+        assert {case.name for case in cases} - changed <= usual
+
+
+def test_switches_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Graphs:
+        cleared = 0
+
+        def _plan(self, rows: int) -> LoRAPlan:
+            return LoRAPlan(np.zeros(1, np.int32), np.array([0, rows]), layers=[None])  # type: ignore[list-item]
+
+        def clear(self) -> None:
+            self.cleared += 1
+
+    monkeypatch.setattr(lora_plans, "_find_plan", lora_plans._find_plan)
+    workspace = SimpleNamespace(stream="of the pool")
+    graphs: Any = Graphs()
+    store = SimpleNamespace(pool=SimpleNamespace(workspace=workspace))
+    runner = SimpleNamespace(graphs=graphs, store=store)
+    steps = Steps(SimpleNamespace(_open=SimpleNamespace(runner=runner), adapters=()), SimpleNamespace())  # type: ignore[arg-type]
+    for case in (*cases_of("streams"), *cases_of("lookup"), *cases_of("gate")):
+        steps.take(case)
+        assert bool(graphs._plan(3).layers) == case.lookup and graphs._plan(3).num_rows == 3
+        assert (workspace.stream == "of the pool") == (case.stream == "first")
+        assert plan_for(SHAPES["gate"], "a card") == choose(case, SHAPES["gate"])
+    assert graphs.cleared == 14
+    plan_for.cache_clear()
+
+
+class Clock:
+    """In the place of the engine: five seconds for each load, and half a millisecond more in odd cases."""
+
+    def __init__(self) -> None:
+        self.now, self.taken = 0.0, 0
+
+    def take(self, case: Case) -> None:
+        self.taken += 1
+
+    def milliseconds(self, loads: Sequence[bench.Load]) -> dict[str, float]:
+        self.now += 5 * len(loads)
+        return {f"{kind} {batch}": batch + self.taken % 2 / 2 for kind, batch in loads}
+
+
+def test_cases_are_measured_as_long_as_there_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock: Any = Clock()
+    monkeypatch.setattr(bench, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    cases = [Case("default"), *cases_of("lookup"), *cases_of("gate")]
+    loads = [("distinct", 32), ("same", 32), ("same", 8)]
+    first, second, *others, last = measure(clock, cases, loads, 70)
+    assert first["step_ms"] == {"distinct 32": 32.5, "same 32": 32.5, "same 8": 8.5}
+    assert set(first["more_ms"].values()) == {0.0} and set(second["more_ms"].values()) == {-0.5}
+    assert others[1]["case"] == "gate: -512 outputs"
+    assert others[1]["step_ms"] == {"distinct 32": 32.0, "same 32": 32.0}
+    # 45 s for the three before, and two of 10 s: the next might take 15.
+    assert len(others) == 3 and clock.now == 65
+    assert last == {"part": "left out", "cases": [case.name for case in cases[5:]]}
+
+
+def test_a_plan_that_the_card_cannot_run_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(Clock):
+        def take(self, case: Case) -> None:
+            super().take(case)
+            self.fails = case.name == "gate: 2 warps"
+
+        def milliseconds(self, loads: Sequence[bench.Load]) -> dict[str, float]:
+            if self.fails:
+                raise MemoryError("shared memory")
+            return super().milliseconds(loads)
+
+    monkeypatch.setattr(bench, "not_launched", lambda: (MemoryError,))
+    found = list(measure(Broken(), [Case("default"), *cases_of("gate")], [("same", 8)], 1e9))  # type: ignore[arg-type]
+    [failed] = [record for record in found if "error" in record]
+    assert failed == {"part": "gate", "case": "gate: 2 warps", "error": "shared memory"}
+    assert found[-1]["case"] == "default again"
+
+
+@pytest.mark.slow
+def test_it_runs_small(tmp_path: Path) -> None:
+    folders = ("--folder", str(tmp_path), "--output", str(tmp_path))
+    command = [sys.executable, str(SCRIPT), "--tiny", "--part", "lookup", "expand", *folders]
+    told = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
+    )
+    assert told.returncode == 0, told.stderr[-2000:]
+    lines = list(read_lines(told.stdout))
+    assert lines == json.loads((tmp_path / "lora_steps.json").read_text())["figures"]
+    assert [line["part"] for line in lines] == ["base", "default", "lookup", "lookup", *["expand"] * 16]
+    assert all(set(line["step_ms"]) == {"distinct 8", "same 8"} for line in lines[1:])
