@@ -195,6 +195,9 @@ class Handover:
             return self._drop(move)
         if report.error is not None:
             return self._give_up(move, now) if report.is_full else self._recompute(move, now)
+        if not self._placer.can_take(move.record, move.target):
+            # It drains since, and may have been told to be empty.
+            return self._give_up(move, now)
         del self._moves[move.number]
         self._counts.bring(move.cause, move.num_bytes, now - move.asked_at)
         gone = [sequence_id for index, sequence_id in move.ids.items() if index not in move.record.unfinished]

@@ -17,6 +17,8 @@ from peft_dist.core.errors import ConfigError
 from peft_dist.core.messages import AnyCommand, encode_command
 from peft_dist.orchestrator.records import Outgoing
 
+# What an epoch takes in a message.
+_MOST = 1 << 63
 _LOOPBACK = ("127.", "[::1]", "localhost")
 
 
@@ -109,12 +111,17 @@ class Link:
         self._socket.send_multipart([receiver, encode_command(command, epoch)])
 
     async def receive(self) -> Received:
-        """The next message."""
-        sender, data = await self._socket.recv_multipart()
-        first, second, *_ = sender.split(b".")
-        if first == b"join":
-            return Received(sender, None, 0, data)
-        return Received(sender, int(first), int(second), data)
+        """The next message. Those of senders without such a name are left out: of strangers, and of connections whose
+        name another one has taken over."""
+        while True:
+            sender, *parts = await self._socket.recv_multipart()
+            first, *rest = sender.split(b".")
+            if len(parts) != 1 or not rest:
+                continue
+            if first == b"join":
+                return Received(sender, None, 0, parts[0])
+            if first.isdigit() and rest[0].isdigit() and max(int(first), int(rest[0])) < _MOST:
+                return Received(sender, int(first), int(rest[0]), parts[0])
 
     def close(self) -> None:
         """Close the socket, and remove what was made for it."""

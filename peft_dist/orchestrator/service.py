@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from peft_dist.core.adapter import AdapterSpec
@@ -98,16 +99,17 @@ class EngineService:
         Raises:
             EngineDeadError: one failed to start, in its own words, or was not ready within ``start_timeout``.
         """
+        # All of them before anybody is heard: whoever was left would be a stranger, and a guest might take an id.
+        ids, left = range(self._num_replicas), self._processes
+        enter = partial(self._core.add_replica, now=self._now(), start_timeout=self._start_timeout)
+        entered = [self._survivors.expect(each) if each in left else enter(each) for each in ids]
         self._spawn(self._receive())
         if self.guests is not None:
             self._spawn(self.guests.run())
-        for replica_id in range(self._num_replicas):
-            if replica_id in self._processes:
-                replica = self._survivors.expect(replica_id)
-            else:
-                replica = self._core.add_replica(replica_id, self._now(), self._start_timeout)
-                await self._processes.start(replica_id, replica.epoch)
-            self._spawn(self._supervise(replica_id, replica.epoch))
+        for replica in entered:
+            if not replica.is_survivor:
+                await self._processes.start(replica.replica_id, replica.epoch)
+            self._spawn(self._supervise(replica.replica_id, replica.epoch))
         self._timer.arm(self._core.next_deadline())
         await self._startup.wait()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable
 
@@ -30,9 +31,10 @@ class Survivors:
         self._link = link
         self._now = now
         self._start_timeout = start_timeout
-        # By replica, the epoch that was first heard of it, and when that was asked last.
+        # By replica, the epoch that was first heard of it; by that, when it was asked last, and when it must be ready.
         self._heard: dict[int, int] = {}
         self._asked: dict[int, float] = {}
+        self._limits: dict[int, float] = {}
 
     def expect(self, replica_id: int) -> Replica:
         """Enter a replica whose process was found: it starts by being heard."""
@@ -52,6 +54,9 @@ class Survivors:
                 logger.warning("a worker of another life, as replica %d, is told to end", received.replica_id)
             self._link.answer(received.listener, Shutdown(), received.epoch)
             return []
+        # It has said something, and may be silent for so long again; but not start for ever.
+        limit = self._limits.setdefault(epoch, math.inf if self._start_timeout is None else now + self._start_timeout)
+        replica.start_deadline = min(now + FIRST_WORD_SECONDS, limit)
         report = _decode(received.data)
         if isinstance(report, Identity):
             adopt = Adopt(replica_id=replica.replica_id, incarnation=replica.epoch, pid=os.getpid())
@@ -61,8 +66,6 @@ class Survivors:
             reason = f"Replica {replica.replica_id} has been in one step for {report.busy_seconds:.0f} s."
             return self._core.lose_replica(replica.replica_id, replica.epoch, reason, now, hangs=True)
         elif now >= self._asked.get(epoch, -_ASK_AGAIN_SECONDS) + _ASK_AGAIN_SECONDS:
-            if epoch not in self._asked:
-                replica.start_deadline = None if self._start_timeout is None else now + self._start_timeout
             self._asked[epoch] = now
             self._link.answer(received.listener, Identify(), epoch)
         return []

@@ -71,8 +71,8 @@ class DescriptorServer:
                 connection.sendall(_GONE)
             else:
                 socket.send_fds(connection, [_HERE], [offer(request[_TOKEN_BYTES:])])
-        except (OSError, MemoryGoneError):
-            pass  # Closing the connection says it.
+        except (OSError, MemoryGoneError, RuntimeError):
+            pass  # Closing the connection says it; also that there is no memory for a copy.
 
 
 def fetch_descriptor(address: str, token: str, kind: bytes) -> int:

@@ -73,6 +73,10 @@ class Allegiance:
         )
         self._channel.send(identity)
 
+    def follows(self, command: Adopt) -> bool:
+        """Whether this is that incarnation already: who was asked several times is adopted as often."""
+        return self._channel.is_named(command.replica_id, command.incarnation)
+
     def follow(self, command: Adopt, replica: Replica, contents: Iterable[AdapterSpec]) -> None:
         """Be the incarnation that a new orchestrator says, which begins with what is here."""
         self._heart.stop()

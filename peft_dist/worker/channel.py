@@ -31,6 +31,10 @@ class Channel:
         self._socket = self._connect(self._identity)
         self._poller.register(self._socket, zmq.PollEvent.POLLIN)
 
+    def is_named(self, replica_id: int, epoch: int) -> bool:
+        """Whether it is the channel of this incarnation."""
+        return self._identity == f"{replica_id}.{epoch}"
+
     def sender(self) -> Sender:
         """Another way to the orchestrator under the same epoch, for one other thread. Close it before the channel."""
         return Sender(self._connect(f"{self._identity}.side"), self._epoch)

@@ -126,7 +126,7 @@ class WorkerLoop:
             case Identify():
                 self._driver.drop_requests()
                 self._allegiance.identify()
-            case Adopt():
+            case Adopt() if not self._allegiance.follows(command):
                 self._driver.drop_requests()
                 self._driver.tell_anew()
                 self._allegiance.follow(command, self._replica, self._driver.adapters.values())

@@ -131,8 +131,9 @@ class RayReplica:
             ends = [asyncio.ensure_future(_value(host.wait.remote())) for host in self._hosts]
             done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             return max((end.result() for end in done), key=abs)
-        except RayError as error:
-            reason = str(error).strip().splitlines()[-1].strip()
+        except (RayError, RuntimeError, ValueError) as error:
+            # Ray also says by these that something is gone, or that it is not there itself any more.
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
             raise OSError(f"Ray says: {reason}") from error
 
     async def _find_room(self) -> None:
@@ -211,7 +212,7 @@ class RayReplica:
                 ray.kill(host)
             if self._group is not None:
                 remove_placement_group(self._group)
-        except RayError as error:
+        except (RayError, RuntimeError, ValueError) as error:
             logger.warning("replica %d: Ray could not be told of its end: %s", self._order.replica_id, error)
 
     async def _in_thread(self, work: Callable[..., _T], *args: object) -> _T:

@@ -117,6 +117,18 @@ def test_tokens_of_the_target_before_it_owns_the_request_are_nobodys() -> None:
     assert moving.heard() == [] and moving.owner == moving.source
 
 
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_target_that_drains_meanwhile_takes_nothing_in(restart: bool) -> None:
+    """It was told to be empty, or let go: whoever came then would have been forgotten."""
+    moving = Moving()
+    moving.export()
+    moving.core.drain_replica(moving.target, 1.0, restart=restart)
+    out = moving.say(moving.target, Imported(handover=1))
+    assert commands(out, moving.target) == [AbortRequest(request_ids=["r-0~1"])]
+    assert commands(out, moving.source) == [EndExport(handover=1, moved=False)]
+    assert moving.owner == moving.source and moving.ends == {("call", "kv", "stayed"): 1}
+
+
 @pytest.mark.parametrize("victim", ["source", "target"])
 @pytest.mark.parametrize("stage", ["asked", "exported", "imported"])
 def test_deaths(stage: str, victim: str) -> None:

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+import contextlib
+from collections.abc import Coroutine, Iterator
 from typing import Any
 
 import pytest
+import zmq
 
 from peft_dist.core.config import EngineConfig
 from peft_dist.core.errors import EngineDeadError
-from peft_dist.core.messages import AnyReport, Heartbeat, Shutdown, encode_report
+from peft_dist.core.messages import (
+    AnyReport,
+    Heartbeat,
+    Join,
+    Shutdown,
+    Welcome,
+    decode_command,
+    encode_report,
+)
 from peft_dist.core.succession import Adopt, Identify, Identity, first_number
 from peft_dist.orchestrator.core import Orchestrator, OrchestratorOptions
-from peft_dist.orchestrator.link import Received
+from peft_dist.orchestrator.guests import Invitation
+from peft_dist.orchestrator.link import Link, Received
 from peft_dist.orchestrator.records import ReplicaLost
+from peft_dist.orchestrator.service import EngineService
 from peft_dist.orchestrator.startup import Startup
 from peft_dist.orchestrator.survivors import Survivors
 
@@ -112,15 +124,109 @@ def test_a_survivor_is_asked_who_it_is_and_adopted_under_a_new_epoch() -> None:
     replica, name = scene.survivors.expect(0), f"0.{EARLIER}".encode()
     assert scene.core.next_deadline() == 110.0
     assert scene.hear(0, beat) == [(name, Identify(), EARLIER)]
-    assert scene.core.next_deadline() == 400.0, "it may be loading its model"
     assert scene.hear(0, beat) == [], "it was asked just now"
     scene.now += 1.0
     assert len(scene.hear(0, beat)) == 1
+    assert scene.core.next_deadline() == 111.0, "it may be loading its model, but says so"
     [(receiver, adopt, epoch)] = scene.hear(0, IDENTITY)
     assert (receiver, epoch) == (name, EARLIER) and isinstance(adopt, Adopt) and adopt.pid
     assert (adopt.replica_id, adopt.incarnation) == (0, replica.epoch)
     # The answer may have been lost; who asks again is the same replica.
     assert scene.hear(0, IDENTITY) == [(name, adopt, EARLIER)]
+
+
+def test_a_survivor_that_falls_silent_or_loads_for_ever_is_given_up() -> None:
+    scene, beat = Scene(), Heartbeat(busy_seconds=0.0)
+    replica = scene.survivors.expect(0)
+    for second in range(300):
+        scene.now = 100.0 + second
+        scene.hear(0, beat)
+        assert not scene.core.tick(scene.now) and replica.is_alive
+    # 300 seconds is what it has to become ready; and from its last word on it has 10.
+    assert scene.core.next_deadline() == 400.0
+    scene.core.tick(400.0)
+    assert not replica.is_alive
+
+
+class _Process:
+    """Of a replica that never says anything by itself."""
+
+    def __init__(self) -> None:
+        self._end: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    async def wait(self) -> int:
+        return await asyncio.shield(self._end)
+
+    async def stop(self, grace: float) -> None:
+        self.kill()
+
+    def kill(self) -> None:
+        if not self._end.done():
+            self._end.set_result(0)
+
+
+class _Launcher:
+    """Takes a moment, in which whatever has been sent is heard."""
+
+    async def start(self, endpoint: str, replica_id: int, epoch: int) -> _Process:
+        for _ in range(50):
+            await asyncio.sleep(0.002)
+        return _Process()
+
+
+@contextlib.contextmanager
+def dealer(name: str, endpoint: str) -> Iterator[zmq.Socket[bytes]]:
+    context = zmq.Context()
+    socket = context.socket(zmq.SocketType.DEALER)
+    socket.set(zmq.SocketOption.IDENTITY, name.encode())
+    socket.connect(endpoint)
+    try:
+        yield socket
+    finally:
+        context.destroy(linger=0)
+
+
+async def answer(socket: zmq.Socket[bytes]) -> object:
+    while not socket.poll(0):
+        await asyncio.sleep(0.005)
+    return decode_command(socket.recv()).message
+
+
+def test_who_was_left_is_known_while_what_is_missing_is_started() -> None:
+    async def work() -> None:
+        link = Link.local()
+        with dealer(f"1.{EARLIER}", link.endpoint) as survivor:
+            survivor.send(encode_report(Heartbeat(busy_seconds=0.0, is_orphaned=True), EARLIER))
+            service = EngineService(_Launcher(), OrchestratorOptions(), num_replicas=2, link=link, left={1: _Process()})
+            starting = asyncio.create_task(service.start())
+            assert await answer(survivor) == Identify()
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            await service.stop()
+
+    run(work())
+
+
+def test_whoever_wants_to_join_at_the_start_takes_no_id_of_this_servers_own() -> None:
+    async def work() -> None:
+        invitation = Invitation("tcp://127.0.0.1:0", EngineConfig(model="m"), "module:factory")
+        service = EngineService(_Launcher(), OrchestratorOptions(), num_replicas=2, invitation=invitation)
+        assert service.guests is not None
+        with dealer("join.early", service.guests.endpoint) as guest, dealer("nobody", service.guests.endpoint) as odd:
+            guest.send(encode_report(Join(host="h", attempt=0), 0))
+            starting = asyncio.create_task(service.start())
+            welcome = await answer(guest)
+            assert isinstance(welcome, Welcome) and welcome.replica_id == 2 and not starting.done()
+            # What nobody can be answered by ends nobody.
+            odd.send(b"hello")
+            odd.send_multipart([b"more", b"than", b"one"])
+            guest.send(encode_report(Join(host="h", attempt=0), 0))
+            assert await answer(guest) == welcome
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            await service.stop()
+
+    run(work())
 
 
 def test_whoever_is_not_expected_is_told_to_end() -> None:

@@ -68,6 +68,9 @@ class NamedScript(Script):
     def rename(self, replica_id: int, epoch: int) -> None:
         self.name = f"{replica_id}.{epoch}"
 
+    def is_named(self, replica_id: int, epoch: int) -> bool:
+        return self.name == f"{replica_id}.{epoch}"
+
     def sender(self) -> Side:
         return Side(self.beats)
 
@@ -149,6 +152,16 @@ def test_adapters_and_names_go_on_and_pins_are_for_the_next_to_say(replica: Mode
     after = script.sent[number + 1]
     assert isinstance(after, Progress) and after.detail is not None and not after.sequences
     assert not replica.engine.requests and [number for number, _ in itertools.groupby(pins)] == [0, 1, 0, 1]
+
+
+def test_whoever_is_adopted_twice_is_adopted_once(replica: ModelReplica) -> None:
+    """One that loads is asked every second, answers all of it when it is ready, and is adopted as often."""
+    adopt = Adopt(replica_id=1, incarnation=50)
+    script = NamedScript([adopt, add("r", None, tokens=3), adopt])
+    run(replica, script)
+    assert len(script.told(Ready)) == 1
+    drawn = [each for report in script.told(Progress) for each in report.sequences]  # type: ignore[union-attr]
+    assert [each.finish_reason for each in drawn] == [None, None, "length"], "its request goes on"
 
 
 def test_silence_ends_requests_and_any_word_breaks_it(replica: ModelReplica) -> None:
