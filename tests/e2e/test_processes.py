@@ -67,14 +67,14 @@ def run(work: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(work, 60))
 
 
-def ended(pid: int) -> bool:
-    """Wait, at most 20 s, until a process that need not be our child has ended."""
+def ended(pid: int, seconds: float = 20.0) -> bool:
+    """Wait, at most so long, until a process that need not be our child has ended."""
     try:
         fd = os.pidfd_open(pid)
     except ProcessLookupError:
         return True
     try:
-        return bool(select.select([fd], [], [], 20.0)[0])
+        return bool(select.select([fd], [], [], seconds)[0])
     finally:
         os.close(fd)
 

@@ -74,6 +74,6 @@ def test_answers_are_the_same_and_nothing_is_loaded_again(ranks: int, tmp_path: 
         for stream in streams:
             stream.close()  # type: ignore[attr-defined]
         kill(second)
-        assert all(ended(pid) for pid in (*processes, *workers.values())), "nobody came"
+        assert all(ended(pid, 60.0) for pid in (*processes, *workers.values())), "nobody came"
     finally:
         own.end()
