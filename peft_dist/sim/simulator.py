@@ -18,8 +18,6 @@ from peft_dist.placement.types import ClusterView, MigrationPlan, PlanError
 from peft_dist.sim.events import EventQueue
 from peft_dist.sim.replica import SimHardware, SimReplica
 
-FAILED = "failed"
-
 
 class Arrival(Protocol):
     """A request that comes: seconds from the start, adapter (None: the base), tokens of prompt and answer."""
