@@ -1,0 +1,238 @@
+"""One launch for a linear layer of a decode step: its own product, and the adapters' shrink and expand inside of it.
+
+The first programs of the grid are shrinks: (part of the inputs, layer, tile), the tiles that are used first. The last
+one of a tile's parts to end adds them up, in order, and counts the tile as done. The others are the layer's product:
+(part of the inputs, block of outputs). They stream the weight, then wait until all tiles are done, add the adapters'
+parts as further columns of the same product, and the last one of a block's parts to end adds those up, in order.
+
+No program waits for one of a higher number, and those that are waited for wait for nobody: since a GPU starts programs
+in the order of their numbers, whatever is waited for has been started and ends by itself. Counters of parts go back to
+0 by themselves; that of tiles (``ready``) has to be 0 before the launch.
+
+Sums are float32 and each output is rounded once. A row's adapter part has the same bits wherever it stands, as long as
+the launch plan is the same; its product's too.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from peft_dist.kernels.lora_triton_parts import layer_of, multiply, pick
+
+RANKS = tl.constexpr(16)
+"""Ranks that are in work at once."""
+
+
+@triton.jit
+def _arrive(counter, parts: tl.constexpr):
+    """Whether this program is the last of ``parts`` that end here: then it sees what all of them stored."""
+    is_last = True
+    if parts > 1:
+        tl.debug_barrier()
+        is_last = tl.atomic_add(counter, 1, sem="acq_rel") == parts - 1
+        if is_last:
+            tl.store(counter, 0)
+    return is_last
+
+
+@triton.jit
+def _shrink(
+    index, x, partials, hidden, ready, counters, tile_rows, tile_lens, entries, place, layer, tile, A, factor, num_rows,
+    max_rank, x_stride, K,
+    PAGE: tl.constexpr, GROUP: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The rank intermediates of a tile's rows in one layer, as two numbers of half precision: ``hidden``
+    ``[GROUP, 2, num_rows, max_rank]``."""
+    split = index % SPLIT
+    m, r = tl.arange(0, TILE), tl.arange(0, RANKS)
+    entry = entries + (place * TILES + tile) * COLUMNS
+    rank = tl.load(entry)
+    scaling = tl.load(entry + 1).to(tl.float32, bitcast=True) * factor
+    length = tl.load(tile_lens + tile)
+    row = tl.load(tile_rows + tile * TILE + m, mask=m < length, other=0)
+    is_row = (m < length)[:, None]
+    part = tl.cdiv(K, SPLIT * BLOCK_K) * BLOCK_K
+    begin = split * part
+    end = tl.minimum(begin + part, K)
+    x_rows = x + row.to(tl.int64)[:, None] * x_stride
+    out = partials + ((tile * GROUP + layer) * SPLIT * TILE + m[:, None]).to(tl.int64) * max_rank
+    high_at = hidden + ((layer * 2 * num_rows + row) * max_rank)[:, None]
+    low_at = high_at + num_rows * max_rank
+    if rank > 0:
+        for first in range(0, rank, RANKS):
+            page = tl.load(entry + 2 + (first + r) // PAGE, mask=first + r < rank, other=0)
+            a_rows = A + ((page * PAGE + r % PAGE).to(tl.int64) * K)[None, :]
+            a_mask = (first + r < rank)[None, :]
+            acc = tl.zeros((TILE, RANKS), tl.float32)
+            for k0 in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
+                k = k0 + tl.arange(0, BLOCK_K)
+                xs = tl.load(x_rows + k[None, :], mask=is_row & (k < end)[None, :], other=0.0)
+                a = tl.load(a_rows + k[:, None], mask=a_mask & (k < end)[:, None], other=0.0)
+                acc = multiply(xs, a, acc, False)
+            if SPLIT > 1:
+                tl.store(out + split * TILE * max_rank + (first + r)[None, :], acc, mask=is_row)
+            else:
+                _store_halves(high_at + (first + r)[None, :], low_at + (first + r)[None, :], acc * scaling, is_row)
+        if _arrive(counters + layer * TILES + tile, SPLIT):
+            if SPLIT > 1:
+                for first in range(0, rank, RANKS):
+                    h = tl.zeros((TILE, RANKS), tl.float32)
+                    for s in tl.static_range(SPLIT):
+                        h += tl.load(out + s * TILE * max_rank + (first + r)[None, :], mask=is_row, other=0.0,
+                                     cache_modifier=".cg")  # fmt: skip
+                    _store_halves(high_at + (first + r)[None, :], low_at + (first + r)[None, :], h * scaling, is_row)
+            tl.debug_barrier()
+            tl.atomic_add(ready, 1, sem="release")
+    else:
+        if split == 0:
+            tl.atomic_add(ready, 1, sem="release")
+
+
+@triton.jit
+def _store_halves(high_at, low_at, h, mask):
+    high = h.to(high_at.dtype.element_ty)
+    tl.store(high_at, high, mask=mask)
+    tl.store(low_at, (h - high.to(tl.float32)).to(high.dtype), mask=mask)
+
+
+@triton.jit
+def _product(
+    x, weight, first_n, begin, end, num_rows, x_stride, K,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, SWAP: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """``x @ weight.T`` of some inputs; SWAP: turned, ``[BLOCK_N, BLOCK_M]``, so that few rows fill wgmma's columns."""
+    m, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
+    x_rows = x + m[:, None] * x_stride + k[None, :]
+    if not TMA:
+        w_rows = weight + (first_n + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None] * K + k[None, :]
+    if SWAP:
+        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k0 in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
+        if TMA:
+            w = weight.load([first_n, k0])
+        else:
+            w = tl.load(w_rows + k0, eviction_policy="evict_first")
+        xs = tl.load(x_rows + k0, mask=(m < num_rows)[:, None], other=0.0, eviction_policy="evict_last")
+        if SWAP:
+            acc = tl.dot(w, xs.T, acc)
+        else:
+            acc = tl.dot(xs, w.T, acc)
+    return acc
+
+
+@triton.jit
+def _expand(
+    acc, hidden, row_tiles, entries, place, layer, n, width, B, split, num_rows, max_rank,
+    PAGE: tl.constexpr, TILES: tl.constexpr, COLUMNS: tl.constexpr, ROOM: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, EACH: tl.constexpr, STAGES: tl.constexpr, SWAP: tl.constexpr,
+):  # fmt: skip
+    """Add the adapters' parts: columns (tile, rank) of a product whose left side is 0 where a row is not in the tile.
+
+    Parts of a split product share the tiles out.
+    """
+    m = tl.arange(0, BLOCK_M)
+    tiles = tl.arange(0, ROOM)
+    ranks = tl.load(entries + (place * TILES + tiles) * COLUMNS, mask=tiles < TILES, other=0)
+    used = tl.max(tl.where(ranks > 0, tiles + 1, 0))
+    highest = tl.max(ranks)
+    own = tl.load(row_tiles + m, mask=m < num_rows, other=-1)
+    h_rows = hidden + ((layer * 2 * num_rows + m) * max_rank)[:, None]
+    c = tl.arange(0, EACH * RANKS)
+    for first in range(0, highest, RANKS):
+        r = first + c % RANKS
+        for t0 in tl.range(split * EACH, used, SPLIT * EACH, num_stages=STAGES):
+            t = t0 + c // RANKS
+            entry = entries + (place * TILES + t) * COLUMNS
+            rank = tl.load(entry, mask=t < used, other=0)
+            page = tl.load(entry + 2 + r // PAGE, mask=(t < used) & (2 + r // PAGE < COLUMNS), other=0)
+            b_row = (page * PAGE + r % PAGE).to(tl.int64) * width
+            b = tl.load(B + b_row[:, None] + n[None, :], mask=(r < rank)[:, None], other=0.0)
+            mask = (own[:, None] == t[None, :]) & (r < rank)[None, :]
+            high = tl.load(h_rows + r[None, :], mask=mask, other=0.0, cache_modifier=".cg")
+            low = tl.load(h_rows + num_rows * max_rank + r[None, :], mask=mask, other=0.0, cache_modifier=".cg")
+            if SWAP:
+                acc = tl.dot(b.T, low.T, tl.dot(b.T, high.T, acc))
+            else:
+                acc = tl.dot(low, b, tl.dot(high, b, acc))
+    return acc
+
+
+@triton.jit(do_not_specialize=["num_rows", "place0", "place1", "place2", "max_rank", "factor"])
+def fused_kernel(
+    x, weight, y, sums, counters, num_rows, x_stride, K, N,
+    partials, hidden, ready, tile_rows, tile_lens, row_tiles, entries,
+    A0, A1, A2, B0, B1, B2, place0, place1, place2, factor, max_rank,
+    N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr,
+    PAGE: tl.constexpr, GROUP: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
+    ROOM: tl.constexpr, SHRINK_SPLIT: tl.constexpr, SHRINK_K: tl.constexpr, SHRINK_STAGES: tl.constexpr,
+    EACH: tl.constexpr, EXPAND_STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+    SWAP: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """``y[:num_rows, :N] = x @ weight.T`` and the adapters' parts. GROUP 0: without adapters.
+
+    K is a multiple of SPLIT * BLOCK_K, the layers' widths N0, N1 and N2 are multiples of BLOCK_N. ``sums``: float32
+    ``[N / BLOCK_N, SPLIT, BLOCK_M * BLOCK_N]``; ``counters``: zeros, one for each (layer, tile) and block.
+    """
+    shrinks: tl.constexpr = GROUP * TILES * SHRINK_SPLIT
+    index = tl.program_id(0)
+    if index < shrinks:
+        layer = index // SHRINK_SPLIT % max(GROUP, 1)
+        _shrink(
+            index, x, partials, hidden, ready, counters, tile_rows, tile_lens, entries,
+            pick(layer, place0, place1, place2, GROUP), layer, index // (SHRINK_SPLIT * max(GROUP, 1)),
+            pick(layer, A0, A1, A2, GROUP), factor, num_rows, max_rank, x_stride, K,
+            PAGE, GROUP, TILES, TILE, COLUMNS, SHRINK_SPLIT, SHRINK_K, SHRINK_STAGES,
+        )  # fmt: skip
+    else:
+        split = (index - shrinks) % SPLIT
+        block = (index - shrinks) // SPLIT
+        part = K // SPLIT
+        acc = _product(
+            x, weight, block * BLOCK_N, split * part, (split + 1) * part, num_rows, x_stride, K,
+            BLOCK_M, BLOCK_N, BLOCK_K, STAGES, SWAP, TMA,
+        )  # fmt: skip
+        if GROUP > 0:
+            while tl.atomic_add(ready, 0, sem="acquire") < GROUP * TILES:
+                pass
+            layer, own_block = layer_of(block, N0 // BLOCK_N, N1 // BLOCK_N, GROUP)
+            acc = _expand(
+                acc, hidden, row_tiles, entries, pick(layer, place0, place1, place2, GROUP), layer,
+                own_block * BLOCK_N + tl.arange(0, BLOCK_N), pick(layer, N0, N1, N2, GROUP),
+                pick(layer, B0, B1, B2, GROUP), split, num_rows, max_rank,
+                PAGE, TILES, COLUMNS, ROOM, SPLIT, BLOCK_M, EACH, EXPAND_STAGES, SWAP,
+            )  # fmt: skip
+        _finish(acc, y, sums, counters + GROUP * TILES, block, split, num_rows, N, BLOCK_M, BLOCK_N, SPLIT, SWAP)
+
+
+@triton.jit
+def _finish(
+    acc, y, sums, counters, block, split, num_rows, N,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, SWAP: tl.constexpr,
+):  # fmt: skip
+    """Store a block of outputs, or a part of it; the last part adds all of them up."""
+    m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    if SWAP:
+        inner = m[None, :] * BLOCK_N + n[:, None]
+        outer = m[None, :].to(tl.int64) * N + block * BLOCK_N + n[:, None]
+        mask = (m < num_rows)[None, :]
+    else:
+        inner = m[:, None] * BLOCK_N + n[None, :]
+        outer = m[:, None].to(tl.int64) * N + block * BLOCK_N + n[None, :]
+        mask = (m < num_rows)[:, None]
+    mask = mask & (inner >= 0)
+    if SPLIT > 1:
+        mine = sums + block * (SPLIT * BLOCK_M * BLOCK_N) + inner
+        tl.store(mine + split * (BLOCK_M * BLOCK_N), acc, mask=mask)
+        if _arrive(counters + block, SPLIT):
+            total = tl.zeros_like(acc)
+            for s in tl.static_range(SPLIT):
+                total += tl.load(mine + s * (BLOCK_M * BLOCK_N), mask=mask, other=0.0, cache_modifier=".cg")
+            tl.store(y + outer, total.to(y.dtype.element_ty), mask=mask)
+    else:
+        tl.store(y + outer, acc.to(y.dtype.element_ty), mask=mask)
