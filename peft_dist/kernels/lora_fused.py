@@ -114,7 +114,17 @@ def plain_linear(x: torch.Tensor, weight: torch.Tensor, workspace: LoRAWorkspace
     """``x @ weight.T`` by the same kernel, without adapters: what the fused form costs at least."""
     rows = even_rows("x", x, x.numel() // x.shape[-1], weight.shape[1])
     [sums] = _pieces(workspace, [_sums(len(rows), len(weight), launch)])
-    known = {"N0": len(weight), "N1": 0, "N2": 0, "PAGE": 8, "GROUP": 0, "TILES": 0, "TILE": 16, "COLUMNS": 2, "ROOM": 1}
+    known = {
+        "N0": len(weight),
+        "N1": 0,
+        "N2": 0,
+        "PAGE": 8,
+        "GROUP": 0,
+        "TILES": 0,
+        "TILE": 16,
+        "COLUMNS": 2,
+        "ROOM": 1,
+    }
     adapters = (sums, rows, *[workspace.take_counters(1)] * 5, *[rows] * 6, 0, 0, 0, 1.0, 0)
     return _launch(x, rows, weight, sums, workspace, adapters, known, launch)
 

@@ -141,10 +141,13 @@ def _expand(
     used = tl.max(tl.where(ranks > 0, tiles + 1, 0))
     highest = tl.max(ranks)
     own = tl.load(row_tiles + m, mask=m < num_rows, other=-1)
+    own_rank = tl.load(entries + (place * TILES + own) * COLUMNS, mask=own >= 0, other=0)
     h_rows = hidden + ((layer * 2 * num_rows + m) * max_rank)[:, None]
     c = tl.arange(0, EACH * RANKS)
     for first in range(0, highest, RANKS):
         r = first + c % RANKS
+        # Of a rank that is in work the whole block is there, zeros behind its end, so that a mask by row will do.
+        wanted = tl.where(own_rank > first, own, -1)
         for t0 in tl.range(split * EACH, used, SPLIT * EACH, num_stages=STAGES):
             t = t0 + c // RANKS
             entry = entries + (place * TILES + t) * COLUMNS
@@ -152,7 +155,7 @@ def _expand(
             page = tl.load(entry + 2 + r // PAGE, mask=(t < used) & (2 + r // PAGE < COLUMNS), other=0)
             b_row = (page * PAGE + r % PAGE).to(tl.int64) * width
             b = tl.load(B + b_row[:, None] + n[None, :], mask=(r < rank)[:, None], other=0.0)
-            mask = (own[:, None] == t[None, :]) & (r < rank)[None, :]
+            mask = wanted[:, None] == t[None, :]
             high = tl.load(h_rows + r[None, :], mask=mask, other=0.0, cache_modifier=".cg")
             low = tl.load(h_rows + num_rows * max_rank + r[None, :], mask=mask, other=0.0, cache_modifier=".cg")
             if SWAP:
@@ -162,7 +165,7 @@ def _expand(
     return acc
 
 
-@triton.jit(do_not_specialize=["num_rows", "place0", "place1", "place2", "max_rank", "factor"])
+@triton.jit(do_not_specialize=["num_rows", "place0", "place1", "place2", "factor"])
 def fused_kernel(
     x, weight, y, sums, counters, num_rows, x_stride, K, N,
     partials, hidden, ready, tile_rows, tile_lens, row_tiles, entries,
@@ -192,7 +195,7 @@ def fused_kernel(
     else:
         split = (index - shrinks) % SPLIT
         block = (index - shrinks) // SPLIT
-        part = K // SPLIT
+        part = tl.multiple_of(K // SPLIT, BLOCK_K)
         acc = _product(
             x, weight, block * BLOCK_N, split * part, (split + 1) * part, num_rows, x_stride, K,
             BLOCK_M, BLOCK_N, BLOCK_K, STAGES, SWAP, TMA,
