@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -72,6 +72,7 @@ def fused_linear(
     plan: LoRAPlan,
     *,
     launch: FusedPlan,
+    activation: str | None = None,
 ) -> torch.Tensor:
     """``x @ weight.T``, and ``add_lora_group_`` to the columns of each layer, each element rounded once.
 
@@ -80,6 +81,7 @@ def fused_linear(
         weight: ``[sum of out_features, in_features]`` of up to three layers, whose rows follow each other.
         weights: Their adapters, for which ``can_fuse`` holds.
         plan: Of the pass, in which these layers are called once.
+        activation: "silu" or "gelu_tanh": of two layers of one width ``activation(first) * second`` is wanted.
 
     Raises:
         ValueError: x does not fit the layers or the plan, or the pass has called these layers before.
@@ -107,10 +109,17 @@ def fused_linear(
         "PAGE": group.page_rows, "GROUP": group.size, "TILES": count, "TILE": tiles.tile_rows,
         "COLUMNS": lookup.entries.shape[2], "ROOM": triton.next_power_of_2(count),
     }  # fmt: skip
-    return _launch(x, rows, weight, sums, workspace, adapters, known, launch)
+    return _launch(x, rows, weight, sums, workspace, adapters, known, launch, activation)
 
 
-def plain_linear(x: torch.Tensor, weight: torch.Tensor, workspace: LoRAWorkspace, *, launch: FusedPlan) -> torch.Tensor:
+def plain_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    workspace: LoRAWorkspace,
+    *,
+    launch: FusedPlan,
+    activation: str | None = None,
+) -> torch.Tensor:
     """``x @ weight.T`` by the same kernel, without adapters: what the fused form costs at least."""
     rows = even_rows("x", x, x.numel() // x.shape[-1], weight.shape[1])
     [sums] = _pieces(workspace, [_sums(len(rows), len(weight), launch)])
@@ -125,8 +134,9 @@ def plain_linear(x: torch.Tensor, weight: torch.Tensor, workspace: LoRAWorkspace
         "COLUMNS": 2,
         "ROOM": 1,
     }
+    known["N0"] = len(weight) // 2
     adapters = (sums, rows, *[workspace.take_counters(1)] * 5, *[rows] * 6, 0, 0, 0, 1.0, 0)
-    return _launch(x, rows, weight, sums, workspace, adapters, known, launch)
+    return _launch(x, rows, weight, sums, workspace, adapters, known, launch, activation)
 
 
 def _launch(
@@ -138,8 +148,12 @@ def _launch(
     adapters: tuple[Any, ...],
     known: dict[str, int],
     launch: FusedPlan,
+    activation: str | None,
 ) -> torch.Tensor:
     N, K = weight.shape
+    if activation is not None:
+        N //= 2
+        launch = replace(launch, split=1)
     if N % launch.block_n or K % (launch.split * launch.block_k):
         raise ValueError(f"a fused linear of {N} outputs and {K} inputs cannot be launched by {launch}")
     y = torch.empty(*x.shape[:-1], N, dtype=x.dtype, device=x.device)
@@ -152,7 +166,7 @@ def _launch(
             SHRINK_SPLIT=launch.shrink_split, SHRINK_K=launch.shrink_k, SHRINK_STAGES=launch.shrink_stages,
             EACH=launch.each, EXPAND_STAGES=launch.expand_stages, BLOCK_M=_room(len(rows)), BLOCK_N=launch.block_n,
             BLOCK_K=launch.block_k, SPLIT=launch.split, STAGES=launch.stages, SWAP=launch.swap, TMA=launch.tma,
-            num_warps=launch.warps,
+            GATED=activation is not None, SILU=activation == "silu", num_warps=launch.warps,
         )  # fmt: skip
     return y
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from peft_dist.kernels.lora_triton_parts import layer_of, multiply, pick
+from peft_dist.kernels.lora_triton_parts import gated, layer_of, multiply, pick
 
 RANKS = tl.constexpr(16)
 """Ranks that are in work at once."""
@@ -165,6 +165,41 @@ def _expand(
     return acc
 
 
+@triton.jit
+def _two_products(
+    x, weight, first_n, other_n, K, num_rows, x_stride,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, SWAP: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """``_product`` of all inputs for two blocks of outputs, which share the loads of x."""
+    m, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
+    x_rows = x + m[:, None] * x_stride + k[None, :]
+    if not TMA:
+        w_rows = weight + (first_n + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None] * K + k[None, :]
+        other_rows = weight + (other_n + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None] * K + k[None, :]
+    if SWAP:
+        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        other = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        other = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k0 in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        if TMA:
+            w = weight.load([first_n, k0])
+            v = weight.load([other_n, k0])
+        else:
+            w = tl.load(w_rows + k0, eviction_policy="evict_first")
+            v = tl.load(other_rows + k0, eviction_policy="evict_first")
+        xs = tl.load(x_rows + k0, mask=(m < num_rows)[:, None], other=0.0, eviction_policy="evict_last")
+        if SWAP:
+            acc = tl.dot(w, xs.T, acc)
+            other = tl.dot(v, xs.T, other)
+        else:
+            acc = tl.dot(xs, w.T, acc)
+            other = tl.dot(xs, v.T, other)
+    return acc, other
+
+
 @triton.jit(do_not_specialize=["num_rows", "place0", "place1", "place2", "factor"])
 def fused_kernel(
     x, weight, y, sums, counters, num_rows, x_stride, K, N,
@@ -175,9 +210,11 @@ def fused_kernel(
     ROOM: tl.constexpr, SHRINK_SPLIT: tl.constexpr, SHRINK_K: tl.constexpr, SHRINK_STAGES: tl.constexpr,
     EACH: tl.constexpr, EXPAND_STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
-    SWAP: tl.constexpr, TMA: tl.constexpr,
+    SWAP: tl.constexpr, TMA: tl.constexpr, GATED: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """``y[:num_rows, :N] = x @ weight.T`` and the adapters' parts. GROUP 0: without adapters.
+
+    GATED: of two layers of N0 outputs, y is ``activation(first) * second``, N = N0 columns, and SPLIT is 1.
 
     K is a multiple of SPLIT * BLOCK_K, the layers' widths N0, N1 and N2 are multiples of BLOCK_N. ``sums``: float32
     ``[N / BLOCK_N, SPLIT, BLOCK_M * BLOCK_N]``; ``counters``: zeros, one for each (layer, tile) and block.
@@ -195,21 +232,40 @@ def fused_kernel(
     else:
         split = (index - shrinks) % SPLIT
         block = (index - shrinks) // SPLIT
-        part = tl.multiple_of(K // SPLIT, BLOCK_K)
-        acc = _product(
-            x, weight, block * BLOCK_N, split * part, (split + 1) * part, num_rows, x_stride, K,
-            BLOCK_M, BLOCK_N, BLOCK_K, STAGES, SWAP, TMA,
-        )  # fmt: skip
+        own_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        if GATED:
+            acc, other = _two_products(
+                x, weight, block * BLOCK_N, N0 + block * BLOCK_N, K, num_rows, x_stride,
+                BLOCK_M, BLOCK_N, BLOCK_K, STAGES, SWAP, TMA,
+            )  # fmt: skip
+        else:
+            part = tl.multiple_of(K // SPLIT, BLOCK_K)
+            acc = _product(
+                x, weight, block * BLOCK_N, split * part, (split + 1) * part, num_rows, x_stride, K,
+                BLOCK_M, BLOCK_N, BLOCK_K, STAGES, SWAP, TMA,
+            )  # fmt: skip
         if GROUP > 0:
             while tl.atomic_add(ready, 0, sem="acquire") < GROUP * TILES:
                 pass
-            layer, own_block = layer_of(block, N0 // BLOCK_N, N1 // BLOCK_N, GROUP)
-            acc = _expand(
-                acc, hidden, row_tiles, entries, pick(layer, place0, place1, place2, GROUP), layer,
-                own_block * BLOCK_N + tl.arange(0, BLOCK_N), pick(layer, N0, N1, N2, GROUP),
-                pick(layer, B0, B1, B2, GROUP), split, num_rows, max_rank,
-                PAGE, TILES, COLUMNS, ROOM, SPLIT, BLOCK_M, EACH, EXPAND_STAGES, SWAP,
-            )  # fmt: skip
+            if GATED:
+                acc = _expand(
+                    acc, hidden, row_tiles, entries, place0, 0, own_n, N0, B0, 0, num_rows, max_rank,
+                    PAGE, TILES, COLUMNS, ROOM, 1, BLOCK_M, EACH, EXPAND_STAGES, SWAP,
+                )  # fmt: skip
+                other = _expand(
+                    other, hidden, row_tiles, entries, place1, 1, own_n, N0, B1, 0, num_rows, max_rank,
+                    PAGE, TILES, COLUMNS, ROOM, 1, BLOCK_M, EACH, EXPAND_STAGES, SWAP,
+                )  # fmt: skip
+            else:
+                layer, own_block = layer_of(block, N0 // BLOCK_N, N1 // BLOCK_N, GROUP)
+                acc = _expand(
+                    acc, hidden, row_tiles, entries, pick(layer, place0, place1, place2, GROUP), layer,
+                    own_block * BLOCK_N + tl.arange(0, BLOCK_N), pick(layer, N0, N1, N2, GROUP),
+                    pick(layer, B0, B1, B2, GROUP), split, num_rows, max_rank,
+                    PAGE, TILES, COLUMNS, ROOM, SPLIT, BLOCK_M, EACH, EXPAND_STAGES, SWAP,
+                )  # fmt: skip
+        if GATED:
+            acc = gated(acc, other, SILU)
         _finish(acc, y, sums, counters + GROUP * TILES, block, split, num_rows, N, BLOCK_M, BLOCK_N, SPLIT, SWAP)
 
 

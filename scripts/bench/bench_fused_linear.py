@@ -6,7 +6,8 @@
 In CUDA graphs over enough layers of an 8B Llama that no cache helps; µs of a call: ``cublas``, the product alone (of
 gate and up with the activation behind it); ``triton``, the same by our kernel, the best of some plans; ``chain``,
 cuBLAS with the shrink beside it and the expand behind it, as a step has them today; ``fused``, one launch (for gate and
-up and the activation), the best plan for both batches: all rows of one adapter, and as many adapters as rows, up to 32.
+up and the activation), the best plan for both batches: all rows of one adapter, and as many adapters as rows, up to 32;
+``gated``, one launch with the activation inside.
 Each form is compared with the plain twin in float32 before it is timed. One JSON line a case; ``fused_linear.json`` has
 all plans. ``--tiny`` tries the script, in Triton's interpreter (TRITON_INTERPRET=1).
 """
@@ -18,7 +19,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -100,8 +101,8 @@ class Linear:
     def cublas(self, i: int) -> torch.Tensor:
         return torch.mm(self.x, self.own[i].T)
 
-    def triton(self, i: int, launch: FusedPlan) -> torch.Tensor:
-        return plain_linear(self.x, self.own[i], self.pool.workspace, launch=launch)
+    def triton(self, i: int, launch: FusedPlan, activation: str | None = None) -> torch.Tensor:
+        return plain_linear(self.x, self.own[i], self.pool.workspace, launch=launch, activation=activation)
 
     def chain(self, i: int, plan: LoRAPlan, gate: bool = True) -> torch.Tensor:
         """As ``lora_beside`` does it; the activation is in the expand where a step has one."""
@@ -121,8 +122,8 @@ class Linear:
         lora_expand_group_(ys, self.groups[i], plan)
         return y
 
-    def fused(self, i: int, plan: LoRAPlan, launch: FusedPlan) -> torch.Tensor:
-        return fused_linear(self.x, self.own[i], self.groups[i], plan, launch=launch)
+    def fused(self, i: int, plan: LoRAPlan, launch: FusedPlan, activation: str | None = None) -> torch.Tensor:
+        return fused_linear(self.x, self.own[i], self.groups[i], plan, launch=launch, activation=activation)
 
     def time(self, call: Callable[[int], torch.Tensor], activated: bool = True) -> float:
         """µs of a call with the activation behind it."""
@@ -184,6 +185,18 @@ def products(linear: Linear, tiny: bool) -> Iterator[FusedPlan]:
         yield from (FusedPlan(block_n, block_k, s, stages, warps, swap, tma) for s in sorted(wanted))
 
 
+def gated_products(linear: Linear, tiny: bool) -> Iterator[FusedPlan]:
+    """The same where a program computes a block of both layers, and what becomes of them."""
+    if tiny:
+        yield FusedPlan(16, 16, 1, 2, swap=False, shrink_k=16)
+        return
+    few = [(64, 64, 4, 4, True, True), (64, 64, 3, 4, True, True), (64, 64, 4, 4, True, False),
+           (64, 128, 2, 4, True, True)]  # fmt: skip
+    many = [(64, 64, 3, 4, True, True), (64, 64, 3, 8, True, True), (64, 64, 4, 8, True, True)]
+    for block_n, block_k, stages, warps, swap, tma in few if len(linear.x) <= 32 else many:
+        yield FusedPlan(block_n, block_k, 1, stages, warps, swap, tma)
+
+
 def with_adapters(best: FusedPlan, tiles: int, rows: int, tiny: bool) -> Iterator[FusedPlan]:
     """What is tried of the adapters' part around a product's plan. Many rows have no registers for many tiles."""
     usual = 1 if tiles >= 16 else 4 if tiles > 1 else 8
@@ -222,45 +235,58 @@ class Case:
             found = linear.chain(0, linear.plan(kind), gate=False)
             self._check(found, linear.wanted[kind], "chain")
             self.record[f"chain {kind}"] = linear.time_planned(linear.chain, kind, activated=False)
-        timed = [(self._try_product(plan), plan) for plan in products(linear, tiny)]
+        self._find("fused", products(linear, tiny), None)
+        if linear.name == "gate":
+            self._find("gated", gated_products(linear, tiny), "silu")
+
+    def _find(self, form: str, plans: Iterable[FusedPlan], activation: str | None) -> None:
+        """The best plan of the product alone, then that with adapters around the best three."""
+        linear, tiny = self.linear, self.options.tiny
+        timed = [(self._try_product(plan, activation), plan) for plan in plans]
         timed = sorted((time for time in timed if time[0] < math.inf), key=lambda item: item[0])
-        self.record["triton"] = timed[0][0]
-        self.record["triton plan"] = asdict(timed[0][1])
+        self.record["triton" if form == "fused" else f"triton {form}"] = timed[0][0]
+        self.record[f"{form} product"] = asdict(timed[0][1])
         best: tuple[float, dict[str, float], FusedPlan] = (math.inf, {}, timed[0][1])
         tiles = linear.tiles["one"].max_tiles
         for index, (_, product) in enumerate(timed[:3]):
             for plan in list(with_adapters(product, tiles, len(linear.x), tiny))[: 99 if index == 0 else 2]:
-                times = self._try_fused(plan)
+                times = self._try_fused(form, plan, activation)
                 total = sum(times.values())
                 if times and total < best[0]:
                     best = total, times, plan
-        self.record |= {f"fused {kind}": found for kind, found in best[1].items()}
-        self.record["fused plan"] = asdict(best[2])
+        self.record |= {f"{form} {kind}": found for kind, found in best[1].items()}
+        self.record[f"{form} plan"] = asdict(best[2])
 
-    def _try_product(self, plan: FusedPlan) -> float:
+    def _try_product(self, plan: FusedPlan, activation: str | None) -> float:
         linear = self.linear
         try:
-            self._check(linear.triton(0, plan), linear.base, f"product {plan}")
-            found = linear.time(lambda i: linear.triton(i, plan))
+            self._check(linear.triton(0, plan, activation), linear.base, f"product {plan}", activation)
+            found = linear.time(lambda i: linear.triton(i, plan, activation), activated=activation is None)
         except not_launched() as problem:
-            self.tried.append({"product": asdict(plan), "failed": str(problem)[:200]})
+            self.tried.append({"product": asdict(plan), "activation": activation, "failed": str(problem)[:200]})
             return math.inf
-        self.tried.append({"product": asdict(plan), "us": found})
+        self.tried.append({"product": asdict(plan), "activation": activation, "us": found})
         return found
 
-    def _try_fused(self, plan: FusedPlan) -> dict[str, float]:
+    def _try_fused(self, form: str, plan: FusedPlan, activation: str | None) -> dict[str, float]:
         linear, times = self.linear, dict[str, float]()
         try:
             for kind in linear.slots:
-                self._check(linear.fused(0, linear.plan(kind), plan), linear.wanted[kind], f"fused {kind} {plan}")
-                times[kind] = linear.time_planned(lambda i, pass_: linear.fused(i, pass_, plan), kind)
+                found = linear.fused(0, linear.plan(kind), plan, activation)
+                self._check(found, linear.wanted[kind], f"{form} {kind} {plan}", activation)
+                times[kind] = linear.time_planned(
+                    lambda i, pass_: linear.fused(i, pass_, plan, activation), kind, activated=activation is None
+                )
         except not_launched() as problem:
-            self.tried.append({"fused": asdict(plan), "failed": str(problem)[:200]})
+            self.tried.append({form: asdict(plan), "failed": str(problem)[:200]})
             return {}
-        self.tried.append({"fused": asdict(plan), "us": times})
+        self.tried.append({form: asdict(plan), "us": times})
         return times
 
-    def _check(self, found: torch.Tensor, wanted: torch.Tensor, what: str) -> None:
+    def _check(self, found: torch.Tensor, wanted: torch.Tensor, what: str, activation: str | None = None) -> None:
+        if activation is not None:
+            gate, up = wanted.split(self.linear.outs, dim=1)
+            wanted = torch.nn.functional.silu(gate) * up
         # The interpreter cuts bfloat16 off; the separate kernels round the product before they add to it.
         limit = 1.6 * error(wanted.to(DTYPE), wanted) + 5e-4
         if (off := error(found, wanted)) > limit or not math.isfinite(off):

@@ -81,3 +81,20 @@ def test_the_product_alone(device: str, launch: FusedPlan) -> None:
     found = plain_linear(x, weight, LoRAWorkspace(device), launch=launch)
     wanted = x.float() @ weight.float().T
     assert error(found, wanted) <= error(wanted.to(x.dtype), wanted) + 1e-6
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_with_the_activation(device: str, launch: FusedPlan, activation: str) -> None:
+    layers = layers_of(device, RANKS[:2], IN, [32, 32], torch.float16, seed=1)
+    slots = np.random.default_rng(1).integers(-1, 6, 19).astype(np.int32)
+    plan = plan_of(device, slots, layers)
+    x, weight = (random_rows(device, n, IN, dtype=torch.float16) for n in (19, 64))
+    weight /= 8
+    found = fused_linear(x, weight, layers, plan, launch=launch, activation=activation)
+    base = (x.float() @ weight.float().T).split(32, dim=1)
+    wanted = reference.lora_gate(*base, x.float(), layers, plan, activation)
+    assert found.shape == (19, 32) and error(found, wanted) < error(wanted.half(), wanted) + LIMIT[x.dtype] / 4
+    alone = plain_linear(x, weight, LoRAWorkspace(device), launch=launch, activation=activation)
+    wanted = reference.lora_gate(*base, x.float(), [None, None], plan, activation)
+    assert error(alone, wanted) < error(wanted.half(), wanted) + LIMIT[x.dtype] / 4
