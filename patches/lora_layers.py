@@ -22,7 +22,7 @@ from peft_dist.kernels.lora_beside import ShrinkBeside
 from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
 from peft_dist.patches.rank_outputs import Combination
 from peft_dist.patches.siblings import find_siblings
-from peft_dist.patches.together import call_together
+from peft_dist.patches.together import call_together, plain_weight
 
 
 class SelectiveLinear(LoraLinear):
@@ -174,6 +174,9 @@ def _run(layers: Sequence[SelectiveLinear], x: torch.Tensor, context: ForwardCon
         return call_together(_multiplied(layers, context), x)
     for plan in plans:
         _check_rows(layers[0], x.numel() // x.shape[-1], plan)
+    fused = _try_fused(layers, x, weights, plans, context)
+    if fused is not None:
+        return fused.split([layer.out_features for layer in layers], dim=-1)
     begun = kernels.begin_lora(x, weights, plans[0])
     outputs = call_together(_multiplied(layers, context), x)
     _add(outputs, x, weights, plans, begun)
@@ -203,12 +206,29 @@ def run_gated(gate: nn.Module, up: nn.Module, x: torch.Tensor, activation: str) 
         return None
     for plan in plans:
         _check_rows(gate, x.numel() // x.shape[-1], plan)
+    fused = _try_fused(layers, x, weights, plans, context, activation)
+    if fused is not None:
+        return fused
     begun = kernels.begin_lora(x, weights, plans[0])
     outputs = call_together(_multiplied(layers, context), x)
     if len(plans) > 1:
         _add(outputs, x, weights, plans[:-1], begun)
         begun = None
     return kernels.lora_gate(outputs[0], outputs[1], x, weights, plans[-1], activation, begun)
+
+
+def _try_fused(
+    layers: Sequence[SelectiveLinear],
+    x: torch.Tensor,
+    weights: Sequence[LoRALayerWeights | None],
+    plans: Sequence[LoRAPlan],
+    context: ForwardContext,
+    activation: str | None = None,
+) -> torch.Tensor | None:
+    if len(plans) > 1 or not plans[0].fuses or any(layer.combination is not None for layer in layers):
+        return None
+    weight = plain_weight(_multiplied(layers, context))
+    return None if weight is None else kernels.try_fused(x, weight, weights, plans[0], activation)
 
 
 def _is_seen(layer: SelectiveLinear) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from peft_dist.kernels.lora_fused_kernel import fused_kernel
+from peft_dist.kernels.lora_fused_plans import FusedPlan, fused_plan
 from peft_dist.kernels.lora_group import even_rows, group_of, three, tiles_of
 from peft_dist.kernels.lora_lookup_triton import MOST_ROWS, lookup_of
 from peft_dist.kernels.lora_workspace import LoRAWorkspace
@@ -18,45 +19,37 @@ from peft_dist.kernels.triton_device import device_of
 from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
 
 _HALF = (torch.bfloat16, torch.float16)
-_ALIGNED = 16
+_ALIGNED, _TILE_ROWS = 16, 16
 
 
-@dataclass(frozen=True, slots=True)
-class FusedPlan:
-    """Launch parameters.
-
-    Attributes:
-        block_n, block_k: Outputs of a program, and inputs that it has in work at once.
-        split: Parts of the inputs, each summed by a program of its own; ``split * block_k`` divides the inputs.
-        stages: Blocks of the weight under way.
-        swap: The product is computed turned.
-        tma: The weight comes by descriptors.
-        each: Tiles that an expand has in work at once, a power of two.
-        shrink_split, shrink_k, shrink_stages: ``split``, ``block_k`` and ``stages`` of the shrinks.
-        expand_stages: Blocks of B under way.
-    """
-
-    block_n: int = 64
-    block_k: int = 128
-    split: int = 1
-    stages: int = 3
-    warps: int = 4
-    swap: bool = True
-    tma: bool = False
-    each: int = 4
-    shrink_split: int = 1
-    shrink_k: int = 256
-    shrink_stages: int = 3
-    expand_stages: int = 2
+def try_fused(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weights: Sequence[LoRALayerWeights | None],
+    plan: LoRAPlan,
+    activation: str | None = None,
+) -> torch.Tensor | None:
+    """``fused_linear`` where it takes the call and is the faster way; None where not, with nothing done."""
+    resident = [w for w in weights if w is not None]
+    if len(resident) < len(weights) or plan.tiles is None:
+        return None
+    outs = [w.B.shape[1] for w in resident]
+    launch = fused_plan(plan.num_rows, weight.shape[1], outs, plan.tiles.added, gated=activation is not None)
+    if launch is None or not can_fuse(x, weight, resident, plan, launch):
+        return None
+    return fused_linear(x, weight, resident, plan, launch=launch, activation=activation)
 
 
 def can_fuse(
-    x: torch.Tensor, weight: torch.Tensor, weights: Sequence[LoRALayerWeights | None], plan: LoRAPlan, launch: FusedPlan
+    x: torch.Tensor, weight: torch.Tensor, resident: Sequence[LoRALayerWeights], plan: LoRAPlan, launch: FusedPlan
 ) -> bool:
     """Whether ``fused_linear`` takes this call: a step's few rows with tables looked up by tile, and plain weights."""
-    if any(w is None for w in weights) or plan.num_rows > MOST_ROWS or not plan.layers:
+    workspace = resident[0].workspace
+    if plan.num_rows > MOST_ROWS or plan.tiles is None or plan.tiles.tile_rows != _TILE_ROWS or workspace is None:
         return False
-    resident = [w for w in weights if w is not None]
+    lookup = lookup_of(plan, plan.tiles, resident, workspace.max_rank)
+    if lookup is None or lookup.places[id(resident[0])] in lookup.taken:
+        return False
     kinds = {x.dtype, weight.dtype, *(w.A.dtype for w in resident)}
     if len(kinds) != 1 or x.dtype not in _HALF or not weight.is_contiguous() or weight.data_ptr() % _ALIGNED:
         return False

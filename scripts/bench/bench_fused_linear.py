@@ -32,7 +32,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.report import write_result
 from peft_dist.kernels import glue, reference
 from peft_dist.kernels.lora_bench import graph_milliseconds
-from peft_dist.kernels.lora_fused import FusedPlan, fused_linear, plain_linear
+from peft_dist.kernels.lora_fused import fused_linear, plain_linear
+from peft_dist.kernels.lora_fused_plans import FusedPlan
 from peft_dist.kernels.lora_gate_triton import lora_expand_gate
 from peft_dist.kernels.lora_pool import LoRAPool
 from peft_dist.kernels.lora_tiles import LoRATiles, max_tiles, write_tiles

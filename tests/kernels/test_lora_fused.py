@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from peft_dist.kernels import reference
-from peft_dist.kernels.lora_fused import FusedPlan, can_fuse, fused_linear, plain_linear
+from peft_dist.kernels.lora_fused import can_fuse, fused_linear, plain_linear
+from peft_dist.kernels.lora_fused_plans import FusedPlan
 from peft_dist.kernels.lora_tiles import LoRATiles, max_tiles, write_tiles
 from peft_dist.kernels.lora_workspace import LoRAWorkspace
 from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
