@@ -157,9 +157,9 @@ def _launch(
             rows, source, y, sums, workspace.take_counters(tiles + blocks), len(rows), rows.stride(0), K, N,
             *adapters, **known,
             SHRINK_SPLIT=launch.shrink_split, SHRINK_K=launch.shrink_k, SHRINK_STAGES=launch.shrink_stages,
-            EACH=launch.each, EXPAND_STAGES=launch.expand_stages, BLOCK_M=_room(len(rows)), BLOCK_N=launch.block_n,
-            BLOCK_K=launch.block_k, SPLIT=launch.split, STAGES=launch.stages, SWAP=launch.swap, TMA=launch.tma,
-            GATED=activation is not None, SILU=activation == "silu", num_warps=launch.warps,
+            EACH=launch.each, AHEAD=launch.ahead, EXPAND_STAGES=launch.expand_stages, BLOCK_M=_room(len(rows)),
+            BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, SPLIT=launch.split, STAGES=launch.stages, SWAP=launch.swap,
+            TMA=launch.tma, GATED=activation is not None, SILU=activation == "silu", num_warps=launch.warps,
         )  # fmt: skip
     return y
 

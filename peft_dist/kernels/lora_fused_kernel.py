@@ -126,42 +126,72 @@ def _product(
 
 
 @triton.jit
+def _who(
+    row_tiles, entries, place, num_rows,
+    TILES: tl.constexpr, COLUMNS: tl.constexpr, ROOM: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """(tiles up to the last one with an adapter in this layer, highest rank, each row's tile and rank)."""
+    m, tiles = tl.arange(0, BLOCK_M), tl.arange(0, ROOM)
+    ranks = tl.load(entries + (place * TILES + tiles) * COLUMNS, mask=tiles < TILES, other=0)
+    own = tl.load(row_tiles + m, mask=m < num_rows, other=-1)
+    own_rank = tl.load(entries + (place * TILES + own) * COLUMNS, mask=own >= 0, other=0)
+    return tl.max(tl.where(ranks > 0, tiles + 1, 0)), tl.max(ranks), own, own_rank
+
+
+@triton.jit
+def _load_b(
+    entries, place, B, t0, used, first, n, width,
+    PAGE: tl.constexpr, TILES: tl.constexpr, COLUMNS: tl.constexpr, EACH: tl.constexpr,
+):  # fmt: skip
+    """``[EACH * RANKS, len(n)]``: columns ``n`` of B of some tiles, from rank ``first`` on."""
+    c = tl.arange(0, EACH * RANKS)
+    t, r = t0 + c // RANKS, first + c % RANKS
+    entry = entries + (place * TILES + t) * COLUMNS
+    rank = tl.load(entry, mask=t < used, other=0)
+    page = tl.load(entry + 2 + r // PAGE, mask=(t < used) & (2 + r // PAGE < COLUMNS), other=0)
+    b_row = (page * PAGE + r % PAGE).to(tl.int64) * width
+    return tl.load(B + b_row[:, None] + n[None, :], mask=(r < rank)[:, None], other=0.0)
+
+
+@triton.jit
+def _add_b(acc, b, h_rows, low_at, wanted, t0, first, EACH: tl.constexpr, SWAP: tl.constexpr):
+    """Add the product of the rows' intermediates, where a row is in the tile, and ``b``."""
+    c = tl.arange(0, EACH * RANKS)
+    mask = wanted[:, None] == (t0 + c // RANKS)[None, :]
+    at = h_rows + (first + c % RANKS)[None, :]
+    high = tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
+    low = tl.load(at + low_at, mask=mask, other=0.0, cache_modifier=".cg")
+    if SWAP:
+        acc = tl.dot(b.T, low.T, tl.dot(b.T, high.T, acc))
+    else:
+        acc = tl.dot(low, b, tl.dot(high, b, acc))
+    return acc
+
+
+@triton.jit
 def _expand(
-    acc, hidden, row_tiles, entries, place, layer, n, width, B, split, num_rows, max_rank,
-    PAGE: tl.constexpr, TILES: tl.constexpr, COLUMNS: tl.constexpr, ROOM: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, EACH: tl.constexpr, STAGES: tl.constexpr, SWAP: tl.constexpr,
+    acc, ahead, used, highest, own, own_rank, hidden, entries, place, layer, n, width, B, split, num_rows, max_rank,
+    PAGE: tl.constexpr, TILES: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, EACH: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr, SWAP: tl.constexpr,
 ):  # fmt: skip
     """Add the adapters' parts: columns (tile, rank) of a product whose left side is 0 where a row is not in the tile.
 
-    Parts of a split product share the tiles out.
+    Parts of a split product share the tiles out. AHEAD: ``ahead`` is the first block of B.
     """
-    m = tl.arange(0, BLOCK_M)
-    tiles = tl.arange(0, ROOM)
-    ranks = tl.load(entries + (place * TILES + tiles) * COLUMNS, mask=tiles < TILES, other=0)
-    used = tl.max(tl.where(ranks > 0, tiles + 1, 0))
-    highest = tl.max(ranks)
-    own = tl.load(row_tiles + m, mask=m < num_rows, other=-1)
-    own_rank = tl.load(entries + (place * TILES + own) * COLUMNS, mask=own >= 0, other=0)
-    h_rows = hidden + ((layer * 2 * num_rows + m) * max_rank)[:, None]
-    c = tl.arange(0, EACH * RANKS)
+    h_rows = hidden + ((layer * 2 * num_rows + tl.arange(0, BLOCK_M)) * max_rank)[:, None]
+    low_at = num_rows * max_rank
     for first in range(0, highest, RANKS):
-        r = first + c % RANKS
         # Of a rank that is in work the whole block is there, zeros behind its end, so that a mask by row will do.
         wanted = tl.where(own_rank > first, own, -1)
-        for t0 in tl.range(split * EACH, used, SPLIT * EACH, num_stages=STAGES):
-            t = t0 + c // RANKS
-            entry = entries + (place * TILES + t) * COLUMNS
-            rank = tl.load(entry, mask=t < used, other=0)
-            page = tl.load(entry + 2 + r // PAGE, mask=(t < used) & (2 + r // PAGE < COLUMNS), other=0)
-            b_row = (page * PAGE + r % PAGE).to(tl.int64) * width
-            b = tl.load(B + b_row[:, None] + n[None, :], mask=(r < rank)[:, None], other=0.0)
-            mask = wanted[:, None] == t[None, :]
-            high = tl.load(h_rows + r[None, :], mask=mask, other=0.0, cache_modifier=".cg")
-            low = tl.load(h_rows + num_rows * max_rank + r[None, :], mask=mask, other=0.0, cache_modifier=".cg")
-            if SWAP:
-                acc = tl.dot(b.T, low.T, tl.dot(b.T, high.T, acc))
-            else:
-                acc = tl.dot(low, b, tl.dot(high, b, acc))
+        begin = split * EACH
+        # Nested, because only the outer condition is known when it is compiled.
+        if AHEAD:  # noqa: SIM102
+            if first == 0:
+                acc = _add_b(acc, ahead, h_rows, low_at, wanted, begin, 0, EACH, SWAP)
+                begin += SPLIT * EACH
+        for t0 in tl.range(begin, used, SPLIT * EACH, num_stages=STAGES):
+            b = _load_b(entries, place, B, t0, used, first, n, width, PAGE, TILES, COLUMNS, EACH)
+            acc = _add_b(acc, b, h_rows, low_at, wanted, t0, first, EACH, SWAP)
     return acc
 
 
@@ -208,7 +238,7 @@ def fused_kernel(
     N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr,
     PAGE: tl.constexpr, GROUP: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
     ROOM: tl.constexpr, SHRINK_SPLIT: tl.constexpr, SHRINK_K: tl.constexpr, SHRINK_STAGES: tl.constexpr,
-    EACH: tl.constexpr, EXPAND_STAGES: tl.constexpr,
+    EACH: tl.constexpr, AHEAD: tl.constexpr, EXPAND_STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
     SWAP: tl.constexpr, TMA: tl.constexpr, GATED: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
@@ -232,7 +262,26 @@ def fused_kernel(
     else:
         split = (index - shrinks) % SPLIT
         block = (index - shrinks) // SPLIT
-        own_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        if GROUP > 0:
+            layer, own_block = 0, block
+            if not GATED:
+                layer, own_block = layer_of(block, N0 // BLOCK_N, N1 // BLOCK_N, GROUP)
+            n = own_block * BLOCK_N + tl.arange(0, BLOCK_N)
+            place, B = pick(layer, place0, place1, place2, GROUP), pick(layer, B0, B1, B2, GROUP)
+            width = pick(layer, N0, N1, N2, GROUP)
+            used, highest, own, own_rank = _who(row_tiles, entries, place, num_rows, TILES, COLUMNS, ROOM, BLOCK_M)
+            ahead = n
+            if AHEAD:
+                ahead = _load_b(
+                    entries, place, B, split * EACH, used, 0, n, width, PAGE, TILES, COLUMNS, EACH
+                )  # fmt: skip
+            if GATED:
+                used1, highest1, own, own_rank1 = _who(
+                    row_tiles, entries, place1, num_rows, TILES, COLUMNS, ROOM, BLOCK_M
+                )  # fmt: skip
+                ahead1 = n
+                if AHEAD:
+                    ahead1 = _load_b(entries, place1, B1, 0, used1, 0, n, width, PAGE, TILES, COLUMNS, EACH)
         if GATED:
             acc, other = _two_products(
                 x, weight, block * BLOCK_N, N0 + block * BLOCK_N, K, num_rows, x_stride,
@@ -247,22 +296,14 @@ def fused_kernel(
         if GROUP > 0:
             while tl.atomic_add(ready, 0, sem="acquire") < GROUP * TILES:
                 pass
+            acc = _expand(
+                acc, ahead, used, highest, own, own_rank, hidden, entries, place, layer, n, width, B, split, num_rows,
+                max_rank, PAGE, TILES, COLUMNS, SPLIT, BLOCK_M, EACH, AHEAD, EXPAND_STAGES, SWAP,
+            )  # fmt: skip
             if GATED:
-                acc = _expand(
-                    acc, hidden, row_tiles, entries, place0, 0, own_n, N0, B0, 0, num_rows, max_rank,
-                    PAGE, TILES, COLUMNS, ROOM, 1, BLOCK_M, EACH, EXPAND_STAGES, SWAP,
-                )  # fmt: skip
                 other = _expand(
-                    other, hidden, row_tiles, entries, place1, 1, own_n, N0, B1, 0, num_rows, max_rank,
-                    PAGE, TILES, COLUMNS, ROOM, 1, BLOCK_M, EACH, EXPAND_STAGES, SWAP,
-                )  # fmt: skip
-            else:
-                layer, own_block = layer_of(block, N0 // BLOCK_N, N1 // BLOCK_N, GROUP)
-                acc = _expand(
-                    acc, hidden, row_tiles, entries, pick(layer, place0, place1, place2, GROUP), layer,
-                    own_block * BLOCK_N + tl.arange(0, BLOCK_N), pick(layer, N0, N1, N2, GROUP),
-                    pick(layer, B0, B1, B2, GROUP), split, num_rows, max_rank,
-                    PAGE, TILES, COLUMNS, ROOM, SPLIT, BLOCK_M, EACH, EXPAND_STAGES, SWAP,
+                    other, ahead1, used1, highest1, own, own_rank1, hidden, entries, place1, 1, n, width, B1, 0,
+                    num_rows, max_rank, PAGE, TILES, COLUMNS, 1, BLOCK_M, EACH, AHEAD, EXPAND_STAGES, SWAP,
                 )  # fmt: skip
         if GATED:
             acc = gated(acc, other, SILU)

@@ -17,6 +17,7 @@ class FusedPlan:
         swap: The product is computed turned.
         tma: The weight comes by descriptors.
         each: Tiles that an expand has in work at once, a power of two.
+        ahead: The first block of B is asked for before the product.
         shrink_split, shrink_k, shrink_stages: ``split``, ``block_k`` and ``stages`` of the shrinks.
         expand_stages: Blocks of B under way.
     """
@@ -29,6 +30,7 @@ class FusedPlan:
     swap: bool = True
     tma: bool = False
     each: int = 4
+    ahead: bool = False
     shrink_split: int = 1
     shrink_k: int = 256
     shrink_stages: int = 3

@@ -206,6 +206,7 @@ def with_adapters(best: FusedPlan, tiles: int, rows: int, tiny: bool) -> Iterato
     yield first
     if tiny:
         return
+    yield replace(first, ahead=True)
     yield replace(first, shrink_split=2 * usual)
     yield replace(first, shrink_split=4 * usual)
     yield replace(first, expand_stages=3)

@@ -25,7 +25,8 @@ LAUNCHES = [
     SMALL,
     replace(SMALL, split=1, shrink_split=1, each=1),
     replace(SMALL, swap=True, split=4, each=4, shrink_split=3),
-    replace(SMALL, tma=True, block_k=32),
+    replace(SMALL, tma=True, block_k=32, ahead=True),
+    replace(SMALL, swap=True, split=1, each=1, ahead=True),
 ]
 
 
