@@ -42,12 +42,14 @@ class Variant(NamedTuple):
         lora: Rows have adapters' parts added.
         corrected: Rows have the merged adapter's part taken away.
         merged: ``MergedLayers.key`` of the weights that stand in for the modules' own.
+        fuses: Layers may be one launch with their adapters, all of which are finite.
     """
 
     shape: StepShape
     lora: bool
     corrected: bool
     merged: tuple[int, ...] | None
+    fuses: bool = False
 
 
 @dataclass(slots=True)
@@ -144,7 +146,8 @@ class StepGraphs:
         slots = {sequence.adapter_slot for sequence in batch.sequences}
         corrected = batch.merged_slot >= 0 and slots != {batch.merged_slot}
         lora = corrected or (batch.merged_slot < 0 and slots != {NO_ADAPTER})
-        step = self._step(Variant(shape, lora, corrected, layers.key if layers is not None else None), layers)
+        fuses = shape.decodes and lora and all(self._pool.is_finite(slot) for slot in slots if slot != NO_ADAPTER)
+        step = self._step(self._variant(shape, lora, corrected, layers, fuses), layers)
         destinations = first, self._drawn.dump
         self._inputs.send(step.inputs, shape, batch.sequences, batch.merged_slot, find_draw, destinations)
         step.replay()
@@ -176,7 +179,13 @@ class StepGraphs:
         wanted = [(shape, *kind) for shape in reversed(self._mixed) for kind in kinds]
         wanted += [(shape, *kind) for shape in reversed(self._decodes) for kind in kinds + merged_kinds]
         for shape, added, corrected, merged in tqdm(wanted, desc="CUDA graphs", unit="graph", disable=not progress):
-            self._step(Variant(shape, added, corrected, merged.key if merged is not None else None), merged)
+            self._step(self._variant(shape, added, corrected, merged, shape.decodes and added), merged)
+
+    def _variant(
+        self, shape: StepShape, lora: bool, corrected: bool, merged: MergedLayers | None, fuses: bool
+    ) -> Variant:
+        key = merged.key if merged is not None else None
+        return Variant(shape, lora, corrected, key, fuses and not corrected and merged is None)
 
     def _step(self, variant: Variant, merged: MergedLayers | None) -> CapturedStep:
         if variant not in self._steps:
@@ -237,9 +246,10 @@ class StepGraphs:
     def _plans(self, plans: PlanBuffers, rows: int, variant: Variant) -> tuple[LoRAPlan | None, LoRAPlan | None]:
         if not variant.lora:
             return None, None
-        return self._plan(plans.added, rows, 1.0), self._plan(plans.taken, rows, -1.0) if variant.corrected else None
+        added = self._plan(plans.added, rows, 1.0, variant.fuses)
+        return added, self._plan(plans.taken, rows, -1.0) if variant.corrected else None
 
-    def _plan(self, tiles: TileBuffers, rows: int, factor: float) -> LoRAPlan:
+    def _plan(self, tiles: TileBuffers, rows: int, factor: float, fuses: bool = False) -> LoRAPlan:
         return LoRAPlan(
             slots=np.zeros(1, np.int32),
             starts=np.array([0, rows], np.int32),
@@ -247,6 +257,7 @@ class StepGraphs:
             factor=factor,
             tiles=LoRATiles(tiles.rows, tiles.slots, tiles.lens, TILE_ROWS, has_base=True),
             layers=self._pool.addressed_weights,
+            fuses=fuses,
         )
 
     def _attention(self, inputs: StepBuffer, shape: StepShape) -> AttentionMetadata:
