@@ -17,11 +17,12 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_dist.forward_context import ForwardContext, current
 from peft_dist.kernels import lora as kernels
+from peft_dist.kernels.glue import Activation
 from peft_dist.kernels.lora_beside import ShrinkBeside
 from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
 from peft_dist.patches.rank_outputs import Combination
 from peft_dist.patches.siblings import find_siblings
-from peft_dist.patches.together import call_together, plain_weight
+from peft_dist.patches.together import call_together, multiply_few, plain_weight
 
 
 class SelectiveLinear(LoraLinear):
@@ -177,25 +178,28 @@ def _run(layers: Sequence[SelectiveLinear], x: torch.Tensor, context: ForwardCon
     return outputs
 
 
-def run_gated(gate: nn.Module, up: nn.Module, x: torch.Tensor, activation: str) -> torch.Tensor | None:
-    """``activation(gate(x)) * up(x)`` with the adapters' parts added in the pass that the activation takes.
+def run_gated(gate: nn.Module, up: nn.Module, x: torch.Tensor, activation: Activation) -> torch.Tensor | None:
+    """``activation(gate(x)) * up(x)`` with the adapters' parts added in the pass that the activation takes, or all of
+    it in one launch.
 
-    None, with nothing computed, where that is not to be had: without adapters or kernels of Triton, and for modules
-    that are no siblings, or whose outputs somebody else sees.
+    None, with nothing computed, where neither is to be had: without kernels of Triton, for many rows without adapters,
+    and for modules that are no siblings, or whose outputs somebody else sees.
 
     Args:
         activation: "silu" or "gelu_tanh".
     """
     context = current()
-    if context is None or type(gate) is not SelectiveLinear or type(up) is not SelectiveLinear:
+    if context is None:
         return None
+    if type(gate) is not SelectiveLinear or type(up) is not SelectiveLinear:
+        return multiply_few([gate, up], x, activation)
     layers = gate.siblings
     if len(layers) != 2 or layers[0] is not gate or layers[1] is not up or any(map(_is_seen, layers)):
         return None
     plans = context.lora_plans(gate.is_output)
-    if not plans:
-        return None
-    weights = _weights_of(layers, context)
+    weights = _weights_of(layers, context) if plans else []
+    if weights.count(None) == len(weights):
+        return multiply_few(_multiplied(layers, context), x, activation)
     if not kernels.has_gate(x, weights, plans[-1]):
         return None
     for plan in plans:
@@ -217,12 +221,13 @@ def _try_fused(
     weights: Sequence[LoRALayerWeights | None],
     plans: Sequence[LoRAPlan],
     context: ForwardContext,
-    activation: str | None = None,
+    activation: Activation | None = None,
 ) -> torch.Tensor | None:
-    if len(plans) > 1 or not plans[0].fuses or any(layer.combination is not None for layer in layers):
+    """The layers with their adapters in one launch, where the pass has few rows (``FewRows.add_lora``)."""
+    if context.few_rows is None or len(plans) > 1 or not plans[0].fuses:
         return None
-    weight = plain_weight(_multiplied(layers, context))
-    return None if weight is None else kernels.try_fused(x, weight, weights, plans[0], activation)
+    weight = plain_weight(_multiplied(layers, context), context)
+    return None if weight is None else context.few_rows.add_lora(x, weight, weights, plans[0], activation)
 
 
 def _is_seen(layer: SelectiveLinear) -> bool:

@@ -71,30 +71,6 @@ def begin_lora(x: torch.Tensor, weights: Sequence[LoRALayerWeights | None], plan
     return ShrinkBeside.begin(x, weights, plan)
 
 
-def try_fused(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    weights: Sequence[LoRALayerWeights | None],
-    plan: LoRAPlan,
-    activation: str | None = None,
-) -> torch.Tensor | None:
-    """Layers' own product ``x @ weight.T`` and ``add_lora_group_`` to it in one launch; None, with nothing done, where
-    that is not to be had or not the faster way.
-
-    Args:
-        weight: ``[sum of out_features, in_features]``; the layers' rows follow each other.
-        activation: "silu" or "gelu_tanh": ``activation(first) * second`` of two layers is wanted.
-
-    Returns:
-        ``[..., columns]``, contiguous, each element rounded once.
-    """
-    if not plan.fuses or _backend_of(plan, x) != "triton":
-        return None
-    from peft_dist.kernels import lora_fused
-
-    return lora_fused.try_fused(x, weight, weights, plan, activation)
-
-
 def has_gate(x: torch.Tensor, weights: Sequence[LoRALayerWeights | None], plan: LoRAPlan) -> bool:
     """Whether ``lora_gate`` takes two layers that read x: by Triton, in one launch, with tiles of all rows."""
     resident = [w for w in weights if w is not None]

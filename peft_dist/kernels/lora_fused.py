@@ -11,7 +11,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from peft_dist.kernels.lora_fused_kernel import fused_kernel
-from peft_dist.kernels.lora_fused_plans import FusedPlan, fused_plan
+from peft_dist.kernels.lora_fused_plans import FusedPlan
 from peft_dist.kernels.lora_group import even_rows, group_of, three, tiles_of
 from peft_dist.kernels.lora_lookup_triton import MOST_ROWS, lookup_of
 from peft_dist.kernels.lora_workspace import LoRAWorkspace
@@ -20,42 +20,33 @@ from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
 
 _HALF = (torch.bfloat16, torch.float16)
 _ALIGNED, _TILE_ROWS = 16, 16
+# Of tiles that a kernel has room for: fewer would only be further kernels to compile.
+_FEWEST = 16
 
 
-def try_fused(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    weights: Sequence[LoRALayerWeights | None],
-    plan: LoRAPlan,
-    activation: str | None = None,
-) -> torch.Tensor | None:
-    """``fused_linear`` where it takes the call and is the faster way; None where not, with nothing done."""
-    resident = [w for w in weights if w is not None]
-    if len(resident) < len(weights) or plan.tiles is None:
-        return None
-    outs = [w.B.shape[1] for w in resident]
-    launch = fused_plan(plan.num_rows, weight.shape[1], outs, plan.tiles.added, gated=activation is not None)
-    if launch is None or not can_fuse(x, weight, resident, plan, launch):
-        return None
-    return fused_linear(x, weight, resident, plan, launch=launch, activation=activation)
+def can_multiply(x: torch.Tensor, weight: torch.Tensor, widths: Sequence[int], launch: FusedPlan) -> bool:
+    """Whether ``plain_linear`` takes this call: of half precision, a weight that lies evenly, sizes that fit."""
+    if x.dtype != weight.dtype or x.dtype not in _HALF or x.numel() > MOST_ROWS * x.shape[-1]:
+        return False
+    if not weight.is_contiguous() or weight.data_ptr() % _ALIGNED or sum(widths) != len(weight):
+        return False
+    fits = all(width % launch.block_n == 0 for width in widths)
+    return fits and weight.shape[1] % (launch.split * launch.block_k) == 0
 
 
 def can_fuse(
     x: torch.Tensor, weight: torch.Tensor, resident: Sequence[LoRALayerWeights], plan: LoRAPlan, launch: FusedPlan
 ) -> bool:
-    """Whether ``fused_linear`` takes this call: a step's few rows with tables looked up by tile, and plain weights."""
-    workspace = resident[0].workspace
-    if plan.num_rows > MOST_ROWS or plan.tiles is None or plan.tiles.tile_rows != _TILE_ROWS or workspace is None:
+    """Whether ``fused_linear`` takes this call: ``can_multiply``, and tables that were looked up for the pass."""
+    workspace, tiles = resident[0].workspace, plan.tiles
+    if tiles is None or tiles.tile_rows != _TILE_ROWS or workspace is None:
         return False
-    lookup = lookup_of(plan, plan.tiles, resident, workspace.max_rank)
-    if lookup is None or lookup.places[id(resident[0])] in lookup.taken:
+    if not can_multiply(x, weight, [w.B.shape[1] for w in resident], launch):
         return False
-    kinds = {x.dtype, weight.dtype, *(w.A.dtype for w in resident)}
-    if len(kinds) != 1 or x.dtype not in _HALF or not weight.is_contiguous() or weight.data_ptr() % _ALIGNED:
+    if any(w.A.dtype != x.dtype or w.page_rows != resident[0].page_rows for w in resident):
         return False
-    widths = [w.B.shape[1] for w in resident]
-    fits = all(width % launch.block_n == 0 for width in widths) and sum(widths) == weight.shape[0]
-    return fits and weight.shape[1] % (launch.split * launch.block_k) == 0
+    lookup = lookup_of(plan, tiles, resident, workspace.max_rank)
+    return lookup is not None and lookup.places[id(resident[0])] not in lookup.taken
 
 
 def fused_linear(
@@ -95,12 +86,12 @@ def fused_linear(
     adapters = (
         partials, hidden.view(x.dtype), lookup.ready[counter:], tiles.rows, tiles.lens, lookup.row_tiles,
         lookup.entries, *three([w.A for w in weights]), *three([w.B for w in weights]),
-        *three([lookup.places[id(w)] for w in weights]), float(plan.factor), rank,
+        *three([lookup.places[id(w)] for w in weights]), float(plan.factor), rank, count,
     )  # fmt: skip
     known = {
         **{f"N{i}": width for i, width in enumerate(widths)},
-        "PAGE": group.page_rows, "GROUP": group.size, "TILES": count, "TILE": tiles.tile_rows,
-        "COLUMNS": lookup.entries.shape[2], "ROOM": triton.next_power_of_2(count),
+        "PAGE": group.page_rows, "GROUP": group.size, "TILE": tiles.tile_rows,
+        "COLUMNS": lookup.entries.shape[2], "ROOM": max(_FEWEST, triton.next_power_of_2(count)),
     }  # fmt: skip
     return _launch(x, rows, weight, sums, workspace, adapters, known, launch, activation)
 
@@ -116,19 +107,9 @@ def plain_linear(
     """``x @ weight.T`` by the same kernel, without adapters: what the fused form costs at least."""
     rows = even_rows("x", x, x.numel() // x.shape[-1], weight.shape[1])
     [sums] = _pieces(workspace, [_sums(len(rows), len(weight), launch)])
-    known = {
-        "N0": len(weight),
-        "N1": 0,
-        "N2": 0,
-        "PAGE": 8,
-        "GROUP": 0,
-        "TILES": 0,
-        "TILE": 16,
-        "COLUMNS": 2,
-        "ROOM": 1,
-    }
-    known["N0"] = len(weight) // 2
-    adapters = (sums, rows, *[workspace.take_counters(1)] * 5, *[rows] * 6, 0, 0, 0, 1.0, 0)
+    half = len(weight) // 2
+    known = {"N0": half, "N1": half, "N2": 0, "GROUP": 0, "PAGE": 8, "TILE": _TILE_ROWS, "COLUMNS": 2, "ROOM": _FEWEST}
+    adapters = (sums, rows, *[workspace.take_counters(1)] * 5, *[rows] * 6, 0, 0, 0, 1.0, 16, 0)
     return _launch(x, rows, weight, sums, workspace, adapters, known, launch, activation)
 
 
@@ -150,7 +131,7 @@ def _launch(
     if N % launch.block_n or K % (launch.split * launch.block_k):
         raise ValueError(f"a fused linear of {N} outputs and {K} inputs cannot be launched by {launch}")
     y = torch.empty(*x.shape[:-1], N, dtype=x.dtype, device=x.device)
-    blocks, tiles = N // launch.block_n, known["GROUP"] * known["TILES"]
+    blocks, tiles = N // launch.block_n, known["GROUP"] * adapters[-1]
     source = TensorDescriptor.from_tensor(weight, [launch.block_n, launch.block_k]) if launch.tma else weight
     with device_of(x):
         fused_kernel[(tiles * launch.shrink_split + blocks * launch.split,)](

@@ -40,7 +40,7 @@ def _arrive(counter, parts: tl.constexpr):
 def _shrink(
     index, x, partials, hidden, ready, counters, tile_rows, tile_lens, entries, place, layer, tile, A, factor, num_rows,
     max_rank, x_stride, K,
-    PAGE: tl.constexpr, GROUP: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
+    TILES, PAGE: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The rank intermediates of a tile's rows in one layer, as two numbers of half precision: ``hidden``
@@ -128,7 +128,7 @@ def _product(
 @triton.jit
 def _who(
     row_tiles, entries, place, num_rows,
-    TILES: tl.constexpr, COLUMNS: tl.constexpr, ROOM: tl.constexpr, BLOCK_M: tl.constexpr,
+    TILES, COLUMNS: tl.constexpr, ROOM: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """(tiles up to the last one with an adapter in this layer, highest rank, each row's tile and rank)."""
     m, tiles = tl.arange(0, BLOCK_M), tl.arange(0, ROOM)
@@ -141,7 +141,7 @@ def _who(
 @triton.jit
 def _load_b(
     entries, place, B, t0, used, first, n, width,
-    PAGE: tl.constexpr, TILES: tl.constexpr, COLUMNS: tl.constexpr, EACH: tl.constexpr,
+    TILES, PAGE: tl.constexpr, COLUMNS: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
     """``[EACH * RANKS, len(n)]``: columns ``n`` of B of some tiles, from rank ``first`` on."""
     c = tl.arange(0, EACH * RANKS)
@@ -171,7 +171,7 @@ def _add_b(acc, b, h_rows, low_at, wanted, t0, first, EACH: tl.constexpr, SWAP: 
 @triton.jit
 def _expand(
     acc, ahead, used, highest, own, own_rank, hidden, entries, place, layer, n, width, B, split, num_rows, max_rank,
-    PAGE: tl.constexpr, TILES: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr,
+    TILES, PAGE: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr, EACH: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr, SWAP: tl.constexpr,
 ):  # fmt: skip
     """Add the adapters' parts: columns (tile, rank) of a product whose left side is 0 where a row is not in the tile.
@@ -190,7 +190,7 @@ def _expand(
                 acc = _add_b(acc, ahead, h_rows, low_at, wanted, begin, 0, EACH, SWAP)
                 begin += SPLIT * EACH
         for t0 in tl.range(begin, used, SPLIT * EACH, num_stages=STAGES):
-            b = _load_b(entries, place, B, t0, used, first, n, width, PAGE, TILES, COLUMNS, EACH)
+            b = _load_b(entries, place, B, t0, used, first, n, width, TILES, PAGE, COLUMNS, EACH)
             acc = _add_b(acc, b, h_rows, low_at, wanted, t0, first, EACH, SWAP)
     return acc
 
@@ -230,13 +230,17 @@ def _two_products(
     return acc, other
 
 
-@triton.jit(do_not_specialize=["num_rows", "place0", "place1", "place2", "factor"])
+@triton.jit(
+    do_not_specialize=["num_rows", "place0", "place1", "place2", "factor", "TILES"],
+    # Counters of a pass lie side by side, and each alignment would be a kernel of its own.
+    do_not_specialize_on_alignment=["ready"],
+)
 def fused_kernel(
     x, weight, y, sums, counters, num_rows, x_stride, K, N,
     partials, hidden, ready, tile_rows, tile_lens, row_tiles, entries,
-    A0, A1, A2, B0, B1, B2, place0, place1, place2, factor, max_rank,
+    A0, A1, A2, B0, B1, B2, place0, place1, place2, factor, max_rank, TILES,
     N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr,
-    PAGE: tl.constexpr, GROUP: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
+    PAGE: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
     ROOM: tl.constexpr, SHRINK_SPLIT: tl.constexpr, SHRINK_K: tl.constexpr, SHRINK_STAGES: tl.constexpr,
     EACH: tl.constexpr, AHEAD: tl.constexpr, EXPAND_STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
@@ -249,7 +253,7 @@ def fused_kernel(
     K is a multiple of SPLIT * BLOCK_K, the layers' widths N0, N1 and N2 are multiples of BLOCK_N. ``sums``: float32
     ``[N / BLOCK_N, SPLIT, BLOCK_M * BLOCK_N]``; ``counters``: zeros, one for each (layer, tile) and block.
     """
-    shrinks: tl.constexpr = GROUP * TILES * SHRINK_SPLIT
+    shrinks = GROUP * TILES * SHRINK_SPLIT
     index = tl.program_id(0)
     if index < shrinks:
         layer = index // SHRINK_SPLIT % max(GROUP, 1)
@@ -257,7 +261,7 @@ def fused_kernel(
             index, x, partials, hidden, ready, counters, tile_rows, tile_lens, entries,
             pick(layer, place0, place1, place2, GROUP), layer, index // (SHRINK_SPLIT * max(GROUP, 1)),
             pick(layer, A0, A1, A2, GROUP), factor, num_rows, max_rank, x_stride, K,
-            PAGE, GROUP, TILES, TILE, COLUMNS, SHRINK_SPLIT, SHRINK_K, SHRINK_STAGES,
+            TILES, PAGE, GROUP, TILE, COLUMNS, SHRINK_SPLIT, SHRINK_K, SHRINK_STAGES,
         )  # fmt: skip
     else:
         split = (index - shrinks) % SPLIT
@@ -273,7 +277,7 @@ def fused_kernel(
             ahead = n
             if AHEAD:
                 ahead = _load_b(
-                    entries, place, B, split * EACH, used, 0, n, width, PAGE, TILES, COLUMNS, EACH
+                    entries, place, B, split * EACH, used, 0, n, width, TILES, PAGE, COLUMNS, EACH
                 )  # fmt: skip
             if GATED:
                 used1, highest1, own, own_rank1 = _who(
@@ -281,7 +285,7 @@ def fused_kernel(
                 )  # fmt: skip
                 ahead1 = n
                 if AHEAD:
-                    ahead1 = _load_b(entries, place1, B1, 0, used1, 0, n, width, PAGE, TILES, COLUMNS, EACH)
+                    ahead1 = _load_b(entries, place1, B1, 0, used1, 0, n, width, TILES, PAGE, COLUMNS, EACH)
         if GATED:
             acc, other = _two_products(
                 x, weight, block * BLOCK_N, N0 + block * BLOCK_N, K, num_rows, x_stride,
@@ -298,12 +302,12 @@ def fused_kernel(
                 pass
             acc = _expand(
                 acc, ahead, used, highest, own, own_rank, hidden, entries, place, layer, n, width, B, split, num_rows,
-                max_rank, PAGE, TILES, COLUMNS, SPLIT, BLOCK_M, EACH, AHEAD, EXPAND_STAGES, SWAP,
+                max_rank, TILES, PAGE, COLUMNS, SPLIT, BLOCK_M, EACH, AHEAD, EXPAND_STAGES, SWAP,
             )  # fmt: skip
             if GATED:
                 other = _expand(
                     other, ahead1, used1, highest1, own, own_rank1, hidden, entries, place1, 1, n, width, B1, 0,
-                    num_rows, max_rank, PAGE, TILES, COLUMNS, 1, BLOCK_M, EACH, AHEAD, EXPAND_STAGES, SWAP,
+                    num_rows, max_rank, TILES, PAGE, COLUMNS, 1, BLOCK_M, EACH, AHEAD, EXPAND_STAGES, SWAP,
                 )  # fmt: skip
         if GATED:
             acc = gated(acc, other, SILU)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from peft_dist.core.batch import NO_ADAPTER, Batch
 from peft_dist.forward_context import ForwardContext
 from peft_dist.kernels.capture import Capture
+from peft_dist.kernels.few_rows import FewRows
 from peft_dist.kernels.kv_pool import KVCachePool
 from peft_dist.kernels.lora_pool import LoRAPool
 from peft_dist.kernels.lora_tiles import LoRATiles
@@ -94,6 +95,7 @@ class StepGraphs:
         max_blocks: Blocks of the longest sequence.
         lora_backend, attention_backend: Names for plans and metadata; theirs must read device tensors alone.
         capture: ``CudaCapture``, or a stand-in for tests.
+        few_rows: For the products of decode steps; None leaves them to torch.
     """
 
     def __init__(
@@ -110,6 +112,7 @@ class StepGraphs:
         attention_backend: str,
         lora_backend: str,
         capture: Capture,
+        few_rows: FewRows | None = None,
     ) -> None:
         slots = pool.num_slots or max_num_seqs
         self._decodes = [StepShape(rows, rows, max_blocks, slots) for rows in decode_sizes(max_num_seqs)]
@@ -118,6 +121,7 @@ class StepGraphs:
         self._model, self._kv, self._pool, self._drawn, self._merge = model, kv, pool, drawn, merge
         self._backends = attention_backend, lora_backend
         self._capture = capture
+        self._few_rows = few_rows
         num_bytes = max(StepBuffer.num_bytes(shape) for shape in self._decodes + self._mixed)
         self._memory = torch.zeros(num_bytes, dtype=torch.uint8, device=model.device)
         self._inputs = StepInputs(num_bytes, max_blocks, kv.block_size, model.device)
@@ -185,7 +189,8 @@ class StepGraphs:
         self, shape: StepShape, lora: bool, corrected: bool, merged: MergedLayers | None, fuses: bool
     ) -> Variant:
         key = merged.key if merged is not None else None
-        return Variant(shape, lora, corrected, key, fuses and not corrected and merged is None)
+        fuses = fuses and self._few_rows is not None and not corrected and merged is None
+        return Variant(shape, lora, corrected, key, fuses)
 
     def _step(self, variant: Variant, merged: MergedLayers | None) -> CapturedStep:
         if variant not in self._steps:
@@ -238,6 +243,7 @@ class StepGraphs:
             lora=lora,
             lora_logits=of_logits[0],
             lora_weights=self._pool.addressed_weights if variant.lora else (),
+            few_rows=self._few_rows if variant.shape.decodes else None,
             merged=merged,
             lora_correction=correction,
             lora_logits_correction=of_logits[1],

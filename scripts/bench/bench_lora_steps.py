@@ -1,10 +1,12 @@
 """Launch plans and switches of the LoRA kernels tried in whole captured decode steps, all in one process.
 
-    python scripts/bench/bench_lora_steps.py [--part streams lookup shrink gate expand] [--seconds 235]
+    python scripts/bench/bench_lora_steps.py [--part fused streams lookup shrink gate expand] [--seconds 235]
                                              [--batches 32 128 8] [--kinds distinct same] [--output FOLDER]
 
 What kernels take alone says little: in a step the weights of all layers stream between two launches, and a shrink runs
-beside its layer's product. Each case has the steps captured anew. streams: the shrinks' stream as urgent as others, or
+beside its layer's product. Each case has the steps captured anew. fused: steps of few rows without our products, which
+have the adapters inside, and 64 rows with them (``--kinds none same distinct``). ``--apart``: all other parts without
+them, since what they change is not run in their place. streams: the shrinks' stream as urgent as others, or
 none. lookup: each launch looks its tables up. shrink, gate, expand: one field of the plans of some layers changed,
 with the first of ``--batches`` alone. A part ends with the default again: what differs there is noise. No case is
 begun that would end after ``--seconds``. One JSON line a case, and docs/results/lora_steps.json. On a CPU nothing is
@@ -18,6 +20,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,10 +34,13 @@ from bench.gpu_workload import emit, ranks_of, time_decode, write_adapters
 from bench.report import write_result
 from peft_dist.kernels import lora_plans
 from peft_dist.kernels.backend import has_triton
+from peft_dist.kernels.few_rows import FewRows
+from peft_dist.kernels.lora_fused_plans import MOST_FEW_ROWS, FusedPlan, choose_plan
 from peft_dist.kernels.lora_plans import GroupPlan, GroupShape, default_plan, fit_plan
 from peft_dist.kernels.types import LoRAPlan
 
 Change = Callable[[GroupPlan], GroupPlan]
+Vary = Callable[[FusedPlan], FusedPlan]
 Load = tuple[str, int]
 PROMPT_TOKENS, NEW_TOKENS = 32, 49
 
@@ -72,10 +78,24 @@ PLANS: dict[str, tuple[tuple[str, ...], dict[str, Change]]] = {
 }  # fmt: skip
 
 
+GATE = "the other place of the activation"
+FUSED: dict[str, Vary] = {
+    "ahead": lambda plan: replace(plan, ahead=True),
+    "64 inputs": lambda plan: replace(plan, block_k=64, stages=4),
+    "64 inputs, ahead": lambda plan: replace(plan, block_k=64, stages=4, ahead=True),
+    "64 inputs, ahead, 8 tiles": lambda plan: replace(plan, block_k=64, stages=4, ahead=True, each=8),
+    "8 tiles": lambda plan: replace(plan, each=8),
+    "twice the shrinks": lambda plan: replace(plan, shrink_split=2 * plan.shrink_split),
+    GATE: lambda plan: plan,
+}
+
+
 class Case(NamedTuple):
     """What is other than usual; of ``change`` in the plans of ``group``, a kind of layers.
 
     Attributes:
+        few_rows: Most rows of steps that multiply by our kernel.
+        vary: Changes the plans of those that have adapters inside.
         stream: Of the shrinks: "first" in line, "usual" (as urgent as any), "none" (no stream of their own).
     """
 
@@ -85,11 +105,17 @@ class Case(NamedTuple):
     change: Change | None = None
     stream: str = "first"
     lookup: bool = True
+    few_rows: int = MOST_FEW_ROWS
+    vary: Vary | None = None
 
 
 def cases_of(part: str) -> Iterator[Case]:
     if part == "streams":
         yield from (Case(part, f"{stream} stream", stream=stream) for stream in ("usual", "none"))
+    elif part == "fused":
+        yield Case(part, "without", few_rows=0)
+        yield Case(part, "up to 64 rows", few_rows=64)
+        yield from (Case(part, name, vary=vary) for name, vary in FUSED.items())
     elif part == "lookup":
         yield Case(part, "no lookup", lookup=False)
     else:
@@ -118,6 +144,7 @@ class Steps:
     def __init__(self, llm: Any, options: Namespace) -> None:
         self._run, self._options = runner(llm), options
         self._graphs = llm._open.runner.graphs
+        self._few_rows = self._graphs and self._graphs._few_rows
         self._workspace = llm._open.runner.store.pool.workspace
         self._streams: dict[str, Any] = {"none": None, "first": self._workspace.stream}
         self._streams["usual"] = torch.cuda.Stream() if DEVICE == "cuda" else None
@@ -130,7 +157,11 @@ class Steps:
         if self._graphs is not None:
             make = type(self._graphs)._plan
             self._graphs._plan = lambda *args: looked_up(make(self._graphs, *args), case.lookup)
-            self._graphs.clear()
+            rows = 0 if self._options.apart else case.few_rows
+            chosen = partial(choose_fused, rows, case.vary or (lambda plan: plan), case.name == GATE)
+            self._graphs._few_rows = self._few_rows and FewRows(DEVICE, chosen)
+            # The others keep the memory that all of them share.
+            self._graphs._steps = {v: step for v, step in self._graphs._steps.items() if not v.shape.decodes}
 
     def milliseconds(self, loads: Sequence[Load]) -> dict[str, float]:
         """Of a step, by load."""
@@ -141,6 +172,28 @@ class Steps:
             )["step_ms"]
             for kind, batch in loads
         }  # fmt: skip
+
+
+def choose_fused(
+    most_rows: int, vary: Vary, other_gate: bool, rows: int, inputs: int, outs: Sequence[int], *, gated: bool,
+    has_adapters: bool,
+) -> FusedPlan | None:  # fmt: skip
+    """A layer's plan in a case; without adapters the usual one."""
+    usual = partial(choose_plan, most_rows=most_rows, gated=gated, has_adapters=has_adapters)
+    found = usual(rows, inputs, outs)
+    if other_gate and gated and has_adapters:
+        found = None if found else usual(16, inputs, outs)
+    return vary(found) if found and has_adapters else found
+
+
+def concerns(case: Case, load: Load, loads: Sequence[Load]) -> bool:
+    """Whether a load is measured: where only some plans change, what goes by them."""
+    kind, batch = load
+    if case.few_rows > MOST_FEW_ROWS:
+        return MOST_FEW_ROWS < batch <= case.few_rows
+    if case.name in FUSED:
+        return kind in ("same", "distinct") and batch in (8, 32)
+    return case.part not in PLANS or batch == loads[0][1]
 
 
 def looked_up(plan: LoRAPlan, lookup: bool) -> LoRAPlan:
@@ -169,7 +222,7 @@ def measure(steps: Steps, cases: Sequence[Case], loads: Sequence[Load], seconds:
         steps.take(case)
         record: dict[str, Any] = {"part": case.part, "case": case.name}
         try:
-            found = steps.milliseconds([load for load in loads if case.part not in PLANS or load[1] == loads[0][1]])
+            found = steps.milliseconds([load for load in loads if concerns(case, load, loads)])
         except not_launched() as error:
             yield record | {"error": str(error)}
             continue
@@ -179,10 +232,11 @@ def measure(steps: Steps, cases: Sequence[Case], loads: Sequence[Load], seconds:
 
 
 def main() -> None:
-    parts = ("streams", "lookup", *PLANS)
+    parts = ("fused", "streams", "lookup", *PLANS)
     parser = make_parser(__doc__, parts)
     add_engine_options(parser)
     parser.add_argument("--seconds", type=float, default=235, help="for all cases, without the engine's start")
+    parser.add_argument("--apart", action="store_true", help="all steps without our products")
     parser.add_argument("--output", type=Path, help="folder for lora_steps.json (default: docs/results)")
     parser.set_defaults(part=list(parts), batches=[32, 128, 8], kinds=["distinct", "same"])
     options = parse(parser)
@@ -194,9 +248,11 @@ def main() -> None:
     cases = [Case("default"), *(case for part in options.part for case in cases_of(part))]
     loads = [(kind, batch) for batch in options.batches for kind in options.kinds]
     try:
-        # Without adapters there is nothing to change.
-        records.append({"part": "base", "step_ms": steps.milliseconds([("none", batch) for batch in options.batches])})
-        emit(**records[0])
+        if "none" not in options.kinds:
+            # Without adapters there is little to change.
+            base = steps.milliseconds([("none", batch) for batch in options.batches])
+            records.append({"part": "base", "step_ms": base})
+            emit(**records[0])
         for record in measure(steps, cases, loads, options.seconds):
             records.append(record)
             emit(**record)
