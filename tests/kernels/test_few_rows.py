@@ -110,8 +110,8 @@ def test_real_layers_in_a_graph(name: str, rows: int) -> None:
     inputs, outs = LLAMA[name]
     ranks = [[16, 8, 0, 64, 3], [16, 16, 8, 0, 33], [1, 16, 64, 8, 8]][: len(outs)]
     layers = layers_of("cuda", ranks, inputs, outs, torch.bfloat16, seed=1)
-    x, weight = (random_rows("cuda", n, inputs, dtype=torch.bfloat16) for n in (rows, sum(outs)))
-    weight /= inputs**0.5
+    x = random_rows("cuda", rows, inputs, dtype=torch.bfloat16)
+    weight = torch.randn(sum(outs), inputs, device="cuda", dtype=torch.bfloat16) / inputs**0.5
     few = FewRows("cuda")
     activation: Any = "silu" if name == "gate" else None
     rng = np.random.default_rng(rows)
