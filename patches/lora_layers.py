@@ -22,7 +22,7 @@ from peft_dist.kernels.lora_beside import ShrinkBeside
 from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
 from peft_dist.patches.rank_outputs import Combination
 from peft_dist.patches.siblings import find_siblings
-from peft_dist.patches.together import call_together, multiply_few, plain_weight
+from peft_dist.patches.together import call_as_made, call_together, multiply_few, plain_weight
 
 
 class SelectiveLinear(LoraLinear):
@@ -173,7 +173,7 @@ def _run(layers: Sequence[SelectiveLinear], x: torch.Tensor, context: ForwardCon
     if fused is not None:
         return fused.split([layer.out_features for layer in layers], dim=-1)
     begun = kernels.begin_lora(x, weights, plans[0])
-    outputs = call_together(_multiplied(layers, context), x)
+    outputs = call_as_made(_multiplied(layers, context), x)
     _add(outputs, x, weights, plans, begun)
     return outputs
 
@@ -208,7 +208,7 @@ def run_gated(gate: nn.Module, up: nn.Module, x: torch.Tensor, activation: Activ
     if fused is not None:
         return fused
     begun = kernels.begin_lora(x, weights, plans[0])
-    outputs = call_together(_multiplied(layers, context), x)
+    outputs = call_as_made(_multiplied(layers, context), x)
     if len(plans) > 1:
         _add(outputs, x, weights, plans[:-1], begun)
         begun = None

@@ -19,6 +19,11 @@ def call_together(modules: Sequence[nn.Module], x: torch.Tensor) -> Sequence[tor
     few = multiply_few(modules, x)
     if few is not None:
         return few.split([cast(int, module.out_features) for module in modules], dim=-1)
+    return call_as_made(modules, x)
+
+
+def call_as_made(modules: Sequence[nn.Module], x: torch.Tensor) -> Sequence[torch.Tensor]:
+    """The same by torch's libraries in any case, as beside adapters' kernels."""
     group = _group_of(modules[0])
     if group is not None and not torch.is_grad_enabled() and x.numel():
         layers = group.layers

@@ -139,7 +139,7 @@ def _launch(
             *adapters, **known,
             SHRINK_SPLIT=launch.shrink_split, SHRINK_K=launch.shrink_k, SHRINK_STAGES=launch.shrink_stages,
             EACH=launch.each, AHEAD=launch.ahead, EXPAND_STAGES=launch.expand_stages, BLOCK_M=_room(len(rows)),
-            BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, SPLIT=launch.split, STAGES=launch.stages, SWAP=launch.swap,
+            BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, SPLIT=launch.split, STAGES=launch.stages,
             TMA=launch.tma, GATED=activation is not None, SILU=activation == "silu", num_warps=launch.warps,
         )  # fmt: skip
     return y

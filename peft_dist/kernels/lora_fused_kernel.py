@@ -100,28 +100,22 @@ def _store_halves(high_at, low_at, h, mask):
 @triton.jit
 def _product(
     x, weight, first_n, begin, end, num_rows, x_stride, K,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, SWAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
-    """``x @ weight.T`` of some inputs; SWAP: turned, ``[BLOCK_N, BLOCK_M]``, so that few rows fill wgmma's columns."""
+    """``weight @ x.T`` of some inputs, ``[BLOCK_N, BLOCK_M]``: turned, so that few rows are a product's columns."""
     m, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
     x_rows = x + m[:, None] * x_stride + k[None, :]
     if not TMA:
         w_rows = weight + (first_n + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None] * K + k[None, :]
-    if SWAP:
-        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    else:
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for k0 in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
         if TMA:
             w = weight.load([first_n, k0])
         else:
             w = tl.load(w_rows + k0, eviction_policy="evict_first")
         xs = tl.load(x_rows + k0, mask=(m < num_rows)[:, None], other=0.0, eviction_policy="evict_last")
-        if SWAP:
-            acc = tl.dot(w, xs.T, acc)
-        else:
-            acc = tl.dot(xs, w.T, acc)
+        acc = tl.dot(w, xs.T, acc)
     return acc
 
 
@@ -154,25 +148,21 @@ def _load_b(
 
 
 @triton.jit
-def _add_b(acc, b, h_rows, low_at, wanted, t0, first, EACH: tl.constexpr, SWAP: tl.constexpr):
+def _add_b(acc, b, h_rows, low_at, wanted, t0, first, EACH: tl.constexpr):
     """Add the product of the rows' intermediates, where a row is in the tile, and ``b``."""
     c = tl.arange(0, EACH * RANKS)
     mask = wanted[:, None] == (t0 + c // RANKS)[None, :]
     at = h_rows + (first + c % RANKS)[None, :]
     high = tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
     low = tl.load(at + low_at, mask=mask, other=0.0, cache_modifier=".cg")
-    if SWAP:
-        acc = tl.dot(b.T, low.T, tl.dot(b.T, high.T, acc))
-    else:
-        acc = tl.dot(low, b, tl.dot(high, b, acc))
-    return acc
+    return tl.dot(b.T, low.T, tl.dot(b.T, high.T, acc))
 
 
 @triton.jit
 def _expand(
     acc, ahead, used, highest, own, own_rank, hidden, entries, place, layer, n, width, B, split, num_rows, max_rank,
     TILES, PAGE: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, EACH: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr, SWAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, EACH: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Add the adapters' parts: columns (tile, rank) of a product whose left side is 0 where a row is not in the tile.
 
@@ -187,18 +177,18 @@ def _expand(
         # Nested, because only the outer condition is known when it is compiled.
         if AHEAD:  # noqa: SIM102
             if first == 0:
-                acc = _add_b(acc, ahead, h_rows, low_at, wanted, begin, 0, EACH, SWAP)
+                acc = _add_b(acc, ahead, h_rows, low_at, wanted, begin, 0, EACH)
                 begin += SPLIT * EACH
         for t0 in tl.range(begin, used, SPLIT * EACH, num_stages=STAGES):
             b = _load_b(entries, place, B, t0, used, first, n, width, TILES, PAGE, COLUMNS, EACH)
-            acc = _add_b(acc, b, h_rows, low_at, wanted, t0, first, EACH, SWAP)
+            acc = _add_b(acc, b, h_rows, low_at, wanted, t0, first, EACH)
     return acc
 
 
 @triton.jit
 def _two_products(
     x, weight, first_n, other_n, K, num_rows, x_stride,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, SWAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
     """``_product`` of all inputs for two blocks of outputs, which share the loads of x."""
@@ -207,12 +197,8 @@ def _two_products(
     if not TMA:
         w_rows = weight + (first_n + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None] * K + k[None, :]
         other_rows = weight + (other_n + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None] * K + k[None, :]
-    if SWAP:
-        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        other = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    else:
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        other = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    other = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for k0 in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         if TMA:
             w = weight.load([first_n, k0])
@@ -221,12 +207,8 @@ def _two_products(
             w = tl.load(w_rows + k0, eviction_policy="evict_first")
             v = tl.load(other_rows + k0, eviction_policy="evict_first")
         xs = tl.load(x_rows + k0, mask=(m < num_rows)[:, None], other=0.0, eviction_policy="evict_last")
-        if SWAP:
-            acc = tl.dot(w, xs.T, acc)
-            other = tl.dot(v, xs.T, other)
-        else:
-            acc = tl.dot(xs, w.T, acc)
-            other = tl.dot(xs, v.T, other)
+        acc = tl.dot(w, xs.T, acc)
+        other = tl.dot(v, xs.T, other)
     return acc, other
 
 
@@ -244,7 +226,7 @@ def fused_kernel(
     ROOM: tl.constexpr, SHRINK_SPLIT: tl.constexpr, SHRINK_K: tl.constexpr, SHRINK_STAGES: tl.constexpr,
     EACH: tl.constexpr, AHEAD: tl.constexpr, EXPAND_STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
-    SWAP: tl.constexpr, TMA: tl.constexpr, GATED: tl.constexpr, SILU: tl.constexpr,
+    TMA: tl.constexpr, GATED: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """``y[:num_rows, :N] = x @ weight.T`` and the adapters' parts. GROUP 0: without adapters.
 
@@ -289,47 +271,41 @@ def fused_kernel(
         if GATED:
             acc, other = _two_products(
                 x, weight, block * BLOCK_N, N0 + block * BLOCK_N, K, num_rows, x_stride,
-                BLOCK_M, BLOCK_N, BLOCK_K, STAGES, SWAP, TMA,
+                BLOCK_M, BLOCK_N, BLOCK_K, STAGES, TMA,
             )  # fmt: skip
         else:
             part = tl.multiple_of(K // SPLIT, BLOCK_K)
             acc = _product(
                 x, weight, block * BLOCK_N, split * part, (split + 1) * part, num_rows, x_stride, K,
-                BLOCK_M, BLOCK_N, BLOCK_K, STAGES, SWAP, TMA,
+                BLOCK_M, BLOCK_N, BLOCK_K, STAGES, TMA,
             )  # fmt: skip
         if GROUP > 0:
             while tl.atomic_add(ready, 0, sem="acquire") < GROUP * TILES:
                 pass
             acc = _expand(
                 acc, ahead, used, highest, own, own_rank, hidden, entries, place, layer, n, width, B, split, num_rows,
-                max_rank, TILES, PAGE, COLUMNS, SPLIT, BLOCK_M, EACH, AHEAD, EXPAND_STAGES, SWAP,
+                max_rank, TILES, PAGE, COLUMNS, SPLIT, BLOCK_M, EACH, AHEAD, EXPAND_STAGES,
             )  # fmt: skip
             if GATED:
                 other = _expand(
                     other, ahead1, used1, highest1, own, own_rank1, hidden, entries, place1, 1, n, width, B1, 0,
-                    num_rows, max_rank, TILES, PAGE, COLUMNS, 1, BLOCK_M, EACH, AHEAD, EXPAND_STAGES, SWAP,
+                    num_rows, max_rank, TILES, PAGE, COLUMNS, 1, BLOCK_M, EACH, AHEAD, EXPAND_STAGES,
                 )  # fmt: skip
         if GATED:
             acc = gated(acc, other, SILU)
-        _finish(acc, y, sums, counters + GROUP * TILES, block, split, num_rows, N, BLOCK_M, BLOCK_N, SPLIT, SWAP)
+        _finish(acc, y, sums, counters + GROUP * TILES, block, split, num_rows, N, BLOCK_M, BLOCK_N, SPLIT)
 
 
 @triton.jit
 def _finish(
     acc, y, sums, counters, block, split, num_rows, N,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, SWAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Store a block of outputs, or a part of it; the last part adds all of them up."""
     m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    if SWAP:
-        inner = m[None, :] * BLOCK_N + n[:, None]
-        outer = m[None, :].to(tl.int64) * N + block * BLOCK_N + n[:, None]
-        mask = (m < num_rows)[None, :]
-    else:
-        inner = m[:, None] * BLOCK_N + n[None, :]
-        outer = m[:, None].to(tl.int64) * N + block * BLOCK_N + n[None, :]
-        mask = (m < num_rows)[:, None]
-    mask = mask & (inner >= 0)
+    inner = m[None, :] * BLOCK_N + n[:, None]
+    outer = m[None, :].to(tl.int64) * N + block * BLOCK_N + n[:, None]
+    mask = (m < num_rows)[None, :] & (n >= 0)[:, None]
     if SPLIT > 1:
         mine = sums + block * (SPLIT * BLOCK_M * BLOCK_N) + inner
         tl.store(mine + split * (BLOCK_M * BLOCK_N), acc, mask=mask)

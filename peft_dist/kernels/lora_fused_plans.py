@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-MOST_FEW_ROWS = 32
-"""More rows are multiplied faster by torch's libraries."""
+MOST_ADDED_ROWS, MOST_MULTIPLIED_ROWS = 32, 64
+"""Of steps with adapters, and without; more are multiplied faster by torch's libraries."""
 
 # Outputs of a program, and what inputs are a multiple of: every split of blocks of 128.
 _OUTPUTS, _INPUTS = 64, 512
@@ -21,10 +21,10 @@ class FusedPlan:
     """Launch parameters.
 
     Attributes:
-        block_n, block_k: Outputs of a program, and inputs that it has in work at once.
+        block_k: Inputs that a program has in work at once.
         split: Parts of the inputs, each summed by a program of its own; ``split * block_k`` divides the inputs.
         stages: Blocks of the weight under way.
-        swap: The product is computed turned.
+        block_n: Outputs of a program.
         tma: The weight comes by descriptors.
         each: Tiles that an expand has in work at once, a power of two.
         ahead: The first block of B is asked for before the product.
@@ -32,12 +32,11 @@ class FusedPlan:
         expand_stages: Blocks of B under way.
     """
 
-    block_n: int = 64
     block_k: int = 128
     split: int = 1
     stages: int = 3
+    block_n: int = 64
     warps: int = 4
-    swap: bool = True
     tma: bool = False
     each: int = 4
     ahead: bool = False
@@ -54,33 +53,38 @@ def choose_plan(
     *,
     gated: bool,
     has_adapters: bool,
-    most_rows: int = MOST_FEW_ROWS,
+    most_rows: int | None = None,
 ) -> FusedPlan | None:
     """How layers that read one input are launched together in a step of few rows; None: by torch's libraries, and apart
     from their adapters, as that is not slower.
 
-    As measured for an 8B Llama's layers on an H200 (132 processors, as an H100): the most programs that run at once,
-    each of which streams 64 rows of the weight.
+    As measured for an 8B Llama's layers on an H200 (132 processors, as an H100): as many programs as run at once, each
+    of which streams 64 rows of the weight.
 
     Args:
         num_rows: Of the step.
         out_features: Of each layer, one to three.
         gated: The layers are a gated MLP's two, with the activation in the same launch.
+        most_rows: None takes the known bound.
     """
     outputs = sum(out_features)
+    if most_rows is None:
+        most_rows = MOST_ADDED_ROWS if has_adapters else MOST_MULTIPLIED_ROWS
     if num_rows > most_rows or outputs > _MOST_OUTPUTS or outputs * in_features < _FEWEST_WEIGHTS:
         return None
     if any(width % _OUTPUTS for width in out_features) or in_features % _INPUTS:
         return None
-    blocks = outputs // _OUTPUTS
+    is_short, blocks = num_rows <= 16, outputs // _OUTPUTS
     shrink_split = 8 if in_features > 8192 and len(out_features) == 1 else 4
     if gated or blocks > _AT_ONCE:
         # With many adapters a program with two layers' outputs is short of others that run meanwhile.
-        pays = (num_rows <= 16 or not has_adapters) if gated else has_adapters
-        plan = FusedPlan(_OUTPUTS, 64, 1, 4, tma=True, each=4, shrink_split=shrink_split if num_rows <= 16 else 1)
-        return plan if pays else None
+        pays = (is_short or not has_adapters) if gated else has_adapters
+        shrink_split = shrink_split if is_short else 1
+        return FusedPlan(64, 1, 4, tma=True, ahead=is_short, shrink_split=shrink_split) if pays else None
     split = next(parts for parts in (4, 2, 1) if blocks * parts <= _AT_ONCE)
     if split < 4 and not has_adapters:
         return None
-    few = len(out_features) > 1 and num_rows > 16
-    return FusedPlan(_OUTPUTS, 128, split, 3, tma=split < 4, each=4, shrink_split=2 if few else shrink_split)
+    shrink_split = shrink_split if is_short or len(out_features) == 1 else 2
+    # What is shorter leaves room for the shrinks' programs beside it, and what has fewer tiles for B.
+    block_k, stages = (64, 4) if has_adapters and not is_short else (128, 3)
+    return FusedPlan(block_k, split, stages, tma=split < 4, ahead=is_short, shrink_split=shrink_split)

@@ -170,32 +170,32 @@ def products(linear: Linear, tiny: bool) -> Iterator[FusedPlan]:
     """Plans of the product: several programs a processor, all of which run at once, or nearly."""
     rows = max(16, 1 << (len(linear.x) - 1).bit_length())
     if tiny:
-        yield from (FusedPlan(16, 16, split, 2, swap=False, shrink_k=16) for split in (1, 2))
+        yield from (FusedPlan(16, split, 2, block_n=16, shrink_k=16) for split in (1, 2))
         return
-    few = [(64, 128, 3, 4, True, True), (64, 128, 3, 4, True, False), (64, 64, 4, 4, True, True),
-           (64, 128, 4, 4, True, True), (64, 128, 3, 4, False, False), (128, 64, 4, 4, True, True)]  # fmt: skip
-    many = [(64, 64, 4, 4, True, True), (128, 64, 3, 8, True, True), (128, 64, 4, 8, True, True),
-            (128, 64, 3, 4, True, False), (128, 128, 3, 8, True, True)]  # fmt: skip
-    for block_n, block_k, stages, warps, swap, tma in few if rows < 64 else many:
+    few = [(64, 128, 3, 4, True), (64, 128, 3, 4, False), (64, 64, 4, 4, True),
+           (64, 128, 4, 4, True), (128, 64, 4, 4, True)]  # fmt: skip
+    many = [(64, 64, 4, 4, True), (128, 64, 3, 8, True), (128, 64, 4, 8, True),
+            (128, 64, 3, 4, False), (128, 128, 3, 8, True)]  # fmt: skip
+    for block_n, block_k, stages, warps, tma in few if rows < 64 else many:
         at_once = min(SHARED // (stages * (block_n + rows) * block_k * 2), PROGRAMS * 4 // warps) * PROCESSORS
         blocks = sum(linear.outs) // block_n
         splits = [s for s in (1, 2, 4, 8, 16) if linear.inputs % (s * block_k) == 0 and linear.inputs // s >= 512]
         # The most programs that run at once, and where that leaves room, the next finer parts.
         fitting = [s for s in splits if blocks * s <= at_once] or [1]
         wanted = {fitting[-1]} | {s for s in splits if at_once < blocks * s <= 1.6 * at_once}
-        yield from (FusedPlan(block_n, block_k, s, stages, warps, swap, tma) for s in sorted(wanted))
+        yield from (FusedPlan(block_k, s, stages, block_n, warps, tma) for s in sorted(wanted))
 
 
 def gated_products(linear: Linear, tiny: bool) -> Iterator[FusedPlan]:
     """The same where a program computes a block of both layers, and what becomes of them."""
     if tiny:
-        yield FusedPlan(16, 16, 1, 2, swap=False, shrink_k=16)
+        yield FusedPlan(16, 1, 2, block_n=16, shrink_k=16)
         return
-    few = [(64, 64, 4, 4, True, True), (64, 64, 3, 4, True, True), (64, 64, 4, 4, True, False),
-           (64, 128, 2, 4, True, True)]  # fmt: skip
-    many = [(64, 64, 3, 4, True, True), (64, 64, 3, 8, True, True), (64, 64, 4, 8, True, True)]
-    for block_n, block_k, stages, warps, swap, tma in few if len(linear.x) <= 32 else many:
-        yield FusedPlan(block_n, block_k, 1, stages, warps, swap, tma)
+    few = [(64, 64, 4, 4, True), (64, 64, 3, 4, True), (64, 64, 4, 4, False),
+           (64, 128, 2, 4, True)]  # fmt: skip
+    many = [(64, 64, 3, 4, True), (64, 64, 3, 8, True), (64, 64, 4, 8, True)]
+    for block_n, block_k, stages, warps, tma in few if len(linear.x) <= 32 else many:
+        yield FusedPlan(block_k, 1, stages, block_n, warps, tma)
 
 
 def with_adapters(best: FusedPlan, tiles: int, rows: int, tiny: bool) -> Iterator[FusedPlan]:

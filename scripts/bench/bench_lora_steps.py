@@ -35,7 +35,7 @@ from bench.report import write_result
 from peft_dist.kernels import lora_plans
 from peft_dist.kernels.backend import has_triton
 from peft_dist.kernels.few_rows import FewRows
-from peft_dist.kernels.lora_fused_plans import MOST_FEW_ROWS, FusedPlan, choose_plan
+from peft_dist.kernels.lora_fused_plans import MOST_ADDED_ROWS, FusedPlan, choose_plan
 from peft_dist.kernels.lora_plans import GroupPlan, GroupShape, default_plan, fit_plan
 from peft_dist.kernels.types import LoRAPlan
 
@@ -80,10 +80,9 @@ PLANS: dict[str, tuple[tuple[str, ...], dict[str, Change]]] = {
 
 GATE = "the other place of the activation"
 FUSED: dict[str, Vary] = {
-    "ahead": lambda plan: replace(plan, ahead=True),
+    "ahead or not": lambda plan: replace(plan, ahead=not plan.ahead),
     "64 inputs": lambda plan: replace(plan, block_k=64, stages=4),
-    "64 inputs, ahead": lambda plan: replace(plan, block_k=64, stages=4, ahead=True),
-    "64 inputs, ahead, 8 tiles": lambda plan: replace(plan, block_k=64, stages=4, ahead=True, each=8),
+    "128 inputs": lambda plan: replace(plan, block_k=128, stages=3),
     "8 tiles": lambda plan: replace(plan, each=8),
     "twice the shrinks": lambda plan: replace(plan, shrink_split=2 * plan.shrink_split),
     GATE: lambda plan: plan,
@@ -94,7 +93,7 @@ class Case(NamedTuple):
     """What is other than usual; of ``change`` in the plans of ``group``, a kind of layers.
 
     Attributes:
-        few_rows: Most rows of steps that multiply by our kernel.
+        few_rows: Most rows of steps that multiply by our kernel; None: as usual.
         vary: Changes the plans of those that have adapters inside.
         stream: Of the shrinks: "first" in line, "usual" (as urgent as any), "none" (no stream of their own).
     """
@@ -105,7 +104,7 @@ class Case(NamedTuple):
     change: Change | None = None
     stream: str = "first"
     lookup: bool = True
-    few_rows: int = MOST_FEW_ROWS
+    few_rows: int | None = None
     vary: Vary | None = None
 
 
@@ -175,7 +174,7 @@ class Steps:
 
 
 def choose_fused(
-    most_rows: int, vary: Vary, other_gate: bool, rows: int, inputs: int, outs: Sequence[int], *, gated: bool,
+    most_rows: int | None, vary: Vary, other_gate: bool, rows: int, inputs: int, outs: Sequence[int], *, gated: bool,
     has_adapters: bool,
 ) -> FusedPlan | None:  # fmt: skip
     """A layer's plan in a case; without adapters the usual one."""
@@ -189,8 +188,8 @@ def choose_fused(
 def concerns(case: Case, load: Load, loads: Sequence[Load]) -> bool:
     """Whether a load is measured: where only some plans change, what goes by them."""
     kind, batch = load
-    if case.few_rows > MOST_FEW_ROWS:
-        return MOST_FEW_ROWS < batch <= case.few_rows
+    if case.few_rows:
+        return MOST_ADDED_ROWS < batch <= case.few_rows
     if case.name in FUSED:
         return kind in ("same", "distinct") and batch in (8, 32)
     return case.part not in PLANS or batch == loads[0][1]

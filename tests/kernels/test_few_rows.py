@@ -11,7 +11,7 @@ import torch
 
 from peft_dist.kernels import reference
 from peft_dist.kernels.few_rows import FewRows
-from peft_dist.kernels.lora_fused_plans import MOST_FEW_ROWS, FusedPlan, choose_plan
+from peft_dist.kernels.lora_fused_plans import MOST_ADDED_ROWS, MOST_MULTIPLIED_ROWS, FusedPlan, choose_plan
 from tests import triton_interpreter
 from tests.kernels.lora_cases import DEVICES, LIMIT, layers_of, random_rows
 from tests.kernels.test_lora_fused import IN, RANKS, SMALL, error, expected, plan_of
@@ -35,7 +35,9 @@ def test_what_was_not_measured_or_is_slower_is_left_to_others() -> None:
     def choose(rows: int, inputs: int, *outs: int, gated: bool = False, has_adapters: bool = True) -> FusedPlan | None:
         return choose_plan(rows, inputs, outs, gated=gated, has_adapters=has_adapters)
 
-    assert choose(MOST_FEW_ROWS + 1, 4096, 4096) is None and choose(MOST_FEW_ROWS, 4096, 4096) is not None
+    for has_adapters, most in ((True, MOST_ADDED_ROWS), (False, MOST_MULTIPLIED_ROWS)):
+        assert choose(most, 4096, 4096, has_adapters=has_adapters) is not None
+        assert choose(most + 1, 4096, 4096, has_adapters=has_adapters) is None
     assert choose(8, 4096, 128256) is None and choose(8, 2048, 2048) is None
     assert choose(8, 4096, 4096, 1000, 1048) is None and choose(8, 4000, 4096) is None
     assert choose(8, 4096, 4096, 1024, 1024, has_adapters=False) is None
@@ -100,6 +102,20 @@ def test_calls_that_are_left_to_others(device: str) -> None:
     alone = few.multiply(x, weight)
     base = x.float() @ weight.float().T
     assert alone is not None and error(alone, base) < error(base.half(), base) + 1e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["o", "gate", "down"])
+def test_products_of_more_rows(name: str) -> None:
+    inputs, outs = LLAMA[name]
+    x = random_rows("cuda", MOST_MULTIPLIED_ROWS, inputs, dtype=torch.bfloat16)
+    weight = torch.randn(sum(outs), inputs, device="cuda", dtype=torch.bfloat16) / inputs**0.5
+    found = FewRows("cuda").multiply(x, weight, "silu" if name == "gate" else None)
+    wanted = x.float() @ weight.float().T
+    if name == "gate":
+        gate, up = wanted.split(outs, dim=1)
+        wanted = torch.nn.functional.silu(gate) * up
+    assert found is not None and error(found, wanted) < error(wanted.bfloat16(), wanted) + LIMIT[x.dtype]
 
 
 @pytest.mark.gpu

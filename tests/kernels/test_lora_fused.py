@@ -20,13 +20,13 @@ pytestmark = pytest.mark.parametrize("device", DEVICES)
 IN = 64
 # A slot without ranks in a layer, and one of more ranks than are in work at once.
 RANKS = [[8, 17, 0, 2, 0], [3, 16, 9, 0, 0], [1, 40, 8, 8, 0]]
-SMALL = FusedPlan(block_n=16, block_k=16, split=2, stages=2, swap=False, each=2, shrink_split=2, shrink_k=16)
+SMALL = FusedPlan(block_n=16, block_k=16, split=2, stages=2, each=2, shrink_split=2, shrink_k=16)
 LAUNCHES = [
     SMALL,
     replace(SMALL, split=1, shrink_split=1, each=1),
-    replace(SMALL, swap=True, split=4, each=4, shrink_split=3),
+    replace(SMALL, split=4, each=4, shrink_split=3),
     replace(SMALL, tma=True, block_k=32, ahead=True),
-    replace(SMALL, swap=True, split=1, each=1, ahead=True),
+    replace(SMALL, split=1, each=1, ahead=True),
 ]
 
 
