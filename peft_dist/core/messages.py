@@ -1,8 +1,8 @@
 """What the orchestrator and a replica say to each other.
 
-Every message travels in an envelope with the protocol's version and the replica's epoch: a replica that was
-fenced keeps its old epoch, so its late words are recognised. The encoding rejects types and fields it does
-not know.
+Every message travels in an envelope with the protocol's version, the replica's epoch (a replica that was fenced keeps
+its old one, so its late words are recognised) and its number (``core/numbering.py``). The encoding rejects types and
+fields it does not know.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from peft_dist.core.config import EngineConfig, ModelInfo
 from peft_dist.core.errors import PeftDistError
 from peft_dist.core.handover import SequenceState
 from peft_dist.core.message_kinds import Command, Report
+from peft_dist.core.numbering import UNNUMBERED
 from peft_dist.core.outputs import PositionLogprobs
 from peft_dist.core.replica_state import AdapterResidency as AdapterResidency
 from peft_dist.core.replica_state import ReplicaDetail as ReplicaDetail
@@ -22,7 +23,7 @@ from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.core.step_costs import StepCosts
 from peft_dist.core.succession import Adopt, Identify, Identity, NameAdapters, NamedAdapter, NamesKept
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 
 
 class AddRequest(Command, frozen=True, kw_only=True):
@@ -133,7 +134,7 @@ class Welcome(Command, frozen=True, kw_only=True):
 
 
 class Ping(Command, frozen=True, kw_only=True):
-    """The orchestrator lives; to replicas that joined it."""
+    """The orchestrator lives; answered by ``Progress``. Either shows the loss of what was sent last before it."""
 
 
 class Join(Report, frozen=True, kw_only=True):
@@ -196,11 +197,13 @@ class Started(Report, frozen=True, kw_only=True):
 class Heartbeat(Report, frozen=True, kw_only=True):
     """The process lives. ``busy_seconds``: for how long its loop has been in one round, 0 while it waits.
 
-    ``is_orphaned``: It heard nothing of the orchestrator for too long, and has no requests any more.
+    ``is_orphaned``: It heard nothing of the orchestrator for too long, and has no requests any more. ``missed``:
+    Commands of these numbers, from the first to the last, did not arrive; since then it has none, either.
     """
 
     busy_seconds: float
     is_orphaned: bool = False
+    missed: tuple[int, int] | None = None
 
 
 class Progress(Report, frozen=True, kw_only=True):
@@ -283,18 +286,20 @@ class ProtocolError(PeftDistError):
 
 
 class CommandEnvelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A command on the wire, with the protocol's version and the epoch it is meant for."""
+    """A command on the wire, with the protocol's version, the epoch it is meant for, and its number there."""
 
     version: int
     epoch: int
+    number: int
     message: AnyCommand
 
 
 class ReportEnvelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A report on the wire, with the protocol's version and the epoch it comes from."""
+    """A report on the wire, with the protocol's version, the epoch it comes from, and its number there."""
 
     version: int
     epoch: int
+    number: int
     message: AnyReport
 
 
@@ -303,14 +308,14 @@ _commands = msgspec.msgpack.Decoder(CommandEnvelope)
 _reports = msgspec.msgpack.Decoder(ReportEnvelope)
 
 
-def encode_command(message: AnyCommand, epoch: int) -> bytes:
+def encode_command(message: AnyCommand, epoch: int, number: int = UNNUMBERED) -> bytes:
     """A command as msgpack bytes in its envelope."""
-    return _encoder.encode(CommandEnvelope(PROTOCOL_VERSION, epoch, message))
+    return _encoder.encode(CommandEnvelope(PROTOCOL_VERSION, epoch, number, message))
 
 
-def encode_report(message: AnyReport, epoch: int) -> bytes:
+def encode_report(message: AnyReport, epoch: int, number: int = UNNUMBERED) -> bytes:
     """A report as msgpack bytes in its envelope."""
-    return _encoder.encode(ReportEnvelope(PROTOCOL_VERSION, epoch, message))
+    return _encoder.encode(ReportEnvelope(PROTOCOL_VERSION, epoch, number, message))
 
 
 def decode_command(data: bytes) -> CommandEnvelope:

@@ -39,17 +39,17 @@ from peft_dist.orchestrator.placer import Placer
 from peft_dist.orchestrator.records import (
     AdapterRefused,
     Event,
+    Fault,
     Outgoing,
     Replica,
     ReplicaDrained,
     ReplicaLost,
     ReplicaReady,
     RequestRecord,
-    SequenceEvent,
     StartReplica,
 )
 from peft_dist.orchestrator.replicas import ReplicaTable
-from peft_dist.orchestrator.requests import RequestTable, ending, unseen_part
+from peft_dist.orchestrator.requests import RequestTable, ending
 from peft_dist.orchestrator.room import Room
 
 __all__ = ["Orchestrator", "OrchestratorOptions"]
@@ -189,11 +189,12 @@ class Orchestrator:
         return self.replicas.add(replica_id, None if start_timeout is None else now + start_timeout)
 
     def lose_replica(
-        self, replica_id: int, epoch: int, reason: str, now: float, *, hangs: bool = False
+        self, replica_id: int, epoch: int, reason: str, now: float, *, hangs: bool = False, by_link: bool = False
     ) -> list[Outgoing]:
         """Give a replica up: it is told to exit in case it still listens, and other replicas go on with its requests.
 
-        Those that no replica can go on with fail. Ignored for an earlier incarnation, or a second time.
+        Those that no replica can go on with fail. ``hangs``: It will not end by itself. ``by_link``: What failed is its
+        connection, and no request is to blame. Ignored for an earlier incarnation, or a second time.
         """
         replica = self.replicas.alive(replica_id, epoch)
         if replica is None:
@@ -205,7 +206,7 @@ class Orchestrator:
             self.lives.plan_restart(replica, now, was_asked=was_asked)
         farewell = Fence() if replica.is_guest and not was_asked else Shutdown()
         out = [to(replica, farewell), *self._calls.lose(replica, error), *self.handover.lose(replica, now)]
-        if (guilty := self._placer.orphan(replica, now, by_death=not was_asked)) is not None:
+        if (guilty := self._placer.orphan(replica, now, by_death=not (was_asked or by_link))) is not None:
             twice = f"{reason.rstrip('.')}. So did another replica with this request: it is not tried again."
             self._endings.fail([guilty], EngineDeadError(twice))
         out += self._place_waiting(now, error)
@@ -227,8 +228,8 @@ class Orchestrator:
             case Started(request_ids=ids):
                 self._requests.note_started(ids, replica_id)
             case Heartbeat():
-                if (reason := self.lives.find_fault(replica, report)) is not None:
-                    out = self.lose_replica(replica_id, epoch, reason, now, hangs=not report.is_orphaned)
+                if (fault := self.lives.find_fault(replica, report)) is not None:
+                    out = self._give_up(replica, fault, now)
             case Ready():
                 out = self._observe_ready(replica, report, now)
             case AdapterResult():
@@ -247,8 +248,8 @@ class Orchestrator:
         Replicas that are not ready in time, or silent for too long, are lost; those that waited for it are started.
         """
         out = self.handover.tick(now)
-        for lost, reason, hangs in self.lives.lost_by(now):
-            out += self.lose_replica(lost.replica_id, lost.epoch, reason, now, hangs=hangs)
+        for lost, fault in self.lives.lost_by(now):
+            out += self._give_up(lost, fault, now)
         for dead in self.lives.due(now):
             replica = self.add_replica(dead.replica_id, now, self._options.start_timeout)
             self._events.append(StartReplica(replica.replica_id, replica.epoch))
@@ -293,6 +294,9 @@ class Orchestrator:
 
     # Inside
 
+    def _give_up(self, replica: Replica, fault: Fault, now: float) -> list[Outgoing]:
+        return self.lose_replica(replica.replica_id, replica.epoch, now=now, **fault._asdict())
+
     def _check_open(self) -> None:
         if self._stopping:
             raise EngineDeadError("The server is shutting down: send the request to another one, or later.")
@@ -303,23 +307,8 @@ class Orchestrator:
 
     def _observe_progress(self, replica: Replica, report: Progress, now: float) -> list[Outgoing]:
         self.replicas.take_in(replica, report)
-        out: list[Outgoing] = []
-        for progress in report.sequences:
-            owner = self._requests.owner(progress.request_id, replica.replica_id)
-            if owner is None:
-                continue  # Aborted here while the replica was still at it.
-            record, sequence = owner
-            try:
-                new = unseen_part(sequence, progress)
-            except ValueError as error:
-                out += self._placer.stop(record, sequence)
-                new = ending(sequence, "error", str(error))
-            self._requests.advance(record, sequence, new.token_ids)
-            if new.finish_reason is None:
-                self._events.append(SequenceEvent(record.request_id, sequence.index, new))
-            else:
-                self._endings.finish(record, sequence, new, now)
-        return out + self._place_waiting(now)
+        broken = self._endings.advance(report.sequences, replica, now)
+        return [out for each in broken for out in self._placer.stop(*each)] + self._place_waiting(now)
 
     def _observe_ready(self, replica: Replica, report: Ready, now: float) -> list[Outgoing]:
         self.replicas.mark_ready(replica, report, now)

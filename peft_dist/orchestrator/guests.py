@@ -105,7 +105,7 @@ class Guests:
         while True:
             for replica in self._core.replicas.all_alive():
                 if replica.is_guest:
-                    self._link.send(Outgoing(replica.replica_id, replica.epoch, Ping()))
+                    self._link.ping(replica)
             self._forget_the_gone()
             await asyncio.sleep(min(self._invitation.heartbeat_seconds, _PING_SECONDS))
 

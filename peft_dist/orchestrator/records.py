@@ -10,6 +10,7 @@ from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.config import ModelInfo
 from peft_dist.core.errors import PeftDistError
 from peft_dist.core.messages import AnyCommand, ReplicaDetail, ReplicaStats, SequenceProgress
+from peft_dist.core.numbering import Inbox
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.core.step_costs import StepCosts
 from peft_dist.orchestrator.observation import ReplicaTotals
@@ -23,6 +24,14 @@ class Outgoing(NamedTuple):
     replica_id: int
     epoch: int
     command: AnyCommand
+
+
+class Fault(NamedTuple):
+    """Why a replica is given up. ``hangs``, ``by_link``: As in ``Orchestrator.lose_replica``."""
+
+    reason: str
+    hangs: bool = False
+    by_link: bool = False
 
 
 class ReplicaState(enum.Enum):
@@ -42,6 +51,7 @@ class Replica:
         start_deadline: The time by which a starting replica must be ready, None for no limit.
         on_host: Content hashes whose weights were in its host memory when it told details last.
         last_heard: When it said anything last.
+        inbox: The numbers of what it has said.
         ready_since: When it became ready, None before.
         num_restarts: Incarnations of this replica before this one.
         num_failures: Incarnations of this replica that died early, one after another, up to now.
@@ -65,6 +75,7 @@ class Replica:
     costs: StepCosts | None = None
     on_host: frozenset[str] = frozenset()
     last_heard: float = 0.0
+    inbox: Inbox = field(default_factory=Inbox)
     ready_since: float | None = None
     num_restarts: int = 0
     num_failures: int = 0

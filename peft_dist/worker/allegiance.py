@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Iterable
@@ -16,6 +17,8 @@ from peft_dist.worker.lifeline import watch_process
 from peft_dist.worker.names import NameTable
 from peft_dist.worker.replica import Replica
 from peft_dist.worker.vigil import Vigil
+
+logger = logging.getLogger(__name__)
 
 
 class Allegiance:
@@ -34,7 +37,16 @@ class Allegiance:
             channel.watch(vigil.fileno())
 
     def hear(self, number: int) -> bool:
-        """So many commands have come since the last call; returns whether the orchestrator was found to be gone."""
+        """So many commands have come since the last call; returns whether requests are to be dropped.
+
+        Because the orchestrator was found to be gone, or because it said something that did not arrive: what is left of
+        it makes no sense then, and it has others go on with them when it hears that.
+        """
+        if (missing := self._channel.missing) is not None and self._heart.missed is None:
+            self._heart.missed = missing
+            self._heart.hurry()
+            logger.error("commands %d to %d were lost with a connection: this replica is over", *missing)
+            return True
         if self._vigil is None:
             return False
         if number:
@@ -81,6 +93,7 @@ class Allegiance:
         """Be the incarnation that a new orchestrator says, which begins with what is here."""
         self._heart.stop()
         self._channel.rename(command.replica_id, command.incarnation)
+        self._heart.missed = None
         if self._vigil is not None:
             vigil, generation = self._vigil, self._vigil.adopted()
             if command.pid is not None:

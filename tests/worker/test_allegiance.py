@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,6 +56,7 @@ class NamedScript(Script):
     """Notes under which name each report is sent, and which names it was given."""
 
     name = "3.7"
+    missing: tuple[int, int] | None = None
 
     def __init__(self, *batches: list[object]) -> None:
         super().__init__(*batches)
@@ -183,6 +185,37 @@ def test_silence_ends_requests_and_any_word_breaks_it(replica: ModelReplica) -> 
     assert next(steps) == 14 and not replica.engine.requests
     assert replica.engine.scheduler.blocks.num_free == replica.engine.scheduler.blocks.num_blocks
     assert [beat.is_orphaned for beat in script.beats] == [], "nobody hurried it"  # type: ignore[union-attr]
+
+
+def test_whoever_misses_a_command_drops_requests_and_says_so_until_it_is_another(replica: ModelReplica) -> None:
+    script = NamedScript()
+    script.ready = [endless("r")]
+    beats = threading.Event()
+    step = replica.engine.step
+
+    def lossy_step(now: float) -> list[object]:
+        script.missing = (2, 3)
+        return step(now)  # type: ignore[return-value]
+
+    def before_wait() -> bool:
+        """Nothing runs any more: adopt it when its beat was heard."""
+        if script.missing is not None:
+            assert not replica.engine.requests and beats.wait(20)
+            script.missing, script.ready = None, [Adopt(replica_id=1, incarnation=50)]
+            return True
+        return False
+
+    class Listening(Side):
+        def send(self, report: AnyReport) -> None:
+            super().send(report)
+            beats.set()
+
+    script.sender = lambda: Listening(script.beats)  # type: ignore[method-assign]
+    replica.engine.step = lossy_step  # type: ignore[assignment, method-assign]
+    script.before_wait = before_wait
+    run(replica, script)
+    assert [beat.missed for beat in script.beats] == [(2, 3)]  # type: ignore[union-attr]
+    assert len(script.told(Ready)) == 1
 
 
 def test_names_are_replaced_given_and_taken(replica: ModelReplica) -> None:
