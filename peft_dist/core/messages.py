@@ -207,11 +207,15 @@ class Heartbeat(Report, frozen=True, kw_only=True):
 
 
 class Progress(Report, frozen=True, kw_only=True):
-    """What one engine step brought."""
+    """What one engine step brought.
+
+    ``num_taken``: Sequences to run that this incarnation has taken in so far; None: all that were sent.
+    """
 
     sequences: list[SequenceProgress]
     stats: ReplicaStats
     detail: ReplicaDetail | None = None
+    num_taken: int | None = None
 
 
 class AdapterResult(Report, frozen=True, kw_only=True):

@@ -101,7 +101,7 @@ class Orchestrator:
             raise InvalidRequestError(f"request_id {new.request_id!r} is in use: ids are unique", param="request_id")
         self._check_open()
         self._check_ready()
-        self._room.check(params.n, self.num_unfinished, len(self.replicas.ready()), len(self.replicas.all()))
+        self._room.check(params.n, self.num_held, len(self.replicas.ready()), len(self.replicas.all()))
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
         record = RequestRecord(new.request_id, list(new.prompt_token_ids), params, seed, adapter, now)
         if self._placer.is_hopeless(record):
@@ -287,6 +287,12 @@ class Orchestrator:
     def num_unfinished(self) -> int:
         """Sequences that wait or run."""
         return self._requests.num_sequences
+
+    @property
+    def num_held(self) -> int:
+        """Those, and the ones that have ended before their replica, which does not listen, took them in."""
+        ended = (r.num_sent - r.num_taken - self._requests.load(r) for r in self.replicas.all_alive())
+        return self.num_unfinished + sum(number for number in ended if number > 0)
 
     def stats(self) -> ReplicaStats:
         """The last report of a ready replica, or of the last known one when none is ready."""

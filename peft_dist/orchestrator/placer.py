@@ -121,6 +121,7 @@ class Placer:
 
     def _give(self, record: RequestRecord, replica: Replica, now: float) -> list[Outgoing]:
         self._requests.place(record, replica.replica_id, self._lengths.expected(record))
+        replica.num_sent += len(record.unfinished)
         return [to(replica, command) for command in add_commands(record, now)]
 
 

@@ -52,6 +52,7 @@ class Replica:
         on_host: Content hashes whose weights were in its host memory when it told details last.
         last_heard: When it said anything last.
         inbox: The numbers of what it has said.
+        num_sent, num_taken: Sequences that it was sent, and those of them that it said it has taken in.
         ready_since: When it became ready, None before.
         num_restarts: Incarnations of this replica before this one.
         num_failures: Incarnations of this replica that died early, one after another, up to now.
@@ -76,6 +77,8 @@ class Replica:
     on_host: frozenset[str] = frozenset()
     last_heard: float = 0.0
     inbox: Inbox = field(default_factory=Inbox)
+    num_sent: int = 0
+    num_taken: int = 0
     ready_since: float | None = None
     num_restarts: int = 0
     num_failures: int = 0

@@ -113,6 +113,31 @@ def test_sequences_stream_back_in_order_and_the_worker_ends_with_the_service(kin
     run(work())
 
 
+def test_a_replica_that_is_stopped_makes_clients_that_give_up_wait_for_room() -> None:
+    """Nothing limits its silence: it has one server, which starts no other."""
+
+    async def work() -> None:
+        async with started() as service:
+            pid = service.replica_pids()[0]
+            os.kill(pid, signal.SIGSTOP)
+            admitted = 0
+            for number in range(50):
+                try:
+                    stream = service.generate(f"r{number}", [5] * 50, LONG, None)
+                except QueueFullError:
+                    continue
+                admitted += 1
+                await stream.aclose()
+            os.kill(pid, signal.SIGCONT)
+            assert admitted == 8, "what it runs at once, and what may wait"
+            while service._core.num_held:
+                await asyncio.sleep(0.01)
+            [progress] = (await collect(service, "next", [5], SamplingParams(max_tokens=1)))[0]
+            assert progress.finish_reason == "length"
+
+    run(work())
+
+
 def test_closing_a_stream_aborts_it_and_the_others_go_on() -> None:
     async def work() -> None:
         async with started() as service:

@@ -58,7 +58,7 @@ class Worker:
         if self.mini.is_down or not self.inbox.take(envelope.number):
             return
         if isinstance(envelope.message, Ping):
-            self.mini.reports.append(Progress(sequences=[], stats=ReplicaStats()))
+            self.mini.reports.append(Progress(sequences=[], stats=ReplicaStats(), num_taken=self.mini.num_taken))
         else:
             self.mini.commands.append(envelope.message)
             self.mini.work()
