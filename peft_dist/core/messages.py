@@ -10,9 +10,10 @@ from __future__ import annotations
 import msgspec
 
 from peft_dist.core.adapter import AdapterSpec
-from peft_dist.core.config import EngineConfig, ModelInfo
+from peft_dist.core.config import ModelInfo
 from peft_dist.core.errors import PeftDistError
 from peft_dist.core.handover import SequenceState
+from peft_dist.core.joining import Join, Leave, Welcome
 from peft_dist.core.message_kinds import Command, Report
 from peft_dist.core.numbering import UNNUMBERED
 from peft_dist.core.outputs import PositionLogprobs
@@ -21,7 +22,7 @@ from peft_dist.core.replica_state import ReplicaDetail as ReplicaDetail
 from peft_dist.core.replica_state import ReplicaStats as ReplicaStats
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.core.step_costs import StepCosts
-from peft_dist.core.succession import Adopt, Identify, Identity, NameAdapters, NamedAdapter, NamesKept
+from peft_dist.core.succession import Adopt, Identify, Identity, KeepDrained, NameAdapters, NamedAdapter, NamesKept
 
 PROTOCOL_VERSION = 6
 
@@ -115,49 +116,22 @@ class ImportRequests(Command, frozen=True, kw_only=True):
 
 
 class Shutdown(Command, frozen=True, kw_only=True):
-    """End at once. The sender has answered for what still runs, so it need not be reported."""
+    """End at once. What still runs need not be reported."""
 
 
 class Fence(Command, frozen=True, kw_only=True):
     """This incarnation is over, and others have its requests: end at once; a new one may join."""
 
 
-class Welcome(Command, frozen=True, kw_only=True):
-    """Answer to ``Join``: which incarnation of which replica the sender is from now on, and what it is to run."""
-
-    attempt: int
-    replica_id: int
-    incarnation: int
-    engine: EngineConfig
-    replica_factory: str
-    heartbeat_seconds: float
-
-
 class Ping(Command, frozen=True, kw_only=True):
     """The orchestrator lives; answered by ``Progress``. Either shows the loss of what was sent last before it."""
-
-
-class Join(Report, frozen=True, kw_only=True):
-    """Somebody has room for a replica; repeated until ``Welcome`` comes.
-
-    ``attempt``: Counts the replicas that the sender has begun; a later one tells that the last one is over.
-    """
-
-    host: str
-    attempt: int
-
-
-class Leave(Report, frozen=True, kw_only=True):
-    """The replica of this attempt wants to go: give it nothing new, move what it has, and tell it to end. Repeated."""
-
-    attempt: int
 
 
 class Ready(Report, frozen=True, kw_only=True):
     """The model is loaded, by the process ``pid``, and commands may come.
 
-    What it has from before, of a replica that another orchestrator had: the ``contents`` that it holds, and the
-    ``names`` that it remembers of ``names_version`` (see ``NameAdapters``), in order.
+    What a replica has that another orchestrator had: the ``contents`` that it holds, and in order the ``names`` that it
+    remembers of ``names_version`` (``NameAdapters``); ``is_drained``: it takes no requests (``KeepDrained``).
     """
 
     model: ModelInfo
@@ -166,6 +140,7 @@ class Ready(Report, frozen=True, kw_only=True):
     contents: list[AdapterSpec] = []
     names: list[NamedAdapter] = []
     names_version: int = 0
+    is_drained: bool = False
 
 
 class SequenceProgress(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -262,6 +237,7 @@ AnyCommand = (
     | PrefetchAdapter
     | UnloadAdapter
     | NameAdapters
+    | KeepDrained
     | Shutdown
     | Fence
     | Welcome

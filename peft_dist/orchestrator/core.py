@@ -23,7 +23,7 @@ from peft_dist.core.messages import (
     Shutdown,
     Started,
 )
-from peft_dist.core.succession import NamesKept, life_of
+from peft_dist.core.succession import KeepDrained, NamesKept, life_of
 from peft_dist.orchestrator.adapter_calls import AdapterCalls, to
 from peft_dist.orchestrator.adapters import AdapterRegistry
 from peft_dist.orchestrator.admission import check_prompt, check_token_parameters, resolve_max_tokens
@@ -155,8 +155,9 @@ class Orchestrator:
         Raises:
             UnknownReplicaError, ReplicaStateError: there is no such replica, or it cannot be spared.
         """
-        self.lives.drain(replica_id, leave=restart)
-        return self._placer.evacuate(now) + self._note_drained(now)
+        replica = self.lives.drain(replica_id, leave=restart)
+        kept = [] if restart else [to(replica, KeepDrained(is_drained=True))]
+        return kept + self._placer.evacuate(now) + self._note_drained(now)
 
     def resume_replica(self, replica_id: int, now: float) -> list[Outgoing]:
         """Let a draining or drained replica take requests again.
@@ -165,7 +166,8 @@ class Orchestrator:
             UnknownReplicaError, ReplicaStateError: there is no such replica, or it does not drain (any more).
         """
         replica = self.lives.resume(replica_id)
-        return self._calls.welcome(replica) + self._place_waiting(now)
+        kept = to(replica, KeepDrained(is_drained=False))
+        return [kept, *self._calls.welcome(replica), *self._place_waiting(now)]
 
     def drain(self) -> None:
         """Admit nothing any more; what runs goes on."""
@@ -199,12 +201,12 @@ class Orchestrator:
         replica = self.replicas.alive(replica_id, epoch)
         if replica is None:
             return []
-        error, was_asked = EngineDeadError(reason), replica.leaves
+        error, was_asked = EngineDeadError(reason), self.lives.was_told_to_end(replica)
+        farewell = Fence() if replica.is_guest and not replica.leaves else Shutdown()
         self.replicas.mark_dead(replica, error)
         self.lives.ended(replica)
         if not self._stopping:
             self.lives.plan_restart(replica, now, was_asked=was_asked)
-        farewell = Fence() if replica.is_guest and not was_asked else Shutdown()
         out = [to(replica, farewell), *self._calls.lose(replica, error), *self.handover.lose(replica, now)]
         if (guilty := self._placer.orphan(replica, now, by_death=not (was_asked or by_link))) is not None:
             twice = f"{reason.rstrip('.')}. So did another replica with this request: it is not tried again."
@@ -318,6 +320,8 @@ class Orchestrator:
 
     def _observe_ready(self, replica: Replica, report: Ready, now: float) -> list[Outgoing]:
         self.replicas.mark_ready(replica, report, now)
+        if report.is_drained:
+            self._events.append(self.lives.stay_drained(replica))
         self.adapters.set_base(report.model)
         self._events.append(ReplicaReady(replica.replica_id, report.model))
         named = self._calls.take_in(replica, report)

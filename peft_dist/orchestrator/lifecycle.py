@@ -7,7 +7,7 @@ import math
 from peft_dist.core.errors import ReplicaStateError, UnknownReplicaError
 from peft_dist.core.messages import Heartbeat
 from peft_dist.orchestrator.options import OrchestratorOptions
-from peft_dist.orchestrator.records import Fault, Replica, ReplicaState
+from peft_dist.orchestrator.records import Fault, Notice, Replica, ReplicaState
 from peft_dist.orchestrator.replicas import ReplicaTable
 
 _SERVING = (ReplicaState.READY, ReplicaState.DRAINING)
@@ -117,6 +117,12 @@ class Lifecycle:
         self._draining.add(replica.epoch)
         return replica
 
+    def stay_drained(self, replica: Replica) -> Notice:
+        """One that was drained in an earlier life of the orchestrator has come; returns what is to be said of it."""
+        replica.state = ReplicaState.DRAINING
+        text = "was drained before this server started, and still is: POST /admin/resume/{} ends that"
+        return Notice(replica.replica_id, text.format(replica.replica_id))
+
     def resume(self, replica_id: int) -> Replica:
         """Let a draining or drained replica take requests again.
 
@@ -127,6 +133,10 @@ class Lifecycle:
         replica.state, replica.leaves = ReplicaState.READY, False
         self._draining.discard(replica.epoch)
         return replica
+
+    def was_told_to_end(self, replica: Replica) -> bool:
+        """Whether it was drained and is on its way out; what ends before that has died."""
+        return replica.leaves and replica.epoch not in self._draining
 
     def ended(self, replica: Replica) -> None:
         """A replica is gone, drained or not."""

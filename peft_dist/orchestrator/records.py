@@ -207,7 +207,7 @@ class ReplicaReady:
 class ReplicaLost:
     """A replica is dead, and why. One that ``hangs`` will not end by itself, nor when it is asked to.
 
-    ``was_asked``: It was drained, to be started again.
+    ``was_asked``: It was drained, and told to end.
     """
 
     replica_id: int

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.messages import Ready
-from peft_dist.core.succession import Adopt, Identity, NameAdapters
+from peft_dist.core.succession import Adopt, Identity, KeepDrained, NameAdapters
 from peft_dist.worker.channel import Channel
 from peft_dist.worker.config import WorkerConfig
 from peft_dist.worker.heart import Heart
@@ -33,6 +33,7 @@ class Allegiance:
         self._names = NameTable()
         # Names that pin something on the device.
         self._pins: set[str] = set()
+        self._is_drained = False
         if vigil is not None:
             channel.watch(vigil.fileno())
 
@@ -68,6 +69,10 @@ class Allegiance:
     def remember(self, command: NameAdapters) -> None:
         """As ``NameAdapters`` says."""
         self._names.apply(command)
+
+    def keep_drained(self, command: KeepDrained) -> None:
+        """As ``KeepDrained`` says."""
+        self._is_drained = command.is_drained
 
     def note_pin(self, name: str, *, pinned: bool) -> None:
         """A name pins something from now on, or nothing."""
@@ -110,6 +115,7 @@ class Allegiance:
                 contents=list(contents),
                 names=self._names.all(),
                 names_version=self._names.version,
+                is_drained=self._is_drained,
             )
         )
         if command.heartbeat_seconds is not None:

@@ -20,7 +20,7 @@ from peft_dist.core.messages import (
     Progress,
     Ready,
 )
-from peft_dist.core.succession import Adopt, Identify, Identity, NameAdapters, NamedAdapter, NamesKept
+from peft_dist.core.succession import Adopt, Identify, Identity, KeepDrained, NameAdapters, NamedAdapter, NamesKept
 from peft_dist.worker.allegiance import Allegiance
 from peft_dist.worker.config import WorkerConfig
 from peft_dist.worker.heart import Heart
@@ -154,6 +154,17 @@ def test_adapters_and_names_go_on_and_pins_are_for_the_next_to_say(replica: Mode
     after = script.sent[number + 1]
     assert isinstance(after, Progress) and after.detail is not None and not after.sequences
     assert not replica.engine.requests and [number for number, _ in itertools.groupby(pins)] == [0, 1, 0, 1]
+
+
+def test_that_it_is_drained_is_told_to_every_orchestrator_until_it_is_not(replica: ModelReplica) -> None:
+    script = NamedScript(
+        [Adopt(replica_id=1, incarnation=50)],
+        [KeepDrained(is_drained=True), Adopt(replica_id=1, incarnation=51)],
+        [Adopt(replica_id=1, incarnation=52)],
+        [KeepDrained(is_drained=False), Adopt(replica_id=1, incarnation=53)],
+    )
+    run(replica, script)
+    assert [ready.is_drained for ready in script.told(Ready)] == [False, True, True, False]  # type: ignore[union-attr]
 
 
 def test_whoever_is_adopted_twice_is_adopted_once(replica: ModelReplica) -> None:
