@@ -70,9 +70,9 @@ class Orchestrator:
         self._options = options
         self._seeds = random.Random(options.seed)
         self.life = life_of(options.first_number)
-        self._room = Room(options)
+        self.room = Room(options, self._requests, self.replicas)
         self._events: list[Event] = []
-        self._endings = Endings(self._requests, self.adapters, self._demand, self._room, self._events)
+        self._endings = Endings(self._requests, self.adapters, self._demand, self.room, self._events)
         self._calls = AdapterCalls(self.adapters, self.replicas, self._events, options.first_number)
         tables = self._requests, self.replicas, self._calls
         counts = MoveCounts()
@@ -101,7 +101,7 @@ class Orchestrator:
             raise InvalidRequestError(f"request_id {new.request_id!r} is in use: ids are unique", param="request_id")
         self._check_open()
         self._check_ready()
-        self._room.check(params.n, self.num_held, len(self.replicas.ready()), len(self.replicas.all()))
+        self.room.check(params.n)
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
         record = RequestRecord(new.request_id, list(new.prompt_token_ids), params, seed, adapter, now)
         if self._placer.is_hopeless(record):
@@ -207,8 +207,11 @@ class Orchestrator:
         self.lives.ended(replica)
         if not self._stopping:
             self.lives.plan_restart(replica, now, was_asked=was_asked)
-        out = [to(replica, farewell), *self._calls.lose(replica, error), *self.handover.lose(replica, now)]
-        if (guilty := self._placer.orphan(replica, now, by_death=not (was_asked or by_link))) is not None:
+        moves, brought = self.handover.lose(replica, now)
+        out = [to(replica, farewell), *self._calls.lose(replica, error), *moves]
+        guilty = self._placer.orphan(replica, now, by_death=not (was_asked or by_link), brought=brought)
+        if guilty is not None:
+            out += self._placer.stop(guilty, *guilty.unfinished.values())
             twice = f"{reason.rstrip('.')}. So did another replica with this request: it is not tried again."
             self._endings.fail([guilty], EngineDeadError(twice))
         out += self._place_waiting(now, error)
@@ -289,12 +292,6 @@ class Orchestrator:
     def num_unfinished(self) -> int:
         """Sequences that wait or run."""
         return self._requests.num_sequences
-
-    @property
-    def num_held(self) -> int:
-        """Those, and the ones that have ended before their replica, which does not listen, took them in."""
-        ended = (r.num_sent - r.num_taken - self._requests.load(r) for r in self.replicas.all_alive())
-        return self.num_unfinished + sum(number for number in ended if number > 0)
 
     def stats(self) -> ReplicaStats:
         """The last report of a ready replica, or of the last known one when none is ready."""

@@ -55,7 +55,7 @@ class Endings:
         self._demand.ended(record, sequence, now)
         if self._requests.close(record, sequence):
             self._adapters.release(record.adapter)
-        self._room.ended(now, self._requests.num_sequences)
+        self._room.ended(now)
 
     def fail(self, records: Iterable[RequestRecord], error: EngineDeadError) -> None:
         """Requests end before they are complete."""

@@ -135,6 +135,7 @@ class RequestRecord:
         waits_since: Since when it has no replica.
         is_suspect: It, or another request beside it, made replicas die: until it draws a token, it runs without other
             suspects.
+        num_import_deaths: Replicas that died while it was brought to them with its KV, one after another.
         unfinished: The sequences that still run, by index.
     """
 
@@ -148,6 +149,7 @@ class RequestRecord:
     num_moves: int = 0
     waits_since: float = 0.0
     is_suspect: bool = False
+    num_import_deaths: int = 0
     unfinished: dict[int, SequenceRecord] = field(default_factory=dict)
 
     @property

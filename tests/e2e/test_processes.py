@@ -130,7 +130,7 @@ def test_a_replica_that_is_stopped_makes_clients_that_give_up_wait_for_room() ->
                 await stream.aclose()
             os.kill(pid, signal.SIGCONT)
             assert admitted == 8, "what it runs at once, and what may wait"
-            while service._core.num_held:
+            while service._core.room.num_held:
                 await asyncio.sleep(0.01)
             [progress] = (await collect(service, "next", [5], SamplingParams(max_tokens=1)))[0]
             assert progress.finish_reason == "length"

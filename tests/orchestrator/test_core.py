@@ -176,7 +176,7 @@ def test_what_a_replica_has_not_taken_in_keeps_its_room_though_its_client_has_go
     for number in range(3):
         submit(core, f"r{number}")
         core.abort(f"r{number}", 0.0)
-    assert core.num_unfinished == 0 and core.num_held == 3
+    assert core.num_unfinished == 0 and core.room.num_held == 3
     with pytest.raises(QueueFullError):
         submit(core, "next")
     core.observe(0, 1, Progress(sequences=[], stats=ReplicaStats(), num_taken=2), 0.0)
@@ -186,7 +186,7 @@ def test_what_a_replica_has_not_taken_in_keeps_its_room_though_its_client_has_go
     # What it has taken in is gone when it is told to end it.
     core.observe(0, 1, Progress(sequences=[], stats=ReplicaStats(), num_taken=5), 0.0)
     core.abort("next", 0.0)
-    assert core.num_held == 0
+    assert core.room.num_held == 0
 
 
 def test_progress_reaches_its_sequence_and_ends_it() -> None:
