@@ -8,8 +8,8 @@ import socket
 from collections.abc import Iterable
 
 from peft_dist.core.adapter import AdapterSpec
-from peft_dist.core.messages import Ready
-from peft_dist.core.succession import Adopt, Identity, KeepDrained, NameAdapters
+from peft_dist.core.messages import LoadAdapter, Ready
+from peft_dist.core.succession import Adopt, Identity, KeepDrained, NameAdapters, life_of
 from peft_dist.worker.channel import Channel
 from peft_dist.worker.config import WorkerConfig
 from peft_dist.worker.heart import Heart
@@ -34,6 +34,7 @@ class Allegiance:
         # Names that pin something on the device.
         self._pins: set[str] = set()
         self._is_drained = False
+        self._life = life_of(config.epoch)
         if vigil is not None:
             channel.watch(vigil.fileno())
 
@@ -78,6 +79,10 @@ class Allegiance:
         """A name pins something from now on, or nothing."""
         (self._pins.add if pinned else self._pins.discard)(name)
 
+    def pins(self, load: LoadAdapter) -> bool:
+        """Whether the adapter is to be pinned: a load of an earlier orchestrator may end only now."""
+        return load.pinned and life_of(load.call_id) == self._life
+
     def identify(self) -> None:
         """Say who this is."""
         config = self._config
@@ -99,6 +104,7 @@ class Allegiance:
         self._heart.stop()
         self._channel.rename(command.replica_id, command.incarnation)
         self._heart.missed = None
+        self._life = life_of(command.incarnation)
         if self._vigil is not None:
             vigil, generation = self._vigil, self._vigil.adopted()
             if command.pid is not None:

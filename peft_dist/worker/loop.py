@@ -147,14 +147,15 @@ class WorkerLoop:
             if isinstance(found, Exception):
                 raise found
             spec = found
-            self._replica.register_adapter(spec, allow_pickle=command.allow_pickle, pinned=command.pinned)
+            pinned = command.pinned if self._allegiance is None else self._allegiance.pins(command)
+            self._replica.register_adapter(spec, allow_pickle=command.allow_pickle, pinned=pinned)
         except Exception as error:  # No adapter, however broken, may end the serving of the others.
             if not isinstance(error, PeftDistError):
                 logger.exception("loading adapter %r failed", command.name)
             self._channel.send(AdapterResult(call_id=command.call_id, error=describe(error)))
         else:
             self._driver.adapters[spec.content_hash] = spec
-            self._note_pin(spec.name, pinned=command.pinned)
+            self._note_pin(spec.name, pinned=pinned)
             self._channel.send(AdapterResult(call_id=command.call_id, spec=spec))
 
 
