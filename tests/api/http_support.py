@@ -177,7 +177,7 @@ class ScriptedStream:
             finish_reason=reason,
             stop_reason=stop,
             num_cached_tokens=cached,
-            queue_seconds=QUEUE_SECONDS,
+            queue_seconds=QUEUE_SECONDS * (index + 1),
         )
 
 
