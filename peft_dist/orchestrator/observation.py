@@ -103,6 +103,7 @@ class ReplicaView:
         model: None before it was ready for the first time.
         totals: Counts over all incarnations.
         num_restarts: Incarnations before this one.
+        num_coming: Named adapters that are still on their way to it.
         error: Why the last incarnation that died did; None before.
     """
 
@@ -113,9 +114,15 @@ class ReplicaView:
     detail: ReplicaDetail
     totals: ReplicaTotals
     num_restarts: int = 0
+    num_coming: int = 0
     error: str | None = None
 
     @property
     def is_ready(self) -> bool:
         """Whether it serves, new requests or the rest of those it has."""
         return self.state in ("ready", "draining")
+
+    @property
+    def can_serve(self) -> bool:
+        """Whether it takes requests, for the base and all adapters but those that it refused."""
+        return self.state == "ready" and not self.num_coming

@@ -50,6 +50,7 @@ class Replica:
         is_guest: It joined, and is started and ended by somebody else.
         is_survivor: It ran before this orchestrator did, and has not told yet what it has.
         was_adopted: It did, and has.
+        num_coming: Named adapters that are on their way to it.
         names_version: The last version of the names that it is known to remember.
         earlier: What the incarnations before this one counted.
     """
@@ -73,6 +74,7 @@ class Replica:
     is_guest: bool = False
     is_survivor: bool = False
     was_adopted: bool = False
+    num_coming: int = 0
     names_version: int = 0
     earlier: ReplicaTotals = field(default_factory=ReplicaTotals)
     error: PeftDistError | None = None

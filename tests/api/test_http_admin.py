@@ -40,13 +40,22 @@ def test_it_takes_the_admin_key_or_this_machine(path: str) -> None:
     assert ask(guarded, "/admin/drain/0", {}, key=ADMIN, peer=REMOTE, engine=engine).status_code == 200
 
 
-def test_health_is_about_any_replica_and_ready_about_all(
+def test_ready_while_enough_replicas_serve_everything(
     engine: ScriptedClient, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert http.get("/health").json() == {"status": "ok", "replicas": {"0": "ready"}}
-    assert http.get("/ready").status_code == 200
+    assert http.get("/ready").json() == {"status": "ok", "serving": 1, "of": 1, "replicas": {"0": "ready"}}
+    assert error_of(http.get("/ready?replicas=2"), 503)["message"] == "1 of 1 replicas serve, 2 asked for."
+    assert error_of(http.get("/ready?replicas=0"), 400)
     [view] = engine.replicas()
     views: list[Any] = [view, replace(view, replica_id=1, state="starting")]
     monkeypatch.setattr(engine, "replicas", lambda: views)
     assert http.get("/health").json()["replicas"] == {"0": "ready", "1": "starting"}
-    assert "replica 1 is starting" in error_of(http.get("/ready"), 503)["message"]
+    answer = http.get("/ready").json()
+    assert (answer["serving"], answer["of"], answer["replicas"]) == (1, 2, {"0": "ready", "1": "starting"})
+    error = error_of(http.get("/ready?replicas=2"), 503)
+    assert error["message"] == "1 of 2 replicas serve, 2 asked for: replica 1 is starting."
+    views[:] = [replace(view, state="draining"), replace(view, replica_id=1, num_coming=2)]
+    error = error_of(http.get("/ready"), 503)
+    assert error["code"] == "not_ready"
+    assert error["message"].endswith("replica 0 is draining, replica 1 waits for 2 adapters.")

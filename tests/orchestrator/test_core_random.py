@@ -391,6 +391,8 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def the_books_are_right(self) -> None:
         assert self.core.adapters.pinned == self.pinned <= self.named.keys()
+        coming = Counter(epoch for epoch, _ in self.core._calls._coming)
+        assert {r.epoch: r.num_coming for r in self.core.replicas.all_alive() if r.num_coming} == coming
         for replica_id in self.replicas:
             backlog, records = self.core._requests.backlog(replica_id), self.core._requests.on_replica(replica_id)
             sequences = [sequence for record in records for sequence in record.unfinished.values()]
