@@ -14,6 +14,7 @@ try:
 except ModuleNotFoundError as missing:
     raise SystemExit("peft-dist needs the server's packages: pip install 'peft-dist[server]'") from missing
 
+from peft_dist.cli_admin import rolling_restart
 from peft_dist.cli_bench import bench
 from peft_dist.cli_workload import app as workload
 from peft_dist.core.config import (
@@ -34,6 +35,7 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 # A traceback with the values of local variables could show a key.
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.command()(bench)
+app.command()(rolling_restart)
 app.add_typer(workload, name="workload")
 
 

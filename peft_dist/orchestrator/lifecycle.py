@@ -105,11 +105,16 @@ class Lifecycle:
         goes = leave and replica.is_guest
         if not goes and not any(other is not replica for other in self._replicas.ready()):
             raise ReplicaStateError(f"replica {replica_id} is the only one that serves: wait until another is ready")
-        if leave and not goes and self._options.restart is None:
-            raise ReplicaStateError("replicas are not started again here: serve with --restart, or drain without it")
+        if leave and not goes:
+            self.check_restarts()
         replica.state, replica.leaves = ReplicaState.DRAINING, leave
         self._draining.add(replica.epoch)
         return replica
+
+    def check_restarts(self) -> None:
+        """Raises ReplicaStateError where what ends stays dead."""
+        if self._restarts is None:
+            raise ReplicaStateError("replicas are not started again here: serve with --restart, or drain without it")
 
     def resume(self, replica_id: int) -> Replica:
         """Let a draining or drained replica take requests again.

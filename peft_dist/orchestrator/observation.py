@@ -126,3 +126,28 @@ class ReplicaView:
     def can_serve(self) -> bool:
         """Whether it takes requests, for the base and all adapters but those that it refused."""
         return self.state == "ready" and not self.num_coming
+
+
+@dataclass(frozen=True, slots=True)
+class RollingView:
+    """How far a rolling restart is.
+
+    Attributes:
+        state: "none" (there was none yet), "running", "done", or "stopped" (``error`` says why).
+        stage: Of ``current``: "waiting" for others to serve, "draining", or "starting"; None where none runs.
+        current: The replica whose turn it is, or at which it stopped.
+        restarted, left: Replicas that serve again, and those whose turn will come, in order.
+        skipped: Those that joined: only who started them can start them again.
+    """
+
+    state: str = "none"
+    stage: str | None = None
+    current: int | None = None
+    restarted: tuple[int, ...] = ()
+    left: tuple[int, ...] = ()
+    skipped: tuple[int, ...] = ()
+    error: str | None = None
+
+    @property
+    def is_running(self) -> bool:
+        return self.state == "running"

@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from peft_dist.api.options import ServerOptions
+from peft_dist.orchestrator.observation import RollingView
 from tests.api.http_support import ScriptedClient, error_of
 from tests.api.test_http_auth import ADMIN, KEYS, REMOTE, ask
 
@@ -22,6 +23,23 @@ def test_a_replica_is_drained_and_resumed(engine: ScriptedClient, http: httpx.Cl
     assert error_of(http.post("/admin/resume/0", json={}), 409)["code"] == "replica_state"
 
 
+def test_a_rolling_restart_is_begun_and_followed(engine: ScriptedClient, http: httpx.Client) -> None:
+    path = "/admin/rolling-restart"
+    none = {"state": "none", "stage": None, "current": None, "restarted": [], "left": [], "skipped": [], "error": None}
+    assert http.get(path).json() == none
+    begun = http.post(path, json={})
+    assert begun.status_code == 202
+    assert (
+        begun.json()
+        == http.get(path).json()
+        == {**none, "state": "running", "stage": "draining", "current": 0, "left": [1]}
+    )
+    assert error_of(http.post(path, json={}), 409)["code"] == "replica_state"
+    assert error_of(http.post(path, json={"now": True}), 400)
+    engine.rolling.shown = RollingView("stopped", None, 0, left=(1,), error="replica 0 did not come back: why")
+    assert http.get(path).json()["error"].endswith("why")
+
+
 def test_what_is_no_replica(http: httpx.Client) -> None:
     assert error_of(http.post("/admin/drain/7", json={}), 404)["code"] == "replica_not_found"
     assert error_of(http.post("/admin/drain/x", json={}), 400)
@@ -29,14 +47,14 @@ def test_what_is_no_replica(http: httpx.Client) -> None:
     assert error_of(http.get("/admin/drain/0"), 405)
 
 
-@pytest.mark.parametrize("path", ["/admin/drain/0", "/admin/resume/0", "/admin/other"])
+@pytest.mark.parametrize("path", ["/admin/drain/0", "/admin/resume/0", "/admin/rolling-restart", "/admin/other"])
 def test_it_takes_the_admin_key_or_this_machine(path: str) -> None:
     engine = ScriptedClient()
     guarded = ServerOptions(api_keys=KEYS, admin_key=ADMIN)
     assert ask(guarded, path, {}, engine=engine).status_code == 401
     assert ask(guarded, path, {}, key=KEYS[0], engine=engine).status_code == 403
     assert ask(ServerOptions(), path, {}, peer=REMOTE, engine=engine).status_code == 403
-    assert engine.drains == []
+    assert engine.drains == [] and engine.rolling.view().state == "none"
     assert ask(guarded, "/admin/drain/0", {}, key=ADMIN, peer=REMOTE, engine=engine).status_code == 200
 
 
