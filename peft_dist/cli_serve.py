@@ -212,6 +212,7 @@ def _options(settings: ServeSettings) -> OrchestratorOptions:
         step_timeout=settings.step_timeout if settings.restart else None,
         restart=RestartPolicy() if settings.restart else None,
         migration=settings.migration,
+        prefix_caching=settings.engine.enable_prefix_caching,
         # Whole models are what is kept on the device there.
         sends_ahead=settings.engine.exec_type != "vllm",
     )

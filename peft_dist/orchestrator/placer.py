@@ -85,6 +85,7 @@ class Placer:
         """Note that another replica runs a request, its sequences known by ``ids``, from the KV that it was brought."""
         self._requests.take(record, now, ids)
         self._requests.place(record, replica.replica_id, self._lengths.expected(record), computed)
+        self._note_sent(record, replica)
 
     def flee(self, record: RequestRecord, now: float) -> list[Outgoing]:
         """Move a request from its replica to the best other one, if any can run it."""
@@ -102,6 +103,7 @@ class Placer:
 
     def orphan(self, replica: Replica, now: float, *, by_death: bool) -> RequestRecord | None:
         """Take all requests from a replica; returns the one that it and another one died of, where that is clear."""
+        self._requests.prefixes.forget(replica.replica_id)
         records = self._requests.on_replica(replica.replica_id)
         guilty = find_guilty(records) if by_death else None
         for record in records:
@@ -120,8 +122,17 @@ class Placer:
         return self._dispatcher.choose(record, self._hosting.among(record, able, now))
 
     def _give(self, record: RequestRecord, replica: Replica, now: float) -> list[Outgoing]:
-        self._requests.place(record, replica.replica_id, self._lengths.expected(record))
+        prefixes = self._requests.prefixes
+        # The first one computes the prompt for all.
+        cached = {next(iter(record.unfinished)): prefixes.cached(record, replica)}
+        self._requests.place(record, replica.replica_id, self._lengths.expected(record), cached)
+        self._note_sent(record, replica)
         return [to(replica, command) for command in add_commands(record, now)]
+
+    def _note_sent(self, record: RequestRecord, replica: Replica) -> None:
+        # With one replica there is nothing to choose, and hashing is not worth it.
+        if self._requests.prefixes.is_on and len(self._replicas) > 1:
+            self._requests.prefixes.sent(record, replica)
 
 
 def find_guilty(records: Sequence[RequestRecord]) -> RequestRecord | None:

@@ -123,6 +123,7 @@ class RequestRecord:
         waits_since: Since when it has no replica.
         is_suspect: It, or another request beside it, made replicas die: until it draws a token, it runs without other
             suspects.
+        prompt_hashes: Names of the blocks of its prompt, once somebody asked (``prefixes.py``).
         unfinished: The sequences that still run, by index.
     """
 
@@ -136,6 +137,7 @@ class RequestRecord:
     num_moves: int = 0
     waits_since: float = 0.0
     is_suspect: bool = False
+    prompt_hashes: list[bytes] | None = None
     unfinished: dict[int, SequenceRecord] = field(default_factory=dict)
 
     @property
