@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import struct
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,8 +14,9 @@ import zmq
 from peft_dist.core.cluster_keys import ClusterKeys
 from peft_dist.core.errors import ConfigError
 from peft_dist.core.handover import KVHandle
-from peft_dist.runner.shared_memory import MemoryGoneError, SharedMemory, open_memory
+from peft_dist.runner.shared_memory import MemoryGoneError, open_memory
 
+logger = logging.getLogger(__name__)
 CHUNK_BYTES = 1 << 20
 # Asked for before the first of them has come, so that neither side waits for the way.
 _WINDOW = 8
@@ -40,7 +43,7 @@ class TcpTransport:
         if keys is None and not endpoint.startswith("tcp://127."):
             raise ConfigError(f"kv_endpoint={endpoint!r} can be reached from other machines: it needs a key_file")
         self._silence_ms, self._keys = silence_ms, keys
-        self._memories: dict[str, SharedMemory] = {}
+        self._memories: dict[str, Callable[[], torch.Tensor]] = {}
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.SocketType.ROUTER)
         self._socket.set(zmq.SocketOption.LINGER, 0)
@@ -55,14 +58,14 @@ class TcpTransport:
         self._thread = threading.Thread(target=self._serve, name="kv-server", daemon=True)
         self._thread.start()
 
-    def offer(self, memory: SharedMemory) -> str | None:
-        """Let others read this memory; where."""
-        self._memories[memory.token] = memory
+    def offer(self, token: str, contents: Callable[[], torch.Tensor]) -> str | None:
+        """As in ``Transport``."""
+        self._memories[token] = contents
         return self.address
 
-    def withdraw(self, memory: SharedMemory) -> None:
+    def withdraw(self, token: str) -> None:
         """End what ``offer`` began."""
-        self._memories.pop(memory.token, None)
+        self._memories.pop(token, None)
 
     def open(self, kv: KVHandle) -> torch.Tensor:
         """What another replica exported: uint8 ``[kv.num_bytes]``.
@@ -98,9 +101,15 @@ class TcpTransport:
         memory = self._memories.get(token.decode(errors="replace"))
         if memory is None or len(request) != _REQUEST.size:
             return b""
+        try:
+            contents = memory()
+        except (OSError, RuntimeError) as error:
+            # No memory for the copy, or the device has failed: who asks computes it instead.
+            logger.warning("KV that another host asks for cannot be copied to this one's memory: %s", error)
+            return b""
         first, length = _REQUEST.unpack(request)
-        first = min(first, len(memory.contents))
-        return memory.contents[first : first + min(length, CHUNK_BYTES)].numpy()
+        first = min(first, len(contents))
+        return contents[first : first + min(length, CHUNK_BYTES)].numpy()
 
 
 def fetch(

@@ -33,7 +33,7 @@ def guarded() -> Iterator[tuple[TcpTransport, ClusterKeys]]:
 def offered(server: TcpTransport, num_bytes: int) -> tuple[SharedMemory, KVHandle]:
     memory = SharedMemory(num_bytes)
     memory.contents.copy_(torch.randint(0, 255, (num_bytes,), dtype=torch.uint8))
-    address = server.offer(memory)
+    address = server.offer(memory.token, lambda: memory.contents)
     # No such process is on this host.
     return memory, KVHandle("layout", 1, num_bytes, memory.token, 1 << 30, 3, address)
 
@@ -46,11 +46,23 @@ def test_all_bytes_arrive_in_their_places(server: TcpTransport, num_bytes: int) 
 
 def test_what_was_withdrawn_or_never_offered_is_gone(server: TcpTransport) -> None:
     memory, handle = offered(server, 100)
-    server.withdraw(memory)
+    server.withdraw(memory.token)
     with pytest.raises(MemoryGoneError, match="let it go"):
         server.open(handle)
     with pytest.raises(MemoryGoneError, match="cannot be opened"):
         server.open(KVHandle("layout", 1, 100, memory.token, 1 << 30, 3))
+
+
+def test_memory_that_cannot_be_had_hurts_nobody_else(server: TcpTransport) -> None:
+    memory, handle = offered(server, 100)
+
+    def fail() -> torch.Tensor:
+        raise RuntimeError("the device has failed")
+
+    server.offer("broken", fail)
+    with pytest.raises(MemoryGoneError, match="let it go"):
+        server.open(KVHandle("layout", 1, 100, "broken", 1 << 30, 3, server.address))
+    assert torch.equal(server.open(handle), memory.contents)
 
 
 def test_who_asks_wrongly_gets_nothing_and_hurts_nobody(server: TcpTransport) -> None:
