@@ -275,6 +275,7 @@ def worker(
     orphan_timeout: Annotated[
         float, typer.Option(min=0, help="Seconds that the model is kept for another server then.")
     ] = 60.0,
+    kv_endpoint: Annotated[str | None, typer.Option(help="tcp://HOST:* where others read KV, or none.")] = None,
     leave_timeout: Annotated[float, typer.Option(min=0, help="Seconds for requests to move when it leaves.")] = 60.0,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
     launcher: Annotated[str, typer.Option(help="accelerate or plain.", hidden=True)] = "accelerate",
@@ -293,6 +294,7 @@ def worker(
         launcher=_one_of("launcher", launcher, tuple(LAUNCHERS)),
         silence=silence,
         orphan_timeout=orphan_timeout,
+        kv_endpoint=kv_endpoint,
         leave_timeout=leave_timeout,
         log_level=_one_of("log-level", log_level.lower(), LOG_LEVELS),
     )

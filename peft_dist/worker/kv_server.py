@@ -15,6 +15,7 @@ from peft_dist.core.cluster_keys import ClusterKeys
 from peft_dist.core.errors import ConfigError
 from peft_dist.core.handover import KVHandle
 from peft_dist.runner.shared_memory import MemoryGoneError, open_memory
+from peft_dist.worker.kv_address import reachable
 
 logger = logging.getLogger(__name__)
 CHUNK_BYTES = 1 << 20
@@ -31,18 +32,21 @@ class TcpTransport:
     what travels is encrypted, and only goes to whoever has them too.
     """
 
-    def __init__(self, endpoint: str, silence_ms: int = _SILENCE_MS, keys: ClusterKeys | None = None) -> None:
+    def __init__(
+        self, endpoint: str, silence_ms: int = _SILENCE_MS, keys: ClusterKeys | None = None, home: str | None = None
+    ) -> None:
         """
         Args:
             endpoint: An address of this host that others can reach, such as ``tcp://10.0.0.5:*``.
             keys: Of the cluster; None only where no other machine can reach the address.
+            home: The orchestrator's host, for KV of replicas there that are served on every address of it.
 
         Raises:
             ConfigError: the address cannot be used, or others could listen in.
         """
         if keys is None and not endpoint.startswith("tcp://127."):
             raise ConfigError(f"kv_endpoint={endpoint!r} can be reached from other machines: it needs a key_file")
-        self._silence_ms, self._keys = silence_ms, keys
+        self._silence_ms, self._keys, self._home = silence_ms, keys, home
         self._memories: dict[str, Callable[[], torch.Tensor]] = {}
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.SocketType.ROUTER)
@@ -78,7 +82,7 @@ class TcpTransport:
         except MemoryGoneError:
             if kv.address is None:
                 raise
-        return fetch(kv.address, kv.token, kv.num_bytes, self._silence_ms, self._keys)
+        return fetch(reachable(kv.address, self._home), kv.token, kv.num_bytes, self._silence_ms, self._keys)
 
     def close(self) -> None:
         """End the thread; what is under way is not finished."""
