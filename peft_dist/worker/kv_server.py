@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import struct
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,12 @@ CHUNK_BYTES = 1 << 20
 # Asked for before the first of them has come, so that neither side waits for the way.
 _WINDOW = 8
 _SILENCE_MS = 5000
+_SILENT_SECONDS = 60.0
 _REQUEST = struct.Struct("<QQ")
+
+
+class NoAnswerError(MemoryGoneError):
+    """Nothing came from there."""
 
 
 class TcpTransport:
@@ -47,6 +53,8 @@ class TcpTransport:
         if keys is None and not endpoint.startswith("tcp://127."):
             raise ConfigError(f"kv_endpoint={endpoint!r} can be reached from other machines: it needs a key_file")
         self._silence_ms, self._keys, self._home = silence_ms, keys, home
+        # By address, until when nobody asks there.
+        self._silent_until: dict[str, float] = {}
         self._memories: dict[str, Callable[[], torch.Tensor]] = {}
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.SocketType.ROUTER)
@@ -82,7 +90,17 @@ class TcpTransport:
         except MemoryGoneError:
             if kv.address is None:
                 raise
-        return fetch(reachable(kv.address, self._home), kv.token, kv.num_bytes, self._silence_ms, self._keys)
+        address = reachable(kv.address, self._home)
+        # The request stands still meanwhile: one wait for a way that is barred is enough for a while.
+        if time.monotonic() < self._silent_until.get(address, 0.0):
+            raise MemoryGoneError(f"{address} did not answer a moment ago")
+        try:
+            return fetch(address, kv.token, kv.num_bytes, self._silence_ms, self._keys)
+        except NoAnswerError:
+            now = time.monotonic()
+            self._silent_until = {each: until for each, until in self._silent_until.items() if until > now}
+            self._silent_until[address] = now + _SILENT_SECONDS
+            raise
 
     def close(self) -> None:
         """End the thread; what is under way is not finished."""
@@ -122,8 +140,8 @@ def fetch(
     """Read an export of another host: uint8 ``[num_bytes]``.
 
     Raises:
-        MemoryGoneError: it is not there any more, or nothing came for ``silence_ms``, which is all that one with other
-            keys will see.
+        MemoryGoneError: it is not there any more.
+        NoAnswerError: nothing came for ``silence_ms``, which is all that one with other keys will see.
     """
     contents = torch.empty(num_bytes, dtype=torch.uint8)
     with zmq.Context() as context, context.socket(zmq.SocketType.DEALER) as socket:
@@ -146,7 +164,7 @@ def _receive(socket: zmq.Socket[bytes], contents: torch.Tensor, address: str) ->
     try:
         request, chunk = socket.recv_multipart()
     except zmq.Again:
-        raise MemoryGoneError(f"{address} does not answer") from None
+        raise NoAnswerError(f"{address} does not answer") from None
     first, length = _REQUEST.unpack(request)
     if len(chunk) != length:
         raise MemoryGoneError(f"{address} has let it go")

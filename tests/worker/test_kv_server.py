@@ -83,6 +83,24 @@ def test_a_host_that_does_not_answer_is_given_up() -> None:
             fetch(deaf.get_string(zmq.SocketOption.LAST_ENDPOINT), "token", 100, silence_ms=50)
 
 
+def test_one_that_did_not_answer_is_not_waited_for_again_at_once(server: TcpTransport) -> None:
+    memory, handle = offered(server, 100)
+    with zmq.Context() as context, context.socket(zmq.SocketType.ROUTER) as deaf:
+        deaf.bind("tcp://127.0.0.1:*")
+        silent = KVHandle("layout", 1, 100, "t", 1 << 30, 3, deaf.get_string(zmq.SocketOption.LAST_ENDPOINT))
+        with pytest.raises(MemoryGoneError, match="does not answer"):
+            server.open(silent)
+        assert deaf.poll(5000) and deaf.recv_multipart()
+        with pytest.raises(MemoryGoneError, match="did not answer a moment ago"):
+            server.open(silent)
+        assert not deaf.poll(0), "it was not asked again"
+    assert torch.equal(server.open(handle), memory.contents), "others are"
+    server.withdraw(memory.token)
+    for _ in range(2):
+        with pytest.raises(MemoryGoneError, match="let it go"):
+            server.open(handle)
+
+
 def test_with_keys_only_their_holders_read(guarded: tuple[TcpTransport, ClusterKeys]) -> None:
     server, keys = guarded
     memory, handle = offered(server, 3 * CHUNK_BYTES + 7)
