@@ -52,6 +52,11 @@ def admin_router(state: ServerState) -> APIRouter:
         """How far the last rolling restart is."""
         return json_response(asdict(state.client.rolling.view()))
 
+    @router.delete("/rolling-restart")
+    async def cancel_rolling_restart() -> Response:
+        """Go no further; the replica whose turn it is comes back by itself."""
+        return json_response(asdict(state.client.rolling.cancel()))
+
     @router.post("/resume/{replica}")
     async def resume(replica: int, body: ResumeRequest) -> Response:
         """Let a drained replica take requests again."""

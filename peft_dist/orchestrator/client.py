@@ -64,6 +64,10 @@ class RollingRestarts(Protocol):
         """
         ...
 
+    def cancel(self) -> RollingView:
+        """Go no further. Raises ReplicaStateError when none is under way."""
+        ...
+
     def view(self) -> RollingView:
         """How far the last one is."""
         ...

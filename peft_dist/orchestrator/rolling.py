@@ -54,6 +54,17 @@ class RollingRestart:
             raise ReplicaStateError(self._view.error)
         return self._view
 
+    def cancel(self) -> RollingView:
+        """Go no further: the replica whose turn it is comes back by itself, the rest are left as they are.
+
+        Raises:
+            ReplicaStateError: none is under way.
+        """
+        if not self._view.is_running:
+            raise ReplicaStateError("no rolling restart is under way: there is nothing to stop")
+        self._stop("somebody asked for it")
+        return self._view
+
     def look(self) -> None:
         """Go on as far as possible."""
         while self._view.is_running and self._goes_on():

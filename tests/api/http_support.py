@@ -193,6 +193,12 @@ class ScriptedRolling:
         self.shown = RollingView("running", "draining", 0, left=(1,))
         return self.shown
 
+    def cancel(self) -> RollingView:
+        if not self.shown.is_running:
+            raise ReplicaStateError("no rolling restart is under way: there is nothing to stop")
+        self.shown = RollingView("stopped", None, 0, left=(1,), error="somebody asked for it")
+        return self.shown
+
     def view(self) -> RollingView:
         return self.shown
 

@@ -9,7 +9,6 @@ import httpx
 import pytest
 
 from peft_dist.api.options import ServerOptions
-from peft_dist.orchestrator.observation import RollingView
 from tests.api.http_support import ScriptedClient, error_of
 from tests.api.test_http_auth import ADMIN, KEYS, REMOTE, ask
 
@@ -36,8 +35,10 @@ def test_a_rolling_restart_is_begun_and_followed(engine: ScriptedClient, http: h
     )
     assert error_of(http.post(path, json={}), 409)["code"] == "replica_state"
     assert error_of(http.post(path, json={"now": True}), 400)
-    engine.rolling.shown = RollingView("stopped", None, 0, left=(1,), error="replica 0 did not come back: why")
-    assert http.get(path).json()["error"].endswith("why")
+    stopped = http.delete(path)
+    assert stopped.status_code == 200 and stopped.json() == http.get(path).json()
+    assert stopped.json()["error"] == "somebody asked for it"
+    assert error_of(http.delete(path), 409)["code"] == "replica_state"
 
 
 def test_what_is_no_replica(http: httpx.Client) -> None:

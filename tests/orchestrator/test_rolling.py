@@ -157,6 +157,18 @@ def test_it_stops_where_somebody_resumes_a_replica_or_the_server_ends() -> None:
     assert ended.at[0] == "stopped"
 
 
+def test_it_goes_no_further_when_it_is_cancelled() -> None:
+    core = cluster(2)
+    it = Driver(core)
+    with pytest.raises(ReplicaStateError, match="nothing to stop"):
+        it.rolling.cancel()
+    it.rolling.begin()
+    assert it.rolling.cancel().error == "somebody asked for it"
+    it.ends(0)
+    it.is_ready(0)
+    assert it.told_to_end() == [0] and len(core.replicas.ready()) == 2 and it.at[0] == "stopped"
+
+
 def test_where_it_cannot_be_done() -> None:
     for core, why in (
         (cluster(1), "--replicas 2"),
