@@ -84,6 +84,7 @@ class ReplicaTable:
     def take_in(self, replica: Replica, report: Progress) -> None:
         """Remember what a replica says of itself; details come less often than its stats."""
         replica.stats = report.stats
+        replica.num_taken = replica.num_sent if report.num_taken is None else report.num_taken
         if report.detail is not None:
             replica.detail, replica.costs = report.detail, report.detail.costs or replica.costs
             replica.on_host = frozenset(one.content_hash for one in report.detail.adapters if one.tier == "host")

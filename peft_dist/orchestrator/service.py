@@ -11,12 +11,13 @@ from typing import Any
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.config import ModelInfo
 from peft_dist.core.errors import ReplicaStateError
-from peft_dist.core.messages import ProtocolError, ReplicaStats, decode_report
+from peft_dist.core.messages import ReplicaStats
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.core.succession import life_of
 from peft_dist.orchestrator.client import NewRequest
 from peft_dist.orchestrator.core import Orchestrator, OrchestratorOptions
 from peft_dist.orchestrator.guests import Guests, Invitation
+from peft_dist.orchestrator.hearing import Hearing
 from peft_dist.orchestrator.link import Link
 from peft_dist.orchestrator.observation import MigrationView, ReplicaView
 from peft_dist.orchestrator.processes import Processes
@@ -82,6 +83,7 @@ class EngineService:
         self._core = Orchestrator(options.for_a_life())
         self._num_replicas = num_replicas
         self._start_timeout = start_timeout
+        self._take = Hearing(self._core, self._act, self._now).take
         self.guests = Guests(invitation, self._core, self._act, self._take, self._now) if invitation else None
         self._link = link or Link.local()
         self._survivors = Survivors(self._core, self._link, self._now, start_timeout)
@@ -106,6 +108,8 @@ class EngineService:
         enter = partial(self._core.add_replica, now=self._now(), start_timeout=self._start_timeout)
         entered = [self._survivors.expect(each) if each in left else enter(each) for each in ids]
         self._spawn(self._receive())
+        if self._link.can_lose:
+            self._spawn(self._link.keep_pinging(self._core.replicas.all_alive))
         if self.guests is not None:
             self._spawn(self.guests.run())
         for replica in entered:
@@ -269,15 +273,6 @@ class EngineService:
                 self._act(self._survivors.hear(received))
             elif received.replica_id is not None:
                 self._take(received.replica_id, received.epoch, received.data)
-
-    def _take(self, replica_id: int, epoch: int, data: bytes) -> None:
-        try:
-            envelope = decode_report(data)
-        except ProtocolError as error:
-            reason = f"Replica {replica_id} cannot be understood: {error}"
-            self._act(self._core.lose_replica(replica_id, epoch, reason, self._now()))
-        else:
-            self._act(self._core.observe(replica_id, envelope.epoch, envelope.message, self._now()))
 
     async def _supervise(self, replica_id: int, epoch: int) -> None:
         end = await self._processes.end(replica_id)

@@ -15,7 +15,8 @@ import zmq.asyncio
 
 from peft_dist.core.cluster_keys import ClusterKeys
 from peft_dist.core.config import EngineConfig
-from peft_dist.core.messages import AnyCommand, Join, Leave, Welcome, decode_command, encode_report
+from peft_dist.core.joining import Join, Leave, Welcome
+from peft_dist.core.messages import AnyCommand, decode_command, encode_report
 from peft_dist.core.restarts import RestartPolicy
 from peft_dist.core.waiting import unless
 from peft_dist.worker.kv_address import NOWHERE, of_guest

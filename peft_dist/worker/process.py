@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import signal
@@ -24,6 +23,7 @@ from peft_dist.worker.lifeline import drop_broken_output, watch_standard_input
 from peft_dist.worker.loop import WorkerLoop, describe
 from peft_dist.worker.replica import Replica
 from peft_dist.worker.status import EXIT_FENCED, EXIT_ORPHANED, tell_status
+from peft_dist.worker.tether import end_with_parent
 from peft_dist.worker.vigil import Vigil
 
 if TYPE_CHECKING:
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _LAST_WORDS_MS = 5000
-# PR_SET_PDEATHSIG of <linux/prctl.h>.
-_SET_PARENT_DEATH_SIGNAL = 1
 
 
 def run_worker(config: WorkerConfig, orphaned: Callable[[], None]) -> int:
@@ -143,16 +141,6 @@ def find_adapter(command: LoadAdapter) -> Path:
     return folder
 
 
-def end_with_parent() -> None:
-    """Have the system kill this process when the launcher that started it has ended, also while it is stopped.
-
-    Torch's launcher puts ranks into sessions of their own, where signals for its process group do not come.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "prctl"):
-        libc.prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
-
-
 def _terminate(signum: int, frame: FrameType | None) -> None:
     # An exception could surface anywhere, and whoever sends this signal expects nothing more from us.
     os._exit(128 + signum)
@@ -178,10 +166,12 @@ def main(argv: list[str]) -> int:
         # Not an exception: the main thread may be inside a long computation, and there is nobody to report to.
         os._exit(EXIT_ORPHANED)
 
-    if config.orphan_timeout is None or config.guest is not None:
+    ends_with_starter = config.orphan_timeout is None or config.guest is not None
+    if ends_with_starter:
         # Whoever started it holds the other end: the orchestrator, or the one that asked to join.
         watch_standard_input(orphaned)
-    if config.world_size > 1:
+    # Torch's launcher puts ranks into sessions of their own, where signals for its process group do not come.
+    if ends_with_starter or config.world_size > 1:
         end_with_parent()
     if rank:
         return run_rank(config)

@@ -21,7 +21,8 @@ from zmq.utils.monitor import recv_monitor_message
 
 from peft_dist.core.cluster_keys import ClusterKeys
 from peft_dist.core.errors import ConfigError
-from peft_dist.core.messages import Join, encode_report
+from peft_dist.core.joining import Join
+from peft_dist.core.messages import encode_report
 from peft_dist.core.restarts import RestartPolicy
 from peft_dist.orchestrator.core import OrchestratorOptions
 from peft_dist.orchestrator.guests import Invitation

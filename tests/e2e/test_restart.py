@@ -159,6 +159,24 @@ def test_what_is_missing_is_started_and_brought_the_adapters(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+def test_a_drained_replica_stays_drained_after_a_crash_of_the_server(tmp_path: Path) -> None:
+    def states(server: Server) -> list[str]:
+        return list(httpx.get(f"{server.url}/health").json()["replicas"].values())
+
+    with lives(tmp_path, "--replicas", "2") as own:
+        first = own.begin()
+        assert first.post("/admin/drain/0", {}).status_code == 200
+        before = own.workers()
+        kill(first)
+        second = own.begin()
+        assert own.workers() == before and states(second) == ["draining", "ready"]
+        assert "POST /admin/resume/0" in second.log and tokens(second, model="__base__", prompt=[5])
+        assert second.post("/admin/resume/0", {}).status_code == 200
+        kill(second)
+        assert states(own.begin()) == ["ready", "ready"]
+
+
+@pytest.mark.slow
 def test_workers_with_other_options_are_ended_and_others_started(tmp_path: Path) -> None:
     with lives(tmp_path) as own:
         kill(own.begin())

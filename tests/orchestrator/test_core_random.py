@@ -152,7 +152,7 @@ class Machine(RuleBasedStateMachine):
     def submit(self, n: int, max_tokens: int | None, name: str | None) -> None:
         self.count += 1
         new = NewRequest(f"r{self.count}", [5] * 10, SamplingParams(n=n, max_tokens=max_tokens), name)
-        before, num_ready = self.core.num_unfinished, len(self.core.replicas.ready())
+        before, num_ready = self.core.room.num_held, len(self.core.replicas.ready())
         try:
             out = self.core.submit(new, self.now)
         except QueueFullError as error:
@@ -390,6 +390,11 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def the_queue_is_bounded(self) -> None:
         assert self.core.num_unfinished == len(self.open) <= NUM_REPLICAS * MAX_NUM_SEQS + MAX_QUEUE
+
+    @invariant()
+    def what_waits_for_a_replica_to_listen_takes_room(self) -> None:
+        waiting = sum(isinstance(each, AddRequest) for one in self.replicas.values() for each in one.commands)
+        assert waiting <= self.core.room.num_held
 
     @invariant()
     def the_books_are_right(self) -> None:

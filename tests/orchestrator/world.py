@@ -61,6 +61,7 @@ class MiniReplica:
         self.aborted_imports: set[str] = set()
         self.has_failing_copies = False
         self.is_down = False
+        self.num_taken = 0
         self.started: set[str] = set()
         self.commands: deque[AnyCommand] = deque()
         self.reports: deque[AnyReport] = deque([Ready(model=MODEL, pid=1)])
@@ -76,6 +77,7 @@ class MiniReplica:
                 assert add.content_hash is None or add.content_hash in self.held, "an adapter the replica lacks"
                 assert add.request_id not in self.running
                 self.running[add.request_id] = (add, len(add.output_token_ids))
+                self.num_taken += 1
             case AbortRequest(request_ids=ids):
                 for request_id in ids:
                     for held in (self.running, *self.exports.values()):
@@ -90,6 +92,7 @@ class MiniReplica:
                 self.running.update({} if moved else left)
             case ImportRequests(handover=number) as command:
                 self.copying[number] = command
+                self.num_taken += len(command.requests)
             case LoadAdapter() as load:
                 self._load(load)
             case PinAdapter(name=name, content_hash=content_hash):
@@ -135,7 +138,9 @@ class MiniReplica:
             self.running[request_id] = (add, drawn + 1)
             if last:
                 del self.running[request_id]
-        self.reports.append(Progress(sequences=progress, stats=ReplicaStats(num_running=len(self.running))))
+        self.reports.append(
+            Progress(sequences=progress, stats=ReplicaStats(num_running=len(self.running)), num_taken=self.num_taken)
+        )
 
     def end_copies(self) -> None:
         """Tell how the copies under way have ended; what was imported runs from now on."""
