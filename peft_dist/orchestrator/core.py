@@ -65,7 +65,7 @@ class Orchestrator:
     def __init__(self, options: OrchestratorOptions) -> None:
         self.adapters = AdapterRegistry()
         self.replicas = ReplicaTable(options.first_number)
-        self._requests = RequestTable()
+        self._requests = RequestTable(options.prefix_caching)
         self._demand = Demand()
         self._options = options
         self._seeds = random.Random(options.seed)

@@ -111,11 +111,16 @@ class Lifecycle:
         goes = leave and replica.is_guest
         if not goes and not any(other is not replica for other in self._replicas.ready()):
             raise ReplicaStateError(f"replica {replica_id} is the only one that serves: wait until another is ready")
-        if leave and not goes and self._options.restart is None:
-            raise ReplicaStateError("replicas are not started again here: serve with --restart, or drain without it")
+        if leave and not goes:
+            self.check_restarts()
         replica.state, replica.leaves = ReplicaState.DRAINING, leave
         self._draining.add(replica.epoch)
         return replica
+
+    def check_restarts(self) -> None:
+        """Raises ReplicaStateError where what ends stays dead."""
+        if self._restarts is None:
+            raise ReplicaStateError("replicas are not started again here: serve with --restart, or drain without it")
 
     def stay_drained(self, replica: Replica) -> Notice:
         """One that was drained in an earlier life of the orchestrator has come; returns what is to be said of it."""

@@ -84,6 +84,7 @@ class Placer:
         """Note that another replica runs a request, its sequences known by ``ids``, from the KV that it was brought."""
         self._requests.take(record, now, ids)
         self._requests.place(record, replica.replica_id, self._lengths.expected(record), computed)
+        self._note_sent(record, replica)
 
     def flee(self, record: RequestRecord, now: float) -> list[Outgoing]:
         """Move a request from its replica to the best other one, if any can run it."""
@@ -106,6 +107,7 @@ class Placer:
 
         ``brought``: Those that were to come to it with their KV; they stay where they are.
         """
+        self._requests.prefixes.forget(replica.replica_id)
         records = self._requests.on_replica(replica.replica_id)
         guilty = find_guilty(records, brought) if by_death else None
         for record in records:
@@ -124,6 +126,15 @@ class Placer:
         return self._dispatcher.choose(record, self._hosting.among(record, able, now))
 
     def _give(self, record: RequestRecord, replica: Replica, now: float) -> list[Outgoing]:
-        self._requests.place(record, replica.replica_id, self._lengths.expected(record))
+        prefixes = self._requests.prefixes
+        # The first one computes the prompt for all.
+        cached = {next(iter(record.unfinished)): prefixes.cached(record, replica)}
+        self._requests.place(record, replica.replica_id, self._lengths.expected(record), cached)
+        self._note_sent(record, replica)
         replica.num_sent += len(record.unfinished)
         return [to(replica, command) for command in add_commands(record, now)]
+
+    def _note_sent(self, record: RequestRecord, replica: Replica) -> None:
+        # With one replica there is nothing to choose, and hashing is not worth it.
+        if self._requests.prefixes.is_on and len(self._replicas) > 1:
+            self._requests.prefixes.sent(record, replica)

@@ -61,6 +61,7 @@ class Replica:
         is_guest: It joined, and is started and ended by somebody else.
         is_survivor: It ran before this orchestrator did, and has not told yet what it has.
         was_adopted: It did, and has.
+        num_coming: Named adapters that are on their way to it.
         names_version: The last version of the names that it is known to remember.
         earlier: What the incarnations before this one counted.
     """
@@ -87,6 +88,7 @@ class Replica:
     is_guest: bool = False
     is_survivor: bool = False
     was_adopted: bool = False
+    num_coming: int = 0
     names_version: int = 0
     earlier: ReplicaTotals = field(default_factory=ReplicaTotals)
     error: PeftDistError | None = None
@@ -135,6 +137,7 @@ class RequestRecord:
         waits_since: Since when it has no replica.
         is_suspect: It, or another request beside it, made replicas die: until it draws a token, it runs without other
             suspects.
+        prompt_hashes: Names of the blocks of its prompt, once somebody asked (``prefixes.py``).
         num_import_deaths: Replicas that died while it was brought to them with its KV, one after another.
         unfinished: The sequences that still run, by index.
     """
@@ -149,6 +152,7 @@ class RequestRecord:
     num_moves: int = 0
     waits_since: float = 0.0
     is_suspect: bool = False
+    prompt_hashes: list[bytes] | None = None
     num_import_deaths: int = 0
     unfinished: dict[int, SequenceRecord] = field(default_factory=dict)
 

@@ -23,6 +23,9 @@ class ReplicaTable:
     def __getitem__(self, replica_id: int) -> Replica:
         return self._by_id[replica_id]
 
+    def __len__(self) -> int:
+        return len(self._by_id)
+
     def add(self, replica_id: int, start_deadline: float | None) -> Replica:
         """Enter a new incarnation in place of an earlier one, which must be dead (or ConfigError is raised)."""
         replica = Replica(replica_id, self._next_epoch, start_deadline=start_deadline)
@@ -133,6 +136,7 @@ def _view(replica: Replica) -> ReplicaView:
         detail=replica.detail,
         totals=_totals(replica),
         num_restarts=replica.num_restarts,
+        num_coming=replica.num_coming,
         error=None if replica.error is None else str(replica.error),
     )
 

@@ -40,6 +40,7 @@ from peft_dist.orchestrator.records import (
     StartReplica,
 )
 from peft_dist.orchestrator.replica_process import ReplicaLauncher, ReplicaProcess
+from peft_dist.orchestrator.rolling import RollingRestart
 from peft_dist.orchestrator.startup import Startup
 from peft_dist.orchestrator.streams import Stream, StreamTable
 from peft_dist.orchestrator.survivors import Survivors
@@ -90,6 +91,7 @@ class EngineService:
         self._streams = StreamTable(self.abort)
         self._promises = Promises()
         self._rebalancer = Rebalancer(self._core.migration, self._act, self._now, Planner(planner_limit))
+        self.rolling = RollingRestart(self._core, self._act, self._now)
         self._tasks: set[asyncio.Task[None]] = set()
         self._startup = Startup(num_replicas, left or {}, stop_grace)
         self._timer = Timer(self._tick)
@@ -240,10 +242,9 @@ class EngineService:
         await self._rebalancer.stop()
         self._act(self._core.shut_down())
         await self._processes.stop_all(self._startup.grace)
-        tasks = list(self._tasks)
-        for task in tasks:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         self._link.close()
         if self.guests is not None:
             self.guests.close()
@@ -301,6 +302,7 @@ class EngineService:
             self._deliver(event)
         if any(not isinstance(event, SequenceEvent) for event in events) or not self._timer.is_armed:
             self._timer.arm(self._core.next_deadline())
+        self.rolling.look()
 
     def _deliver(self, event: Event) -> None:
         match event:
@@ -308,10 +310,8 @@ class EngineService:
                 self._streams.put(request_id, index, progress)
             case RequestFailed(request_id, error):
                 self._streams.fail(request_id, error)
-            case AdapterLoaded(call_id, spec):
-                self._promises.answer(call_id, spec)
-            case AdapterRefused(call_id, error):
-                self._promises.answer(call_id, error)
+            case AdapterLoaded(call_id, answer) | AdapterRefused(call_id, answer):
+                self._promises.answer(call_id, answer)
             case NamesAreKept(version):
                 self._promises.keep(version)
             case ReplicaReady(replica_id):

@@ -18,6 +18,7 @@ from peft_dist.worker.allegiance import Allegiance
 from peft_dist.worker.channel import Channel
 from peft_dist.worker.config import WorkerConfig
 from peft_dist.worker.heart import Heart
+from peft_dist.worker.kv_address import host_of
 from peft_dist.worker.lifeline import drop_broken_output, watch_standard_input
 from peft_dist.worker.loop import WorkerLoop, describe
 from peft_dist.worker.replica import Replica
@@ -38,7 +39,7 @@ def run_worker(config: WorkerConfig, orphaned: Callable[[], None]) -> int:
 
     ``orphaned``: Ends the process, from any thread, when nobody is left to serve.
     """
-    channel = Channel(config.endpoint, config.replica_id, config.epoch, config.keys())
+    channel = Channel(config.endpoint, config.replica_id, config.epoch, config.link_keys())
     vigil = None if config.orphan_timeout is None else _keep_vigil(config, config.orphan_timeout, orphaned)
     heart = Heart(channel, config.heartbeat_seconds, vigil)
     if vigil is not None:
@@ -98,7 +99,8 @@ def _serve_kv(config: WorkerConfig, replica: Replica) -> TcpTransport | None:
         return None
     from peft_dist.worker.kv_server import TcpTransport
 
-    server = TcpTransport(config.kv_endpoint, keys=config.keys())
+    home = host_of(config.endpoint) if config.endpoint.startswith("tcp://") else None
+    server = TcpTransport(config.kv_endpoint, keys=config.keys(), home=home)
     replica.use_transport(server)
     return server
 

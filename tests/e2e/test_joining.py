@@ -64,7 +64,14 @@ class Guest:
     def __init__(self, address: str, key_file: Path | None = None) -> None:
         self._stop = asyncio.Event()
         settings = JoinSettings(
-            address, key_file, {"num_threads": 1}, launcher="plain", silence=2 * SILENCE, log_level="critical"
+            address,
+            key_file,
+            {"num_threads": 1},
+            launcher="plain",
+            # Torch, which serves it, takes longer to import than a fake does to run.
+            kv_endpoint="none",
+            silence=2 * SILENCE,
+            log_level="critical",
         )
         self.task = asyncio.create_task(join(settings, self._stop))
 

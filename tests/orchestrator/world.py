@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.handover import KVHandle, SequenceState
@@ -33,6 +34,8 @@ from peft_dist.core.succession import NameAdapters, NamesKept
 from peft_dist.worker.names import NameTable
 from tests.worker.fake_replica import fake_model
 
+MODEL = replace(fake_model("org/mini", max_model_len=20), block_size=4)
+
 
 def drawn_token(seed: int, index: int, draw: int) -> int:
     """What every replica draws for this sequence."""
@@ -61,7 +64,7 @@ class MiniReplica:
         self.num_taken = 0
         self.started: set[str] = set()
         self.commands: deque[AnyCommand] = deque()
-        self.reports: deque[AnyReport] = deque([Ready(model=fake_model("org/mini", max_model_len=20), pid=1)])
+        self.reports: deque[AnyReport] = deque([Ready(model=MODEL, pid=1)])
         self.running: dict[str, tuple[AddRequest, int]] = {}
         self.held: set[str] = set()
         self.pins: dict[str, str] = {}
@@ -116,8 +119,7 @@ class MiniReplica:
             forgotten.clear()
         contents = [mini_spec(content, content.removeprefix("h-")) for content in sorted(self.held)]
         names, version = self.names.all(), self.names.version
-        model = fake_model("org/mini", max_model_len=20)
-        self.reports.append(Ready(model=model, pid=1, contents=contents, names=names, names_version=version))
+        self.reports.append(Ready(model=MODEL, pid=1, contents=contents, names=names, names_version=version))
 
     def step(self) -> None:
         """One token for every running sequence."""
