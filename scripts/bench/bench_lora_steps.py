@@ -1,13 +1,14 @@
 """Launch plans and switches of the LoRA kernels tried in whole captured decode steps, all in one process.
 
-    python scripts/bench/bench_lora_steps.py [--part fused streams lookup shrink gate expand] [--seconds 235]
+    python scripts/bench/bench_lora_steps.py [--part fused streams lookup table shrink gate expand] [--seconds 235]
                                              [--batches 32 128 8] [--kinds distinct same] [--output FOLDER]
 
 What kernels take alone says little: in a step the weights of all layers stream between two launches, and a shrink runs
 beside its layer's product. Each case has the steps captured anew. fused: steps of few rows without our products, which
-have the adapters inside, and 64 rows with them (``--kinds none same distinct``). ``--apart``: all other parts without
-them, since what they change is not run in their place. streams: the shrinks' stream as urgent as others, or
-none. lookup: each launch looks its tables up. shrink, gate, expand: one field of the plans of some layers changed,
+have the adapters inside, 64 rows with them, and other plans of theirs (``--kinds none same distinct``); ``--apart``:
+all other parts without them, since what they change is not run in their place. streams: the shrinks' stream as urgent
+as others, or none. lookup: each launch looks its tables up. table: the plans of the card's measured table (peft-dist
+tune), where there is one, in place of the usual ones. shrink, gate, expand: one field of the plans of some layers other,
 with the first of ``--batches`` alone. A part ends with the default again: what differs there is noise. No case is
 begun that would end after ``--seconds``. One JSON line a case, and docs/results/lora_steps.json. On a CPU nothing is
 captured, so that all cases are alike (``--tiny`` tries the script).
@@ -96,6 +97,7 @@ class Case(NamedTuple):
         few_rows: Most rows of steps that multiply by our kernel; None: as usual.
         vary: Changes the plans of those that have adapters inside.
         stream: Of the shrinks: "first" in line, "usual" (as urgent as any), "none" (no stream of their own).
+        table: Whether plans come from the card's table first.
     """
 
     part: str
@@ -106,6 +108,7 @@ class Case(NamedTuple):
     lookup: bool = True
     few_rows: int | None = None
     vary: Vary | None = None
+    table: bool = False
 
 
 def cases_of(part: str) -> Iterator[Case]:
@@ -117,6 +120,8 @@ def cases_of(part: str) -> Iterator[Case]:
         yield from (Case(part, name, vary=vary) for name, vary in FUSED.items())
     elif part == "lookup":
         yield Case(part, "no lookup", lookup=False)
+    elif part == "table":
+        yield Case(part, "measured table", table=True)
     else:
         groups, changes = PLANS[part]
         yield from (Case(part, f"{group}: {name}", group, changes[name]) for group in groups for name in changes)
@@ -141,6 +146,7 @@ class Steps:
     """An engine that takes cases."""
 
     def __init__(self, llm: Any, options: Namespace) -> None:
+        self._find_plan = lora_plans._find_plan
         self._run, self._options = runner(llm), options
         self._graphs = llm._open.runner.graphs
         self._few_rows = self._graphs and self._graphs._few_rows
@@ -150,7 +156,8 @@ class Steps:
 
     def take(self, case: Case) -> None:
         """From now on steps are captured like this."""
-        lora_plans._find_plan = lambda shape, table: choose(case, shape)
+        find = self._find_plan
+        lora_plans._find_plan = find if case.table else lambda shape, table: choose(case, shape)
         lora_plans.plan_for.cache_clear()
         self._workspace.stream = self._streams[case.stream]
         if self._graphs is not None:
@@ -231,7 +238,7 @@ def measure(steps: Steps, cases: Sequence[Case], loads: Sequence[Load], seconds:
 
 
 def main() -> None:
-    parts = ("fused", "streams", "lookup", *PLANS)
+    parts = ("fused", "streams", "lookup", "table", *PLANS)
     parser = make_parser(__doc__, parts)
     add_engine_options(parser)
     parser.add_argument("--seconds", type=float, default=235, help="for all cases, without the engine's start")
