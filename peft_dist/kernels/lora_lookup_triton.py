@@ -31,7 +31,7 @@ class Lookup(NamedTuple):
     Attributes:
         entries: int32 ``[layers, tiles, columns]``; zeros where a tile has no adapter in a layer, or no rows.
         places: Of each layer by the id of its weights.
-        row_tiles: int32 ``[rows]``, the tile that each row is in; -1: none. Of up to ``MOST_ROWS`` rows.
+        row_tiles: int32 ``[MOST_ROWS]``, the tile that each row is in; -1: none. Empty where there are more rows.
         ready: int32 ``[layers]``, zeros: counters for one launch each (``take_counter``).
     """
 
@@ -106,7 +106,8 @@ def _look_up(layers: Sequence[LoRALayerWeights], tiles: LoRATiles, max_rank: int
     device = layers[0].A.device
     columns = TABLE_HEAD + -(-max_rank // layers[0].page_rows)
     entries = torch.empty(len(layers), tiles.max_tiles, columns, dtype=torch.int32, device=device)
-    room = triton.next_power_of_2(num_rows) if num_rows <= MOST_ROWS else 0
+    # Of one size: each would be a kernel of its own.
+    room = MOST_ROWS if num_rows <= MOST_ROWS else 0
     row_tiles, ready = (torch.empty(size, dtype=torch.int32, device=device) for size in (room, len(layers)))
     with device_of(entries):
         _lookup_kernel[(len(layers), triton.cdiv(tiles.max_tiles, _TILES))](

@@ -9,8 +9,8 @@ have the adapters inside, 64 rows with them, and other plans of theirs (``--kind
 all other parts without them, since what they change is not run in their place. streams: the shrinks' stream as urgent
 as others, or none. lookup: each launch looks its tables up. table: the plans of the card's measured table (peft-dist
 tune), where there is one, in place of the usual ones. shrink, gate, expand: one field of the plans of some layers
-changed, with the first of ``--batches`` alone. A part ends with the default again: what differs there is noise. No
-case is begun that would end after ``--seconds``. One JSON line a case, and docs/results/lora_steps.json. On a CPU nothing is
+changed, with the first of ``--batches`` alone. A part ends with the default again: what differs there is noise. No case
+is begun that would end after ``--seconds``. One JSON line a case, and docs/results/lora_steps.json. On a CPU nothing is
 captured, so that all cases are alike (``--tiny`` tries the script).
 """
 
