@@ -9,8 +9,9 @@ No program waits for one of a higher number, and those that are waited for wait 
 in the order of their numbers, whatever is waited for has been started and ends by itself. Counters of parts go back to
 0 by themselves; that of tiles (``ready``) has to be 0 before the launch.
 
-Sums are float32 and each output is rounded once. A row's adapter part has the same bits wherever it stands, as long as
-the launch plan is the same; its product's too.
+Sums are float32 and each output is rounded once. The parts of a product share the tiles out, so that the order in which
+a row's part is added goes by the number of its tile: an element may be rounded otherwise in another place of a batch.
+What other rows and adapters hold changes nothing.
 """
 
 from __future__ import annotations

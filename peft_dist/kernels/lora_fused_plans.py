@@ -70,7 +70,7 @@ def choose_plan(
     outputs = sum(out_features)
     if most_rows is None:
         most_rows = MOST_ADDED_ROWS if has_adapters else MOST_MULTIPLIED_ROWS
-    if num_rows > most_rows or outputs > _MOST_OUTPUTS or outputs * in_features < _FEWEST_WEIGHTS:
+    if not 0 < num_rows <= most_rows or outputs > _MOST_OUTPUTS or outputs * in_features < _FEWEST_WEIGHTS:
         return None
     if any(width % _OUTPUTS for width in out_features) or in_features % _INPUTS:
         return None

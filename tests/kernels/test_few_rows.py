@@ -38,6 +38,7 @@ def test_what_was_not_measured_or_is_slower_is_left_to_others() -> None:
     for has_adapters, most in ((True, MOST_ADDED_ROWS), (False, MOST_MULTIPLIED_ROWS)):
         assert choose(most, 4096, 4096, has_adapters=has_adapters) is not None
         assert choose(most + 1, 4096, 4096, has_adapters=has_adapters) is None
+    assert choose(0, 4096, 4096) is None
     assert choose(8, 4096, 128256) is None and choose(8, 2048, 2048) is None
     assert choose(8, 4096, 4096, 1000, 1048) is None and choose(8, 4000, 4096) is None
     assert choose(8, 4096, 4096, 1024, 1024, has_adapters=False) is None

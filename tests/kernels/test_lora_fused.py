@@ -100,3 +100,16 @@ def test_with_the_activation(device: str, launch: FusedPlan, activation: str) ->
     alone = plain_linear(x, weight, LoRAWorkspace(device), launch=launch, activation=activation)
     wanted = reference.lora_gate(*base, x.float(), [None, None], plan, activation)
     assert error(alone, wanted) < error(wanted.half(), wanted) + LIMIT[x.dtype] / 4
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_rows_know_nothing_of_others(device: str, launch: FusedPlan) -> None:
+    """Not of an input that is no number, nor of what their adapters are, as long as their tiles stay in place."""
+    layers = layers_of(device, RANKS[:1], IN, [32], torch.float16, seed=1)
+    x, weight = (random_rows(device, n, IN, dtype=torch.float16) for n in (4, 32))
+    slots = np.array([0, 1, -1, 3], np.int32)
+    alone = fused_linear(x, weight, layers, plan_of(device, slots, layers), launch=launch)
+    x[1], x[2] = float("nan"), float("inf")
+    slots[3] = 4
+    beside = fused_linear(x, weight, layers, plan_of(device, slots, layers), launch=launch)
+    assert torch.equal(beside[0], alone[0]) and beside[1].isnan().all() and not torch.equal(beside[3], alone[3])
