@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from peft_dist.core.adapter import AdapterSpec
@@ -55,6 +56,15 @@ class EngineDriver:
     def timeout_ms(self) -> int | None:
         """For how long an idle driver may be left alone, because of what is yet to be told; None: for ever."""
         return self._details.timeout_ms(self._clock())
+
+    @property
+    def plain_until(self) -> float:
+        """Until when a step that begins is told of by its progress and stats, and nothing else is due before it."""
+        return self._details.due_at if self._handovers.is_quiet and not self._refused else -math.inf
+
+    def stepped(self) -> None:
+        """The engine was stepped, beside ``step``, and has more to do."""
+        self._details.note(stepped=True, is_idle=False, version=self._engine.residency_version)
 
     def drop_requests(self) -> None:
         """End all requests: nobody reads what they bring."""

@@ -172,6 +172,13 @@ class Engine:
             progress += self._collect(self._in_flight.popleft())
         return progress
 
+    def repeated(self, requests: list[Request], count: int) -> None:
+        """So many equal steps of these requests were taken, by ``Advance``."""
+        self.num_steps += count
+        if self.executor.merged_adapter() is not None:
+            self.num_merged_steps += count
+        self._last_batch, self._found_nothing = requests, False
+
     def stats(self) -> ReplicaStats:
         """Cheap counts, for every report."""
         return stats_of(self.scheduler, self._last_batch)

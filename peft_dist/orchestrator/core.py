@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -30,6 +31,7 @@ from peft_dist.orchestrator.admission import check_prompt, check_token_parameter
 from peft_dist.orchestrator.client import NewRequest
 from peft_dist.orchestrator.demand import Demand
 from peft_dist.orchestrator.endings import Endings
+from peft_dist.orchestrator.equal_steps import EqualSteps
 from peft_dist.orchestrator.handover import Handover
 from peft_dist.orchestrator.lifecycle import Lifecycle
 from peft_dist.orchestrator.migration import Migration
@@ -269,6 +271,10 @@ class Orchestrator:
         events = self._events[:]
         self._events.clear()
         return events
+
+    def equal_steps(self, replica: Replica, sequence_ids: Sequence[str], token: int) -> EqualSteps:
+        """How who drives this may report steps that are alike, and end nothing, other than by ``observe``."""
+        return EqualSteps(self._requests, replica, sequence_ids, token)
 
     # What can be asked
 
