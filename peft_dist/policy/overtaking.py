@@ -111,19 +111,18 @@ class OvertakingTracker:
             return math.inf if left > 0 else 0.0
         return max(left / seconds - len(self._steps) - 1, 0.0)
 
-    def repeat(self, entitled: Sequence[Candidate], scheduled: frozenset[str], starts: Sequence[float]) -> None:
-        """Steps with the same ``scheduled`` were submitted at these times, with nobody urgent; the first after
-        ``advance``, and ``advance`` came before each of the others."""
-        overtaken = self._overtaken(entitled, scheduled)
-        if overtaken or self._seconds or any(step.overtaken for step in self._steps):
-            self._steps.append(_Step(scheduled, overtaken))
-            for start in starts[1:]:
+    def again(self, starts: Sequence[float]) -> None:
+        """The step that was submitted last was submitted again at each of these times, with nobody urgent, and
+        ``advance`` came before each."""
+        last = self._steps[-1]
+        if self._seconds or any(step.overtaken for step in self._steps):
+            for start in starts:
                 self.advance(start)
-                self._steps.append(_Step(scheduled, set(overtaken)))
+                self._steps.append(_Step(last.running, set(last.overtaken)))
             return
         self._since = starts[-1]
         for _ in range(min(len(starts), len(self._steps))):
-            self._steps.append(_Step(scheduled, set()))
+            self._steps.append(_Step(last.running, set()))
 
     def forget(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:

@@ -71,9 +71,10 @@ class TrackedPolicy(ABC):
         pending, self._pending = self._pending, None
         assert pending is not None and scheduled, "choose() comes first, and somebody ran"
         ids = frozenset(scheduled)
-        self.overtaking.repeat(pending.view.entitled, ids, starts)
+        self.overtaking.ran(pending.view.entitled, pending.urgent, ids)
         self._account(pending, ids)
         if len(starts) > 1:
+            self.overtaking.again(starts[1:])
             self._account_again(pending, ids, len(starts) - 1)
 
     def forget(self, request_ids: Iterable[str]) -> None:
