@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from peft_dist.core.batch import NO_ADAPTER
 from peft_dist.core.cost_model import StepFeatures
+from peft_dist.core.messages import SequenceProgress
 from peft_dist.core.request import Request, RequestStatus
 from peft_dist.engine.engine import Engine
 
@@ -19,11 +20,12 @@ class Stretch:
     """Decode steps that are certain to be alike, if no request comes or goes: each draws one token for each request.
 
     Attributes:
-        requests: In the order of their batch; none of them ends within the stretch.
+        requests: In the order of their batch.
         order: The same as the policy chose them.
         features: Of each step.
         seconds: That each takes.
         most: How many there may be, 1 at least.
+        until_end: How many it takes until a request ends, ``most`` at least.
         computed: Tokens of each request that are computed when the stretch begins.
         num_free: Free blocks then.
     """
@@ -33,6 +35,7 @@ class Stretch:
     features: StepFeatures
     seconds: float
     most: int
+    until_end: int
     computed: list[int]
     num_free: int
 
@@ -63,9 +66,10 @@ class Advance:
         order = self._decoding([candidate.request_id for candidate in choice.candidates])
         if not order or choice.merged_adapter != engine.executor.merged_adapter() or not scheduler.has_all_adapters:
             return None
-        most = min(min(map(self._steps_left, order)), MAX_STEPS)
-        if most < 1 or len(order) > scheduler.limits.max_num_batched_tokens:
+        if len(order) > scheduler.limits.max_num_batched_tokens:
             return None
+        until_end = min(map(self._steps_left, order))
+        most = min(until_end, MAX_STEPS)
         slots = scheduler.adapters
         requests = sorted(order, key=lambda r: slots.slot(r.content_hash) if r.adapter else NO_ADAPTER)
         features = self._features(requests, choice.merged_adapter)
@@ -75,15 +79,20 @@ class Advance:
         computed, num_free = [request.num_computed_tokens for request in requests], scheduler.blocks.num_free
         while most and self.num_taken(computed, most) > num_free:
             most //= 2
-        return Stretch(requests, order, features, seconds, most, computed, num_free) if most else None
+        if not most:
+            return None
+        return Stretch(requests, order, features, seconds, most, until_end, computed, num_free)
 
     def num_taken(self, computed: Sequence[int], count: int) -> int:
         """Blocks that so many steps take, from when so many tokens of each were computed."""
         size = self._scheduler.blocks.block_size
         return sum((before + count - 1) // size - (before - 1) // size for before in computed)
 
-    def carry_out(self, stretch: Stretch, starts: Sequence[float]) -> None:
-        """Take the steps of a plan that began at these times, the first when it was made; at most all of them."""
+    def carry_out(self, stretch: Stretch, starts: Sequence[float], *, tell: bool) -> list[SequenceProgress]:
+        """Take the steps of a plan that began at these times, the first when it was made; at most all of them.
+
+        ``tell``: Return what the last of them drew, as ``Engine.step`` does. Where a request ends in it, this must be.
+        """
         engine, scheduler, count = self._engine, self._scheduler, len(starts)
         self._grow(stretch, count)
         drawn = [self._token] * count
@@ -96,6 +105,7 @@ class Advance:
         if not engine.cost.fixed:
             for _ in starts:
                 engine.cost.observe_step(stretch.features, stretch.seconds)
+        return [engine.told(request, self._token) for request in stretch.requests] if tell else []
 
     def _grow(self, stretch: Stretch, count: int) -> None:
         """Give out blocks in the order in which the steps would have taken them."""
@@ -124,10 +134,10 @@ class Advance:
         return found
 
     def _steps_left(self, request: Request) -> int:
-        """Steps before its last one."""
+        """Steps until it has ended."""
         known = len(request.output_token_ids)
         room = self._scheduler.limits.max_model_len - len(request.prompt_token_ids) - known
-        return min(request.max_output_tokens - known, room) - 1
+        return min(request.max_output_tokens - known, room)
 
     @staticmethod
     def _features(requests: Sequence[Request], merged_adapter: str | None) -> StepFeatures:

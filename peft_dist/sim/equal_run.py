@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import msgspec
 
@@ -34,6 +35,8 @@ class EqualRun:
         self._starts: list[float] = []
         self._ends: list[float] = []
         self._free: list[float] = []
+        self._times: list[float] = []
+        self._tells = False
         self.number = 0
 
     @property
@@ -53,26 +56,23 @@ class EqualRun:
                 self._told.add(one.request_id)
 
     def begin(self, now: float, until: float) -> EqualReports | None:
-        """The reports of steps that begin now and before ``until``; None where a step is to be taken by itself."""
-        if now >= until:
-            return None
-        stretch = self._advance.plan(now, self._executor.step_seconds)
+        """Reports to come of steps that begin now and later; None where a step is to be taken by itself.
+
+        The last one may have to be told of by itself: if a request ends in it, if it begins at ``until`` or later, or
+        for requests that have told of nothing yet.
+        """
+        stretch = self._advance.plan(now, self._executor.step_seconds) if until > -math.inf else None
         if stretch is None:
             return None
         ids = [request.request_id for request in stretch.requests]
-        if not self._told.issuperset(ids):
-            return None  # Who has reported nothing yet does so by itself.
+        are_new = not self._told.issuperset(ids)
         self._stretch = stretch
-        self._set_times(now, until, stretch)
+        self._set_times(now, until, 1 if are_new else stretch.most, stretch.seconds)
+        count = len(self._starts)
+        self._tells = are_new or count == stretch.until_end or self._starts[-1] >= until
+        self._times = self._ends[: count - self._tells]
         self.number += 1
-        stats = stats_of(self._engine.scheduler, stretch.requests)
-        advance = self._advance
-
-        def stats_after(count: int) -> ReplicaStats:
-            free = stretch.num_free - advance.num_taken(stretch.computed, count)
-            return msgspec.structs.replace(stats, num_free_blocks=free)
-
-        return EqualReports(ids, self._ends, stats_after)
+        return EqualReports(ids, self._times, self._stats_after(stretch))
 
     def cut(self, now: float) -> bool:
         """Take back the steps that have not begun by now; whether there are any. One that begins now has not, but for
@@ -80,26 +80,42 @@ class EqualRun:
         begun = max(bisect_left(self._starts, now), 1)
         if begun == len(self._starts):
             return False
-        del self._starts[begun:], self._ends[begun:]
+        del self._starts[begun:], self._ends[begun:], self._times[begun:]
+        self._tells = False
         self.number += 1
         return True
 
-    def end(self) -> None:
-        """The last step ends now."""
+    def end(self) -> list[SequenceProgress]:
+        """The last step ends now. Returns what is to be told of it by itself."""
         stretch, self._stretch = self._stretch, None
         assert stretch is not None, "it was begun"
-        self._advance.carry_out(stretch, self._starts)
+        progress = self._advance.carry_out(stretch, self._starts, tell=self._tells)
         self._executor.stepped(self._free[len(self._starts) - 1])
+        return progress
 
-    def _set_times(self, now: float, until: float, stretch: Stretch) -> None:
+    @property
+    def last_start(self) -> float:
+        return self._starts[-1]
+
+    def _stats_after(self, stretch: Stretch) -> Callable[[int], ReplicaStats]:
+        stats, advance = stats_of(self._engine.scheduler, stretch.requests), self._advance
+
+        def stats_after(count: int) -> ReplicaStats:
+            free = stretch.num_free - advance.num_taken(stretch.computed, count)
+            return msgspec.structs.replace(stats, num_free_blocks=free)
+
+        return stats_after
+
+    def _set_times(self, now: float, until: float, most: int, seconds: float) -> None:
         """When the steps begin, when the device has done them, and when their rounds end."""
         self._starts, self._free, self._ends = starts, frees, ends = [], [], []
         free = self._executor.free_at
-        for _ in range(stretch.most):
+        for _ in range(most):
             starts.append(now)
-            free = max(free, now) + stretch.seconds
+            free = max(free, now) + seconds
             frees.append(free)
-            now = max(free + self._host, now + self._least)
-            ends.append(now)
+            end = max(free + self._host, now + self._least)
+            ends.append(end)
             if now >= until:
                 break
+            now = end

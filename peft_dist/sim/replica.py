@@ -159,8 +159,13 @@ class SimReplica:
 
     def _end_run(self, number: int) -> None:
         if number == self._run.number:
-            self._run.end()
-            self._driver.stepped()
+            progress = self._run.end()
+            self._now = self._run.last_start
+            if progress:
+                self._driver.tell(progress)
+                self._run.told(progress)
+            else:
+                self._driver.stepped()
             self._end_round()
 
     def _end_round(self) -> None:

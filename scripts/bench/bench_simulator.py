@@ -87,7 +87,7 @@ def digest(outcomes: Iterable[Outcome]) -> str:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     offered, saturation = workload(options)
-    simulator = Simulator(cluster(options))
+    simulator = Simulator(cluster(options), advance=not options.single)
     began, used = time.perf_counter(), time.process_time()
     outcomes = simulator.run(offered.arrivals)
     real, used = time.perf_counter() - began, time.process_time() - used
@@ -102,6 +102,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "policy": options.policy,
         "migration": options.migration,
         "load": options.load,
+        "advance": not options.single,
         "saturation_requests_per_second": saturation,
         "virtual_seconds": virtual,
         "real_seconds": real,
@@ -127,20 +128,22 @@ def main() -> None:
     parser.add_argument("--policy", default="credit")
     parser.add_argument("--migration", default="dlora")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--single", action="store_true", help="take every step by itself")
     parser.add_argument("--learning", action="store_true", help="engines learn what steps take, from a default prior")
-    parser.add_argument("--profile", action="store_true", help="print where the time goes, and write nothing")
+    parser.add_argument("--profile", choices=("tottime", "cumtime"), help="print where the time goes, and write nothing")
     parser.add_argument("--output", type=Path, help="folder for the result (default: docs/results)")
     options = parser.parse_args()
     if options.profile:
         with cProfile.Profile() as profile:
             measure(options)
-        pstats.Stats(profile).sort_stats("tottime").print_stats(60)
+        pstats.Stats(profile).sort_stats(options.profile).print_stats(60)
         return
     figures = measure(options)
     print(json.dumps(figures, indent=2))
     path = (options.output or RESULTS) / "simulator.json"
     known = json.loads(path.read_text())["figures"] if path.exists() else {}
     name = f"{options.replicas} x {options.adapters} x {options.requests}, {options.policy}, {options.migration}"
+    name += ", singly" if options.single else ""
     print(write_result("simulator", {**known, name: figures}, options.output))
 
 
