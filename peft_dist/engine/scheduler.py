@@ -54,6 +54,8 @@ class Scheduler:
         self.prefix_hits = 0
         self._step = 0
         self._state: QueueState | None = None
+        # As they were seen last.
+        self._candidates: dict[str, Candidate] = {}
         self._swap_outs: list[tuple[int, int]] = []
         self._swap_ins: list[tuple[int, int]] = []
         self._starts: list[SequenceStart] = []
@@ -93,13 +95,17 @@ class Scheduler:
 
     def hold(self, request: Request) -> None:
         """Let no further step take a queued request; it keeps all that it has."""
-        self._state = None
+        self._forget(request)
         self.held[request.request_id] = self.queue.pop(request.request_id)
         self.policy.forget([request.request_id])
 
     def go_on(self, request: Request) -> None:
         """End what ``hold`` began."""
         self._enqueue(self.held.pop(request.request_id))
+
+    def _forget(self, request: Request) -> None:
+        self._state = None
+        self._candidates.pop(request.request_id, None)
 
     def _enqueue(self, request: Request) -> None:
         self._state = None
@@ -142,7 +148,7 @@ class Scheduler:
 
     def finish(self, request: Request, reason: str, stop_reason: int | None = None) -> None:
         """End a request, wherever it stands, and give back all that it holds."""
-        self._state = None
+        self._forget(request)
         self.queue.pop(request.request_id, None)
         self.held.pop(request.request_id, None)
         self.policy.forget([request.request_id])
@@ -191,15 +197,19 @@ class Scheduler:
         )
 
     def _candidate(self, request: Request) -> Candidate:
-        adapter = request.adapter
-        return Candidate(
-            request_id=request.request_id,
-            adapter=request.content_hash,
-            arrival_time=request.arrival_time,
-            num_new_tokens=self._num_runnable(request),
-            rank=adapter.num_rank_rows if adapter else 0,
-            is_resident=adapter is None or self.adapters.is_resident(adapter),
-        )
+        adapter, num_new = request.adapter, self._num_runnable(request)
+        is_resident = adapter is None or self.adapters.is_resident(adapter)
+        known = self._candidates.get(request.request_id)
+        if known is None or known.num_new_tokens != num_new or known.is_resident is not is_resident:
+            known = self._candidates[request.request_id] = Candidate(
+                request_id=request.request_id,
+                adapter=request.content_hash,
+                arrival_time=request.arrival_time,
+                num_new_tokens=num_new,
+                rank=adapter.num_rank_rows if adapter else 0,
+                is_resident=is_resident,
+            )
+        return known
 
     def _num_runnable(self, request: Request) -> int:
         """Tokens whose KV is still to be computed and worth it."""

@@ -241,7 +241,10 @@ class Orchestrator:
                 out = self.handover.observe(replica, report, now)
             case Fatal():
                 out = self.lose_replica(replica_id, epoch, report.error, now)
-        return out + self._note_drained(now) + self._calls.tidy()
+        out += self._note_drained(now)
+        if isinstance(report, Progress) and not self.adapters.has_unneeded:
+            return out  # Nothing else that is to be tidied up comes of it.
+        return out + self._calls.tidy()
 
     def tick(self, now: float) -> list[Outgoing]:
         """Act on deadlines that passed; ``next_deadline`` tells when the next one does.

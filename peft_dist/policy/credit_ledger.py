@@ -81,7 +81,7 @@ class CreditLedger:
 
     def may_merge(self, adapter: str) -> bool:
         """Whether an adapter does not owe the others more than ``max_debt`` gaps each."""
-        others = len(self._credits.keys() - {adapter})
+        others = len(self._credits) - (adapter in self._credits)
         return not others or self.credit(adapter) + self.left_behind >= -self.max_debt * self.gap * others
 
     def forget(self, adapter: str) -> None:

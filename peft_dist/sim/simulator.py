@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Protocol
 
 from peft_dist.core.adapter import AdapterSpec
@@ -137,8 +137,13 @@ class Simulator:
     def _reporter(self, replica_id: int, epoch: int) -> Callable[[list[AnyReport]], None]:
         def arrive(reports: list[AnyReport]) -> None:
             for report in reports:
-                self._settle(replica_id if isinstance(report, Progress | Started) else None)
-                self._act(self.core.observe(replica_id, epoch, report, self._queue.now))
+                is_usual = isinstance(report, Progress | Started)
+                self._settle(replica_id if is_usual else None)
+                commands = self.core.observe(replica_id, epoch, report, self._queue.now)
+                if commands or not is_usual:
+                    self._act(commands)
+                else:
+                    self._hear()  # Nothing is due any sooner.
 
         def send(reports: list[AnyReport]) -> None:
             self._queue.at(self._queue.now + self._cluster.message_seconds, lambda: arrive(reports), replica_id)
@@ -169,7 +174,7 @@ class Simulator:
             outcome.tokens += count
 
     def _submit(self, request_id: str, arrival: Arrival) -> None:
-        params = SamplingParams(temperature=0.0, max_tokens=arrival.output_tokens, ignore_eos=True)
+        params = _params(arrival.output_tokens)
         new = NewRequest(request_id, [0] * arrival.prompt_tokens, params, arrival.adapter)
         self._read()
         self._act(self.core.submit(new, self._queue.now))
@@ -178,6 +183,10 @@ class Simulator:
         for out in commands:
             take, command = self.replicas[out.replica_id].take, out.command
             self._queue.at(self._queue.now + self._cluster.message_seconds, lambda take=take, c=command: take(c))  # type: ignore[misc]
+        self._hear()
+        self._arm()
+
+    def _hear(self) -> None:
         for event in self.core.drain_events():
             match event:
                 case SequenceEvent(request_id=request_id, progress=progress):
@@ -188,7 +197,6 @@ class Simulator:
                     self._plan()
                 case PlacementDue(search=search):
                     self._queue.at(self._queue.now + self._cluster.placement_seconds, partial(self._place, search))
-        self._arm()
 
     def _place(self, search: Search) -> None:
         self._look()
@@ -243,3 +251,8 @@ class Simulator:
     def _fail(self, request_id: str, error: str) -> None:
         self._outcomes[request_id].error = error
         self._left -= 1
+
+
+@lru_cache(maxsize=4096)
+def _params(max_tokens: int) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)

@@ -78,6 +78,8 @@ class Unread:
 
     def settle(self, now: float, lane: int) -> None:
         """The same, with all records. Whoever owns a sequence may change after this."""
+        if not self._reports:
+            return
         self.read(now, lane)
         if self._reports:
             self._settle(self._reports[0])

@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder for the result (default: docs/results)")
     options = parser.parse_args()
     if options.profile:
-        with cProfile.Profile() as profile:
+        with cProfile.Profile(time.process_time) as profile:
             measure(options)
         pstats.Stats(profile).sort_stats(options.profile).print_stats(60)
         return
