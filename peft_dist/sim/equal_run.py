@@ -21,6 +21,7 @@ class EqualRun:
 
     Attributes:
         number: Of the last one; it grows with every cut, so that who waits for an end knows whether it is the right one.
+        num_steps: That were taken so.
     """
 
     def __init__(self, engine: Engine, executor: SimExecutor, host_seconds: float, least_seconds: float) -> None:
@@ -29,7 +30,7 @@ class EqualRun:
         self._executor = executor
         self._host = host_seconds
         self._least = least_seconds
-        self._advance = Advance(engine, TOKEN)
+        self.advance = Advance(engine, TOKEN)
         self._told: set[str] = set()
         self._stretch: Stretch | None = None
         self._starts: list[float] = []
@@ -38,6 +39,7 @@ class EqualRun:
         self._times: list[float] = []
         self._tells = False
         self.number = 0
+        self.num_steps = 0
 
     @property
     def is_on(self) -> bool:
@@ -61,7 +63,7 @@ class EqualRun:
         The last one may have to be told of by itself: if a request ends in it, if it begins at ``until`` or later, or
         for requests that have told of nothing yet.
         """
-        stretch = self._advance.plan(now, self._executor.step_seconds) if until > -math.inf else None
+        stretch = self.advance.plan(now, self._executor.step_seconds) if until > -math.inf else None
         if stretch is None:
             return None
         ids = [request.request_id for request in stretch.requests]
@@ -89,7 +91,8 @@ class EqualRun:
         """The last step ends now. Returns what is to be told of it by itself."""
         stretch, self._stretch = self._stretch, None
         assert stretch is not None, "it was begun"
-        progress = self._advance.carry_out(stretch, self._starts, tell=self._tells)
+        self.num_steps += len(self._starts)
+        progress = self.advance.carry_out(stretch, self._starts, tell=self._tells)
         self._executor.stepped(self._free[len(self._starts) - 1])
         return progress
 
@@ -98,7 +101,7 @@ class EqualRun:
         return self._starts[-1]
 
     def _stats_after(self, stretch: Stretch) -> Callable[[int], ReplicaStats]:
-        stats, advance = stats_of(self._engine.scheduler, stretch.requests), self._advance
+        stats, advance = stats_of(self._engine.scheduler, stretch.requests), self.advance
 
         def stats_after(count: int) -> ReplicaStats:
             free = stretch.num_free - advance.num_taken(stretch.computed, count)

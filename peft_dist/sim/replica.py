@@ -106,17 +106,22 @@ class SimReplica:
         self.executor = SimExecutor(hardware.truth, self._clock, hardware.block_bytes, hardware.num_held)
         self.engine = assemble(hardware.config, info, self.executor, hardware.prior(), page_rows=1, num_rows=None)
         self._driver = EngineDriver(self.engine, Handovers(self.engine), self._reports.append, self._clock)
-        self._run = EqualRun(self.engine, self.executor, self._host_seconds, _IDLE_ROUND)
+        self.run = EqualRun(self.engine, self.executor, self._host_seconds, _IDLE_ROUND)
         self._reports.append(Ready(model=info, pid=0))
         self._wake()
 
     def take(self, command: AnyCommand) -> None:
         """A command arrives now."""
         self._commands.append(command)
-        if not self._run.is_on:
+        if not self.run.is_on:
             self._wake()
-        elif self._run.cut(self._queue.now):
+        elif self.run.cut(self._queue.now):
             self._await_run()
+
+    @property
+    def now(self) -> float:
+        """The time by which its engine goes: when its last step began."""
+        return self._now
 
     def _clock(self) -> float:
         return self._now
@@ -135,7 +140,7 @@ class SimReplica:
         for command in commands:
             self._handle(command)
         if self._equal is not None and not self._reports and self.executor.is_quiet:
-            reports = self._run.begin(began, self._driver.plain_until)
+            reports = self.run.begin(began, self._driver.plain_until)
             if reports is not None:
                 self._equal(reports)
                 self._await_run()
@@ -151,19 +156,18 @@ class SimReplica:
         """Note whose tokens were reported."""
         for report in reports:
             if isinstance(report, Progress):
-                self._run.told(report.sequences)
+                self.run.told(report.sequences)
 
     def _await_run(self) -> None:
-        run = self._run
-        self._at(run.ends_at, partial(self._end_run, run.number))
+        self._at(self.run.ends_at, partial(self._end_run, self.run.number))
 
     def _end_run(self, number: int) -> None:
-        if number == self._run.number:
-            progress = self._run.end()
-            self._now = self._run.last_start
+        if number == self.run.number:
+            progress = self.run.end()
+            self._now = self.run.last_start
             if progress:
                 self._driver.tell(progress)
-                self._run.told(progress)
+                self.run.told(progress)
             else:
                 self._driver.stepped()
             self._end_round()
