@@ -65,4 +65,4 @@ class StepCosts(msgspec.Struct, frozen=True):
         return self.transfer[0] + self.transfer[1] * num_bytes
 
     def _predict(self, features: StepFeatures) -> float:
-        return sum(map(mul, self.step, features.vector()))
+        return float(sum(map(mul, self.step, features.vector())))

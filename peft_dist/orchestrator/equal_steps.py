@@ -21,9 +21,7 @@ class EqualSteps:
         token: That each drew each time.
     """
 
-    def __init__(
-        self, requests: RequestTable, replica: Replica, sequence_ids: Sequence[str], token: int
-    ) -> None:
+    def __init__(self, requests: RequestTable, replica: Replica, sequence_ids: Sequence[str], token: int) -> None:
         found = (requests.owner(sequence_id, replica.replica_id) for sequence_id in sequence_ids)
         # Others were aborted here while the replica was still at it.
         self._owners: list[tuple[RequestRecord, SequenceRecord]] = [owner for owner in found if owner is not None]

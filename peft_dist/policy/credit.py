@@ -203,12 +203,9 @@ class CreditPolicy(TrackedPolicy):
         if self.settings.merged_minority or ordinary.choice.reason == "enter":
             return 0.0
         if ordinary.alone is None:
-            pairs, unit = [], 0.0
-            steps = self._steps_unmerged(view, ordinary)
-        else:
-            pairs, unit = self.settlement.price_of(view, ordinary.choice.candidates, ordinary.choice.merged_adapter)
-            steps = self._steps_merged(view, ordinary)
-        return min(steps, self.ledger.stable_steps(pairs, unit, view.groups))
+            return min(self._steps_unmerged(view, ordinary), self.ledger.stable_steps([], 0.0, view.groups))
+        pairs, unit = self.settlement.price_of(view, ordinary.choice.candidates, ordinary.choice.merged_adapter)
+        return min(self._steps_merged(view, ordinary), self.ledger.stable_steps(pairs, unit, view.groups))
 
     def _steps_unmerged(self, view: QueueView, ordinary: Ordinary) -> float:
         """After how many steps merging the leader may pay, where it does not."""
