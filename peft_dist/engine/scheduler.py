@@ -125,7 +125,7 @@ class Scheduler:
         return self._batch(draft.sequences)
 
     def propose(self, now: float) -> tuple[QueueState, Choice]:
-        """What is seen, and what ``schedule`` is going to carry out, if it comes at the same time and nothing changes before."""
+        """What is seen, and what ``schedule`` carries out if it comes at the same time, with no change before."""
         want_adapters(self.queue.values(), self.adapters, self.limits.max_adapter_wait, now)
         self._state = self._look(now)
         self.choice = self.policy.choose(self._state)

@@ -64,6 +64,8 @@ class CreditPolicy(TrackedPolicy):
         self._mean_saving: float | None = None
         self._ordinary: Ordinary | None = None
         self._privileged: list[str] = []
+        # Whether the next decision knows another gap than the last one did.
+        self._is_gap_new = False
 
     @property
     def credits(self) -> dict[str, float]:
@@ -91,7 +93,8 @@ class CreditPolicy(TrackedPolicy):
 
     def _usual(self, view: QueueView) -> Choice:
         self._ordinary = ordinary = self._decide(view)
-        self.ledger.gap = self._gap(view, ordinary)
+        gap = self._gap(view, ordinary)
+        self._is_gap_new, self.ledger.gap = gap != self.ledger.gap, gap
         self._privileged = self.ledger.privileged(view.groups)
         front = [c for adapter in self._privileged for c in view.groups[adapter]]
         members = {c.request_id for c in ordinary.choice.candidates}
@@ -201,6 +204,8 @@ class CreditPolicy(TrackedPolicy):
         if ordinary is None or not is_usual or self._privileged or self.ledger.has_granted:
             return 0.0
         if self.settings.merged_minority or ordinary.choice.reason == "enter":
+            return 0.0
+        if self._is_gap_new and math.isfinite(self.settings.max_debt):
             return 0.0
         if ordinary.alone is None:
             return min(self._steps_unmerged(view, ordinary), self.ledger.stable_steps([], 0.0, view.groups))
