@@ -13,14 +13,13 @@ from peft_dist.policy.batching import Candidate
 class Candidates:
     """Makes candidates, and keeps them: from step to step most are the same."""
 
-    def __init__(self, limits: SchedulerLimits, adapters: AdapterManager) -> None:
+    def __init__(self, limits: SchedulerLimits) -> None:
         self._limits = limits
-        self._adapters = adapters
         self._known: dict[str, Candidate] = {}
 
-    def of(self, requests: Iterable[Request]) -> list[Candidate]:
+    def of(self, requests: Iterable[Request], adapters: AdapterManager) -> list[Candidate]:
         """One for each request, in their order."""
-        known, longest, is_resident = self._known, self._limits.max_model_len, self._adapters.is_resident
+        known, longest, is_resident = self._known, self._limits.max_model_len, adapters.is_resident
         found = []
         for request in requests:
             adapter, num_new = request.adapter, num_runnable(request, longest)

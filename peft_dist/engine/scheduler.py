@@ -55,7 +55,7 @@ class Scheduler:
         self.prefix_hits = 0
         self._step = 0
         self._state: QueueState | None = None
-        self._candidates = Candidates(limits, adapters)
+        self._candidates = Candidates(limits)
         self._swap_outs: list[tuple[int, int]] = []
         self._swap_ins: list[tuple[int, int]] = []
         self._starts: list[SequenceStart] = []
@@ -179,7 +179,7 @@ class Scheduler:
 
     def _look(self, now: float) -> QueueState:
         return QueueState(
-            candidates=self._candidates.of(self.queue.values()),
+            candidates=self._candidates.of(self.queue.values(), self.adapters),
             now=now,
             max_num_seqs=self.limits.max_num_seqs,
             max_num_batched_tokens=self.limits.max_num_batched_tokens,
