@@ -19,9 +19,12 @@ class EqualSteps:
     Args:
         sequence_ids: In the order of the reports.
         token: That each drew each time.
+        num_taken: As of ``Progress``.
     """
 
-    def __init__(self, requests: RequestTable, replica: Replica, sequence_ids: Sequence[str], token: int) -> None:
+    def __init__(
+        self, requests: RequestTable, replica: Replica, sequence_ids: Sequence[str], token: int, num_taken: int = 0
+    ) -> None:
         found = (requests.owner(sequence_id, replica.replica_id) for sequence_id in sequence_ids)
         # Others were aborted here while the replica was still at it.
         self._owners: list[tuple[RequestRecord, SequenceRecord]] = [owner for owner in found if owner is not None]
@@ -29,6 +32,7 @@ class EqualSteps:
         self._replica = replica
         self._backlog = requests.backlog(replica.replica_id)
         self._token = token
+        self._num_taken = num_taken
         self._unsettled = 0
         self._plan()
 
@@ -39,6 +43,7 @@ class EqualSteps:
 
     def take_in(self, count: int) -> None:
         """So many more steps were reported."""
+        self._replica.num_taken = self._num_taken
         while count:
             if now := min(count, self._num_whole):
                 # As one by one: 1 is a multiple of what any of these numbers is rounded to.

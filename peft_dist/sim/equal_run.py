@@ -57,11 +57,11 @@ class EqualRun:
             elif one.token_ids:
                 self._told.add(one.request_id)
 
-    def begin(self, now: float, until: float) -> EqualReports | None:
+    def begin(self, now: float, until: float, num_taken: int) -> EqualReports | None:
         """Reports to come of steps that begin now and later; None where a step is to be taken by itself.
 
         The last one may have to be told of by itself: if a request ends in it, if it begins at ``until`` or later, or
-        for requests that have told of nothing yet.
+        for requests that have told of nothing yet. ``num_taken``: As of ``Progress``.
         """
         stretch = self.advance.plan(now, self._executor.step_seconds) if until > -math.inf else None
         if stretch is None:
@@ -74,7 +74,7 @@ class EqualRun:
         self._tells = are_new or count == stretch.until_end or self._starts[-1] >= until
         self._times = self._ends[: count - self._tells]
         self.number += 1
-        return EqualReports(ids, self._times, self._stats_after(stretch))
+        return EqualReports(ids, self._times, self._stats_after(stretch), num_taken)
 
     def cut(self, now: float) -> bool:
         """Take back the steps that have not begun by now; whether there are any. One that begins now has not, but for

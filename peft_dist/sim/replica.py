@@ -140,7 +140,7 @@ class SimReplica:
         for command in commands:
             self._handle(command)
         if self._equal is not None and not self._reports and self.executor.is_quiet:
-            reports = self.run.begin(began, self._driver.plain_until)
+            reports = self.run.begin(began, self._driver.plain_until, self._driver.num_taken)
             if reports is not None:
                 self._equal(reports)
                 self._await_run()

@@ -12,8 +12,9 @@ from peft_dist.core.messages import AnyReport, LoadAdapter, Progress, SequencePr
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.orchestrator.client import NewRequest
 from peft_dist.orchestrator.core import Orchestrator, OrchestratorOptions
+from peft_dist.orchestrator.equal_steps import EqualSteps
 from peft_dist.orchestrator.migration import FAILED
-from peft_dist.orchestrator.records import Outgoing, PlacementDue, PlanDue, RequestFailed, SequenceEvent
+from peft_dist.orchestrator.records import Outgoing, PlacementDue, PlanDue, Replica, RequestFailed, SequenceEvent
 from peft_dist.placement.placer import Search
 from peft_dist.placement.planning import greedy_plan
 from peft_dist.placement.types import ClusterView, MigrationPlan, PlanError
@@ -121,7 +122,10 @@ class Simulator:
     def _set_up(self) -> None:
         for replica_id, hardware in enumerate(self._cluster.hardware):
             replica = self.core.add_replica(replica_id, self._queue.now)
-            opened = partial(self.core.intake.equal_steps, replica, token=TOKEN)
+
+            def opened(ids: list[str], num_taken: int, replica: Replica = replica) -> EqualSteps:
+                return self.core.equal_steps(replica, ids, TOKEN, num_taken)
+
             unread = Unread(replica_id, self._cluster.message_seconds, opened, self._note_equal)
             self._unread.append(unread)
             told, equal = self._reporter(replica_id, replica.epoch), unread.add if self._advance else None

@@ -21,11 +21,13 @@ class EqualReports:
         sequence_ids: Of which each report has one token, in its order.
         times: When each was sent; those to come may be taken back, and more may be added.
         stats_after: What the report with this index, from 1 on, says of the replica.
+        num_taken: Requests that the replica has taken in, as each says.
     """
 
-    sequence_ids: Sequence[str]
+    sequence_ids: list[str]
     times: list[float]
     stats_after: StatsAfter
+    num_taken: int
     num_read: int = 0
     num_told: int = 0
     steps: EqualSteps | None = None
@@ -38,7 +40,7 @@ class Unread:
         self,
         lane: int,
         delay: float,
-        open_steps: Callable[[Sequence[str]], EqualSteps],
+        open_steps: Callable[[list[str], int], EqualSteps],
         drew: Callable[[Sequence[str], int, float], None],
     ) -> None:
         """``delay``: Seconds that a report is under way. ``drew``: Hears of requests that drew so many tokens each, the
@@ -66,7 +68,7 @@ class Unread:
             read = pick(times, now, before, key=self._arrival)
             if read > before:
                 if one.steps is None:
-                    one.steps = self._open(one.sequence_ids)
+                    one.steps = self._open(one.sequence_ids, one.num_taken)
                 one.steps.take_in(read - before)
                 one.num_read = read
             if read < len(times):

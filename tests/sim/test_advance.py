@@ -134,6 +134,7 @@ def check(seed: int, sizes: Sequence[int]) -> tuple[int, int]:
     for replica_id in range(len(singly.replicas)):
         ours, theirs = (one.core.replicas[replica_id] for one in (at_once, singly))
         assert (ours.stats, ours.detail, ours.last_heard) == (theirs.stats, theirs.detail, theirs.last_heard)
+        assert (ours.num_sent, ours.num_taken) == (theirs.num_sent, theirs.num_taken)
     return sum(map(len, singly.steps)), sum(replica.run.num_steps for replica in at_once.replicas)
 
 
