@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from peft_dist.core.adapter import AdapterSpec
@@ -31,6 +32,7 @@ class EngineDriver:
     """Rounds of an engine: first commands (``handle``), then a step (``step``); each tells what came of it.
 
     Attributes:
+        num_taken: Requests that were taken in, refused or not.
         adapters: Those that requests can name, by content hash; kept by whoever registers them with the engine.
     """
 
@@ -45,7 +47,7 @@ class EngineDriver:
         self.adapters: dict[str, AdapterSpec] = {}
         self._refused: list[SequenceProgress] = []
         self._details = DetailSchedule()
-        self._num_taken = 0
+        self.num_taken = 0
         engine.on_start = self._tell_started
 
     @property
@@ -57,6 +59,15 @@ class EngineDriver:
         """For how long an idle driver may be left alone, because of what is yet to be told; None: for ever."""
         return self._details.timeout_ms(self._clock())
 
+    @property
+    def plain_until(self) -> float:
+        """Until when a step that begins is told of by its progress and stats alone; -inf: more is due before it."""
+        return self._details.due_at if self._handovers.is_quiet and not self._refused else -math.inf
+
+    def stepped(self) -> None:
+        """The engine was stepped, beside ``step``, and has more to do."""
+        self._details.note(stepped=True, is_idle=False, version=self._engine.residency_version)
+
     def drop_requests(self) -> None:
         """End all requests: nobody reads what they bring."""
         self._handovers.clear()
@@ -66,7 +77,7 @@ class EngineDriver:
     def tell_anew(self) -> None:
         """Whoever listens from now on knows nothing yet."""
         self._details = DetailSchedule()
-        self._num_taken = 0
+        self.num_taken = 0
 
     def handle(self, command: AnyCommand) -> None:
         """Do what concerns the engine alone; other commands are their receiver's, and ignored here."""
@@ -96,22 +107,29 @@ class EngineDriver:
         stepped = self._engine.has_work
         if stepped:
             progress += self._engine.step(self._clock())
-            report |= not self._engine.has_work
+        self._tell(progress, stepped=stepped, report=report)
+
+    def tell(self, progress: list[SequenceProgress]) -> None:
+        """Send what a step drew that was taken beside ``step``."""
+        self._tell(progress, stepped=True, report=False)
+
+    def _tell(self, progress: list[SequenceProgress], *, stepped: bool, report: bool) -> None:
+        report |= stepped and not self._engine.has_work
         self._details.note(stepped=stepped, is_idle=self.is_idle, version=self._engine.residency_version)
         now = self._clock()
         if not self._details.is_due(now):
             if progress or report:
-                self._send(Progress(sequences=progress, stats=self._engine.stats(), num_taken=self._num_taken))
+                self._send(Progress(sequences=progress, stats=self._engine.stats(), num_taken=self.num_taken))
             return
         self._details.sent(now)
         stats, detail = self._engine.stats(), self._engine.detail()
-        self._send(Progress(sequences=progress, stats=stats, detail=detail, num_taken=self._num_taken))
+        self._send(Progress(sequences=progress, stats=stats, detail=detail, num_taken=self.num_taken))
 
     def _tell_started(self, request_ids: list[str]) -> None:
         self._send(Started(request_ids=request_ids))
 
     def _add(self, command: AddRequest) -> None:
-        self._num_taken += 1
+        self.num_taken += 1
         try:
             self._engine.add_request(make_request(command, self.adapters, self._clock()))
         except (PeftDistError, ValueError) as error:
@@ -126,7 +144,7 @@ class EngineDriver:
             )
 
     def _import(self, command: ImportRequests) -> None:
-        self._num_taken += len(command.requests)
+        self.num_taken += len(command.requests)
         now = self._clock()
         try:
             requests = [make_request(request, self.adapters, now) for request in command.requests]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from peft_dist.core.batch import NO_ADAPTER, PLACEHOLDER, Batch, ScheduledSequence, SequenceStart
 from peft_dist.core.block_hash import extend_block_hashes
@@ -11,9 +11,10 @@ from peft_dist.core.block_manager import BlockManager
 from peft_dist.core.request import Request, RequestStatus
 from peft_dist.engine.adapter_manager import AdapterManager
 from peft_dist.engine.adapter_wants import want_adapters
+from peft_dist.engine.candidates import Candidates, num_runnable
 from peft_dist.engine.draft import Draft
 from peft_dist.engine.limits import SchedulerLimits
-from peft_dist.policy.batching import BatchingPolicy, Candidate, Choice, QueueState
+from peft_dist.policy.batching import BatchingPolicy, Choice, QueueState
 
 
 class Scheduler:
@@ -53,9 +54,16 @@ class Scheduler:
         self.prefix_queries = 0
         self.prefix_hits = 0
         self._step = 0
+        self._state: QueueState | None = None
+        self._candidates = Candidates(limits)
         self._swap_outs: list[tuple[int, int]] = []
         self._swap_ins: list[tuple[int, int]] = []
         self._starts: list[SequenceStart] = []
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing but the next step's tokens is to be told with it, and no adapter is on its way."""
+        return not (self._starts or self._swap_outs or self._swap_ins or self.adapters.is_busy)
 
     @property
     def has_requests(self) -> bool:
@@ -81,6 +89,7 @@ class Scheduler:
 
     def hold(self, request: Request) -> None:
         """Let no further step take a queued request; it keeps all that it has."""
+        self._forget(request)
         self.held[request.request_id] = self.queue.pop(request.request_id)
         self.policy.forget([request.request_id])
 
@@ -88,7 +97,12 @@ class Scheduler:
         """End what ``hold`` began."""
         self._enqueue(self.held.pop(request.request_id))
 
+    def _forget(self, request: Request) -> None:
+        self._state = None
+        self._candidates.forget(request.request_id)
+
     def _enqueue(self, request: Request) -> None:
+        self._state = None
         newest = next(reversed(self.queue.values()), None)
         self.queue[request.request_id] = request
         if newest is not None and newest.arrival_time > request.arrival_time:
@@ -96,9 +110,10 @@ class Scheduler:
 
     def schedule(self, now: float) -> Batch | None:
         """The next batch, or None when nothing can run now."""
-        want_adapters(self.queue.values(), self.adapters, self.limits.max_adapter_wait, now)
-        state = self._state(now)
-        self.choice = self.policy.choose(state)
+        if self._state is None or self._state.now != now:
+            self.propose(now)
+        state, self._state = self._state, None
+        assert state is not None, "propose() sets it"
         draft = self._take(self.choice)
         scheduled = [sequence.request_id for sequence in draft.sequences]
         for request_id in scheduled:
@@ -109,8 +124,25 @@ class Scheduler:
         self.policy.ran(state, self.choice, scheduled)
         return self._batch(draft.sequences)
 
+    def propose(self, now: float) -> tuple[QueueState, Choice]:
+        """What is seen, and what ``schedule`` carries out if it comes at the same time, with no change before."""
+        want_adapters(self.queue.values(), self.adapters, self.limits.max_adapter_wait, now)
+        self._state = self._look(now)
+        self.choice = self.policy.choose(self._state)
+        return self._state, self.choice
+
+    def repeated(self, requests: Iterable[Request], starts: Sequence[float]) -> None:
+        """Steps that began at these times, the first when ``propose`` was asked, took these requests, as it chose."""
+        self._state = None
+        for request in requests:
+            if request.adapter is not None and self.adapters.acquire(request.adapter) is not None:
+                self.adapters.release(request.adapter)
+        self.policy.repeat([request.request_id for request in requests], starts)
+        self._step += len(starts)
+
     def finish(self, request: Request, reason: str, stop_reason: int | None = None) -> None:
         """End a request, wherever it stands, and give back all that it holds."""
+        self._forget(request)
         self.queue.pop(request.request_id, None)
         self.held.pop(request.request_id, None)
         self.policy.forget([request.request_id])
@@ -145,9 +177,9 @@ class Scheduler:
         request.num_computed_tokens = 0
         request.status = RequestStatus.WAITING
 
-    def _state(self, now: float) -> QueueState:
+    def _look(self, now: float) -> QueueState:
         return QueueState(
-            candidates=[self._candidate(request) for request in self.queue.values()],
+            candidates=self._candidates.of(self.queue.values(), self.adapters),
             now=now,
             max_num_seqs=self.limits.max_num_seqs,
             max_num_batched_tokens=self.limits.max_num_batched_tokens,
@@ -157,28 +189,6 @@ class Scheduler:
             can_host=self.can_host,
             holds_merged=self.holds_merged,
         )
-
-    def _candidate(self, request: Request) -> Candidate:
-        adapter = request.adapter
-        return Candidate(
-            request_id=request.request_id,
-            adapter=request.content_hash,
-            arrival_time=request.arrival_time,
-            num_new_tokens=self._num_runnable(request),
-            rank=adapter.num_rank_rows if adapter else 0,
-            is_resident=adapter is None or self.adapters.is_resident(adapter),
-        )
-
-    def _num_runnable(self, request: Request) -> int:
-        """Tokens whose KV is still to be computed and worth it."""
-        num_tokens = request.num_tokens
-        if request.num_in_flight:
-            # Without blocks it has to wait: what it drew must be known to be computed again.
-            if request.status is not RequestStatus.RUNNING:
-                return 0
-            if num_tokens >= self.limits.max_model_len or request.num_output_tokens >= request.max_output_tokens:
-                return 0
-        return num_tokens - request.num_computed_tokens
 
     def _take(self, choice: Choice) -> Draft:
         """What was chosen, in its order, while tokens and blocks last."""
@@ -218,7 +228,7 @@ class Scheduler:
 
     def _grow(self, request: Request, room: int, draft: Draft) -> int:
         """Blocks for the next tokens of a running request; 0 when it had to give up those it had."""
-        num_new = min(self._num_runnable(request), room)
+        num_new = min(num_runnable(request, self.limits.max_model_len), room)
         while num_new and not self.blocks.grow(request.request_id, request.num_computed_tokens + num_new):
             victim = draft.victim_to_grow(self.queue)
             self.preempt(victim)

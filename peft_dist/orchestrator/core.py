@@ -73,6 +73,7 @@ class Orchestrator:
         self.room = Room(options, self._requests, self.replicas)
         self._events: list[Event] = []
         self._endings = Endings(self._requests, self.adapters, self._demand, self.room, self._events)
+        self.equal_steps = self._endings.equal_steps
         self._calls = AdapterCalls(self.adapters, self.replicas, self._events, options.first_number)
         tables = self._requests, self.replicas, self._calls
         counts = MoveCounts()
@@ -245,7 +246,9 @@ class Orchestrator:
                 out = self.handover.observe(replica, report, now)
             case Fatal():
                 out = self.lose_replica(replica_id, epoch, report.error, now)
-        return out + self._note_drained(now) + self._calls.tidy()
+        # Progress leaves nothing else to be tidied up.
+        is_tidy = isinstance(report, Progress) and not self.adapters.has_unneeded
+        return out + self._note_drained(now) + ([] if is_tidy else self._calls.tidy())
 
     def tick(self, now: float) -> list[Outgoing]:
         """Act on deadlines that passed; ``next_deadline`` tells when the next one does.

@@ -86,7 +86,9 @@ class ReplicaTable:
         replica.stats = report.stats
         replica.num_taken = replica.num_sent if report.num_taken is None else report.num_taken
         if report.detail is not None:
-            replica.detail, replica.costs = report.detail, report.detail.costs or replica.costs
+            replica.detail = report.detail
+            if report.detail.costs is not None and report.detail.costs != replica.costs:
+                replica.costs = report.detail.costs
             replica.on_host = frozenset(one.content_hash for one in report.detail.adapters if one.tier == "host")
 
     def mark_dead(self, replica: Replica, error: EngineDeadError) -> None:
@@ -108,7 +110,7 @@ class ReplicaTable:
         known = [replica.model for replica in self._by_id.values() if replica.model is not None]
         if not known:
             raise EngineDeadError(self.health_error())
-        return known[0] if len(known) == 1 else min(known, key=token_limit)
+        return known[0] if known.count(known[0]) == len(known) else min(known, key=token_limit)
 
     def health_error(self) -> str:
         """Why no replica is ready, in the words of the last one that died."""
