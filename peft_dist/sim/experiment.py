@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from peft_dist.orchestrator.core import OrchestratorOptions
-from peft_dist.placement.planning import greedy_plan
-from peft_dist.placement.types import ClusterView, MigrationPlan
 from peft_dist.sim.exec_types import find
 from peft_dist.sim.options import SimulationOptions
+from peft_dist.sim.planning import SteadyPlanner
 from peft_dist.sim.profile import CostProfile
 from peft_dist.sim.simulator import Outcome, SimCluster, Simulator
 from peft_dist.workload.arrivals import Arrival
@@ -99,14 +98,14 @@ class SimulationResult:
         """Of the replica that switched longest, as the artifact counts them."""
         return max(replica.switch_seconds for replica in self.replicas)
 
-    def run(self, workload: dict[str, Any]) -> Run:
-        """For files: nothing in it depends on this machine. ``workload``: its source."""
+    def run(self, workload: dict[str, Any], versions: Mapping[str, str]) -> Run:
+        """For files: nothing in it depends on this machine's speed. ``workload``: its source."""
         found = {
             "replicas": [{**asdict(one), "queueing_share": one.queueing_share} for one in self.replicas],
             "migration": asdict(self.migration),
             "seconds": self.seconds,
         }
-        return Run(self.records, {"workload": workload, **self.source, "found": found})
+        return Run(self.records, {"workload": workload, **self.source, "versions": dict(versions), "found": found})
 
 
 def simulate(
@@ -126,7 +125,8 @@ def simulate(
     options = options or SimulationOptions()
     arrivals = list(rows)
     began = time.perf_counter()
-    simulator = Simulator(_cluster(arrivals, profile, options))
+    planner = SteadyPlanner(options.plan)
+    simulator = Simulator(_cluster(arrivals, profile, options, planner))
     outcomes = simulator.run(arrivals)
     wall = time.perf_counter() - began
     return SimulationResult(
@@ -136,12 +136,14 @@ def simulate(
         seconds=simulator.seconds,
         source=_source(profile, options),
         wall_seconds=wall,
-        plan_wall_seconds=simulator.plan_wall_seconds,
+        plan_wall_seconds=planner.wall_seconds,
         events=simulator.num_events,
     )
 
 
-def _cluster(arrivals: Sequence[Arrival], profile: CostProfile, options: SimulationOptions) -> SimCluster:
+def _cluster(
+    arrivals: Sequence[Arrival], profile: CostProfile, options: SimulationOptions, planner: SteadyPlanner
+) -> SimCluster:
     exec_type = find(options.exec_type)
     named = [*options.adapters, *(arrival.adapter for arrival in arrivals if arrival.adapter is not None)]
     hardware = [exec_type.hardware(profile, options, index) for index in range(options.replicas)]
@@ -158,13 +160,9 @@ def _cluster(arrivals: Sequence[Arrival], profile: CostProfile, options: Simulat
         message_seconds=profile.message_seconds,
         plan_seconds=options.plan_seconds,
         placement_seconds=options.placement_seconds,
-        plan=_planner(options),
+        plan=planner,
         token_times=options.token_times,
     )
-
-
-def _planner(options: SimulationOptions) -> Callable[[ClusterView], MigrationPlan]:
-    return lambda view: greedy_plan(view, "virtual time")
 
 
 def _record(index: int, outcome: Outcome, end: float) -> RequestRecord:
@@ -219,12 +217,9 @@ def _migration(simulator: Simulator) -> MigrationResult:
 
 
 def _source(profile: CostProfile, options: SimulationOptions) -> dict[str, Any]:
-    from peft_dist import __version__
-
     exec_type = find(options.exec_type)
     return {
         "simulated": True,
-        "peft_dist": __version__,
         "profile": asdict(profile),
         "options": options.told(),
         "exec_type": exec_type.source,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -84,7 +83,6 @@ class Simulator:
 
     Attributes:
         core: The orchestrator.
-        plan_wall_seconds: What plans took on this machine, whatever is assumed that they take.
     """
 
     def __init__(self, cluster: SimCluster) -> None:
@@ -97,7 +95,6 @@ class Simulator:
         self._start = 0.0
         self._tick_at: float | None = None
         self._there: dict[str, float] = {}
-        self.plan_wall_seconds = 0.0
 
     @property
     def seconds(self) -> float:
@@ -189,10 +186,8 @@ class Simulator:
         while survey.step():
             pass
         surveyed = survey.result(self._queue.now)
-        began = time.perf_counter()
         try:
             plan = self._cluster.plan(surveyed.view)
-            self.plan_wall_seconds += time.perf_counter() - began
         except PlanError:
             self._queue.at(self._queue.now, lambda: self.core.migration.planned(FAILED, 0.0, self._queue.now))
             return
