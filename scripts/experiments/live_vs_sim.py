@@ -74,7 +74,7 @@ def compare(
         asked = workload(options, names, rate, max(20, round(rate * options.seconds)))
         live = serve(asked)
         simulated = simulate(asked.arrivals, profile, sim)
-        rates.append({"load": load, "rate": rate, "requests": len(live), **beside(live, simulated)})
+        rates.append({"load": load, "rate": rate, "requests": len(live), **side_by_side(live, simulated)})
         told = rates[-1]["simulated_over_live"]["normalized_latency"]
         print(
             f"load {load:g}, {rate:.2f} requests/s: mean {told['mean']:.3f}, P90 {told['p90']:.3f} of live", flush=True
@@ -86,7 +86,7 @@ def compare(
     return {"saturation": most, "largest_distance": worst, "rates": rates}
 
 
-def beside(live: Sequence[RequestRecord], simulated: SimulationResult) -> dict[str, Any]:
+def side_by_side(live: Sequence[RequestRecord], simulated: SimulationResult) -> dict[str, Any]:
     """Two summaries, and their ratios."""
     found = {"live": summarize(live), "simulated": summarize(simulated.records)}
     ratios: dict[str, dict[str, float]] = {}
@@ -126,7 +126,8 @@ def server(options: argparse.Namespace, folder: Path, profile: CostProfile) -> I
         load, output = folder / "load.jsonl", folder / "run.json"
         files.write(asked, load)
         url = f"http://127.0.0.1:{port}"
-        bench = [*command, "bench", url, str(load), "--output", str(output), "--end-id", "2000", "--max-lateness", "1"]
+        bench = [*command, "bench", url, str(load), "--output", str(output), "--end-id", "2000"]
+        bench += ["--max-lateness", str(options.max_lateness)]
         subprocess.run(bench, env=environment, check=True, stdout=subprocess.DEVNULL)
         return read_json(output).records
 
@@ -146,7 +147,8 @@ def through_http(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     path = options.profile or folder / "live.json"
     if options.profile is None:
         measure = [sys.executable, str(ROOT / "scripts" / "profile_costs.py"), "--output", str(path)]
-        measure += ["--beside", str(options.replicas - 1), "--threads", str(options.threads)]
+        beside = options.replicas - 1 if options.beside is None else options.beside
+        measure += ["--beside", str(beside), "--threads", str(options.threads)]
         measure += ["--adapters", str(options.adapters), "--rank", str(options.rank), "--set", "num_blocks=2048"]
         subprocess.run(measure, check=True)
     profile = CostProfile.load(path)
@@ -176,6 +178,8 @@ def main() -> None:
     parser.add_argument("--profile", type=Path, help="measured before on this machine")
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="of each replica on the CPU")
+    parser.add_argument("--beside", type=int, help="replicas that compute while it is measured (default: all others)")
+    parser.add_argument("--max-lateness", type=float, default=0.05, help="seconds, of the client (P99)")
     parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--policy", default="credit", help="with --engine")
     parser.add_argument("--zipf", type=float, default=1.0)
