@@ -106,10 +106,9 @@ class CostRuns:
         """Unmerged batches of each size, for so many distinct adapters (0: the base)."""
         self.use(policy="fcfs")
         self.batch([0, *range(len(self.specs))], 16, 2)
-        # The first of everything is slower.
-        before = len(self.measured.steps)
         self.batch([None] * sizes[-1], prompt, 3)
-        del self.measured.steps[:before]
+        # The first of everything is slower.
+        self.measured.steps.clear()
         for size in sizes:
             for count in sorted({min(count, size, len(self.specs)) for count in counts}):
                 self.batch([i % count if count else None for i in range(size)], prompt, output)

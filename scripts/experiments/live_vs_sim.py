@@ -166,6 +166,8 @@ def in_process(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     sim = SimulationOptions(rank=options.rank, seed=options.seed, policy=options.policy)
     names = [spec.name for spec in runs.specs]
     runs.use(policy=options.policy, max_loras=profile.max_loras)
+    # As `peft-dist bench` warms a server up.
+    runs.batch([*range(len(names))], 16, 4)
     found = compare(options, names, profile, sim, lambda asked: engine_records(runs, asked))
     runs.replica.close()
     return {"profile": asdict(profile), "options": sim.told(), **found}
