@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from operator import mul
 from typing import Any, Literal
 
 from peft_dist.core.errors import ConfigError
@@ -34,6 +35,8 @@ RATE = 0.1
 PRIOR_WEIGHT = 1e-4
 # Errors are relative, but below a millisecond they are noise.
 RESOLUTION = 1e-3
+# Predictions that a fixed model remembers.
+MAX_TOLD = 1 << 14
 # Sizes at which an unknown coefficient of a step may amount to a tenth of the step. Those of the merged terms are
 # larger: unless shown otherwise, merged weights are as fast as the base's.
 TYPICAL = (1.0, 16.0, 128.0, 10.0, 320.0, 1.0, 32.0, 4.0, 64.0, 512.0)
@@ -162,7 +165,7 @@ class OnlineRegression:
         self._targets = {regime: [0.0] * size for regime in regimes}
 
     def predict(self, features: Sequence[float]) -> float:
-        return sum(c * x for c, x in zip(self.coefficients, features, strict=True))
+        return sum(map(mul, self.coefficients, features))
 
     def observe(self, features: Sequence[float], value: float, regime: str) -> None:
         """Learn one value (finite, zero or more; anything else is no measurement and raises ValueError)."""
@@ -224,12 +227,12 @@ class OnlineRegression:
         theta = self.coefficients
         size = range(len(theta))
         matrices, vectors = list(self._products.values()), list(self._targets.values())
-        total = [[sum(column) for column in zip(*(m[i] for m in matrices), strict=True)] for i in size]
+        total = [list(map(sum, zip(*(m[i] for m in matrices), strict=True))) for i in size]
         target = [sum(v[i] for v in vectors) + self._stiffness[i] * self.prior[i] for i in size]
         for _ in range(SWEEPS):
             for i in size:
                 row = total[i]
-                rest = sum(a * t for a, t in zip(row, theta, strict=True)) - row[i] * theta[i]
+                rest = sum(map(mul, row, theta)) - row[i] * theta[i]
                 theta[i] = max(0.0, (target[i] - rest) / (row[i] + self._stiffness[i]))
 
 
@@ -247,6 +250,8 @@ class CostModel:
         self.prior = prior or CostPrior()
         self.fixed = fixed
         self.num_steps = 0
+        # Of a fixed model, what it predicts.
+        self._told: dict[StepFeatures, float] = {}
         self._step = OnlineRegression(self.prior.step_coefficients(), TYPICAL, REGIMES)
         self._others = {
             name: OnlineRegression(getattr(self.prior, name), (1.0, size), (name,))
@@ -261,7 +266,14 @@ class CostModel:
         return cls(flat, fixed=True)
 
     def step_seconds(self, features: StepFeatures) -> float:
-        return self._step.predict(features.vector())
+        if not self.fixed:
+            return self._step.predict(features.vector())
+        seconds = self._told.get(features)
+        if seconds is None:
+            if len(self._told) >= MAX_TOLD:
+                self._told.clear()
+            seconds = self._told[features] = self._step.predict(features.vector())
+        return seconds
 
     def step_coefficients(self) -> tuple[float, ...]:
         """In the order of ``StepFeatures.vector``."""

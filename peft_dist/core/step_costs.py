@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from operator import mul
 
 import msgspec
 
@@ -64,4 +65,4 @@ class StepCosts(msgspec.Struct, frozen=True):
         return self.transfer[0] + self.transfer[1] * num_bytes
 
     def _predict(self, features: StepFeatures) -> float:
-        return sum(c * x for c, x in zip(self.step, features.vector(), strict=True))
+        return sum(map(mul, self.step, features.vector()))

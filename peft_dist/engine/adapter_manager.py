@@ -54,6 +54,11 @@ class AdapterManager:
         """Content hashes on their way to the device."""
         return list(self._loading)
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether something is on its way to the device, or is to be brought there."""
+        return bool(self._loading or self._changes or self.pins.unmet)
+
     def check_fits(self, spec: AdapterSpec) -> None:
         """Raises AdapterError when the adapter is larger than the whole device's room for adapters."""
         if problem := self.space.find_excess(spec):

@@ -40,6 +40,11 @@ class DetailSchedule:
         wait = BUSY_SECONDS if not self._is_idle else CHANGE_SECONDS if self._has_news else math.inf
         return now >= self._sent + wait
 
+    @property
+    def due_at(self) -> float:
+        """From when on a round with a step sends it."""
+        return self._sent + BUSY_SECONDS
+
     def sent(self, now: float) -> None:
         self._sent = now
         self._told_version = self._version

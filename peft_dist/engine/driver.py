@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from peft_dist.core.adapter import AdapterSpec
@@ -56,6 +57,15 @@ class EngineDriver:
         """For how long an idle driver may be left alone, because of what is yet to be told; None: for ever."""
         return self._details.timeout_ms(self._clock())
 
+    @property
+    def plain_until(self) -> float:
+        """Until when a step that begins is told of by its progress and stats alone; -inf: more is due before it."""
+        return self._details.due_at if self._handovers.is_quiet and not self._refused else -math.inf
+
+    def stepped(self) -> None:
+        """The engine was stepped, beside ``step``, and has more to do."""
+        self._details.note(stepped=True, is_idle=False, version=self._engine.residency_version)
+
     def drop_requests(self) -> None:
         """End all requests: nobody reads what they bring."""
         self._handovers.clear()
@@ -94,7 +104,14 @@ class EngineDriver:
         stepped = self._engine.has_work
         if stepped:
             progress += self._engine.step(self._clock())
-            report |= not self._engine.has_work
+        self._tell(progress, stepped=stepped, report=report)
+
+    def tell(self, progress: list[SequenceProgress]) -> None:
+        """Send what a step drew that was taken beside ``step``."""
+        self._tell(progress, stepped=True, report=False)
+
+    def _tell(self, progress: list[SequenceProgress], *, stepped: bool, report: bool) -> None:
+        report |= stepped and not self._engine.has_work
         self._details.note(stepped=stepped, is_idle=self.is_idle, version=self._engine.residency_version)
         now = self._clock()
         if not self._details.is_due(now):

@@ -172,6 +172,21 @@ class Engine:
             progress += self._collect(self._in_flight.popleft())
         return progress
 
+    def repeated(self, requests: list[Request], count: int) -> None:
+        """So many equal steps of these requests were taken, by ``Advance``."""
+        self.num_steps += count
+        if self.executor.merged_adapter() is not None:
+            self.num_merged_steps += count
+        self._last_batch, self._found_nothing = requests, False
+
+    def told(self, request: Request, token: int) -> SequenceProgress:
+        """What is to be reported of a request that was given its last token by ``Advance``; it may have ended."""
+        first = len(request.output_token_ids) - 1
+        stop = check_stop(request, self.eos_token_ids, self.scheduler.limits.max_model_len)
+        if stop:
+            return self._finish(request, *stop, token_ids=[token], first_index=first)
+        return self._progress(request, [token], first, None)
+
     def stats(self) -> ReplicaStats:
         """Cheap counts, for every report."""
         return stats_of(self.scheduler, self._last_batch)

@@ -74,6 +74,11 @@ class Handovers:
         return self._executor.transfers_fileno()
 
     @property
+    def is_quiet(self) -> bool:
+        """Whether nothing is under way."""
+        return not (self._exports or self._imports or self._copies or self._refused)
+
+    @property
     def is_due(self) -> bool:
         """Whether ``poll`` has something to do that ``fileno`` does not tell of."""
         return bool(self._refused) or any(map(self._can_begin, self._all()))

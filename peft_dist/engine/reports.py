@@ -25,12 +25,17 @@ class StepCounts(NamedTuple):
 
 def stats_of(scheduler: Scheduler, last_batch: Iterable[Request]) -> ReplicaStats:
     """Requests that a step passes over, because another adapter is merged, wait, though they keep their blocks."""
-    counts = scheduler.counts()
+    held = swapped = 0
+    for request in scheduler.queue.values():
+        if request.status is RequestStatus.RUNNING or request.status is RequestStatus.WAITING:
+            held += 1
+        elif request.status is RequestStatus.SWAPPED:
+            swapped += 1
     running = sum(request.status is RequestStatus.RUNNING for request in last_batch)
     return ReplicaStats(
         num_running=running,
-        num_waiting=counts[RequestStatus.WAITING] + counts[RequestStatus.RUNNING] - running,
-        num_swapped=counts[RequestStatus.SWAPPED],
+        num_waiting=held - running,
+        num_swapped=swapped,
         num_free_blocks=scheduler.blocks.num_free,
         num_blocks=scheduler.blocks.num_blocks,
         num_preemptions=scheduler.num_preemptions,

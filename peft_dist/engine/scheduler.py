@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from peft_dist.core.batch import NO_ADAPTER, PLACEHOLDER, Batch, ScheduledSequence, SequenceStart
 from peft_dist.core.block_hash import extend_block_hashes
@@ -53,9 +53,23 @@ class Scheduler:
         self.prefix_queries = 0
         self.prefix_hits = 0
         self._step = 0
+        self._state: QueueState | None = None
+        # As they were seen last.
+        self._candidates: dict[str, Candidate] = {}
         self._swap_outs: list[tuple[int, int]] = []
         self._swap_ins: list[tuple[int, int]] = []
         self._starts: list[SequenceStart] = []
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing but the next step's tokens is to be told with it, and no adapter is on its way."""
+        return not (self._starts or self._swap_outs or self._swap_ins or self.adapters.is_busy)
+
+    @property
+    def has_all_adapters(self) -> bool:
+        """Whether, in what was proposed, no queued request waits for its adapter."""
+        state = self._state
+        return state is not None and all(candidate.is_resident for candidate in state.candidates)
 
     @property
     def has_requests(self) -> bool:
@@ -81,6 +95,7 @@ class Scheduler:
 
     def hold(self, request: Request) -> None:
         """Let no further step take a queued request; it keeps all that it has."""
+        self._forget(request)
         self.held[request.request_id] = self.queue.pop(request.request_id)
         self.policy.forget([request.request_id])
 
@@ -88,7 +103,12 @@ class Scheduler:
         """End what ``hold`` began."""
         self._enqueue(self.held.pop(request.request_id))
 
+    def _forget(self, request: Request) -> None:
+        self._state = None
+        self._candidates.pop(request.request_id, None)
+
     def _enqueue(self, request: Request) -> None:
+        self._state = None
         newest = next(reversed(self.queue.values()), None)
         self.queue[request.request_id] = request
         if newest is not None and newest.arrival_time > request.arrival_time:
@@ -96,9 +116,10 @@ class Scheduler:
 
     def schedule(self, now: float) -> Batch | None:
         """The next batch, or None when nothing can run now."""
-        want_adapters(self.queue.values(), self.adapters, self.limits.max_adapter_wait, now)
-        state = self._state(now)
-        self.choice = self.policy.choose(state)
+        if self._state is None or self._state.now != now:
+            self.propose(now)
+        state, self._state = self._state, None
+        assert state is not None, "propose() sets it"
         draft = self._take(self.choice)
         scheduled = [sequence.request_id for sequence in draft.sequences]
         for request_id in scheduled:
@@ -109,8 +130,25 @@ class Scheduler:
         self.policy.ran(state, self.choice, scheduled)
         return self._batch(draft.sequences)
 
+    def propose(self, now: float) -> Choice:
+        """What ``schedule`` is going to carry out, if it comes at the same time and nothing changes before."""
+        want_adapters(self.queue.values(), self.adapters, self.limits.max_adapter_wait, now)
+        self._state = self._look(now)
+        self.choice = self.policy.choose(self._state)
+        return self.choice
+
+    def repeated(self, requests: Iterable[Request], starts: Sequence[float]) -> None:
+        """Steps that began at these times, the first when ``propose`` was asked, took these requests, as it chose."""
+        self._state = None
+        for request in requests:
+            if request.adapter is not None and self.adapters.acquire(request.adapter) is not None:
+                self.adapters.release(request.adapter)
+        self.policy.repeat([request.request_id for request in requests], starts)
+        self._step += len(starts)
+
     def finish(self, request: Request, reason: str, stop_reason: int | None = None) -> None:
         """End a request, wherever it stands, and give back all that it holds."""
+        self._forget(request)
         self.queue.pop(request.request_id, None)
         self.held.pop(request.request_id, None)
         self.policy.forget([request.request_id])
@@ -145,7 +183,7 @@ class Scheduler:
         request.num_computed_tokens = 0
         request.status = RequestStatus.WAITING
 
-    def _state(self, now: float) -> QueueState:
+    def _look(self, now: float) -> QueueState:
         return QueueState(
             candidates=[self._candidate(request) for request in self.queue.values()],
             now=now,
@@ -159,15 +197,19 @@ class Scheduler:
         )
 
     def _candidate(self, request: Request) -> Candidate:
-        adapter = request.adapter
-        return Candidate(
-            request_id=request.request_id,
-            adapter=request.content_hash,
-            arrival_time=request.arrival_time,
-            num_new_tokens=self._num_runnable(request),
-            rank=adapter.num_rank_rows if adapter else 0,
-            is_resident=adapter is None or self.adapters.is_resident(adapter),
-        )
+        adapter, num_new = request.adapter, self._num_runnable(request)
+        is_resident = adapter is None or self.adapters.is_resident(adapter)
+        known = self._candidates.get(request.request_id)
+        if known is None or known.num_new_tokens != num_new or known.is_resident is not is_resident:
+            known = self._candidates[request.request_id] = Candidate(
+                request_id=request.request_id,
+                adapter=request.content_hash,
+                arrival_time=request.arrival_time,
+                num_new_tokens=num_new,
+                rank=adapter.num_rank_rows if adapter else 0,
+                is_resident=is_resident,
+            )
+        return known
 
     def _num_runnable(self, request: Request) -> int:
         """Tokens whose KV is still to be computed and worth it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from typing import Any, NamedTuple
 
 from peft_dist.core.adapter import AdapterSpec
@@ -47,6 +47,10 @@ class AdapterCalls:
     def holds(self, replica: Replica, content_hash: str) -> bool:
         """Whether a replica can run requests of a content."""
         return self._holdings.holds(replica.replica_id, content_hash)
+
+    def holders(self, content_hash: str) -> Set[int]:
+        """Ids of the replicas that can run requests of a content, not the base."""
+        return self._holdings.holders(content_hash)
 
     def is_coming(self, replica: Replica, content_hash: str) -> bool:
         """Whether a content is on its way to a replica, or will be once the replica is ready."""
@@ -128,6 +132,7 @@ class AdapterCalls:
                 out.append(to(replica, PinAdapter(name=name, content_hash=held)))
         if self._registry.is_loading:
             return out
+        self._registry.has_unneeded = False
         for content_hash in self._holdings.unneeded(self._registry.needed()):
             for holder in [alive[i] for i in self._holdings.drop(content_hash) if i in alive]:
                 out.append(to(holder, UnloadAdapter(call_id=self._new_call(), content_hash=content_hash)))

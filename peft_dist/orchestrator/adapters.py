@@ -44,6 +44,8 @@ class AdapterRegistry:
         self.version = 0
         self._renamed: dict[str, None] = {}
         self._is_restored_only = True
+        # Whether a content may have been released that no name means; until somebody looks.
+        self.has_unneeded = False
 
     def set_base(self, model: ModelInfo) -> None:
         names = (model.served_model_name, model.model, *(name for name in BASE_NAMES if name))
@@ -212,6 +214,9 @@ class AdapterRegistry:
             self._uses[spec.content_hash] -= 1
             if not self._uses[spec.content_hash]:
                 del self._uses[spec.content_hash]
+                named = self._by_name.get(spec.name)
+                if named is None or named.content_hash != spec.content_hash:
+                    self.has_unneeded = True
 
     def take_repins(self) -> list[tuple[str, str | None]]:
         """Names with the content that they pin from now on, None for nothing; each change is returned once."""

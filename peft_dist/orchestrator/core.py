@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -30,6 +31,7 @@ from peft_dist.orchestrator.admission import check_prompt, check_token_parameter
 from peft_dist.orchestrator.client import NewRequest
 from peft_dist.orchestrator.demand import Demand
 from peft_dist.orchestrator.endings import Endings
+from peft_dist.orchestrator.equal_steps import EqualSteps
 from peft_dist.orchestrator.handover import Handover
 from peft_dist.orchestrator.lifecycle import Lifecycle
 from peft_dist.orchestrator.migration import Migration
@@ -239,7 +241,10 @@ class Orchestrator:
                 out = self.handover.observe(replica, report, now)
             case Fatal():
                 out = self.lose_replica(replica_id, epoch, report.error, now)
-        return out + self._note_drained(now) + self._calls.tidy()
+        out += self._note_drained(now)
+        if isinstance(report, Progress) and not self.adapters.has_unneeded:
+            return out  # Nothing else that is to be tidied up comes of it.
+        return out + self._calls.tidy()
 
     def tick(self, now: float) -> list[Outgoing]:
         """Act on deadlines that passed; ``next_deadline`` tells when the next one does.
@@ -269,6 +274,10 @@ class Orchestrator:
         events = self._events[:]
         self._events.clear()
         return events
+
+    def equal_steps(self, replica: Replica, sequence_ids: Sequence[str], token: int) -> EqualSteps:
+        """How who drives this may report steps that are alike, and end nothing, other than by ``observe``."""
+        return EqualSteps(self._requests, replica, sequence_ids, token)
 
     # What can be asked
 

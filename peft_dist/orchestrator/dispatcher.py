@@ -71,14 +71,12 @@ class Dispatcher:
 
     def _target(self, replica: Replica, costs: StepCosts, work: Work) -> Target:
         model = replica.model
-        here = set(replica.stats.resident_adapters)
-        if self._is_placed(work.adapter, replica.replica_id):
-            here.add(work.adapter)
+        is_here = work.adapter in replica.stats.resident_adapters or self._is_placed(work.adapter, replica.replica_id)
         return Target(
             replica_id=replica.replica_id,
             costs=replica.costs or costs,
             backlog=self._requests.backlog(replica.replica_id),
-            resident=here,
+            resident={work.adapter} if is_here else frozenset(),
             on_host=replica.on_host,
             max_num_seqs=self._max_num_seqs,
             capacity_tokens=model.num_blocks * model.block_size if model else 1,

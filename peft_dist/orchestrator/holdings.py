@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 
 
 class Holdings:
@@ -17,6 +17,10 @@ class Holdings:
     def holds(self, replica_id: int, content_hash: str) -> bool:
         """Whether a replica can run requests of a content; of "", the base, every one can."""
         return not content_hash or replica_id in self._holders.get(content_hash, ())
+
+    def holders(self, content_hash: str) -> Set[int]:
+        """Ids of the replicas that hold a content, not the base."""
+        return self._holders.get(content_hash, frozenset())
 
     def drop(self, content_hash: str) -> list[int]:
         """Nobody holds it any more; returns who did."""

@@ -58,8 +58,9 @@ class Placer:
     def is_hopeless(self, record: RequestRecord) -> bool:
         """Whether no replica can run it, nor will be able to by itself."""
         content = record.content_hash
-        coming = any(self._calls.is_coming(replica, content) for replica in self._replicas.all())
-        return not coming and not self._able(record)
+        return not self._able(record) and not any(
+            self._calls.is_coming(replica, content) for replica in self._replicas.all()
+        )
 
     def move(self, record: RequestRecord, replica: Replica, now: float) -> list[Outgoing]:
         """Have another replica, which must hold its adapter, go on with a request from the tokens that are known."""
@@ -114,7 +115,11 @@ class Placer:
         return tried is not None and tried.is_suspect and tried.replica_id is not None and bool(tried.unfinished)
 
     def _able(self, record: RequestRecord) -> list[Replica]:
-        return [replica for replica in self._replicas.ready() if self.can_take(record, replica)]
+        ready = self._replicas.ready()
+        if not record.content_hash:
+            return ready
+        holders = self._calls.holders(record.content_hash)
+        return [replica for replica in ready if replica.replica_id in holders]
 
     def _choose(self, record: RequestRecord, able: Sequence[Replica], now: float) -> Replica:
         return self._dispatcher.choose(record, self._hosting.among(record, able, now))

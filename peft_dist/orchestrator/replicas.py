@@ -82,7 +82,9 @@ class ReplicaTable:
         """Remember what a replica says of itself; details come less often than its stats."""
         replica.stats = report.stats
         if report.detail is not None:
-            replica.detail, replica.costs = report.detail, report.detail.costs or replica.costs
+            replica.detail = report.detail
+            if report.detail.costs is not None and report.detail.costs != replica.costs:
+                replica.costs = report.detail.costs
             replica.on_host = frozenset(one.content_hash for one in report.detail.adapters if one.tier == "host")
 
     def mark_dead(self, replica: Replica, error: EngineDeadError) -> None:
@@ -104,7 +106,7 @@ class ReplicaTable:
         known = [replica.model for replica in self._by_id.values() if replica.model is not None]
         if not known:
             raise EngineDeadError(self.health_error())
-        return known[0] if len(known) == 1 else min(known, key=token_limit)
+        return known[0] if known.count(known[0]) == len(known) else min(known, key=token_limit)
 
     def health_error(self) -> str:
         """Why no replica is ready, in the words of the last one that died."""

@@ -111,6 +111,10 @@ class _Search:
         self._accepting = [r.replica_id for r in view.replicas if r.accepts]
         self._slack = dict(self._capacity)
         self.hosts: dict[str, set[int]] = {one.adapter: set() for one in view.adapters}
+        self._on: dict[int, set[str]] = {r.replica_id: set() for r in view.replicas}
+        # Burst tolerances, but for those that have changed since they were asked for.
+        self._known: dict[str, float] = {}
+        self._stale = set(self.hosts)
         for replica in view.replicas:
             for adapter in replica.pinned:
                 self._put(adapter, replica.replica_id)
@@ -153,24 +157,25 @@ class _Search:
         """Copies for those that could take least, while these raise the least tolerance or free others of load."""
         open_to_more = {adapter for adapter, hosts in self.hosts.items() if hosts}
         while open_to_more:
-            adapter = min(open_to_more, key=lambda a: (self._tolerance(a), a))
+            known = self._tolerances()
+            adapter = min(open_to_more, key=lambda a: (known[a], a))
             if not self._copy(adapter):
                 open_to_more.discard(adapter)
 
     def least(self) -> float:
-        return min((self._tolerance(adapter) for adapter in self.hosts), default=math.inf)
+        return min(self._tolerances().values(), default=math.inf)
 
     def placement(self) -> Placement:
         return Placement({adapter: frozenset(hosts) for adapter, hosts in self.hosts.items()}, self.least())
 
     def _copy(self, adapter: str) -> bool:
-        before = self.least(), self._tolerance(adapter)
+        before = self.least(), self._tolerances()[adapter]
         size = self._sizes[adapter]
         free = (r for r in self._by_slack() if r not in self.hosts[adapter] and size <= self._room[r] - self._spare[r])
         tried: list[tuple[float, float, int, int]] = []
         for replica in itertools.islice(free, NUM_TRIED):
             self._put(adapter, replica)
-            tried.append((self.least(), self._tolerance(adapter), -len(tried), replica))
+            tried.append((self.least(), self._tolerances()[adapter], -len(tried), replica))
             self._take(adapter, replica)
         least, own, _, replica = max(tried, default=(*before, 0, -1))
         # The least never falls, and one of both rises: so that this ends.
@@ -183,26 +188,34 @@ class _Search:
         """Replicas with the most spare work first; of equals those with the most room."""
         return sorted(self._accepting, key=lambda r: (-round(self._slack[r], 9), -self._room[r], r))
 
-    def _tolerance(self, adapter: str) -> float:
-        """How many times its present load an adapter's hosts could take of it, others as they are."""
-        hosts, load = self.hosts[adapter], self._load[adapter]
-        return (load + sum(self._slack[replica] for replica in hosts)) / load if hosts else 0.0
+    def _tolerances(self) -> dict[str, float]:
+        """How many times its present load each adapter's hosts could take of it, others as they are."""
+        slack = self._slack.__getitem__
+        for adapter in self._stale:
+            hosts, load = self.hosts[adapter], self._load[adapter]
+            self._known[adapter] = (load + sum(map(slack, hosts))) / load if hosts else 0.0
+        self._stale.clear()
+        return self._known
 
     def _put(self, adapter: str, replica: int) -> None:
         self._share(adapter, 1)
         self.hosts[adapter].add(replica)
+        self._on[replica].add(adapter)
         self._share(adapter, -1)
         self._room[replica] -= self._sizes[adapter]
 
     def _take(self, adapter: str, replica: int) -> None:
         self._share(adapter, 1)
         self.hosts[adapter].discard(replica)
+        self._on[replica].discard(adapter)
         self._share(adapter, -1)
         self._room[replica] += self._sizes[adapter]
 
     def _share(self, adapter: str, sign: int) -> None:
         """Give the adapter's load, in parts as its hosts are fast, back to their slack (1), or take it (-1)."""
         hosts = self.hosts[adapter]
-        speed = sum(self._capacity[replica] for replica in hosts)
+        self._stale.add(adapter)
+        speed = sum(map(self._capacity.__getitem__, hosts))
         for replica in hosts:
             self._slack[replica] += sign * self._load[adapter] * self._capacity[replica] / speed
+            self._stale |= self._on[replica]

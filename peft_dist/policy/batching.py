@@ -100,6 +100,21 @@ class BatchingPolicy(Protocol):
         """
         ...
 
+    def stable_steps(self, seconds: float) -> float:
+        """For how many steps after the one that was chosen last the answer is certain to be the same again.
+
+        That is, if ``choose`` is asked every ``seconds``, all that were chosen compute one token each time, and nothing
+        but the time changes in the queue. 0 is always right. Asked between ``choose`` and ``repeat``.
+        """
+        ...
+
+    def repeat(self, scheduled: Collection[str], starts: Sequence[float]) -> None:
+        """The last choice was submitted, with the requests ``scheduled``, at each of these times.
+
+        The first is that of ``choose``; the same as ``ran``, and ``choose`` and ``ran`` again for each of the others.
+        """
+        ...
+
     def forget(self, request_ids: Iterable[str]) -> None:
         """These requests ended, or left for another replica."""
         ...

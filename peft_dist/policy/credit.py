@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from peft_dist.core.cost_model import CostModel, StepFeatures
@@ -19,6 +19,8 @@ from peft_dist.policy.tracked import Pending, TrackedPolicy
 
 # Share of the newest step in the running mean of what merging saves.
 SAVING_RATE = 0.05
+# What differs by less may turn out either way by rounding.
+CERTAIN = 1.0 - 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +193,66 @@ class CreditPolicy(TrackedPolicy):
         self.ledger.grant(self._privileged if choice.reason == "privileged" else ())
         self._leader = ordinary.leader
 
+    def _stable_steps(self, pending: Pending) -> float:
+        """Within a period, while nobody is privileged: until credits, or what merging is expected to save, may change
+        the decision. What depends on more than that is not looked into."""
+        view, ordinary = pending.view, self._ordinary
+        is_usual = ordinary is not None and pending.choice is ordinary.choice and ordinary.alone == self._alone
+        if ordinary is None or not is_usual or self._privileged or self.ledger.has_granted:
+            return 0.0
+        if self.settings.merged_minority or ordinary.choice.reason == "enter":
+            return 0.0
+        if ordinary.alone is None:
+            pairs, unit = [], 0.0
+            steps = self._steps_unmerged(view, ordinary)
+        else:
+            pairs, unit = self.settlement.price_of(view, ordinary.choice.candidates, ordinary.choice.merged_adapter)
+            steps = self._steps_merged(view, ordinary)
+        return min(steps, self.ledger.stable_steps(pairs, unit, view.groups))
+
+    def _steps_unmerged(self, view: QueueView, ordinary: Ordinary) -> float:
+        """After how many steps merging the leader may pay, where it does not."""
+        leader, batch = ordinary.leader, len(view.first_come)
+        alpha = max(self.tuner.alpha, self.settings.seated_alpha if batch == len(view.runnable) else 0.0)
+        if leader is None or len(view.groups[leader]) < alpha * batch:
+            return math.inf
+        saving = self._extreme_saving(view, ordinary, max)
+        switches = view.switch(view.state.merged_adapter, leader or None) + view.switch(leader or None, None)
+        return math.inf if saving * self._longest(view, leader) < switches * CERTAIN else 0.0
+
+    def _steps_merged(self, view: QueueView, ordinary: Ordinary) -> float:
+        """After how many steps staying merged may cost more than unmerging."""
+        loss = -self._extreme_saving(view, ordinary, min)
+        if not self.settings.amortise or loss <= 0.0:
+            return math.inf
+        switch = view.switch(ordinary.alone or None, None)
+        return math.inf if loss * self._longest(view, ordinary.alone) < switch * CERTAIN else 0.0
+
+    def _extreme_saving(self, view: QueueView, ordinary: Ordinary, extreme: Callable[[float, float], float]) -> float:
+        """The running mean goes from where it is towards what this step saves, and no further."""
+        now = (1.0 - ordinary.speed_ratio) * view.seconds(view.first_come, None)
+        return now if self._mean_saving is None else extreme(now, self._mean_saving)
+
+    def _longest(self, view: QueueView, leader: str | None) -> float:
+        """What ``_horizon`` never exceeds while the requests run on: its part that falls."""
+        waiting = view.groups[leader] if leader is not None else []
+        left = self.steps.left([candidate.request_id for candidate in waiting])
+        return left * max(1.0, len(waiting) / view.seats)
+
+    def _account_again(self, pending: Pending, scheduled: frozenset[str], count: int) -> None:
+        view, choice, ordinary = pending.view, pending.choice, self._ordinary
+        assert ordinary is not None, "choose() sets it"
+        self.steps.ran(scheduled, count)
+        now = (1.0 - ordinary.speed_ratio) * view.seconds(view.first_come, None)
+        mean = now if self._mean_saving is None else self._mean_saving
+        for _ in range(count):
+            mean += SAVING_RATE * (now - mean)
+        self._mean_saving = mean
+        self.leads.ran(self._paying_leader(view, ordinary, choice), count)
+        self.tuner.record_again(*self._both_modes(view, ordinary), count)
+        if ordinary.alone is not None:
+            self.settlement.alone_again(view, choice.candidates, choice.merged_adapter, count)
+
     def _paying_leader(self, view: QueueView, ordinary: Ordinary, choice: Choice) -> str | None:
         """The adapter that runs merged, or would, if its requests are worth the others' waiting."""
         leader = ordinary.merging
@@ -207,9 +269,13 @@ class CreditPolicy(TrackedPolicy):
 
     def _count(self, view: QueueView, ordinary: Ordinary) -> None:
         """What each mode would have done in this step."""
+        self.tuner.record(*self._both_modes(view, ordinary))
+        if ordinary.alone is None and ordinary.leader != self._leader:
+            self.tuner.virtual_switch(view.switch(None, ordinary.leader or None))
+
+    def _both_modes(self, view: QueueView, ordinary: Ordinary) -> tuple[int, int, float, float]:
+        """Requests that the merged and the first-come batch of this step have, and the seconds that they take."""
         merging = ordinary.merging
         seconds = view.seconds(view.first_come, None)
         requests = len(view.alone(merging)) if merging is not None else 0
-        self.tuner.record(requests, len(view.first_come), seconds * ordinary.speed_ratio, seconds)
-        if ordinary.alone is None and ordinary.leader != self._leader:
-            self.tuner.virtual_switch(view.switch(None, ordinary.leader or None))
+        return requests, len(view.first_come), seconds * ordinary.speed_ratio, seconds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 
 from peft_dist.policy.batching import Candidate
@@ -54,13 +55,33 @@ class CreditLedger:
         ]
         return sorted(found, key=self.credit, reverse=True)
 
+    @property
+    def has_granted(self) -> bool:
+        """Whether somebody ran as privileged in the last step."""
+        return bool(self._privileged)
+
+    def stable_steps(self, pairs: Sequence[tuple[str, str]], unit: float, known: Collection[str]) -> float:
+        """How often ``unit`` may be moved from payer to payee for each of these pairs before anybody becomes privileged
+        or may no longer be merged, where nobody is privileged now; ``known``: adapters that have requests."""
+        if math.isfinite(self.max_debt) and not self._credits.keys() >= set(known):
+            return 0.0  # With another one, everybody may owe more.
+        if not pairs or not unit:
+            return math.inf
+        payees, payers = (Counter(pair[side] for pair in pairs) for side in (1, 0))
+        least = min((self.gap - self.credit(payee)) / (unit * count) for payee, count in payees.items())
+        if math.isfinite(self.max_debt):
+            others = max(len(self._credits) - 1, 1)
+            room = self.left_behind + self.max_debt * self.gap * others
+            least = min(least, *((self.credit(payer) + room) / (unit * count) for payer, count in payers.items()))
+        return max(least - 2.0, 0.0)
+
     def grant(self, adapters: Iterable[str]) -> None:
         """These, and nobody else, ran as privileged."""
         self._privileged = frozenset(adapters)
 
     def may_merge(self, adapter: str) -> bool:
         """Whether an adapter does not owe the others more than ``max_debt`` gaps each."""
-        others = len(self._credits.keys() - {adapter})
+        others = len(self._credits) - (adapter in self._credits)
         return not others or self.credit(adapter) + self.left_behind >= -self.max_debt * self.gap * others
 
     def forget(self, adapter: str) -> None:

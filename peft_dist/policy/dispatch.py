@@ -47,10 +47,27 @@ class Backlog:
     prefill_tokens: int = 0
     output_tokens: float = 0.0
     adapters: dict[str, tuple[int, int]] = field(default_factory=dict)
+    _steps: dict[tuple[object, ...], float] = field(default_factory=dict, repr=False, compare=False)
+
+    def decode_seconds(self, work: Work, costs: StepCosts, slots: int) -> float:
+        """A step of so many sequences of these and a request's, in proportion."""
+        before = self.adapters.get(work.adapter) if work.adapter else None
+        key = bool(work.adapter), before, work.rank_rows, work.num_sequences, slots, costs.step
+        known = self._steps.get(key)
+        if known is None:
+            adapters = self.adapters
+            if work.adapter:
+                number = before[0] if before else 0
+                adapters = {**adapters, work.adapter: (number + work.num_sequences, work.rank_rows)}
+            total = self.num_sequences + work.num_sequences
+            num_base = total - sum(number for number, _ in adapters.values())
+            known = self._steps[key] = costs.decode_seconds(num_base, adapters, min(1.0, slots / total))
+        return known
 
     def count(self, adapter: str, rank_rows: int, change: int) -> None:
         """Note that ``change`` sequences came (or went, if it is negative)."""
         self.num_sequences += change
+        self._steps.clear()
         if not adapter:
             return
         number = self.adapters.get(adapter, (0, 0))[0] + change
@@ -81,13 +98,8 @@ def finish_seconds(work: Work, target: Target) -> float:
     backlog, costs = target.backlog, target.costs
     size = max(work.prompt_tokens + work.output_tokens, 1.0)
     slots = max(1, min(target.max_num_seqs, int(target.capacity_tokens / size)))
-    adapters = dict(backlog.adapters)
-    if work.adapter:
-        before = adapters.get(work.adapter, (0, 0))[0]
-        adapters[work.adapter] = (before + work.num_sequences, work.rank_rows)
     total = backlog.num_sequences + work.num_sequences
-    num_base = total - sum(number for number, _ in adapters.values())
-    step = costs.decode_seconds(num_base, adapters, min(1.0, slots / total))
+    step = backlog.decode_seconds(work, costs, slots)
     steps_ahead = 0.0 if total <= slots else backlog.output_tokens / slots
     load = 0.0
     if work.adapter and work.adapter not in target.resident:

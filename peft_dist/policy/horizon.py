@@ -38,9 +38,11 @@ class RequestSteps:
         steps = (max(self.mean - self._steps.get(request_id, 0), 1.0) for request_id in request_ids)
         return sum(steps) / len(request_ids) if request_ids else self.mean
 
-    def ran(self, request_ids: Iterable[str]) -> None:
+    def ran(self, request_ids: Iterable[str], count: int = 1) -> None:
+        """So many steps had these in them."""
+        steps = self._steps
         for request_id in request_ids:
-            self._steps[request_id] = self._steps.get(request_id, 0) + 1
+            steps[request_id] = steps.get(request_id, 0) + count
 
     def ended(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:
@@ -73,10 +75,10 @@ class LeadSteps:
         """Steps to come, 1 at least: what the mean says, or as many as its lead has lasted already, if that is more."""
         return max(self.mean, self._steps if adapter == self._leader else 0, 1.0)
 
-    def ran(self, leader: str | None) -> None:
-        """One step. ``leader``: for whom merging would have paid, or paid; None: for nobody."""
+    def ran(self, leader: str | None, count: int = 1) -> None:
+        """So many steps. ``leader``: for whom merging would have paid, or paid; None: for nobody."""
         if leader != self._leader:
             if self._leader is not None:
                 self._mean.add(self._steps)
             self._leader, self._steps = leader, 0
-        self._steps += 1
+        self._steps += count

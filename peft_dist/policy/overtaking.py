@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
@@ -83,10 +84,45 @@ class OvertakingTracker:
             entitled: Those who can be overtaken, and those who ran, oldest first.
         """
         self._urgent.update(candidate.request_id for candidate in urgent)
+        self._steps.append(_Step(frozenset(scheduled), self._overtaken(entitled, scheduled)))
+
+    @staticmethod
+    def _overtaken(entitled: Sequence[Candidate], scheduled: Collection[str]) -> set[str]:
         ids = [candidate.request_id for candidate in entitled]
-        last = max((index for index, request_id in enumerate(ids) if request_id in scheduled), default=-1)
-        overtaken = {request_id for request_id in ids[: last + 1] if request_id not in scheduled}
-        self._steps.append(_Step(frozenset(scheduled), overtaken))
+        while ids and ids[-1] not in scheduled:
+            ids.pop()
+        return {request_id for request_id in ids if request_id not in scheduled}
+
+    def stable_steps(
+        self, entitled: Sequence[Candidate], scheduled: Collection[str], next_step: float, seconds: float
+    ) -> float:
+        """After how many steps that take ``seconds`` each somebody may become urgent, where nobody is now.
+
+        ``next_step``: As of ``urgent``; ``entitled``, ``scheduled``: as of ``ran``.
+        """
+        if self._urgent:
+            return 0.0
+        overtaken = self._overtaken(entitled, scheduled)
+        for step in self._steps:
+            overtaken = overtaken | step.overtaken
+        most = max(self._seconds.values(), default=0.0)
+        left = self.bound - next_step - most
+        if not overtaken:
+            return math.inf if left > 0 else 0.0
+        return max(left / seconds - len(self._steps) - 1, 0.0)
+
+    def again(self, starts: Sequence[float]) -> None:
+        """The step that was submitted last was submitted again at each of these times, with nobody urgent, and
+        ``advance`` came before each."""
+        last = self._steps[-1]
+        if self._seconds or any(step.overtaken for step in self._steps):
+            for start in starts:
+                self.advance(start)
+                self._steps.append(_Step(last.running, set(last.overtaken)))
+            return
+        self._since = starts[-1]
+        for _ in range(min(len(starts), len(self._steps))):
+            self._steps.append(_Step(last.running, set()))
 
     def forget(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:

@@ -16,6 +16,7 @@ class QueueView:
         self.state = state
         self.cost = cost
         self.seats = min(state.max_num_seqs, max_num_seqs or state.max_num_seqs)
+        self._seconds: dict[tuple[int, str | None], tuple[Sequence[Candidate], float]] = {}
         self.runnable = [c for c in state.candidates if c.num_new_tokens > 0 and c.is_resident]
 
     @cached_property
@@ -130,9 +131,14 @@ class QueueView:
             rows.append((candidate.adapter, num_tokens, candidate.rank))
         return StepFeatures.of(rows, merged_adapter, self.rank(merged_adapter))
 
-    def seconds(self, batch: Iterable[Candidate], merged_adapter: str | None) -> float:
+    def seconds(self, batch: Sequence[Candidate], merged_adapter: str | None) -> float:
         """Predicted seconds of a step."""
-        return self.cost.step_seconds(self.features(batch, merged_adapter))
+        key = id(batch), merged_adapter
+        known = self._seconds.get(key)
+        if known is None:
+            # With the batch itself, or another one might come to be where it was.
+            known = self._seconds[key] = batch, self.cost.step_seconds(self.features(batch, merged_adapter))
+        return known[1]
 
     def switch(self, current: str | None, target: str | None) -> float:
         """Predicted seconds of a switch; what is held already costs nothing."""

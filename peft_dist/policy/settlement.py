@@ -21,11 +21,24 @@ class Settlement:
 
     def alone(self, view: QueueView, ran: Sequence[Candidate], merged_adapter: str | None) -> None:
         """An adapter ran alone: it pays for those of the first-come batch that did not run."""
+        self._pay(*self.price_of(view, ran, merged_adapter))
+
+    def alone_again(self, view: QueueView, ran: Sequence[Candidate], merged_adapter: str | None, count: int) -> None:
+        """As so many calls of ``alone``."""
+        pairs, unit = self.price_of(view, ran, merged_adapter)
+        if pairs:
+            for _ in range(count):
+                self._pay(pairs, unit)
+
+    def price_of(
+        self, view: QueueView, ran: Sequence[Candidate], merged_adapter: str | None
+    ) -> tuple[list[tuple[str, str]], float]:
+        """What ``alone`` moves: from whom to whom, and how much each time."""
         unit = self._unit(view, ran, merged_adapter)
         if self.settings.displaced_credit:
             # The artifact's rule: half for batches of unequal length.
             unit = self.settings.displaced_credit[0] / (1 if len(ran) == len(view.first_come) else 2)
-        self._pay(displacements(ran, view.first_come), unit)
+        return displacements(ran, view.first_come), unit
 
     def interrupted(
         self,

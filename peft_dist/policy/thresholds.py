@@ -50,6 +50,19 @@ class ThresholdTuner:
         self.period.unmerge_requests += unmerge_requests
         self.period.unmerge_seconds += unmerge_seconds
 
+    def record_again(
+        self, merge_requests: int, unmerge_requests: int, merge_seconds: float, unmerge_seconds: float, count: int
+    ) -> None:
+        """As so many calls of ``record``: sums of floats in the same order."""
+        period = self.period
+        period.merge_requests += count * merge_requests
+        period.unmerge_requests += count * unmerge_requests
+        merged, unmerged = period.merge_seconds, period.unmerge_seconds
+        for _ in range(count):
+            merged += merge_seconds
+            unmerged += unmerge_seconds
+        period.merge_seconds, period.unmerge_seconds = merged, unmerged
+
     def virtual_switch(self, seconds: float) -> None:
         """While unmerged, merging would have changed its adapter."""
         self.period.merge_seconds += seconds

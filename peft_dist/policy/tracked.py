@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -56,6 +57,26 @@ class TrackedPolicy(ABC):
         if ids:
             self._account(pending, ids)
 
+    def stable_steps(self, seconds: float) -> float:
+        pending = self._pending
+        # What is still learnt may change every prediction.
+        if pending is None or not self.cost.fixed or pending.urgent:
+            return 0.0
+        view, choice = pending.view, pending.choice
+        scheduled = {candidate.request_id for candidate in choice.candidates}
+        bound = self.overtaking.stable_steps(view.entitled, scheduled, self._seconds(view, choice), seconds)
+        return min(bound, self._stable_steps(pending)) if bound > 0 else 0.0
+
+    def repeat(self, scheduled: Collection[str], starts: Sequence[float]) -> None:
+        pending, self._pending = self._pending, None
+        assert pending is not None and scheduled, "choose() comes first, and somebody ran"
+        ids = frozenset(scheduled)
+        self.overtaking.ran(pending.view.entitled, pending.urgent, ids)
+        self._account(pending, ids)
+        if len(starts) > 1:
+            self.overtaking.again(starts[1:])
+            self._account_again(pending, ids, len(starts) - 1)
+
     def forget(self, request_ids: Iterable[str]) -> None:
         self.overtaking.forget(request_ids)
 
@@ -79,6 +100,13 @@ class TrackedPolicy(ABC):
 
     def _account(self, pending: Pending, scheduled: frozenset[str]) -> None:  # noqa: B027 (most have no books)
         """Book a step that was submitted; ``scheduled`` is not empty."""
+
+    def _stable_steps(self, pending: Pending) -> float:
+        """As ``stable_steps``, as far as ``_usual`` is concerned; here it depends on the queue alone."""
+        return math.inf
+
+    def _account_again(self, pending: Pending, scheduled: frozenset[str], count: int) -> None:  # noqa: B027
+        """The same as so many more calls of ``choose`` and ``_account``, within what is stable."""
 
     def _seconds(self, view: QueueView, choice: Choice) -> float:
         """Predicted seconds of a choice, with the switch to it."""

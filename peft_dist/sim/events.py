@@ -4,33 +4,47 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections.abc import Callable
 
 Action = Callable[[], None]
+OUTSIDE = 1 << 30
+"""The lane of what is no replica's doing. Lanes below are those of what ends on replicas at the same time, and of what
+they report; those above of what begins there, with all that has come by then."""
 
 
 class EventQueue:
-    """Actions in the order of their times; those of one time in the order in which they were asked for.
+    """Actions in the order of their times.
+
+    Those of one time come by lane, and within a lane in the order in which they were asked for: so that the order does
+    not depend on how many events somebody else needed to get there.
 
     Attributes:
         now: Seconds, the time of the action that runs or ran last.
+        lane: Its lane.
         num_run: Actions that have run.
     """
 
     def __init__(self) -> None:
         self.now = 0.0
+        self.lane = OUTSIDE
+        self._heap: list[tuple[float, int, int, Action]] = []
         self.num_run = 0
-        self._heap: list[tuple[float, int, Action]] = []
         self._order = itertools.count()
 
-    def at(self, time: float, action: Action) -> None:
+    def at(self, time: float, action: Action, lane: int = OUTSIDE) -> None:
         """Have an action run at a time; one that has passed is now."""
-        heapq.heappush(self._heap, (max(time, self.now), next(self._order), action))
+        heapq.heappush(self._heap, (max(time, self.now), lane, next(self._order), action))
+
+    @property
+    def next_time(self) -> float:
+        """When the next action runs; infinity for never."""
+        return self._heap[0][0] if self._heap else math.inf
 
     def run(self, is_over: Callable[[], bool]) -> None:
         """Run actions until there are none, or it is over."""
         heap = self._heap
         while heap and not is_over():
-            self.now, _, action = heapq.heappop(heap)
+            self.now, self.lane, _, action = heapq.heappop(heap)
             self.num_run += 1
             action()

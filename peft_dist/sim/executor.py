@@ -60,6 +60,11 @@ class SimExecutor:
         self.busy_seconds = 0.0
         """What all steps took, without switches and swaps."""
 
+    @property
+    def is_quiet(self) -> bool:
+        """Whether no load or copy is under way."""
+        return not (self._loading or self._copies)
+
     def next_end(self) -> float | None:
         """When the next load or copy ends; None: none is under way."""
         ends = [load.ends for load in self._loading.values()] + [end for end, _ in self._copies]
@@ -74,6 +79,21 @@ class SimExecutor:
         results = [SequenceResult(s.request_id, [TOKEN] if s.samples else [], s.draw) for s in batch.sequences]
         result = StepResult(batch.step, results, seconds, swap_bytes=swapped, swap_seconds=swap_seconds)
         return _Handle(result, self._free_at)
+
+    def step_seconds(self, features: StepFeatures) -> float:
+        """Of a step without copies."""
+        return self._truth.step_seconds(features)
+
+    @property
+    def free_at(self) -> float:
+        """When all that was submitted has ended."""
+        return self._free_at
+
+    def stepped(self, free_at: float, count: int, seconds: float) -> None:
+        """So many steps of so many seconds each were taken beside ``submit``; the last one ended then."""
+        self._free_at = free_at
+        for _ in range(count):  # Not multiplied: the sum is what it is when they are taken one by one.
+            self.busy_seconds += seconds
 
     def collect(self, handle: _Handle) -> StepResult:
         self.collected_at = handle.ends

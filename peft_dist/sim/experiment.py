@@ -126,7 +126,7 @@ def simulate(
     arrivals = list(rows)
     began = time.perf_counter()
     planner = SteadyPlanner(options.plan)
-    simulator = Simulator(_cluster(arrivals, profile, options, planner))
+    simulator = Simulator(_cluster(arrivals, profile, options, planner), advance=options.advance)
     outcomes = simulator.run(arrivals)
     wall = time.perf_counter() - began
     return SimulationResult(

@@ -40,6 +40,7 @@ class SimulationOptions:
         learns: Whether engines learn their costs; else they know the profile's. With a profile whose steps take
             exactly what it says the two differ by roundings, which may decide between equals.
         seed: Of the orchestrator. The workload has its own.
+        advance: Take decode steps that are certain to be alike at once; the answer is the same, sooner.
         token_times: Keep the time of every token, for ``itl``: 8 bytes each, and more in the records.
     """
 
@@ -67,6 +68,7 @@ class SimulationOptions:
     max_queue: int = 1 << 30
     learns: bool = False
     seed: int = 0
+    advance: bool = True
     token_times: bool = True
 
     def __post_init__(self) -> None:
@@ -84,5 +86,7 @@ class SimulationOptions:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is unknown: use {', '.join(known)}")
 
     def told(self) -> dict[str, object]:
-        """For results: what was given, without what the profile decides."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        """For results: what was given, without what the profile decides and what changes no answer."""
+        given = dataclasses.asdict(self)
+        del given["advance"]
+        return {name: value for name, value in given.items() if value is not None}

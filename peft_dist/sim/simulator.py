@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Protocol
 
 from peft_dist.core.adapter import AdapterSpec
-from peft_dist.core.messages import AddRequest, AnyReport, LoadAdapter, SequenceProgress
+from peft_dist.core.messages import AddRequest, AnyReport, LoadAdapter, Progress, SequenceProgress, Started
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.orchestrator.client import NewRequest
 from peft_dist.orchestrator.core import Orchestrator, OrchestratorOptions
 from peft_dist.orchestrator.migration import FAILED
 from peft_dist.orchestrator.records import Outgoing, PlacementDue, PlanDue, RequestFailed, SequenceEvent
+from peft_dist.placement.placer import Search
 from peft_dist.placement.planning import greedy_plan
 from peft_dist.placement.types import ClusterView, MigrationPlan, PlanError
 from peft_dist.sim.events import EventQueue
+from peft_dist.sim.executor import TOKEN
 from peft_dist.sim.replica import SimHardware, SimReplica
+from peft_dist.sim.unread import Unread
 
 
 class Arrival(Protocol):
@@ -85,8 +89,11 @@ class Simulator:
         core: The orchestrator.
     """
 
-    def __init__(self, cluster: SimCluster) -> None:
+    def __init__(self, cluster: SimCluster, *, advance: bool = True) -> None:
+        """``advance``: Take many equal decode steps at once; the answer is the same."""
         self._cluster = cluster
+        self._advance = advance
+        self._unread: list[Unread] = []
         self._queue = EventQueue()
         self.core = Orchestrator(cluster.options)
         self.replicas: list[SimReplica] = []
@@ -109,21 +116,36 @@ class Simulator:
         """Offer requests at their times, whatever becomes of the others; ends with the last of them."""
         self._set_up()
         self._start = self._queue.now
-        found = []
-        for number, arrival in enumerate(arrivals):
-            found.append(self._outcomes.setdefault(f"r{number}", self._outcome(arrival)))
-            self._queue.at(self._start + arrival.time, lambda n=number, a=arrival: self._submit(f"r{n}", a))  # type: ignore[misc]
+        found = [self._outcome(arrival) for arrival in arrivals]
         self._left = len(found)
+        self._offer(iter(sorted(enumerate(found), key=lambda one: one[1].arrival.time)))
         self._queue.run(lambda: not self._left)
         return found
 
     def _outcome(self, arrival: Arrival) -> Outcome:
         return Outcome(arrival, times=array("d") if self._cluster.token_times else None)
 
+    def _offer(self, coming: Iterator[tuple[int, Outcome]]) -> None:
+        """Have the next request submitted at its time, and then the one after it offered."""
+        if (one := next(coming, None)) is None:
+            return
+        number, outcome = one
+
+        def arrive() -> None:
+            self._outcomes[f"r{number}"] = outcome
+            self._submit(f"r{number}", outcome.arrival)
+            self._offer(coming)
+
+        self._queue.at(self._start + outcome.arrival.time, arrive)
+
     def _set_up(self) -> None:
         for replica_id, hardware in enumerate(self._cluster.hardware):
-            epoch = self.core.add_replica(replica_id, self._queue.now).epoch
-            self.replicas.append(SimReplica(hardware, self._queue, self._reporter(replica_id, epoch), self._spec))
+            replica = self.core.add_replica(replica_id, self._queue.now)
+            opened = partial(self.core.equal_steps, replica, token=TOKEN)
+            unread = Unread(replica_id, self._cluster.message_seconds, opened, partial(self._note_equal, replica_id))
+            self._unread.append(unread)
+            told, equal = self._reporter(replica_id, replica.epoch), unread.add if self._advance else None
+            self.replicas.append(SimReplica(hardware, self._queue, told, self._spec, replica_id, equal))
         self._queue.run(lambda: len(self.core.replicas.ready()) == len(self.replicas))
         for name in self._cluster.adapters:
             self._act(self.core.load_adapter(name, name)[1])
@@ -135,16 +157,49 @@ class Simulator:
     def _reporter(self, replica_id: int, epoch: int) -> Callable[[list[AnyReport]], None]:
         def arrive(reports: list[AnyReport]) -> None:
             for report in reports:
-                self._act(self.core.observe(replica_id, epoch, report, self._queue.now), replica_id)
+                is_usual = isinstance(report, Progress | Started)
+                self._settle(replica_id if is_usual else None)
+                commands = self.core.observe(replica_id, epoch, report, self._queue.now)
+                if commands or not is_usual:
+                    self._act(commands, replica_id)
+                else:
+                    self._hear(replica_id)  # Nothing is due any sooner.
 
         def send(reports: list[AnyReport]) -> None:
-            self._queue.at(self._queue.now + self._cluster.message_seconds, lambda: arrive(reports))
+            self._queue.at(self._queue.now + self._cluster.message_seconds, lambda: arrive(reports), replica_id)
 
         return send
 
+    def _read(self) -> None:
+        """Take in what replicas have said of equal steps, as far as admission needs it."""
+        now, lane = self._queue.now, self._queue.lane
+        for unread in self._unread:
+            if unread.next_time <= now:
+                unread.read(now, lane)
+
+    def _look(self) -> None:
+        """The same, for who looks at replicas."""
+        for unread in self._unread:
+            unread.look(self._queue.now, self._queue.lane)
+
+    def _settle(self, replica_id: int | None = None) -> None:
+        """The same, for who looks at requests of a replica, or of all."""
+        for unread in self._unread if replica_id is None else (self._unread[replica_id],):
+            unread.settle(self._queue.now, self._queue.lane)
+
+    def _note_equal(self, replica_id: int, request_ids: Iterable[str], times: Sequence[float]) -> None:
+        times = [time - self._start for time in times]
+        for request_id in request_ids:
+            outcome = self._outcomes[request_id]
+            outcome.last, outcome.replica = times[-1], replica_id
+            outcome.tokens += len(times)
+            if outcome.times is not None:
+                outcome.times.extend(times)
+
     def _submit(self, request_id: str, arrival: Arrival) -> None:
-        params = SamplingParams(temperature=0.0, max_tokens=arrival.output_tokens, ignore_eos=True)
+        params = _params(arrival.output_tokens)
         new = NewRequest(request_id, [0] * arrival.prompt_tokens, params, arrival.adapter)
+        self._read()
         self._act(self.core.submit(new, self._queue.now))
 
     def _act(self, commands: Iterable[Outgoing], reporter: int | None = None) -> None:
@@ -154,6 +209,10 @@ class Simulator:
                 self._note_sent(out.command.request_id)
             take, command = self.replicas[out.replica_id].take, out.command
             self._queue.at(self._queue.now + self._cluster.message_seconds, lambda take=take, c=command: take(c))  # type: ignore[misc]
+        self._hear(reporter)
+        self._arm()
+
+    def _hear(self, reporter: int | None) -> None:
         for event in self.core.drain_events():
             match event:
                 case SequenceEvent(request_id=request_id, progress=progress):
@@ -163,11 +222,11 @@ class Simulator:
                 case PlanDue():
                     self._plan()
                 case PlacementDue(search=search):
-                    self._queue.at(
-                        self._queue.now + self._cluster.placement_seconds,
-                        lambda s=search: self._act(self.core.migration.placed(s, s.run(), self._queue.now)),  # type: ignore[misc]
-                    )
-        self._arm()
+                    self._queue.at(self._queue.now + self._cluster.placement_seconds, partial(self._place, search))
+
+    def _place(self, search: Search) -> None:
+        self._look()
+        self._act(self.core.migration.placed(search, search.run(), self._queue.now))
 
     def _arm(self) -> None:
         """Have the deadlines of the orchestrator looked at when they pass."""
@@ -179,9 +238,11 @@ class Simulator:
     def _tick(self) -> None:
         if self._tick_at is not None and self._queue.now >= self._tick_at:
             self._tick_at = None
+            self._look()
             self._act(self.core.tick(self._queue.now))
 
     def _plan(self) -> None:
+        self._settle()
         survey = self.core.migration.survey()
         while survey.step():
             pass
@@ -193,6 +254,7 @@ class Simulator:
             return
 
         def carry_out() -> None:
+            self._settle()
             migration, now = self.core.migration, self._queue.now
             commands = migration.prepare(plan)
             commands += migration.move(migration.chosen(plan, surveyed), surveyed, now)
@@ -225,3 +287,8 @@ class Simulator:
         outcome = self._outcomes[request_id]
         outcome.error, outcome.ended = error, self.seconds
         self._left -= 1
+
+
+@lru_cache(maxsize=4096)
+def _params(max_tokens: int) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)

@@ -85,6 +85,17 @@ def test_an_engine_that_learns_costs_decides_as_one_that_knows_them() -> None:
         assert other.finished == pytest.approx(one.finished, abs=1e-6)
 
 
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("policy", ["credit", "merge", "fcfs"])
+def test_steps_at_once_leave_nothing_different(policy: str, depth: int) -> None:
+    """Records with the time of every token, each replica's part, and what moved."""
+    workload = load(rate=14.0, count=60)
+    at_once, singly = (run(workload, advance=advance, policy=policy, depth=depth) for advance in (True, False))
+    assert at_once.records == singly.records
+    assert at_once.replicas == singly.replicas and at_once.migration == singly.migration
+    assert at_once.events < singly.events or depth
+
+
 def test_without_merging_all_steps_are_unmerged() -> None:
     result = run(load(), merge="off", policy="fcfs")
     assert all(not replica.merged_steps and not replica.switches for replica in result.replicas)

@@ -1,0 +1,178 @@
+"""Many steps at once are the same steps: what the engines decided, what they are left with, and what became of requests."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+
+from peft_dist.core.adapter import AdapterSpec
+from peft_dist.core.batch import Batch
+from peft_dist.core.config import EngineConfig
+from peft_dist.core.cost_model import CostModel
+from peft_dist.engine.advance import Stretch
+from peft_dist.orchestrator.core import OrchestratorOptions
+from peft_dist.sim.replica import SimHardware, SimReplica
+from peft_dist.sim.simulator import Outcome, SimCluster, Simulator
+
+Step = tuple[float, str | None, list[tuple[str, int]]]
+WORKLOADS = 200
+SMALL, LARGE = (5, 15, 25), (40, 80, 120)
+
+
+@dataclass(frozen=True)
+class Coming:
+    time: float
+    adapter: str | None
+    prompt_tokens: int
+    output_tokens: int
+
+
+class Recorded(Simulator):
+    """Keeps every step of every replica: when it began, what was merged, and who computed how many tokens."""
+
+    def _set_up(self) -> None:
+        super()._set_up()
+        self.steps: list[list[Step]] = [record(replica) for replica in self.replicas]
+
+
+def record(replica: SimReplica) -> list[Step]:
+    steps: list[Step] = []
+    executor, advance = replica.executor, replica.run.advance
+    submit: Callable[[Batch], Any] = executor.submit
+    carry_out: Callable[..., Any] = advance.carry_out
+
+    def recorded_submit(batch: Batch) -> Any:
+        who = [(sequence.request_id, sequence.num_tokens) for sequence in batch.sequences]
+        steps.append((replica.now, batch.merged_adapter, who))
+        return submit(batch)
+
+    def recorded_stretch(stretch: Stretch, starts: Sequence[float], *, tell: bool) -> Any:
+        who = [(request.request_id, 1) for request in stretch.requests]
+        steps.extend((start, executor.merged_adapter(), who) for start in starts)
+        return carry_out(stretch, starts, tell=tell)
+
+    executor.submit = recorded_submit  # type: ignore[method-assign, assignment]
+    advance.carry_out = recorded_stretch  # type: ignore[method-assign]
+    return steps
+
+
+def engine_config(rng: random.Random) -> EngineConfig:
+    policy = rng.choice(["fcfs", "merge", "credit", "credit", "credit"])
+    config: dict[str, Any] = {
+        "policy": policy,
+        "depth": rng.choice([0, 0, 0, 1]),
+        "max_model_len": 200,
+        "max_num_seqs": rng.choice([2, 4, 8]),
+        "max_loras": rng.choice([1, 2, 4]),
+        "max_num_batched_tokens": rng.choice([16, 64, 256]),
+        "enable_prefix_caching": rng.random() < 0.1,
+        "num_host_blocks": rng.choice([0, 0, 30]),
+    }
+    extra = rng.choice(["none", "none", "minority", "artifact", "bound"])
+    if extra == "minority" and policy == "credit":
+        config["merged_minority"] = True
+    elif extra == "artifact":
+        config["policy_profile"] = "artifact"
+    elif extra == "bound":
+        config["max_adapter_wait"] = 0.3
+    return EngineConfig("simulated", **config)
+
+
+def workload(seed: int, sizes: Sequence[int]) -> tuple[SimCluster, list[Coming]]:
+    """Up to four replicas, blocks and slots that are often too few, and arrivals all at once or seconds apart."""
+    rng = random.Random(seed)
+    config = engine_config(rng)
+    prior = rng.choice([CostModel, CostModel.paper, CostModel.paper])
+    blocks, held, host = rng.choice([400, 400, 24]), rng.randint(0, 1), rng.choice([0.0, 1e-3])
+    hardware = SimHardware(config, CostModel.paper(), prior, blocks, 1 << 20, held, host)
+    names = [f"a{i}" for i in range(rng.randint(1, 6))]
+    num_bytes = 1 << rng.choice([20, 28])
+    specs = {name: AdapterSpec(name, f"{i:064d}", name, {"q": 8}, num_bytes) for i, name in enumerate(names)}
+    kind = rng.choice(["rr", "proactive", "dlora", "dlora"])
+    options = OrchestratorOptions(config.max_num_seqs, 1 << 16, 1, migration=kind)
+    cluster = SimCluster([hardware] * rng.randint(1, 4), specs, options, message_seconds=rng.choice([2e-4, 5e-3]))
+    seconds, hot, together = rng.choice([0.5, 3.0, 15.0]), rng.choice([0.2, 0.8]), rng.random() < 0.2
+    coming = []
+    for _ in range(rng.choice(sizes)):
+        adapter = None if rng.random() < 0.1 else "a0" if rng.random() < hot else rng.choice(names)
+        time = seconds * rng.random()
+        coming.append(Coming(round(time) if together else time, adapter, rng.randint(1, 90), rng.randint(1, 60)))
+    return cluster, coming
+
+
+def run(cluster: SimCluster, coming: list[Coming], *, advance: bool) -> tuple[Recorded, list[Outcome]]:
+    simulator = Recorded(cluster, advance=advance)
+    return simulator, simulator.run(coming)
+
+
+def state(replica: SimReplica) -> dict[str, Any]:
+    engine = replica.engine
+    engine.scheduler.blocks.check()
+    engine.scheduler.adapters.check()
+    return {
+        "steps": (engine.num_steps, engine.num_merged_steps, engine.num_switches, engine.switch_seconds),
+        "stats": engine.stats(),
+        "policy": engine.scheduler.policy.report(),
+        "credits": engine.scheduler.policy.credits,
+        "costs": engine.cost.to_dict(),
+    }
+
+
+def check(seed: int, sizes: Sequence[int]) -> tuple[int, int]:
+    """Steps in all, and those that were taken together with others."""
+    cluster, coming = workload(seed, sizes)
+    singly, expected = run(cluster, coming, advance=False)
+    at_once, outcomes = run(cluster, coming, advance=True)
+    assert outcomes == expected
+    assert at_once.steps == singly.steps
+    assert list(map(state, at_once.replicas)) == list(map(state, singly.replicas))
+    assert at_once.core.migration.view() == singly.core.migration.view()
+    for replica_id in range(len(singly.replicas)):
+        ours, theirs = (one.core.replicas[replica_id] for one in (at_once, singly))
+        assert (ours.stats, ours.detail, ours.last_heard) == (theirs.stats, theirs.detail, theirs.last_heard)
+    return sum(map(len, singly.steps)), sum(replica.run.num_steps for replica in at_once.replicas)
+
+
+@pytest.mark.parametrize("first", range(0, WORKLOADS, 20))
+def test_many_steps_at_once_are_the_same_steps(first: int) -> None:
+    counts = [check(seed, SMALL) for seed in range(first, first + 20)]
+    steps, together = (sum(column) for column in zip(*counts, strict=True))
+    assert 0.1 * steps < together < steps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(1000, 1000 + WORKLOADS, 20))
+def test_so_they_are_under_more_requests(first: int) -> None:
+    for seed in range(first, first + 20):
+        check(seed, LARGE)
+
+
+def test_the_workloads_have_what_interrupts_equal_steps() -> None:
+    """Switches, preemptions, evictions and moves, or the tests above would say little."""
+    seen: dict[str, int] = dict.fromkeys(("switches", "preemptions", "evictions", "moves"), 0)
+    for seed in range(0, 60):
+        simulator, _ = run(*workload(seed, SMALL), advance=True)
+        view = simulator.core.migration.view()
+        seen["moves"] += sum(view.moves.values()) if view else 0
+        for replica in simulator.replicas:
+            seen["switches"] += replica.engine.num_switches
+            seen["preemptions"] += replica.engine.scheduler.num_preemptions
+            seen["evictions"] += replica.engine.scheduler.adapters.evictions
+    assert min(seen.values()) >= 5, seen
+
+
+def test_a_lone_request_is_a_few_events() -> None:
+    """One step for its prompt, and one run of equal ones for each second and the end."""
+    cluster, _ = workload(0, SMALL)
+    [hardware, *_] = cluster.hardware
+    config = EngineConfig("simulated", max_model_len=4096, enable_prefix_caching=False, policy="fcfs", depth=0)
+    cluster = replace(cluster, hardware=[replace(hardware, config=config, num_blocks=400, prior=CostModel.paper)])
+    simulator, [outcome] = run(cluster, [Coming(0.5, None, 8, 1000)], advance=True)
+    assert outcome.tokens == 1000 and outcome.last is not None
+    assert [replica.run.num_steps for replica in simulator.replicas] == [999]
+    # 64 steps at most are planned at once, and once a second one has details.
+    assert simulator.replicas[0].run.number <= 999 / 64 + (outcome.last - 0.5) + 2
