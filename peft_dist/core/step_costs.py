@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from operator import mul
 
 import msgspec
@@ -34,8 +35,7 @@ class StepCosts(msgspec.Struct, frozen=True):
 
     def prefill_seconds(self, num_tokens: int) -> float:
         """What so many prompt tokens add to the steps that compute them."""
-        features = StepFeatures(False, prefill_tokens=num_tokens)
-        return self._predict(features) - self._predict(StepFeatures(False))
+        return _prefill_seconds(self.step, num_tokens)
 
     def decode_seconds(self, num_base: int, adapters: Mapping[str, tuple[int, int]], share: float = 1.0) -> float:
         """One unmerged step that draws a token for each sequence, or for this share of the sequences of each adapter.
@@ -65,4 +65,14 @@ class StepCosts(msgspec.Struct, frozen=True):
         return self.transfer[0] + self.transfer[1] * num_bytes
 
     def _predict(self, features: StepFeatures) -> float:
-        return sum(map(mul, self.step, features.vector()))
+        return _predict(self.step, features)
+
+
+def _predict(step: tuple[float, ...], features: StepFeatures) -> float:
+    return float(sum(map(mul, step, features.vector())))
+
+
+# Asked of every replica for every request that is dispatched.
+@lru_cache(maxsize=1 << 14)
+def _prefill_seconds(step: tuple[float, ...], num_tokens: int) -> float:
+    return _predict(step, StepFeatures(False, prefill_tokens=num_tokens)) - _predict(step, StepFeatures(False))

@@ -62,9 +62,11 @@ class Advance:
         engine, scheduler = self._engine, self._scheduler
         if not self._may or engine.on_decision is not None or not scheduler.queue or not scheduler.is_settled:
             return None
-        choice = scheduler.propose(now)
+        state, choice = scheduler.propose(now)
         order = self._decoding([candidate.request_id for candidate in choice.candidates])
-        if not order or choice.merged_adapter != engine.executor.merged_adapter() or not scheduler.has_all_adapters:
+        if not order or choice.merged_adapter != engine.executor.merged_adapter():
+            return None
+        if not all(candidate.is_resident for candidate in state.candidates):
             return None
         if len(order) > scheduler.limits.max_num_batched_tokens:
             return None

@@ -17,7 +17,7 @@ from peft_dist.core.request import Request
 from peft_dist.engine.adapter_changes import apply_changes
 from peft_dist.engine.decisions import Decision, describe, features_of
 from peft_dist.engine.executor import Executor
-from peft_dist.engine.reports import StepCounts, detail_of, stats_of
+from peft_dist.engine.reports import StepCounts, detail_of, progress_of, stats_of
 from peft_dist.engine.scheduler import Scheduler
 from peft_dist.engine.stopping import check_stop
 from peft_dist.engine.switching import Switch, Switcher
@@ -185,7 +185,7 @@ class Engine:
         stop = check_stop(request, self.eos_token_ids, self.scheduler.limits.max_model_len)
         if stop:
             return self._finish(request, *stop, token_ids=[token], first_index=first)
-        return self._progress(request, [token], first, None)
+        return progress_of(request, [token], first, None)
 
     def stats(self) -> ReplicaStats:
         """Cheap counts, for every report."""
@@ -316,7 +316,7 @@ class Engine:
         scores = outcome.logprobs[: len(kept)] if outcome.logprobs is not None else None
         if stop:
             return [self._finish(request, *stop, token_ids=kept, first_index=first, logprobs=scores)]
-        return [self._progress(request, kept, first, scores)]
+        return [progress_of(request, kept, first, scores)]
 
     def _finish(
         self,
@@ -341,21 +341,4 @@ class Engine:
         if is_last:
             self.scheduler.policy.forget_adapter(request.content_hash)
         first = len(request.output_token_ids) if first_index is None else first_index
-        return self._progress(request, token_ids or [], first, logprobs, error)
-
-    def _progress(
-        self, request: Request, token_ids: list[int], first: int, logprobs: Any, error: str | None = None
-    ) -> SequenceProgress:
-        scores_due = request.params.prompt_logprobs is not None and first == 0
-        return SequenceProgress(
-            request_id=request.request_id,
-            token_ids=token_ids,
-            first_index=first,
-            logprobs=logprobs,
-            prompt_logprobs=request.prompt_logprobs if scores_due else None,
-            finish_reason=request.finish_reason,
-            stop_reason=request.stop_reason,
-            num_cached_tokens=request.num_cached_tokens,
-            error=error,
-            queue_seconds=request.queue_seconds,
-        )
+        return progress_of(request, token_ids or [], first, logprobs, error)

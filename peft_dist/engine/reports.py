@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from peft_dist.core.cost_model import CostModel
-from peft_dist.core.messages import ReplicaDetail, ReplicaStats
+from peft_dist.core.messages import ReplicaDetail, ReplicaStats, SequenceProgress
 from peft_dist.core.request import Request, RequestStatus
 from peft_dist.core.step_costs import StepCosts
 from peft_dist.engine.executor import Executor
@@ -73,4 +73,23 @@ def detail_of(
         num_adapter_loads=adapters.loads,
         num_adapter_evictions=adapters.evictions,
         costs=StepCosts.of(cost),
+    )
+
+
+def progress_of(
+    request: Request, token_ids: list[int], first: int, logprobs: Any, error: str | None = None
+) -> SequenceProgress:
+    """New tokens of a request, the first of which is number ``first`` of all; and its end, if it has ended."""
+    scores_due = request.params.prompt_logprobs is not None and first == 0
+    return SequenceProgress(
+        request_id=request.request_id,
+        token_ids=token_ids,
+        first_index=first,
+        logprobs=logprobs,
+        prompt_logprobs=request.prompt_logprobs if scores_due else None,
+        finish_reason=request.finish_reason,
+        stop_reason=request.stop_reason,
+        num_cached_tokens=request.num_cached_tokens,
+        error=error,
+        queue_seconds=request.queue_seconds,
     )

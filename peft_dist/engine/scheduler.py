@@ -11,9 +11,10 @@ from peft_dist.core.block_manager import BlockManager
 from peft_dist.core.request import Request, RequestStatus
 from peft_dist.engine.adapter_manager import AdapterManager
 from peft_dist.engine.adapter_wants import want_adapters
+from peft_dist.engine.candidates import Candidates, num_runnable
 from peft_dist.engine.draft import Draft
 from peft_dist.engine.limits import SchedulerLimits
-from peft_dist.policy.batching import BatchingPolicy, Candidate, Choice, QueueState
+from peft_dist.policy.batching import BatchingPolicy, Choice, QueueState
 
 
 class Scheduler:
@@ -54,8 +55,7 @@ class Scheduler:
         self.prefix_hits = 0
         self._step = 0
         self._state: QueueState | None = None
-        # As they were seen last.
-        self._candidates: dict[str, Candidate] = {}
+        self._candidates = Candidates(limits, adapters)
         self._swap_outs: list[tuple[int, int]] = []
         self._swap_ins: list[tuple[int, int]] = []
         self._starts: list[SequenceStart] = []
@@ -64,12 +64,6 @@ class Scheduler:
     def is_settled(self) -> bool:
         """Whether nothing but the next step's tokens is to be told with it, and no adapter is on its way."""
         return not (self._starts or self._swap_outs or self._swap_ins or self.adapters.is_busy)
-
-    @property
-    def has_all_adapters(self) -> bool:
-        """Whether, in what was proposed, no queued request waits for its adapter."""
-        state = self._state
-        return state is not None and all(candidate.is_resident for candidate in state.candidates)
 
     @property
     def has_requests(self) -> bool:
@@ -105,7 +99,7 @@ class Scheduler:
 
     def _forget(self, request: Request) -> None:
         self._state = None
-        self._candidates.pop(request.request_id, None)
+        self._candidates.forget(request.request_id)
 
     def _enqueue(self, request: Request) -> None:
         self._state = None
@@ -130,12 +124,12 @@ class Scheduler:
         self.policy.ran(state, self.choice, scheduled)
         return self._batch(draft.sequences)
 
-    def propose(self, now: float) -> Choice:
-        """What ``schedule`` is going to carry out, if it comes at the same time and nothing changes before."""
+    def propose(self, now: float) -> tuple[QueueState, Choice]:
+        """What is seen, and what ``schedule`` carries out if it comes at the same time, with no change before."""
         want_adapters(self.queue.values(), self.adapters, self.limits.max_adapter_wait, now)
         self._state = self._look(now)
         self.choice = self.policy.choose(self._state)
-        return self.choice
+        return self._state, self.choice
 
     def repeated(self, requests: Iterable[Request], starts: Sequence[float]) -> None:
         """Steps that began at these times, the first when ``propose`` was asked, took these requests, as it chose."""
@@ -185,7 +179,7 @@ class Scheduler:
 
     def _look(self, now: float) -> QueueState:
         return QueueState(
-            candidates=[self._candidate(request) for request in self.queue.values()],
+            candidates=self._candidates.of(self.queue.values()),
             now=now,
             max_num_seqs=self.limits.max_num_seqs,
             max_num_batched_tokens=self.limits.max_num_batched_tokens,
@@ -195,32 +189,6 @@ class Scheduler:
             can_host=self.can_host,
             holds_merged=self.holds_merged,
         )
-
-    def _candidate(self, request: Request) -> Candidate:
-        adapter, num_new = request.adapter, self._num_runnable(request)
-        is_resident = adapter is None or self.adapters.is_resident(adapter)
-        known = self._candidates.get(request.request_id)
-        if known is None or known.num_new_tokens != num_new or known.is_resident is not is_resident:
-            known = self._candidates[request.request_id] = Candidate(
-                request_id=request.request_id,
-                adapter=request.content_hash,
-                arrival_time=request.arrival_time,
-                num_new_tokens=num_new,
-                rank=adapter.num_rank_rows if adapter else 0,
-                is_resident=is_resident,
-            )
-        return known
-
-    def _num_runnable(self, request: Request) -> int:
-        """Tokens whose KV is still to be computed and worth it."""
-        num_tokens = request.num_tokens
-        if request.num_in_flight:
-            # Without blocks it has to wait: what it drew must be known to be computed again.
-            if request.status is not RequestStatus.RUNNING:
-                return 0
-            if num_tokens >= self.limits.max_model_len or request.num_output_tokens >= request.max_output_tokens:
-                return 0
-        return num_tokens - request.num_computed_tokens
 
     def _take(self, choice: Choice) -> Draft:
         """What was chosen, in its order, while tokens and blocks last."""
@@ -260,7 +228,7 @@ class Scheduler:
 
     def _grow(self, request: Request, room: int, draft: Draft) -> int:
         """Blocks for the next tokens of a running request; 0 when it had to give up those it had."""
-        num_new = min(self._num_runnable(request), room)
+        num_new = min(num_runnable(request, self.limits.max_model_len), room)
         while num_new and not self.blocks.grow(request.request_id, request.num_computed_tokens + num_new):
             victim = draft.victim_to_grow(self.queue)
             self.preempt(victim)

@@ -18,9 +18,9 @@ def check_prompt(prompt_token_ids: list[int], model: ModelInfo) -> None:
     """Raises InvalidRequestError when the prompt is empty or holds something outside of the vocabulary."""
     if not prompt_token_ids:
         raise InvalidRequestError("The prompt is empty: give at least one token.", param="prompt")
-    if set(map(type, prompt_token_ids)) == {int} and min(prompt_token_ids) >= 0:
-        if max(prompt_token_ids) < model.vocab_size:
-            return
+    are_numbers = set(map(type, prompt_token_ids)) == {int}
+    if are_numbers and min(prompt_token_ids) >= 0 and max(prompt_token_ids) < model.vocab_size:
+        return
     for token in prompt_token_ids:
         if type(token) is not int or not 0 <= token < model.vocab_size:
             _outside_vocabulary(token, model, "prompt")

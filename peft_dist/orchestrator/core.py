@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -31,8 +30,8 @@ from peft_dist.orchestrator.admission import check_prompt, check_token_parameter
 from peft_dist.orchestrator.client import NewRequest
 from peft_dist.orchestrator.demand import Demand
 from peft_dist.orchestrator.endings import Endings
-from peft_dist.orchestrator.equal_steps import EqualSteps
 from peft_dist.orchestrator.handover import Handover
+from peft_dist.orchestrator.intake import Intake
 from peft_dist.orchestrator.lifecycle import Lifecycle
 from peft_dist.orchestrator.migration import Migration
 from peft_dist.orchestrator.move_counts import DRAIN, PLAN, MoveCounts
@@ -47,11 +46,10 @@ from peft_dist.orchestrator.records import (
     ReplicaLost,
     ReplicaReady,
     RequestRecord,
-    SequenceEvent,
     StartReplica,
 )
 from peft_dist.orchestrator.replicas import ReplicaTable
-from peft_dist.orchestrator.requests import RequestTable, ending, unseen_part
+from peft_dist.orchestrator.requests import RequestTable, ending
 from peft_dist.orchestrator.room import Room
 
 __all__ = ["Orchestrator", "OrchestratorOptions"]
@@ -83,6 +81,7 @@ class Orchestrator:
         self.handover = Handover(self._requests, self.replicas, self._placer, options, counts)
         self._placer.mover = partial(self.handover.move_record, cause=DRAIN)
         self.migration.mover = partial(self.handover.move_record, cause=PLAN)
+        self.intake = Intake(self._requests, self.replicas, self._placer, self._endings, self._events)
         self.lives = Lifecycle(self.replicas, options)
         self._stopping = False
 
@@ -225,7 +224,7 @@ class Orchestrator:
         out: list[Outgoing] = []
         match report:
             case Progress():
-                out = self._observe_progress(replica, report, now)
+                out = self.intake.take(replica, report, now) + self._place_waiting(now)
             case Started(request_ids=ids):
                 self._requests.note_started(ids, replica_id)
             case Heartbeat():
@@ -275,10 +274,6 @@ class Orchestrator:
         self._events.clear()
         return events
 
-    def equal_steps(self, replica: Replica, sequence_ids: Sequence[str], token: int) -> EqualSteps:
-        """How who drives this may report steps that are alike, and end nothing, other than by ``observe``."""
-        return EqualSteps(self._requests, replica, sequence_ids, token)
-
     # What can be asked
 
     @property
@@ -309,26 +304,6 @@ class Orchestrator:
     def _check_ready(self) -> None:
         if (error := self.health_error) is not None:
             raise EngineDeadError(error)
-
-    def _observe_progress(self, replica: Replica, report: Progress, now: float) -> list[Outgoing]:
-        self.replicas.take_in(replica, report)
-        out: list[Outgoing] = []
-        for progress in report.sequences:
-            owner = self._requests.owner(progress.request_id, replica.replica_id)
-            if owner is None:
-                continue  # Aborted here while the replica was still at it.
-            record, sequence = owner
-            try:
-                new = unseen_part(sequence, progress)
-            except ValueError as error:
-                out += self._placer.stop(record, sequence)
-                new = ending(sequence, "error", str(error))
-            self._requests.advance(record, sequence, new.token_ids)
-            if new.finish_reason is None:
-                self._events.append(SequenceEvent(record.request_id, sequence.index, new))
-            else:
-                self._endings.finish(record, sequence, new, now)
-        return out + self._place_waiting(now)
 
     def _observe_ready(self, replica: Replica, report: Ready, now: float) -> list[Outgoing]:
         self.replicas.mark_ready(replica, report, now)

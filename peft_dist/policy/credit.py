@@ -64,6 +64,8 @@ class CreditPolicy(TrackedPolicy):
         self._mean_saving: float | None = None
         self._ordinary: Ordinary | None = None
         self._privileged: list[str] = []
+        # Whether the next decision knows another gap than the last one did.
+        self._is_gap_new = False
 
     @property
     def credits(self) -> dict[str, float]:
@@ -91,7 +93,8 @@ class CreditPolicy(TrackedPolicy):
 
     def _usual(self, view: QueueView) -> Choice:
         self._ordinary = ordinary = self._decide(view)
-        self.ledger.gap = self._gap(view, ordinary)
+        gap = self._gap(view, ordinary)
+        self._is_gap_new, self.ledger.gap = gap != self.ledger.gap, gap
         self._privileged = self.ledger.privileged(view.groups)
         front = [c for adapter in self._privileged for c in view.groups[adapter]]
         members = {c.request_id for c in ordinary.choice.candidates}
@@ -202,13 +205,12 @@ class CreditPolicy(TrackedPolicy):
             return 0.0
         if self.settings.merged_minority or ordinary.choice.reason == "enter":
             return 0.0
+        if self._is_gap_new and math.isfinite(self.settings.max_debt):
+            return 0.0
         if ordinary.alone is None:
-            pairs, unit = [], 0.0
-            steps = self._steps_unmerged(view, ordinary)
-        else:
-            pairs, unit = self.settlement.price_of(view, ordinary.choice.candidates, ordinary.choice.merged_adapter)
-            steps = self._steps_merged(view, ordinary)
-        return min(steps, self.ledger.stable_steps(pairs, unit, view.groups))
+            return min(self._steps_unmerged(view, ordinary), self.ledger.stable_steps([], 0.0, view.groups))
+        pairs, unit = self.settlement.price_of(view, ordinary.choice.candidates, ordinary.choice.merged_adapter)
+        return min(self._steps_merged(view, ordinary), self.ledger.stable_steps(pairs, unit, view.groups))
 
     def _steps_unmerged(self, view: QueueView, ordinary: Ordinary) -> float:
         """After how many steps merging the leader may pay, where it does not."""

@@ -76,7 +76,7 @@ class Backlog:
             del self.adapters[adapter]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Target:
     """A replica that could take the request.
 

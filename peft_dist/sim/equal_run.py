@@ -20,7 +20,7 @@ class EqualRun:
     """Begins, cuts short and ends them. The engine is not touched before the end.
 
     Attributes:
-        number: Of the last one; it grows with every cut, so that who waits for an end knows whether it is the right one.
+        number: Of the last one; it grows with every cut, so that who waits for an end knows if it is the right one.
         num_steps: That were taken so.
     """
 

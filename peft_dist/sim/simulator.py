@@ -141,7 +141,7 @@ class Simulator:
     def _set_up(self) -> None:
         for replica_id, hardware in enumerate(self._cluster.hardware):
             replica = self.core.add_replica(replica_id, self._queue.now)
-            opened = partial(self.core.equal_steps, replica, token=TOKEN)
+            opened = partial(self.core.intake.equal_steps, replica, token=TOKEN)
             unread = Unread(replica_id, self._cluster.message_seconds, opened, partial(self._note_equal, replica_id))
             self._unread.append(unread)
             told, equal = self._reporter(replica_id, replica.epoch), unread.add if self._advance else None

@@ -130,9 +130,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--single", action="store_true", help="take every step by itself")
     parser.add_argument("--learning", action="store_true", help="engines learn what steps take, from a default prior")
-    parser.add_argument(
-        "--profile", choices=("tottime", "cumtime"), help="print where the time goes, and write nothing"
-    )
+    parser.add_argument("--profile", choices=("tottime", "cumtime"), help="print where time goes, and write nothing")
     parser.add_argument("--output", type=Path, help="folder for the result (default: docs/results)")
     options = parser.parse_args()
     if options.profile:

@@ -1,4 +1,4 @@
-"""Many steps at once are the same steps: what the engines decided, what they are left with, and what became of requests."""
+"""Many steps at once are the same steps: what engines decided, what they are left with, what became of requests."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_so_they_are_under_more_requests(first: int) -> None:
 def test_the_workloads_have_what_interrupts_equal_steps() -> None:
     """Switches, preemptions, evictions and moves, or the tests above would say little."""
     seen: dict[str, int] = dict.fromkeys(("switches", "preemptions", "evictions", "moves"), 0)
-    for seed in range(0, 60):
+    for seed in range(60):
         simulator, _ = run(*workload(seed, SMALL), advance=True)
         view = simulator.core.migration.view()
         seen["moves"] += sum(view.moves.values()) if view else 0
