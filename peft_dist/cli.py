@@ -15,6 +15,7 @@ except ModuleNotFoundError as missing:
     raise SystemExit("peft-dist needs the server's packages: pip install 'peft-dist[server]'") from missing
 
 from peft_dist.cli_bench import bench
+from peft_dist.cli_simulate import simulate
 from peft_dist.cli_workload import app as workload
 from peft_dist.core.config import (
     AttentionName,
@@ -34,6 +35,7 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 # A traceback with the values of local variables could show a key.
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.command()(bench)
+app.command()(simulate)
 app.add_typer(workload, name="workload")
 
 

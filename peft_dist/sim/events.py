@@ -14,10 +14,12 @@ class EventQueue:
 
     Attributes:
         now: Seconds, the time of the action that runs or ran last.
+        num_run: Actions that have run.
     """
 
     def __init__(self) -> None:
         self.now = 0.0
+        self.num_run = 0
         self._heap: list[tuple[float, int, Action]] = []
         self._order = itertools.count()
 
@@ -30,4 +32,5 @@ class EventQueue:
         heap = self._heap
         while heap and not is_over():
             self.now, _, action = heapq.heappop(heap)
+            self.num_run += 1
             action()

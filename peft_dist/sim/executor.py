@@ -41,7 +41,10 @@ class SimExecutor:
         num_held: Merged copies that are kept beside the base ("shadow"); 0: weights are merged in place.
     """
 
-    def __init__(self, truth: CostModel, clock: Callable[[], float], block_bytes: int, num_held: int) -> None:
+    def __init__(
+        self, truth: CostModel, clock: Callable[[], float], block_bytes: int, num_held: int, *, can_merge: bool = True
+    ) -> None:
+        self._can_merge = can_merge
         self._truth = truth
         self._clock = clock
         self._block_bytes = block_bytes
@@ -54,6 +57,8 @@ class SimExecutor:
         self._free_at = 0.0
         self.collected_at = 0.0
         """When the last step that was collected ended."""
+        self.step_seconds = 0.0
+        """What all steps took, without switches and swaps."""
 
     def next_end(self) -> float | None:
         """When the next load or copy ends; None: none is under way."""
@@ -65,6 +70,7 @@ class SimExecutor:
         swap_seconds = self._truth.swap_seconds(swapped) if swapped else None
         seconds = self._truth.step_seconds(self._features(batch)) if batch.sequences else 0.0
         self._free_at = max(self._free_at, self._clock()) + (swap_seconds or 0.0) + seconds
+        self.step_seconds += seconds
         results = [SequenceResult(s.request_id, [TOKEN] if s.samples else [], s.draw) for s in batch.sequences]
         result = StepResult(batch.step, results, seconds, swap_bytes=swapped, swap_seconds=swap_seconds)
         return _Handle(result, self._free_at)
@@ -74,7 +80,7 @@ class SimExecutor:
         return handle.result
 
     def can_merge(self, spec: AdapterSpec) -> bool:
-        return True
+        return self._can_merge
 
     def can_host(self, spec: AdapterSpec) -> bool:
         return True

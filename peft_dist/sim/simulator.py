@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from peft_dist.core.adapter import AdapterSpec
-from peft_dist.core.messages import AnyReport, LoadAdapter, SequenceProgress
+from peft_dist.core.messages import AddRequest, AnyReport, LoadAdapter, SequenceProgress
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.orchestrator.client import NewRequest
 from peft_dist.orchestrator.core import Orchestrator, OrchestratorOptions
@@ -37,15 +38,20 @@ class Outcome:
     """What became of a request. Times in seconds from the start.
 
     Attributes:
-        first, last: Of its tokens.
-        queue: From its arrival at a replica to its first step there.
+        first, last: Of its tokens; ``ended`` is when its end was told.
+        times: Of all its tokens, where they are kept.
+        queue: From its arrival to its first step.
+        replica: Where its last token was drawn.
     """
 
     arrival: Arrival
     first: float | None = None
     last: float | None = None
+    ended: float | None = None
     tokens: int = 0
     queue: float | None = None
+    times: array[float] | None = None
+    replica: int | None = None
     error: str | None = None
 
 
@@ -59,6 +65,7 @@ class SimCluster:
         message_seconds: That a command or report is under way.
         plan_seconds, placement_seconds: From a view to its plan, and to its placement.
         plan: Makes plans; nothing whose answer depends on this machine's speed gives the same run twice.
+        token_times: Keep the time of every token.
     """
 
     hardware: Sequence[SimHardware]
@@ -68,6 +75,7 @@ class SimCluster:
     plan_seconds: float = 0.05
     placement_seconds: float = 0.2
     plan: Callable[[ClusterView], MigrationPlan] = lambda view: greedy_plan(view, "virtual time")
+    token_times: bool = True
 
 
 class Simulator:
@@ -86,7 +94,16 @@ class Simulator:
         self._left = 0
         self._start = 0.0
         self._tick_at: float | None = None
-        self._failed: list[str] = []
+        self._there: dict[str, float] = {}
+
+    @property
+    def seconds(self) -> float:
+        """Virtual seconds from the start of the arrivals."""
+        return self._queue.now - self._start
+
+    @property
+    def num_events(self) -> int:
+        return self._queue.num_run
 
     def run(self, arrivals: Iterable[Arrival]) -> list[Outcome]:
         """Offer requests at their times, whatever becomes of the others; ends with the last of them."""
@@ -94,11 +111,14 @@ class Simulator:
         self._start = self._queue.now
         found = []
         for number, arrival in enumerate(arrivals):
-            found.append(self._outcomes.setdefault(f"r{number}", Outcome(arrival)))
+            found.append(self._outcomes.setdefault(f"r{number}", self._outcome(arrival)))
             self._queue.at(self._start + arrival.time, lambda n=number, a=arrival: self._submit(f"r{n}", a))  # type: ignore[misc]
         self._left = len(found)
         self._queue.run(lambda: not self._left)
         return found
+
+    def _outcome(self, arrival: Arrival) -> Outcome:
+        return Outcome(arrival, times=array("d") if self._cluster.token_times else None)
 
     def _set_up(self) -> None:
         for replica_id, hardware in enumerate(self._cluster.hardware):
@@ -115,7 +135,7 @@ class Simulator:
     def _reporter(self, replica_id: int, epoch: int) -> Callable[[list[AnyReport]], None]:
         def arrive(reports: list[AnyReport]) -> None:
             for report in reports:
-                self._act(self.core.observe(replica_id, epoch, report, self._queue.now))
+                self._act(self.core.observe(replica_id, epoch, report, self._queue.now), replica_id)
 
         def send(reports: list[AnyReport]) -> None:
             self._queue.at(self._queue.now + self._cluster.message_seconds, lambda: arrive(reports))
@@ -127,14 +147,17 @@ class Simulator:
         new = NewRequest(request_id, [0] * arrival.prompt_tokens, params, arrival.adapter)
         self._act(self.core.submit(new, self._queue.now))
 
-    def _act(self, commands: Iterable[Outgoing]) -> None:
+    def _act(self, commands: Iterable[Outgoing], reporter: int | None = None) -> None:
+        """Send commands and hear what the orchestrator tells, because of a report of the replica ``reporter``."""
         for out in commands:
+            if isinstance(out.command, AddRequest):
+                self._note_sent(out.command.request_id)
             take, command = self.replicas[out.replica_id].take, out.command
             self._queue.at(self._queue.now + self._cluster.message_seconds, lambda take=take, c=command: take(c))  # type: ignore[misc]
         for event in self.core.drain_events():
             match event:
                 case SequenceEvent(request_id=request_id, progress=progress):
-                    self._note(request_id, progress)
+                    self._note(request_id, progress, reporter)
                 case RequestFailed(request_id=request_id, error=error):
                     self._fail(request_id, str(error))
                 case PlanDue():
@@ -178,17 +201,27 @@ class Simulator:
 
         self._queue.at(self._queue.now + self._cluster.plan_seconds, carry_out)
 
-    def _note(self, request_id: str, progress: SequenceProgress) -> None:
+    def _note_sent(self, sequence_id: str) -> None:
+        """A request will be at a replica: the first, or one to which it moves without its KV."""
+        request_id = sequence_id.partition("-")[0]
+        if self._outcomes[request_id].first is None:
+            self._there[request_id] = self.seconds + self._cluster.message_seconds
+
+    def _note(self, request_id: str, progress: SequenceProgress, reporter: int | None) -> None:
         outcome, now = self._outcomes[request_id], self._queue.now - self._start
         if progress.token_ids:
             if outcome.first is None:
-                outcome.first, outcome.queue = now, progress.queue_seconds
-            outcome.last = now
+                outcome.first = now
+                outcome.queue = self._there.pop(request_id) - outcome.arrival.time + (progress.queue_seconds or 0.0)
+            outcome.last, outcome.replica = now, reporter
+            if outcome.times is not None:
+                outcome.times.extend([now] * len(progress.token_ids))
             outcome.tokens += len(progress.token_ids)
         if progress.finish_reason is not None:
-            outcome.error = progress.error
+            outcome.error, outcome.ended = progress.error, now
             self._left -= 1
 
     def _fail(self, request_id: str, error: str) -> None:
-        self._outcomes[request_id].error = error
+        outcome = self._outcomes[request_id]
+        outcome.error, outcome.ended = error, self.seconds
         self._left -= 1
