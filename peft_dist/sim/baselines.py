@@ -1,7 +1,7 @@
 """The paper's baselines, as its artifact runs them and as is fair, and what the paper lacks.
 
-The artifact's are held back by its scheduler: of the queue they batch only the requests at its head that are for one and
-the same adapter (``PolicySettings.strict_prefix``). The fair ones batch all requests of an adapter, and change it only
+The artifact's are held back by its scheduler: of the queue they batch only the requests at its head that are for one
+adapter (``PolicySettings.strict_prefix``). The fair ones batch all requests of an adapter, and change it only
 when the oldest request is for another one. Everything else is the engine, the policies and the orchestrator that serve;
 what differs is what work costs, and that is written into results (``ExecType.source``).
 """
@@ -84,7 +84,9 @@ def _rules(artifact: bool) -> dict[str, object]:
     return {"policy_profile": "default", "max_adapter_wait": math.inf}
 
 
-_SWAP = "a model is copied in at 32 GiB/s a device (the artifact's PCIe constant), 4 of 7b or 2 of others are on a device"
+_SWAP = (
+    "a model is copied in at 32 GiB/s a device (the artifact's PCIe constant), 4 of 7b or 2 of others are on a device"
+)
 _HEAD = "batches are the same-adapter head of the queue, 16 seats"
 BASELINES: Mapping[str, ExecType] = {
     "vllm-artifact": ExecType(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,11 @@ def run(experiment: Experiment, chosen: Settings) -> list[Row]:
     ladders = [ladder for ladder in experiment.ladders(chosen) if ladder]
     found = points.run(ladders, chosen.data, experiment.bound, chosen.jobs, chosen.server)
     mode = "simulated" if chosen.server is None else "live"
-    rows = [_row(experiment, mode, point, measured, row) for point, measured in found for row in experiment.rows(point, measured)]
+    rows = [
+        _row(experiment, mode, point, measured, row)
+        for point, measured in found
+        for row in experiment.rows(point, measured)
+    ]
     table, about = chosen.output / f"{experiment.name}.csv", chosen.output / f"{experiment.name}.json"
     if mode == "live":
         # A server runs one system; the others' rows come from other runs.
@@ -133,6 +137,3 @@ def main(
     except PeftDistError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         raise SystemExit(1) from error
-
-
-Curves = Mapping[str, Mapping[float, float]]

@@ -3,8 +3,8 @@
     python scripts/experiments/fig02b_queueing.py [--scale paper] [--data DIR] [--jobs 2] [--output figures]
     python scripts/experiments/fig02b_queueing.py --server http://HOST:8000 --systems vllm-artifact
 
-MAF2 on 32 models of 8 replicas, 3 requests a second, 600 of them. In a simulation the wait is a request's time until its
-first step, against all of its time; of a live server it is who waits and who is about, looked at twice a second.
+MAF2 on 32 models of 8 replicas, 3 requests a second, 600 of them. In a simulation the wait is a request's time until
+its first step, against all of its time; of a live server it is who waits and who is about, looked at twice a second.
 Writes fig2b.csv, fig2b.json and figure2.
 """
 

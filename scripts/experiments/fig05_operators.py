@@ -2,9 +2,9 @@
 
     python scripts/experiments/fig05_operators.py [--device cuda] [--reps 1000] [--warm-up 10000] [--output figures]
 
-A product with a 4096 x 4096 weight in float32 (Wx) against one with a 16 x 4096 and a 4096 x 16 one behind it (BAx), for
-batches of 2 to 16 rows, as in the artifact. This is a measurement: the files tell device and versions, and no two runs
-are alike. Needs nothing but torch. Writes fig5.csv, fig5.json, and figure5.pdf and .png where matplotlib is installed.
+A product with a 4096 x 4096 weight in float32 (Wx) against one with a 16 x 4096 and a 4096 x 16 one behind it (BAx),
+for batches of 2 to 16 rows, as in the artifact. This is a measurement: the files tell device and versions, and no two
+runs are alike. Needs nothing but torch. Writes fig5.csv, fig5.json, and figure5.pdf and .png where matplotlib is installed.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.report import environment
+
 from experiments import authors, drawing
 from experiments.tables import Row, read_csv, write_csv, write_json
 from peft_dist.core.errors import ConfigError

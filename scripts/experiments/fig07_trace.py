@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from experiments import drawing
+from experiments import authors, drawing
 from experiments.loads import FUNCTIONS, Data
 from experiments.settings import parser, settings
 from experiments.tables import Row, read_csv, write_csv, write_json
@@ -23,8 +23,6 @@ from peft_dist.workload.traces import DAY_MINUTES, Trace, Window
 
 COLUMNS = ("day", "relative")
 BIN = 40
-# The authors' own: the busiest and the quietest bin, in calls.
-AUTHORS = {"max": 31.64e6, "min": 21.57e6}
 
 
 def read(data: Data, days: int, seed: int) -> Trace:
@@ -65,7 +63,13 @@ def main() -> None:
             chosen = settings(options)
             trace = read(chosen.data, options.days, chosen.seed)
             write_csv(options.output / "fig7.csv", COLUMNS, rows(trace))
-            about = {"figure": "7", "mode": "trace", "data": trace.source, "bin_minutes": BIN, "authors": AUTHORS}
+            about = {
+                "figure": "7",
+                "mode": "trace",
+                "data": trace.source,
+                "bin_minutes": BIN,
+                "authors": authors.FIGURE7,
+            }
             write_json(options.output / "fig7.json", about)
         draw(options.output)
     except PeftDistError as error:

@@ -3,8 +3,9 @@
     python scripts/experiments/fig10_policies.py [--scale paper] [--data DIR] [--jobs 2] [--output figures]
     python scripts/experiments/fig10_policies.py --server http://HOST:8000 --system fcfs|merge|credit
 
-MAF2's functions, the most popular first, on 8 adapters of one replica; a larger stride puts more of the hottest functions
-on one adapter. 4 requests a second, 400 of them. Writes fig10.csv, fig10.json, figure10a (mean) and figure10b (P90).
+MAF2's functions, the most popular first, on 8 adapters of one replica; a larger stride puts more of the hottest
+functions on one adapter. 4 requests a second, 400 of them. Writes fig10.csv, fig10.json, figure10a (mean) and figure10b
+(P90).
 """
 
 from __future__ import annotations
@@ -36,9 +37,7 @@ def ladders(settings: Settings) -> list[Ladder]:
 
 def rows(point: Point, measured: Measured) -> list[Row]:
     policy = SYSTEMS[point.system].policy
-    return [
-        {"policy": policy, "stride": point.load.stride, "avg_lat": measured.avg_lat, "p90_lat": measured.p90_lat}
-    ]
+    return [{"policy": policy, "stride": point.load.stride, "avg_lat": measured.avg_lat, "p90_lat": measured.p90_lat}]
 
 
 EXPERIMENT = Experiment(

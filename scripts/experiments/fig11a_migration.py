@@ -3,8 +3,8 @@
     python scripts/experiments/fig11a_migration.py [--scale paper] [--data DIR] [--jobs 2] [--output figures]
     python scripts/experiments/fig11a_migration.py --server http://HOST:8000 --systems rr|proactive|dlora
 
-MAF2's functions, the most popular first, on 32 adapters of 8 replicas; 130 s of requests at each rate. Writes fig11a.csv
-(which figure 13 is drawn from), fig11a.json and figure11a.
+MAF2's functions, the most popular first, on 32 adapters of 8 replicas; 130 s of requests at each rate. Writes
+fig11a.csv (which figure 13 is drawn from), fig11a.json and figure11a.
 """
 
 from __future__ import annotations
@@ -35,9 +35,7 @@ RATES = {
 def ladders(settings: Settings) -> list[Ladder]:
     return [
         [
-            settings.point(
-                system, "7b", 8, LoadSpec("maf2", "0.0.0-0.6.0", rate, SECONDS * rate, 32, need_sort=True)
-            )
+            settings.point(system, "7b", 8, LoadSpec("maf2", "0.0.0-0.6.0", rate, SECONDS * rate, 32, need_sort=True))
             for rate in settings.some(RATES.get(system.name, RATES["dlora"]))
         ]
         for system in chosen(SHOWN, settings.systems)

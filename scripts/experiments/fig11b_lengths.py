@@ -3,9 +3,9 @@
     python scripts/experiments/fig11b_lengths.py [--scale paper] [--data DIR] [--jobs 2] [--output figures]
     python scripts/experiments/fig11b_lengths.py --server http://HOST:8000 --systems rr|proactive|dlora
 
-MAF2 on 32 adapters of 8 replicas, 8 requests a second, 1000 of them; prompt and answer together are made 1 to 8 times as
-long, up to 4096 tokens, by longer answers. (The artifact's notebook calls the axes "P90" and "Skewness (stride)"; what it
-plots are means by this ratio.) Writes fig11b.csv, fig11b.json and figure11b.
+MAF2 on 32 adapters of 8 replicas, 8 requests a second, 1000 of them; prompt and answer together are made 1 to 8 times
+as long, up to 4096 tokens, by longer answers. (The artifact's notebook calls the axes "P90" and "Skewness (stride)";
+what it plots are means by this ratio.) Writes fig11b.csv, fig11b.json and figure11b.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python scripts/experiments/fig13_breakdown.py [--output figures]
 
 From fig11a.csv, which fig11a_migration.py writes: switching on the replica that switches longest, all plans, and the
-rest, over the time of the run. Plans are made beside the replicas' work, so theirs is no time that requests wait. Writes
-fig13.csv, fig13.json and figure13.
+rest, over the time of the run. Plans are made beside the replicas' work: nothing waits for them. In a simulation each
+is assumed to take the same time, as fig11a.json says. Writes fig13.csv, fig13.json and figure13.
 """
 
 from __future__ import annotations

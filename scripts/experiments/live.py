@@ -50,7 +50,7 @@ def _root(url: str) -> str:
     return url.rstrip("/").removesuffix("/v1")
 
 
-def run(workload: Workload, url: str, vocabulary: int | None = None) -> Measured:
+def run(workload: Workload, url: str) -> Measured:
     """Put a workload to a server, and measure.
 
     Raises:
@@ -92,8 +92,7 @@ Series = Mapping[tuple[str, frozenset[tuple[str, str]]], float]
 async def _metrics(root: str) -> Series:
     text = await asyncio.to_thread(_fetch, f"{root}/metrics")
     return {
-        (name, frozenset(_LABEL.findall(labels or ""))): float(value)
-        for name, labels, value in _LINE.findall(text)
+        (name, frozenset(_LABEL.findall(labels or ""))): float(value) for name, labels, value in _LINE.findall(text)
     }
 
 
@@ -106,7 +105,7 @@ def _fetch(url: str) -> str:
 
 
 class _Looks:
-    """Who waits and who runs, by replica, summed over looks at equal distances: shares of these sums are shares of time."""
+    """Who waits and who runs, by replica, summed over looks at equal distances: their shares are shares of time."""
 
     def __init__(self, root: str) -> None:
         self._root = root
@@ -117,7 +116,9 @@ class _Looks:
         while True:
             found = await _metrics(self._root)
             for (name, labels), value in found.items():
-                sums = {"peft_dist:requests_waiting": self.waiting, "peft_dist:requests_running": self.running}.get(name)
+                sums = {"peft_dist:requests_waiting": self.waiting, "peft_dist:requests_running": self.running}.get(
+                    name
+                )
                 if sums is not None:
                     sums[dict(labels).get("replica", "0")] += value
             await asyncio.sleep(LOOK)

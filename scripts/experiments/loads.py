@@ -16,7 +16,7 @@ from peft_dist.workload.traces import Trace, Window
 
 SHAREGPT = "ShareGPT_V3_unfiltered_cleaned_split.json"
 LENGTHS = "lengths.csv"
-# Functions of a synthetic trace. A public day file of 2019 has some 46,000 rows; that of 2021 holds far fewer functions.
+# Functions of a synthetic trace. A day's file of 2019 has some 46,000 rows; that of 2021 has far fewer functions.
 FUNCTIONS = {"maf1": 46_000, "maf2": 1_000}
 
 

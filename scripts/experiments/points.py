@@ -32,7 +32,7 @@ class Point:
     def __str__(self) -> str:
         load = self.load
         skew = f", stride {load.stride}" * (load.stride > 1) + f", ratio {load.ratio:g}" * (load.ratio > 1)
-        return f"{self.system}, {load.trace} {self.model}, {self.replicas} x, {load.adapters} adapters, rate {load.rate:g}{skew}"
+        return f"{self.system}, {load.trace} {self.model}, {load.adapters} adapters, rate {load.rate:g}{skew}"
 
 
 Ladder = Sequence[Point]

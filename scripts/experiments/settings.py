@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class Settings:
 
     output: Path
     scale: str = "small"
-    data: Data = Data()
+    data: Data = field(default_factory=Data)
     seed: int = 0
     jobs: int = 1
     systems: tuple[str, ...] = ()
@@ -84,18 +84,26 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     where.add_argument("--plot", action="store_true", help="run nothing, draw what the output folder holds")
     made.add_argument("--systems", help="run these alone, names as in the CSV, with commas between")
     made.add_argument("--scale", choices=sorted(SCALES), default="small", help="paper: as large as the paper's")
-    made.add_argument("--data", type=Path, metavar="DIR", help="folder with maf1/, maf2/, ShareGPT's JSON or lengths.csv")
+    made.add_argument(
+        "--data", type=Path, metavar="DIR", help="folder with maf1/, maf2/, ShareGPT's JSON or lengths.csv"
+    )
     made.add_argument("--maf1", type=Path, help="file or folder of the public format, before --data")
     made.add_argument("--maf2", type=Path, help="likewise")
     made.add_argument("--sharegpt", type=Path, help="ShareGPT's JSON, before that of --data")
     made.add_argument("--lengths-csv", type=Path, help="columns prompt_tokens,output_tokens, before ShareGPT's JSON")
     made.add_argument("--tokenizer", help="folder or hub id, to count ShareGPT's tokens")
     made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--correlated", action="store_true", help="one sequence of gaps for all adapters, as the artifact")
+    made.add_argument(
+        "--correlated", action="store_true", help="one sequence of gaps for all adapters, as the artifact"
+    )
     made.add_argument("--rate-factor", type=float, default=1.0, help="of all rates, for slower devices")
-    made.add_argument("--max-total", type=int, help="longest prompt and output together, for models with short contexts")
+    made.add_argument(
+        "--max-total", type=int, help="longest prompt and output together, for models with short contexts"
+    )
     made.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
-    made.add_argument("--output", type=Path, default=Path("figures"), metavar="DIR", help="folder for CSV, JSON, PDF, PNG")
+    made.add_argument(
+        "--output", type=Path, default=Path("figures"), metavar="DIR", help="folder for CSV, JSON, PDF, PNG"
+    )
     return made
 
 

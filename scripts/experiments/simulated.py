@@ -18,7 +18,7 @@ PROFILES = {"7b": "paper-7b", "13b": "paper-13b", "70b": "paper-70b-tp4"}
 
 
 def simulated(name: str, model: str, replicas: int, workload: Workload, load: LoadSpec) -> Measured:
-    """Of a system, a model's profile, so many replicas, and all adapters of the load that the workload was made from."""
+    """Of a system, a model's profile, so many replicas, and all adapters of the load that made the workload."""
     profile = CostProfile.load(PROFILES[model])
     profile = replace(profile, max_model_len=max(profile.max_model_len, load.max_total))
     names = tuple(f"adapter{index}" for index in range(load.adapters))
@@ -38,7 +38,7 @@ def simulated(name: str, model: str, replicas: int, workload: Workload, load: Lo
 
 
 def options_of(name: str) -> SimulationOptions:
-    """How a system runs. The paper's moves compute the KV again; ours, and "kv", bring it along where that is cheaper."""
+    """How a system runs. The paper's moves compute KV again; modern ones bring it along where that is cheaper."""
     system = SYSTEMS[name]
     return SimulationOptions(
         exec_type=system.exec_type,

@@ -1,4 +1,4 @@
-"""The systems that are compared: the paper's, its baselines as its artifact runs them and as is fair, and modern ones."""
+"""The systems that are compared: the paper's as its artifact runs them and as is fair, and modern ones."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ SYSTEMS: Mapping[str, System] = {one.name: one for one in _ALL}
 
 
 def chosen(names: Iterable[str], wanted: Iterable[str]) -> list[System]:
-    """Of a figure's systems those that were asked for, all of them if none was. Raises ConfigError for unknown names."""
+    """Of a figure's systems those that were asked for, all if none was. Raises ConfigError for unknown names."""
     names, wanted = list(names), list(wanted)
     if unknown := [name for name in wanted if name not in names]:
         raise ConfigError(f"this figure does not show the system {unknown[0]!r}: it has {', '.join(names)}")
