@@ -34,12 +34,15 @@ need() {
 }
 
 # Data is looked for where the artifact's guide puts it.
-data=()
-[[ ! -d ~/maf1 ]] || data+=(--maf1 ~/maf1)
-[[ ! -d ~/maf2 ]] || data+=(--maf2 ~/maf2)
-sharegpt=~/ShareGPT_V3_unfiltered_cleaned_split.json
-[[ ! -f $sharegpt ]] || data+=(--sharegpt "$sharegpt" --tokenizer "${PEFT_DIST_TOKENIZER:-hf-internal-testing/llama-tokenizer}")
-((${#data[@]})) || echo "$(basename "$0"): there is no ~/maf1, ~/maf2 or $sharegpt: the load is synthetic" >&2
+find_data() {
+    data=()
+    [[ ! -d ~/maf1 ]] || data+=(--maf1 ~/maf1)
+    [[ ! -d ~/maf2 ]] || data+=(--maf2 ~/maf2)
+    local sharegpt=~/ShareGPT_V3_unfiltered_cleaned_split.json
+    local tokenizer=${PEFT_DIST_TOKENIZER:-hf-internal-testing/llama-tokenizer}
+    [[ ! -f $sharegpt ]] || data+=(--sharegpt "$sharegpt" --tokenizer "$tokenizer")
+    ((${#data[@]})) || echo "$(basename "$0"): there is no ~/maf1, ~/maf2 or $sharegpt: the load is synthetic" >&2
+}
 
 # SCRIPT MASTER SYSTEM OPTIONS...: run an experiment; an empty SYSTEM simulates all.
 experiment() {
@@ -48,7 +51,9 @@ experiment() {
     local where=()
     [[ -n $simulate ]] || where=(--server "http://$master:${PEFT_DIST_PORT:-8000}")
     [[ -z $system ]] || where+=(--systems "$system")
-    exec "$python" "$here/../experiments/$script" "${where[@]}" --scale "$scale" --output "$output" "${data[@]}" "$@" "${more[@]}"
+    find_data
+    exec "$python" "$here/../experiments/$script" \
+        "${where[@]}" --scale "$scale" --output "$output" "${data[@]}" "$@" "${more[@]}"
 }
 
 # EXEC_TYPE: the systems' names in results. A live server batches as is fair, a simulated one in both ways.

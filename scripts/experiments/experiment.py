@@ -98,10 +98,10 @@ def _about(
         "columns": list(rows[0]) if rows else [],
         "runs": len(run),
     }
-    if mode == "live":
+    if chosen.server is not None:
         from bench.report import environment
 
-        about |= {"server": chosen.server, "client": environment()}
+        about |= {"server": chosen.server.url, "client": environment()}
     else:
         pairs = dict.fromkeys((point.system, point.model) for point in run)
         about["constants"] = {f"{system} {model}": constants(system, model) for system, model in pairs}

@@ -4,7 +4,7 @@
 
 A product with a 4096 x 4096 weight in float32 (Wx) against one with a 16 x 4096 and a 4096 x 16 one behind it (BAx),
 for batches of 2 to 16 rows, as in the artifact. This is a measurement: the files tell device and versions, and no two
-runs are alike. Needs nothing but torch. Writes fig5.csv, fig5.json, and figure5.pdf and .png where matplotlib is installed.
+runs are alike. Needs nothing but torch. Writes fig5.csv, fig5.json, and figure5 where matplotlib is installed.
 """
 
 from __future__ import annotations

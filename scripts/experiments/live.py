@@ -10,17 +10,32 @@ import urllib.request
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass, replace
 
 from experiments.measured import Measured, Work, measure
 from peft_dist.core.errors import ConfigError
 from peft_dist.workload import client
 from peft_dist.workload.arrivals import Workload
+from peft_dist.workload.prompts import Prompts
 from peft_dist.workload.sending import ClientOptions
 
 # Seconds between two looks at who waits and who runs.
 LOOK = 0.5
 _LINE = re.compile(r"^(peft_dist:\w+)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """One to measure.
+
+    Attributes:
+        url: Without a path.
+        end_id: Prompts are token ids below it; they must be in the vocabulary.
+    """
+
+    url: str
+    end_id: int = 30_000
 
 
 def adapters_of(url: str) -> list[str]:
@@ -50,19 +65,19 @@ def _root(url: str) -> str:
     return url.rstrip("/").removesuffix("/v1")
 
 
-def run(workload: Workload, url: str) -> Measured:
+def run(workload: Workload, server: Server) -> Measured:
     """Put a workload to a server, and measure.
 
     Raises:
         LateClientError: the client fell behind its own schedule; what it measured is not told.
         ConfigError: the server does not answer.
     """
-    return asyncio.run(_run(workload, ClientOptions(url)))
+    return asyncio.run(_run(workload, ClientOptions(server.url, prompts=Prompts(end_id=server.end_id))))
 
 
 async def _run(workload: Workload, options: ClientOptions) -> Measured:
     before = await _metrics(options.root)
-    looks = _Looks(options.root)
+    looks = Looks(options.root)
     watcher = asyncio.create_task(looks.watch())
     try:
         outcome = await client.run(workload, options)
@@ -72,7 +87,7 @@ async def _run(workload: Workload, options: ClientOptions) -> Measured:
             await watcher
     outcome.check_schedule(options.max_lateness)
     after = await _metrics(options.root)
-    found = measure(outcome.records, _work(before, after, looks))
+    found = measure(outcome.records, work(before, after, looks))
     if found.queueing_delay is None and outcome.queue is not None and outcome.queue.requests:
         tokens = max(sum(record.output_tokens for record in outcome.records), 1)
         return _with_queueing(found, outcome.queue.seconds / tokens)
@@ -81,8 +96,6 @@ async def _run(workload: Workload, options: ClientOptions) -> Measured:
 
 def _with_queueing(found: Measured, seconds: float) -> Measured:
     """The server told of all requests together only: seconds waited by all of them over all tokens."""
-    from dataclasses import replace
-
     return replace(found, queueing_delay=seconds)
 
 
@@ -90,7 +103,11 @@ Series = Mapping[tuple[str, frozenset[tuple[str, str]]], float]
 
 
 async def _metrics(root: str) -> Series:
-    text = await asyncio.to_thread(_fetch, f"{root}/metrics")
+    return read(await asyncio.to_thread(_fetch, f"{root}/metrics"))
+
+
+def read(text: str) -> Series:
+    """Ours of a page of metrics, by name and labels."""
     return {
         (name, frozenset(_LABEL.findall(labels or ""))): float(value) for name, labels, value in _LINE.findall(text)
     }
@@ -104,7 +121,7 @@ def _fetch(url: str) -> str:
         return ""
 
 
-class _Looks:
+class Looks:
     """Who waits and who runs, by replica, summed over looks at equal distances: their shares are shares of time."""
 
     def __init__(self, root: str) -> None:
@@ -113,15 +130,17 @@ class _Looks:
         self.running: defaultdict[str, float] = defaultdict(float)
 
     async def watch(self) -> None:
+        """Look until cancelled."""
         while True:
-            found = await _metrics(self._root)
-            for (name, labels), value in found.items():
-                sums = {"peft_dist:requests_waiting": self.waiting, "peft_dist:requests_running": self.running}.get(
-                    name
-                )
-                if sums is not None:
-                    sums[dict(labels).get("replica", "0")] += value
+            self.note(await _metrics(self._root))
             await asyncio.sleep(LOOK)
+
+    def note(self, found: Series) -> None:
+        """Add one look."""
+        sums = {"peft_dist:requests_waiting": self.waiting, "peft_dist:requests_running": self.running}
+        for (name, labels), value in found.items():
+            if name in sums:
+                sums[name][dict(labels).get("replica", "0")] += value
 
     @property
     def shares(self) -> tuple[float, ...]:
@@ -131,7 +150,9 @@ class _Looks:
         return tuple(waiting / total if total else 0.0 for waiting, total in totals)
 
 
-def _work(before: Series, after: Series, looks: _Looks) -> Work:
+def work(before: Series, after: Series, looks: Looks) -> Work:
+    """What two readings of the metrics tell of the time between them."""
+
     def grown(name: str, **labels: str) -> list[float]:
         """By how much each series of a name grew, of those that have these labels."""
         wanted = set(labels.items())

@@ -41,7 +41,9 @@ Ladder = Sequence[Point]
 Found = list[tuple[Point, Measured]]
 
 
-def run(ladders: Sequence[Ladder], data: Data, bound: float | None, jobs: int = 1, server: str | None = None) -> Found:
+def run(
+    ladders: Sequence[Ladder], data: Data, bound: float | None, jobs: int = 1, server: live.Server | None = None
+) -> Found:
     """What was measured, in the order of the points; a ladder ends after a mean of more than ``bound`` s/token."""
     if server is not None or jobs == 1:
         return [found for ladder in ladders for found in _climb(ladder, data, server, bound)]
@@ -56,9 +58,9 @@ def run(ladders: Sequence[Ladder], data: Data, bound: float | None, jobs: int = 
         return [found for one in climbing for found in one.result()]
 
 
-def _climb(ladder: Ladder, data: Data, server: str | None, bound: float | None) -> Found:
+def _climb(ladder: Ladder, data: Data, server: live.Server | None, bound: float | None) -> Found:
     found: Found = []
-    names = None if server is None else live.adapters_of(server)
+    names = None if server is None else live.adapters_of(server.url)
     for point in ladder:
         start = time.perf_counter()
         workload = make(point.load, data, names)

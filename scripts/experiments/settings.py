@@ -41,7 +41,7 @@ class Settings:
     Attributes:
         systems: Names of those to run; empty: all that the figure shows.
         jobs: Processes, each with points of its own.
-        server: URL of a live server, which runs the one of ``systems``; None: the simulator.
+        server: A live one, which runs the one of ``systems``; None: the simulator.
         replicas: Of the live server.
         rate_factor: Of all rates: for devices that are slower than the paper's.
         max_total: Longest prompt and output together, where that is less than the experiment's.
@@ -54,7 +54,7 @@ class Settings:
     jobs: int = 1
     systems: tuple[str, ...] = ()
     correlated: bool = False
-    server: str | None = None
+    server: live.Server | None = None
     replicas: int | None = None
     rate_factor: float = 1.0
     max_total: int | None = None
@@ -72,7 +72,7 @@ class Settings:
         load = replace(
             load, rate=load.rate * self.rate_factor, seed=self.seed, correlated=self.correlated, max_total=total
         )
-        return Point(system.name, model, kept, load)
+        return Point(system.name, model, self.replicas or kept, load)
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -99,6 +99,9 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--rate-factor", type=float, default=1.0, help="of all rates, for slower devices")
     made.add_argument(
         "--max-total", type=int, help="longest prompt and output together, for models with short contexts"
+    )
+    made.add_argument(
+        "--end-id", type=int, default=30_000, help="prompts are token ids below it, for small vocabularies"
     )
     made.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     made.add_argument(
@@ -127,7 +130,7 @@ def settings(options: argparse.Namespace) -> Settings:
         jobs=options.jobs,
         systems=tuple(options.systems.split(",")) if options.systems else (),
         correlated=options.correlated,
-        server=options.server,
+        server=live.Server(options.server, options.end_id) if options.server else None,
         replicas=live.replicas_of(options.server) if options.server else None,
         rate_factor=options.rate_factor,
         max_total=options.max_total,
