@@ -1,7 +1,7 @@
 """Have recorded engines decide again, and say whether they decided the same (docs/simulator.md).
 
-    PEFT_DIST_RECORD=FOLDER peft-dist serve MODEL ...      # records
-    python scripts/replay.py FOLDER/*.jsonl
+PEFT_DIST_RECORD=FOLDER peft-dist serve MODEL ...      # records
+python scripts/replay.py FOLDER/*.jsonl
 """
 
 from __future__ import annotations

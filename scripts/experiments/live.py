@@ -37,6 +37,11 @@ class Server:
     url: str
     end_id: int = 30_000
 
+    @property
+    def prompts(self) -> Prompts:
+        """Ids that are special tokens in most vocabularies, which come first, are left out."""
+        return Prompts(first_id=min(100, self.end_id // 2), end_id=self.end_id)
+
 
 def adapters_of(url: str) -> list[str]:
     """Names of a server's adapters, in the order of their numbers where they have any. Raises ConfigError."""
@@ -72,7 +77,7 @@ def run(workload: Workload, server: Server) -> Measured:
         LateClientError: the client fell behind its own schedule; what it measured is not told.
         ConfigError: the server does not answer.
     """
-    return asyncio.run(_run(workload, ClientOptions(server.url, prompts=Prompts(end_id=server.end_id))))
+    return asyncio.run(_run(workload, ClientOptions(server.url, prompts=server.prompts)))
 
 
 async def _run(workload: Workload, options: ClientOptions) -> Measured:
