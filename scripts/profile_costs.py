@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +72,13 @@ def measure(options: argparse.Namespace, runs: CostRuns) -> None:
 def fitted(measured: Measured, *, in_flight: bool) -> tuple[CostPrior, dict[str, float]]:
     """Costs, and the mean relative error of the fit by regime.
 
-    With a step in flight it lasts from the end of the one before it to its own, whatever the device says of it.
+    With a step in flight it lasts from the end of the one before it to its own, whatever the device says of it, unless
+    there was none right before.
     """
-    pairs = [(f, between if in_flight else seconds) for f, seconds, between in measured.steps if between is not None]
-    known = [(features, seconds) for features, seconds in pairs if seconds is not None]
+    known = [
+        (features, between if in_flight and between is not None else seconds)
+        for features, seconds, between in measured.steps
+    ]
     step = fit_steps(known)
     lines = {name: fit_line(found) for name, found in measured.others.items()}
     # Of one rank: a switch's seconds have no part that grows with it.
@@ -153,7 +156,7 @@ def compute_for_ever(options: argparse.Namespace, runs: CostRuns) -> None:
         runs.measured.steps.clear()
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_engine_options(parser)
     parser.add_argument("--output", type=Path, required=True, help="the profile; its name is the file's")
@@ -169,7 +172,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--switches", type=int, default=6)
     parser.add_argument("--beside", type=int, default=0, help="replicas that compute meanwhile, on the same cores")
     parser.add_argument("--as-load", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     usual: dict[str, Any] = {"adapters": 8, "sizes": [1, 2, 4, 8, 16], "distinct": [0, 1, 4, 8], "tokens": 12,
                              "prompts": [32, 128, 384]}  # fmt: skip
     if options.shape:

@@ -57,7 +57,7 @@ class SimExecutor:
         self._free_at = 0.0
         self.collected_at = 0.0
         """When the last step that was collected ended."""
-        self.step_seconds = 0.0
+        self.busy_seconds = 0.0
         """What all steps took, without switches and swaps."""
 
     def next_end(self) -> float | None:
@@ -70,7 +70,7 @@ class SimExecutor:
         swap_seconds = self._truth.swap_seconds(swapped) if swapped else None
         seconds = self._truth.step_seconds(self._features(batch)) if batch.sequences else 0.0
         self._free_at = max(self._free_at, self._clock()) + (swap_seconds or 0.0) + seconds
-        self.step_seconds += seconds
+        self.busy_seconds += seconds
         results = [SequenceResult(s.request_id, [TOKEN] if s.samples else [], s.draw) for s in batch.sequences]
         result = StepResult(batch.step, results, seconds, swap_bytes=swapped, swap_seconds=swap_seconds)
         return _Handle(result, self._free_at)

@@ -203,7 +203,7 @@ def _replica(simulator: Simulator, number: int, outcomes: Sequence[Outcome]) -> 
         e2e=sum((outcome.ended or 0.0) - outcome.arrival.time for outcome in own),
         steps=engine.num_steps,
         merged_steps=engine.num_merged_steps,
-        step_seconds=simulator.replicas[number].executor.step_seconds,
+        step_seconds=simulator.replicas[number].executor.busy_seconds,
         switches=engine.num_switches,
         switch_seconds=engine.switch_seconds,
         loads=adapters.loads,
