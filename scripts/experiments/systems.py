@@ -68,7 +68,7 @@ _ALL = (
     _baseline("vllm-artifact", "vLLM", _BLUE, "artifact", "rr"),
     _baseline("vllm", "vLLM", _BLUE, "fair", "rr"),
     _baseline("peft-artifact", "PEFT", _ORANGE, "artifact", "rr"),
-    _baseline("peft", "PEFT", _ORANGE, "fair", "proactive"),
+    _baseline("peft", "PEFT", _ORANGE, "fair", "rr"),
     _artifacts("dlora-artifact", "dLoRA", _GREEN, "credit", "dlora"),
     _artifacts("fcfs-artifact", "unmerged only", _BLUE, "fcfs", "dlora"),
     _artifacts("merge-artifact", "merged only", _ORANGE, "merge", "dlora"),
