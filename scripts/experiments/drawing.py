@@ -15,6 +15,7 @@ _METADATA: dict[str, dict[str, Any]] = {
     "pdf": {"CreationDate": None, "ModDate": None, "Producer": None, "Creator": None},
     "png": {"Software": None},
 }
+_HATCHES = {"artifact": "////"}
 _STYLE = {"svg.hashsalt": "peft-dist", "pdf.fonttype": 42, "font.size": 9.0}
 
 
@@ -55,16 +56,16 @@ def bars(axes: Any, rows: Sequence[Row], x: str, y: str) -> None:
         own = {row[x]: row[y] for row in rows if row["system"] == name}
         offsets = [index + (number - (len(names) - 1) / 2) * width for index in range(len(places))]
         heights = [own.get(place) or 0.0 for place in places]
-        axes.bar(offsets, heights, width, label=SYSTEMS[name].label, color=SYSTEMS[name].style["color"])
+        system = SYSTEMS[name]
+        hatch = _HATCHES.get(system.form)
+        axes.bar(offsets, heights, width, label=system.label, color=system.style["color"], hatch=hatch, edgecolor="w")
     axes.set_xticks(range(len(places)), [str(place) for place in places])
-
-
-def authors(axes: Any, curve: dict[float, float], label: str, color: str) -> None:
-    """A curve of the authors', thin and dotted."""
-    axes.plot(list(curve), list(curve.values()), ":", color=color, linewidth=1, label=f"{label} (authors)")
 
 
 def legend(drawn: Any, axes: Any) -> None:
     """One for the whole figure, below it."""
     found = {label: handle for one in axes for handle, label in zip(*one.get_legend_handles_labels(), strict=True)}
-    drawn.legend(list(found.values()), list(found), loc="outside lower center", ncols=4, frameon=False, fontsize=7)
+    columns = int(drawn.get_figwidth() // 2.2)
+    drawn.legend(
+        list(found.values()), list(found), loc="outside lower center", ncols=columns, frameon=False, fontsize=7
+    )

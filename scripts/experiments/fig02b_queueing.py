@@ -47,7 +47,7 @@ def draw(folder: Path) -> None:
     drawn = drawing.figure(5, 2.8)
     axes = drawn.add_subplot()
     drawing.bars(axes, read_csv(folder / "fig2b.csv"), "replica_id", "queueing_ratio")
-    axes.set(xlabel="replica", ylabel="queueing (% of a request's time)", ylim=(0, 100))
+    axes.set(xlabel="replica", ylabel="queueing (% of time)", ylim=(0, 100))
     drawing.legend(drawn, [axes])
     drawing.save(drawn, folder, "figure2")
 
