@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,15 @@ def measure(device: str, batches: range, size: int, rank: int, reps: int, warm_u
     with torch.inference_mode():
         for batch in batches:
             x = matrix(batch, size)
-            base = _microseconds(lambda x=x: x @ weight.T, wait, reps, warm_up)
-            pair = _microseconds(lambda x=x: (x @ down.T) @ up.T, wait, reps, warm_up)
+            base = _microseconds(partial(torch.matmul, x, weight.T), wait, reps, warm_up)
+            pair = _microseconds(partial(_pair, x, down.T, up.T), wait, reps, warm_up)
             rows.append({"batch": batch, "Wx": base, "BAx": pair, "units": "batch=rows Wx=us BAx=us"})
             print(f"batch {batch}: Wx {base:.1f} us, BAx {pair:.1f} us ({pair / base:.0%})", flush=True)
     return rows
+
+
+def _pair(x: Any, down: Any, up: Any) -> Any:
+    return (x @ down) @ up
 
 
 def _microseconds(work: Callable[[], Any], wait: Callable[[], None], reps: int, warm_up: int) -> float:

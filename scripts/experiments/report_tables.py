@@ -125,7 +125,7 @@ def _reached(rows: Sequence[Row]) -> dict[str, tuple[str, float | None]]:
 
 
 def _fig10(rows: Sequence[Row], about: Mapping[str, Any]) -> str:
-    parts = []
+    parts: list[str] = []
     for column, words in (("avg_lat", "mean s/token, by stride"), ("p90_lat", "P90 s/token, by stride")):
         parts.append(_curves(rows, about if not parts else {}, "stride", column, words, authors.FIGURE10[column]))
     return "\n\n".join(parts)

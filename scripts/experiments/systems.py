@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peft_dist.core.errors import ConfigError
+from peft_dist.placement.placer import MigrationKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class System:
     kind: str
     form: str
     policy: str | None
-    migration: str
+    migration: MigrationKind
     style: Mapping[str, Any]
 
 
@@ -43,21 +44,21 @@ def _line(color: str, line: str = "-", marker: str = "o") -> dict[str, Any]:
     return {"color": color, "linestyle": line, "marker": marker, "markersize": 3, "linewidth": 1.2}
 
 
-def _artifacts(name: str, label: str, color: str, policy: str, migration: str) -> System:
+def _artifacts(name: str, label: str, color: str, policy: str, migration: MigrationKind) -> System:
     """dLoRA with its artifact's constants and rules."""
     style = _line(color, ":", "^")
     return System(name, f"{label}, artifact's", "dlora", "dlora", "artifact", policy, migration, style)
 
 
-def _ours(name: str, label: str, color: str, policy: str = "credit", migration: str = "dlora") -> System:
+def _ours(name: str, label: str, color: str, policy: str = "credit", migration: MigrationKind = "dlora") -> System:
     return System(name, label, "dlora", "dlora", "fair", policy, migration, _line(color))
 
 
-def _modern(name: str, label: str, color: str, exec_type: str, policy: str, migration: str) -> System:
+def _modern(name: str, label: str, color: str, exec_type: str, policy: str, migration: MigrationKind) -> System:
     return System(name, label, exec_type, "dlora", "modern", policy, migration, _line(color, "--", "s"))
 
 
-def _baseline(name: str, label: str, color: str, form: str, migration: str) -> System:
+def _baseline(name: str, label: str, color: str, form: str, migration: MigrationKind) -> System:
     kind, fair = name.removesuffix("-artifact"), form == "fair"
     style = _line(color) if fair else _line(color, ":", "^")
     words = label if fair else f"{label}, artifact's"
