@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from experiments.points import Ladder, Point
 from experiments.settings import Settings, parser, settings
 from experiments.simulated import constants
 from experiments.systems import SYSTEMS
-from experiments.tables import Row, read_csv, replace_rows, write_csv, write_json
+from experiments.tables import Row, read_csv, read_json, replace_rows, write_csv, write_json
 from peft_dist import __version__
 from peft_dist.core.errors import PeftDistError
 
@@ -40,6 +40,7 @@ class Experiment:
         columns: The artifact's.
         ladders: What is to be run.
         rows: The artifact's columns of one point.
+        keys: Columns that tell apart runs whose rows stand beside each other, where they come from live servers.
         bound: Mean s/token beyond which a system's further points are not run; None: all are.
         authors: The authors' own figures, for the JSON.
     """
@@ -50,6 +51,7 @@ class Experiment:
     ladders: Callable[[Settings], Sequence[Ladder]]
     rows: Callable[[Point, Measured], Sequence[Row]]
     bound: float | None = None
+    keys: Sequence[str] = ("system",)
     authors: Any = field(default_factory=dict)
 
 
@@ -63,12 +65,14 @@ def run(experiment: Experiment, chosen: Settings) -> list[Row]:
         for point, measured in found
         for row in experiment.rows(point, measured)
     ]
-    table, about = chosen.output / f"{experiment.name}.csv", chosen.output / f"{experiment.name}.json"
+    table, beside = chosen.output / f"{experiment.name}.csv", chosen.output / f"{experiment.name}.json"
+    about = _about(experiment, chosen, mode, [point for point, _ in found])
     if mode == "live":
         # A server runs one system; the others' rows come from other runs.
-        rows = replace_rows([row for row in read_csv(table) if row["mode"] == mode], rows, ["system"])
+        rows = replace_rows([row for row in read_csv(table) if row["mode"] == mode], rows, experiment.keys)
+        about = _add_live(read_json(beside), about, chosen)
     write_csv(table, experiment.columns, rows)
-    write_json(about, _about(experiment, chosen, mode, [point for point, _ in found], rows))
+    write_json(beside, about)
     return rows
 
 
@@ -83,9 +87,7 @@ def _row(experiment: Experiment, mode: str, point: Point, measured: Measured, ow
     return own | common | rest | {"units": " ".join(f"{name}={unit}" for name, unit in units.items())}
 
 
-def _about(
-    experiment: Experiment, chosen: Settings, mode: str, run: Sequence[Point], rows: Sequence[Row]
-) -> dict[str, Any]:
+def _about(experiment: Experiment, chosen: Settings, mode: str, run: Sequence[Point]) -> dict[str, Any]:
     about: dict[str, Any] = {
         "figure": experiment.figure,
         "mode": mode,
@@ -95,18 +97,22 @@ def _about(
         "correlated": chosen.correlated,
         "versions": versions(),
         "authors": experiment.authors,
-        "columns": list(rows[0]) if rows else [],
-        "runs": len(run),
+        "loads": [asdict(load) for load in dict.fromkeys(point.load for point in run)],
     }
-    if chosen.server is not None:
-        from bench.report import environment
-
-        about |= {"server": chosen.server.url, "client": environment()}
-    else:
+    if mode == "simulated":
         pairs = dict.fromkeys((point.system, point.model) for point in run)
         about["constants"] = {f"{system} {model}": constants(system, model) for system, model in pairs}
-    about["loads"] = [asdict(point.load) for point in {point.load: point for point in run}.values()]
     return about
+
+
+def _add_live(before: Mapping[str, Any], about: dict[str, Any], chosen: Settings) -> dict[str, Any]:
+    """This run beside earlier ones of other systems, each with its server and the machine that asked it."""
+    from bench.report import environment
+
+    assert chosen.server is not None
+    own = {key: about[key] for key in ("scale", "seed", "data", "correlated", "loads")}
+    own |= {"server": chosen.server.url, "rate_factor": chosen.rate_factor, "client": environment()}
+    return about | {"servers": {**before.get("servers", {}), chosen.systems[0]: own}}
 
 
 def versions() -> dict[str, str]:

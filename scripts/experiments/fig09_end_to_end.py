@@ -69,7 +69,9 @@ def experiment(panel: str) -> Experiment:
         ]
 
     known = authors.FIGURE9 if panel == "maf1_7b" else {}
-    return Experiment(f"fig9_{panel}", "9", ("exec_type", "rate", "avg_lat"), ladders, rows, 2 * MOST, known)
+    return Experiment(
+        f"fig9_{panel}", "9", ("exec_type", "rate", "avg_lat"), ladders, rows, bound=2 * MOST, authors=known
+    )
 
 
 def rows(point: Point, measured: Measured) -> list[Row]:

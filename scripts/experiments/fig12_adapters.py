@@ -44,7 +44,7 @@ def rows(point: Point, measured: Measured) -> list[Row]:
 def experiments(options: argparse.Namespace) -> list[Experiment]:
     columns = ("exec_type", "num_models", "throughput")
     made = partial(ladders, adapters=options.adapters)
-    return [Experiment("fig12", "12", columns, made, rows, authors=authors.FIGURE12)]
+    return [Experiment("fig12", "12", columns, made, rows, keys=("system", "num_models"), authors=authors.FIGURE12)]
 
 
 def draw(folder: Path) -> None:

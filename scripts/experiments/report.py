@@ -9,7 +9,6 @@ between its marks in the document (``<!-- fig9 -->`` to ``<!-- end -->``). Witho
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from experiments import report_tables
-from experiments.tables import Row, read_csv, write_json
+from experiments.tables import Row, read_csv, read_json, write_json
 
 ROOT = Path(__file__).parents[2]
 _MARKS = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -28,9 +27,10 @@ def collect(folder: Path) -> dict[str, dict[str, Any]]:
     """By name of the CSV: its rows, and what its JSON tells."""
     found = {}
     for path in sorted(folder.glob("fig*.csv")):
-        about = path.with_suffix(".json")
-        told = json.loads(about.read_text(encoding="utf-8")) if about.exists() else {}
-        found[path.stem] = {"about": told, "rows": [_short(row) for row in read_csv(path)]}
+        found[path.stem] = {
+            "about": read_json(path.with_suffix(".json")),
+            "rows": [_short(row) for row in read_csv(path)],
+        }
     return found
 
 

@@ -45,6 +45,11 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Empty where there is no file."""
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+
+
 def replace_rows(old: Sequence[Row], new: Sequence[Row], keys: Sequence[str]) -> list[Row]:
     """``new`` and those of ``old`` that have another key: a live server runs one system at a time."""
     taken = {tuple(row.get(key) for key in keys) for row in new}

@@ -130,7 +130,8 @@ def test_a_live_server_gives_its_systems_rows(tmp_path: Path, monkeypatch: pytes
     assert all(row["avg_lat"] > 0 for row in rows)
     assert [row["replica_id"] for row in tables.read_csv(tmp_path / "out" / "fig2b.csv")] == [0, 1]
     about = json.loads((tmp_path / "out" / "fig10.json").read_text())
-    assert about["mode"] == "live" and about["client"]["cpu"]
+    assert about["mode"] == "live" and set(about["servers"]) == {"fcfs", "dlora"}
+    assert about["servers"]["fcfs"]["client"]["cpu"] and about["servers"]["fcfs"]["server"].startswith("http")
 
 
 def test_waits_are_told_by_who_is_there() -> None:
