@@ -1,11 +1,12 @@
 """Launch plans and switches of the LoRA kernels tried in whole captured decode steps, all in one process.
 
-    python scripts/bench/bench_lora_steps.py [--part streams lookup shrink gate expand] [--seconds 235]
+    python scripts/bench/bench_lora_steps.py [--part streams lookup table shrink gate expand] [--seconds 235]
                                              [--batches 32 128 8] [--kinds distinct same] [--output FOLDER]
 
 What kernels take alone says little: in a step the weights of all layers stream between two launches, and a shrink runs
 beside its layer's product. Each case has the steps captured anew. streams: the shrinks' stream as urgent as others, or
-none. lookup: each launch looks its tables up. shrink, gate, expand: one field of the plans of some layers changed,
+none. lookup: each launch looks its tables up. table: the plans of the card's measured table (peft-dist tune), where
+there is one, in place of the usual ones. shrink, gate, expand: one field of the plans of some layers changed,
 with the first of ``--batches`` alone. A part ends with the default again: what differs there is noise. No case is
 begun that would end after ``--seconds``. One JSON line a case, and docs/results/lora_steps.json. On a CPU nothing is
 captured, so that all cases are alike (``--tiny`` tries the script).
@@ -77,6 +78,7 @@ class Case(NamedTuple):
 
     Attributes:
         stream: Of the shrinks: "first" in line, "usual" (as urgent as any), "none" (no stream of their own).
+        table: Whether plans come from the card's table first.
     """
 
     part: str
@@ -85,6 +87,7 @@ class Case(NamedTuple):
     change: Change | None = None
     stream: str = "first"
     lookup: bool = True
+    table: bool = False
 
 
 def cases_of(part: str) -> Iterator[Case]:
@@ -92,6 +95,8 @@ def cases_of(part: str) -> Iterator[Case]:
         yield from (Case(part, f"{stream} stream", stream=stream) for stream in ("usual", "none"))
     elif part == "lookup":
         yield Case(part, "no lookup", lookup=False)
+    elif part == "table":
+        yield Case(part, "measured table", table=True)
     else:
         groups, changes = PLANS[part]
         yield from (Case(part, f"{group}: {name}", group, changes[name]) for group in groups for name in changes)
@@ -116,6 +121,7 @@ class Steps:
     """An engine that takes cases."""
 
     def __init__(self, llm: Any, options: Namespace) -> None:
+        self._find_plan = lora_plans._find_plan
         self._run, self._options = runner(llm), options
         self._graphs = llm._open.runner.graphs
         self._workspace = llm._open.runner.store.pool.workspace
@@ -124,7 +130,8 @@ class Steps:
 
     def take(self, case: Case) -> None:
         """From now on steps are captured like this."""
-        lora_plans._find_plan = lambda shape, table: choose(case, shape)
+        find = self._find_plan
+        lora_plans._find_plan = find if case.table else lambda shape, table: choose(case, shape)
         lora_plans.plan_for.cache_clear()
         self._workspace.stream = self._streams[case.stream]
         if self._graphs is not None:
@@ -179,7 +186,7 @@ def measure(steps: Steps, cases: Sequence[Case], loads: Sequence[Load], seconds:
 
 
 def main() -> None:
-    parts = ("streams", "lookup", *PLANS)
+    parts = ("streams", "lookup", "table", *PLANS)
     parser = make_parser(__doc__, parts)
     add_engine_options(parser)
     parser.add_argument("--seconds", type=float, default=235, help="for all cases, without the engine's start")

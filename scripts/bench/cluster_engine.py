@@ -26,8 +26,7 @@ def prepare(
     ranks = [options.rank] * num_adapters
     if options.shape:
         base, adapters = write_base(options.shape, folder), write_adapters(options.shape, folder, ranks, "auto")
-        on_device = room_for(options.shape, ranks[:resident])
-        more = {"load_format": "dummy", "dtype": "bfloat16", "adapter_device_memory": on_device, **more}
+        more = {"load_format": "dummy", "dtype": "bfloat16", **more}
     else:
         from demo_model import ensure_demo_model
 
@@ -37,4 +36,8 @@ def prepare(
     if resident:
         more["max_loras"] = resident
     more |= {name: json.loads(value) for name, _, value in (text.partition("=") for text in options.set)}
+    if options.shape:
+        # Counted in bfloat16.
+        width = 2 if more["dtype"] == "float32" else 1
+        more.setdefault("adapter_device_memory", width * room_for(options.shape, ranks[:resident]))
     return EngineConfig(str(base), **more), adapters

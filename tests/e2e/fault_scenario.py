@@ -22,6 +22,7 @@ from peft_dist.orchestrator.link import Link
 from peft_dist.orchestrator.replica_process import ReplicaLauncher
 from peft_dist.orchestrator.service import EngineService
 from peft_dist.worker.launcher import AccelerateLauncher, PlainLauncher
+from tests.e2e.disturbances import Disturbances
 from tests.e2e.test_replicas import until
 
 KINDS: list[dict[str, Any]] = [
@@ -56,7 +57,7 @@ class Case:
     num_tokens: int = 0
     gaps: list[float] = field(default_factory=list)
 
-    async def run(self, service: EngineService, request_id: str) -> None:
+    async def run(self, service: EngineService, request_id: str, beside: Disturbances | None = None) -> None:
         """Stream it."""
         loop = asyncio.get_running_loop()
         self.tokens = []
@@ -68,6 +69,8 @@ class Case:
             self.num_tokens += len(progress.token_ids)
             self.num_scores += len(progress.logprobs or ())
             times.append(loop.time())
+            if beside is not None:
+                beside.tokens_came(service, request_id)
         self.gaps.append(max((b - a for a, b in itertools.pairwise(times)), default=0.0))
 
     def check(self) -> None:
@@ -142,7 +145,12 @@ def run_alone(model: Path | str, adapters: dict[str, str | Path], cases: list[Ca
 
 
 async def one_round(
-    service: EngineService, cases: list[Case], faults: Sequence[tuple[int, Fault]], num_replicas: int, again: bool
+    service: EngineService,
+    cases: list[Case],
+    faults: Sequence[tuple[int, Fault]],
+    num_replicas: int,
+    again: bool,
+    beside: Disturbances | None = None,
 ) -> float:
     """Stream all cases while faults come, and wait until all replicas are there again.
 
@@ -150,6 +158,7 @@ async def one_round(
         faults: Each with the tokens that are to be there before it. The first befalls the busiest replica, the next
             one another.
         again: Stream each of them again and again until then.
+        beside: What else happens meanwhile.
 
     Returns seconds from the last fault until all replicas were there.
     """
@@ -162,12 +171,15 @@ async def one_round(
 
     async def stream(case: Case, name: str) -> None:
         for number in itertools.count():
-            await case.run(service, f"{name}.{number}")
+            await case.run(service, f"{name}.{number}", beside)
             case.check()
             if restored.is_set() or not again:
                 return
 
-    reading = [asyncio.create_task(stream(case, f"r{i}")) for i, case in enumerate(cases)]
+    streams = [asyncio.create_task(stream(case, f"r{i}")) for i, case in enumerate(cases)]
+    reading = list(streams)
+    if beside is not None:
+        reading.append(asyncio.create_task(beside.change_adapters(service, restored)))
 
     async def reach(condition: Callable[[], bool]) -> None:
         """Wait for it, unless a stream is not what it should be."""
@@ -184,7 +196,7 @@ async def one_round(
         victims = sorted(running, key=lambda replica_id: -running[replica_id])
         for victim, (goal, fault) in zip(victims, faults, strict=False):
             await reach(lambda goal=goal: drawn() >= goal)
-            assert not all(task.done() for task in reading), "the fault came too late to be one"
+            assert not all(task.done() for task in streams), "the fault came too late to be one"
             begun = loop.time()
             await fault(service, victim)
             await reach(lambda gone=victim: service.replica_pids().get(gone) != pids[gone])
@@ -209,8 +221,9 @@ def serve_with_faults(
     silence: float = 2.0,
     rounds: int = 1,
     again: bool = False,
+    beside: Disturbances | None = None,
 ) -> Outcome:
-    """``silence``: Seconds without a word of a replica after which it is given up. ``again``: As in ``one_round``."""
+    """``silence``: Seconds without a word of a replica after which it is given up. Others: As in ``one_round``."""
 
     async def work() -> Outcome:
         launcher, link = machines.launcher(config, num_replicas, silence / 5)
@@ -221,7 +234,7 @@ def serve_with_faults(
             await service.start()
             for name, path in adapters.items():
                 await service.load_adapter(name, str(path))
-            restored = [await one_round(service, cases, faults, num_replicas, again) for _ in range(rounds)]
+            restored = [await one_round(service, cases, faults, num_replicas, again, beside) for _ in range(rounds)]
             assert sum(view.num_restarts for view in service.replicas()) == rounds * len(faults)
         finally:
             await service.stop()

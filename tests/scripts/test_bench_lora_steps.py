@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -71,6 +72,13 @@ def test_switches_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (workspace.stream == "of the pool") == (case.stream == "first")
         assert plan_for(SHAPES["gate"], "a card") == choose(case, SHAPES["gate"])
     assert graphs.cleared == 14
+    measured = replace(default_plan(SHAPES["gate"]), split=2)
+    monkeypatch.setattr(lora_plans, "tables_of", lambda name: [(SHAPES["gate"], measured)])
+    with_table, without = cases_of("table")
+    steps.take(with_table)
+    assert plan_for(SHAPES["gate"], "a card") == measured
+    steps.take(without)
+    assert plan_for(SHAPES["gate"], "a card") == default_plan(SHAPES["gate"])
     plan_for.cache_clear()
 
 
