@@ -16,7 +16,7 @@ from experiments import points
 from experiments.measured import Measured
 from experiments.points import Ladder, Point
 from experiments.settings import Settings, parser, settings
-from experiments.simulated import constants
+from experiments.simulated import profile_of, rules_of
 from experiments.systems import SYSTEMS
 from experiments.tables import Row, read_csv, read_json, replace_rows, write_csv, write_json
 from peft_dist import __version__
@@ -100,8 +100,8 @@ def _about(experiment: Experiment, chosen: Settings, mode: str, run: Sequence[Po
         "loads": [asdict(load) for load in dict.fromkeys(point.load for point in run)],
     }
     if mode == "simulated":
-        pairs = dict.fromkeys((point.system, point.model) for point in run)
-        about["constants"] = {f"{system} {model}": constants(system, model) for system, model in pairs}
+        about["profiles"] = [profile_of(model) for model in dict.fromkeys(point.model for point in run)]
+        about["systems"] = {name: rules_of(name) for name in dict.fromkeys(point.system for point in run)}
     return about
 
 

@@ -51,8 +51,12 @@ def options_of(name: str) -> SimulationOptions:
     )
 
 
-def constants(name: str, model: str) -> dict[str, Any]:
-    """What a result is of: the profile with its source, the options, and the rules of the execution type."""
+def profile_of(model: str) -> dict[str, Any]:
+    """What everything takes for a model, and where that comes from."""
+    return asdict(CostProfile.load(PROFILES[model]))
+
+
+def rules_of(name: str) -> dict[str, Any]:
+    """The options of a system, and the rules and costs of its execution type."""
     options = options_of(name)
-    profile = asdict(CostProfile.load(PROFILES[model]))
-    return {"profile": profile, "options": options.told(), "exec_type": find(options.exec_type).source}
+    return {"options": options.told(), "exec_type": find(options.exec_type).source}
