@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from peft_dist.core.config import EngineConfig
 from peft_dist.core.errors import ConfigError
+from peft_dist.patches.sharding import ModulePart
+from peft_dist.runner.random_weights import random_model
 
 logger = logging.getLogger(__name__)
 
@@ -57,12 +59,15 @@ def resolve_dtype(name: str, config: Any, device: torch.device) -> torch.dtype:
 
 
 def load_model(
-    options: EngineConfig, device: torch.device, shrink: Callable[[PreTrainedModel], None] | None = None
+    options: EngineConfig,
+    device: torch.device,
+    shrink: Callable[[PreTrainedModel], Mapping[str, ModulePart]] | None = None,
 ) -> PreTrainedModel:
     """Load the base in evaluation mode on ``device``.
 
     Args:
-        shrink: Drops weights that are not wanted there, before the others are brought there.
+        shrink: Drops weights that are not wanted there, before the others are brought there, and tells what is left
+            of each module.
 
     Raises:
         ConfigError: nothing loadable is there, or it is no decoder.
@@ -74,7 +79,8 @@ def load_model(
             raise ConfigError(f"{options.model} is an encoder-decoder model; only decoder-only models are served")
         dtype = resolve_dtype(options.dtype, config, device)
         if options.load_format == "dummy":
-            model = _random_model(config, dtype, device, options)
+            model = random_model(config, dtype, device, options, shrink)
+            shrink = None
         else:
             model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, **source)
     except (OSError, KeyError, ValueError, ImportError, SafetensorError) as error:
@@ -88,13 +94,6 @@ def load_model(
     if shrink is not None:
         shrink(model)
     return model.eval().to(device)
-
-
-def _random_model(config: Any, dtype: torch.dtype, device: torch.device, options: EngineConfig) -> PreTrainedModel:
-    """The model as it initialises itself before training, made on ``device`` in ``dtype``, the same for each seed."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
-        torch.manual_seed(options.seed or 0)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=options.trust_remote_code)
 
 
 def max_positions(model: PreTrainedModel, wanted: int | None) -> int:

@@ -41,8 +41,12 @@ class RankGroup:
     def is_split(self) -> bool:
         return self.size > 1
 
-    def shard(self, model: PreTrainedModel) -> None:
-        """Keep this rank's part of the weights. Raises ConfigError where the model cannot be split so."""
+    def shard(self, model: PreTrainedModel) -> Mapping[str, ModulePart]:
+        """Keep this rank's part of the weights; by path, what is left.
+
+        Raises:
+            ConfigError: the model cannot be split so.
+        """
         try:
             self.parts = shard_model(model, self.rank, self.size)
         except UnsupportedShardingError as error:
@@ -55,6 +59,7 @@ class RankGroup:
             logger.warning(
                 "%s kept whole by each of %d ranks: its tokens do not divide", " and ".join(whole), self.size
             )
+        return self.parts
 
     def _splits(self, model: PreTrainedModel, kind: str) -> bool:
         module = model.get_input_embeddings() if kind == "embedding" else model.get_output_embeddings()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,9 +49,28 @@ def engine_options(options: Namespace, ranks: Sequence[int], **more: Any) -> dic
     }  # fmt: skip
     if ranks:
         found |= {"max_loras": len(ranks), "adapter_device_memory": room_for(options.shape, ranks)}
+    if world_size() > 1:
+        found["tensor_parallel_size"] = world_size()
     if options.tiny:
         found |= {"num_blocks": 2048, "max_model_len": 1024, "num_threads": 1}
     return found | more | {name: json.loads(value) for name, _, value in (text.partition("=") for text in options.set)}
+
+
+def world_size() -> int:
+    """Processes of this replica, one for each GPU: what torchrun says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def follow(options: Namespace, ranks: Sequence[int], **more: Any) -> bool:
+    """Of every rank but the first: do what that does, until it ends. False for the first, or for one alone."""
+    if not int(os.environ.get("RANK", "0")):
+        return False
+    from peft_dist.core.config import EngineConfig
+    from peft_dist.runner.replica import build_replica
+
+    model = str(write_base(options.shape, options.folder))
+    build_replica(EngineConfig(model, **engine_options(options, ranks, **more))).follow()
+    return True
 
 
 def start(options: Namespace, adapters: dict[str, Path], ranks: Sequence[int], **more: Any) -> Any:

@@ -6,6 +6,10 @@ base: an engine without adapters. lora: 32 adapters (``--adapters``, ``--rank``)
 merged into a second copy of the weights; every line says how many of its steps were. ``--part merge`` (with merged)
 times merging itself beside the device's copy bandwidth. ``--resident-rank 128`` has one more adapter of that rank on
 the device that no request asks for. One JSON line a measurement.
+
+    torchrun --nproc-per-node 4 scripts/bench/ours_gpu.py lora --shape 70b --memory 0.9
+
+One replica over as many GPUs; merging is timed on one only.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from bench.gpu_engine import DEVICE, add_engine_options, runner, start, synchronize
+from bench.gpu_engine import DEVICE, add_engine_options, follow, runner, start, synchronize, world_size
 from bench.gpu_options import kinds_of, make_parser, parse, sizes_of
 from bench.gpu_workload import (
     NEW_TOKENS,
@@ -125,14 +129,18 @@ def main() -> None:
     ranks = ranks_of(options.rank, count)
     if options.resident_rank:
         ranks.append(options.resident_rank)
-    paths = write_adapters(options.shape, options.folder, ranks, DEVICE)
     merging = {"policy": "merge", "merge": "shadow"} if options.mode == "merged" else {}
+    if follow(options, ranks, **merging):
+        return
+    paths = write_adapters(options.shape, options.folder, ranks, DEVICE)
     began = time.perf_counter()
     llm = start(options, paths, ranks, **merging)
     ready = time.perf_counter()
     first = runner(llm)([[1000] * 128], [1], None)
     info = llm.model_info
     label = {"engine": "ours", "mode": options.mode, "shape": options.shape, "rank": options.rank, "resident": count}
+    if world_size() > 1:
+        label["tensor_parallel_size"] = world_size()
     if options.resident_rank:
         label["resident_rank"] = options.resident_rank
         runner(llm)([[1000] * 16], [2], [count])

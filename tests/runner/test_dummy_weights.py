@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from peft_dist import LLM, SamplingParams
 from peft_dist.core.config import EngineConfig
 from peft_dist.core.errors import ConfigError
 from peft_dist.runner.loader import load_model, resolve_device
-from tests.tiny_models import make_model, random_adapter
+from peft_dist.runner.rank_group import RankGroup
+from tests.tiny_models import FAMILIES, make_model, random_adapter
 
 DEVICES = [
     "cpu",
@@ -51,6 +53,44 @@ def test_weights_are_drawn_in_place(family: str, device: str, tmp_path: Path) ->
     spread = torch.cat([weight.float().flatten() for weight in drawn]).std()
     assert spread.item() == pytest.approx(0.02, rel=0.05)
     assert not any(torch.equal(one, other) for one, other in zip(drawn, drawn[7:], strict=False))
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_buffers_are_those_of_a_model_that_was_made_at_once(family: str, tmp_path: Path) -> None:
+    model = load(make_folder(family, tmp_path))
+    usual = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+    found, expected = dict(model.named_buffers()), dict(usual.named_buffers())
+    assert found.keys() == expected.keys() and model.state_dict().keys() == usual.state_dict().keys()
+    assert all(torch.equal(found[name], buffer) for name, buffer in expected.items())
+    tied = [m.get_output_embeddings().weight is m.get_input_embeddings().weight for m in (model, usual)]
+    assert tied[0] == tied[1]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_have_parts_of_what_one_process_has(family: str, size: int, tmp_path: Path) -> None:
+    whole = load(make_folder(family, tmp_path))
+    weights = dict(whole.named_parameters())
+    config = EngineConfig(str(tmp_path), device="cpu", load_format="dummy")
+    covered = {name: torch.zeros_like(weight, dtype=torch.bool) for name, weight in weights.items()}
+    for rank in range(size):
+        group = RankGroup(rank, size)
+        model = load_model(config, torch.device("cpu"), group.shard)
+        assert any(part.numel() < weights[name].numel() for name, part in model.named_parameters())
+        for name, part in model.named_parameters():
+            path, _, kind = name.rpartition(".")
+            turned = isinstance(model.get_submodule(path), nn.Embedding)
+            of = (
+                partial(group.parts[path].of_weight, turned=turned)
+                if path in group.parts and kind == "weight"
+                else None
+            )
+            if of is None and part.shape != weights[name].shape:
+                continue  # A bias; all of them are 0.
+            here, seen = (weights[name], covered[name]) if of is None else (of(weights[name]), of(covered[name]))
+            assert torch.equal(part, here)
+            seen.fill_(True)
+    assert all(seen.all() for name, seen in covered.items() if name.endswith(".weight"))
 
 
 def test_norms_are_neutral(tmp_path: Path) -> None:
