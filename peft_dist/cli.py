@@ -14,6 +14,7 @@ try:
 except ModuleNotFoundError as missing:
     raise SystemExit("peft-dist needs the server's packages: pip install 'peft-dist[server]'") from missing
 
+from peft_dist.cli_admin import rolling_restart
 from peft_dist.cli_bench import bench
 from peft_dist.cli_simulate import simulate
 from peft_dist.cli_workload import app as workload
@@ -35,6 +36,7 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 # A traceback with the values of local variables could show a key.
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.command()(bench)
+app.command()(rolling_restart)
 app.command()(simulate)
 app.add_typer(workload, name="workload")
 
@@ -275,6 +277,7 @@ def worker(
     orphan_timeout: Annotated[
         float, typer.Option(min=0, help="Seconds that the model is kept for another server then.")
     ] = 60.0,
+    kv_endpoint: Annotated[str | None, typer.Option(help="tcp://HOST:* where others read KV, or none.")] = None,
     leave_timeout: Annotated[float, typer.Option(min=0, help="Seconds for requests to move when it leaves.")] = 60.0,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
     launcher: Annotated[str, typer.Option(help="accelerate or plain.", hidden=True)] = "accelerate",
@@ -293,6 +296,7 @@ def worker(
         launcher=_one_of("launcher", launcher, tuple(LAUNCHERS)),
         silence=silence,
         orphan_timeout=orphan_timeout,
+        kv_endpoint=kv_endpoint,
         leave_timeout=leave_timeout,
         log_level=_one_of("log-level", log_level.lower(), LOG_LEVELS),
     )

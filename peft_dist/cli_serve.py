@@ -212,6 +212,7 @@ def _options(settings: ServeSettings) -> OrchestratorOptions:
         step_timeout=settings.step_timeout if settings.restart else None,
         restart=RestartPolicy() if settings.restart else None,
         migration=settings.migration,
+        prefix_caching=settings.engine.enable_prefix_caching,
         # Whole models are what is kept on the device there.
         sends_ahead=settings.engine.exec_type != "vllm",
     )
@@ -250,10 +251,12 @@ async def _on_this_host(settings: ServeSettings) -> _Cluster:
     from peft_dist.worker.survivors import find_survivors
 
     state, launcher_type = _open_state(settings), LAUNCHERS[settings.launcher]
+    further = {"kv_endpoint": _kv_endpoint(settings)}
+    options = {"key_file": None if settings.cluster_key is None else str(settings.cluster_key.absolute())}
     if state is None:
-        return _Cluster(launcher_type(settings.engine, **_for_launcher(settings)))
-    further = {"orphan_timeout": settings.orphan_timeout}
-    launcher = launcher_type(settings.engine, state=state, further=further, **_for_launcher(settings))
+        return _Cluster(launcher_type(settings.engine, further=further, **options, **_for_launcher(settings)))
+    further |= {"orphan_timeout": settings.orphan_timeout}
+    launcher = launcher_type(settings.engine, state=state, further=further, **options, **_for_launcher(settings))
     left = await find_survivors(state, {i: launcher.launch(i) for i in range(settings.num_replicas)})
     return _Cluster(launcher, Link.local(state.socket), left, state)
 
@@ -273,6 +276,15 @@ def _on_ray(settings: ServeSettings, ray: RaySettings) -> Iterator[_Cluster]:
         yield _Cluster(launcher, Link.listening(f"tcp://{host}:0", keys))
     finally:
         ray_cluster.disconnect()
+
+
+def _kv_endpoint(settings: ServeSettings) -> str | None:
+    """Where replicas that join read the KV of this host's."""
+    from peft_dist.worker.kv_address import of_server
+
+    if settings.listen is None:
+        return None
+    return of_server(settings.listen, has_keys=settings.cluster_key is not None)
 
 
 def _for_launcher(settings: ServeSettings) -> dict[str, Any]:

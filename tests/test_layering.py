@@ -79,6 +79,7 @@ def test_a_module_imports_only_what_its_layer_may(path: Path) -> None:
     if layer in (
         "",
         "cli",
+        "cli_admin",
         "cli_bench",
         "cli_serve",
         "cli_simulate",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
@@ -24,6 +26,12 @@ class ResumeRequest(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
+class RollingRestartRequest(BaseModel):
+    """Nothing needs to be said."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
 def admin_router(state: ServerState) -> APIRouter:
     """The routes that drain and resume replicas."""
     router = APIRouter(prefix="/admin", tags=["replicas"])
@@ -33,6 +41,21 @@ def admin_router(state: ServerState) -> APIRouter:
         """Move a replica's requests to others, and answer when it is empty; ``restart`` then starts it again."""
         await state.client.drain_replica(replica, restart=bool(body.restart))
         return json_response({"replica": replica, "state": "restarting" if body.restart else "drained"})
+
+    @router.post("/rolling-restart")
+    async def begin_rolling_restart(body: RollingRestartRequest) -> Response:
+        """Drain, end and start again one replica after another; answers at once, and GET tells how far it is."""
+        return json_response(asdict(state.client.rolling.begin()), 202)
+
+    @router.get("/rolling-restart")
+    async def rolling_restart() -> Response:
+        """How far the last rolling restart is."""
+        return json_response(asdict(state.client.rolling.view()))
+
+    @router.delete("/rolling-restart")
+    async def cancel_rolling_restart() -> Response:
+        """Go no further; the replica whose turn it is comes back by itself."""
+        return json_response(asdict(state.client.rolling.cancel()))
 
     @router.post("/resume/{replica}")
     async def resume(replica: int, body: ResumeRequest) -> Response:

@@ -29,7 +29,7 @@ from peft_dist.core.errors import (
 logger = logging.getLogger(__name__)
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-_CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large", 415: "unsupported_media_type"}
+STATUS_CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large", 415: "unsupported_media_type"}
 
 
 class ApiError(PeftDistError):
@@ -119,7 +119,9 @@ def _unreadable_body(cause: BaseException | None) -> ApiError:
 
 
 def _from_http_exception(error: HTTPException) -> ApiError:
-    return ApiError(error.status_code, str(error.detail), code=_CODES.get(error.status_code), headers=error.headers)
+    return ApiError(
+        error.status_code, str(error.detail), code=STATUS_CODES.get(error.status_code), headers=error.headers
+    )
 
 
 def install_error_handlers(app: FastAPI) -> None:

@@ -49,19 +49,29 @@ class Piece(msgspec.Struct, frozen=True, gc=False):
 
 @dataclass(slots=True)
 class Usage:
-    """Tokens of all prompts and choices of an answer so far."""
+    """Tokens of all prompts and choices of an answer so far.
+
+    ``queue_time``: Seconds from admission to the first step of the choice that waited longest; None before any ran.
+    """
 
     prompt_tokens: int
     completion_tokens: int = 0
     cached_tokens: int = 0
+    queue_time: float | None = None
+
+    def begun(self, seconds: float | None) -> None:
+        """Another choice waited so long for its first step, as far as that is known."""
+        if seconds is not None:
+            self.queue_time = max(seconds, self.queue_time or 0.0)
 
     def as_dict(self) -> dict[str, Any]:
-        """``usage`` as the OpenAI API writes it."""
+        """``usage`` as the OpenAI API writes it, and the time in the queue."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+            "queue_time": self.queue_time,
         }
 
 
@@ -166,8 +176,9 @@ class Generation:
         if progress.error is not None:
             raise ApiError(500, f"the model failed on this request: {progress.error}", code="generation_failed")
         is_first, choice.started = not choice.started, True
-        if is_first and index == 0:
-            self.usage.cached_tokens += progress.num_cached_tokens
+        if is_first:
+            self.usage.begun(progress.queue_seconds)
+            self.usage.cached_tokens += progress.num_cached_tokens if index == 0 else 0
         delta = choice.output.add(progress)
         self.usage.completion_tokens += len(delta.token_ids)
         choice.finished = delta.finish_reason is not None

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from typing import Annotated
+
+from fastapi import APIRouter, Query
 from starlette.responses import PlainTextResponse, Response
 
 import peft_dist
 from peft_dist.api.errors import ApiError, json_response
 from peft_dist.api.metrics import CONTENT_TYPE
 from peft_dist.api.state import ServerState
+from peft_dist.orchestrator.observation import ReplicaView
+
+
+def _lacks(view: ReplicaView) -> str:
+    """Why a replica does not serve everything."""
+    if view.state == "ready":
+        return f"waits for {view.num_coming} {'adapter' if view.num_coming == 1 else 'adapters'}"
+    return f"is {view.state}"
 
 
 def system_router(state: ServerState) -> APIRouter:
@@ -23,13 +33,16 @@ def system_router(state: ServerState) -> APIRouter:
         return json_response({"status": "ok", "replicas": replicas})
 
     @router.get("/ready")
-    async def ready() -> Response:
-        """200 while every replica serves; 503 while one starts, drains or is dead, though the others may serve."""
-        away = [view for view in state.client.replicas() if view.state != "ready"]
-        if away:
-            states = ", ".join(f"replica {view.replica_id} is {view.state}" for view in away)
-            raise ApiError(503, f"Not all replicas serve: {states}.", code="not_ready")
-        return json_response({"status": "ok"})
+    async def ready(replicas: Annotated[int, Query(ge=1)] = 1) -> Response:
+        """200 while at least so many replicas take requests for every model: others may start, drain or be dead."""
+        views = state.client.replicas()
+        number = sum(view.can_serve for view in views)
+        if number < replicas:
+            away = ", ".join(f"replica {view.replica_id} {_lacks(view)}" for view in views if not view.can_serve)
+            reason = f"{number} of {len(views)} replicas serve, {replicas} asked for"
+            raise ApiError(503, f"{reason}: {away}." if away else f"{reason}.", code="not_ready")
+        states = {str(view.replica_id): view.state for view in views}
+        return json_response({"status": "ok", "serving": number, "of": len(views), "replicas": states})
 
     @router.get("/version")
     async def version() -> Response:

@@ -1,8 +1,8 @@
 """What the orchestrator and a replica say to each other.
 
-Every message travels in an envelope with the protocol's version and the replica's epoch: a replica that was
-fenced keeps its old epoch, so its late words are recognised. The encoding rejects types and fields it does
-not know.
+Every message travels in an envelope with the protocol's version, the replica's epoch (a replica that was fenced keeps
+its old one, so its late words are recognised) and its number (``core/numbering.py``). The encoding rejects types and
+fields it does not know.
 """
 
 from __future__ import annotations
@@ -10,19 +10,21 @@ from __future__ import annotations
 import msgspec
 
 from peft_dist.core.adapter import AdapterSpec
-from peft_dist.core.config import EngineConfig, ModelInfo
+from peft_dist.core.config import ModelInfo
 from peft_dist.core.errors import PeftDistError
 from peft_dist.core.handover import SequenceState
+from peft_dist.core.joining import Join, Leave, Welcome
 from peft_dist.core.message_kinds import Command, Report
+from peft_dist.core.numbering import UNNUMBERED
 from peft_dist.core.outputs import PositionLogprobs
 from peft_dist.core.replica_state import AdapterResidency as AdapterResidency
 from peft_dist.core.replica_state import ReplicaDetail as ReplicaDetail
 from peft_dist.core.replica_state import ReplicaStats as ReplicaStats
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.core.step_costs import StepCosts
-from peft_dist.core.succession import Adopt, Identify, Identity, NameAdapters, NamedAdapter, NamesKept
+from peft_dist.core.succession import Adopt, Identify, Identity, KeepDrained, NameAdapters, NamedAdapter, NamesKept
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 
 
 class AddRequest(Command, frozen=True, kw_only=True):
@@ -114,49 +116,22 @@ class ImportRequests(Command, frozen=True, kw_only=True):
 
 
 class Shutdown(Command, frozen=True, kw_only=True):
-    """End at once. The sender has answered for what still runs, so it need not be reported."""
+    """End at once. What still runs need not be reported."""
 
 
 class Fence(Command, frozen=True, kw_only=True):
     """This incarnation is over, and others have its requests: end at once; a new one may join."""
 
 
-class Welcome(Command, frozen=True, kw_only=True):
-    """Answer to ``Join``: which incarnation of which replica the sender is from now on, and what it is to run."""
-
-    attempt: int
-    replica_id: int
-    incarnation: int
-    engine: EngineConfig
-    replica_factory: str
-    heartbeat_seconds: float
-
-
 class Ping(Command, frozen=True, kw_only=True):
-    """The orchestrator lives; to replicas that joined it."""
-
-
-class Join(Report, frozen=True, kw_only=True):
-    """Somebody has room for a replica; repeated until ``Welcome`` comes.
-
-    ``attempt``: Counts the replicas that the sender has begun; a later one tells that the last one is over.
-    """
-
-    host: str
-    attempt: int
-
-
-class Leave(Report, frozen=True, kw_only=True):
-    """The replica of this attempt wants to go: give it nothing new, move what it has, and tell it to end. Repeated."""
-
-    attempt: int
+    """The orchestrator lives; answered by ``Progress``. Either shows the loss of what was sent last before it."""
 
 
 class Ready(Report, frozen=True, kw_only=True):
     """The model is loaded, by the process ``pid``, and commands may come.
 
-    What it has from before, of a replica that another orchestrator had: the ``contents`` that it holds, and the
-    ``names`` that it remembers of ``names_version`` (see ``NameAdapters``), in order.
+    What a replica has that another orchestrator had: the ``contents`` that it holds, and in order the ``names`` that it
+    remembers of ``names_version`` (``NameAdapters``); ``is_drained``: it takes no requests (``KeepDrained``).
     """
 
     model: ModelInfo
@@ -165,6 +140,7 @@ class Ready(Report, frozen=True, kw_only=True):
     contents: list[AdapterSpec] = []
     names: list[NamedAdapter] = []
     names_version: int = 0
+    is_drained: bool = False
 
 
 class SequenceProgress(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -196,19 +172,25 @@ class Started(Report, frozen=True, kw_only=True):
 class Heartbeat(Report, frozen=True, kw_only=True):
     """The process lives. ``busy_seconds``: for how long its loop has been in one round, 0 while it waits.
 
-    ``is_orphaned``: It heard nothing of the orchestrator for too long, and has no requests any more.
+    ``is_orphaned``: It heard nothing of the orchestrator for too long, and has no requests any more. ``missed``:
+    Commands of these numbers, from the first to the last, did not arrive; since then it has none, either.
     """
 
     busy_seconds: float
     is_orphaned: bool = False
+    missed: tuple[int, int] | None = None
 
 
 class Progress(Report, frozen=True, kw_only=True):
-    """What one engine step brought."""
+    """What one engine step brought.
+
+    ``num_taken``: Sequences to run that this incarnation has taken in so far; None: all that were sent.
+    """
 
     sequences: list[SequenceProgress]
     stats: ReplicaStats
     detail: ReplicaDetail | None = None
+    num_taken: int | None = None
 
 
 class AdapterResult(Report, frozen=True, kw_only=True):
@@ -255,6 +237,7 @@ AnyCommand = (
     | PrefetchAdapter
     | UnloadAdapter
     | NameAdapters
+    | KeepDrained
     | Shutdown
     | Fence
     | Welcome
@@ -283,18 +266,20 @@ class ProtocolError(PeftDistError):
 
 
 class CommandEnvelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A command on the wire, with the protocol's version and the epoch it is meant for."""
+    """A command on the wire, with the protocol's version, the epoch it is meant for, and its number there."""
 
     version: int
     epoch: int
+    number: int
     message: AnyCommand
 
 
 class ReportEnvelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A report on the wire, with the protocol's version and the epoch it comes from."""
+    """A report on the wire, with the protocol's version, the epoch it comes from, and its number there."""
 
     version: int
     epoch: int
+    number: int
     message: AnyReport
 
 
@@ -303,14 +288,14 @@ _commands = msgspec.msgpack.Decoder(CommandEnvelope)
 _reports = msgspec.msgpack.Decoder(ReportEnvelope)
 
 
-def encode_command(message: AnyCommand, epoch: int) -> bytes:
+def encode_command(message: AnyCommand, epoch: int, number: int = UNNUMBERED) -> bytes:
     """A command as msgpack bytes in its envelope."""
-    return _encoder.encode(CommandEnvelope(PROTOCOL_VERSION, epoch, message))
+    return _encoder.encode(CommandEnvelope(PROTOCOL_VERSION, epoch, number, message))
 
 
-def encode_report(message: AnyReport, epoch: int) -> bytes:
+def encode_report(message: AnyReport, epoch: int, number: int = UNNUMBERED) -> bytes:
     """A report as msgpack bytes in its envelope."""
-    return _encoder.encode(ReportEnvelope(PROTOCOL_VERSION, epoch, message))
+    return _encoder.encode(ReportEnvelope(PROTOCOL_VERSION, epoch, number, message))
 
 
 def decode_command(data: bytes) -> CommandEnvelope:

@@ -53,6 +53,12 @@ class NamesKept(Report, frozen=True, kw_only=True):
     version: int
 
 
+class KeepDrained(Command, frozen=True, kw_only=True):
+    """Remember whether this replica is drained, which is told by ``Ready`` to an orchestrator after this one."""
+
+    is_drained: bool
+
+
 class Identify(Command, frozen=True, kw_only=True):
     """The sender knows nothing of this epoch, nor of its requests: drop them, and answer with ``Identity``."""
 

@@ -45,6 +45,7 @@ class EngineDriver:
         self.adapters: dict[str, AdapterSpec] = {}
         self._refused: list[SequenceProgress] = []
         self._details = DetailSchedule()
+        self._num_taken = 0
         engine.on_start = self._tell_started
 
     @property
@@ -65,6 +66,7 @@ class EngineDriver:
     def tell_anew(self) -> None:
         """Whoever listens from now on knows nothing yet."""
         self._details = DetailSchedule()
+        self._num_taken = 0
 
     def handle(self, command: AnyCommand) -> None:
         """Do what concerns the engine alone; other commands are their receiver's, and ignored here."""
@@ -99,15 +101,17 @@ class EngineDriver:
         now = self._clock()
         if not self._details.is_due(now):
             if progress or report:
-                self._send(Progress(sequences=progress, stats=self._engine.stats()))
+                self._send(Progress(sequences=progress, stats=self._engine.stats(), num_taken=self._num_taken))
             return
         self._details.sent(now)
-        self._send(Progress(sequences=progress, stats=self._engine.stats(), detail=self._engine.detail()))
+        stats, detail = self._engine.stats(), self._engine.detail()
+        self._send(Progress(sequences=progress, stats=stats, detail=detail, num_taken=self._num_taken))
 
     def _tell_started(self, request_ids: list[str]) -> None:
         self._send(Started(request_ids=request_ids))
 
     def _add(self, command: AddRequest) -> None:
+        self._num_taken += 1
         try:
             self._engine.add_request(make_request(command, self.adapters, self._clock()))
         except (PeftDistError, ValueError) as error:
@@ -122,6 +126,7 @@ class EngineDriver:
             )
 
     def _import(self, command: ImportRequests) -> None:
+        self._num_taken += len(command.requests)
         now = self._clock()
         try:
             requests = [make_request(request, self.adapters, now) for request in command.requests]

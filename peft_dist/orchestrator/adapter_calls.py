@@ -159,6 +159,7 @@ class AdapterCalls:
             command = self._registry.reload_command(spec.name, self._new_call())
             self._reloads[command.call_id] = _Reload(replica.epoch, spec, command.pinned)
             self._coming.add(key)
+            replica.num_coming += 1
             out.append(to(replica, command))
         return out
 
@@ -166,6 +167,7 @@ class AdapterCalls:
         reload = self._reloads.pop(report.call_id)
         wanted = reload.spec
         self._coming.discard((reload.epoch, wanted.content_hash))
+        replica.num_coming -= 1
         if reload.pinned:
             self._registry.repin(wanted.name)
         # The name may mean something else by now, and the replica has just pinned what it meant before, or nothing; and

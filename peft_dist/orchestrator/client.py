@@ -9,7 +9,7 @@ from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.config import ModelInfo
 from peft_dist.core.messages import ReplicaStats, SequenceProgress
 from peft_dist.core.sampling_params import SamplingParams
-from peft_dist.orchestrator.observation import MigrationView, ReplicaView
+from peft_dist.orchestrator.observation import MigrationView, ReplicaView, RollingView
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +53,33 @@ class RequestStream(Protocol):
         ...
 
 
+class RollingRestarts(Protocol):
+    """Restarting all replicas one after another."""
+
+    def begin(self) -> RollingView:
+        """Start, if none is under way, and go on by itself until all were restarted or one does not come back.
+
+        Raises:
+            ReplicaStateError: one is under way; or replicas cannot be spared, or are not started again.
+        """
+        ...
+
+    def cancel(self) -> RollingView:
+        """Go no further. Raises ReplicaStateError when none is under way."""
+        ...
+
+    def view(self) -> RollingView:
+        """How far the last one is."""
+        ...
+
+
 class EngineClient(Protocol):
     """All replicas as one engine. Every method runs on the event loop's thread and returns at once or awaits."""
+
+    @property
+    def rolling(self) -> RollingRestarts:
+        """What restarts the replicas one after another."""
+        ...
 
     @property
     def model(self) -> ModelInfo:

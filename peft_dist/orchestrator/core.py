@@ -23,7 +23,7 @@ from peft_dist.core.messages import (
     Shutdown,
     Started,
 )
-from peft_dist.core.succession import NamesKept, life_of
+from peft_dist.core.succession import KeepDrained, NamesKept, life_of
 from peft_dist.orchestrator.adapter_calls import AdapterCalls, to
 from peft_dist.orchestrator.adapters import AdapterRegistry
 from peft_dist.orchestrator.admission import check_prompt, check_token_parameters, resolve_max_tokens
@@ -39,17 +39,17 @@ from peft_dist.orchestrator.placer import Placer
 from peft_dist.orchestrator.records import (
     AdapterRefused,
     Event,
+    Fault,
     Outgoing,
     Replica,
     ReplicaDrained,
     ReplicaLost,
     ReplicaReady,
     RequestRecord,
-    SequenceEvent,
     StartReplica,
 )
 from peft_dist.orchestrator.replicas import ReplicaTable
-from peft_dist.orchestrator.requests import RequestTable, ending, unseen_part
+from peft_dist.orchestrator.requests import RequestTable, ending
 from peft_dist.orchestrator.room import Room
 
 __all__ = ["Orchestrator", "OrchestratorOptions"]
@@ -65,14 +65,14 @@ class Orchestrator:
     def __init__(self, options: OrchestratorOptions) -> None:
         self.adapters = AdapterRegistry()
         self.replicas = ReplicaTable(options.first_number)
-        self._requests = RequestTable()
+        self._requests = RequestTable(options.prefix_caching)
         self._demand = Demand()
         self._options = options
         self._seeds = random.Random(options.seed)
         self.life = life_of(options.first_number)
-        self._room = Room(options)
+        self.room = Room(options, self._requests, self.replicas)
         self._events: list[Event] = []
-        self._endings = Endings(self._requests, self.adapters, self._demand, self._room, self._events)
+        self._endings = Endings(self._requests, self.adapters, self._demand, self.room, self._events)
         self._calls = AdapterCalls(self.adapters, self.replicas, self._events, options.first_number)
         tables = self._requests, self.replicas, self._calls
         counts = MoveCounts()
@@ -101,7 +101,7 @@ class Orchestrator:
             raise InvalidRequestError(f"request_id {new.request_id!r} is in use: ids are unique", param="request_id")
         self._check_open()
         self._check_ready()
-        self._room.check(params.n, self.num_unfinished, len(self.replicas.ready()), len(self.replicas.all()))
+        self.room.check(params.n)
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
         record = RequestRecord(new.request_id, list(new.prompt_token_ids), params, seed, adapter, now)
         if self._placer.is_hopeless(record):
@@ -155,8 +155,9 @@ class Orchestrator:
         Raises:
             UnknownReplicaError, ReplicaStateError: there is no such replica, or it cannot be spared.
         """
-        self.lives.drain(replica_id, leave=restart)
-        return self._placer.evacuate(now) + self._note_drained(now)
+        replica = self.lives.drain(replica_id, leave=restart)
+        kept = [] if restart else [to(replica, KeepDrained(is_drained=True))]
+        return kept + self._placer.evacuate(now) + self._note_drained(now)
 
     def resume_replica(self, replica_id: int, now: float) -> list[Outgoing]:
         """Let a draining or drained replica take requests again.
@@ -165,7 +166,8 @@ class Orchestrator:
             UnknownReplicaError, ReplicaStateError: there is no such replica, or it does not drain (any more).
         """
         replica = self.lives.resume(replica_id)
-        return self._calls.welcome(replica) + self._place_waiting(now)
+        kept = to(replica, KeepDrained(is_drained=False))
+        return [kept, *self._calls.welcome(replica), *self._place_waiting(now)]
 
     def drain(self) -> None:
         """Admit nothing any more; what runs goes on."""
@@ -189,23 +191,27 @@ class Orchestrator:
         return self.replicas.add(replica_id, None if start_timeout is None else now + start_timeout)
 
     def lose_replica(
-        self, replica_id: int, epoch: int, reason: str, now: float, *, hangs: bool = False
+        self, replica_id: int, epoch: int, reason: str, now: float, *, hangs: bool = False, by_link: bool = False
     ) -> list[Outgoing]:
         """Give a replica up: it is told to exit in case it still listens, and other replicas go on with its requests.
 
-        Those that no replica can go on with fail. Ignored for an earlier incarnation, or a second time.
+        Those that no replica can go on with fail. ``hangs``: It will not end by itself. ``by_link``: What failed is its
+        connection, and no request is to blame. Ignored for an earlier incarnation, or a second time.
         """
         replica = self.replicas.alive(replica_id, epoch)
         if replica is None:
             return []
-        error, was_asked = EngineDeadError(reason), replica.leaves
+        error, was_asked = EngineDeadError(reason), self.lives.was_told_to_end(replica)
+        farewell = Fence() if replica.is_guest and not replica.leaves else Shutdown()
         self.replicas.mark_dead(replica, error)
         self.lives.ended(replica)
         if not self._stopping:
             self.lives.plan_restart(replica, now, was_asked=was_asked)
-        farewell = Fence() if replica.is_guest and not was_asked else Shutdown()
-        out = [to(replica, farewell), *self._calls.lose(replica, error), *self.handover.lose(replica, now)]
-        if (guilty := self._placer.orphan(replica, now, by_death=not was_asked)) is not None:
+        moves, brought = self.handover.lose(replica, now)
+        out = [to(replica, farewell), *self._calls.lose(replica, error), *moves]
+        guilty = self._placer.orphan(replica, now, by_death=not (was_asked or by_link), brought=brought)
+        if guilty is not None:
+            out += self._placer.stop(guilty, *guilty.unfinished.values())
             twice = f"{reason.rstrip('.')}. So did another replica with this request: it is not tried again."
             self._endings.fail([guilty], EngineDeadError(twice))
         out += self._place_waiting(now, error)
@@ -227,8 +233,8 @@ class Orchestrator:
             case Started(request_ids=ids):
                 self._requests.note_started(ids, replica_id)
             case Heartbeat():
-                if (reason := self.lives.find_fault(replica, report)) is not None:
-                    out = self.lose_replica(replica_id, epoch, reason, now, hangs=not report.is_orphaned)
+                if (fault := self.lives.find_fault(replica, report)) is not None:
+                    out = self._give_up(replica, fault, now)
             case Ready():
                 out = self._observe_ready(replica, report, now)
             case AdapterResult():
@@ -247,8 +253,8 @@ class Orchestrator:
         Replicas that are not ready in time, or silent for too long, are lost; those that waited for it are started.
         """
         out = self.handover.tick(now)
-        for lost, reason, hangs in self.lives.lost_by(now):
-            out += self.lose_replica(lost.replica_id, lost.epoch, reason, now, hangs=hangs)
+        for lost, fault in self.lives.lost_by(now):
+            out += self._give_up(lost, fault, now)
         for dead in self.lives.due(now):
             replica = self.add_replica(dead.replica_id, now, self._options.start_timeout)
             self._events.append(StartReplica(replica.replica_id, replica.epoch))
@@ -293,6 +299,9 @@ class Orchestrator:
 
     # Inside
 
+    def _give_up(self, replica: Replica, fault: Fault, now: float) -> list[Outgoing]:
+        return self.lose_replica(replica.replica_id, replica.epoch, now=now, **fault._asdict())
+
     def _check_open(self) -> None:
         if self._stopping:
             raise EngineDeadError("The server is shutting down: send the request to another one, or later.")
@@ -303,26 +312,13 @@ class Orchestrator:
 
     def _observe_progress(self, replica: Replica, report: Progress, now: float) -> list[Outgoing]:
         self.replicas.take_in(replica, report)
-        out: list[Outgoing] = []
-        for progress in report.sequences:
-            owner = self._requests.owner(progress.request_id, replica.replica_id)
-            if owner is None:
-                continue  # Aborted here while the replica was still at it.
-            record, sequence = owner
-            try:
-                new = unseen_part(sequence, progress)
-            except ValueError as error:
-                out += self._placer.stop(record, sequence)
-                new = ending(sequence, "error", str(error))
-            self._requests.advance(record, sequence, new.token_ids)
-            if new.finish_reason is None:
-                self._events.append(SequenceEvent(record.request_id, sequence.index, new))
-            else:
-                self._endings.finish(record, sequence, new, now)
-        return out + self._place_waiting(now)
+        broken = self._endings.advance(report.sequences, replica, now)
+        return [out for each in broken for out in self._placer.stop(*each)] + self._place_waiting(now)
 
     def _observe_ready(self, replica: Replica, report: Ready, now: float) -> list[Outgoing]:
         self.replicas.mark_ready(replica, report, now)
+        if report.is_drained:
+            self._events.append(self.lives.stay_drained(replica))
         self.adapters.set_base(report.model)
         self._events.append(ReplicaReady(replica.replica_id, report.model))
         named = self._calls.take_in(replica, report)

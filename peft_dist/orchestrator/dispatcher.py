@@ -65,11 +65,11 @@ class Dispatcher:
         )
         # One that has not reported costs is taken to be like the others: a guess would send it all or nothing.
         known = next((replica.costs for replica in replicas if replica.costs is not None), StepCosts())
-        targets = [self._target(replica, known, work) for replica in replicas]
+        targets = [self._target(replica, known, work, record) for replica in replicas]
         best = choose(work, targets)
         return next(replica for replica in replicas if replica.replica_id == best)
 
-    def _target(self, replica: Replica, costs: StepCosts, work: Work) -> Target:
+    def _target(self, replica: Replica, costs: StepCosts, work: Work, record: RequestRecord) -> Target:
         model = replica.model
         here = set(replica.stats.resident_adapters)
         if self._is_placed(work.adapter, replica.replica_id):
@@ -82,4 +82,5 @@ class Dispatcher:
             on_host=replica.on_host,
             max_num_seqs=self._max_num_seqs,
             capacity_tokens=model.num_blocks * model.block_size if model else 1,
+            cached_tokens=self._requests.prefixes.cached(record, replica),
         )

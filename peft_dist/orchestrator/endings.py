@@ -1,4 +1,4 @@
-"""How sequences and requests end: once, and told of."""
+"""What sequences bring, and how they and their requests end: once, and told of."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from peft_dist.core.errors import EngineDeadError
 from peft_dist.core.messages import SequenceProgress
 from peft_dist.orchestrator.adapters import AdapterRegistry
 from peft_dist.orchestrator.demand import Demand
-from peft_dist.orchestrator.records import Event, RequestFailed, RequestRecord, SequenceEvent, SequenceRecord
-from peft_dist.orchestrator.requests import RequestTable
+from peft_dist.orchestrator.records import Event, Replica, RequestFailed, RequestRecord, SequenceEvent, SequenceRecord
+from peft_dist.orchestrator.requests import RequestTable, ending, unseen_part
 from peft_dist.orchestrator.room import Room
 
 
 class Endings:
-    """Takes what has ended out of every table, and says so in ``events``."""
+    """Enters what was drawn, takes what has ended out of every table, and says both in ``events``."""
 
     def __init__(
         self, requests: RequestTable, adapters: AdapterRegistry, demand: Demand, room: Room, events: list[Event]
@@ -27,13 +27,35 @@ class Endings:
             events,
         )
 
+    def advance(
+        self, progress: Iterable[SequenceProgress], replica: Replica, now: float
+    ) -> list[tuple[RequestRecord, SequenceRecord]]:
+        """What a replica says of sequences; returns those that have ended here because it left out tokens of them."""
+        broken: list[tuple[RequestRecord, SequenceRecord]] = []
+        for each in progress:
+            owner = self._requests.owner(each.request_id, replica.replica_id)
+            if owner is None:
+                continue  # Aborted here while the replica was still at it.
+            record, sequence = owner
+            try:
+                new = unseen_part(sequence, each)
+            except ValueError as error:
+                broken.append(owner)
+                new = ending(sequence, "error", str(error))
+            self._requests.advance(record, sequence, new.token_ids)
+            if new.finish_reason is None:
+                self._events.append(SequenceEvent(record.request_id, sequence.index, new))
+            else:
+                self.finish(record, sequence, new, now)
+        return broken
+
     def finish(self, record: RequestRecord, sequence: SequenceRecord, last: SequenceProgress, now: float) -> None:
         """A sequence is complete; ``last`` has its finish_reason."""
         self._events.append(SequenceEvent(record.request_id, sequence.index, last))
         self._demand.ended(record, sequence, now)
         if self._requests.close(record, sequence):
             self._adapters.release(record.adapter)
-        self._room.ended(now, self._requests.num_sequences)
+        self._room.ended(now)
 
     def fail(self, records: Iterable[RequestRecord], error: EngineDeadError) -> None:
         """Requests end before they are complete."""

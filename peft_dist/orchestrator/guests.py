@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from peft_dist.core.cluster_keys import ClusterKeys
 from peft_dist.core.config import EngineConfig
 from peft_dist.core.errors import ReplicaStateError, UnknownReplicaError
-from peft_dist.core.messages import Fence, Join, Leave, Ping, ProtocolError, Welcome, decode_report
+from peft_dist.core.joining import Join, Leave, Welcome
+from peft_dist.core.messages import Fence, Ping, ProtocolError, decode_report
 from peft_dist.core.succession import Adopt, Identify, Identity, life_of
 from peft_dist.orchestrator.core import Orchestrator
 from peft_dist.orchestrator.link import Link, Received
@@ -105,7 +106,7 @@ class Guests:
         while True:
             for replica in self._core.replicas.all_alive():
                 if replica.is_guest:
-                    self._link.send(Outgoing(replica.replica_id, replica.epoch, Ping()))
+                    self._link.ping(replica)
             self._forget_the_gone()
             await asyncio.sleep(min(self._invitation.heartbeat_seconds, _PING_SECONDS))
 

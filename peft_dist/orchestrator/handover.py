@@ -21,6 +21,7 @@ from peft_dist.orchestrator.adapter_calls import to
 from peft_dist.orchestrator.move_counts import CALL, MoveCounts
 from peft_dist.orchestrator.options import OrchestratorOptions
 from peft_dist.orchestrator.placer import Placer
+from peft_dist.orchestrator.poison import MAX_DEATHS
 from peft_dist.orchestrator.records import Outgoing, Replica, ReplicaState, RequestRecord
 from peft_dist.orchestrator.replicas import ReplicaTable
 from peft_dist.orchestrator.requests import RequestTable, add_commands
@@ -110,7 +111,8 @@ class Handover:
         if record.replica_id is None or record.replica_id == target.replica_id or self.is_under_way(record):
             return []
         source = self._replicas[record.replica_id]
-        if not (self._is_cheaper(record, source, target) if with_kv is None else with_kv):
+        with_kv = self._is_cheaper(record, source, target) if with_kv is None else with_kv
+        if not with_kv or record.num_import_deaths >= MAX_DEATHS:
             self._counts.recompute(cause)
             return self._placer.move(record, target, now)
         number, self._next_number = self._next_number, self._next_number + 1
@@ -135,17 +137,23 @@ class Handover:
                     return self._imported(move, report, now)
         return []
 
-    def lose(self, replica: Replica, now: float) -> list[Outgoing]:
-        """A replica is dead: what was to come from it or go to it does not. Its requests are still its own."""
+    def lose(self, replica: Replica, now: float) -> tuple[list[Outgoing], list[RequestRecord]]:
+        """A replica is dead: what was to come from it or go to it does not. Its requests are still its own.
+
+        Returns also those that it was taking in, and others have.
+        """
         out: list[Outgoing] = []
+        brought: list[RequestRecord] = []
         for move in list(self._moves.values()):
             if move.source is replica:
                 del self._moves[move.number]
                 self._counts.fail(move.cause, "lost" if self._is_current(move) else "ended")
                 out += self._abort_import(move)
             elif move.target is replica:
+                if move.ids and self._is_current(move):
+                    brought.append(move.record)
                 out += self._give_up(move, now)
-        return out
+        return out, brought
 
     def tick(self, now: float) -> list[Outgoing]:
         """Give up what has taken too long."""
@@ -158,7 +166,9 @@ class Handover:
 
     def _is_cheaper(self, record: RequestRecord, source: Replica, target: Replica) -> bool:
         ours, theirs = source.model, target.model
-        if ours is None or theirs is None or ours.kv_size != theirs.kv_size or record.is_suspect:
+        if ours is None or theirs is None or ours.kv_size != theirs.kv_size:
+            return False
+        if record.is_suspect or record.num_import_deaths:
             return False
         num_tokens = num_bytes = 0
         for sequence in record.unfinished.values():
@@ -188,6 +198,7 @@ class Handover:
         move.ids = self._requests.new_ids(record)
         move.num_moves = record.num_moves
         requests = list(add_commands(record, now, move.ids))
+        move.target.num_sent += len(requests)
         return [to(move.target, ImportRequests(handover=move.number, requests=requests, states=wanted))]
 
     def _imported(self, move: _Move, report: Imported, now: float) -> list[Outgoing]:
@@ -202,6 +213,7 @@ class Handover:
         self._counts.bring(move.cause, move.num_bytes, now - move.asked_at)
         gone = [sequence_id for index, sequence_id in move.ids.items() if index not in move.record.unfinished]
         self._placer.adopt(move.record, move.target, move.ids, move.computed, now)
+        move.record.num_import_deaths = 0
         # What a client aborted meanwhile was not aborted there.
         aborts = [to(move.target, AbortRequest(request_ids=gone))] if gone else []
         return [*aborts, to(move.source, EndExport(handover=move.number, moved=True))]

@@ -7,7 +7,7 @@ import math
 from peft_dist.core.errors import ReplicaStateError, UnknownReplicaError
 from peft_dist.core.messages import Heartbeat
 from peft_dist.orchestrator.options import OrchestratorOptions
-from peft_dist.orchestrator.records import Replica, ReplicaState
+from peft_dist.orchestrator.records import Fault, Notice, Replica, ReplicaState
 from peft_dist.orchestrator.replicas import ReplicaTable
 
 _SERVING = (ReplicaState.READY, ReplicaState.DRAINING)
@@ -27,15 +27,16 @@ class Lifecycle:
 
     # Deadlines
 
-    def lost_by(self, now: float) -> list[tuple[Replica, str, bool]]:
-        """Replicas that missed a deadline, with the reason and whether they hang."""
+    def lost_by(self, now: float) -> list[tuple[Replica, Fault]]:
+        """Replicas that missed a deadline, and why they are given up."""
         late = self._replicas.late(now)
         # One of an earlier life that says nothing is no slow start.
-        lost = [(r, f"Replica {r.replica_id} was not ready in time.", r.is_survivor) for r in late]
+        lost = [(r, Fault(f"Replica {r.replica_id} was not ready in time.", hangs=r.is_survivor)) for r in late]
         for replica in self._replicas.all():
             if self._silence_ends(replica) <= now:
                 silence = f"{now - replica.last_heard:.1f} s"
-                lost.append((replica, f"Replica {replica.replica_id} has been silent for {silence}.", True))
+                reason = f"Replica {replica.replica_id} has been silent for {silence}."
+                lost.append((replica, Fault(reason, hangs=True)))
         return lost
 
     def due(self, now: float) -> list[Replica]:
@@ -48,14 +49,19 @@ class Lifecycle:
         times += [time for r in self._replicas.all() for time in (r.restart_at, r.start_deadline) if time is not None]
         return min(times, default=math.inf)
 
-    def find_fault(self, replica: Replica, beat: Heartbeat) -> str | None:
+    def find_fault(self, replica: Replica, beat: Heartbeat) -> Fault | None:
         """Why a replica is to be given up by what it says of itself; None: it is well."""
+        name = f"Replica {replica.replica_id}"
         if beat.is_orphaned:
             # Its words come here, and what it is told does not reach it.
-            return f"Replica {replica.replica_id} heard nothing of this server for too long."
+            return Fault(f"{name} heard nothing of this server for too long.", by_link=True)
+        if beat.missed is not None:
+            return Fault(
+                f"{name} lost its connection, and commands {beat.missed[0]} to {beat.missed[1]} with it.", by_link=True
+            )
         limit = self._options.step_timeout
         if limit is not None and beat.busy_seconds > limit:
-            return f"Replica {replica.replica_id} has been in one step for {beat.busy_seconds:.0f} s."
+            return Fault(f"{name} has been in one step for {beat.busy_seconds:.0f} s.", hangs=True)
         return None
 
     def excuse_silence(self, now: float) -> None:
@@ -105,11 +111,22 @@ class Lifecycle:
         goes = leave and replica.is_guest
         if not goes and not any(other is not replica for other in self._replicas.ready()):
             raise ReplicaStateError(f"replica {replica_id} is the only one that serves: wait until another is ready")
-        if leave and not goes and self._options.restart is None:
-            raise ReplicaStateError("replicas are not started again here: serve with --restart, or drain without it")
+        if leave and not goes:
+            self.check_restarts()
         replica.state, replica.leaves = ReplicaState.DRAINING, leave
         self._draining.add(replica.epoch)
         return replica
+
+    def check_restarts(self) -> None:
+        """Raises ReplicaStateError where what ends stays dead."""
+        if self._restarts is None:
+            raise ReplicaStateError("replicas are not started again here: serve with --restart, or drain without it")
+
+    def stay_drained(self, replica: Replica) -> Notice:
+        """One that was drained in an earlier life of the orchestrator has come; returns what is to be said of it."""
+        replica.state = ReplicaState.DRAINING
+        text = "was drained before this server started, and still is: POST /admin/resume/{} ends that"
+        return Notice(replica.replica_id, text.format(replica.replica_id))
 
     def resume(self, replica_id: int) -> Replica:
         """Let a draining or drained replica take requests again.
@@ -121,6 +138,10 @@ class Lifecycle:
         replica.state, replica.leaves = ReplicaState.READY, False
         self._draining.discard(replica.epoch)
         return replica
+
+    def was_told_to_end(self, replica: Replica) -> bool:
+        """Whether it was drained and is on its way out; what ends before that has died."""
+        return replica.leaves and replica.epoch not in self._draining
 
     def ended(self, replica: Replica) -> None:
         """A replica is gone, drained or not."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -14,11 +16,13 @@ from zmq.constants import SocketOption, SocketType
 
 from peft_dist.core.cluster_keys import ClusterKeys
 from peft_dist.core.errors import ConfigError
-from peft_dist.core.messages import AnyCommand, encode_command
-from peft_dist.orchestrator.records import Outgoing
+from peft_dist.core.messages import AnyCommand, Fence, Ping, Shutdown, encode_command
+from peft_dist.core.numbering import UNNUMBERED, Outbox
+from peft_dist.orchestrator.records import Outgoing, Replica
 
 # What an epoch takes in a message.
 _MOST = 1 << 63
+_PING_SECONDS = 1.0
 _LOOPBACK = ("127.", "[::1]", "localhost")
 
 
@@ -54,6 +58,8 @@ class Link:
 
     def __init__(self, socket: zmq.asyncio.Socket, context: zmq.asyncio.Context, close: Callable[[], None]) -> None:
         self._socket, self._context, self._close = socket, context, close
+        # By replica, its last incarnation and what that was sent.
+        self._outboxes: dict[int, tuple[int, Outbox]] = {}
         endpoint = socket.get(SocketOption.LAST_ENDPOINT)
         assert isinstance(endpoint, bytes)
         self.endpoint = endpoint.decode().rstrip("\0")
@@ -103,12 +109,48 @@ class Link:
         return cls(socket, context, guard.stop if guard is not None else lambda: None)
 
     def send(self, out: Outgoing) -> None:
-        """Hand over a command; it is dropped when its incarnation of the replica is not connected."""
-        self.answer(f"{out.replica_id}.{out.epoch}".encode(), out.command, out.epoch)
+        """Hand over a command; it is dropped when its incarnation of the replica is not connected.
+
+        A later one shows that it was, but to one that is over or is told to be: that needs to know of none before.
+        """
+        receiver = f"{out.replica_id}.{out.epoch}".encode()
+        if isinstance(out.command, Shutdown | Fence):
+            self.answer(receiver, out.command, out.epoch)
+            return
+        epoch, outbox = self._outboxes.get(out.replica_id, (0, None))
+        if outbox is None or epoch < out.epoch:
+            outbox = Outbox()
+            self._outboxes[out.replica_id] = out.epoch, outbox
+        number = outbox.next() if epoch <= out.epoch else UNNUMBERED
+        self._socket.send_multipart([receiver, encode_command(out.command, out.epoch, number)])
 
     def answer(self, receiver: bytes, command: AnyCommand, epoch: int = 0) -> None:
-        """Hand over a command to the socket of this name."""
+        """Hand over a command to the socket of this name. Its loss is not noticed."""
         self._socket.send_multipart([receiver, encode_command(command, epoch)])
+
+    def ping(self, replica: Replica) -> None:
+        """Let a replica hear that this process lives, and notice what it has missed."""
+        if replica.ready_since is None:
+            # It may not be connected yet, and nothing was said to it.
+            self.answer(f"{replica.replica_id}.{replica.epoch}".encode(), Ping(), replica.epoch)
+        else:
+            self.send(Outgoing(replica.replica_id, replica.epoch, Ping()))
+
+    async def keep_pinging(self, alive: Callable[[], list[Replica]]) -> None:
+        """Ping those that are started by this process, for ever; not one that says nothing itself."""
+        heard: dict[int, float] = {}
+        while True:
+            ours = [replica for replica in alive() if not replica.is_guest]
+            for replica in ours:
+                if replica.last_heard > heard.get(replica.epoch, -math.inf):
+                    self.ping(replica)
+            heard = {replica.epoch: replica.last_heard for replica in ours}
+            await asyncio.sleep(_PING_SECONDS)
+
+    @property
+    def can_lose(self) -> bool:
+        """Whether a connection may be lost while both its ends live, and with it what was said."""
+        return self.endpoint.startswith("tcp:")
 
     async def receive(self) -> Received:
         """The next message. Those of senders without such a name are left out: of strangers, and of connections whose

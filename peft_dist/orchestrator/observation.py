@@ -103,6 +103,7 @@ class ReplicaView:
         model: None before it was ready for the first time.
         totals: Counts over all incarnations.
         num_restarts: Incarnations before this one.
+        num_coming: Named adapters that are still on their way to it.
         error: Why the last incarnation that died did; None before.
     """
 
@@ -113,9 +114,40 @@ class ReplicaView:
     detail: ReplicaDetail
     totals: ReplicaTotals
     num_restarts: int = 0
+    num_coming: int = 0
     error: str | None = None
 
     @property
     def is_ready(self) -> bool:
         """Whether it serves, new requests or the rest of those it has."""
         return self.state in ("ready", "draining")
+
+    @property
+    def can_serve(self) -> bool:
+        """Whether it takes requests, for the base and all adapters but those that it refused."""
+        return self.state == "ready" and not self.num_coming
+
+
+@dataclass(frozen=True, slots=True)
+class RollingView:
+    """How far a rolling restart is.
+
+    Attributes:
+        state: "none" (there was none yet), "running", "done", or "stopped" (``error`` says why).
+        stage: Of ``current``: "waiting" for others to serve, "draining", or "starting"; None where none runs.
+        current: The replica whose turn it is, or at which it stopped.
+        restarted, left: Replicas that serve again, and those whose turn will come, in order.
+        skipped: Those that joined: only who started them can start them again.
+    """
+
+    state: str = "none"
+    stage: str | None = None
+    current: int | None = None
+    restarted: tuple[int, ...] = ()
+    left: tuple[int, ...] = ()
+    skipped: tuple[int, ...] = ()
+    error: str | None = None
+
+    @property
+    def is_running(self) -> bool:
+        return self.state == "running"

@@ -27,6 +27,7 @@ class OrchestratorOptions:
         restart: When replicas that died are started again; None is never.
         migration: Where adapters are placed, where their requests may go, and whether those move: "rr", "proactive" or
             "dlora" (docs/placement.md). Of no matter with one replica.
+        prefix_caching: Whether replicas keep the KV of prefixes: requests go rather where theirs was computed.
         sends_ahead: Whether replicas are told to load adapters before requests for them come.
         triggers: When requests are planned to move.
         first_number: The least number of incarnations, loads and handovers: replicas that outlive one orchestrator must
@@ -43,6 +44,7 @@ class OrchestratorOptions:
     handover_timeout: float = 10.0
     restart: RestartPolicy | None = None
     migration: MigrationKind = "dlora"
+    prefix_caching: bool = False
     sends_ahead: bool = True
     triggers: TriggerSettings = field(default_factory=TriggerSettings)
     first_number: int = 1

@@ -8,12 +8,10 @@ from peft_dist.core.messages import AbortRequest
 from peft_dist.orchestrator.adapter_calls import AdapterCalls, to
 from peft_dist.orchestrator.dispatcher import Dispatcher, Lengths
 from peft_dist.orchestrator.hosting import Hosting
+from peft_dist.orchestrator.poison import find_guilty
 from peft_dist.orchestrator.records import Outgoing, Replica, ReplicaState, RequestRecord, SequenceRecord
 from peft_dist.orchestrator.replicas import ReplicaTable
 from peft_dist.orchestrator.requests import RequestTable, add_commands
-
-# A request that was in the batch of so many replicas when they died is taken to be the reason.
-MAX_DEATHS = 2
 
 
 class Placer:
@@ -69,11 +67,12 @@ class Placer:
         self._requests.take(record, now)
         return [to(old, AbortRequest(request_ids=ids)), *self._give(record, replica, now)]
 
-    def stop(self, record: RequestRecord, sequence: SequenceRecord) -> list[Outgoing]:
-        """Have the replica that has a request end one of its sequences."""
+    def stop(self, record: RequestRecord, *sequences: SequenceRecord) -> list[Outgoing]:
+        """Have the replica that has a request end some of its sequences."""
         if record.replica_id is None:
             return []
-        return [to(self._replicas[record.replica_id], AbortRequest(request_ids=[sequence.sequence_id]))]
+        ids = [sequence.sequence_id for sequence in sequences]
+        return [to(self._replicas[record.replica_id], AbortRequest(request_ids=ids))]
 
     def can_take(self, record: RequestRecord, replica: Replica) -> bool:
         """Whether a replica takes requests, and can run this one."""
@@ -85,6 +84,7 @@ class Placer:
         """Note that another replica runs a request, its sequences known by ``ids``, from the KV that it was brought."""
         self._requests.take(record, now, ids)
         self._requests.place(record, replica.replica_id, self._lengths.expected(record), computed)
+        self._note_sent(record, replica)
 
     def flee(self, record: RequestRecord, now: float) -> list[Outgoing]:
         """Move a request from its replica to the best other one, if any can run it."""
@@ -100,10 +100,16 @@ class Placer:
                     out += self.mover(record, self._choose(record, able, now), now)
         return out
 
-    def orphan(self, replica: Replica, now: float, *, by_death: bool) -> RequestRecord | None:
-        """Take all requests from a replica; returns the one that it and another one died of, where that is clear."""
+    def orphan(
+        self, replica: Replica, now: float, *, by_death: bool, brought: Sequence[RequestRecord] = ()
+    ) -> RequestRecord | None:
+        """Take all requests from a replica; returns the one that it and another one died of, where that is clear.
+
+        ``brought``: Those that were to come to it with their KV; they stay where they are.
+        """
+        self._requests.prefixes.forget(replica.replica_id)
         records = self._requests.on_replica(replica.replica_id)
-        guilty = find_guilty(records) if by_death else None
+        guilty = find_guilty(records, brought) if by_death else None
         for record in records:
             self._requests.take(record, now)
         return guilty
@@ -120,31 +126,15 @@ class Placer:
         return self._dispatcher.choose(record, self._hosting.among(record, able, now))
 
     def _give(self, record: RequestRecord, replica: Replica, now: float) -> list[Outgoing]:
-        self._requests.place(record, replica.replica_id, self._lengths.expected(record))
+        prefixes = self._requests.prefixes
+        # The first one computes the prompt for all.
+        cached = {next(iter(record.unfinished)): prefixes.cached(record, replica)}
+        self._requests.place(record, replica.replica_id, self._lengths.expected(record), cached)
+        self._note_sent(record, replica)
+        replica.num_sent += len(record.unfinished)
         return [to(replica, command) for command in add_commands(record, now)]
 
-
-def find_guilty(records: Sequence[RequestRecord]) -> RequestRecord | None:
-    """The request, of those that were on a replica that died, that it died of; None while that is not clear.
-
-    A request that was in the batch counts the death, until it draws a token. Who counts two is guilty if nobody else
-    does, or if it alone never drew a token on either replica, as one whose prompt kills. Otherwise all that count two
-    become suspects, which are tried one after another: who is tried when the next replica dies is guilty.
-    """
-    for record in records:
-        for sequence in record.unfinished.values():
-            sequence.num_deaths += sequence.started
-            sequence.num_early_deaths += sequence.started and not sequence.drew
-    twice = [record for record in records if _deaths(record)[0] >= MAX_DEATHS]
-    tried = [record for record in twice if record.is_suspect]
-    early = [record for record in twice if _deaths(record)[1] >= MAX_DEATHS]
-    guilty = next((some[0] for some in (twice, tried, early) if len(some) == 1), None)
-    if guilty is None:
-        for record in twice:
-            record.is_suspect = True
-    return guilty
-
-
-def _deaths(record: RequestRecord) -> tuple[int, int]:
-    sequences = record.unfinished.values()
-    return max(s.num_deaths for s in sequences), max(s.num_early_deaths for s in sequences)
+    def _note_sent(self, record: RequestRecord, replica: Replica) -> None:
+        # With one replica there is nothing to choose, and hashing is not worth it.
+        if self._requests.prefixes.is_on and len(self._replicas) > 1:
+            self._requests.prefixes.sent(record, replica)

@@ -10,6 +10,7 @@ from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.config import ModelInfo
 from peft_dist.core.errors import PeftDistError
 from peft_dist.core.messages import AnyCommand, ReplicaDetail, ReplicaStats, SequenceProgress
+from peft_dist.core.numbering import Inbox
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.core.step_costs import StepCosts
 from peft_dist.orchestrator.observation import ReplicaTotals
@@ -23,6 +24,14 @@ class Outgoing(NamedTuple):
     replica_id: int
     epoch: int
     command: AnyCommand
+
+
+class Fault(NamedTuple):
+    """Why a replica is given up. ``hangs``, ``by_link``: As in ``Orchestrator.lose_replica``."""
+
+    reason: str
+    hangs: bool = False
+    by_link: bool = False
 
 
 class ReplicaState(enum.Enum):
@@ -42,6 +51,8 @@ class Replica:
         start_deadline: The time by which a starting replica must be ready, None for no limit.
         on_host: Content hashes whose weights were in its host memory when it told details last.
         last_heard: When it said anything last.
+        inbox: The numbers of what it has said.
+        num_sent, num_taken: Sequences that it was sent, and those of them that it said it has taken in.
         ready_since: When it became ready, None before.
         num_restarts: Incarnations of this replica before this one.
         num_failures: Incarnations of this replica that died early, one after another, up to now.
@@ -50,6 +61,7 @@ class Replica:
         is_guest: It joined, and is started and ended by somebody else.
         is_survivor: It ran before this orchestrator did, and has not told yet what it has.
         was_adopted: It did, and has.
+        num_coming: Named adapters that are on their way to it.
         names_version: The last version of the names that it is known to remember.
         earlier: What the incarnations before this one counted.
     """
@@ -65,6 +77,9 @@ class Replica:
     costs: StepCosts | None = None
     on_host: frozenset[str] = frozenset()
     last_heard: float = 0.0
+    inbox: Inbox = field(default_factory=Inbox)
+    num_sent: int = 0
+    num_taken: int = 0
     ready_since: float | None = None
     num_restarts: int = 0
     num_failures: int = 0
@@ -73,6 +88,7 @@ class Replica:
     is_guest: bool = False
     is_survivor: bool = False
     was_adopted: bool = False
+    num_coming: int = 0
     names_version: int = 0
     earlier: ReplicaTotals = field(default_factory=ReplicaTotals)
     error: PeftDistError | None = None
@@ -121,6 +137,8 @@ class RequestRecord:
         waits_since: Since when it has no replica.
         is_suspect: It, or another request beside it, made replicas die: until it draws a token, it runs without other
             suspects.
+        prompt_hashes: Names of the blocks of its prompt, once somebody asked (``prefixes.py``).
+        num_import_deaths: Replicas that died while it was brought to them with its KV, one after another.
         unfinished: The sequences that still run, by index.
     """
 
@@ -134,6 +152,8 @@ class RequestRecord:
     num_moves: int = 0
     waits_since: float = 0.0
     is_suspect: bool = False
+    prompt_hashes: list[bytes] | None = None
+    num_import_deaths: int = 0
     unfinished: dict[int, SequenceRecord] = field(default_factory=dict)
 
     @property
@@ -193,7 +213,7 @@ class ReplicaReady:
 class ReplicaLost:
     """A replica is dead, and why. One that ``hangs`` will not end by itself, nor when it is asked to.
 
-    ``was_asked``: It was drained, to be started again.
+    ``was_asked``: It was drained, and told to end.
     """
 
     replica_id: int

@@ -23,6 +23,9 @@ class ReplicaTable:
     def __getitem__(self, replica_id: int) -> Replica:
         return self._by_id[replica_id]
 
+    def __len__(self) -> int:
+        return len(self._by_id)
+
     def add(self, replica_id: int, start_deadline: float | None) -> Replica:
         """Enter a new incarnation in place of an earlier one, which must be dead (or ConfigError is raised)."""
         replica = Replica(replica_id, self._next_epoch, start_deadline=start_deadline)
@@ -81,6 +84,7 @@ class ReplicaTable:
     def take_in(self, replica: Replica, report: Progress) -> None:
         """Remember what a replica says of itself; details come less often than its stats."""
         replica.stats = report.stats
+        replica.num_taken = replica.num_sent if report.num_taken is None else report.num_taken
         if report.detail is not None:
             replica.detail, replica.costs = report.detail, report.detail.costs or replica.costs
             replica.on_host = frozenset(one.content_hash for one in report.detail.adapters if one.tier == "host")
@@ -132,6 +136,7 @@ def _view(replica: Replica) -> ReplicaView:
         detail=replica.detail,
         totals=_totals(replica),
         num_restarts=replica.num_restarts,
+        num_coming=replica.num_coming,
         error=None if replica.error is None else str(replica.error),
     )
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import msgspec
 
 from peft_dist.core.messages import AddRequest, SequenceProgress
+from peft_dist.orchestrator.prefixes import Prefixes
 from peft_dist.orchestrator.records import Replica, RequestRecord, SequenceRecord
 from peft_dist.policy.dispatch import Backlog
 
@@ -16,7 +17,9 @@ _NOTHING = Backlog()
 class RequestTable:
     """Every unfinished request, found by its id, by its sequences' ids, and by replica."""
 
-    def __init__(self) -> None:
+    def __init__(self, prefix_caching: bool = False) -> None:
+        """``prefix_caching``: Whether replicas keep the KV of prefixes."""
+        self.prefixes = Prefixes(prefix_caching)
         self._records: dict[str, RequestRecord] = {}
         self._owners: dict[str, tuple[RequestRecord, SequenceRecord]] = {}
         self._backlogs: dict[int, Backlog] = {}
@@ -147,6 +150,7 @@ class RequestTable:
 
     def close(self, record: RequestRecord, sequence: SequenceRecord) -> bool:
         """A sequence ended; True when it was the request's last."""
+        self.prefixes.ended(record, sequence)
         self._settle(record, sequence)
         del record.unfinished[sequence.index]
         del self._owners[sequence.sequence_id]

@@ -11,12 +11,13 @@ from typing import Any
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.config import ModelInfo
 from peft_dist.core.errors import ReplicaStateError
-from peft_dist.core.messages import ProtocolError, ReplicaStats, decode_report
+from peft_dist.core.messages import ReplicaStats
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.core.succession import life_of
 from peft_dist.orchestrator.client import NewRequest
 from peft_dist.orchestrator.core import Orchestrator, OrchestratorOptions
 from peft_dist.orchestrator.guests import Guests, Invitation
+from peft_dist.orchestrator.hearing import Hearing
 from peft_dist.orchestrator.link import Link
 from peft_dist.orchestrator.observation import MigrationView, ReplicaView
 from peft_dist.orchestrator.processes import Processes
@@ -39,6 +40,7 @@ from peft_dist.orchestrator.records import (
     StartReplica,
 )
 from peft_dist.orchestrator.replica_process import ReplicaLauncher, ReplicaProcess
+from peft_dist.orchestrator.rolling import RollingRestart
 from peft_dist.orchestrator.startup import Startup
 from peft_dist.orchestrator.streams import Stream, StreamTable
 from peft_dist.orchestrator.survivors import Survivors
@@ -81,6 +83,7 @@ class EngineService:
         self._core = Orchestrator(options.for_a_life())
         self._num_replicas = num_replicas
         self._start_timeout = start_timeout
+        self._take = Hearing(self._core, self._act, self._now).take
         self.guests = Guests(invitation, self._core, self._act, self._take, self._now) if invitation else None
         self._link = link or Link.local()
         self._survivors = Survivors(self._core, self._link, self._now, start_timeout)
@@ -88,6 +91,7 @@ class EngineService:
         self._streams = StreamTable(self.abort)
         self._promises = Promises()
         self._rebalancer = Rebalancer(self._core.migration, self._act, self._now, Planner(planner_limit))
+        self.rolling = RollingRestart(self._core, self._act, self._now)
         self._tasks: set[asyncio.Task[None]] = set()
         self._startup = Startup(num_replicas, left or {}, stop_grace)
         self._timer = Timer(self._tick)
@@ -104,6 +108,8 @@ class EngineService:
         enter = partial(self._core.add_replica, now=self._now(), start_timeout=self._start_timeout)
         entered = [self._survivors.expect(each) if each in left else enter(each) for each in ids]
         self._spawn(self._receive())
+        if self._link.can_lose:
+            self._spawn(self._link.keep_pinging(self._core.replicas.all_alive))
         if self.guests is not None:
             self._spawn(self.guests.run())
         for replica in entered:
@@ -236,10 +242,9 @@ class EngineService:
         await self._rebalancer.stop()
         self._act(self._core.shut_down())
         await self._processes.stop_all(self._startup.grace)
-        tasks = list(self._tasks)
-        for task in tasks:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         self._link.close()
         if self.guests is not None:
             self.guests.close()
@@ -269,15 +274,6 @@ class EngineService:
             elif received.replica_id is not None:
                 self._take(received.replica_id, received.epoch, received.data)
 
-    def _take(self, replica_id: int, epoch: int, data: bytes) -> None:
-        try:
-            envelope = decode_report(data)
-        except ProtocolError as error:
-            reason = f"Replica {replica_id} cannot be understood: {error}"
-            self._act(self._core.lose_replica(replica_id, epoch, reason, self._now()))
-        else:
-            self._act(self._core.observe(replica_id, envelope.epoch, envelope.message, self._now()))
-
     async def _supervise(self, replica_id: int, epoch: int) -> None:
         end = await self._processes.end(replica_id)
         self._act(self._core.lose_replica(replica_id, epoch, f"Replica {replica_id} {end}.", self._now()))
@@ -306,6 +302,7 @@ class EngineService:
             self._deliver(event)
         if any(not isinstance(event, SequenceEvent) for event in events) or not self._timer.is_armed:
             self._timer.arm(self._core.next_deadline())
+        self.rolling.look()
 
     def _deliver(self, event: Event) -> None:
         match event:
@@ -313,10 +310,8 @@ class EngineService:
                 self._streams.put(request_id, index, progress)
             case RequestFailed(request_id, error):
                 self._streams.fail(request_id, error)
-            case AdapterLoaded(call_id, spec):
-                self._promises.answer(call_id, spec)
-            case AdapterRefused(call_id, error):
-                self._promises.answer(call_id, error)
+            case AdapterLoaded(call_id, answer) | AdapterRefused(call_id, answer):
+                self._promises.answer(call_id, answer)
             case NamesAreKept(version):
                 self._promises.keep(version)
             case ReplicaReady(replica_id):

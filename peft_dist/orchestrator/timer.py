@@ -14,7 +14,9 @@ class Timer:
         """``callback`` gets the seconds by which it is late."""
         self._callback = callback
         self._loop = asyncio.get_running_loop()
-        self._handle: asyncio.TimerHandle | None = None
+        self._handle: asyncio.Handle | None = None
+        # uvloop's handles do not tell it where it is due already.
+        self._when = math.inf
         self._cancelled = False
 
     @property
@@ -26,9 +28,10 @@ class Timer:
         if self._cancelled or not math.isfinite(when):
             return
         if self._handle is not None:
-            if self._handle.when() <= when:
+            if self._when <= when:
                 return
             self._handle.cancel()
+        self._when = when
         self._handle = self._loop.call_at(when, self._fire, when)
 
     def cancel(self) -> None:

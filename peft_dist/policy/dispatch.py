@@ -1,7 +1,8 @@
 """To which replica a request goes: the one that is expected to finish it soonest (dLoRA, OSDI'24, section 4.1).
 
 The paper estimates with the mean time of an adapter's requests; this does with the replica's own measured costs, what
-is left of everything that was sent to it, and whether it holds the adapter on its device.
+is left of everything that was sent to it, whether it holds the adapter on its device, and how much of the prompt it
+has computed before.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ class Target:
     """A replica that could take the request.
 
     ``resident`` are the adapters on its device, ``on_host`` those in its host memory; ``max_num_seqs`` and
-    ``capacity_tokens`` bound what runs at once: the rest waits.
+    ``capacity_tokens`` bound what runs at once: the rest waits. ``cached_tokens`` of the prompt are expected in
+    its prefix cache.
     """
 
     replica_id: int
@@ -74,6 +76,7 @@ class Target:
     max_num_seqs: int
     capacity_tokens: int
     on_host: Set[str] = frozenset()
+    cached_tokens: int = 0
 
 
 def finish_seconds(work: Work, target: Target) -> float:
@@ -92,7 +95,7 @@ def finish_seconds(work: Work, target: Target) -> float:
     load = 0.0
     if work.adapter and work.adapter not in target.resident:
         load = costs.load_seconds(work.num_bytes, on_host=work.adapter in target.on_host)
-    prefill = costs.prefill_seconds(backlog.prefill_tokens + work.prompt_tokens)
+    prefill = costs.prefill_seconds(backlog.prefill_tokens + max(work.prompt_tokens - target.cached_tokens, 0))
     return load + prefill + (steps_ahead + work.output_tokens) * step
 
 

@@ -47,14 +47,21 @@ class Export:
         self.contents = memory
         self.token = secrets.token_hex(16)
         self._copy: SharedMemory | None = None
+        # Whoever asks may do so on any thread.
+        self._lock = threading.Lock()
+
+    def host_copy(self, device: torch.device) -> SharedMemory:
+        """The contents for those who cannot map the device's memory; made when it is first asked for."""
+        with self._lock:
+            if self._copy is None:
+                self._copy = _copy_to_host(self.contents, device)
+            return self._copy
 
     def descriptor(self, kind: bytes, device: torch.device) -> int:
         """For one who can map the device's memory, or who cannot: of a copy in host memory."""
         if kind == _DEVICE:
             return self.contents.descriptor
-        if self._copy is None:
-            self._copy = _copy_to_host(self.contents, device)
-        return self._copy.descriptor
+        return self.host_copy(device).descriptor
 
 
 class DeviceWay:
@@ -103,6 +110,10 @@ class DeviceWay:
         """Let others have it; where."""
         self._server.offer(export.token, lambda kind: export.descriptor(kind, self._device))
         return self._server.address
+
+    def host_copy(self, export: Export) -> torch.Tensor:
+        """Its contents on the host: uint8 ``[num_bytes]``."""
+        return export.host_copy(self._device).contents
 
     def withdraw(self, export: Export) -> None:
         """End what ``offer`` began; who has it open already may read on."""

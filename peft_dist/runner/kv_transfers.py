@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -20,11 +20,14 @@ from peft_dist.runner.shared_memory import MemoryGoneError, SharedMemory, open_m
 class Transport(Protocol):
     """How others read what was exported here, and how theirs is read; the latter on the thread of the copies."""
 
-    def offer(self, memory: SharedMemory) -> str | None:
-        """Let others read it; the address for those on other hosts, None where there is none."""
+    def offer(self, token: str, contents: Callable[[], torch.Tensor]) -> str | None:
+        """Let others read it; the address for those on other hosts, None where there is none.
+
+        ``contents``: uint8 ``[num_bytes]`` on the host, called on any thread, and not before somebody wants it.
+        """
         ...
 
-    def withdraw(self, memory: SharedMemory) -> None:
+    def withdraw(self, token: str) -> None:
         """Nobody need read it any more."""
         ...
 
@@ -36,10 +39,10 @@ class Transport(Protocol):
 class SameHost:
     """Replicas of one host open each other's memory."""
 
-    def offer(self, memory: SharedMemory) -> str | None:
+    def offer(self, token: str, contents: Callable[[], torch.Tensor]) -> str | None:
         return None
 
-    def withdraw(self, memory: SharedMemory) -> None:
+    def withdraw(self, token: str) -> None:
         pass
 
     def open(self, kv: KVHandle) -> torch.Tensor:
@@ -60,7 +63,7 @@ class KVTransfers:
     """
 
     def __init__(self, pool: KVCachePool, devices: DeviceWay | None = None) -> None:
-        """``devices``: Keeps exports in device memory, where only this host's replicas are to read them."""
+        """``devices``: Keeps exports in device memory, from which those who cannot map it are given a copy."""
         self._pool = pool
         self._copier = KVCopier(pool)
         self.devices = devices
@@ -85,14 +88,13 @@ class KVTransfers:
     def end_export(self, key: int) -> None:
         """As ``Executor.end_export``."""
         held = [self._exports.pop(key, None)]
-        match held[0]:
-            case SharedMemory() as memory:
-                self.transport.withdraw(memory)
-            case Export() as export if self.devices is not None:
-                self.devices.withdraw(export)
-                del export
-                # Freeing it may wait for the device.
-                self._calls.start(_LET_GO, lambda call: held.clear())
+        if held[0] is None:
+            return
+        self.transport.withdraw(held[0].token)
+        if isinstance(held[0], Export) and self.devices is not None:
+            self.devices.withdraw(held[0])
+            # Freeing it may wait for the device.
+            self._calls.start(_LET_GO, lambda call: held.clear())
 
     def take(self) -> list[TransferOutcome]:
         """As ``Executor.take_transfers``."""
@@ -117,7 +119,7 @@ class KVTransfers:
 
     def _copy_out(self, blocks: Sequence[int], *, on_host: bool) -> Memory:
         num_bytes = len(blocks) * self._pool.bytes_per_block
-        if self.devices is not None and not on_host and isinstance(self.transport, SameHost):
+        if self.devices is not None and not on_host:
             export = self.devices.allocate(num_bytes)
             if export is not None:
                 self._copier.read_into(blocks, export.contents)
@@ -136,19 +138,29 @@ class KVTransfers:
         if kv.server is None:
             self._copier.write(blocks, self.transport.open(kv))
             return
-        memory = self.devices.map(kv) if self.devices is not None else None
-        if memory is not None:
-            self._copier.write_from(blocks, memory)
-        else:
-            self._copier.write(blocks, fetch_to_host(kv))
+        try:
+            memory = self.devices.map(kv) if self.devices is not None else None
+            if memory is not None:
+                self._copier.write_from(blocks, memory)
+                return
+            contents = fetch_to_host(kv)
+        except MemoryGoneError:
+            if kv.address is None:
+                raise
+            # Files are handed over within a host only.
+            contents = self.transport.open(kv)
+        self._copier.write(blocks, contents)
 
     def _describe(self, memory: Memory, seconds: float) -> KVHandle:
-        address = server = None
+        server = None
         if isinstance(memory, SharedMemory):
-            num_bytes, descriptor, address = len(memory.contents), memory.descriptor, self.transport.offer(memory)
+            num_bytes, descriptor = len(memory.contents), memory.descriptor
+            address = self.transport.offer(memory.token, lambda: memory.contents)
         else:
-            assert self.devices is not None, "it was made there"
-            num_bytes, descriptor, server = memory.contents.num_bytes, -1, self.devices.offer(memory)
+            devices = self.devices
+            assert devices is not None, "it was made there"
+            num_bytes, descriptor, server = memory.contents.num_bytes, -1, devices.offer(memory)
+            address = self.transport.offer(memory.token, lambda: devices.host_copy(memory))
         return KVHandle(
             layout=self._pool.layout,
             num_blocks=num_bytes // self._pool.bytes_per_block,

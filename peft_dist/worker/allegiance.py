@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Iterable
 
 from peft_dist.core.adapter import AdapterSpec
-from peft_dist.core.messages import Ready
-from peft_dist.core.succession import Adopt, Identity, NameAdapters
+from peft_dist.core.messages import LoadAdapter, Ready
+from peft_dist.core.succession import Adopt, Identity, KeepDrained, NameAdapters, life_of
 from peft_dist.worker.channel import Channel
 from peft_dist.worker.config import WorkerConfig
 from peft_dist.worker.heart import Heart
@@ -16,6 +17,8 @@ from peft_dist.worker.lifeline import watch_process
 from peft_dist.worker.names import NameTable
 from peft_dist.worker.replica import Replica
 from peft_dist.worker.vigil import Vigil
+
+logger = logging.getLogger(__name__)
 
 
 class Allegiance:
@@ -30,11 +33,22 @@ class Allegiance:
         self._names = NameTable()
         # Names that pin something on the device.
         self._pins: set[str] = set()
+        self._is_drained = False
+        self._life = life_of(config.epoch)
         if vigil is not None:
             channel.watch(vigil.fileno())
 
     def hear(self, number: int) -> bool:
-        """So many commands have come since the last call; returns whether the orchestrator was found to be gone."""
+        """So many commands have come since the last call; returns whether requests are to be dropped.
+
+        Because the orchestrator was found to be gone, or because it said something that did not arrive: what is left of
+        it makes no sense then, and it has others go on with them when it hears that.
+        """
+        if (missing := self._channel.missing) is not None and self._heart.missed is None:
+            self._heart.missed = missing
+            self._heart.hurry()
+            logger.error("commands %d to %d were lost with a connection: this replica is over", *missing)
+            return True
         if self._vigil is None:
             return False
         if number:
@@ -57,9 +71,17 @@ class Allegiance:
         """As ``NameAdapters`` says."""
         self._names.apply(command)
 
+    def keep_drained(self, command: KeepDrained) -> None:
+        """As ``KeepDrained`` says."""
+        self._is_drained = command.is_drained
+
     def note_pin(self, name: str, *, pinned: bool) -> None:
         """A name pins something from now on, or nothing."""
         (self._pins.add if pinned else self._pins.discard)(name)
+
+    def pins(self, load: LoadAdapter) -> bool:
+        """Whether the adapter is to be pinned: a load of an earlier orchestrator may end only now."""
+        return load.pinned and life_of(load.call_id) == self._life
 
     def identify(self) -> None:
         """Say who this is."""
@@ -81,6 +103,8 @@ class Allegiance:
         """Be the incarnation that a new orchestrator says, which begins with what is here."""
         self._heart.stop()
         self._channel.rename(command.replica_id, command.incarnation)
+        self._heart.missed = None
+        self._life = life_of(command.incarnation)
         if self._vigil is not None:
             vigil, generation = self._vigil, self._vigil.adopted()
             if command.pid is not None:
@@ -97,6 +121,7 @@ class Allegiance:
                 contents=list(contents),
                 names=self._names.all(),
                 names_version=self._names.version,
+                is_drained=self._is_drained,
             )
         )
         if command.heartbeat_seconds is not None:

@@ -6,6 +6,7 @@ import zmq
 
 from peft_dist.core.cluster_keys import ClusterKeys
 from peft_dist.core.messages import AnyCommand, AnyReport, decode_command, encode_report
+from peft_dist.core.numbering import Inbox, Outbox
 
 _LAST_WORDS_MS = 5000
 
@@ -15,6 +16,7 @@ class Channel:
 
     def __init__(self, endpoint: str, replica_id: int, epoch: int, keys: ClusterKeys | None = None) -> None:
         self._epoch = epoch
+        self._outbox, self._inbox = Outbox(), Inbox()
         self._keys = keys
         self._context = zmq.Context()
         self._endpoint = endpoint
@@ -28,6 +30,7 @@ class Channel:
         self._poller.unregister(self._socket)
         self._socket.close(linger=0)
         self._epoch, self._identity = epoch, f"{replica_id}.{epoch}"
+        self._outbox, self._inbox = Outbox(), Inbox()
         self._socket = self._connect(self._identity)
         self._poller.register(self._socket, zmq.PollEvent.POLLIN)
 
@@ -36,7 +39,10 @@ class Channel:
         return self._identity == f"{replica_id}.{epoch}"
 
     def sender(self) -> Sender:
-        """Another way to the orchestrator under the same epoch, for one other thread. Close it before the channel."""
+        """Another way to the orchestrator under the same epoch, for one other thread. Close it before the channel.
+
+        What goes that way belongs to no order, and its loss is not noticed.
+        """
         return Sender(self._connect(f"{self._identity}.side"), self._epoch)
 
     def _connect(self, identity: str) -> zmq.Socket[bytes]:
@@ -53,16 +59,22 @@ class Channel:
         """Let ``wait`` also return when this file descriptor is readable."""
         self._poller.register(fd, zmq.PollEvent.POLLIN)
 
+    @property
+    def missing(self) -> tuple[int, int] | None:
+        """Numbers of commands, from the first to the last, that did not arrive, though later ones did."""
+        return self._inbox.missing
+
     def send(self, report: AnyReport) -> None:
         """Send a report under this replica's epoch."""
-        self._socket.send(encode_report(report, self._epoch))
+        self._socket.send(encode_report(report, self._epoch, self._outbox.next()))
 
     def wait(self, timeout_ms: int | None = None) -> None:
         """Return when a command or a watched descriptor is readable, at the latest after ``timeout_ms``."""
         self._poller.poll(timeout_ms)
 
     def receive(self) -> list[AnyCommand]:
-        """All commands that have arrived, in order; those for another incarnation are left out.
+        """All commands that have arrived, in order, up to the first one that did not; those for another incarnation are
+        left out. How this one ends is heard in any case.
 
         Raises:
             ProtocolError: the orchestrator speaks another version.
@@ -74,7 +86,7 @@ class Channel:
             except zmq.Again:
                 return commands
             envelope = decode_command(data)
-            if envelope.epoch == self._epoch:
+            if envelope.epoch == self._epoch and self._inbox.take(envelope.number):
                 commands.append(envelope.message)
 
     def close(self) -> None:

@@ -26,7 +26,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         world_size: Processes that the replica should have.
         replica_factory: "module:function" that makes a replica of an ``EngineConfig``.
         heartbeat_seconds: Between two signs of life.
-        key_file: Of the ``ClusterKeys`` that the orchestrator asks for; None where it asks for none.
+        key_file: Of the ``ClusterKeys`` that the orchestrator asks for over TCP, as replicas of other hosts do; None
+            where they ask for none.
         kv_endpoint: Where replicas of other hosts may read exported KV, such as "tcp://10.0.0.5:*", with these keys;
             None: nowhere.
         log_level: Of the worker's own log on stderr.
@@ -67,6 +68,10 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def keys(self) -> ClusterKeys | None:
         """What the key file holds. Raises ConfigError when that is no keys."""
         return None if self.key_file is None else ClusterKeys.read(Path(self.key_file))
+
+    def link_keys(self) -> ClusterKeys | None:
+        """Those for the orchestrator's socket: one of this host alone, in a folder of this user's, asks for none."""
+        return self.keys() if self.endpoint.startswith("tcp://") else None
 
     def load_factory(self) -> Callable[[EngineConfig], Any]:
         """Raises ConfigError when there is no such function."""

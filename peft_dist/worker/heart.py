@@ -15,7 +15,11 @@ _ORPHANS_SECONDS = 0.25
 
 
 class Heart:
-    """Sends a ``Heartbeat`` every so often. A stopped process sends none, and a loop that is stuck is told of."""
+    """Sends a ``Heartbeat`` every so often. A stopped process sends none, and a loop that is stuck is told of.
+
+    Attributes:
+        missed: As in ``Heartbeat``.
+    """
 
     def __init__(
         self,
@@ -30,6 +34,7 @@ class Heart:
         self._vigil = vigil
         self._clock = clock
         self._round_began: float | None = None
+        self.missed: tuple[int, int] | None = None
         self._stopped = False
         self._due = threading.Event()
         self._thread: threading.Thread | None = None
@@ -67,7 +72,7 @@ class Heart:
         """The sign of life of this moment."""
         began = self._round_began
         busy = 0.0 if began is None else max(self._clock() - began, 0.0)
-        return Heartbeat(busy_seconds=busy, is_orphaned=self._is_orphaned)
+        return Heartbeat(busy_seconds=busy, is_orphaned=self._is_orphaned, missed=self.missed)
 
     @property
     def _is_orphaned(self) -> bool:

@@ -15,9 +15,11 @@ import zmq.asyncio
 
 from peft_dist.core.cluster_keys import ClusterKeys
 from peft_dist.core.config import EngineConfig
-from peft_dist.core.messages import AnyCommand, Join, Leave, Welcome, decode_command, encode_report
+from peft_dist.core.joining import Join, Leave, Welcome
+from peft_dist.core.messages import AnyCommand, decode_command, encode_report
 from peft_dist.core.restarts import RestartPolicy
 from peft_dist.core.waiting import unless
+from peft_dist.worker.kv_address import NOWHERE, of_guest
 from peft_dist.worker.launcher import LAUNCHERS, LaunchedReplica
 from peft_dist.worker.status import EXIT_FENCED, EXIT_ORPHANED
 
@@ -34,6 +36,8 @@ class JoinSettings:
         key_file: Of its ``ClusterKeys``.
         engine: What this machine has otherwise, as fields of ``EngineConfig``.
         launcher: Name in ``LAUNCHERS``.
+        kv_endpoint: Where replicas of other hosts read this one's KV, such as "tcp://10.0.0.5:*"; "none": nowhere, nor
+            does it read theirs; None: at the address of this host on the way to the orchestrator.
         silence: Seconds without a word of the orchestrator after which it counts as gone: the replica drops its
             requests, and waits for another one with its model and adapters.
         orphan_timeout: Seconds that it waits; then it is ended, and asks to join.
@@ -45,6 +49,7 @@ class JoinSettings:
     key_file: Path | None
     engine: dict[str, object]
     launcher: str = "accelerate"
+    kv_endpoint: str | None = None
     silence: float = 10.0
     orphan_timeout: float = 60.0
     restart: RestartPolicy = field(default_factory=RestartPolicy)
@@ -103,10 +108,17 @@ async def _launch(settings: JoinSettings, welcome: Welcome, name: str) -> Launch
             "guest": name,
             "attempt": welcome.attempt,
             "told": welcome.engine,
+            "kv_endpoint": _kv_endpoint(settings),
         },
     )
     logger.info("replica %d of %s: loading %s", welcome.replica_id, settings.address, engine.model)
     return await launcher.start(settings.address, welcome.replica_id, welcome.incarnation)
+
+
+def _kv_endpoint(settings: JoinSettings) -> str | None:
+    if settings.kv_endpoint is None:
+        return of_guest(settings.address, has_keys=settings.key_file is not None)
+    return None if settings.kv_endpoint == NOWHERE else settings.kv_endpoint
 
 
 async def _accompany(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import struct
 import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,13 +15,20 @@ import zmq
 from peft_dist.core.cluster_keys import ClusterKeys
 from peft_dist.core.errors import ConfigError
 from peft_dist.core.handover import KVHandle
-from peft_dist.runner.shared_memory import MemoryGoneError, SharedMemory, open_memory
+from peft_dist.runner.shared_memory import MemoryGoneError, open_memory
+from peft_dist.worker.kv_address import reachable
 
+logger = logging.getLogger(__name__)
 CHUNK_BYTES = 1 << 20
 # Asked for before the first of them has come, so that neither side waits for the way.
 _WINDOW = 8
 _SILENCE_MS = 5000
+_SILENT_SECONDS = 60.0
 _REQUEST = struct.Struct("<QQ")
+
+
+class NoAnswerError(MemoryGoneError):
+    """Nothing came from there."""
 
 
 class TcpTransport:
@@ -28,19 +38,24 @@ class TcpTransport:
     what travels is encrypted, and only goes to whoever has them too.
     """
 
-    def __init__(self, endpoint: str, silence_ms: int = _SILENCE_MS, keys: ClusterKeys | None = None) -> None:
+    def __init__(
+        self, endpoint: str, silence_ms: int = _SILENCE_MS, keys: ClusterKeys | None = None, home: str | None = None
+    ) -> None:
         """
         Args:
             endpoint: An address of this host that others can reach, such as ``tcp://10.0.0.5:*``.
             keys: Of the cluster; None only where no other machine can reach the address.
+            home: The orchestrator's host, for KV of replicas there that are served on every address of it.
 
         Raises:
             ConfigError: the address cannot be used, or others could listen in.
         """
         if keys is None and not endpoint.startswith("tcp://127."):
             raise ConfigError(f"kv_endpoint={endpoint!r} can be reached from other machines: it needs a key_file")
-        self._silence_ms, self._keys = silence_ms, keys
-        self._memories: dict[str, SharedMemory] = {}
+        self._silence_ms, self._keys, self._home = silence_ms, keys, home
+        # By address, until when nobody asks there.
+        self._silent_until: dict[str, float] = {}
+        self._memories: dict[str, Callable[[], torch.Tensor]] = {}
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.SocketType.ROUTER)
         self._socket.set(zmq.SocketOption.LINGER, 0)
@@ -55,14 +70,14 @@ class TcpTransport:
         self._thread = threading.Thread(target=self._serve, name="kv-server", daemon=True)
         self._thread.start()
 
-    def offer(self, memory: SharedMemory) -> str | None:
-        """Let others read this memory; where."""
-        self._memories[memory.token] = memory
+    def offer(self, token: str, contents: Callable[[], torch.Tensor]) -> str | None:
+        """As in ``Transport``."""
+        self._memories[token] = contents
         return self.address
 
-    def withdraw(self, memory: SharedMemory) -> None:
+    def withdraw(self, token: str) -> None:
         """End what ``offer`` began."""
-        self._memories.pop(memory.token, None)
+        self._memories.pop(token, None)
 
     def open(self, kv: KVHandle) -> torch.Tensor:
         """What another replica exported: uint8 ``[kv.num_bytes]``.
@@ -75,7 +90,17 @@ class TcpTransport:
         except MemoryGoneError:
             if kv.address is None:
                 raise
-        return fetch(kv.address, kv.token, kv.num_bytes, self._silence_ms, self._keys)
+        address = reachable(kv.address, self._home)
+        # The request stands still meanwhile: one wait for a way that is barred is enough for a while.
+        if time.monotonic() < self._silent_until.get(address, 0.0):
+            raise MemoryGoneError(f"{address} did not answer a moment ago")
+        try:
+            return fetch(address, kv.token, kv.num_bytes, self._silence_ms, self._keys)
+        except NoAnswerError:
+            now = time.monotonic()
+            self._silent_until = {each: until for each, until in self._silent_until.items() if until > now}
+            self._silent_until[address] = now + _SILENT_SECONDS
+            raise
 
     def close(self) -> None:
         """End the thread; what is under way is not finished."""
@@ -98,9 +123,15 @@ class TcpTransport:
         memory = self._memories.get(token.decode(errors="replace"))
         if memory is None or len(request) != _REQUEST.size:
             return b""
+        try:
+            contents = memory()
+        except (OSError, RuntimeError) as error:
+            # No memory for the copy, or the device has failed: who asks computes it instead.
+            logger.warning("KV that another host asks for cannot be copied to this one's memory: %s", error)
+            return b""
         first, length = _REQUEST.unpack(request)
-        first = min(first, len(memory.contents))
-        return memory.contents[first : first + min(length, CHUNK_BYTES)].numpy()
+        first = min(first, len(contents))
+        return contents[first : first + min(length, CHUNK_BYTES)].numpy()
 
 
 def fetch(
@@ -109,8 +140,8 @@ def fetch(
     """Read an export of another host: uint8 ``[num_bytes]``.
 
     Raises:
-        MemoryGoneError: it is not there any more, or nothing came for ``silence_ms``, which is all that one with other
-            keys will see.
+        MemoryGoneError: it is not there any more.
+        NoAnswerError: nothing came for ``silence_ms``, which is all that one with other keys will see.
     """
     contents = torch.empty(num_bytes, dtype=torch.uint8)
     with zmq.Context() as context, context.socket(zmq.SocketType.DEALER) as socket:
@@ -133,7 +164,7 @@ def _receive(socket: zmq.Socket[bytes], contents: torch.Tensor, address: str) ->
     try:
         request, chunk = socket.recv_multipart()
     except zmq.Again:
-        raise MemoryGoneError(f"{address} does not answer") from None
+        raise NoAnswerError(f"{address} does not answer") from None
     first, length = _REQUEST.unpack(request)
     if len(chunk) != length:
         raise MemoryGoneError(f"{address} has let it go")

@@ -27,6 +27,8 @@ from peft_dist.worker.status import told_status
 from peft_dist.worker.survivors import Launch, record
 
 _TERMINATE_SECONDS = 5.0
+# Where nobody comes after this process, none of a launch outlives it.
+_TETHER = (sys.executable, "-I", str(Path(__file__).with_name("tether.py")))
 _GPUS = "/proc/driver/nvidia/gpus"
 
 
@@ -134,7 +136,7 @@ class PlainLauncher:
             undo.callback(os.close, lifeline)
             try:
                 process = await asyncio.create_subprocess_exec(
-                    *self._command(folder),
+                    *(self._command(folder) if self._state else (*_TETHER, *self._command(folder))),
                     stdin=read_end,
                     start_new_session=True,
                     env={**os.environ, **self._environment(replica_id)},

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.errors import PeftDistError
+from peft_dist.core.joining import Welcome
 from peft_dist.core.messages import (
     AdapterResult,
     AnyCommand,
@@ -19,9 +20,8 @@ from peft_dist.core.messages import (
     Ping,
     Shutdown,
     UnloadAdapter,
-    Welcome,
 )
-from peft_dist.core.succession import Adopt, Identify, NameAdapters, NamesKept
+from peft_dist.core.succession import Adopt, Identify, KeepDrained, NameAdapters, NamesKept
 from peft_dist.engine.driver import EngineDriver
 from peft_dist.worker.allegiance import Allegiance
 from peft_dist.worker.channel import Channel
@@ -108,14 +108,14 @@ class WorkerLoop:
                 # One that was let go before it hears this, because a sign of life crossed the farewell, ended well.
                 self.is_fenced |= not self._stopped
                 self._stopped = True
-            case NameAdapters() | Identify() | Adopt():
+            case NameAdapters() | KeepDrained() | Identify() | Adopt():
                 self._serve_another(command)
             case Ping() | Welcome():
                 """That it came is all there is to it; the other is for who asked to join."""
             case _:
                 self._driver.handle(command)
 
-    def _serve_another(self, command: NameAdapters | Identify | Adopt) -> None:
+    def _serve_another(self, command: NameAdapters | KeepDrained | Identify | Adopt) -> None:
         """What concerns an orchestrator after this one, or is said by it."""
         if self._allegiance is None:
             return
@@ -123,6 +123,8 @@ class WorkerLoop:
             case NameAdapters():
                 self._allegiance.remember(command)
                 self._channel.send(NamesKept(version=command.version))
+            case KeepDrained():
+                self._allegiance.keep_drained(command)
             case Identify():
                 self._driver.drop_requests()
                 self._allegiance.identify()
@@ -145,14 +147,15 @@ class WorkerLoop:
             if isinstance(found, Exception):
                 raise found
             spec = found
-            self._replica.register_adapter(spec, allow_pickle=command.allow_pickle, pinned=command.pinned)
+            pinned = command.pinned if self._allegiance is None else self._allegiance.pins(command)
+            self._replica.register_adapter(spec, allow_pickle=command.allow_pickle, pinned=pinned)
         except Exception as error:  # No adapter, however broken, may end the serving of the others.
             if not isinstance(error, PeftDistError):
                 logger.exception("loading adapter %r failed", command.name)
             self._channel.send(AdapterResult(call_id=command.call_id, error=describe(error)))
         else:
             self._driver.adapters[spec.content_hash] = spec
-            self._note_pin(spec.name, pinned=command.pinned)
+            self._note_pin(spec.name, pinned=pinned)
             self._channel.send(AdapterResult(call_id=command.call_id, spec=spec))
 
 

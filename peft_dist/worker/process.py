@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import signal
@@ -19,10 +18,12 @@ from peft_dist.worker.allegiance import Allegiance
 from peft_dist.worker.channel import Channel
 from peft_dist.worker.config import WorkerConfig
 from peft_dist.worker.heart import Heart
+from peft_dist.worker.kv_address import host_of
 from peft_dist.worker.lifeline import drop_broken_output, watch_standard_input
 from peft_dist.worker.loop import WorkerLoop, describe
 from peft_dist.worker.replica import Replica
 from peft_dist.worker.status import EXIT_FENCED, EXIT_ORPHANED, tell_status
+from peft_dist.worker.tether import end_with_parent
 from peft_dist.worker.vigil import Vigil
 
 if TYPE_CHECKING:
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _LAST_WORDS_MS = 5000
-# PR_SET_PDEATHSIG of <linux/prctl.h>.
-_SET_PARENT_DEATH_SIGNAL = 1
 
 
 def run_worker(config: WorkerConfig, orphaned: Callable[[], None]) -> int:
@@ -40,7 +39,7 @@ def run_worker(config: WorkerConfig, orphaned: Callable[[], None]) -> int:
 
     ``orphaned``: Ends the process, from any thread, when nobody is left to serve.
     """
-    channel = Channel(config.endpoint, config.replica_id, config.epoch, config.keys())
+    channel = Channel(config.endpoint, config.replica_id, config.epoch, config.link_keys())
     vigil = None if config.orphan_timeout is None else _keep_vigil(config, config.orphan_timeout, orphaned)
     heart = Heart(channel, config.heartbeat_seconds, vigil)
     if vigil is not None:
@@ -100,7 +99,8 @@ def _serve_kv(config: WorkerConfig, replica: Replica) -> TcpTransport | None:
         return None
     from peft_dist.worker.kv_server import TcpTransport
 
-    server = TcpTransport(config.kv_endpoint, keys=config.keys())
+    home = host_of(config.endpoint) if config.endpoint.startswith("tcp://") else None
+    server = TcpTransport(config.kv_endpoint, keys=config.keys(), home=home)
     replica.use_transport(server)
     return server
 
@@ -141,16 +141,6 @@ def find_adapter(command: LoadAdapter) -> Path:
     return folder
 
 
-def end_with_parent() -> None:
-    """Have the system kill this process when the launcher that started it has ended, also while it is stopped.
-
-    Torch's launcher puts ranks into sessions of their own, where signals for its process group do not come.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "prctl"):
-        libc.prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
-
-
 def _terminate(signum: int, frame: FrameType | None) -> None:
     # An exception could surface anywhere, and whoever sends this signal expects nothing more from us.
     os._exit(128 + signum)
@@ -176,10 +166,12 @@ def main(argv: list[str]) -> int:
         # Not an exception: the main thread may be inside a long computation, and there is nobody to report to.
         os._exit(EXIT_ORPHANED)
 
-    if config.orphan_timeout is None or config.guest is not None:
+    ends_with_starter = config.orphan_timeout is None or config.guest is not None
+    if ends_with_starter:
         # Whoever started it holds the other end: the orchestrator, or the one that asked to join.
         watch_standard_input(orphaned)
-    if config.world_size > 1:
+    # Torch's launcher puts ranks into sessions of their own, where signals for its process group do not come.
+    if ends_with_starter or config.world_size > 1:
         end_with_parent()
     if rank:
         return run_rank(config)

@@ -4,9 +4,9 @@
 
 A server of SmolLM2-135M-Instruct (or `--model`) on the CPU with two adapters, one of them loaded over HTTP. In each
 round streams run on both, the server is killed, and started again with the same options. Told are the seconds from that
-start until `/ready` answers 200, and until a request with an adapter has its answer, which must be the one before. The
-workers must be the same processes, and bring no adapter to the device again. The first start, which loads everything,
-is told for comparison. Writes docs/results/restart.json.
+start until `/ready` answers 200 for all replicas, and until a request with an adapter has its answer, which must be the
+one before. The workers must be the same processes, and bring no adapter to the device again. The first start, which
+loads everything, is told for comparison. Writes docs/results/restart.json.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class Server:
     command: list[str]
     folder: Path
     port_file: Path
+    replicas: int
     began: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
@@ -68,7 +69,7 @@ class Server:
         return time.perf_counter() - self.began
 
     def is_ready(self) -> bool:
-        return self.port_file.exists() and httpx.get(f"{self.url}/ready").status_code == 200
+        return self.port_file.exists() and httpx.get(f"{self.url}/ready?replicas={self.replicas}").status_code == 200
 
     def ask(self, model: str) -> list[int]:
         body = {"model": model, "prompt": PROMPT, "max_tokens": 8, "temperature": 0, "return_token_ids": True}
@@ -117,7 +118,7 @@ def measure(options: argparse.Namespace, command: list[str], adapters: dict[str,
     state, port_file = folder / "state", folder / "port"
     command = [*command, "--state-dir", str(state), "--port", "0", "--port-file", str(port_file)]
     command += ["--adapter", f"adapter0={adapters['adapter0']}"]
-    server = Server(command, folder, port_file)
+    server = Server(command, folder, port_file, options.replicas)
     try:
         first = server.wait(server.is_ready)
         load = {"lora_name": "adapter1", "lora_path": str(adapters["adapter1"])}
@@ -127,7 +128,7 @@ def measure(options: argparse.Namespace, command: list[str], adapters: dict[str,
         for _ in range(options.rounds):
             kill_during_streams(server)
             loads = None
-            server = Server(command, folder, port_file)
+            server = Server(command, folder, port_file, options.replicas)
             ready.append(server.wait(server.is_ready))
             found = server.ask("adapter1")
             answered.append(time.perf_counter() - server.began)

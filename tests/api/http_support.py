@@ -31,7 +31,7 @@ from peft_dist.core.messages import ReplicaDetail, ReplicaStats, SequenceProgres
 from peft_dist.core.outputs import Logprob, PositionLogprobs
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.orchestrator.admission import check_prompt, check_token_parameters, resolve_max_tokens
-from peft_dist.orchestrator.observation import MigrationView, ReplicaTotals, ReplicaView
+from peft_dist.orchestrator.observation import MigrationView, ReplicaTotals, ReplicaView, RollingView
 
 BASE = "tiny-base"
 MAX_MODEL_LEN = 512
@@ -177,8 +177,30 @@ class ScriptedStream:
             finish_reason=reason,
             stop_reason=stop,
             num_cached_tokens=cached,
-            queue_seconds=QUEUE_SECONDS,
+            queue_seconds=QUEUE_SECONDS * (index + 1),
         )
+
+
+class ScriptedRolling:
+    """A rolling restart that is where a test says."""
+
+    def __init__(self) -> None:
+        self.shown = RollingView()
+
+    def begin(self) -> RollingView:
+        if self.shown.is_running:
+            raise ReplicaStateError("a rolling restart is under way, at replica 0: wait for its end")
+        self.shown = RollingView("running", "draining", 0, left=(1,))
+        return self.shown
+
+    def cancel(self) -> RollingView:
+        if not self.shown.is_running:
+            raise ReplicaStateError("no rolling restart is under way: there is nothing to stop")
+        self.shown = RollingView("stopped", None, 0, left=(1,), error="somebody asked for it")
+        return self.shown
+
+    def view(self) -> RollingView:
+        return self.shown
 
 
 class ScriptedClient:
@@ -230,6 +252,7 @@ class ScriptedClient:
         self.load_calls: list[dict[str, Any]] = []
         self.pinned: set[str] = set()
         self.drains: list[bool] = []
+        self.rolling = ScriptedRolling()
         self.migrated: MigrationView | None = None
 
     @property

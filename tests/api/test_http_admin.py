@@ -22,6 +22,25 @@ def test_a_replica_is_drained_and_resumed(engine: ScriptedClient, http: httpx.Cl
     assert error_of(http.post("/admin/resume/0", json={}), 409)["code"] == "replica_state"
 
 
+def test_a_rolling_restart_is_begun_and_followed(engine: ScriptedClient, http: httpx.Client) -> None:
+    path = "/admin/rolling-restart"
+    none = {"state": "none", "stage": None, "current": None, "restarted": [], "left": [], "skipped": [], "error": None}
+    assert http.get(path).json() == none
+    begun = http.post(path, json={})
+    assert begun.status_code == 202
+    assert (
+        begun.json()
+        == http.get(path).json()
+        == {**none, "state": "running", "stage": "draining", "current": 0, "left": [1]}
+    )
+    assert error_of(http.post(path, json={}), 409)["code"] == "replica_state"
+    assert error_of(http.post(path, json={"now": True}), 400)
+    stopped = http.delete(path)
+    assert stopped.status_code == 200 and stopped.json() == http.get(path).json()
+    assert stopped.json()["error"] == "somebody asked for it"
+    assert error_of(http.delete(path), 409)["code"] == "replica_state"
+
+
 def test_what_is_no_replica(http: httpx.Client) -> None:
     assert error_of(http.post("/admin/drain/7", json={}), 404)["code"] == "replica_not_found"
     assert error_of(http.post("/admin/drain/x", json={}), 400)
@@ -29,24 +48,33 @@ def test_what_is_no_replica(http: httpx.Client) -> None:
     assert error_of(http.get("/admin/drain/0"), 405)
 
 
-@pytest.mark.parametrize("path", ["/admin/drain/0", "/admin/resume/0", "/admin/other"])
+@pytest.mark.parametrize("path", ["/admin/drain/0", "/admin/resume/0", "/admin/rolling-restart", "/admin/other"])
 def test_it_takes_the_admin_key_or_this_machine(path: str) -> None:
     engine = ScriptedClient()
     guarded = ServerOptions(api_keys=KEYS, admin_key=ADMIN)
     assert ask(guarded, path, {}, engine=engine).status_code == 401
     assert ask(guarded, path, {}, key=KEYS[0], engine=engine).status_code == 403
     assert ask(ServerOptions(), path, {}, peer=REMOTE, engine=engine).status_code == 403
-    assert engine.drains == []
+    assert engine.drains == [] and engine.rolling.view().state == "none"
     assert ask(guarded, "/admin/drain/0", {}, key=ADMIN, peer=REMOTE, engine=engine).status_code == 200
 
 
-def test_health_is_about_any_replica_and_ready_about_all(
+def test_ready_while_enough_replicas_serve_everything(
     engine: ScriptedClient, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert http.get("/health").json() == {"status": "ok", "replicas": {"0": "ready"}}
-    assert http.get("/ready").status_code == 200
+    assert http.get("/ready").json() == {"status": "ok", "serving": 1, "of": 1, "replicas": {"0": "ready"}}
+    assert error_of(http.get("/ready?replicas=2"), 503)["message"] == "1 of 1 replicas serve, 2 asked for."
+    assert error_of(http.get("/ready?replicas=0"), 400)
     [view] = engine.replicas()
     views: list[Any] = [view, replace(view, replica_id=1, state="starting")]
     monkeypatch.setattr(engine, "replicas", lambda: views)
     assert http.get("/health").json()["replicas"] == {"0": "ready", "1": "starting"}
-    assert "replica 1 is starting" in error_of(http.get("/ready"), 503)["message"]
+    answer = http.get("/ready").json()
+    assert (answer["serving"], answer["of"], answer["replicas"]) == (1, 2, {"0": "ready", "1": "starting"})
+    error = error_of(http.get("/ready?replicas=2"), 503)
+    assert error["message"] == "1 of 2 replicas serve, 2 asked for: replica 1 is starting."
+    views[:] = [replace(view, state="draining"), replace(view, replica_id=1, num_coming=2)]
+    error = error_of(http.get("/ready"), 503)
+    assert error["code"] == "not_ready"
+    assert error["message"].endswith("replica 0 is draining, replica 1 waits for 2 adapters.")

@@ -11,7 +11,8 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from tests.api.http_support import BASE, ScriptedClient, encode
+from peft_dist.workload.streams import Stream
+from tests.api.http_support import BASE, QUEUE_SECONDS, ScriptedClient, encode
 
 COMPLETION = {"model": BASE, "prompt": "hello", "max_tokens": 3}
 CHAT = {"model": BASE, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 3}
@@ -33,6 +34,29 @@ def test_headers(http: httpx.Client) -> None:
     assert response.headers["x-request-id"] == events(response)[0]["id"]
     whole = http.post("/v1/completions", json=COMPLETION)
     assert whole.headers["x-request-id"] == whole.json()["id"]
+
+
+@pytest.mark.parametrize("of_every_chunk", [False, True])
+@pytest.mark.parametrize(("route", "body"), [("/v1/completions", COMPLETION), ("/v1/chat/completions", CHAT)])
+def test_the_time_in_the_queue_is_told_and_the_workload_client_reads_it(
+    http: httpx.Client, route: str, body: dict[str, Any], of_every_chunk: bool
+) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": of_every_chunk}
+    response = http.post(route, json={**body, "n": 2, "stream": True, "stream_options": options})
+    read = Stream()
+    read.feed(response.content, 0.0)
+    longest = 2 * QUEUE_SECONDS
+    assert read.queueing == events(response)[-1]["usage"]["queue_time"] == longest
+    assert http.post(route, json={**body, "n": 2}).json()["usage"]["queue_time"] == longest
+
+
+def test_no_time_in_the_queue_is_told_before_anything_ran(http: httpx.Client) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    opening, first, *_ = events(
+        http.post("/v1/chat/completions", json={**CHAT, "stream": True, "stream_options": options})
+    )
+    assert opening["usage"]["queue_time"] is None
+    assert first["usage"]["queue_time"] == QUEUE_SECONDS
 
 
 def test_completion_events(http: httpx.Client) -> None:

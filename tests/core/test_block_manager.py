@@ -7,7 +7,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from peft_dist.core.block_hash import block_hash
+from peft_dist.core.block_hash import chain_hashes
 from peft_dist.core.block_manager import BlockManager
 
 BLOCK = 4
@@ -26,7 +26,7 @@ class Blocks(RuleBasedStateMachine):
     def chain(self, kind: int, count: int) -> list[bytes]:
         keys, parent = [], str(kind).encode()
         for _ in range(count):
-            parent = block_hash(parent, [kind] * BLOCK)
+            parent = chain_hashes(parent, [kind] * BLOCK, BLOCK)[0]
             keys.append(parent)
         return keys
 

@@ -21,7 +21,8 @@ from zmq.utils.monitor import recv_monitor_message
 
 from peft_dist.core.cluster_keys import ClusterKeys
 from peft_dist.core.errors import ConfigError
-from peft_dist.core.messages import Join, encode_report
+from peft_dist.core.joining import Join
+from peft_dist.core.messages import encode_report
 from peft_dist.core.restarts import RestartPolicy
 from peft_dist.orchestrator.core import OrchestratorOptions
 from peft_dist.orchestrator.guests import Invitation
@@ -63,7 +64,14 @@ class Guest:
     def __init__(self, address: str, key_file: Path | None = None) -> None:
         self._stop = asyncio.Event()
         settings = JoinSettings(
-            address, key_file, {"num_threads": 1}, launcher="plain", silence=2 * SILENCE, log_level="critical"
+            address,
+            key_file,
+            {"num_threads": 1},
+            launcher="plain",
+            # Torch, which serves it, takes longer to import than a fake does to run.
+            kv_endpoint="none",
+            silence=2 * SILENCE,
+            log_level="critical",
         )
         self.task = asyncio.create_task(join(settings, self._stop))
 

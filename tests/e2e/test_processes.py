@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import select
 import signal
@@ -30,11 +31,12 @@ ENGINE = EngineConfig(model="org/fake", device="cpu", num_threads=1)
 LONG = SamplingParams(max_tokens=400)
 
 ORPHAN_MAKER = """
-import asyncio
+import asyncio, sys
+from peft_dist.worker import launcher
 from tests.e2e.test_processes import HOLD, LONG, started
 
 async def main():
-    async with started() as service:
+    async with started(kind=getattr(launcher, sys.argv[1])) as service:
         stream = service.generate("r", [HOLD], LONG, None)
         await anext(stream)
         print(service.replica_pids()[0], flush=True)
@@ -109,6 +111,31 @@ def test_sequences_stream_back_in_order_and_the_worker_ends_with_the_service(kin
                     assert [p.finish_reason for p in result[index]][-2:] == [None, "length"]
             assert service.stats().num_free_blocks == NUM_BLOCKS
         assert ended(pid) and not service.is_healthy
+
+    run(work())
+
+
+def test_a_replica_that_is_stopped_makes_clients_that_give_up_wait_for_room() -> None:
+    """Nothing limits its silence: it has one server, which starts no other."""
+
+    async def work() -> None:
+        async with started() as service:
+            pid = service.replica_pids()[0]
+            os.kill(pid, signal.SIGSTOP)
+            admitted = 0
+            for number in range(50):
+                try:
+                    stream = service.generate(f"r{number}", [5] * 50, LONG, None)
+                except QueueFullError:
+                    continue
+                admitted += 1
+                await stream.aclose()
+            os.kill(pid, signal.SIGCONT)
+            assert admitted == 8, "what it runs at once, and what may wait"
+            while service._core.room.num_held:
+                await asyncio.sleep(0.01)
+            [progress] = (await collect(service, "next", [5], SamplingParams(max_tokens=1)))[0]
+            assert progress.finish_reason == "length"
 
     run(work())
 
@@ -285,11 +312,19 @@ def test_draining_lets_streams_finish_and_stopping_fails_the_rest() -> None:
     run(work())
 
 
-def test_a_worker_does_not_outlive_a_killed_orchestrator() -> None:
+@pytest.mark.parametrize(
+    ("kind", "is_stopped"),
+    [
+        ("PlainLauncher", False),
+        ("PlainLauncher", True),
+        pytest.param("AccelerateLauncher", True, marks=pytest.mark.slow),
+    ],
+)
+def test_a_worker_does_not_outlive_a_killed_orchestrator(kind: str, is_stopped: bool) -> None:
     # Killed, it cannot clean up after itself.
     with tempfile.TemporaryDirectory() as folder:
         maker = subprocess.Popen(
-            [sys.executable, "-c", ORPHAN_MAKER],
+            [sys.executable, "-c", ORPHAN_MAKER, kind],
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
@@ -298,6 +333,14 @@ def test_a_worker_does_not_outlive_a_killed_orchestrator() -> None:
         assert maker.stdout is not None
         with maker.stdout:
             pid = int(maker.stdout.readline())
+            if is_stopped:
+                os.kill(pid, signal.SIGSTOP)
+                while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+                    pass
             maker.kill()
             maker.wait()
-        assert ended(pid)
+        try:
+            assert ended(pid)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)

@@ -147,7 +147,7 @@ def test_what_is_missing_is_started_and_brought_the_adapters(tmp_path: Path) -> 
         second = own.begin()
         # The one that is left serves alone until the other is there.
         assert tokens(second, model="sql", prompt=[5]) == expected
-        second.until(lambda: httpx.get(f"{second.url}/ready").status_code == 200)
+        second.until(lambda: httpx.get(f"{second.url}/ready?replicas=2").status_code == 200)
         after = own.workers()
         assert after[0] == before[0] and after[1] != before[1]
         assert [tokens(second, model="sql", prompt=[5]) for _ in range(4)] == [expected] * 4
@@ -156,6 +156,24 @@ def test_what_is_missing_is_started_and_brought_the_adapters(tmp_path: Path) -> 
         third = own.begin("--replicas", "1")
         assert own.workers().keys() == {0} and ended(after[1])
         assert "replica 1 of the last life is ended, not adopted: fewer replicas" in third.log
+
+
+@pytest.mark.slow
+def test_a_drained_replica_stays_drained_after_a_crash_of_the_server(tmp_path: Path) -> None:
+    def states(server: Server) -> list[str]:
+        return list(httpx.get(f"{server.url}/health").json()["replicas"].values())
+
+    with lives(tmp_path, "--replicas", "2") as own:
+        first = own.begin()
+        assert first.post("/admin/drain/0", {}).status_code == 200
+        before = own.workers()
+        kill(first)
+        second = own.begin()
+        assert own.workers() == before and states(second) == ["draining", "ready"]
+        assert "POST /admin/resume/0" in second.log and tokens(second, model="__base__", prompt=[5])
+        assert second.post("/admin/resume/0", {}).status_code == 200
+        kill(second)
+        assert states(own.begin()) == ["ready", "ready"]
 
 
 @pytest.mark.slow

@@ -171,6 +171,24 @@ def test_the_queue_refuses_beyond_its_bound_and_tells_when_to_come_back() -> Non
     assert caught.value.retry_after == 8.0
 
 
+def test_what_a_replica_has_not_taken_in_keeps_its_room_though_its_client_has_gone() -> None:
+    core = ready_core(max_num_seqs=2, max_queue=1)
+    for number in range(3):
+        submit(core, f"r{number}")
+        core.abort(f"r{number}", 0.0)
+    assert core.num_unfinished == 0 and core.room.num_held == 3
+    with pytest.raises(QueueFullError):
+        submit(core, "next")
+    core.observe(0, 1, Progress(sequences=[], stats=ReplicaStats(), num_taken=2), 0.0)
+    submit(core, "next", n=2)
+    with pytest.raises(QueueFullError):
+        submit(core, "another")
+    # What it has taken in is gone when it is told to end it.
+    core.observe(0, 1, Progress(sequences=[], stats=ReplicaStats(), num_taken=5), 0.0)
+    core.abort("next", 0.0)
+    assert core.room.num_held == 0
+
+
 def test_progress_reaches_its_sequence_and_ends_it() -> None:
     core = ready_core()
     submit(core, n=2)

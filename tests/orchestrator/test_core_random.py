@@ -42,6 +42,7 @@ from peft_dist.placement.aggregation import RequestMove
 from peft_dist.placement.placer import KINDS, MigrationKind, Search
 from peft_dist.placement.planning import greedy_plan
 from tests.orchestrator.world import MiniReplica, drawn_token
+from tests.worker.fake_replica import NUM_BLOCKS
 
 MAX_NUM_SEQS, MAX_QUEUE, NUM_REPLICAS = 2, 2, 2
 NAMES = st.sampled_from(["red", "blue"])
@@ -55,7 +56,9 @@ class Machine(RuleBasedStateMachine):
     @initialize(kind=st.sampled_from(KINDS), loaded=st.booleans())
     def begin(self, kind: MigrationKind, loaded: bool) -> None:
         restart = RestartPolicy(first=0.0, longest=0.0, max_failures=10**6)
-        options = OrchestratorOptions(MAX_NUM_SEQS, MAX_QUEUE, seed=0, max_wait=1e9, restart=restart, migration=kind)
+        options = OrchestratorOptions(
+            MAX_NUM_SEQS, MAX_QUEUE, seed=0, max_wait=1e9, restart=restart, migration=kind, prefix_caching=True
+        )
         self.core = Orchestrator(options)
         self.kind = kind
         self.searches: deque[Search] = deque()
@@ -149,7 +152,7 @@ class Machine(RuleBasedStateMachine):
     def submit(self, n: int, max_tokens: int | None, name: str | None) -> None:
         self.count += 1
         new = NewRequest(f"r{self.count}", [5] * 10, SamplingParams(n=n, max_tokens=max_tokens), name)
-        before, num_ready = self.core.num_unfinished, len(self.core.replicas.ready())
+        before, num_ready = self.core.room.num_held, len(self.core.replicas.ready())
         try:
             out = self.core.submit(new, self.now)
         except QueueFullError as error:
@@ -389,9 +392,18 @@ class Machine(RuleBasedStateMachine):
         assert self.core.num_unfinished == len(self.open) <= NUM_REPLICAS * MAX_NUM_SEQS + MAX_QUEUE
 
     @invariant()
+    def what_waits_for_a_replica_to_listen_takes_room(self) -> None:
+        waiting = sum(isinstance(each, AddRequest) for one in self.replicas.values() for each in one.commands)
+        assert waiting <= self.core.room.num_held
+
+    @invariant()
     def the_books_are_right(self) -> None:
         assert self.core.adapters.pinned == self.pinned <= self.named.keys()
+        coming = Counter(epoch for epoch, _ in self.core._calls._coming)
+        assert {r.epoch: r.num_coming for r in self.core.replicas.all_alive() if r.num_coming} == coming
         for replica_id in self.replicas:
+            known = self.core._requests.prefixes.num_known(replica_id)
+            assert known <= NUM_BLOCKS and (not known or self.core.replicas[replica_id].model)
             backlog, records = self.core._requests.backlog(replica_id), self.core._requests.on_replica(replica_id)
             sequences = [sequence for record in records for sequence in record.unfinished.values()]
             assert backlog.num_sequences == len(sequences)

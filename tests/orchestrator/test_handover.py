@@ -19,12 +19,13 @@ from peft_dist.core.messages import (
     Shutdown,
     Started,
 )
+from peft_dist.core.restarts import RestartPolicy
 from peft_dist.core.step_costs import StepCosts
 from peft_dist.orchestrator.core import Orchestrator
 from peft_dist.orchestrator.observation import MovesView
-from peft_dist.orchestrator.records import Outgoing, ReplicaDrained, SequenceEvent
+from peft_dist.orchestrator.records import Outgoing, ReplicaDrained, RequestFailed, SequenceEvent
 from tests.orchestrator.test_core import tokens
-from tests.orchestrator.test_lifecycle import cluster, submit
+from tests.orchestrator.test_lifecycle import cluster, ready, submit
 
 KV = KVHandle("tiny", 1, 64, "token", 1, 1)
 
@@ -159,6 +160,79 @@ def test_deaths(stage: str, victim: str) -> None:
     owner = moving.owner
     assert moving.say(survivor, Imported(handover=1)) == [] == moving.say(survivor, Exported(handover=1))
     assert moving.owner == owner
+
+
+def bring_again(moving: Moving, number: int, replica_id: int) -> list[Outgoing]:
+    """Move it with its KV by hand; returns what the target is asked."""
+    moving.core.handover.move("r", replica_id, 3.0, with_kv=True)
+    [[_, sequence]] = moving.core._requests.running("r")
+    exported = state(sequence.sequence_id, len(sequence.output_token_ids))
+    return moving.say(moving.source, Exported(handover=number, sequences=[exported]))
+
+
+def test_a_request_that_two_replicas_die_of_taking_in_is_failed_alone() -> None:
+    moving = Moving(replicas=3)
+    submit(moving.core, "other", max_tokens=9)
+    moving.export()
+    moving.lose(moving.target)
+    # It draws at its source, where nothing is wrong with it.
+    moving.say(moving.source, tokens("r-0", [9], 2))
+    assert commands(bring_again(moving, 2, 2), 2)
+    moving.core.drain_events()
+    out = moving.lose(2)
+    [failed] = [event for event in moving.core.drain_events() if isinstance(event, RequestFailed)]
+    assert failed.request_id == "r" and "not tried again" in str(failed.error)
+    assert AbortRequest(request_ids=["r-0"]) in commands(out, moving.source)
+    assert EndExport(handover=2, moved=False) in commands(out, moving.source)
+    assert [record.request_id for record in moving.core._requests.records()] == ["other"]
+
+
+def test_one_death_of_taking_it_in_has_it_computed_again_from_then_on() -> None:
+    moving = Moving(replicas=3, restart=RestartPolicy(first=0.0, longest=0.0))
+    costs = StepCosts(transfer=(0.0, 0.0))
+    for replica in moving.core.replicas.all():
+        replica.costs = costs
+    [record] = moving.core._requests.records()
+    moving.export()
+    moving.core.lose_replica(moving.target, moving.core.replicas[moving.target].epoch, "", 2.0, by_link=True)
+    assert record.num_import_deaths == 0, "no fault of a request"
+    [asked] = moving.core.handover.move("r", 2, 3.0)
+    assert isinstance(asked.command, ExportRequests), "the cheaper way"
+    moving.say(moving.source, Exported(handover=2, sequences=[state("r-0")]))
+    moving.lose(2)
+    assert record.num_import_deaths == 1 and record.unfinished
+    moving.core.tick(4.0)
+    ready(moving.core, 2, moving.core.replicas[2].epoch, 4.0)
+    out = moving.core.handover.move("r", 2, 5.0)
+    assert [type(each.command) for each in out] == [AbortRequest, AddRequest]
+    # Once it was taken in somewhere, nothing is held against it.
+    [[_, sequence]] = moving.core._requests.running("r")
+    moving.source = 2
+    moving.say(2, tokens(sequence.sequence_id, [9], 2))
+    back = 1 if moving.target == 0 else 0
+    assert commands(bring_again(moving, 3, back), back)
+    moving.say(back, Imported(handover=3))
+    assert record.num_import_deaths == 0 and record.replica_id == back
+
+
+def test_whose_fault_it_is_that_a_replica_died_of_two_imports_is_not_known() -> None:
+    moving = Moving(replicas=3)
+    submit(moving.core, "s", max_tokens=9)
+    core = moving.core
+    for record in core._requests.records():
+        record.num_import_deaths = 1
+    [other] = [record for record in core._requests.records() if record.request_id == "s"]
+    core._placer.move(other, core.replicas[moving.source], 1.0)
+    [sequence] = other.unfinished.values()
+    core.handover.move("s", moving.target, 1.0, with_kv=True)
+    moving.export()
+    moving.say(moving.source, Exported(handover=2, sequences=[state(sequence.sequence_id, 0)]))
+    core.drain_events()
+    moving.lose(moving.target)
+    assert not any(isinstance(event, RequestFailed) for event in core.drain_events()) and core.num_unfinished == 2
+    # Neither is brought to anybody any more.
+    out = core.handover.move("r", 2, 3.0, with_kv=True)
+    assert [type(each.command) for each in out] == [AbortRequest, AddRequest]
 
 
 def test_what_cannot_be_imported_goes_on_where_it_was() -> None:

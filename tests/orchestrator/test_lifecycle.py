@@ -7,12 +7,14 @@ import math
 import pytest
 
 from peft_dist.core.errors import ConfigError, EngineDeadError, ReplicaStateError
-from peft_dist.core.messages import AbortRequest, AddRequest, Heartbeat, Ready, Shutdown, Started
+from peft_dist.core.messages import AbortRequest, AdapterResult, AddRequest, Heartbeat, Ready, Shutdown, Started
 from peft_dist.core.restarts import RestartPolicy
 from peft_dist.core.sampling_params import SamplingParams
+from peft_dist.core.succession import KeepDrained
 from peft_dist.orchestrator.client import NewRequest
 from peft_dist.orchestrator.core import Orchestrator, OrchestratorOptions
 from peft_dist.orchestrator.records import (
+    Outgoing,
     ReplicaDrained,
     ReplicaLost,
     RequestFailed,
@@ -20,6 +22,7 @@ from peft_dist.orchestrator.records import (
     StartReplica,
 )
 from tests.orchestrator.test_core import tokens
+from tests.orchestrator.world import mini_spec
 from tests.worker.fake_replica import fake_model
 
 RESTART = RestartPolicy(first=1.0, longest=5.0, stable=100.0, max_failures=4)
@@ -183,7 +186,8 @@ def test_draining_moves_requests_and_a_resumed_replica_takes_new_ones() -> None:
     first = submit(core, "r", max_tokens=9)
     core.observe(first, first + 1, tokens("r-0", [1], 0), 1.0)
     core.drain_events()
-    abort, add = core.drain_replica(first, 2.0)
+    kept, abort, add = core.drain_replica(first, 2.0)
+    assert kept == Outgoing(first, first + 1, KeepDrained(is_drained=True))
     assert (abort.replica_id, abort.command) == (first, AbortRequest(request_ids=["r-0"]))
     assert add.replica_id == 1 - first and isinstance(add.command, AddRequest) and add.command.output_token_ids == [1]
     assert core.drain_events() == [ReplicaDrained(first, leaves=False)]
@@ -206,6 +210,29 @@ def test_draining_to_restart_starts_at_once_and_counts_no_failure() -> None:
     assert isinstance(core.drain_events()[-1], StartReplica)
     with pytest.raises(ReplicaStateError, match="not started again here"):
         cluster(restart=None).drain_replica(0, 1.0, restart=True)
+
+
+def test_a_crash_before_a_drained_replica_was_told_to_end_is_a_crash() -> None:
+    core = cluster()
+    call_id, _ = core.load_adapter("sql", "sql")
+    spec = mini_spec("sql", "sql")
+    for replica in core.replicas.all():
+        core.observe(replica.replica_id, replica.epoch, AdapterResult(call_id=call_id, spec=spec), 0.0)
+    [add] = core.submit(NewRequest("old", [5], SamplingParams(max_tokens=9), "sql"), 0.0)
+    core.observe(add.replica_id, add.epoch, Started(request_ids=["old-0"]), 0.5)
+    other = core.replicas[1 - add.replica_id]
+    core.drain_events()
+    # Nobody else holds what it needs: it stays where it is until it ends.
+    core._calls._holdings.lose(other.replica_id)
+    core.drain_replica(add.replica_id, 1.0, restart=True)
+    assert core.drain_events() == []
+    core.lose_replica(add.replica_id, add.epoch, "was killed by SIGSEGV", 2.0)
+    [lost] = [event for event in core.drain_events() if isinstance(event, ReplicaLost)]
+    assert not lost.was_asked
+    dead = core.replicas[add.replica_id]
+    assert (dead.num_failures, dead.restart_at) == (1, 3.0), "it waits before it is started again"
+    [record] = core._requests.records()
+    assert [sequence.num_deaths for sequence in record.unfinished.values()] == [1]
 
 
 def test_when_all_are_gone_for_good_everything_fails() -> None:

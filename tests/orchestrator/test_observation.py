@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from peft_dist.core.messages import Progress, Ready, ReplicaDetail, ReplicaStats
+from peft_dist.core.messages import AdapterResult, LoadAdapter, Progress, Ready, ReplicaDetail, ReplicaStats
 from peft_dist.orchestrator.core import Orchestrator, OrchestratorOptions
 from peft_dist.orchestrator.observation import ReplicaTotals
+from tests.orchestrator.world import mini_spec
 from tests.worker.fake_replica import fake_model
 
 DETAIL = ReplicaDetail(num_steps=10, num_merged_steps=4, num_switches=3, switch_seconds=0.5, num_adapter_loads=2)
@@ -44,3 +45,25 @@ def test_totals_go_on_in_the_next_incarnation() -> None:
         assert lost.totals == ReplicaTotals(
             times, 8 * times, 5 * times, 4 * times, 6 * times, 3 * times, 0.5 * times, 2 * times, 0
         )
+
+
+def test_a_replica_can_serve_once_it_has_what_is_named() -> None:
+    core = Orchestrator(OrchestratorOptions())
+    epoch = ready(core)
+    assert core.replicas.views()[0].can_serve
+    for path in ("one", "two"):
+        call_id, _ = core.load_adapter(path, path)
+        core.observe(0, epoch, AdapterResult(call_id=call_id, spec=mini_spec(path, path)), 0.0)
+    core.lose_replica(0, epoch, "it was killed", 1.0)
+    assert not core.replicas.views()[0].can_serve
+    epoch = core.add_replica(0, 2.0).epoch
+    assert not core.replicas.views()[0].can_serve
+    out = core.observe(0, epoch, Ready(model=fake_model(), pid=1), 2.0)
+    loads = [each.command for each in out if isinstance(each.command, LoadAdapter)]
+    [view] = core.replicas.views()
+    assert view.num_coming == len(loads) == 2 and not view.can_serve
+    core.observe(0, epoch, AdapterResult(call_id=loads[0].call_id, spec=mini_spec("one", "one")), 3.0)
+    assert core.replicas.views()[0].num_coming == 1
+    # What it refuses is served by nobody here, however long one waits.
+    core.observe(0, epoch, AdapterResult(call_id=loads[1].call_id, error="it is damaged"), 3.0)
+    assert core.replicas.views()[0].can_serve

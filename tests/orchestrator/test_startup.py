@@ -12,15 +12,8 @@ import zmq
 
 from peft_dist.core.config import EngineConfig
 from peft_dist.core.errors import EngineDeadError
-from peft_dist.core.messages import (
-    AnyReport,
-    Heartbeat,
-    Join,
-    Shutdown,
-    Welcome,
-    decode_command,
-    encode_report,
-)
+from peft_dist.core.joining import Join, Welcome
+from peft_dist.core.messages import AnyReport, Heartbeat, Shutdown, decode_command, encode_report
 from peft_dist.core.succession import Adopt, Identify, Identity, first_number
 from peft_dist.orchestrator.core import Orchestrator, OrchestratorOptions
 from peft_dist.orchestrator.guests import Invitation

@@ -19,14 +19,18 @@ from peft_dist.core.messages import (
     UnloadAdapter,
 )
 from peft_dist.core.restarts import RestartPolicy
-from peft_dist.core.succession import NameAdapters, NamedAdapter, NamesKept, first_number, life_of
+from peft_dist.core.sampling_params import SamplingParams
+from peft_dist.core.succession import KeepDrained, NameAdapters, NamedAdapter, NamesKept, first_number, life_of
+from peft_dist.orchestrator.client import NewRequest
 from peft_dist.orchestrator.core import Orchestrator, OrchestratorOptions
 from peft_dist.orchestrator.records import (
     AdapterLoaded,
     NamesAreKept,
+    Notice,
     Outgoing,
     PlacementDue,
     ReplicaLost,
+    ReplicaState,
     StartReplica,
 )
 from tests.orchestrator.world import MiniReplica
@@ -55,9 +59,11 @@ def come(
     names: list[NamedAdapter],
     version: int,
     contents: list[AdapterSpec] | None = None,
+    is_drained: bool = False,
 ) -> list[Outgoing]:
     held = [one.spec for one in names] if contents is None else contents
-    report = Ready(model=fake_model(), pid=1, contents=held, names=names, names_version=version)
+    kept = {"names": names, "names_version": version, "is_drained": is_drained}
+    report = Ready(model=fake_model(), pid=1, contents=held, **kept)  # type: ignore[arg-type]
     return core.observe(replica_id, core.replicas[replica_id].epoch, report, 1.0)
 
 
@@ -130,6 +136,27 @@ def test_a_change_is_safe_when_all_that_serve_remember_it() -> None:
     core.observe(0, first.epoch, NamesKept(version=8), 2.0)
     core.lose_replica(1, second.epoch, "it died", 3.0)
     assert NamesAreKept(8) in core.drain_events()
+
+
+def test_a_replica_that_was_drained_stays_drained_until_it_is_resumed() -> None:
+    core = heir(restart=RestartPolicy())
+    come(core, 0, named("a"), 5)
+    come(core, 1, named("a"), 5)
+    assert commands(core.drain_replica(0, 2.0), 0) == [KeepDrained(is_drained=True)]
+    assert commands(core.resume_replica(0, 3.0), 0) == [KeepDrained(is_drained=False)]
+    # One that is to end and be started again is not drained then.
+    assert KeepDrained(is_drained=True) not in commands(core.drain_replica(0, 4.0, restart=True), 0)
+    core = heir()
+    come(core, 0, named("a"), 5, is_drained=True)
+    assert not core.replicas.ready() and core.health_error == "All replicas that serve are being drained."
+    come(core, 1, named("a"), 5)
+    assert [replica.state for replica in core.replicas.all()] == [ReplicaState.DRAINING, ReplicaState.READY]
+    assert any(isinstance(event, Notice) and "/admin/resume/0" in event.text for event in core.drain_events())
+    [out] = core.submit(NewRequest("r", [5], SamplingParams(), "a"), 2.0)
+    assert out.replica_id == 1
+    assert KeepDrained(is_drained=False) in commands(core.resume_replica(0, 3.0), 0)
+    [out] = core.submit(NewRequest("s", [5], SamplingParams(), "a"), 3.0)
+    assert out.replica_id == 0
 
 
 def test_of_two_tales_the_later_one_counts_whoever_comes_first() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.handover import KVHandle, SequenceState
@@ -33,6 +34,8 @@ from peft_dist.core.succession import NameAdapters, NamesKept
 from peft_dist.worker.names import NameTable
 from tests.worker.fake_replica import fake_model
 
+MODEL = replace(fake_model("org/mini", max_model_len=20), block_size=4)
+
 
 def drawn_token(seed: int, index: int, draw: int) -> int:
     """What every replica draws for this sequence."""
@@ -58,9 +61,10 @@ class MiniReplica:
         self.aborted_imports: set[str] = set()
         self.has_failing_copies = False
         self.is_down = False
+        self.num_taken = 0
         self.started: set[str] = set()
         self.commands: deque[AnyCommand] = deque()
-        self.reports: deque[AnyReport] = deque([Ready(model=fake_model("org/mini", max_model_len=20), pid=1)])
+        self.reports: deque[AnyReport] = deque([Ready(model=MODEL, pid=1)])
         self.running: dict[str, tuple[AddRequest, int]] = {}
         self.held: set[str] = set()
         self.pins: dict[str, str] = {}
@@ -73,6 +77,7 @@ class MiniReplica:
                 assert add.content_hash is None or add.content_hash in self.held, "an adapter the replica lacks"
                 assert add.request_id not in self.running
                 self.running[add.request_id] = (add, len(add.output_token_ids))
+                self.num_taken += 1
             case AbortRequest(request_ids=ids):
                 for request_id in ids:
                     for held in (self.running, *self.exports.values()):
@@ -87,6 +92,7 @@ class MiniReplica:
                 self.running.update({} if moved else left)
             case ImportRequests(handover=number) as command:
                 self.copying[number] = command
+                self.num_taken += len(command.requests)
             case LoadAdapter() as load:
                 self._load(load)
             case PinAdapter(name=name, content_hash=content_hash):
@@ -113,8 +119,7 @@ class MiniReplica:
             forgotten.clear()
         contents = [mini_spec(content, content.removeprefix("h-")) for content in sorted(self.held)]
         names, version = self.names.all(), self.names.version
-        model = fake_model("org/mini", max_model_len=20)
-        self.reports.append(Ready(model=model, pid=1, contents=contents, names=names, names_version=version))
+        self.reports.append(Ready(model=MODEL, pid=1, contents=contents, names=names, names_version=version))
 
     def step(self) -> None:
         """One token for every running sequence."""
@@ -133,7 +138,9 @@ class MiniReplica:
             self.running[request_id] = (add, drawn + 1)
             if last:
                 del self.running[request_id]
-        self.reports.append(Progress(sequences=progress, stats=ReplicaStats(num_running=len(self.running))))
+        self.reports.append(
+            Progress(sequences=progress, stats=ReplicaStats(num_running=len(self.running)), num_taken=self.num_taken)
+        )
 
     def end_copies(self) -> None:
         """Tell how the copies under way have ended; what was imported runs from now on."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import hypothesis.strategies as st
 from hypothesis import given
 
@@ -65,6 +67,22 @@ def test_more_to_do_never_ends_sooner(num_sequences: int, prefill: int, times: i
     less = Backlog(num_sequences, prefill, 10.0 * num_sequences, dict(adapters))
     more = Backlog(num_sequences, prefill + 10 * times, 10.0 * num_sequences + times, dict(adapters))
     assert 0 < finish_seconds(WORK, target(0, less)) < finish_seconds(WORK, target(0, more))
+
+
+@given(st.integers(0, 50), st.integers(0, 99), st.integers(0, 99))
+def test_more_of_the_prompt_in_the_cache_never_ends_later(num_sequences: int, one: int, other: int) -> None:
+    backlog = Backlog(num_sequences, 10 * num_sequences, 10.0 * num_sequences)
+    less, more = (replace(target(0, backlog), cached_tokens=cached) for cached in sorted((one, other)))
+    assert finish_seconds(WORK, more) <= finish_seconds(WORK, less)
+    none = replace(less, cached_tokens=0)
+    assert finish_seconds(WORK, none) == finish_seconds(WORK, target(0, backlog))
+
+
+def test_a_cached_prompt_is_worth_some_backlog_but_not_any() -> None:
+    long = replace(WORK, prompt_tokens=5000)
+    for backlog, chosen in ((Backlog(1, 100, 60.0), 0), (Backlog(100, 100_000, 60_000.0), 1)):
+        assert choose(long, [replace(target(0, backlog), cached_tokens=4900), target(1)]) == chosen
+    assert choose(long, [target(0, Backlog(1, 100, 60.0)), target(1)]) == 1
 
 
 def test_a_backlog_forgets_adapters_that_have_ended() -> None:

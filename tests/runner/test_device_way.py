@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from peft_dist.core.handover import KVHandle
 from peft_dist.engine.executor import TransferOutcome
@@ -22,6 +23,7 @@ from peft_dist.runner.device_memory import find_obstacle
 from peft_dist.runner.device_way import GRAIN_BYTES, DeviceWay, choose_device_way
 from peft_dist.runner.kv_transfers import KVTransfers
 from peft_dist.runner.shared_memory import MemoryGoneError, SharedMemory, map_memory
+from peft_dist.worker.kv_server import TcpTransport
 
 CPU = torch.device("cpu")
 
@@ -136,6 +138,27 @@ def test_who_cannot_reach_the_device_gets_a_copy_on_the_host_and_knows_it_next_t
     plain.transfers = KVTransfers(plain.pool)
     assert plain.fill(source.export(TAKEN), GIVEN).error is None and plain.holds(GIVEN, source, TAKEN)
     plain.transfers.close()
+
+
+def test_another_host_reads_a_copy_over_tcp(source: Device, target: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    source.transfers.transport = server = TcpTransport("tcp://127.0.0.1:*")
+    target.transfers.transport = client = TcpTransport("tcp://127.0.0.1:*", silence_ms=200)
+    kv = source.export(TAKEN)
+    assert kv.server is not None and kv.address == server.address
+    assert target.fill(kv, GIVEN).error is None and target.num_maps == 1, "on the same host it is mapped"
+    assert source.transfers._exports[1]._copy is None, "and nobody needs a copy"  # type: ignore[union-attr]
+    # What a host looks like to which files cannot be handed.
+    elsewhere = replace(kv, server="nobody.is.here", pid=1 << 30)
+    for far in (target, Device(5)):
+        far.transfers.transport = client
+        assert far.fill(elsewhere, GIVEN[::-1]).error is None and far.holds(GIVEN[::-1], source, TAKEN)
+    assert target.num_maps == 1
+    source.transfers.end_export(1)
+    assert "let it go" in str(target.fill(elsewhere, GIVEN).error)
+    assert "does not answer" in str(target.fill(replace(elsewhere, address=None), GIVEN).error)
+    far.transfers.close()
+    server.close()
+    client.close()
 
 
 def test_without_room_and_from_the_host_it_goes_through_host_memory(target: Device) -> None:

@@ -232,6 +232,13 @@ def build_failing(config: EngineConfig) -> FakeReplica:
     raise ConfigError(f"model {config.model!r} cannot be loaded: choose another")
 
 
+def build_unless_broken(config: EngineConfig) -> FakeReplica:
+    """Fails while there is the file that the environment names."""
+    if Path(os.environ["FAKE_BROKEN"]).exists():
+        raise ConfigError("the fake is broken: mend it")
+    return FakeReplica(config)
+
+
 def build_when_told(config: EngineConfig) -> FakeReplica:
     """Takes as long as nobody writes to the named pipe that the environment names."""
     Path(os.environ["FAKE_GATE"]).read_bytes()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import select
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,15 +13,26 @@ import pytest
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.config import EngineConfig
 from peft_dist.core.messages import (
+    AdapterResult,
     AddRequest,
     AnyReport,
     ExportRequests,
+    LoadAdapter,
     PinAdapter,
     Ping,
     Progress,
     Ready,
 )
-from peft_dist.core.succession import Adopt, Identify, Identity, NameAdapters, NamedAdapter, NamesKept
+from peft_dist.core.succession import (
+    Adopt,
+    Identify,
+    Identity,
+    KeepDrained,
+    NameAdapters,
+    NamedAdapter,
+    NamesKept,
+    first_number,
+)
 from peft_dist.worker.allegiance import Allegiance
 from peft_dist.worker.config import WorkerConfig
 from peft_dist.worker.heart import Heart
@@ -55,11 +68,17 @@ class NamedScript(Script):
     """Notes under which name each report is sent, and which names it was given."""
 
     name = "3.7"
+    missing: tuple[int, int] | None = None
+    watched: list[int]
 
     def __init__(self, *batches: list[object]) -> None:
         super().__init__(*batches)
         self.names: list[str] = []
         self.beats: list[AnyReport] = []
+        self.watched = []
+
+    def watch(self, fd: int) -> None:
+        self.watched.append(fd)
 
     def send(self, report: AnyReport) -> None:
         super().send(report)
@@ -89,7 +108,12 @@ def replica() -> Iterator[ModelReplica]:
     made.close()
 
 
-def run(replica: ModelReplica, script: NamedScript, silence: float | None = None) -> Vigil:
+def run(
+    replica: ModelReplica,
+    script: NamedScript,
+    silence: float | None = None,
+    find: Callable[[LoadAdapter], Path] = lambda command: Path(command.path),
+) -> Vigil:
     vigil = Vigil(silence, 1000.0, end=lambda: None, clock=lambda: script.now)
     heart = Heart(script, 1000.0, vigil)  # type: ignore[arg-type]
     heart.start()
@@ -97,7 +121,7 @@ def run(replica: ModelReplica, script: NamedScript, silence: float | None = None
     loop = WorkerLoop(
         replica,  # type: ignore[arg-type]
         script,  # type: ignore[arg-type]
-        lambda command: Path(command.path),
+        find,
         clock=lambda: script.now,
         allegiance=allegiance,
     )
@@ -154,6 +178,17 @@ def test_adapters_and_names_go_on_and_pins_are_for_the_next_to_say(replica: Mode
     assert not replica.engine.requests and [number for number, _ in itertools.groupby(pins)] == [0, 1, 0, 1]
 
 
+def test_that_it_is_drained_is_told_to_every_orchestrator_until_it_is_not(replica: ModelReplica) -> None:
+    script = NamedScript(
+        [Adopt(replica_id=1, incarnation=50)],
+        [KeepDrained(is_drained=True), Adopt(replica_id=1, incarnation=51)],
+        [Adopt(replica_id=1, incarnation=52)],
+        [KeepDrained(is_drained=False), Adopt(replica_id=1, incarnation=53)],
+    )
+    run(replica, script)
+    assert [ready.is_drained for ready in script.told(Ready)] == [False, True, True, False]  # type: ignore[union-attr]
+
+
 def test_whoever_is_adopted_twice_is_adopted_once(replica: ModelReplica) -> None:
     """One that loads is asked every second, answers all of it when it is ready, and is adopted as often."""
     adopt = Adopt(replica_id=1, incarnation=50)
@@ -162,6 +197,36 @@ def test_whoever_is_adopted_twice_is_adopted_once(replica: ModelReplica) -> None
     assert len(script.told(Ready)) == 1
     drawn = [each for report in script.told(Progress) for each in report.sequences]  # type: ignore[union-attr]
     assert [each.finish_reason for each in drawn] == [None, None, "length"], "its request goes on"
+
+
+def test_a_load_for_an_earlier_orchestrator_pins_nothing_for_this_one(replica: ModelReplica) -> None:
+    """It was under way when that one ended: this one does not know the name, and would never let go of it."""
+    ours = first_number(9)
+    early = LoadAdapter(call_id=1, name="early", path="early", pinned=True)
+    late = LoadAdapter(call_id=ours + 1, name="late", path="late", pinned=True)
+    script = NamedScript([early], [Adopt(replica_id=1, incarnation=ours)], [late])
+    is_adopted = threading.Event()
+
+    def find(command: LoadAdapter) -> Path:
+        assert is_adopted.wait(20)
+        return Path(command.path)
+
+    def before_wait() -> bool:
+        """Adopted first, then each load waited for."""
+        num_loads = {2: 1, 1: 2}.get(len(script.batches), 0)
+        if len(script.told(AdapterResult)) == num_loads:
+            return False
+        is_adopted.set()
+        assert select.select([fd for fd in script.watched if fd >= 0], [], [], 20)[0]
+        return True
+
+    script.before_wait = before_wait
+    run(replica, script, find=find)
+    first, second = script.told(AdapterResult)
+    assert isinstance(first, AdapterResult) and isinstance(second, AdapterResult)
+    # Of the one slot nobody may have all.
+    assert first.error is None and "cannot be pinned" in (second.error or "")
+    assert "early" in replica.engine.adapters and not replica.engine.scheduler.adapters.pins.specs
 
 
 def test_silence_ends_requests_and_any_word_breaks_it(replica: ModelReplica) -> None:
@@ -183,6 +248,37 @@ def test_silence_ends_requests_and_any_word_breaks_it(replica: ModelReplica) -> 
     assert next(steps) == 14 and not replica.engine.requests
     assert replica.engine.scheduler.blocks.num_free == replica.engine.scheduler.blocks.num_blocks
     assert [beat.is_orphaned for beat in script.beats] == [], "nobody hurried it"  # type: ignore[union-attr]
+
+
+def test_whoever_misses_a_command_drops_requests_and_says_so_until_it_is_another(replica: ModelReplica) -> None:
+    script = NamedScript()
+    script.ready = [endless("r")]
+    beats = threading.Event()
+    step = replica.engine.step
+
+    def lossy_step(now: float) -> list[object]:
+        script.missing = (2, 3)
+        return step(now)  # type: ignore[return-value]
+
+    def before_wait() -> bool:
+        """Nothing runs any more: adopt it when its beat was heard."""
+        if script.missing is not None:
+            assert not replica.engine.requests and beats.wait(20)
+            script.missing, script.ready = None, [Adopt(replica_id=1, incarnation=50)]
+            return True
+        return False
+
+    class Listening(Side):
+        def send(self, report: AnyReport) -> None:
+            super().send(report)
+            beats.set()
+
+    script.sender = lambda: Listening(script.beats)  # type: ignore[method-assign]
+    replica.engine.step = lossy_step  # type: ignore[assignment, method-assign]
+    script.before_wait = before_wait
+    run(replica, script)
+    assert [beat.missed for beat in script.beats] == [(2, 3)]  # type: ignore[union-attr]
+    assert len(script.told(Ready)) == 1
 
 
 def test_names_are_replaced_given_and_taken(replica: ModelReplica) -> None:

@@ -33,7 +33,7 @@ def guarded() -> Iterator[tuple[TcpTransport, ClusterKeys]]:
 def offered(server: TcpTransport, num_bytes: int) -> tuple[SharedMemory, KVHandle]:
     memory = SharedMemory(num_bytes)
     memory.contents.copy_(torch.randint(0, 255, (num_bytes,), dtype=torch.uint8))
-    address = server.offer(memory)
+    address = server.offer(memory.token, lambda: memory.contents)
     # No such process is on this host.
     return memory, KVHandle("layout", 1, num_bytes, memory.token, 1 << 30, 3, address)
 
@@ -46,11 +46,23 @@ def test_all_bytes_arrive_in_their_places(server: TcpTransport, num_bytes: int) 
 
 def test_what_was_withdrawn_or_never_offered_is_gone(server: TcpTransport) -> None:
     memory, handle = offered(server, 100)
-    server.withdraw(memory)
+    server.withdraw(memory.token)
     with pytest.raises(MemoryGoneError, match="let it go"):
         server.open(handle)
     with pytest.raises(MemoryGoneError, match="cannot be opened"):
         server.open(KVHandle("layout", 1, 100, memory.token, 1 << 30, 3))
+
+
+def test_memory_that_cannot_be_had_hurts_nobody_else(server: TcpTransport) -> None:
+    memory, handle = offered(server, 100)
+
+    def fail() -> torch.Tensor:
+        raise RuntimeError("the device has failed")
+
+    server.offer("broken", fail)
+    with pytest.raises(MemoryGoneError, match="let it go"):
+        server.open(KVHandle("layout", 1, 100, "broken", 1 << 30, 3, server.address))
+    assert torch.equal(server.open(handle), memory.contents)
 
 
 def test_who_asks_wrongly_gets_nothing_and_hurts_nobody(server: TcpTransport) -> None:
@@ -69,6 +81,24 @@ def test_a_host_that_does_not_answer_is_given_up() -> None:
         deaf.bind("tcp://127.0.0.1:*")
         with pytest.raises(MemoryGoneError, match="does not answer"):
             fetch(deaf.get_string(zmq.SocketOption.LAST_ENDPOINT), "token", 100, silence_ms=50)
+
+
+def test_one_that_did_not_answer_is_not_waited_for_again_at_once(server: TcpTransport) -> None:
+    memory, handle = offered(server, 100)
+    with zmq.Context() as context, context.socket(zmq.SocketType.ROUTER) as deaf:
+        deaf.bind("tcp://127.0.0.1:*")
+        silent = KVHandle("layout", 1, 100, "t", 1 << 30, 3, deaf.get_string(zmq.SocketOption.LAST_ENDPOINT))
+        with pytest.raises(MemoryGoneError, match="does not answer"):
+            server.open(silent)
+        assert deaf.poll(5000) and deaf.recv_multipart()
+        with pytest.raises(MemoryGoneError, match="did not answer a moment ago"):
+            server.open(silent)
+        assert not deaf.poll(0), "it was not asked again"
+    assert torch.equal(server.open(handle), memory.contents), "others are"
+    server.withdraw(memory.token)
+    for _ in range(2):
+        with pytest.raises(MemoryGoneError, match="let it go"):
+            server.open(handle)
 
 
 def test_with_keys_only_their_holders_read(guarded: tuple[TcpTransport, ClusterKeys]) -> None:

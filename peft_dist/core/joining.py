@@ -1,0 +1,33 @@
+"""What is said between an orchestrator and whoever wants to join it with a replica."""
+
+from __future__ import annotations
+
+from peft_dist.core.config import EngineConfig
+from peft_dist.core.message_kinds import Command, Report
+
+
+class Join(Report, frozen=True, kw_only=True):
+    """Somebody has room for a replica; repeated until ``Welcome`` comes.
+
+    ``attempt``: Counts the replicas that the sender has begun; a later one tells that the last one is over.
+    """
+
+    host: str
+    attempt: int
+
+
+class Leave(Report, frozen=True, kw_only=True):
+    """The replica of this attempt wants to go: give it nothing new, move what it has, and tell it to end. Repeated."""
+
+    attempt: int
+
+
+class Welcome(Command, frozen=True, kw_only=True):
+    """Answer to ``Join``: which incarnation of which replica the sender is from now on, and what it is to run."""
+
+    attempt: int
+    replica_id: int
+    incarnation: int
+    engine: EngineConfig
+    replica_factory: str
+    heartbeat_seconds: float
