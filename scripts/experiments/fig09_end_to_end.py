@@ -4,8 +4,8 @@
     python scripts/experiments/fig09_end_to_end.py --panels maf1_7b --server http://HOST:8000 --systems dlora
 
 7b and 13b: 32 replicas and 128 adapters; 70b: 8 replicas of 4 GPUs and 32 adapters; 100 s of requests at each of the
-artifact's rates: dLoRA at its own, a baseline at all of them, up to the first one with a mean beyond twice the picture's
-end (1 s/token). Writes fig9_PANEL.csv and .json for each panel, and figure9 of those that are there.
+artifact's rates: dLoRA at its own, a baseline at all of them, up to the first one with a mean beyond twice the
+picture's end (1 s/token). Writes fig9_PANEL.csv and .json for each panel, and figure9 of those that are there.
 """
 
 from __future__ import annotations
