@@ -35,8 +35,8 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 
 # A traceback with the values of local variables could show a key.
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-for command in (bench, rolling_restart, simulate):
-    app.command()(command)
+for _command in (bench, rolling_restart, simulate):
+    app.command()(_command)
 app.add_typer(workload, name="workload")
 
 

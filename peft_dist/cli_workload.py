@@ -208,13 +208,13 @@ def _lengths(
         return lengths.fixed(int(prompt), int(output))
     if sharegpt is None:
         return lengths.synthetic(synthetic, filters, seed)
-    count = _token_counter(tokenizer)
+    count = token_counter(tokenizer)
     if sharegpt == HUB:
         return lengths.download_sharegpt(count).filtered(filters)
     return lengths.read_sharegpt(Path(sharegpt), count, on_error).filtered(filters)
 
 
-def _token_counter(name: str | None) -> CountTokens:
+def token_counter(name: str | None) -> CountTokens:
     """Counts tokens as the tokenizer does by default, special tokens that it adds included."""
     from tokenizers import Tokenizer
 

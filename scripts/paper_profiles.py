@@ -109,6 +109,7 @@ def profile(name: str, shape: Shape, devices: int) -> CostProfile:
         max_num_seqs=SEATS,
         max_loras=LORAS,
         tensor_parallel_size=devices,
+        weight_bytes=WIDTH * shape.parameters,
     )
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from peft_dist.core.errors import ConfigError
+from peft_dist.sim.baselines import BASELINES
 from peft_dist.sim.hardware import ExecType, dlora
 
-EXEC_TYPES: Mapping[str, ExecType] = {"dlora": ExecType(dlora)}
+EXEC_TYPES: Mapping[str, ExecType] = {"dlora": ExecType(dlora), **BASELINES}
 
 
 def find(name: str) -> ExecType:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from peft_dist.orchestrator.core import OrchestratorOptions
+from peft_dist.sim.apart import run_apart
 from peft_dist.sim.exec_types import find
 from peft_dist.sim.options import SimulationOptions
 from peft_dist.sim.planning import SteadyPlanner
@@ -124,6 +125,8 @@ def simulate(
     """
     options = options or SimulationOptions()
     arrivals = list(rows)
+    if find(options.exec_type).is_apart and options.replicas > 1:
+        return run_apart(arrivals, _named(arrivals, options), options, lambda own, one: simulate(own, profile, one))
     began = time.perf_counter()
     planner = SteadyPlanner(options.plan)
     simulator = Simulator(_cluster(arrivals, profile, options, planner), advance=options.advance)
@@ -145,11 +148,12 @@ def _cluster(
     arrivals: Sequence[Arrival], profile: CostProfile, options: SimulationOptions, planner: SteadyPlanner
 ) -> SimCluster:
     exec_type = find(options.exec_type)
-    named = [*options.adapters, *(arrival.adapter for arrival in arrivals if arrival.adapter is not None)]
     hardware = [exec_type.hardware(profile, options, index) for index in range(options.replicas)]
     return SimCluster(
         hardware=hardware,
-        adapters={name: profile.adapter(name, options.ranks.get(name, options.rank)) for name in dict.fromkeys(named)},
+        adapters={
+            name: profile.adapter(name, options.ranks.get(name, options.rank)) for name in _named(arrivals, options)
+        },
         options=OrchestratorOptions(
             max_num_seqs=hardware[0].config.max_num_seqs,
             max_queue=options.max_queue,
@@ -163,6 +167,12 @@ def _cluster(
         plan=planner,
         token_times=options.token_times,
     )
+
+
+def _named(arrivals: Sequence[Arrival], options: SimulationOptions) -> list[str]:
+    """All adapters, those of the options first."""
+    asked = (arrival.adapter for arrival in arrivals if arrival.adapter is not None)
+    return list(dict.fromkeys([*options.adapters, *asked]))
 
 
 def _record(index: int, outcome: Outcome, end: float) -> RequestRecord:

@@ -24,11 +24,13 @@ class ExecType:
     Attributes:
         hardware: Makes the replica with a number, counted from 0.
         migration: The only kind that it knows; None: what is asked for.
+        is_apart: Whether each adapter has one replica, for good (``apart.py``).
         source: Where its costs and rules come from, for results.
     """
 
     hardware: Callable[[CostProfile, SimulationOptions, int], SimHardware]
     migration: MigrationKind | None = None
+    is_apart: bool = False
     source: str = "the profile's costs, the engine and the policies that serve"
 
 

@@ -41,6 +41,7 @@ class CostProfile:
         host_seconds: Scheduling and reporting add to a step where none is in flight.
         message_seconds: A command or a report is under way.
         depth: Steps in flight while the next one is scheduled.
+        weight_bytes: Of the base's weights on all devices; 0: not told.
         num_held: Merged copies that are kept beside the base's weights; 0: weights are merged in place.
     """
 
@@ -64,11 +65,12 @@ class CostProfile:
     message_seconds: float = 2e-4
     depth: int = 0
     num_held: int = 0
+    weight_bytes: int = 0
 
     def __post_init__(self) -> None:
         for option in fields(self):
             value = getattr(self, option.name)
-            least = 0 if option.name in ("depth", "num_held") else 1
+            least = 0 if option.name in ("depth", "num_held", "weight_bytes") else 1
             if option.type == "int" and not (type(value) is int and value >= least):
                 raise ConfigError(f"{option.name}={value!r} of profile {self.name!r} must be {least} or more")
             if option.type == "float" and not (math.isfinite(value) and value >= 0):

@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.cluster_engine import add_engine_options, prepare
 from bench.report import write_result
-from experiments.live_engine import engine_records, measured_replica
 
+from experiments.live_engine import engine_records, measured_replica
 from peft_dist.sim.experiment import SimulationResult, simulate
 from peft_dist.sim.options import SimulationOptions
 from peft_dist.sim.profile import CostProfile
