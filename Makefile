@@ -10,9 +10,14 @@ TORCH_INDEX := $(if $(shell command -v nvidia-smi 2>/dev/null),,--extra-index-ur
 # Tests are meant for two cores; more processes need more memory.
 TEST_WORKERS := 2
 
+# Of make figures.
+SCALE := small
+FIGURES := figures
+DATA :=
+
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo serve test test-slow test-gpu test-ray check format bench-cpu bench-gpu bench-kernels bench-lora train-adapters clean
+.PHONY: demo serve test test-slow test-gpu test-ray check format bench-cpu bench-gpu bench-kernels bench-lora figures train-adapters clean
 
 demo: $(STAMP)  ## real model, base and four adapters at once, side by side with PEFT
 	$(BIN)/python scripts/demo.py
@@ -53,6 +58,13 @@ bench-kernels: $(STAMP)
 
 bench-lora: $(STAMP)  ## what the LoRA kernels alone cost on one GPU, beside the floor of their bytes
 	$(BIN)/python scripts/bench/bench_lora_kernels.py
+
+figures: $(STAMP)  ## the paper's figures in the simulator; SCALE=paper for its sizes, DATA='--data DIR' for its traces
+	for script in fig02b_queueing fig07_trace fig09_end_to_end fig10_policies fig11a_migration fig11b_lengths fig12_adapters; do \
+	    $(BIN)/python scripts/experiments/$$script.py --scale $(SCALE) --output $(FIGURES) $(DATA) || exit 1; done
+	$(BIN)/python scripts/experiments/fig13_breakdown.py --output $(FIGURES)
+	$(BIN)/python scripts/experiments/fig05_operators.py --reps 200 --warm-up 200 --output $(FIGURES)
+	$(BIN)/python scripts/experiments/report.py --figures $(FIGURES) --output $(FIGURES)
 
 train-adapters: $(STAMP)  ## train the four demo adapters again (CPU, under 10 minutes each)
 	$(BIN)/python scripts/train_demo_adapters.py

@@ -16,6 +16,7 @@ except ModuleNotFoundError as missing:
 
 from peft_dist.cli_admin import rolling_restart
 from peft_dist.cli_bench import bench
+from peft_dist.cli_simulate import simulate
 from peft_dist.cli_workload import app as workload
 from peft_dist.core.config import (
     AttentionName,
@@ -34,8 +35,8 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 
 # A traceback with the values of local variables could show a key.
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-app.command()(bench)
-app.command()(rolling_restart)
+for _command in (bench, rolling_restart, simulate):
+    app.command()(_command)
 app.add_typer(workload, name="workload")
 
 

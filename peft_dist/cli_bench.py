@@ -66,9 +66,7 @@ def bench(
         max_lateness=max_lateness,
         processes=processes,
     )
-    for file in filter(None, (output, csv)):
-        if not file.parent.is_dir():
-            raise ConfigError(f"{file} could not be written after the run: there is no folder {file.parent}")
+    check_folders(output, csv)
     _raise_file_limit()
     outcome = asyncio.run(_run(requests, options))
     outcome.check_schedule(max_lateness)
@@ -110,6 +108,13 @@ def _source(workload: dict[str, Any], options: ClientOptions, outcome: Outcome, 
     }
 
 
+def check_folders(*files: Path | None) -> None:
+    """Raises ConfigError where a file could not be written after a run."""
+    for file in filter(None, files):
+        if not file.parent.is_dir():
+            raise ConfigError(f"{file} could not be written after the run: there is no folder {file.parent}")
+
+
 def report(summary: Summary, source: dict[str, Any]) -> str:
     """Lines of text for people."""
     lines = [
@@ -126,12 +131,12 @@ def report(summary: Summary, source: dict[str, Any]) -> str:
         if found is not None:
             numbers = (found.mean, found.p50, found.p90, found.p99)
             lines.append(f"{label:<18}" + "".join(f"{number:>11.4f}" for number in numbers))
-    queue = source["server_queue"]
+    queue = source.get("server_queue")
     if summary.queueing_share is not None:
         lines.append(f"share of queueing: {summary.queueing_share:.1%}")
     elif queue is not None and queue["share"] is not None:
         lines.append(f"share of queueing: {queue['share']:.1%} ({queue['metric']}, {queue['requests']} requests)")
-    if short := source["answers_shorter_than_asked"]:
+    if short := source.get("answers_shorter_than_asked"):
         lines.append(f"{short} answers were shorter than asked for: seconds a token do not compare with other runs")
     return "\n".join(lines)
 

@@ -51,7 +51,69 @@ def write(
     ratio: Annotated[float, typer.Option(help="Times as long, by longer outputs, to at most --max-total.")] = 1.0,
 ) -> None:
     """Write a workload to FILE; its first line tells where everything in it comes from."""
-    from peft_dist.workload import arrivals, files, generator
+    from peft_dist.workload import files
+
+    made = make(
+        rate=rate,
+        requests=requests,
+        adapters=adapters,
+        adapter_name=adapter_name,
+        popularity=popularity,
+        zipf=zipf,
+        maf1=maf1,
+        maf2=maf2,
+        functions=functions,
+        window=window,
+        interval=interval,
+        need_sort=need_sort,
+        stride=stride,
+        skip_bad_rows=skip_bad_rows,
+        cv=cv,
+        correlated=correlated,
+        seed=seed,
+        lengths=lengths,
+        lengths_csv=lengths_csv,
+        sharegpt=sharegpt,
+        tokenizer=tokenizer,
+        fixed_lengths=fixed_lengths,
+        max_prompt=max_prompt,
+        max_total=max_total,
+        ratio=ratio,
+    )
+    files.write(made, file)
+    _show(made, None)
+
+
+def make(
+    *,
+    rate: float,
+    requests: int,
+    adapters: int = 8,
+    adapter_name: str = "adapter-{}",
+    popularity: str = "trace",
+    zipf: float = 1.0,
+    maf1: Path | None = None,
+    maf2: Path | None = None,
+    functions: int = 1000,
+    window: str = "0.0.0-0.2.0",
+    interval: int = 60,
+    need_sort: bool = False,
+    stride: int = 1,
+    skip_bad_rows: bool = False,
+    cv: float = 1.0,
+    correlated: bool = False,
+    seed: int = 0,
+    lengths: str = "sharegpt",
+    lengths_csv: Path | None = None,
+    sharegpt: str | None = None,
+    tokenizer: str | None = None,
+    fixed_lengths: str | None = None,
+    max_prompt: int = 1024,
+    max_total: int = 2048,
+    ratio: float = 1.0,
+) -> Workload:
+    """A workload, as the options of ``write`` say; bad rows that are skipped are told on standard error."""
+    from peft_dist.workload import arrivals, generator
     from peft_dist.workload.lengths import Filters
 
     on_error: OnError = "skip" if skip_bad_rows else "fail"
@@ -72,8 +134,7 @@ def write(
         words = f"Zipf ({exponent:g})" if exponent else "uniform"
         made = generator.from_shares(names, arrivals.zipf(adapters, exponent), words, load, sizes)
     _tell(sizes.bad)
-    files.write(made, file)
-    _show(made, None)
+    return made
 
 
 @app.command()
@@ -147,13 +208,13 @@ def _lengths(
         return lengths.fixed(int(prompt), int(output))
     if sharegpt is None:
         return lengths.synthetic(synthetic, filters, seed)
-    count = _token_counter(tokenizer)
+    count = token_counter(tokenizer)
     if sharegpt == HUB:
         return lengths.download_sharegpt(count).filtered(filters)
     return lengths.read_sharegpt(Path(sharegpt), count, on_error).filtered(filters)
 
 
-def _token_counter(name: str | None) -> CountTokens:
+def token_counter(name: str | None) -> CountTokens:
     """Counts tokens as the tokenizer does by default, special tokens that it adds included."""
     from tokenizers import Tokenizer
 

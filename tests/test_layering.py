@@ -82,6 +82,7 @@ def test_a_module_imports_only_what_its_layer_may(path: Path) -> None:
         "cli_admin",
         "cli_bench",
         "cli_serve",
+        "cli_simulate",
         "cli_worker",
         "cli_workload",
         "__main__",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import cast
 
 from peft_dist.core.block_manager import BlockManager
 from peft_dist.core.config import EngineConfig, ModelInfo
@@ -13,6 +14,7 @@ from peft_dist.engine.decisions import Decision
 from peft_dist.engine.engine import Engine
 from peft_dist.engine.executor import Executor
 from peft_dist.engine.limits import SchedulerLimits
+from peft_dist.engine.recording import FORMAT, Begin, Entry, RecordedEngine, Recorder, RecordingExecutor
 from peft_dist.engine.scheduler import Scheduler
 from peft_dist.policy.factory import make_policy
 from peft_dist.policy.settings import PolicySettings
@@ -27,10 +29,11 @@ def assemble(
     page_rows: int,
     num_rows: int | None,
     on_decision: Callable[[Decision], None] | None = None,
+    record: Callable[[Entry], None] | None = None,
 ) -> Engine:
     """An engine with nothing in it, for a model that is loaded. Two must not use one executor at the same time.
 
-    ``page_rows`` and ``num_rows``: As of ``AdapterManager``.
+    ``page_rows`` and ``num_rows``: As of ``AdapterManager``. ``record``: Is handed what the engine is told.
     """
     settings = replace(policy_settings(config), steps_in_flight=info.depth)
     limits = SchedulerLimits(
@@ -45,7 +48,12 @@ def assemble(
     blocks = BlockManager(info.num_blocks, config.block_size, config.num_host_blocks)
     adapters = AdapterManager(config.max_loras, page_rows, num_rows)
     scheduler = Scheduler(limits, blocks, adapters, make_policy(config.policy, config.exec_type, settings, cost))
-    return Engine(scheduler, executor, info.depth, info.eos_token_ids, cost, on_decision)
+    if record is None:
+        return Engine(scheduler, executor, info.depth, info.eos_token_ids, cost, on_decision)
+    recorder = Recorder(record)
+    recorder.note(Begin(FORMAT, config, info, cost.to_dict(), page_rows, num_rows))
+    watched = cast(Executor, RecordingExecutor(executor, recorder))
+    return RecordedEngine(recorder, scheduler, watched, info.depth, info.eos_token_ids, cost, on_decision)
 
 
 def policy_settings(config: EngineConfig) -> PolicySettings:

@@ -42,6 +42,7 @@ from peft_dist.runner.model_runner import ModelRunner
 from peft_dist.runner.packing import prepare_layers
 from peft_dist.runner.rank_executors import FollowingExecutor, make_executor
 from peft_dist.runner.rank_group import join_ranks
+from peft_dist.runner.record_file import RecordFile, recording_folder
 from peft_dist.runner.restart_check import check_restart
 from peft_dist.runner.warm_up import KernelWarmUp, run_largest_batch
 
@@ -278,7 +279,17 @@ def new_engine(config: EngineConfig, info: ModelInfo, executor: TorchExecutor, c
     """As ``assemble``, with room for adapters as the executor's pool has it."""
     pool = executor.runner.store.pool
     log = DecisionLog(Path(config.decision_log)) if config.decision_log else None
-    return assemble(config, info, executor, cost, page_rows=pool.page_rows, num_rows=pool.num_rows, on_decision=log)
+    folder = recording_folder()
+    return assemble(
+        config,
+        info,
+        executor,
+        cost,
+        page_rows=pool.page_rows,
+        num_rows=pool.num_rows,
+        on_decision=log,
+        record=RecordFile(folder) if folder is not None else None,
+    )
 
 
 def _describe(config: EngineConfig, runner: ModelRunner, longest: int, depth: int, adapter_bytes: int) -> ModelInfo:

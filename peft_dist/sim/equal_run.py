@@ -93,7 +93,7 @@ class EqualRun:
         assert stretch is not None, "it was begun"
         self.num_steps += len(self._starts)
         progress = self.advance.carry_out(stretch, self._starts, tell=self._tells)
-        self._executor.stepped(self._free[len(self._starts) - 1])
+        self._executor.stepped(self._free[len(self._starts) - 1], len(self._starts), stretch.seconds)
         return progress
 
     @property

@@ -22,12 +22,14 @@ class EventQueue:
     Attributes:
         now: Seconds, the time of the action that runs or ran last.
         lane: Its lane.
+        num_run: Actions that have run.
     """
 
     def __init__(self) -> None:
         self.now = 0.0
         self.lane = OUTSIDE
         self._heap: list[tuple[float, int, int, Action]] = []
+        self.num_run = 0
         self._order = itertools.count()
 
     def at(self, time: float, action: Action, lane: int = OUTSIDE) -> None:
@@ -44,4 +46,5 @@ class EventQueue:
         heap = self._heap
         while heap and not is_over():
             self.now, self.lane, _, action = heapq.heappop(heap)
+            self.num_run += 1
             action()

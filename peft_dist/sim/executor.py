@@ -41,7 +41,10 @@ class SimExecutor:
         num_held: Merged copies that are kept beside the base ("shadow"); 0: weights are merged in place.
     """
 
-    def __init__(self, truth: CostModel, clock: Callable[[], float], block_bytes: int, num_held: int) -> None:
+    def __init__(
+        self, truth: CostModel, clock: Callable[[], float], block_bytes: int, num_held: int, *, can_merge: bool = True
+    ) -> None:
+        self._can_merge = can_merge
         self._truth = truth
         self._clock = clock
         self._block_bytes = block_bytes
@@ -54,6 +57,8 @@ class SimExecutor:
         self._free_at = 0.0
         self.collected_at = 0.0
         """When the last step that was collected ended."""
+        self.busy_seconds = 0.0
+        """What all steps took, without switches and swaps."""
 
     @property
     def is_quiet(self) -> bool:
@@ -70,6 +75,7 @@ class SimExecutor:
         swap_seconds = self._truth.swap_seconds(swapped) if swapped else None
         seconds = self._truth.step_seconds(self._features(batch)) if batch.sequences else 0.0
         self._free_at = max(self._free_at, self._clock()) + (swap_seconds or 0.0) + seconds
+        self.busy_seconds += seconds
         results = [SequenceResult(s.request_id, [TOKEN] if s.samples else [], s.draw) for s in batch.sequences]
         result = StepResult(batch.step, results, seconds, swap_bytes=swapped, swap_seconds=swap_seconds)
         return _Handle(result, self._free_at)
@@ -83,16 +89,18 @@ class SimExecutor:
         """When all that was submitted has ended."""
         return self._free_at
 
-    def stepped(self, free_at: float) -> None:
-        """Steps were taken beside ``submit``; the last one ended then."""
+    def stepped(self, free_at: float, count: int, seconds: float) -> None:
+        """So many steps of so many seconds each were taken beside ``submit``; the last one ended then."""
         self._free_at = free_at
+        for _ in range(count):  # Not multiplied: the sum is what it is when they are taken one by one.
+            self.busy_seconds += seconds
 
     def collect(self, handle: _Handle) -> StepResult:
         self.collected_at = handle.ends
         return handle.result
 
     def can_merge(self, spec: AdapterSpec) -> bool:
-        return True
+        return self._can_merge
 
     def can_host(self, spec: AdapterSpec) -> bool:
         return True

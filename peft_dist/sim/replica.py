@@ -33,6 +33,7 @@ class SimHardware:
         num_blocks: Of KV memory, ``block_bytes`` each.
         num_held: Merged copies beside the base's weights.
         host_seconds: That scheduling and reporting add to a step where none is in flight.
+        can_merge: Whether any adapter can be.
     """
 
     config: EngineConfig
@@ -42,6 +43,7 @@ class SimHardware:
     block_bytes: int
     num_held: int = 0
     host_seconds: float = 0.0
+    can_merge: bool = True
 
     def model(self) -> ModelInfo:
         """What such a replica says of its model."""
@@ -103,7 +105,9 @@ class SimReplica:
         self._is_running = False
         self._now = queue.now
         info = hardware.model()
-        self.executor = SimExecutor(hardware.truth, self._clock, hardware.block_bytes, hardware.num_held)
+        self.executor = SimExecutor(
+            hardware.truth, self._clock, hardware.block_bytes, hardware.num_held, can_merge=hardware.can_merge
+        )
         self.engine = assemble(hardware.config, info, self.executor, hardware.prior(), page_rows=1, num_rows=None)
         self._driver = EngineDriver(self.engine, Handovers(self.engine), self._reports.append, self._clock)
         self.run = EqualRun(self.engine, self.executor, self._host_seconds, _IDLE_ROUND)

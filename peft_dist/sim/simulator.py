@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Protocol
 
 from peft_dist.core.adapter import AdapterSpec
-from peft_dist.core.messages import AnyReport, LoadAdapter, Progress, SequenceProgress, Started
+from peft_dist.core.messages import AddRequest, AnyReport, LoadAdapter, Progress, SequenceProgress, Started
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.orchestrator.client import NewRequest
 from peft_dist.orchestrator.core import Orchestrator, OrchestratorOptions
@@ -42,15 +43,20 @@ class Outcome:
     """What became of a request. Times in seconds from the start.
 
     Attributes:
-        first, last: Of its tokens.
-        queue: From its arrival at a replica to its first step there.
+        first, last: Of its tokens; ``ended`` is when its end was told.
+        times: Of all its tokens, where they are kept.
+        queue: From its arrival to its first step.
+        replica: Where its last token was drawn.
     """
 
     arrival: Arrival
     first: float | None = None
     last: float | None = None
+    ended: float | None = None
     tokens: int = 0
     queue: float | None = None
+    times: array[float] | None = None
+    replica: int | None = None
     error: str | None = None
 
 
@@ -64,6 +70,7 @@ class SimCluster:
         message_seconds: That a command or report is under way.
         plan_seconds, placement_seconds: From a view to its plan, and to its placement.
         plan: Makes plans; nothing whose answer depends on this machine's speed gives the same run twice.
+        token_times: Keep the time of every token.
     """
 
     hardware: Sequence[SimHardware]
@@ -73,6 +80,7 @@ class SimCluster:
     plan_seconds: float = 0.05
     placement_seconds: float = 0.2
     plan: Callable[[ClusterView], MigrationPlan] = lambda view: greedy_plan(view, "virtual time")
+    token_times: bool = True
 
 
 class Simulator:
@@ -94,17 +102,29 @@ class Simulator:
         self._left = 0
         self._start = 0.0
         self._tick_at: float | None = None
-        self._failed: list[str] = []
+        self._there: dict[str, float] = {}
+
+    @property
+    def seconds(self) -> float:
+        """Virtual seconds from the start of the arrivals."""
+        return self._queue.now - self._start
+
+    @property
+    def num_events(self) -> int:
+        return self._queue.num_run
 
     def run(self, arrivals: Iterable[Arrival]) -> list[Outcome]:
         """Offer requests at their times, whatever becomes of the others; ends with the last of them."""
         self._set_up()
         self._start = self._queue.now
-        found = [Outcome(arrival) for arrival in arrivals]
+        found = [self._outcome(arrival) for arrival in arrivals]
         self._left = len(found)
         self._offer(iter(sorted(enumerate(found), key=lambda one: one[1].arrival.time)))
         self._queue.run(lambda: not self._left)
         return found
+
+    def _outcome(self, arrival: Arrival) -> Outcome:
+        return Outcome(arrival, times=array("d") if self._cluster.token_times else None)
 
     def _offer(self, coming: Iterator[tuple[int, Outcome]]) -> None:
         """Have the next request submitted at its time, and then the one after it offered."""
@@ -126,7 +146,7 @@ class Simulator:
             def opened(ids: list[str], num_taken: int, replica: Replica = replica) -> EqualSteps:
                 return self.core.equal_steps(replica, ids, TOKEN, num_taken)
 
-            unread = Unread(replica_id, self._cluster.message_seconds, opened, self._note_equal)
+            unread = Unread(replica_id, self._cluster.message_seconds, opened, partial(self._note_equal, replica_id))
             self._unread.append(unread)
             told, equal = self._reporter(replica_id, replica.epoch), unread.add if self._advance else None
             self.replicas.append(SimReplica(hardware, self._queue, told, self._spec, replica_id, equal))
@@ -145,9 +165,9 @@ class Simulator:
                 self._settle(replica_id if is_usual else None)
                 commands = self.core.observe(replica_id, epoch, report, self._queue.now)
                 if commands or not is_usual:
-                    self._act(commands)
+                    self._act(commands, replica_id)
                 else:
-                    self._hear()  # Nothing is due any sooner.
+                    self._hear(replica_id)  # Nothing is due any sooner.
 
         def send(reports: list[AnyReport]) -> None:
             self._queue.at(self._queue.now + self._cluster.message_seconds, lambda: arrive(reports), replica_id)
@@ -171,11 +191,14 @@ class Simulator:
         for unread in self._unread if replica_id is None else (self._unread[replica_id],):
             unread.settle(self._queue.now, self._queue.lane)
 
-    def _note_equal(self, request_ids: Iterable[str], count: int, at: float) -> None:
+    def _note_equal(self, replica_id: int, request_ids: Iterable[str], times: Sequence[float]) -> None:
+        times = [time - self._start for time in times]
         for request_id in request_ids:
             outcome = self._outcomes[request_id]
-            outcome.last = at - self._start
-            outcome.tokens += count
+            outcome.last, outcome.replica = times[-1], replica_id
+            outcome.tokens += len(times)
+            if outcome.times is not None:
+                outcome.times.extend(times)
 
     def _submit(self, request_id: str, arrival: Arrival) -> None:
         params = _params(arrival.output_tokens)
@@ -183,18 +206,21 @@ class Simulator:
         self._read()
         self._act(self.core.submit(new, self._queue.now))
 
-    def _act(self, commands: Iterable[Outgoing]) -> None:
+    def _act(self, commands: Iterable[Outgoing], reporter: int | None = None) -> None:
+        """Send commands and hear what the orchestrator tells, because of a report of the replica ``reporter``."""
         for out in commands:
+            if isinstance(out.command, AddRequest):
+                self._note_sent(out.command.request_id)
             take, command = self.replicas[out.replica_id].take, out.command
             self._queue.at(self._queue.now + self._cluster.message_seconds, lambda take=take, c=command: take(c))  # type: ignore[misc]
-        self._hear()
+        self._hear(reporter)
         self._arm()
 
-    def _hear(self) -> None:
+    def _hear(self, reporter: int | None) -> None:
         for event in self.core.drain_events():
             match event:
                 case SequenceEvent(request_id=request_id, progress=progress):
-                    self._note(request_id, progress)
+                    self._note(request_id, progress, reporter)
                 case RequestFailed(request_id=request_id, error=error):
                     self._fail(request_id, str(error))
                 case PlanDue():
@@ -241,19 +267,29 @@ class Simulator:
 
         self._queue.at(self._queue.now + self._cluster.plan_seconds, carry_out)
 
-    def _note(self, request_id: str, progress: SequenceProgress) -> None:
+    def _note_sent(self, sequence_id: str) -> None:
+        """A request will be at a replica: the first, or one to which it moves without its KV."""
+        request_id = sequence_id.partition("-")[0]
+        if self._outcomes[request_id].first is None:
+            self._there[request_id] = self.seconds + self._cluster.message_seconds
+
+    def _note(self, request_id: str, progress: SequenceProgress, reporter: int | None) -> None:
         outcome, now = self._outcomes[request_id], self._queue.now - self._start
         if progress.token_ids:
             if outcome.first is None:
-                outcome.first, outcome.queue = now, progress.queue_seconds
-            outcome.last = now
+                outcome.first = now
+                outcome.queue = self._there.pop(request_id) - outcome.arrival.time + (progress.queue_seconds or 0.0)
+            outcome.last, outcome.replica = now, reporter
+            if outcome.times is not None:
+                outcome.times.extend([now] * len(progress.token_ids))
             outcome.tokens += len(progress.token_ids)
         if progress.finish_reason is not None:
-            outcome.error = progress.error
+            outcome.error, outcome.ended = progress.error, now
             self._left -= 1
 
     def _fail(self, request_id: str, error: str) -> None:
-        self._outcomes[request_id].error = error
+        outcome = self._outcomes[request_id]
+        outcome.error, outcome.ended = error, self.seconds
         self._left -= 1
 
 

@@ -41,10 +41,10 @@ class Unread:
         lane: int,
         delay: float,
         open_steps: Callable[[list[str], int], EqualSteps],
-        drew: Callable[[Sequence[str], int, float], None],
+        drew: Callable[[Sequence[str], Sequence[float]], None],
     ) -> None:
-        """``delay``: Seconds that a report is under way. ``drew``: Hears of requests that drew so many tokens each, the
-        last of which was reported at that time."""
+        """``delay``: Seconds that a report is under way. ``drew``: Hears of requests and of the times at which it
+        was reported that each of them drew a token."""
         self._lane = lane
         self._delay = delay
         self._open = open_steps
@@ -101,5 +101,7 @@ class Unread:
             return
         last = one.times[one.num_read - 1] + self._delay
         one.steps.settle(one.stats_after(one.num_read), last)
-        self._drew(one.steps.request_ids, one.num_read - one.num_told, last)
+        if one.num_read > one.num_told:
+            told = [time + self._delay for time in one.times[one.num_told : one.num_read]]
+            self._drew(one.steps.request_ids, told)
         one.num_told = one.num_read

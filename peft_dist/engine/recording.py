@@ -1,0 +1,258 @@
+"""Everything that enters an engine from outside, in order: enough to have another one decide the same again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import msgspec
+
+from peft_dist.core.adapter import AdapterSpec
+from peft_dist.core.batch import Batch, StepResult
+from peft_dist.core.config import EngineConfig, ModelInfo
+from peft_dist.core.messages import SequenceProgress
+from peft_dist.core.request import Request
+from peft_dist.core.sampling_params import SamplingParams
+from peft_dist.engine.engine import Engine
+from peft_dist.engine.executor import Executor, LoadOutcome
+
+FORMAT = 1
+
+
+class _Entry(msgspec.Struct, frozen=True, tag=str.lower, tag_field="is"):
+    pass
+
+
+class Begin(_Entry, frozen=True):
+    """A new engine. ``cost`` is the state of its cost model; ``page_rows`` and ``num_rows`` are as of ``assemble``."""
+
+    format: int
+    config: EngineConfig
+    info: ModelInfo
+    cost: dict[str, Any]
+    page_rows: int
+    num_rows: int | None
+
+
+class Add(_Entry, frozen=True):
+    """A request came; its adapter is registered."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    seed: int
+    arrival_time: float
+    content_hash: str | None
+    sequence_index: int
+    output_token_ids: list[int]
+
+
+class Abort(_Entry, frozen=True):
+    request_ids: list[str]
+
+
+class Register(_Entry, frozen=True):
+    spec: AdapterSpec
+    pinned: bool
+
+
+class Pin(_Entry, frozen=True):
+    name: str
+    content_hash: str | None
+
+
+class Prefetch(_Entry, frozen=True):
+    content_hash: str
+
+
+class Forget(_Entry, frozen=True):
+    content_hash: str
+
+
+class Step(_Entry, frozen=True):
+    now: float
+
+
+class Known(_Entry, frozen=True):
+    """The executor answers a question about an adapter in another way than before."""
+
+    question: str
+    content_hash: str
+    answer: bool
+
+
+class Switched(_Entry, frozen=True):
+    target: str | None
+    seconds: float | None
+    error: str | None = None
+
+
+class Loaded(_Entry, frozen=True):
+    """What the ``call``-th question for loads since the last input brought."""
+
+    call: int
+    outcomes: list[LoadOutcome]
+
+
+class Submitted(_Entry, frozen=True):
+    """The decision: (request, first position, tokens, whether it draws) of each sequence, and all that goes with it."""
+
+    step: int
+    sequences: list[tuple[str, int, int, bool]]
+    merged_adapter: str | None
+    swap_outs: list[tuple[int, int]]
+    swap_ins: list[tuple[int, int]]
+
+    @classmethod
+    def of(cls, batch: Batch) -> Submitted:
+        rows = [(s.request_id, s.start, s.num_tokens, s.samples) for s in batch.sequences]
+        return cls(batch.step, rows, batch.merged_adapter, list(batch.swap_outs), list(batch.swap_ins))
+
+
+class Collected(_Entry, frozen=True):
+    result: StepResult
+
+
+class End(_Entry, frozen=True):
+    """What follows is not recorded."""
+
+    why: str
+
+
+Input = Add | Abort | Register | Pin | Prefetch | Forget | Step
+Entry = Begin | Input | Known | Switched | Loaded | Submitted | Collected | End
+QUESTIONS = ("can_merge", "can_host", "holds_merged")
+
+
+class Recorder:
+    """Hands on entries, in order, until it has ended."""
+
+    def __init__(self, write: Callable[[Entry], None]) -> None:
+        self._write = write
+        self._has_ended = False
+
+    def note(self, entry: Entry) -> None:
+        if not self._has_ended:
+            self._write(entry)
+
+    def end(self, why: str) -> None:
+        self.note(End(why))
+        self._has_ended = True
+
+
+class RecordedEngine(Engine):
+    """An engine whose inputs are noted before they are obeyed."""
+
+    def __init__(self, recorder: Recorder, *args: Any) -> None:
+        self.recorder = recorder
+        self._depth_of_calls = 0
+        super().__init__(*args)
+
+    def add_request(self, request: Request) -> None:
+        params = (request.request_id, request.prompt_token_ids, request.params, request.seed, request.arrival_time)
+        hashed = None if request.adapter is None else request.content_hash
+        entry = Add(*params, hashed, request.sequence_index, list(request.output_token_ids))
+        self._noted(entry, lambda: super(RecordedEngine, self).add_request(request))
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        ids = list(request_ids)
+        self._noted(Abort(ids), lambda: super(RecordedEngine, self).abort(ids))
+
+    def register_adapter(self, spec: AdapterSpec, *, pinned: bool = False) -> None:
+        register = super().register_adapter
+        self._noted(Register(spec, pinned), lambda: register(spec, pinned=pinned))
+
+    def pin_adapter(self, name: str, content_hash: str | None) -> None:
+        pin = super().pin_adapter
+        self._noted(Pin(name, content_hash), lambda: pin(name, content_hash))
+
+    def prefetch_adapter(self, content_hash: str) -> None:
+        prefetch = super().prefetch_adapter
+        self._noted(Prefetch(content_hash), lambda: prefetch(content_hash))
+
+    def forget_adapter(self, content_hash: str) -> None:
+        forget = super().forget_adapter
+        self._noted(Forget(content_hash), lambda: forget(content_hash))
+
+    def step(self, now: float) -> list[SequenceProgress]:
+        if self.scheduler.held:
+            self.recorder.end("a request was held to be moved with its KV")
+        step = super().step
+        return cast(list[SequenceProgress], self._noted(Step(now), lambda: step(now)))
+
+    def _noted(self, entry: Input, call: Callable[[], Any]) -> Any:
+        """Note what comes from outside, and not what one of these calls makes of it."""
+        if not self._depth_of_calls:
+            self.recorder.note(entry)
+            cast(RecordingExecutor, self.executor).begin_input()
+        self._depth_of_calls += 1
+        try:
+            return call()
+        finally:
+            self._depth_of_calls -= 1
+
+
+class RecordingExecutor:
+    """An executor whose answers are noted. Those that decide nothing are not."""
+
+    def __init__(self, executor: Executor, recorder: Recorder) -> None:
+        self._executor = executor
+        self._recorder = recorder
+        self._answers: dict[tuple[str, str], bool] = {}
+        self._num_asked = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._executor, name)
+
+    def begin_input(self) -> None:
+        """Count the calls that count from here."""
+        self._num_asked = 0
+
+    def submit(self, batch: Batch) -> Any:
+        self._recorder.note(Submitted.of(batch))
+        return self._executor.submit(batch)
+
+    def collect(self, handle: Any) -> StepResult:
+        result = self._executor.collect(handle)
+        self._recorder.note(Collected(result))
+        return result
+
+    def can_merge(self, spec: AdapterSpec) -> bool:
+        return self._answer("can_merge", spec.content_hash, self._executor.can_merge(spec))
+
+    def can_host(self, spec: AdapterSpec) -> bool:
+        return self._answer("can_host", spec.content_hash, self._executor.can_host(spec))
+
+    def holds_merged(self, content_hash: str) -> bool:
+        return self._answer("holds_merged", content_hash, self._executor.holds_merged(content_hash))
+
+    def switch(self, spec: AdapterSpec | None) -> float | None:
+        target = None if spec is None else spec.content_hash
+        try:
+            seconds = self._executor.switch(spec)
+        except Exception as error:
+            self._recorder.note(Switched(target, None, str(error)))
+            raise
+        self._recorder.note(Switched(target, seconds))
+        return seconds
+
+    def take_loaded(self) -> list[LoadOutcome]:
+        outcomes = self._executor.take_loaded()
+        if outcomes:
+            self._recorder.note(Loaded(self._num_asked, outcomes))
+        self._num_asked += 1
+        return outcomes
+
+    def start_export(self, *args: Any, **options: Any) -> None:
+        self._recorder.end("a request moved away with its KV")
+        self._executor.start_export(*args, **options)
+
+    def start_import(self, *args: Any) -> None:
+        self._recorder.end("a request came with its KV")
+        self._executor.start_import(*args)
+
+    def _answer(self, question: str, content_hash: str, answer: bool) -> bool:
+        if self._answers.get((question, content_hash)) != answer:
+            self._answers[question, content_hash] = answer
+            self._recorder.note(Known(question, content_hash, answer))
+        return answer

@@ -1,0 +1,79 @@
+"""Costs from measured seconds: what ``CostModel`` learns while it serves, here from all measurements at once."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from peft_dist.core.cost_model import STEP_TERMS, StepFeatures
+
+# With adapters of one rank they cannot be told from the costs of an adapter and of a token.
+RANK_TERMS = ("rank_row", "rank_row_token")
+_SWEEPS = 20_000
+_SETTLED = 1e-10
+# Of a coefficient that no measurement tells from others: small enough to change no prediction.
+_RIDGE = 1e-6
+
+
+def fit_steps(measured: Iterable[tuple[StepFeatures, float]], *, one_rank: bool = True) -> dict[str, float]:
+    """Coefficients of a step, by the names of ``CostPrior``.
+
+    Args:
+        measured: Features and seconds. Of equal features the median counts, as one measurement.
+        one_rank: All adapters had the same rank: ``RANK_TERMS`` are 0.
+    """
+    groups: dict[StepFeatures, list[float]] = defaultdict(list)
+    for features, seconds in measured:
+        groups[features].append(seconds)
+    left_out = {STEP_TERMS.index(name) for name in RANK_TERMS} if one_rank else set()
+    rows = [[0.0 if i in left_out else x for i, x in enumerate(features.vector())] for features in groups]
+    return dict(zip(STEP_TERMS, nonnegative(rows, [statistics.median(v) for v in groups.values()]), strict=True))
+
+
+def fit_line(measured: Sequence[tuple[int, float]]) -> tuple[float, float]:
+    """Seconds, and seconds for each unit of size; (0, 0) for no measurement, and no fixed part where one size is."""
+    sizes: dict[int, list[float]] = defaultdict(list)
+    for size, seconds in measured:
+        sizes[size].append(seconds)
+    constant = 1.0 if len(sizes) > 1 or 0 in sizes else 0.0
+    found = nonnegative([[constant, size] for size in sizes], [statistics.median(v) for v in sizes.values()])
+    return (found[0], found[1]) if found else (0.0, 0.0)
+
+
+def mean_error(coefficients: dict[str, float], measured: Iterable[tuple[StepFeatures, float]]) -> float:
+    """Mean over all measurements of the relative distance between the fit and the measured seconds."""
+    weights = [coefficients[name] for name in STEP_TERMS]
+    errors = [
+        abs(sum(w * x for w, x in zip(weights, features.vector(), strict=True)) / seconds - 1)
+        for features, seconds in measured
+        if seconds > 0
+    ]
+    return statistics.fmean(errors) if errors else 0.0
+
+
+def nonnegative(rows: Sequence[Sequence[float]], values: Sequence[float]) -> list[float]:
+    """Coefficients of 0 or more with the least sum of squared relative errors, by coordinate descent.
+
+    Args:
+        rows: Features of each measurement, shape [measurements, features].
+        values: Seconds; those of 0 are left out.
+    """
+    used = [([x / value for x in row], value) for row, value in zip(rows, values, strict=True) if value > 0]
+    if not used:
+        return [0.0] * (len(rows[0]) if rows else 0)
+    size = len(used[0][0])
+    scale = [max(row[i] for row, _ in used) or 1.0 for i in range(size)]
+    scaled = [[x / s for x, s in zip(row, scale, strict=True)] for row, _ in used]
+    matrix = [[sum(row[i] * row[j] for row in scaled) for j in range(size)] for i in range(size)]
+    target = [sum(row[i] for row in scaled) for i in range(size)]
+    found = [0.0] * size
+    for _ in range(_SWEEPS):
+        moved = 0.0
+        for i in range(size):
+            rest = sum(a * x for a, x in zip(matrix[i], found, strict=True)) - matrix[i][i] * found[i]
+            new = max(0.0, (target[i] - rest) / (matrix[i][i] + _RIDGE))
+            moved, found[i] = max(moved, abs(new - found[i])), new
+        if moved < _SETTLED:
+            break
+    return [x / s for x, s in zip(found, scale, strict=True)]

@@ -1,0 +1,87 @@
+"""Replicas of a profile, as an execution type has them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from peft_dist.core.config import EngineConfig
+from peft_dist.core.cost_model import CostModel, CostPrior
+from peft_dist.placement.placer import MigrationKind
+from peft_dist.sim.options import SimulationOptions
+from peft_dist.sim.profile import CostProfile
+from peft_dist.sim.replica import SimHardware
+
+# More than any prompt takes to be computed again.
+_NEVER = 1e6
+
+
+@dataclass(frozen=True, slots=True)
+class ExecType:
+    """One way to run adapters.
+
+    Attributes:
+        hardware: Makes the replica with a number, counted from 0.
+        migration: The only kind that it knows; None: what is asked for.
+        is_apart: Whether each adapter has one replica, for good (``apart.py``).
+        source: Where its costs and rules come from, for results.
+    """
+
+    hardware: Callable[[CostProfile, SimulationOptions, int], SimHardware]
+    migration: MigrationKind | None = None
+    is_apart: bool = False
+    source: str = "the profile's costs, the engine and the policies that serve"
+
+
+def engine_config(profile: CostProfile, options: SimulationOptions, **more: Any) -> EngineConfig:
+    """The engine's options; ``more`` overrides both. Raises ConfigError for what contradicts itself."""
+    wait = {} if options.max_adapter_wait is None else {"max_adapter_wait": options.max_adapter_wait}
+    settings: dict[str, Any] = {
+        "policy": options.policy,
+        "exec_type": options.exec_type,
+        "merge": options.merge,
+        "merged_minority": options.merged_minority,
+        "policy_profile": options.policy_profile,
+        "max_model_len": profile.max_model_len,
+        "block_size": profile.block_size,
+        "max_num_seqs": _or(options.max_num_seqs, profile.max_num_seqs),
+        "max_num_batched_tokens": _or(options.max_num_batched_tokens, profile.max_num_batched_tokens),
+        "max_loras": _or(options.max_loras, profile.max_loras),
+        "depth": _or(options.depth, profile.depth),
+        # No two prompts of a workload begin alike.
+        "enable_prefix_caching": False,
+        **wait,
+    }
+    return EngineConfig("simulated", **{**settings, **more})
+
+
+def make_hardware(
+    profile: CostProfile, options: SimulationOptions, config: EngineConfig, costs: CostPrior | None = None, **more: Any
+) -> SimHardware:
+    """A replica whose work takes ``costs`` (None: the profile's), which its engine knows. ``more``: fields of it."""
+    costs = costs or profile.costs
+    if not options.moves_kv:
+        costs = replace(costs, transfer=(_NEVER, 0.0))
+    fields: dict[str, Any] = {
+        "num_blocks": _or(options.num_blocks, profile.num_blocks),
+        "block_bytes": profile.block_bytes,
+        "num_held": 0 if options.merge == "host" else profile.num_held,
+        "host_seconds": profile.host_seconds,
+        "can_merge": config.merge != "off",
+    }
+    return SimHardware(
+        config,
+        CostModel(costs, fixed=True),
+        lambda: CostModel(costs, fixed=not options.learns),
+        **{**fields, **more},
+    )
+
+
+def dlora(profile: CostProfile, options: SimulationOptions, index: int) -> SimHardware:
+    """What serves: merged and unmerged execution by policy."""
+    return make_hardware(profile, options, engine_config(profile, options))
+
+
+def _or(asked: int | None, usual: int) -> int:
+    return usual if asked is None else asked

@@ -1,0 +1,1 @@
+"""The paper's figures, each by one command, in the simulator or against a live server."""

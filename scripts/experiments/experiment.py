@@ -1,0 +1,145 @@
+"""What all experiments have in common: points in, CSV and JSON and pictures out."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy
+import scipy
+
+from experiments import points
+from experiments.measured import Measured
+from experiments.points import Ladder, Point
+from experiments.settings import Settings, parser, settings
+from experiments.simulated import profile_of, rules_of
+from experiments.systems import SYSTEMS
+from experiments.tables import Row, read_csv, read_json, replace_rows, write_csv, write_json
+from peft_dist import __version__
+from peft_dist.core.errors import PeftDistError
+
+UNITS = {
+    "rate": "requests/s", "throughput": "requests/s", "avg_lat": "s/token", "p90_lat": "s/token",
+    "queueing_delay": "s/token", "adjust_time": "s", "solver_time": "s", "tot_time": "s", "ratio": "1",
+    "stride": "functions", "num_models": "adapters", "queueing_ratio": "%", "slo_attainment": "1",
+    "output_tokens": "tokens", "switch_seconds": "s", "plan_seconds": "s",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """One CSV.
+
+    Attributes:
+        name: Of CSV and JSON.
+        figure: In the paper.
+        columns: The artifact's.
+        ladders: What is to be run.
+        rows: The artifact's columns of one point.
+        keys: Columns that tell apart runs whose rows stand beside each other, where they come from live servers.
+        bound: Mean s/token beyond which a system's further points are not run; None: all are.
+        authors: The authors' own figures, for the JSON.
+    """
+
+    name: str
+    figure: str
+    columns: Sequence[str]
+    ladders: Callable[[Settings], Sequence[Ladder]]
+    rows: Callable[[Point, Measured], Sequence[Row]]
+    bound: float | None = None
+    keys: Sequence[str] = ("system",)
+    authors: Any = field(default_factory=dict)
+
+
+def run(experiment: Experiment, chosen: Settings) -> list[Row]:
+    """Run, and write CSV and JSON. Returns all rows, those of earlier live runs of other systems included."""
+    ladders = [ladder for ladder in experiment.ladders(chosen) if ladder]
+    found = points.run(ladders, chosen.data, experiment.bound, chosen.jobs, chosen.server)
+    mode = "simulated" if chosen.server is None else "live"
+    rows = [
+        _row(experiment, mode, point, measured, row)
+        for point, measured in found
+        for row in experiment.rows(point, measured)
+    ]
+    table, beside = chosen.output / f"{experiment.name}.csv", chosen.output / f"{experiment.name}.json"
+    about = _about(experiment, chosen, mode, [point for point, _ in found])
+    if mode == "live":
+        # A server runs one system; the others' rows come from other runs.
+        rows = replace_rows([row for row in read_csv(table) if row["mode"] == mode], rows, experiment.keys)
+        about = _add_live(read_json(beside), about, chosen)
+    write_csv(table, experiment.columns, rows)
+    write_json(beside, about)
+    return rows
+
+
+def _row(experiment: Experiment, mode: str, point: Point, measured: Measured, own: Row) -> Row:
+    system = SYSTEMS[point.system]
+    units = {name: UNITS[name] for name in (*own, *measured.columns) if name in UNITS}
+    common = {
+        "system": point.system, "form": system.form, "mode": mode, "model": point.model, "replicas": point.replicas,
+        "adapters": point.load.adapters, "load_rate": point.load.rate,
+    }  # fmt: skip
+    rest = {key: value for key, value in measured.columns.items() if key not in own}
+    return own | common | rest | {"units": " ".join(f"{name}={unit}" for name, unit in units.items())}
+
+
+def _about(experiment: Experiment, chosen: Settings, mode: str, run: Sequence[Point]) -> dict[str, Any]:
+    about: dict[str, Any] = {
+        "figure": experiment.figure,
+        "mode": mode,
+        "scale": chosen.scale,
+        "seed": chosen.seed,
+        "data": chosen.data.source,
+        "correlated": chosen.correlated,
+        "versions": versions(),
+        "authors": experiment.authors,
+        "loads": [asdict(load) for load in dict.fromkeys(point.load for point in run)],
+    }
+    if mode == "simulated":
+        about["profiles"] = [profile_of(model) for model in dict.fromkeys(point.model for point in run)]
+        about["systems"] = {name: rules_of(name) for name in dict.fromkeys(point.system for point in run)}
+    return about
+
+
+def _add_live(before: Mapping[str, Any], about: dict[str, Any], chosen: Settings) -> dict[str, Any]:
+    """This run beside earlier ones of other systems, each with its server and the machine that asked it."""
+    from bench.report import environment
+
+    assert chosen.server is not None
+    own = {key: about[key] for key in ("scale", "seed", "data", "correlated", "loads")}
+    own |= {"server": chosen.server.url, "rate_factor": chosen.rate_factor, "client": environment()}
+    return about | {"servers": {**before.get("servers", {}), chosen.systems[0]: own}}
+
+
+def versions() -> dict[str, str]:
+    return {
+        "peft_dist": __version__, "python": platform.python_version(), "numpy": numpy.__version__,
+        "scipy": scipy.__version__,
+    }  # fmt: skip
+
+
+def main(
+    description: str | None,
+    experiments: Callable[[Any], Sequence[Experiment]] | Sequence[Experiment],
+    draw: Callable[[Path], None],
+    arguments: Sequence[str] | None = None,
+    more: Callable[[Any], None] | None = None,
+) -> None:
+    """The command of a figure. ``more`` adds options to the common ones; errors of ours end it with their words."""
+    made = parser(description)
+    if more is not None:
+        more(made)
+    options = made.parse_args(arguments)
+    try:
+        if not options.plot:
+            chosen = settings(options)
+            for one in experiments(options) if callable(experiments) else experiments:
+                run(one, chosen)
+        draw(options.output)
+    except PeftDistError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        raise SystemExit(1) from error

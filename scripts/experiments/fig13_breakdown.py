@@ -1,0 +1,66 @@
+"""Figure 13: what part of a run dLoRA's switches and plans take.
+
+    python scripts/experiments/fig13_breakdown.py [--output figures]
+
+From fig11a.csv, which fig11a_migration.py writes: switching on the replica that switches longest, all plans, and the
+rest, over the time of the run. Plans are made beside the replicas' work: nothing waits for them. In a simulation each
+is assumed to take the same time, as fig11a.json says. Writes fig13.csv, fig13.json and figure13.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import argparse
+
+from experiments import authors, drawing
+from experiments.tables import Row, read_csv, write_csv, write_json
+
+COLUMNS = ("rate", "solver", "switching", "inference")
+_COLORS = {"inference": "tab:green", "switching": "tab:orange", "solver": "tab:blue"}
+
+
+def breakdown(rows: list[Row]) -> list[Row]:
+    """Per cent of a run's time, by rate, of the rows of dLoRA."""
+    found = []
+    for row in sorted((row for row in rows if row["system"] == "dlora"), key=lambda row: row["rate"]):
+        solver, switching = (100 * row[name] / row["tot_time"] for name in ("solver_time", "adjust_time"))
+        shares = {"rate": row["rate"], "solver": solver, "switching": switching, "inference": 100 - solver - switching}
+        found.append(shares | {"mode": row["mode"], "units": "rate=requests/s solver=% switching=% inference=%"})
+    return found
+
+
+def draw(folder: Path) -> None:
+    rows = read_csv(folder / "fig13.csv")
+    drawn = drawing.figure(4.5, 3)
+    axes = drawn.add_subplot()
+    places = range(len(rows))
+    below = [0.0] * len(rows)
+    for name, color in _COLORS.items():
+        heights = [row[name] for row in rows]
+        axes.bar(places, heights, 0.7, below, label=name, color=color)
+        below = [low + height for low, height in zip(below, heights, strict=True)]
+    axes.set_xticks(places, [f"{row['rate']:g}" for row in rows])
+    axes.set(xlabel="requests/s", ylabel="time (%)", ylim=(min((r["inference"] for r in rows), default=90) - 1, 100))
+    drawing.legend(drawn, [axes])
+    drawing.save(drawn, folder, "figure13")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("figures"), metavar="DIR")
+    folder = parser.parse_args().output
+    rows = breakdown(read_csv(folder / "fig11a.csv"))
+    if not rows:
+        raise SystemExit(f"{folder / 'fig11a.csv'} has no rows of dlora: run fig11a_migration.py first")
+    write_csv(folder / "fig13.csv", COLUMNS, rows)
+    known = {rate: [switching, solver, total] for rate, (switching, solver, total) in authors.FIGURE13.items()}
+    write_json(folder / "fig13.json", {"figure": "13", "from": "fig11a.csv", "mode": rows[0]["mode"], "authors": known})
+    draw(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""A load put to a live server, and what its metrics tell of the run."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import urllib.error
+import urllib.request
+from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+from experiments.measured import Measured, Work, measure
+from peft_dist.core.errors import ConfigError
+from peft_dist.workload import client
+from peft_dist.workload.arrivals import Workload
+from peft_dist.workload.prompts import Prompts
+from peft_dist.workload.sending import ClientOptions
+
+# Seconds between two looks at who waits and who runs.
+LOOK = 0.5
+_LINE = re.compile(r"^(peft_dist:\w+)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
+_LABEL = re.compile(r'(\w+)="([^"]*)"')
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """One to measure.
+
+    Attributes:
+        url: Without a path.
+        end_id: Prompts are token ids below it; they must be in the vocabulary.
+    """
+
+    url: str
+    end_id: int = 30_000
+
+    @property
+    def prompts(self) -> Prompts:
+        """Ids that are special tokens in most vocabularies, which come first, are left out."""
+        return Prompts(first_id=min(100, self.end_id // 2), end_id=self.end_id)
+
+
+def adapters_of(url: str) -> list[str]:
+    """Names of a server's adapters, in the order of their numbers where they have any. Raises ConfigError."""
+    try:
+        with urllib.request.urlopen(f"{_root(url)}/v1/models", timeout=30) as answer:
+            models = json.load(answer)["data"]
+    except (urllib.error.URLError, OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"the server {url} does not tell its models: {error}") from error
+    return sorted((one["id"] for one in models if one.get("parent")), key=_natural)
+
+
+def _natural(name: str) -> list[tuple[int, int | str]]:
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name)]
+
+
+def replicas_of(url: str) -> int:
+    """Replicas of a server, as its health page tells; 1 where it tells of none. Raises ConfigError."""
+    try:
+        with urllib.request.urlopen(f"{_root(url)}/health", timeout=30) as answer:
+            return max(1, len(json.load(answer).get("replicas", ())))
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        raise ConfigError(f"the server {url} does not tell how it is: {error}") from error
+
+
+def _root(url: str) -> str:
+    return url.rstrip("/").removesuffix("/v1")
+
+
+def run(workload: Workload, server: Server) -> Measured:
+    """Put a workload to a server, and measure.
+
+    Raises:
+        LateClientError: the client fell behind its own schedule; what it measured is not told.
+        ConfigError: the server does not answer.
+    """
+    return asyncio.run(_run(workload, ClientOptions(server.url, prompts=server.prompts)))
+
+
+async def _run(workload: Workload, options: ClientOptions) -> Measured:
+    before = await _metrics(options.root)
+    looks = Looks(options.root)
+    watcher = asyncio.create_task(looks.watch())
+    try:
+        outcome = await client.run(workload, options)
+    finally:
+        watcher.cancel()
+        with suppress(asyncio.CancelledError):
+            await watcher
+    outcome.check_schedule(options.max_lateness)
+    after = await _metrics(options.root)
+    found = measure(outcome.records, work(before, after, looks))
+    if found.queueing_delay is None and outcome.queue is not None and outcome.queue.requests:
+        tokens = max(sum(record.output_tokens for record in outcome.records), 1)
+        return _with_queueing(found, outcome.queue.seconds / tokens)
+    return found
+
+
+def _with_queueing(found: Measured, seconds: float) -> Measured:
+    """The server told of all requests together only: seconds waited by all of them over all tokens."""
+    return replace(found, queueing_delay=seconds)
+
+
+Series = Mapping[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+async def _metrics(root: str) -> Series:
+    return read(await asyncio.to_thread(_fetch, f"{root}/metrics"))
+
+
+def read(text: str) -> Series:
+    """Ours of a page of metrics, by name and labels."""
+    return {
+        (name, frozenset(_LABEL.findall(labels or ""))): float(value) for name, labels, value in _LINE.findall(text)
+    }
+
+
+def _fetch(url: str) -> str:
+    try:
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            return str(answer.read(), "utf-8")
+    except urllib.error.URLError:
+        return ""
+
+
+class Looks:
+    """Who waits and who runs, by replica, summed over looks at equal distances: their shares are shares of time."""
+
+    def __init__(self, root: str) -> None:
+        self._root = root
+        self.waiting: defaultdict[str, float] = defaultdict(float)
+        self.running: defaultdict[str, float] = defaultdict(float)
+
+    async def watch(self) -> None:
+        """Look until cancelled."""
+        while True:
+            self.note(await _metrics(self._root))
+            await asyncio.sleep(LOOK)
+
+    def note(self, found: Series) -> None:
+        """Add one look."""
+        sums = {"peft_dist:requests_waiting": self.waiting, "peft_dist:requests_running": self.running}
+        for (name, labels), value in found.items():
+            if name in sums:
+                sums[name][dict(labels).get("replica", "0")] += value
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Time waited over time in the server, by replica."""
+        replicas = sorted(self.waiting.keys() | self.running.keys(), key=int)
+        totals = [(self.waiting[one], self.waiting[one] + self.running[one]) for one in replicas]
+        return tuple(waiting / total if total else 0.0 for waiting, total in totals)
+
+
+def work(before: Series, after: Series, looks: Looks) -> Work:
+    """What two readings of the metrics tell of the time between them."""
+
+    def grown(name: str, **labels: str) -> list[float]:
+        """By how much each series of a name grew, of those that have these labels."""
+        wanted = set(labels.items())
+        return [
+            value - before.get((one, own), 0.0)
+            for (one, own), value in after.items()
+            if one == f"peft_dist:{name}_total" and wanted <= own
+        ]
+
+    return Work(
+        switch_seconds=max(grown("switch_seconds"), default=0.0),
+        plan_seconds=sum(grown("migration_plan_seconds")),
+        queueing=looks.shares,
+        switches=round(sum(grown("switches"))),
+        loads=round(sum(grown("adapter_loads"))),
+        moved_with_kv=round(sum(grown("migration_moves", way="kv"))),
+        recomputed=round(sum(grown("migration_moves", way="recompute"))),
+    )

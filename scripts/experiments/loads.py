@@ -1,0 +1,138 @@
+"""The loads of the experiments: windows of MAF1 and MAF2, mapped to adapters, with ShareGPT's lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from peft_dist.core.errors import ConfigError
+from peft_dist.workload import generator, lengths, synthetic, traces
+from peft_dist.workload.arrivals import Workload
+from peft_dist.workload.lengths import Filters, Lengths
+from peft_dist.workload.traces import Trace, Window
+
+SHAREGPT = "ShareGPT_V3_unfiltered_cleaned_split.json"
+LENGTHS = "lengths.csv"
+# Functions of a synthetic trace. A day's file of 2019 has some 46,000 rows; that of 2021 has far fewer functions.
+FUNCTIONS = {"maf1": 46_000, "maf2": 1_000}
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """Where traces and lengths come from; None: synthetic, and every result says so.
+
+    Attributes:
+        maf1, maf2: File or folder in the public format.
+        sharegpt: The public JSON, whose tokens ``tokenizer`` (a folder or hub id) counts.
+        lengths: A CSV of prompt_tokens,output_tokens in place of it.
+    """
+
+    maf1: Path | None = None
+    maf2: Path | None = None
+    sharegpt: Path | None = None
+    lengths: Path | None = None
+    tokenizer: str | None = None
+
+    @classmethod
+    def found(cls, folder: Path | None, tokenizer: str | None = None) -> Data:
+        """What of ``maf1/``, ``maf2/``, ShareGPT's JSON and ``lengths.csv`` is in a folder.
+
+        Raises ConfigError where the folder is none, or holds nothing of them.
+        """
+        if folder is None:
+            return cls()
+        names = {"maf1": "maf1", "maf2": "maf2", "sharegpt": SHAREGPT, "lengths": LENGTHS}
+        there: dict[str, Any] = {key: folder / name for key, name in names.items() if (folder / name).exists()}
+        if not there:
+            raise ConfigError(f"--data {folder}: there is none of {', '.join(names.values())}; docs/experiments.md")
+        if there.get("lengths") is not None:
+            there.pop("sharegpt", None)
+        return cls(**there, tokenizer=tokenizer)
+
+    def __post_init__(self) -> None:
+        if self.sharegpt is not None and self.lengths is None and self.tokenizer is None:
+            raise ConfigError(f"{self.sharegpt} has texts: name the model's --tokenizer to count their tokens")
+
+    @property
+    def source(self) -> dict[str, str]:
+        """Names of the files, for results: paths differ from machine to machine."""
+        given = {"maf1": self.maf1, "maf2": self.maf2, "lengths": self.lengths or self.sharegpt}
+        return {key: "synthetic" if path is None else path.name for key, path in given.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadSpec:
+    """One load, as the artifact's scripts ask for it.
+
+    Attributes:
+        trace: "maf1" or "maf2".
+        window: DAY.HOUR.MINUTE-DAY.HOUR.MINUTE; its hours become the intervals.
+        rate: Requests a second of all adapters together.
+        requests: How many.
+        adapters: How many.
+        need_sort, stride: Functions numbered by popularity; functions in a row that share an adapter.
+        max_total, ratio: Longest prompt and output together, and by how much outputs are made longer.
+        correlated: All adapters share one sequence of gaps, as in the artifact.
+    """
+
+    trace: str
+    window: str
+    rate: float
+    requests: int
+    adapters: int
+    need_sort: bool = False
+    stride: int = 1
+    max_total: int = 2048
+    ratio: float = 1.0
+    correlated: bool = False
+    seed: int = 0
+
+    def scaled(self, share: float, requests: float = 1.0) -> LoadSpec:
+        """Of a cluster of this share of the size; ``requests``: share of the requests that are left of those."""
+        count = max(1, round(self.requests * share * requests))
+        return replace(self, rate=self.rate * share, requests=count, adapters=max(1, round(self.adapters * share)))
+
+
+def make(spec: LoadSpec, data: Data, names: Sequence[str] | None = None) -> Workload:
+    """The requests. ``names``: Of the adapters where a server has others than adapter0, adapter1 and so on."""
+    trace = _trace(spec.trace, spec.window, spec.need_sort, data, spec.seed)
+    sizes = _lengths(data, Filters(max_total=spec.max_total, ratio=spec.ratio), spec.seed)
+    load = generator.Load(spec.rate, spec.requests, seed=spec.seed, correlated=spec.correlated)
+    wanted = [f"adapter{index}" for index in range(spec.adapters)] if names is None else list(names[: spec.adapters])
+    if len(wanted) < spec.adapters:
+        raise ConfigError(f"the server has {len(wanted)} adapters, the experiment asks for {spec.adapters}")
+    return generator.from_trace(wanted, trace, spec.stride, load, sizes)
+
+
+@lru_cache(maxsize=8)
+def _trace(kind: str, window: str, need_sort: bool, data: Data, seed: int) -> Trace:
+    part = Window.parse(window)
+    path = data.maf1 if kind == "maf1" else data.maf2
+    if path is None:
+        found = synthetic.maf_like(FUNCTIONS[kind], part, seed)
+    elif kind == "maf1":
+        found = traces.read_maf1(path, part)
+    else:
+        found = traces.read_maf2(path, part)
+    return found.by_popularity() if need_sort else found
+
+
+def _lengths(data: Data, filters: Filters, seed: int) -> Lengths:
+    return _all_lengths(data).filtered(filters) if _has_lengths(data) else lengths.synthetic("sharegpt", filters, seed)
+
+
+def _has_lengths(data: Data) -> bool:
+    return data.lengths is not None or data.sharegpt is not None
+
+
+@lru_cache(maxsize=2)
+def _all_lengths(data: Data) -> Lengths:
+    if data.lengths is not None:
+        return lengths.read_csv(data.lengths, "skip")  # An output of 0 tokens is too short anyway.
+    assert data.sharegpt is not None
+    from peft_dist.cli_workload import token_counter
+
+    return lengths.read_sharegpt(data.sharegpt, token_counter(data.tokenizer), "skip")

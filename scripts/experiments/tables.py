@@ -1,0 +1,56 @@
+"""Rows of results in CSV, and what they are of in JSON beside it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> None:
+    """``columns`` first (the artifact's), then whatever else rows have, in the order in which it first occurs."""
+    rest = dict.fromkeys(key for row in rows for key in row if key not in columns)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*columns, *rest], restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text.getvalue(), encoding="utf-8")
+
+
+def read_csv(path: Path) -> list[Row]:
+    """Rows with numbers where there are numbers; none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return [{key: _value(text) for key, text in row.items()} for row in csv.DictReader(file)]
+
+
+def _value(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text or None
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Empty where there is no file."""
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+
+
+def replace_rows(old: Sequence[Row], new: Sequence[Row], keys: Sequence[str]) -> list[Row]:
+    """``new`` and those of ``old`` that have another key: a live server runs one system at a time."""
+    taken = {tuple(row.get(key) for key in keys) for row in new}
+    return [row for row in old if tuple(row.get(key) for key in keys) not in taken] + list(new)

@@ -1,0 +1,205 @@
+"""Measure a profile for the simulator: what this device's steps, switches, loads and moves of KV take.
+
+    python scripts/profile_costs.py --output cpu.json                      # SmolLM2-135M-Instruct on the CPU
+    python scripts/profile_costs.py --shape 8b --load-format dummy --dtype bfloat16 --output gpu.json
+    python scripts/profile_costs.py --beside 1 --output cpu.json           # while another such replica computes too
+
+Drives a real engine: unmerged decode steps over batch sizes and numbers of distinct adapters, prompts, merged steps,
+switches, loads of adapters, and KV moved to other blocks. Fits the terms of the cost model to them (least relative
+errors, none below 0) and writes one file that `peft-dist simulate --profile FILE` takes, with the hardware, the
+versions and how far the fit is from what was measured. Adapters have one rank on all linear layers: for another rank
+measure again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
+from bench.cluster_engine import add_engine_options, prepare
+from bench.cost_runs import CostRuns, Measured
+from bench.report import environment
+
+from peft_dist.core.cost_model import CostPrior
+from peft_dist.sim.fitting import fit_line, fit_steps, mean_error
+from peft_dist.sim.profile import CostProfile
+
+READY = "ready"
+
+
+def build(options: argparse.Namespace, folder: Path) -> CostRuns:
+    """A replica with its adapters registered, ready to be driven."""
+    from peft_dist.runner.replica import build_replica
+
+    more: dict[str, Any] = {"max_num_seqs": max(options.sizes), "enable_prefix_caching": False}
+    for name in ("dtype", "load_format"):
+        if getattr(options, name) is not None:
+            more[name] = getattr(options, name)
+    if options.threads and not options.shape:
+        more["num_threads"] = options.threads
+    config, paths = prepare(options, folder, options.adapters, **more)
+    replica = build_replica(config)
+    specs = [replica.load_adapter(name, path) for name, path in paths.items()]
+    replica.warm_up()
+    return CostRuns(replica, specs)
+
+
+def measure(options: argparse.Namespace, runs: CostRuns) -> None:
+    steps = [
+        ("decode", lambda: runs.decodes(options.sizes, options.prompt, options.tokens, options.distinct)),
+        ("prompts", lambda: runs.prefills(options.prompts)),
+        ("moves of KV", runs.transfers),
+        ("merged", lambda: runs.merged(options.sizes, options.prompt, options.tokens, options.switches)),
+        ("loads", lambda: runs.loads(2 * len(runs.specs))),
+    ]
+    for name, step in steps:
+        if name == "merged" and runs.replica.model_info.merge_way == "off":
+            continue
+        began = time.perf_counter()
+        step()
+        print(f"{name}: {time.perf_counter() - began:.1f} s", flush=True)
+
+
+def fitted(measured: Measured, *, in_flight: bool) -> tuple[CostPrior, dict[str, float]]:
+    """Costs, and the mean relative error of the fit by regime.
+
+    With a step in flight it lasts from the end of the one before it to its own, whatever the device says of it, unless
+    there was none right before.
+    """
+    known = [
+        (features, between if in_flight and between is not None else seconds)
+        for features, seconds, between in measured.steps
+    ]
+    step = fit_steps(known)
+    lines = {name: fit_line(found) for name, found in measured.others.items()}
+    # Of one rank: a switch's seconds have no part that grows with it.
+    switches = {name: (lines.pop(name, (0.0, 0.0))[0], 0.0) for name in ("merge", "unmerge")}
+    transfer = lines.get("transfer", (0.0, 0.0))
+    swap = (transfer[0] / 2, transfer[1] / 2)
+    costs = CostPrior(**step, **switches, swap=swap, transfer=transfer, load=lines.get("load", (0.0, 0.0)))
+    errors = {}
+    for regime in sorted({features.regime for features, _ in known}):
+        errors[regime] = mean_error(step, [pair for pair in known if pair[0].regime == regime])
+    return costs, errors
+
+
+def profile(options: argparse.Namespace, runs: CostRuns, seconds: float) -> CostProfile:
+    info, config, spec = runs.replica.model_info, runs.replica.loaded_with, runs.specs[0]
+    costs, errors = fitted(runs.measured, in_flight=info.depth > 0)
+    found = environment()
+    told = ", ".join(f"{regime} {error:.1%}" for regime, error in errors.items())
+    hardware = found.get("gpu") or f"{found['cpu']}, {found['torch_threads']} thread(s) of {found['cores']} cores"
+    return CostProfile(
+        name=options.output.stem,
+        source=(
+            f"measured by scripts/profile_costs.py on {found['date']} in {seconds:.0f} s: {len(runs.measured.steps)} "
+            f"steps of {min(options.sizes)} to {max(options.sizes)} sequences with prompts of {options.prompt} and up "
+            f"to {max(options.distinct)} distinct adapters of rank {options.rank}, while {options.beside} such "
+            f"replica(s) computed beside it; mean distance of the fit: {told}. Swaps are taken to be half a move of KV."
+        ),
+        hardware=str(hardware),
+        model=f"{options.shape or 'SmolLM2-135M-Instruct'}, {info.dtype}, rank {options.rank} on all linear layers",
+        costs=costs,
+        num_blocks=info.num_blocks,
+        block_bytes=info.block_bytes,
+        modules=len(spec.ranks),
+        rank_bytes=spec.num_bytes // options.rank,
+        versions={k: str(v) for k, v in found.items() if k not in ("date", "cpu", "cores", "torch_threads", "gpu")},
+        block_size=info.block_size,
+        max_model_len=info.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_loras=config.max_loras,
+        tensor_parallel_size=info.tensor_parallel_size,
+        host_seconds=runs.host_seconds() if info.depth == 0 else 0.0,
+        depth=info.depth,
+        num_held=1 if info.merge_way == "shadow" else 0,
+    )
+
+
+@contextlib.contextmanager
+def others(number: int) -> Iterator[None]:
+    """So many replicas that compute until the end, each in a process of its own."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--as-load"]
+    started = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(number)
+    ]
+    try:
+        for process in started:
+            assert process.stdout is not None
+            while READY not in (line := process.stdout.readline()):
+                if not line:
+                    raise SystemExit("a replica beside this one ended before it was ready: see above")
+        yield
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+def compute_for_ever(options: argparse.Namespace, runs: CostRuns) -> None:
+    """What a replica beside the measured one does: batches of middling size, one after another."""
+    runs.use(policy="fcfs")
+    size = options.sizes[len(options.sizes) // 2]
+    print(READY, flush=True)
+    while True:
+        runs.batch([i % len(runs.specs) for i in range(size)], options.prompt, options.tokens)
+        runs.measured.steps.clear()
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_engine_options(parser)
+    parser.add_argument("--output", type=Path, required=True, help="the profile; its name is the file's")
+    parser.add_argument("--dtype")
+    parser.add_argument("--load-format", choices=("auto", "dummy"))
+    parser.add_argument("--threads", type=int, default=1, help="of a replica on the CPU")
+    parser.add_argument("--adapters", type=int, help="default: 8 on the CPU, 32 of a shape")
+    parser.add_argument("--sizes", type=int, nargs="+", help="batch sizes")
+    parser.add_argument("--distinct", type=int, nargs="+", help="distinct adapters in a batch; 0: the base alone")
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompts of decode steps")
+    parser.add_argument("--tokens", type=int, help="decode steps of each batch")
+    parser.add_argument("--prompts", type=int, nargs="+", help="lengths of prompts that are measured alone")
+    parser.add_argument("--switches", type=int, default=6)
+    parser.add_argument("--beside", type=int, default=0, help="replicas that compute meanwhile, on the same cores")
+    parser.add_argument("--as-load", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    usual: dict[str, Any] = {"adapters": 8, "sizes": [1, 2, 4, 8, 16], "distinct": [0, 1, 4, 8], "tokens": 12,
+                             "prompts": [32, 128, 384]}  # fmt: skip
+    if options.shape:
+        usual = {"adapters": 32, "sizes": [1, 4, 16, 32, 64, 128, 256], "distinct": [0, 1, 8, 32], "tokens": 24,
+                 "prompts": [128, 512, 2048]}  # fmt: skip
+    for name, value in usual.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    return options
+
+
+def main() -> None:
+    options = parse()
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        runs = build(options, Path(folder))
+        if options.as_load:
+            compute_for_ever(options, runs)
+        print(f"ready after {time.perf_counter() - began:.1f} s", flush=True)
+        with others(options.beside):
+            measure(options, runs)
+        made = profile(options, runs, time.perf_counter() - began)
+        runs.replica.close()
+    made.dump(options.output)
+    print(made.source)
+    print(options.output)
+
+
+if __name__ == "__main__":
+    main()

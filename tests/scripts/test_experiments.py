@@ -1,0 +1,235 @@
+"""Each figure's script in its smallest form: columns, the same bytes twice, and figures of a live server."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from experiments import authors, live, report, report_tables, tables
+from experiments.loads import Data, LoadSpec, make
+from experiments.measured import Work, measure
+from experiments.settings import Settings
+from experiments.systems import SYSTEMS, chosen
+
+from peft_dist.core.errors import ConfigError
+from peft_dist.workload.records import RequestRecord
+from tests.e2e.test_serve import adapter, serving
+
+SCRIPTS = Path(__file__).parents[2] / "scripts" / "experiments"
+# By script: its options, its CSV and the artifact's columns, and its pictures.
+FIGURES = {
+    "fig02b_queueing": ("--systems vllm-artifact,dlora", "fig2b", "replica_id,queueing_ratio", ["figure2"]),
+    "fig07_trace": ("--days 1", "fig7", "day,relative", ["figure7"]),
+    "fig09_end_to_end": (
+        "--systems peft-artifact,dlora --panels maf2_70b",
+        "fig9_maf2_70b",
+        "exec_type,rate,avg_lat",
+        ["figure9"],
+    ),
+    "fig10_policies": (
+        "--systems fcfs,dlora-artifact",
+        "fig10",
+        "policy,stride,avg_lat,p90_lat",
+        ["figure10a", "figure10b"],
+    ),
+    "fig11a_migration": (
+        "--systems dlora",
+        "fig11a",
+        "migration_type,rate,queueing_delay,adjust_time,solver_time,tot_time",
+        ["figure11a"],
+    ),
+    "fig11b_lengths": ("--systems proactive", "fig11b", "migration_type,ratio,avg_lat", ["figure11b"]),
+    "fig12_adapters": ("--systems vllm,grouped", "fig12", "exec_type,num_models,throughput", ["figure12"]),
+}
+
+
+def run(monkeypatch: pytest.MonkeyPatch, script: str, *options: str) -> None:
+    monkeypatch.setattr(sys, "argv", [script, *options])
+    runpy.run_path(str(SCRIPTS / f"{script}.py"), run_name="__main__")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("script", FIGURES)
+def test_a_figure_is_the_same_twice(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options, name, columns, pictures = FIGURES[script]
+    for folder in ("a", "b"):
+        common = ("--scale", "tiny", "--jobs", "1", "--seed", "3", "--output", str(tmp_path / folder))
+        run(monkeypatch, script, *options.split(), *common)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    kinds = {f"{picture}.{kind}" for picture in pictures for kind in ("pdf", "png")}
+    assert kinds | {f"{name}.csv", f"{name}.json"} == set(contents(tmp_path / "a"))
+    lines = (tmp_path / "a" / f"{name}.csv").read_text().splitlines()
+    assert lines[0].startswith(columns + ",") and lines[0].endswith("units") and len(lines) > 1
+    about = json.loads((tmp_path / "a" / f"{name}.json").read_text())
+    assert about["mode"] in ("simulated", "trace") and "synthetic" in json.dumps(about["data"])
+    if about["mode"] == "simulated":
+        assert about["profiles"][0]["source"].startswith("dLoRA") and about["seed"] == 3 and about["versions"]["scipy"]
+        assert set(about["systems"]) == set(options.split()[1].split(","))
+
+
+def test_other_processes_and_hash_seeds_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--scale", "tiny", "--systems", "kv"]
+    run(monkeypatch, "fig11a_migration", *options, "--jobs", "1", "--output", str(tmp_path / "a"))
+    command = [sys.executable, str(SCRIPTS / "fig11a_migration.py"), *options, "--jobs", "2"]
+    environment = os.environ | {"PYTHONHASHSEED": "7"}
+    subprocess.run([*command, "--output", str(tmp_path / "b")], env=environment, check=True, capture_output=True)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_the_breakdown_is_drawn_from_figure_11a(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    common = {"tot_time": 200.0, "mode": "simulated"}
+    rows = [
+        {"system": "dlora", "rate": 12, "adjust_time": 3.0, "solver_time": 1.0, **common},
+        {"system": "dlora", "rate": 8, "adjust_time": 2.0, "solver_time": 0.5, **common},
+        {"system": "rr", "rate": 8, "adjust_time": 9.0, "solver_time": 0.0, **common},
+    ]
+    tables.write_csv(tmp_path / "fig11a.csv", ["rate"], rows)
+    run(monkeypatch, "fig13_breakdown", "--output", str(tmp_path))
+    found = tables.read_csv(tmp_path / "fig13.csv")
+    assert [(row["rate"], row["switching"], row["solver"], row["inference"]) for row in found] == [
+        (8, 1.0, 0.25, 98.75),
+        (12, 1.5, 0.5, 98.0),
+    ]
+    assert (tmp_path / "figure13.pdf").exists()
+    with pytest.raises(SystemExit, match=r"run fig11a_migration\.py first"):
+        run(monkeypatch, "fig13_breakdown", "--output", str(tmp_path / "empty"))
+
+
+def test_operators_are_measured_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = ["--reps", "20", "--warm-up", "2", "--size", "256", "--device", "cpu"]
+    run(monkeypatch, "fig05_operators", *numbers, "--output", str(tmp_path))
+    rows = tables.read_csv(tmp_path / "fig5.csv")
+    assert [row["batch"] for row in rows] == list(range(2, 17, 2)) and all(row["Wx"] > 0 < row["BAx"] for row in rows)
+    about = json.loads((tmp_path / "fig5.json").read_text())
+    assert about["mode"] == "measured" and about["device"] == "cpu" and about["environment"]["torch"]
+
+
+def test_a_live_server_gives_its_systems_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of one system replace those of that system, and stand beside the others'."""
+    options = ["--replicas", "2", "--served-model-name", "tiny"]
+    for number in (10, 9, *range(8)):
+        options += ["--adapter", f"adapter{number}={adapter(tmp_path / f'adapter{number}', f'{number}')}"]
+    asked = ["--scale", "tiny", "--rate-factor", "40", "--max-total", "40", "--end-id", "900"]
+    asked += ["--output", str(tmp_path / "out")]
+    with serving(tmp_path, *options) as server:
+        assert live.adapters_of(server.url) == [f"adapter{number}" for number in (*range(8), 9, 10)]
+        for system in ("fcfs", "dlora", "dlora"):
+            run(monkeypatch, "fig10_policies", "--server", server.url, "--systems", system, *asked)
+        run(monkeypatch, "fig02b_queueing", "--server", server.url, "--systems", "vllm", *asked)
+    rows = tables.read_csv(tmp_path / "out" / "fig10.csv")
+    assert [(row["policy"], row["mode"], row["replicas"], row["failed"]) for row in rows] == [
+        ("fcfs", "live", 2, 0),
+        ("credit", "live", 2, 0),
+    ]
+    assert all(row["avg_lat"] > 0 for row in rows)
+    assert [row["replica_id"] for row in tables.read_csv(tmp_path / "out" / "fig2b.csv")] == [0, 1]
+    about = json.loads((tmp_path / "out" / "fig10.json").read_text())
+    assert about["mode"] == "live" and set(about["servers"]) == {"fcfs", "dlora"}
+    assert about["servers"]["fcfs"]["client"]["cpu"] and about["servers"]["fcfs"]["server"].startswith("http")
+
+
+def test_waits_are_told_by_who_is_there() -> None:
+    before = live.read('peft_dist:switch_seconds_total{replica="0"} 1.5\npeft_dist:switches_total{replica="0"} 3\n')
+    text = (
+        'peft_dist:switch_seconds_total{replica="0"} 2.0\npeft_dist:switch_seconds_total{replica="1"} 0.75\n'
+        'peft_dist:switches_total{replica="0"} 5\npeft_dist:migration_moves_total{way="kv"} 4\n'
+        "peft_dist:migration_plan_seconds_total 0.25\n"
+    )
+    looks = live.Looks("http://nowhere")
+    for waiting in (3, 1):
+        looks.note(
+            live.read(
+                f'peft_dist:requests_waiting{{replica="0"}} {waiting}\npeft_dist:requests_running{{replica="0"}} 6\n'
+                'peft_dist:requests_waiting{replica="1"} 0\npeft_dist:requests_running{replica="1"} 2\n'
+            )
+        )
+    work = live.work(before, live.read(text), looks)
+    assert work == Work(0.75, 0.25, (0.25, 0.0), switches=2, moved_with_kv=4)
+
+
+def test_figures_of_records() -> None:
+    records = [
+        RequestRecord(0, "a", 0.0, 0.0, 1.0, 2.0, 10, 4, queueing=0.4),
+        RequestRecord(1, "a", 1.0, 1.0, 2.0, 5.0, 10, 4, queueing=0.8),
+        RequestRecord(2, "a", 1.0, 1.0, None, 9.0, 10, 0, error="lost"),
+    ]
+    found = measure(records, Work(0.0, 0.0))
+    assert (found.avg_lat, found.requests, found.failed) == (0.75, 3, 1)
+    assert found.queueing_delay == pytest.approx(0.15) and found.slo_attainment == pytest.approx(1 / 3)
+    assert found.throughput == pytest.approx(2 / 9) and found.tot_time == 9.0
+
+
+def test_a_smaller_cluster_has_its_part_of_the_load(tmp_path: Path) -> None:
+    load = LoadSpec("maf1", "0.0.0-0.2.0", 64.0, 6400, 128)
+    point = Settings(tmp_path, "small").point(SYSTEMS["dlora"], "7b", 32, load)
+    assert (point.replicas, point.load.rate, point.load.adapters, point.load.requests) == (8, 16.0, 32, 480)
+    assert Settings(tmp_path, "paper").point(SYSTEMS["dlora"], "7b", 32, load).load == load
+    assert Settings(tmp_path, "small").some((1, 2, 3, 4, 5)) == [1, 3, 5]
+
+
+def test_data_is_looked_for_where_it_is_said_to_be(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is none of maf1, maf2"):
+        Data.found(tmp_path)
+    (tmp_path / "lengths.csv").write_text("prompt_tokens,output_tokens\n7,5\n9,0\n8,6\n")
+    (tmp_path / "maf2").mkdir()
+    calls = "\n".join(f"app{index % 3},f,{60.0 * index},1.0" for index in range(12))
+    trace = tmp_path / "maf2" / "AzureFunctionsInvocationTraceForTwoWeeksJan2021.txt"
+    trace.write_text(f"app,func,end_timestamp,duration\n{calls}\n")
+    data = Data.found(tmp_path)
+    assert data.source == {"maf1": "synthetic", "maf2": "maf2", "lengths": "lengths.csv"}
+    made = make(LoadSpec("maf2", "0.0.0-0.6.0", 2.0, 9, 3), data)
+    assert {arrival.prompt_tokens for arrival in made.arrivals} <= {7, 8} and len(made.arrivals) == 9
+    with pytest.raises(ConfigError, match="name the model's --tokenizer"):
+        Data(sharegpt=tmp_path / "x.json")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--systems", "nobody"], "does not show the system 'nobody'"),
+        (["--server", "http://127.0.0.1:9"], "--server needs --systems with one name"),
+        (["--server", "http://127.0.0.1:9", "--systems", "fcfs"], "does not tell how it is"),
+        (["--data", "/nowhere/at/all"], "there is none of"),
+    ],
+)
+def test_what_cannot_be_is_said(
+    options: Sequence[str], words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, "fig10_policies", *options)
+    assert ended.value.code == 1 and words in capsys.readouterr().err
+
+
+def test_systems_and_curves() -> None:
+    assert [one.name for one in chosen(["fcfs", "merge"], [])] == ["fcfs", "merge"]
+    # As read off by hand from the authors' notebook.
+    found = [authors.rate_at(curve, 0.5) for curve in authors.FIGURE9.values()]
+    assert found == pytest.approx([7.61, 5.38, 61.78], abs=0.01)
+    assert authors.rate_at({1: 0.6, 2: 0.9}, 0.5) is None and authors.rate_at({1: 0.1, 2: 0.2}, 0.5) is None
+
+
+def test_the_report_puts_tables_between_their_marks() -> None:
+    rows = [
+        {"system": name, "rate": rate, "avg_lat": seconds}
+        for name, curve in (("vllm", {1: 0.1, 2: 0.9}), ("dlora", {8: 0.2, 16: 0.8}), ("grouped", {8: 0.1}))
+        for rate, seconds in curve.items()
+    ]
+    found = {"fig9_maf1_7b": {"rows": rows, "about": {"mode": "simulated", "scale": "tiny", "seed": 0}}}
+    made = report_tables.tables(found)
+    assert "| vLLM | 1.5 (8.0 ×) |" in made["fig9"] and "| dLoRA | 12 |" in made["fig9"]
+    assert "| above 8 |" in made["fig9"] and "*authors: vllm* | 7.6 (8.1 ×)" in made["fig9"]
+    for row in rows:
+        row["avg_lat"] /= 2 if row["system"] == "dlora" else 1
+    assert "| vLLM | 1.5 (over 10.7 ×) |" in report_tables.tables(found)["fig9"]
+    text = "x\n<!-- fig9 -->\nold\n<!-- end -->\n<!-- fig12 -->\nkept\n<!-- end -->\n"
+    changed = report.insert(text, made)
+    assert "old" not in changed and "kept" in changed and report.insert(changed, made) == changed

@@ -1,0 +1,54 @@
+"""A profile is measured on a small model and simulated with; live and simulated are put beside each other."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from peft_dist.sim.experiment import simulate
+from peft_dist.sim.profile import CostProfile
+from peft_dist.workload.arrivals import Arrival
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+TINY = ["--shape", "tiny", "--set", "num_blocks=512", 'dtype="float32"', "max_model_len=512", 'device="cpu"']
+
+
+def run(script: str, *arguments: str) -> str:
+    command = [sys.executable, str(SCRIPTS / script), *TINY, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_a_small_model_is_measured_and_simulated(tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    sizes = ["--adapters", "4", "--sizes", "1", "2", "8", "--distinct", "0", "1", "4", "--tokens", "6"]
+    run("profile_costs.py", *sizes, "--prompts", "32", "128", "--switches", "3", "--output", str(file))
+    profile = CostProfile.load(file)
+    costs = profile.costs
+    assert profile.name == "mine" and profile.max_num_seqs == 8 and profile.num_blocks == 512
+    assert profile.modules == 14 and "8 sequences" in profile.source
+    # Two layers of width 64: a step takes some ms, as tokens of prompts, merging, loads and copies take something.
+    assert 1e-4 < costs.step + costs.decode_sequence < 1.0
+    assert costs.prefill_token > 0 and costs.merge[0] > 0 and costs.load[1] > 0 and costs.transfer[1] > 0
+    assert profile.num_held == 1 and profile.host_seconds > 0
+    [record] = simulate([Arrival(0.0, "a", 32, 5)], profile).records
+    assert record.error is None and 5 * costs.step < record.e2e < 5.0
+
+
+@pytest.mark.slow
+def test_live_and_simulated_are_put_beside_each_other(tmp_path: Path) -> None:
+    """How near they are depends on what else the machine does: docs/results has what was measured on a quiet one."""
+    run("experiments/live_vs_sim.py", "--engine", "--adapters", "4", "--seconds", "2", "--loads", "0.2", "0.4",
+        "--output", str(tmp_path))  # fmt: skip
+    figures = json.loads((tmp_path / "live_vs_sim.json").read_text())["figures"]
+    assert [one["load"] for one in figures["rates"]] == [0.2, 0.4]
+    for one in figures["rates"]:
+        assert one["live"]["failed"] == one["simulated"]["failed"] == 0
+        assert one["live"]["requests"] == one["simulated"]["requests"] == one["requests"]
+        ratio = one["simulated"]["normalized_latency"]["mean"] / one["live"]["normalized_latency"]["mean"]
+        assert one["simulated_over_live"]["normalized_latency"]["mean"] == pytest.approx(ratio)
