@@ -17,7 +17,8 @@ from peft_dist.patches.adapter_rows import call_batch_size, expand_for_peft, lon
 from peft_dist.patches.capturable import capture_reason, model_state
 from peft_dist.patches.decode_graphs import DecodeGraphs, capture_for
 from peft_dist.patches.live_weights import LiveWeights
-from peft_dist.patches.lora_layers import join_siblings, restore_class, sees_kept_rows, swap_class
+from peft_dist.patches.lora_layers import join_siblings
+from peft_dist.patches.lora_wrapping import restore_class, sees_kept_rows, swap_class
 from peft_dist.patches.paging import paging_reason
 from peft_dist.patches.selective_call import Lengths, SelectiveCall, intercept
 

@@ -14,6 +14,7 @@ from peft_dist.patches.attention import ATTENTION_NAME, changes_nothing
 from peft_dist.patches.forms import global_matches, method_matches
 from peft_dist.patches.fused_norm import match_norm
 from peft_dist.patches.fusion import fusion_of, has_hooks
+from peft_dist.patches.together import call_together
 
 _MODELS = "transformers.models"
 ROTARY = {
@@ -79,7 +80,8 @@ class FusedAttention(nn.Module):
                 **kwargs,
             )
             return output
-        return self.o_proj(_attend(self, glue, context, hidden_states, position_embeddings)), None
+        attended = _attend(self, glue, context, hidden_states, position_embeddings)
+        return call_together([self.o_proj], attended)[0], None
 
 
 def _attend(

@@ -12,6 +12,7 @@ from peft_dist.kernels.glue import Activation
 from peft_dist.patches.forms import method_matches
 from peft_dist.patches.fusion import fusion_of, rows_of
 from peft_dist.patches.lora_layers import run_gated
+from peft_dist.patches.together import call_together
 
 LLAMA = "transformers.models.llama.modeling_llama:LlamaMLP.forward"
 
@@ -35,8 +36,7 @@ class FusedMLP(nn.Module):
         if gated is None:
             gate, up = self.gate_proj(x), self.up_proj(x)
             gated = glue.gated(rows_of(gate), rows_of(up), activation).view(gate.shape)
-        hidden: torch.Tensor = self.down_proj(gated)
-        return hidden
+        return call_together([self.down_proj], gated)[0]
 
 
 def match_mlp(module: nn.Module) -> dict[str, Any] | None:

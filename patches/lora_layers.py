@@ -5,7 +5,6 @@ Outside of a ForwardContext each runs PEFT's own code, so training, merging and 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -18,11 +17,12 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_dist.forward_context import ForwardContext, current
 from peft_dist.kernels import lora as kernels
+from peft_dist.kernels.glue import Activation
 from peft_dist.kernels.lora_beside import ShrinkBeside
 from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
 from peft_dist.patches.rank_outputs import Combination
 from peft_dist.patches.siblings import find_siblings
-from peft_dist.patches.together import call_together
+from peft_dist.patches.together import call_as_made, call_together, multiply_few, plain_weight
 
 
 class SelectiveLinear(LoraLinear):
@@ -128,11 +128,6 @@ class SelectiveEmbedding(LoraEmbedding):
 
 
 SelectiveLayer = SelectiveLinear | SelectiveEmbedding
-SWAPS: dict[type[nn.Module], type[SelectiveLinear] | type[SelectiveEmbedding]] = {
-    LoraLinear: SelectiveLinear,
-    LoraEmbedding: SelectiveEmbedding,
-}
-_OWN_ATTRIBUTES = ("lora_index", "is_output", "embed_factor", "siblings", "sibling_index")
 
 
 def join_siblings(model: nn.Module) -> None:
@@ -174,41 +169,65 @@ def _run(layers: Sequence[SelectiveLinear], x: torch.Tensor, context: ForwardCon
         return call_together(_multiplied(layers, context), x)
     for plan in plans:
         _check_rows(layers[0], x.numel() // x.shape[-1], plan)
+    fused = _try_fused(layers, x, weights, plans, context)
+    if fused is not None:
+        return fused.split([layer.out_features for layer in layers], dim=-1)
     begun = kernels.begin_lora(x, weights, plans[0])
-    outputs = call_together(_multiplied(layers, context), x)
+    outputs = call_as_made(_multiplied(layers, context), x)
     _add(outputs, x, weights, plans, begun)
     return outputs
 
 
-def run_gated(gate: nn.Module, up: nn.Module, x: torch.Tensor, activation: str) -> torch.Tensor | None:
-    """``activation(gate(x)) * up(x)`` with the adapters' parts added in the pass that the activation takes.
+def run_gated(gate: nn.Module, up: nn.Module, x: torch.Tensor, activation: Activation) -> torch.Tensor | None:
+    """``activation(gate(x)) * up(x)`` with the adapters' parts added in the pass that the activation takes, or all of
+    it in one launch.
 
-    None, with nothing computed, where that is not to be had: without adapters or kernels of Triton, and for modules
-    that are no siblings, or whose outputs somebody else sees.
+    None, with nothing computed, where neither is to be had: without kernels of Triton, for many rows without adapters,
+    and for modules that are no siblings, or whose outputs somebody else sees.
 
     Args:
         activation: "silu" or "gelu_tanh".
     """
     context = current()
-    if context is None or type(gate) is not SelectiveLinear or type(up) is not SelectiveLinear:
+    if context is None:
         return None
+    if type(gate) is not SelectiveLinear or type(up) is not SelectiveLinear:
+        return multiply_few([gate, up], x, activation)
     layers = gate.siblings
     if len(layers) != 2 or layers[0] is not gate or layers[1] is not up or any(map(_is_seen, layers)):
         return None
     plans = context.lora_plans(gate.is_output)
-    if not plans:
-        return None
-    weights = _weights_of(layers, context)
+    weights = _weights_of(layers, context) if plans else []
+    if weights.count(None) == len(weights):
+        return multiply_few(_multiplied(layers, context), x, activation)
     if not kernels.has_gate(x, weights, plans[-1]):
         return None
     for plan in plans:
         _check_rows(gate, x.numel() // x.shape[-1], plan)
+    fused = _try_fused(layers, x, weights, plans, context, activation)
+    if fused is not None:
+        return fused
     begun = kernels.begin_lora(x, weights, plans[0])
-    outputs = call_together(_multiplied(layers, context), x)
+    outputs = call_as_made(_multiplied(layers, context), x)
     if len(plans) > 1:
         _add(outputs, x, weights, plans[:-1], begun)
         begun = None
     return kernels.lora_gate(outputs[0], outputs[1], x, weights, plans[-1], activation, begun)
+
+
+def _try_fused(
+    layers: Sequence[SelectiveLinear],
+    x: torch.Tensor,
+    weights: Sequence[LoRALayerWeights | None],
+    plans: Sequence[LoRAPlan],
+    context: ForwardContext,
+    activation: Activation | None = None,
+) -> torch.Tensor | None:
+    """The layers with their adapters in one launch, where the pass has few rows (``FewRows.add_lora``)."""
+    if context.few_rows is None or len(plans) > 1 or not plans[0].fuses:
+        return None
+    weight = plain_weight(_multiplied(layers, context), context)
+    return None if weight is None else context.few_rows.add_lora(x, weight, weights, plans[0], activation)
 
 
 def _is_seen(layer: SelectiveLinear) -> bool:
@@ -254,93 +273,3 @@ def _check_rows(layer: SelectiveLayer, rows: int, plan: LoRAPlan) -> None:
             f"but the batch has {plan.num_rows}: a module that drops or reorders rows cannot serve mixed adapters; "
             "leave it out of target_modules"
         )
-
-
-def swap_class(layer: nn.Module) -> bool:
-    """Give an existing PEFT layer of exactly a known class its selective subclass; False for any other module."""
-    selective = SWAPS.get(type(layer))
-    if selective is None:
-        return False
-    layer.__class__ = selective
-    return True
-
-
-def restore_class(layer: nn.Module) -> bool:
-    """Undo ``swap_class``; False for a module that is not selective."""
-    for original, selective in SWAPS.items():
-        if type(layer) is selective:
-            for name in _OWN_ATTRIBUTES:
-                layer.__dict__.pop(name, None)
-            layer.__class__ = original
-            return True
-    return False
-
-
-def can_wrap(module: nn.Module) -> bool:
-    """Whether ``wrap_module`` knows this kind of base layer.
-
-    An embedding that takes more than ids (OPT's positions take a mask) looks up other rows than it is given.
-    """
-    if isinstance(module, nn.Embedding):
-        return len(inspect.signature(type(module).forward).parameters) == 2
-    return isinstance(module, (nn.Linear, Conv1D))
-
-
-def make_layer(model: nn.Module, path: str) -> SelectiveLayer:
-    """A selective layer without adapters for the module at ``path`` of a stock model, which stays as it is.
-
-    Takes most of the time of ``wrap_module``, and may run on any thread.
-
-    Raises:
-        TypeError: the module is of a kind that LoRA does not adapt here.
-    """
-    module = model.get_submodule(path)
-    if isinstance(module, (SelectiveLinear, SelectiveEmbedding)):
-        return module
-    if not can_wrap(module):
-        raise TypeError(
-            f"{path} is a {type(module).__name__}; LoRA needs nn.Linear, transformers' Conv1D or nn.Embedding"
-        )
-    layer = SelectiveEmbedding.wrap(module) if isinstance(module, nn.Embedding) else SelectiveLinear.wrap(module)
-    layer.is_output = sees_kept_rows(model, path, module)
-    return layer
-
-
-def wrap_module(model: nn.Module, path: str, made: SelectiveLayer | None = None) -> SelectiveLayer:
-    """Put a selective layer without adapters around the module at ``path`` of a stock model, and return it.
-
-    Args:
-        made: What ``make_layer`` made for this module.
-
-    Raises:
-        TypeError: the module is of a kind that LoRA does not adapt here.
-    """
-    module = model.get_submodule(path)
-    if made is None or made.base_layer is not module:
-        made = make_layer(model, path)
-    if made is not module:
-        model.set_submodule(path, made)
-    return made
-
-
-def unwrap_module(model: nn.Module, path: str) -> nn.Module:
-    """Put the base layer back where ``wrap_module`` put a selective layer, and return it."""
-    layer = model.get_submodule(path)
-    if not isinstance(layer, (SelectiveLinear, SelectiveEmbedding)):
-        return layer
-    base: nn.Module = layer.base_layer
-    model.set_submodule(path, base)
-    return base
-
-
-def sees_kept_rows(model: nn.Module, path: str, module: nn.Module) -> bool:
-    """Whether a linear layer of a causal language model gets only the rows whose logits are wanted.
-
-    Transformers' models drop the other rows between the decoder (``base_model_prefix``) and what follows it: the
-    output layer, and in some families (BERT) layers before that.
-    """
-    getter = getattr(model, "get_output_embeddings", None)
-    if getter is not None and module is getter():
-        return True
-    prefix = getattr(model, "base_model_prefix", "")
-    return bool(prefix) and hasattr(model, prefix) and not path.startswith(f"{prefix}.")

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_dist.patches.lora_layers import wrap_module
+from peft_dist.patches.lora_wrapping import wrap_module
 from peft_dist.patches.rank_outputs import Gathered, Reduced, Vocabulary
 
 _COLUMN, _ROW = "colwise", "rowwise"

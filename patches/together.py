@@ -3,22 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import nn
 
+from peft_dist.forward_context import ForwardContext, current
+from peft_dist.kernels.glue import Activation
 from peft_dist.patches.joined_linear import JoinedLinear, Joint
 from peft_dist.patches.packed_linear import PackedLinear, Packing
 
 
 def call_together(modules: Sequence[nn.Module], x: torch.Tensor) -> Sequence[torch.Tensor]:
     """Outputs of modules that read x: in one multiplication where these very modules are packed or joined as one."""
+    few = multiply_few(modules, x)
+    if few is not None:
+        return few.split([cast(int, module.out_features) for module in modules], dim=-1)
+    return call_as_made(modules, x)
+
+
+def call_as_made(modules: Sequence[nn.Module], x: torch.Tensor) -> Sequence[torch.Tensor]:
+    """The same by torch's libraries in any case, as beside adapters' kernels."""
     group = _group_of(modules[0])
     if group is not None and not torch.is_grad_enabled() and x.numel():
         layers = group.layers
         if len(layers) == len(modules) and all(a is b for a, b in zip(layers, modules, strict=True)):
             return group.outputs(x)
     return [module(x) for module in modules]
+
+
+def multiply_few(
+    modules: Sequence[nn.Module], x: torch.Tensor, activation: Activation | None = None
+) -> torch.Tensor | None:
+    """Outputs of modules that read x beside one another, or two modules' ``activation(first) * second``, where the pass
+    has a faster way for its few rows (``FewRows.multiply``)."""
+    context = current()
+    if context is None or context.few_rows is None:
+        return None
+    weight = plain_weight(modules, context)
+    return None if weight is None else context.few_rows.multiply(x, weight, activation)
+
+
+def plain_weight(modules: Sequence[nn.Module], context: ForwardContext) -> torch.Tensor | None:
+    """``[sum of out_features, in_features]``, whose product with x is all that these modules compute in this pass; None
+    where they compute more, or each by itself."""
+    first = modules[0]
+    if torch.is_grad_enabled() or any(map(_is_changed, modules)):
+        return None
+    if len(modules) == 1 and type(first) is nn.Linear:
+        return first.weight.data if first.bias is None and type(first.weight) is nn.Parameter else None
+    joint = first._joint if type(first) is JoinedLinear else None
+    if joint is None or len(joint.layers) != len(modules) or joint.bias is not None:
+        return None
+    if any(a is not b for a, b in zip(joint.layers, modules, strict=True)):
+        return None
+    merged = None if context.merged is None else context.merged.joined.get(joint)
+    return merged if merged is not None or not joint.is_intact else joint.weight
+
+
+def _is_changed(module: nn.Module) -> bool:
+    return bool(module._forward_pre_hooks or module._forward_hooks) or "forward" in module.__dict__
 
 
 def _group_of(module: nn.Module) -> Packing | Joint | None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+    from peft_dist.kernels.few_rows import FewRows
     from peft_dist.kernels.types import AttentionMetadata, KVCache, LoRALayerWeights, LoRAPlan
     from peft_dist.patches.merged_layers import MergedLayers
 
@@ -39,6 +40,7 @@ class ForwardContext:
         token_rows: int64 ``[T]``, the rows of a padded batch flattened to ``[B * S]`` that hold tokens, for
             attention; None when every row does (always, in a packed forward).
         windowed: Layers whose attention must bring its sliding window, where that was not checked before.
+        few_rows: For products of few rows, where it knows a faster way; None leaves them to torch.
         shared: Outputs that ``shared_output`` computed and nobody has taken yet.
     """
 
@@ -52,6 +54,7 @@ class ForwardContext:
     lora_logits_correction: LoRAPlan | None = None
     token_rows: torch.Tensor | None = None
     windowed: Collection[int] = ()
+    few_rows: FewRows | None = None
     shared: dict[object, tuple[torch.Tensor, list[torch.Tensor | None]]] = field(default_factory=dict)
     _token: contextvars.Token[ForwardContext | None] | None = None
 

@@ -21,13 +21,33 @@ from peft_dist.kernels.triton_device import device_of
 from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
 
 _TILES = 32
+MOST_ROWS = 128
+"""Of steps whose rows' tiles are looked up too."""
 
 
 class Lookup(NamedTuple):
-    """Entries ``[layers, tiles, columns]``, int32; zeros where a tile has no adapter in a layer, or no rows."""
+    """Of all layers and tiles.
+
+    Attributes:
+        entries: int32 ``[layers, tiles, columns]``; zeros where a tile has no adapter in a layer, or no rows.
+        places: Of each layer by the id of its weights.
+        row_tiles: int32 ``[MOST_ROWS]``, the tile that each row is in; -1: none. Empty where there are more rows.
+        ready: int32 ``[layers]``, zeros: counters for one launch each (``take_counter``).
+    """
 
     entries: torch.Tensor
     places: dict[int, int]
+    row_tiles: torch.Tensor
+    ready: torch.Tensor
+    taken: set[int]
+
+    def take_counter(self, weights: LoRALayerWeights) -> int | None:
+        """Place of a layer's counter; None when the pass has used it, which nobody puts back to 0."""
+        place = self.places[id(weights)]
+        if place in self.taken:
+            return None
+        self.taken.add(place)
+        return place
 
     def tables_of(self, weights: LoRALayerWeights) -> LayerTables:
         """A layer's tables with tiles in the place of slots."""
@@ -38,10 +58,22 @@ class Lookup(NamedTuple):
 
 @triton.jit
 def _lookup_kernel(
-    tables, tile_slots, tile_lens, entries, num_tiles, COLUMNS: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Program (layer, some tiles)."""
+    tables, tile_rows, tile_slots, tile_lens, entries, ready, row_tiles, num_tiles,
+    COLUMNS: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Program (layer, some tiles). ROWS: room of ``row_tiles``; 0: it is not wanted."""
     layer = tl.program_id(0)
+    if tl.program_id(1) == 0:
+        tl.store(ready + layer, 0)
+        if (ROWS > 0) & (layer == 0):
+            tl.store(row_tiles + tl.arange(0, max(ROWS, 1)), -1)
+            tl.debug_barrier()
+            for first in range(0, num_tiles, TILES):
+                i = first + tl.arange(0, TILES)[:, None]
+                m = tl.arange(0, TILE)[None, :]
+                is_row = (i < num_tiles) & (m < tl.load(tile_lens + i, mask=i < num_tiles, other=0))
+                row = tl.load(tile_rows + i * TILE + m, mask=is_row, other=0)
+                tl.store(row_tiles + row, i + 0 * m, mask=is_row)
     t = tl.program_id(1) * TILES + tl.arange(0, TILES)
     c = tl.arange(0, BLOCK)
     length = tl.load(tile_lens + t, mask=t < num_tiles, other=0)
@@ -64,22 +96,26 @@ def lookup_of(plan: LoRAPlan, tiles: LoRATiles, weights: Sequence[LoRALayerWeigh
     """
     found = plan.scratch.get("lookup")
     if found is None and plan.layers:
-        found = plan.scratch["lookup"] = _look_up(plan.layers, tiles, max_rank)
+        found = plan.scratch["lookup"] = _look_up(plan.layers, tiles, max_rank, plan.num_rows)
     if not isinstance(found, Lookup) or any(id(w) not in found.places for w in weights):
         return None
     return found
 
 
-def _look_up(layers: Sequence[LoRALayerWeights], tiles: LoRATiles, max_rank: int) -> Lookup:
+def _look_up(layers: Sequence[LoRALayerWeights], tiles: LoRATiles, max_rank: int, num_rows: int) -> Lookup:
     device = layers[0].A.device
     columns = TABLE_HEAD + -(-max_rank // layers[0].page_rows)
     entries = torch.empty(len(layers), tiles.max_tiles, columns, dtype=torch.int32, device=device)
+    # Of one size: each would be a kernel of its own.
+    room = MOST_ROWS if num_rows <= MOST_ROWS else 0
+    row_tiles, ready = (torch.empty(size, dtype=torch.int32, device=device) for size in (room, len(layers)))
     with device_of(entries):
         _lookup_kernel[(len(layers), triton.cdiv(tiles.max_tiles, _TILES))](
-            _addresses(layers), tiles.slots, tiles.lens, entries, tiles.max_tiles, COLUMNS=columns, TILES=_TILES,
-            BLOCK=triton.next_power_of_2(columns), num_warps=2,
+            _addresses(layers), tiles.rows, tiles.slots, tiles.lens, entries, ready, row_tiles, tiles.max_tiles,
+            COLUMNS=columns, TILES=_TILES, BLOCK=triton.next_power_of_2(columns), TILE=tiles.tile_rows, ROWS=room,
+            num_warps=2,
         )  # fmt: skip
-    return Lookup(entries, {id(w): i for i, w in enumerate(layers)})
+    return Lookup(entries, {id(w): i for i, w in enumerate(layers)}, row_tiles, ready, set())
 
 
 def _addresses(layers: Sequence[LoRALayerWeights]) -> torch.Tensor:

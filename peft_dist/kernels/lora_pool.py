@@ -130,6 +130,10 @@ class LoRAPool:
         """``read`` of one layer that the slot adapts."""
         return self._layers[index].read(slot)
 
+    def is_finite(self, slot: int) -> bool:
+        """Whether what a slot holds is known to have no NaN and no infinity."""
+        return self._resident[slot].finite
+
     def ranks(self, slot: int) -> Mapping[int, int]:
         """Of what a slot holds, by ``lora_index``."""
         return self._resident[slot].ranks

@@ -23,13 +23,14 @@ class LoRAWorkspace:
         # First: both halves become ready together, and the layer's own product, begun first, would leave no room.
         self.stream = torch.cuda.Stream(self.device, priority=_FIRST) if self.device.type == "cuda" else None
         self._buffer = torch.empty(0, dtype=torch.float32, device=self.device)
+        self._counters = torch.empty(0, dtype=torch.int32, device=self.device)
         self._outgrown: list[torch.Tensor] = []
         self.admit(max_rank)
 
     @property
     def num_bytes(self) -> int:
         """Bytes that it holds now, those of outgrown buffers included."""
-        return sum(4 * buffer.numel() for buffer in (self._buffer, *self._outgrown))
+        return sum(4 * buffer.numel() for buffer in (self._buffer, self._counters, *self._outgrown))
 
     def admit(self, rank: int) -> None:
         """Make sure that ``max_rank`` is at least this."""
@@ -46,6 +47,15 @@ class LoRAWorkspace:
                 self._outgrown.append(self._buffer)
             self._buffer = torch.empty(num_elements, dtype=torch.float32, device=self.device)
         return self._buffer
+
+    def take_counters(self, count: int) -> torch.Tensor:
+        """At least so many int32 zeros at an address that stays as that of ``take`` does; who uses them puts them back
+        to 0."""
+        if count > self._counters.numel():
+            if self._counters.numel():
+                self._outgrown.append(self._counters)
+            self._counters = torch.zeros(count, dtype=torch.int32, device=self.device)
+        return self._counters
 
     def forget_outgrown(self) -> None:
         """Free the outgrown buffers: no graph that was captured with them is replayed any more."""

@@ -119,6 +119,8 @@ class LoRAPlan:
             but ``num_rows`` and ``factor``; None: they make them from the runs.
         layers: All layers that are run by this plan in one pass, which uses a plan of its own: the Triton kernels look
             their tables up for all tiles at once then (``lora_lookup_triton``). Empty: each launch does it.
+        fuses: A layer's own product may be in one launch with what is added (``few_rows``). All adapters must be
+            finite: there each row is multiplied with every adapter's B, if only by zeros.
     """
 
     slots: np.ndarray
@@ -128,6 +130,7 @@ class LoRAPlan:
     factor: float = 1.0
     tiles: LoRATiles | None = None
     layers: Sequence[LoRALayerWeights] = ()
+    fuses: bool = False
 
     @property
     def num_rows(self) -> int:

@@ -13,7 +13,8 @@ from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.errors import AdapterError
 from peft_dist.kernels.lora_pool import LayerTensors, LoRAPool
 from peft_dist.kernels.pooled_adapter import PooledAdapter
-from peft_dist.patches.lora_layers import SelectiveLayer, join_siblings, make_layer, wrap_module
+from peft_dist.patches.lora_layers import SelectiveLayer, join_siblings
+from peft_dist.patches.lora_wrapping import make_layer, wrap_module
 from peft_dist.runner.adapter_modules import ModuleShape
 from peft_dist.runner.adapter_tensors import LoadedAdapter, ModuleWeights, inspect_adapter, load_adapter
 from peft_dist.runner.adapter_weights import in_one_buffer

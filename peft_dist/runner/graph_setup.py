@@ -8,7 +8,9 @@ import torch
 
 from peft_dist.core.config import EngineConfig
 from peft_dist.kernels import attention_backends
+from peft_dist.kernels.backend import has_triton
 from peft_dist.kernels.capture import CudaCapture
+from peft_dist.kernels.few_rows import FewRows
 from peft_dist.runner.model_runner import ModelRunner
 from peft_dist.runner.step_graphs import MOST_MIXED_TOKENS, StepGraphs, decode_sizes, mixed_sizes
 
@@ -57,4 +59,11 @@ def make_graphs(config: EngineConfig, runner: ModelRunner, max_model_len: int) -
         attention_backend=runner.attention_backend,
         lora_backend=runner.lora_backend,
         capture=CudaCapture(runner.device),
+        few_rows=FewRows(runner.device) if multiplies_few_rows(config, runner.device) else None,
     )
+
+
+def multiplies_few_rows(config: EngineConfig, device: torch.device) -> bool:
+    """Whether decode steps of few rows multiply by our kernel: on the cards that it was measured on, a whole model."""
+    is_known = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    return is_known and has_triton() and config.tensor_parallel_size == 1

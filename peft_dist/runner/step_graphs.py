@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from peft_dist.core.batch import NO_ADAPTER, Batch
 from peft_dist.forward_context import ForwardContext
 from peft_dist.kernels.capture import Capture
+from peft_dist.kernels.few_rows import FewRows
 from peft_dist.kernels.kv_pool import KVCachePool
 from peft_dist.kernels.lora_pool import LoRAPool
 from peft_dist.kernels.lora_tiles import LoRATiles
@@ -42,12 +43,14 @@ class Variant(NamedTuple):
         lora: Rows have adapters' parts added.
         corrected: Rows have the merged adapter's part taken away.
         merged: ``MergedLayers.key`` of the weights that stand in for the modules' own.
+        fuses: Layers may be one launch with their adapters, all of which are finite.
     """
 
     shape: StepShape
     lora: bool
     corrected: bool
     merged: tuple[int, ...] | None
+    fuses: bool = False
 
 
 @dataclass(slots=True)
@@ -92,6 +95,7 @@ class StepGraphs:
         max_blocks: Blocks of the longest sequence.
         lora_backend, attention_backend: Names for plans and metadata; theirs must read device tensors alone.
         capture: ``CudaCapture``, or a stand-in for tests.
+        few_rows: For the products of decode steps; None leaves them to torch.
     """
 
     def __init__(
@@ -108,6 +112,7 @@ class StepGraphs:
         attention_backend: str,
         lora_backend: str,
         capture: Capture,
+        few_rows: FewRows | None = None,
     ) -> None:
         slots = pool.num_slots or max_num_seqs
         self._decodes = [StepShape(rows, rows, max_blocks, slots) for rows in decode_sizes(max_num_seqs)]
@@ -116,6 +121,7 @@ class StepGraphs:
         self._model, self._kv, self._pool, self._drawn, self._merge = model, kv, pool, drawn, merge
         self._backends = attention_backend, lora_backend
         self._capture = capture
+        self._few_rows = few_rows
         num_bytes = max(StepBuffer.num_bytes(shape) for shape in self._decodes + self._mixed)
         self._memory = torch.zeros(num_bytes, dtype=torch.uint8, device=model.device)
         self._inputs = StepInputs(num_bytes, max_blocks, kv.block_size, model.device)
@@ -144,7 +150,8 @@ class StepGraphs:
         slots = {sequence.adapter_slot for sequence in batch.sequences}
         corrected = batch.merged_slot >= 0 and slots != {batch.merged_slot}
         lora = corrected or (batch.merged_slot < 0 and slots != {NO_ADAPTER})
-        step = self._step(Variant(shape, lora, corrected, layers.key if layers is not None else None), layers)
+        fuses = shape.decodes and lora and all(self._pool.is_finite(slot) for slot in slots if slot != NO_ADAPTER)
+        step = self._step(self._variant(shape, lora, corrected, layers, fuses), layers)
         destinations = first, self._drawn.dump
         self._inputs.send(step.inputs, shape, batch.sequences, batch.merged_slot, find_draw, destinations)
         step.replay()
@@ -176,7 +183,14 @@ class StepGraphs:
         wanted = [(shape, *kind) for shape in reversed(self._mixed) for kind in kinds]
         wanted += [(shape, *kind) for shape in reversed(self._decodes) for kind in kinds + merged_kinds]
         for shape, added, corrected, merged in tqdm(wanted, desc="CUDA graphs", unit="graph", disable=not progress):
-            self._step(Variant(shape, added, corrected, merged.key if merged is not None else None), merged)
+            self._step(self._variant(shape, added, corrected, merged, shape.decodes and added), merged)
+
+    def _variant(
+        self, shape: StepShape, lora: bool, corrected: bool, merged: MergedLayers | None, fuses: bool
+    ) -> Variant:
+        key = merged.key if merged is not None else None
+        fuses = fuses and self._few_rows is not None and not corrected and merged is None
+        return Variant(shape, lora, corrected, key, fuses)
 
     def _step(self, variant: Variant, merged: MergedLayers | None) -> CapturedStep:
         if variant not in self._steps:
@@ -229,6 +243,7 @@ class StepGraphs:
             lora=lora,
             lora_logits=of_logits[0],
             lora_weights=self._pool.addressed_weights if variant.lora else (),
+            few_rows=self._few_rows if variant.shape.decodes else None,
             merged=merged,
             lora_correction=correction,
             lora_logits_correction=of_logits[1],
@@ -237,9 +252,10 @@ class StepGraphs:
     def _plans(self, plans: PlanBuffers, rows: int, variant: Variant) -> tuple[LoRAPlan | None, LoRAPlan | None]:
         if not variant.lora:
             return None, None
-        return self._plan(plans.added, rows, 1.0), self._plan(plans.taken, rows, -1.0) if variant.corrected else None
+        added = self._plan(plans.added, rows, 1.0, variant.fuses)
+        return added, self._plan(plans.taken, rows, -1.0) if variant.corrected else None
 
-    def _plan(self, tiles: TileBuffers, rows: int, factor: float) -> LoRAPlan:
+    def _plan(self, tiles: TileBuffers, rows: int, factor: float, fuses: bool = False) -> LoRAPlan:
         return LoRAPlan(
             slots=np.zeros(1, np.int32),
             starts=np.array([0, rows], np.int32),
@@ -247,6 +263,7 @@ class StepGraphs:
             factor=factor,
             tiles=LoRATiles(tiles.rows, tiles.slots, tiles.lens, TILE_ROWS, has_base=True),
             layers=self._pool.addressed_weights,
+            fuses=fuses,
         )
 
     def _attention(self, inputs: StepBuffer, shape: StepShape) -> AttentionMetadata:

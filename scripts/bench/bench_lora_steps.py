@@ -1,14 +1,16 @@
 """Launch plans and switches of the LoRA kernels tried in whole captured decode steps, all in one process.
 
-    python scripts/bench/bench_lora_steps.py [--part streams lookup table shrink gate expand] [--seconds 235]
+    python scripts/bench/bench_lora_steps.py [--part fused streams lookup table shrink gate expand] [--seconds 235]
                                              [--batches 32 128 8] [--kinds distinct same] [--output FOLDER]
 
 What kernels take alone says little: in a step the weights of all layers stream between two launches, and a shrink runs
-beside its layer's product. Each case has the steps captured anew. streams: the shrinks' stream as urgent as others, or
-none. lookup: each launch looks its tables up. table: the plans of the card's measured table (peft-dist tune), where
-there is one, in place of the usual ones. shrink, gate, expand: one field of the plans of some layers changed,
-with the first of ``--batches`` alone. A part ends with the default again: what differs there is noise. No case is
-begun that would end after ``--seconds``. One JSON line a case, and docs/results/lora_steps.json. On a CPU nothing is
+beside its layer's product. Each case has the steps captured anew. fused: steps of few rows without our products, which
+have the adapters inside, 64 rows with them, and other plans of theirs (``--kinds none same distinct``); ``--apart``:
+all other parts without them, since what they change is not run in their place. streams: the shrinks' stream as urgent
+as others, or none. lookup: each launch looks its tables up. table: the plans of the card's measured table (peft-dist
+tune), where there is one, in place of the usual ones. shrink, gate, expand: one field of the plans of some layers
+changed, with the first of ``--batches`` alone. A part ends with the default again: what differs there is noise. No case
+is begun that would end after ``--seconds``. One JSON line a case, and docs/results/lora_steps.json. On a CPU nothing is
 captured, so that all cases are alike (``--tiny`` tries the script).
 """
 
@@ -19,6 +21,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,10 +35,13 @@ from bench.gpu_workload import emit, ranks_of, time_decode, write_adapters
 from bench.report import write_result
 from peft_dist.kernels import lora_plans
 from peft_dist.kernels.backend import has_triton
+from peft_dist.kernels.few_rows import FewRows
+from peft_dist.kernels.lora_fused_plans import MOST_ADDED_ROWS, FusedPlan, choose_plan
 from peft_dist.kernels.lora_plans import GroupPlan, GroupShape, default_plan, fit_plan
 from peft_dist.kernels.types import LoRAPlan
 
 Change = Callable[[GroupPlan], GroupPlan]
+Vary = Callable[[FusedPlan], FusedPlan]
 Load = tuple[str, int]
 PROMPT_TOKENS, NEW_TOKENS = 32, 49
 
@@ -73,10 +79,23 @@ PLANS: dict[str, tuple[tuple[str, ...], dict[str, Change]]] = {
 }  # fmt: skip
 
 
+GATE = "the other place of the activation"
+FUSED: dict[str, Vary] = {
+    "ahead or not": lambda plan: replace(plan, ahead=not plan.ahead),
+    "64 inputs": lambda plan: replace(plan, block_k=64, stages=4),
+    "128 inputs": lambda plan: replace(plan, block_k=128, stages=3),
+    "8 tiles": lambda plan: replace(plan, each=8),
+    "twice the shrinks": lambda plan: replace(plan, shrink_split=2 * plan.shrink_split),
+    GATE: lambda plan: plan,
+}
+
+
 class Case(NamedTuple):
     """What is other than usual; of ``change`` in the plans of ``group``, a kind of layers.
 
     Attributes:
+        few_rows: Most rows of steps that multiply by our kernel; None: as usual.
+        vary: Changes the plans of those that have adapters inside.
         stream: Of the shrinks: "first" in line, "usual" (as urgent as any), "none" (no stream of their own).
         table: Whether plans come from the card's table first.
     """
@@ -87,12 +106,18 @@ class Case(NamedTuple):
     change: Change | None = None
     stream: str = "first"
     lookup: bool = True
+    few_rows: int | None = None
+    vary: Vary | None = None
     table: bool = False
 
 
 def cases_of(part: str) -> Iterator[Case]:
     if part == "streams":
         yield from (Case(part, f"{stream} stream", stream=stream) for stream in ("usual", "none"))
+    elif part == "fused":
+        yield Case(part, "without", few_rows=0)
+        yield Case(part, "up to 64 rows", few_rows=64)
+        yield from (Case(part, name, vary=vary) for name, vary in FUSED.items())
     elif part == "lookup":
         yield Case(part, "no lookup", lookup=False)
     elif part == "table":
@@ -124,6 +149,7 @@ class Steps:
         self._find_plan = lora_plans._find_plan
         self._run, self._options = runner(llm), options
         self._graphs = llm._open.runner.graphs
+        self._few_rows = self._graphs and self._graphs._few_rows
         self._workspace = llm._open.runner.store.pool.workspace
         self._streams: dict[str, Any] = {"none": None, "first": self._workspace.stream}
         self._streams["usual"] = torch.cuda.Stream() if DEVICE == "cuda" else None
@@ -137,7 +163,11 @@ class Steps:
         if self._graphs is not None:
             make = type(self._graphs)._plan
             self._graphs._plan = lambda *args: looked_up(make(self._graphs, *args), case.lookup)
-            self._graphs.clear()
+            rows = 0 if self._options.apart else case.few_rows
+            chosen = partial(choose_fused, rows, case.vary or (lambda plan: plan), case.name == GATE)
+            self._graphs._few_rows = self._few_rows and FewRows(DEVICE, chosen)
+            # The others keep the memory that all of them share.
+            self._graphs._steps = {v: step for v, step in self._graphs._steps.items() if not v.shape.decodes}
 
     def milliseconds(self, loads: Sequence[Load]) -> dict[str, float]:
         """Of a step, by load."""
@@ -148,6 +178,28 @@ class Steps:
             )["step_ms"]
             for kind, batch in loads
         }  # fmt: skip
+
+
+def choose_fused(
+    most_rows: int | None, vary: Vary, other_gate: bool, rows: int, inputs: int, outs: Sequence[int], *, gated: bool,
+    has_adapters: bool,
+) -> FusedPlan | None:  # fmt: skip
+    """A layer's plan in a case; without adapters the usual one."""
+    usual = partial(choose_plan, most_rows=most_rows, gated=gated, has_adapters=has_adapters)
+    found = usual(rows, inputs, outs)
+    if other_gate and gated and has_adapters:
+        found = None if found else usual(16, inputs, outs)
+    return vary(found) if found and has_adapters else found
+
+
+def concerns(case: Case, load: Load, loads: Sequence[Load]) -> bool:
+    """Whether a load is measured: where only some plans change, what goes by them."""
+    kind, batch = load
+    if case.few_rows:
+        return MOST_ADDED_ROWS < batch <= case.few_rows
+    if case.name in FUSED:
+        return kind in ("same", "distinct") and batch in (8, 32)
+    return case.part not in PLANS or batch == loads[0][1]
 
 
 def looked_up(plan: LoRAPlan, lookup: bool) -> LoRAPlan:
@@ -176,7 +228,7 @@ def measure(steps: Steps, cases: Sequence[Case], loads: Sequence[Load], seconds:
         steps.take(case)
         record: dict[str, Any] = {"part": case.part, "case": case.name}
         try:
-            found = steps.milliseconds([load for load in loads if case.part not in PLANS or load[1] == loads[0][1]])
+            found = steps.milliseconds([load for load in loads if concerns(case, load, loads)])
         except not_launched() as error:
             yield record | {"error": str(error)}
             continue
@@ -186,10 +238,11 @@ def measure(steps: Steps, cases: Sequence[Case], loads: Sequence[Load], seconds:
 
 
 def main() -> None:
-    parts = ("streams", "lookup", "table", *PLANS)
+    parts = ("fused", "streams", "lookup", "table", *PLANS)
     parser = make_parser(__doc__, parts)
     add_engine_options(parser)
     parser.add_argument("--seconds", type=float, default=235, help="for all cases, without the engine's start")
+    parser.add_argument("--apart", action="store_true", help="all steps without our products")
     parser.add_argument("--output", type=Path, help="folder for lora_steps.json (default: docs/results)")
     parser.set_defaults(part=list(parts), batches=[32, 128, 8], kinds=["distinct", "same"])
     options = parse(parser)
@@ -201,9 +254,11 @@ def main() -> None:
     cases = [Case("default"), *(case for part in options.part for case in cases_of(part))]
     loads = [(kind, batch) for batch in options.batches for kind in options.kinds]
     try:
-        # Without adapters there is nothing to change.
-        records.append({"part": "base", "step_ms": steps.milliseconds([("none", batch) for batch in options.batches])})
-        emit(**records[0])
+        if "none" not in options.kinds:
+            # Without adapters there is little to change.
+            base = steps.milliseconds([("none", batch) for batch in options.batches])
+            records.append({"part": "base", "step_ms": base})
+            emit(**records[0])
         for record in measure(steps, cases, loads, options.seconds):
             records.append(record)
             emit(**record)

@@ -17,6 +17,7 @@ import torch
 from peft_dist import LLM, SamplingParams
 from peft_dist.kernels import lora_gate_triton
 from peft_dist.kernels.capture import Capture, NotCapturableError
+from peft_dist.kernels.few_rows import FewRows
 from peft_dist.patches import fuse
 from peft_dist.runner import replica
 from peft_dist.runner.step_graphs import StepGraphs, decode_sizes, mixed_sizes
@@ -49,7 +50,7 @@ def count_gates(monkeypatch: pytest.MonkeyPatch) -> Counter[float]:
     return seen
 
 
-def use_graphs(llm: LLM, capture: Capture = run_again) -> Counter[str]:
+def use_graphs(llm: LLM, capture: Capture = run_again, few_rows: FewRows | None = None) -> Counter[str]:
     """Let an LLM on a CPU run captured steps; counts them by kind."""
     runner = llm._open.runner
     runner.lora_backend = "triton"
@@ -65,6 +66,7 @@ def use_graphs(llm: LLM, capture: Capture = run_again) -> Counter[str]:
         attention_backend="triton",
         lora_backend="triton",
         capture=capture,
+        few_rows=few_rows,
     )
     seen: Counter[str] = Counter()
     run = graphs.run
@@ -140,6 +142,47 @@ def test_tokens_are_pefts(
     assert (
         seen["decodes"] and seen["mixed"] and bool(seen["pending"]) == bool(depth) and bool(seen["corrected"]) == modes
     )
+
+
+class Asked(FewRows):
+    """Computes nothing, and knows what it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__("cpu")
+        self.products: Counter[int] = Counter()
+        self.added: Counter[tuple[int, int]] = Counter()
+
+    def multiply(self, x: torch.Tensor, weight: torch.Tensor, activation: str | None = None) -> None:
+        self.products[x.numel() // x.shape[-1]] += 1
+
+    def add_lora(self, x, weight, weights, plan, activation=None):  # type: ignore[no-untyped-def]
+        assert plan.num_rows == x.numel() // x.shape[-1] and sum(w.B.shape[1] for w in weights) == len(weight)
+        self.added[plan.num_rows, len(weights)] += 1
+
+
+@pytest.mark.slow
+def test_decode_steps_ask_for_products_of_few_rows(tmp_path: Path) -> None:
+    """With adapters inside where all of a step's are finite; with prompts in it a step is as before."""
+    triton_interpreter.mend()
+    made = make_adapters("llama", make_model("llama", tmp_path / "base"), tmp_path)
+    adapters = dict([next(iter(made.items()))])
+    options = {"num_blocks": 8, "max_num_seqs": 2, "max_num_batched_tokens": 8, "attention_backend": "triton"}
+    options |= {"merge": "off", "pack_weights": False, "max_model_len": 32, "depth": 0}
+    greedy = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
+    with LLM(tmp_path / "base", adapters, device="cpu", dtype="float32", **options) as llm:
+        asked = Asked()
+        use_graphs(llm, few_rows=asked)
+        llm.generate([[5]], greedy, use_tqdm=False)
+        assert asked.products.keys() == {1} and not asked.added
+        name = next(iter(adapters))
+        llm.generate([[5]], greedy, [name], use_tqdm=False)
+        assert {rows for rows, _ in asked.added} == {1}
+        before = asked.added.total()
+        pool = llm._open.runner.store.pool
+        for slot in list(pool._resident):
+            pool._resident[slot].finite = False
+        llm.generate([[5]], greedy, [name], use_tqdm=False)
+        assert asked.added.total() == before
 
 
 def test_no_captured_step_outlives_its_model(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from peft_dist.forward_context import ForwardContext
 from peft_dist.kernels.lora_pool import LayerTensors, LoRAPool
 from peft_dist.patches.host_merger import HostMerger
-from peft_dist.patches.lora_layers import SelectiveEmbedding, SelectiveLayer, can_wrap, join_siblings, wrap_module
+from peft_dist.patches.lora_layers import SelectiveEmbedding, SelectiveLayer, join_siblings
+from peft_dist.patches.lora_wrapping import can_wrap, wrap_module
 from peft_dist.patches.merging import Merger
 from peft_dist.patches.shadow_merger import ShadowMerger
 from peft_dist.runner.merge_state import plans_for

@@ -13,16 +13,8 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft_dist.forward_context import ForwardContext
 from peft_dist.kernels.lora_pool import LoRAPool
 from peft_dist.kernels.types import LoRAPlan
-from peft_dist.patches.lora_layers import (
-    SelectiveEmbedding,
-    SelectiveLinear,
-    can_wrap,
-    make_layer,
-    restore_class,
-    swap_class,
-    unwrap_module,
-    wrap_module,
-)
+from peft_dist.patches.lora_layers import SelectiveEmbedding, SelectiveLinear
+from peft_dist.patches.lora_wrapping import can_wrap, make_layer, restore_class, swap_class, unwrap_module, wrap_module
 from tests.patches import oracle
 from tests.tiny_models import FAMILIES, target_modules
 

@@ -11,7 +11,8 @@ from peft import PeftModel
 from peft_dist.kernels.lora_pool import LayerTensors
 from peft_dist.patches.joined_linear import JoinedLinear, joint_of
 from peft_dist.patches.joining import join_weights
-from peft_dist.patches.lora_layers import SelectiveLayer, wrap_module
+from peft_dist.patches.lora_layers import SelectiveLayer
+from peft_dist.patches.lora_wrapping import wrap_module
 from peft_dist.patches.packed_linear import PackedLinear
 from peft_dist.patches.shadow_merger import ShadowMerger
 from peft_dist.runner.packing import pack_weights

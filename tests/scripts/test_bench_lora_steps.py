@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,12 +17,16 @@ from typing import Any
 import numpy as np
 import pytest
 from bench import bench_lora_steps as bench
-from bench.bench_lora_steps import PLANS, Case, Steps, cases_of, choose, group_of, measure
+from bench.bench_lora_steps import PLANS, Case, Steps, cases_of, choose, choose_fused, group_of, measure
 from bench.gpu_workload import read_lines
 
 from peft_dist.kernels import lora_plans
+from peft_dist.kernels.few_rows import FewRows
+from peft_dist.kernels.lora_fused_plans import FusedPlan
 from peft_dist.kernels.lora_plans import GroupShape, default_plan, plan_for
 from peft_dist.kernels.types import LoRAPlan
+from peft_dist.runner.step_buffer import StepShape
+from peft_dist.runner.step_graphs import Variant
 
 SHAPES = {
     "qkv": GroupShape(16, 64, 4096, (4096, 1024, 1024)),
@@ -29,6 +35,7 @@ SHAPES = {
     "down": GroupShape(16, 64, 14336, (4096,)),
 }
 SCRIPT = Path(bench.__file__)
+DECODES, MIXED = (Variant(StepShape(tokens, 8, 4, 4), True, False, None) for tokens in (8, 64))
 
 
 def test_a_plans_case_changes_the_decodes_of_its_layers_alone() -> None:
@@ -52,26 +59,25 @@ def test_a_plans_case_changes_the_decodes_of_its_layers_alone() -> None:
 
 def test_switches_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     class Graphs:
-        cleared = 0
+        _few_rows: FewRows | None = FewRows("cpu")
+        _steps: dict[Any, object]
 
         def _plan(self, rows: int) -> LoRAPlan:
             return LoRAPlan(np.zeros(1, np.int32), np.array([0, rows]), layers=[None])  # type: ignore[list-item]
-
-        def clear(self) -> None:
-            self.cleared += 1
 
     monkeypatch.setattr(lora_plans, "_find_plan", lora_plans._find_plan)
     workspace = SimpleNamespace(stream="of the pool")
     graphs: Any = Graphs()
     store = SimpleNamespace(pool=SimpleNamespace(workspace=workspace))
     runner = SimpleNamespace(graphs=graphs, store=store)
-    steps = Steps(SimpleNamespace(_open=SimpleNamespace(runner=runner), adapters=()), SimpleNamespace())  # type: ignore[arg-type]
+    steps = Steps(SimpleNamespace(_open=SimpleNamespace(runner=runner), adapters=()), Namespace(apart=False))
     for case in (*cases_of("streams"), *cases_of("lookup"), *cases_of("gate")):
+        graphs._steps = dict.fromkeys((DECODES, MIXED))
         steps.take(case)
+        assert list(graphs._steps) == [MIXED]
         assert bool(graphs._plan(3).layers) == case.lookup and graphs._plan(3).num_rows == 3
         assert (workspace.stream == "of the pool") == (case.stream == "first")
         assert plan_for(SHAPES["gate"], "a card") == choose(case, SHAPES["gate"])
-    assert graphs.cleared == 14
     measured = replace(default_plan(SHAPES["gate"]), split=2)
     monkeypatch.setattr(lora_plans, "tables_of", lambda name: [(SHAPES["gate"], measured)])
     with_table, without = cases_of("table")
@@ -80,6 +86,26 @@ def test_switches_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     steps.take(without)
     assert plan_for(SHAPES["gate"], "a card") == default_plan(SHAPES["gate"])
     plan_for.cache_clear()
+
+
+def test_products_of_few_rows_are_switched() -> None:
+    usual, without, wide, *others, last = [Case("default"), *cases_of("fused")]
+
+    def plan(
+        case: Case, rows: int, *, outs: int = 2, gated: bool = False, has_adapters: bool = True
+    ) -> FusedPlan | None:
+        chosen = partial(choose_fused, case.few_rows, case.vary or (lambda plan: plan), case.name == bench.GATE)
+        return chosen(rows, 4096, (14336, 14336) if outs == 2 else (4096,), gated=gated, has_adapters=has_adapters)
+
+    assert plan(usual, 32) == plan(last, 32) is not None and plan(without, 1) is None
+    assert plan(usual, 64) is None and plan(wide, 64) is not None
+    for case in others:
+        # The base's products are no part of it.
+        base = [plan(c, 8, gated=True, has_adapters=False) for c in (case, usual)]
+        assert base[0] == base[1] is not None
+        calls = [{"rows": rows, "gated": True} for rows in (8, 32)] + [{"rows": rows, "outs": 1} for rows in (8, 32)]
+        assert any(plan(case, **call) != plan(usual, **call) for call in calls)  # type: ignore[arg-type]
+    assert plan(others[-1], 32, gated=True) is not None and plan(others[-1], 8, gated=True) is None
 
 
 class Clock:
