@@ -19,6 +19,7 @@ from peft_dist.orchestrator.core import OrchestratorOptions
 from peft_dist.orchestrator.service import EngineService
 from peft_dist.worker.launcher import PlainLauncher
 from tests.e2e.test_processes import ENGINE, ROOT, adapter, collect, run
+from tests.e2e.test_replicas import until
 from tests.worker.fake_replica import FAIL, HOLD, NUM_BLOCKS, REFUSE
 
 NUM_REQUESTS = 1000
@@ -67,6 +68,8 @@ class Traffic:
         params = SamplingParams(n=self.chance.randint(1, 3), max_tokens=self.chance.randint(1, 6))
         model = self.chance.choice([None, "sql", "fake:json"])
         async with self.slots:
+            # Others that were given up may not have been taken in yet, and keep their room until then.
+            await until(lambda: self.service._core.room.num_held + params.n <= ROOM)
             await self.ask(f"r{number}", kind, params, model)
 
     async def ask(self, name: str, kind: str, params: SamplingParams, model: str | None) -> None:
@@ -145,6 +148,8 @@ def test_a_thousand_mixed_requests_leave_nothing_behind(tmp_path: Path, monkeypa
             with pytest.raises(QueueFullError):
                 service.generate("too much", [5], SamplingParams(n=5), None)
             await full.aclose()
+            # What the replica has not taken in keeps its room.
+            await until(lambda: not service._core.room.num_held)
             await asyncio.gather(*(traffic.client(number) for number in range(NUM_REQUESTS)))
             # Loads that nobody waits for are answered all the same, in their own time.
             for number in itertools.count():
