@@ -70,7 +70,8 @@ def main() -> None:
             for batch in asked.batches:
                 steps[batch] = round(1e3 * seconds_of_step(llm, batch, list(paths), asked.tokens), 3)
                 print(f"{batch:5d} sequences: {steps[batch]:8.3f} ms a step")
-    settings = {key: str(value) for key, value in vars(asked).items() if key != "output"}
+    left_out = ("output", "model") if asked.shape else ("output",)
+    settings = {key: str(value) for key, value in vars(asked).items() if key not in left_out}
     name = "_".join(["tensor_parallel", str(size), *filter(None, [asked.name])])
     print(write_result(name, {"ranks": size, "settings": settings, "step_ms": steps}, asked.output))
 

@@ -52,10 +52,6 @@ class Data:
             there.pop("sharegpt", None)
         return cls(**there, tokenizer=tokenizer)
 
-    def __post_init__(self) -> None:
-        if self.sharegpt is not None and self.lengths is None and self.tokenizer is None:
-            raise ConfigError(f"{self.sharegpt} has texts: name the model's --tokenizer to count their tokens")
-
     @property
     def source(self) -> dict[str, str]:
         """Names of the files, for results: paths differ from machine to machine."""
@@ -133,6 +129,8 @@ def _all_lengths(data: Data) -> Lengths:
     if data.lengths is not None:
         return lengths.read_csv(data.lengths, "skip")  # An output of 0 tokens is too short anyway.
     assert data.sharegpt is not None
+    if data.tokenizer is None:
+        raise ConfigError(f"{data.sharegpt} has texts: name the model's --tokenizer to count their tokens")
     from peft_dist.cli_workload import token_counter
 
     return lengths.read_sharegpt(data.sharegpt, token_counter(data.tokenizer), "skip")
