@@ -10,18 +10,17 @@ Writes docs/results/tensor_parallel_SIZE[_NAME].json. ``--shape 8b`` writes a fo
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from bench.gpu_engine import follow, world_size
 from bench.gpu_workload import write_base
 from bench.report import write_result
 from peft_dist import LLM, SamplingParams
-from peft_dist.core.config import EngineConfig
-from peft_dist.runner.replica import build_replica
 
 _PROMPT_TOKENS = 16
 
@@ -41,28 +40,25 @@ def main() -> None:
     options.add_argument("--name", default="", help="of the result file: tensor_parallel_SIZE_NAME.json")
     options.add_argument("--output", type=Path, help="folder for the result (default: docs/results)")
     asked = options.parse_args()
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = world_size()
     if asked.shape:
         asked.model = str(write_base(asked.shape, Path(asked.model)))
-    config = EngineConfig(
-        model=asked.model,
-        dtype=asked.dtype,
-        device=asked.device,
-        load_format=asked.load_format,
-        enforce_eager=asked.enforce_eager,
-        tensor_parallel_size=size,
-        policy="fcfs",
-        max_model_len=_PROMPT_TOKENS + asked.tokens,
-        max_num_seqs=max(asked.batches),
-        enable_prefix_caching=False,
-    )
-    if int(os.environ.get("RANK", "0")):
-        build_replica(config).follow()
+    engine: dict[str, Any] = {
+        "dtype": asked.dtype,
+        "device": asked.device,
+        "load_format": asked.load_format,
+        "enforce_eager": asked.enforce_eager,
+        "tensor_parallel_size": size,
+        "policy": "fcfs",
+        "max_model_len": _PROMPT_TOKENS + asked.tokens,
+        "max_num_seqs": max(asked.batches),
+        "enable_prefix_caching": False,
+    }
+    if follow(asked.model, **engine):
         return
     with tempfile.TemporaryDirectory() as folder:
         paths = make_adapters(asked.model, Path(folder), asked.adapters, asked.rank)
-        names = {name: getattr(config, name) for name in config.__dataclass_fields__ if name != "model"}
-        with LLM(asked.model, paths, **names) as llm:
+        with LLM(asked.model, paths, **engine) as llm:
             print(
                 f"{size} x {llm.model_info.device}, {llm.model_info.dtype}, {len(paths)} adapters of rank {asked.rank}"
             )

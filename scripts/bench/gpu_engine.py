@@ -61,15 +61,17 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def follow(options: Namespace, ranks: Sequence[int], **more: Any) -> bool:
-    """Of every rank but the first: do what that does, until it ends. False for the first, or for one alone."""
+def follow(model: str, **options: Any) -> bool:
+    """Of every rank but the first: do what that does, until it ends. False for the first, or for one alone.
+
+    ``options``: Of ``EngineConfig``, as the first one's.
+    """
     if not int(os.environ.get("RANK", "0")):
         return False
     from peft_dist.core.config import EngineConfig
     from peft_dist.runner.replica import build_replica
 
-    model = str(write_base(options.shape, options.folder))
-    build_replica(EngineConfig(model, **engine_options(options, ranks, **more))).follow()
+    build_replica(EngineConfig(model, **options)).follow()
     return True
 
 

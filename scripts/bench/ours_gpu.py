@@ -27,7 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from bench.gpu_engine import DEVICE, add_engine_options, follow, runner, start, synchronize, world_size
+from bench.gpu_engine import DEVICE, add_engine_options, engine_options, follow, runner, start, synchronize, world_size
 from bench.gpu_options import kinds_of, make_parser, parse, sizes_of
 from bench.gpu_workload import (
     NEW_TOKENS,
@@ -39,6 +39,7 @@ from bench.gpu_workload import (
     time_decode,
     time_throughput,
     write_adapters,
+    write_base,
 )
 
 KINDS = {"base": ("none",), "lora": ("none", "same", "zipf", "distinct", "eight"), "merged": ("same",)}
@@ -130,7 +131,7 @@ def main() -> None:
     if options.resident_rank:
         ranks.append(options.resident_rank)
     merging = {"policy": "merge", "merge": "shadow"} if options.mode == "merged" else {}
-    if follow(options, ranks, **merging):
+    if follow(str(write_base(options.shape, options.folder)), **engine_options(options, ranks, **merging)):
         return
     paths = write_adapters(options.shape, options.folder, ranks, DEVICE)
     began = time.perf_counter()

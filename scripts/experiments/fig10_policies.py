@@ -1,7 +1,7 @@
 """Figure 10: the batching policies of one replica under growing skew.
 
     python scripts/experiments/fig10_policies.py [--scale paper] [--data DIR] [--jobs 2] [--output figures]
-    python scripts/experiments/fig10_policies.py --server http://HOST:8000 --system fcfs|merge|credit
+    python scripts/experiments/fig10_policies.py --server http://HOST:8000 --systems fcfs|merge|dlora
 
 MAF2's functions, the most popular first, on 8 adapters of one replica; a larger stride puts more of the hottest
 functions on one adapter. 4 requests a second, 400 of them. Writes fig10.csv, fig10.json, figure10a (mean) and figure10b

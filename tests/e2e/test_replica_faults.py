@@ -10,7 +10,7 @@ from peft_dist.core.config import EngineConfig
 from peft_dist.worker.launcher import PlainLauncher
 from scripts.demo_model import ensure_demo_model
 from tests.e2e.disturbances import Disturbances
-from tests.e2e.fault_scenario import Case, ThisHost, make_cases, run_alone, serve_with_faults
+from tests.e2e.fault_scenario import Case, Outcome, ThisHost, make_cases, run_alone, serve_with_faults
 from tests.tiny_models import make_model, random_adapter, target_modules
 
 ROOT = Path(__file__).parents[2]
@@ -21,6 +21,25 @@ def disturb(spare: str | Path, case: Case) -> Disturbances:
     """Moves and loads; ``case`` is a greedy one of that adapter."""
     assert case.params.temperature == 0.0 and case.params.repetition_penalty == 1.0
     return Disturbances(Path(spare), case.prompt, case.expected[:8])
+
+
+def smollm2() -> tuple[dict[str, str | Path], list[Case]]:
+    """SmolLM2's adapters, and 200 requests of all of them and the base with what each is alone."""
+    folder = ROOT / "scripts" / "demo_adapters"
+    adapters: dict[str, str | Path] = {name: folder / name for name in ("json", "sentiment", "sql", "style")}
+    cases = make_cases(200, 40, 49_000, [None, *adapters])
+    run_alone(ensure_demo_model(), adapters, cases, num_blocks=2048)
+    return adapters, cases
+
+
+def serve_smollm2(
+    adapters: dict[str, str | Path], cases: list[Case], rounds: int, beside: Disturbances | None = None
+) -> Outcome:
+    """Two replicas, of which one is killed and one stopped in each round."""
+    config = EngineConfig(model=str(ensure_demo_model()), device="cpu", num_threads=1, num_blocks=2048)
+    host = ThisHost()
+    faults = [(1500, host.take_away), (3500, host.stop)]
+    return serve_with_faults(config, adapters, cases, faults, host, silence=5.0, rounds=rounds, beside=beside)
 
 
 @pytest.mark.slow
@@ -44,27 +63,15 @@ def test_a_tiny_model_killed_and_stopped(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_smollm2_with_four_adapters_in_ten_rounds() -> None:
-    model, folder = str(ensure_demo_model()), ROOT / "scripts" / "demo_adapters"
-    adapters: dict[str, str | Path] = {name: folder / name for name in ("json", "sentiment", "sql", "style")}
-    cases = make_cases(200, 40, 49_000, [None, *adapters])
-    run_alone(model, adapters, cases, num_blocks=2048)
-    config = EngineConfig(model=model, device="cpu", num_threads=1, num_blocks=2048)
-    host = ThisHost()
-    faults = [(1500, host.take_away), (3500, host.stop)]
-    print(serve_with_faults(config, adapters, cases, faults, host, silence=5.0, rounds=ROUNDS))
+    adapters, cases = smollm2()
+    print(serve_smollm2(adapters, cases, ROUNDS))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_smollm2_while_requests_move_and_adapters_come_and_go() -> None:
-    model, folder = str(ensure_demo_model()), ROOT / "scripts" / "demo_adapters"
-    adapters: dict[str, str | Path] = {name: folder / name for name in ("json", "sentiment", "sql", "style")}
-    cases = make_cases(200, 40, 49_000, [None, *adapters])
-    run_alone(model, adapters, cases, num_blocks=2048)
-    config = EngineConfig(model=model, device="cpu", num_threads=1, num_blocks=2048)
-    host = ThisHost()
-    faults = [(1500, host.take_away), (3500, host.stop)]
+    adapters, cases = smollm2()
     beside = disturb(adapters["json"], next(case for case in cases if case.adapter == "json"))
-    print(serve_with_faults(config, adapters, cases, faults, host, silence=5.0, rounds=3, beside=beside))
+    print(serve_smollm2(adapters, cases, 3, beside))
     print(f"{beside.moves} moves asked for, {beside.loads} adapters loaded, asked and unloaded")
     assert beside.moves > 300 and beside.loads > 3
