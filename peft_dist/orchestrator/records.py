@@ -61,7 +61,8 @@ class Replica:
         is_guest: It joined, and is started and ended by somebody else.
         is_survivor: It ran before this orchestrator did, and has not told yet what it has.
         was_adopted: It did, and has.
-        num_coming: Named adapters that are on their way to it.
+        coming: Content hashes of named adapters that are on their way to it.
+        refused: Content hashes of named adapters that it did not take when they were brought to it, and why.
         names_version: The last version of the names that it is known to remember.
         earlier: What the incarnations before this one counted.
     """
@@ -88,7 +89,8 @@ class Replica:
     is_guest: bool = False
     is_survivor: bool = False
     was_adopted: bool = False
-    num_coming: int = 0
+    coming: set[str] = field(default_factory=set)
+    refused: dict[str, str] = field(default_factory=dict)
     names_version: int = 0
     earlier: ReplicaTotals = field(default_factory=ReplicaTotals)
     error: PeftDistError | None = None

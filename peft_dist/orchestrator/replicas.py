@@ -138,7 +138,8 @@ def _view(replica: Replica) -> ReplicaView:
         detail=replica.detail,
         totals=_totals(replica),
         num_restarts=replica.num_restarts,
-        num_coming=replica.num_coming,
+        coming=frozenset(replica.coming),
+        refused=dict(replica.refused),
         error=None if replica.error is None else str(replica.error),
     )
 

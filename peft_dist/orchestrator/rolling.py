@@ -45,6 +45,8 @@ class RollingRestart:
         if len(replicas) == 1:
             raise ReplicaStateError("there is one replica, and no other to serve meanwhile: serve with --replicas 2")
         self._core.lives.check_restarts()
+        # What one refused it may take when it is started again; before others that hold it may lose it.
+        own.sort(key=lambda replica: not replica.refused)
         self._old, self._new = {r.replica_id: r.epoch for r in own}, None
         first, *left = self._old
         skipped = tuple(r.replica_id for r in replicas if r.is_guest)
@@ -82,7 +84,7 @@ class RollingRestart:
         if not replica.is_alive and not replica.will_be_ready:
             return self._stop(f"replica {current} is not started again: {replica.error}")
         if self._view.stage == "waiting":
-            return self._is_time(replica) and self._drains(replica)
+            return self._is_time(replica) and self._can_be_spared(replica) and self._drains(replica)
         if replica.state is ReplicaState.READY:
             return self._stop(f"replica {current} was resumed")
         return False
@@ -90,9 +92,19 @@ class RollingRestart:
     def _is_time(self, replica: Replica) -> bool:
         """Whether a replica serves, and so does every other one that is going to."""
         others = [other for other in self._core.replicas.all() if other is not replica]
-        if any(other.will_be_ready or other.num_coming for other in others):
+        if any(other.will_be_ready or other.coming for other in others):
             return False
         return replica.state in (ReplicaState.READY, ReplicaState.DRAINING)
+
+    def _can_be_spared(self, replica: Replica) -> bool:
+        """Whether others hold every adapter that a replica does."""
+        others = [other for other in self._core.replicas.ready() if other is not replica]
+        for content in {each for other in others for each in other.refused} - replica.refused.keys():
+            if all(content in other.refused for other in others):
+                other, name = others[0], self._core.adapters.name_of(content)
+                where = f"adapter {name!r}, which replica {other.replica_id} refused: {other.refused[content]}"
+                return self._stop(f"replica {replica.replica_id} alone holds {where}")
+        return True
 
     def _drains(self, replica: Replica) -> bool:
         # Before anything is sent: whoever sends looks again.
@@ -110,7 +122,10 @@ class RollingRestart:
         self._new = replica.epoch if self._new is None else self._new
         if replica.epoch != self._new or not replica.is_alive:
             return self._stop(f"replica {replica.replica_id} did not come back: {replica.error}")
-        if replica.state is not ReplicaState.READY or replica.num_coming:
+        for content, why in replica.refused.items():
+            name = self._core.adapters.name_of(content)
+            return self._stop(f"replica {replica.replica_id} came back and refused adapter {name!r}: {why}")
+        if replica.state is not ReplicaState.READY or replica.coming:
             self._view = replace(view, stage="starting")
             return False
         done, self._new = (*view.restarted, replica.replica_id), None

@@ -38,6 +38,7 @@ OTHER_GAUGES = (
     "replicas",
     "adapters_served",
     "adapters_pinned",
+    "adapters_refused",
     "policy",
     "merged_adapter_info",
     "adapter_requests_running",

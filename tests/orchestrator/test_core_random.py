@@ -399,8 +399,13 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def the_books_are_right(self) -> None:
         assert self.core.adapters.pinned == self.pinned <= self.named.keys()
-        coming = Counter(epoch for epoch, _ in self.core._calls._coming)
-        assert {r.epoch: r.num_coming for r in self.core.replicas.all_alive() if r.num_coming} == coming
+        coming = Counter(reload.epoch for reload in self.core._calls._reloads.values())
+        assert {r.epoch: len(r.coming) for r in self.core.replicas.all_alive() if r.coming} == coming
+        for replica in self.core.replicas.ready():
+            contents = {spec.content_hash for spec in self.core.adapters.specs()}
+            lacking = {each for each in contents if not self.core._calls.holds(replica, each)}
+            assert lacking == contents & (replica.coming | replica.refused.keys()), "what it lacks is known"
+            assert replica.refused.keys() <= contents
         for replica_id in self.replicas:
             known = self.core._requests.prefixes.num_known(replica_id)
             assert known <= NUM_BLOCKS and (not known or self.core.replicas[replica_id].model)
