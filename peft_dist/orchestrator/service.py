@@ -88,7 +88,7 @@ class EngineService:
         self._link = link or Link.local()
         self._survivors = Survivors(self._core, self._link, self._now, start_timeout)
         self._processes = Processes(launcher, self._link.endpoint, left or {})
-        self._streams = StreamTable(self.abort)
+        self._streams = StreamTable(self.abort, self._core.room.keep_unread)
         self._promises = Promises()
         self._rebalancer = Rebalancer(self._core.migration, self._act, self._now, Planner(planner_limit))
         self.rolling = RollingRestart(self._core, self._act, self._now)
@@ -195,6 +195,10 @@ class EngineService:
     def stats(self) -> ReplicaStats:
         """The last report of a ready replica, or of the last known one when none is ready."""
         return self._core.stats()
+
+    @property
+    def num_unread(self) -> int:
+        return self._core.room.num_unread
 
     def replicas(self) -> list[ReplicaView]:
         return self._core.replicas.views()
