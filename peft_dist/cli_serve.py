@@ -254,7 +254,7 @@ async def _on_this_host(settings: ServeSettings) -> _Cluster:
     from peft_dist.worker.survivors import find_survivors
 
     state, launcher_type = _open_state(settings), LAUNCHERS[settings.launcher]
-    further = {"kv_endpoint": _kv_endpoint(settings)}
+    further: dict[str, Any] = {"kv_endpoint": _kv_endpoint(settings), "silence": settings.heartbeat_timeout}
     options = {"key_file": None if settings.cluster_key is None else str(settings.cluster_key.absolute())}
     if state is None:
         return _Cluster(launcher_type(settings.engine, further=further, **options, **_for_launcher(settings)))

@@ -50,10 +50,14 @@ class AdapterCalls:
         """Ids of the replicas that can run requests of a content, not the base."""
         return self._holdings.holders(content_hash)
 
+    def contents(self, replica: Replica) -> frozenset[str]:
+        """All contents that a replica can run requests of."""
+        return self._holdings.of(replica.replica_id)
+
     def is_coming(self, replica: Replica, content_hash: str) -> bool:
         """Whether a content is on its way to a replica, or will be once the replica is ready."""
         if replica.will_be_ready:
-            return not content_hash or self._registry.is_named(content_hash)
+            return not content_hash or content_hash in replica.keeps or self._registry.is_named(content_hash)
         return content_hash in replica.coming
 
     def load(self, name: str, path: str, pinned: bool | None, **source: Any) -> tuple[int, list[Outgoing]]:
