@@ -275,7 +275,8 @@ def _on_ray(settings: ServeSettings, ray: RaySettings) -> Iterator[_Cluster]:
     try:
         # Of this server's life: nobody else needs them, and they reach the replicas through Ray.
         keys = ClusterKeys.make()
-        launcher = RayLauncher(settings.engine, ray, keys, **_for_launcher(settings))
+        silence = settings.heartbeat_timeout
+        launcher = RayLauncher(settings.engine, ray, keys, silence=silence, **_for_launcher(settings))
         yield _Cluster(launcher, Link.listening(f"tcp://{host}:0", keys))
     finally:
         ray_cluster.disconnect()

@@ -48,12 +48,10 @@ from peft_dist.orchestrator.rolling import RollingRestart
 from peft_dist.orchestrator.startup import Startup
 from peft_dist.orchestrator.streams import Stream, StreamTable
 from peft_dist.orchestrator.survivors import Survivors
-from peft_dist.orchestrator.timer import Timer
+from peft_dist.orchestrator.timer import Pulse, Timer
 from peft_dist.placement.planner import Planner
 
 logger = logging.getLogger(__name__)
-# What a busy loop may be late for a deadline without anything being wrong with it.
-_PAUSE = 0.5
 
 
 class EngineService:
@@ -104,6 +102,8 @@ class EngineService:
         parts = self._processes, self._renewals, self.guests, self._promises, self._startup
         self._keeper = Keeper(self._core, *parts, self._act, self._spawn, self._now)
         self._timer = Timer(self._tick)
+        # Others may have spoken while this process did not listen.
+        self._pulse = Pulse(lambda: self._core.lives.excuse_silence(self._now()))
         self._stopping: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -251,6 +251,7 @@ class EngineService:
 
     async def _stop(self) -> None:
         self._timer.cancel()
+        self._pulse.stop()
         await self._rebalancer.stop()
         self._act(self._core.shut_down())
         await self._processes.stop_all(self._startup.grace)
@@ -288,10 +289,7 @@ class EngineService:
             elif received.replica_id is not None:
                 self._take(received.replica_id, received.epoch, received.data)
 
-    def _tick(self, lateness: float) -> None:
-        """``lateness``: Seconds for which this process did not come to it: others may have spoken meanwhile."""
-        if lateness > _PAUSE:
-            self._core.lives.excuse_silence(self._now())
+    def _tick(self) -> None:
         self._act(self._core.tick(self._now()))
 
     def _act(self, commands: Iterable[Outgoing]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.e2e.test_restart import free_address, guest
 from tests.e2e.test_serve import Server, adapter, events, serving
 from tests.worker.fake_replica import SLOW, expected_token
 
@@ -27,10 +28,9 @@ def asked(server: Server, number: int) -> Future[list[int]]:
     """The tokens of a stream whose first ones have come; a token that is lost or doubled shows in them."""
     model = ("tiny", "sql")[number % 2]
     sampling = {"max_tokens": NUM_TOKENS, "seed": number, "return_token_ids": True, "stream": True}
-    future: Future[list[int]] = Future()
     begun: Future[None] = Future()
 
-    def read() -> None:
+    def read() -> list[int]:
         tokens: list[int] = []
         body = {"model": model, "prompt": [SLOW, number], **sampling}
         with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as stream:
@@ -38,10 +38,10 @@ def asked(server: Server, number: int) -> Future[list[int]]:
                 tokens += event["choices"][0]["token_ids"]  # type: ignore[index]
                 if not begun.done():
                     begun.set_result(None)
-        future.set_result(tokens)
+        return tokens
 
     pool = ThreadPoolExecutor(1)
-    pool.submit(read)
+    future = pool.submit(read)
     begun.result(30)
     pool.shutdown(wait=False)
     return future
@@ -121,3 +121,22 @@ def test_workers_of_a_stopped_server_that_is_killed_wait_for_the_next_one(tmp_pa
             assert asked(second, 2).result(30) == expected(2)
             assert "outlived the server" in second.log and Path(f"/proc/{workers[0]}").exists()
             assert second.stop() == 0
+
+
+@pytest.mark.slow
+def test_a_replica_that_joined_goes_on_as_well(tmp_path: Path) -> None:
+    address = free_address()
+    options = ["--replicas", "0", "--listen", address, "--heartbeat-timeout", str(SILENCE), *LONG]
+    with guest(tmp_path, address, "--silence", str(SILENCE)) as one, serving(tmp_path, *options) as server:
+        worker, streams = one.worker, {number: asked(server, number) for number in (0, 2, 4)}
+        os.kill(server.process.pid, signal.SIGSTOP)
+        while "the orchestrator has been silent" not in one.log_file.read_text():
+            time.sleep(0.02)
+        os.kill(server.process.pid, signal.SIGCONT)
+        assert {number: stream.result(60) for number, stream in streams.items()} == {
+            number: expected(number) for number in streams
+        }
+        assert one.worker == worker is not None and "and it with what it holds" in server.log
+        assert server.stop() == 0
+        # It ends with the server, as the incarnation that it is by now.
+        assert one.process.wait(30) == 0
