@@ -18,7 +18,8 @@ class RollingRestart:
         """``act``: Sends what the core decided; it may call ``look``."""
         self._core, self._act, self._now = core, act, now
         self._view = RollingView()
-        # The incarnation of each replica that is to end, and of the current one that came for it.
+        # Restarts of each replica before its process is to end, and of the current one when another came for it.
+        # Not incarnations: a replica may become another one in the same process.
         self._old: dict[int, int] = {}
         self._new: int | None = None
 
@@ -47,7 +48,7 @@ class RollingRestart:
         self._core.lives.check_restarts()
         # What one refused it may take when it is started again; before others that hold it may lose it.
         own.sort(key=lambda replica: not replica.refused)
-        self._old, self._new = {r.replica_id: r.epoch for r in own}, None
+        self._old, self._new = {r.replica_id: r.num_restarts for r in own}, None
         first, *left = self._old
         skipped = tuple(r.replica_id for r in replicas if r.is_guest)
         self._view = RollingView("running", "waiting", first, left=tuple(left), skipped=skipped)
@@ -79,7 +80,7 @@ class RollingRestart:
         replica = self._core.replicas.get(current)
         if replica is None:
             return self._stop(f"replica {current} is gone")
-        if replica.epoch != self._old[current]:
+        if replica.num_restarts != self._old[current]:
             return self._starts(replica)
         if not replica.is_alive and not replica.will_be_ready:
             return self._stop(f"replica {current} is not started again: {replica.error}")
@@ -119,8 +120,8 @@ class RollingRestart:
     def _starts(self, replica: Replica) -> bool:
         """Another incarnation is there; once it serves, the next replica's turn has come."""
         view = self._view
-        self._new = replica.epoch if self._new is None else self._new
-        if replica.epoch != self._new or not replica.is_alive:
+        self._new = replica.num_restarts if self._new is None else self._new
+        if replica.num_restarts != self._new or not replica.is_alive:
             return self._stop(f"replica {replica.replica_id} did not come back: {replica.error}")
         for content, why in replica.refused.items():
             name = self._core.adapters.name_of(content)

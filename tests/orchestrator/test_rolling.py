@@ -7,7 +7,7 @@ import random
 import pytest
 
 from peft_dist.core.errors import ReplicaStateError
-from peft_dist.core.messages import AdapterResult, LoadAdapter, Shutdown
+from peft_dist.core.messages import AdapterResult, Heartbeat, LoadAdapter, Shutdown
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.orchestrator.client import NewRequest
 from peft_dist.orchestrator.core import Orchestrator
@@ -153,6 +153,27 @@ def test_a_replica_that_refused_an_adapter_comes_first_and_one_that_alone_holds_
     with pytest.raises(ReplicaStateError, match="replica 0 alone holds adapter 'one', which replica 1 refused: it is"):
         it.rolling.begin()
     assert it.told_to_end() == [] and core.replicas[0].state.value == "ready"
+
+
+def test_a_replica_that_goes_on_in_the_same_process_was_not_restarted() -> None:
+    core = cluster(2)
+    it = Driver(core)
+    it.rolling.begin()
+    it.ends(0)
+    orphaned = Heartbeat(busy_seconds=0.0, is_orphaned=True)
+    it.act(core.observe(1, core.replicas[1].epoch, orphaned, it.now))
+    it.is_ready(0)
+    assert it.at == ("running", "waiting", 1) and it.told_to_end() == [0]
+    it.act(core.observe(0, core.replicas[0].epoch, orphaned, it.now))
+    it.is_ready(1)
+    assert it.at == ("running", "waiting", 1) and it.told_to_end() == [0], "the other one becomes another, too"
+    it.is_ready(0)
+    assert it.at == ("running", "draining", 1) and it.told_to_end() == [0, 1]
+    it.ends(1)
+    it.act(core.observe(1, core.replicas[1].epoch, orphaned, it.now))
+    assert it.at == ("running", "starting", 1)
+    it.is_ready(1)
+    assert it.at == ("done", None, None)
 
 
 def test_it_waits_for_others_that_start() -> None:
