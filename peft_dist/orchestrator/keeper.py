@@ -83,7 +83,7 @@ class Keeper:
 
     def renewed(self, renewed: ReplicaRenewed) -> None:
         """The process of a replica is to go on as another incarnation, which is told to it."""
-        logger.warning("%s Others go on with its requests, and it with what it holds.", renewed.error)
+        logger.warning("%s Its requests go elsewhere or wait, and it goes on with what it holds.", renewed.error)
         self._promises.end_drain(renewed.replica_id, None)
         replica = self._core.replicas[renewed.replica_id]
         if replica.is_guest and self._guests is not None:

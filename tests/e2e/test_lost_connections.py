@@ -19,7 +19,7 @@ from tests.relay import Direction, Relay
 
 
 def _renewals(caplog: pytest.LogCaptureFixture) -> int:
-    return caplog.text.count("and it with what it holds")
+    return caplog.text.count("and it goes on with what it holds")
 
 
 @pytest.mark.parametrize("direction", ["up", "down"])

@@ -136,7 +136,7 @@ def test_a_replica_that_joined_goes_on_as_well(tmp_path: Path) -> None:
         assert {number: stream.result(60) for number, stream in streams.items()} == {
             number: expected(number) for number in streams
         }
-        assert one.worker == worker is not None and "and it with what it holds" in server.log
+        assert one.worker == worker is not None and "and it goes on with what it holds" in server.log
         assert server.stop() == 0
         # It ends with the server, as the incarnation that it is by now.
         assert one.process.wait(30) == 0
