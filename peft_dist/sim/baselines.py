@@ -33,6 +33,8 @@ _ANY_NUMBER = 1 << 16
 def whole_models(profile: CostProfile, options: SimulationOptions, index: int, *, artifact: bool) -> SimHardware:
     """vLLM: each adapter is a model of its own; a few are on the device, and others are copied in when they run.
 
+    The first ones of ``options.adapters`` are there from the start, as in the artifact.
+
     Raises ConfigError for a profile that does not tell its weights' bytes, or has no room for the models.
     """
     if not profile.weight_bytes:
@@ -48,7 +50,9 @@ def whole_models(profile: CostProfile, options: SimulationOptions, index: int, *
         raise ConfigError(f"{resident} whole models of {profile.model} leave no room for KV: use a larger device")
     rules = _rules(artifact) | {"exec_type": "vllm", "policy": None, "merge": "auto", "max_loras": _ANY_NUMBER}
     config = engine_config(profile, options, **rules, resident_models=resident)
-    return make_hardware(profile, options, config, costs, num_held=resident, num_blocks=num_blocks)
+    there = options.adapters[:resident]
+    held = tuple(profile.adapter(name, options.ranks.get(name, options.rank)).content_hash for name in there)
+    return make_hardware(profile, options, config, costs, num_held=resident, held=held, num_blocks=num_blocks)
 
 
 def one_at_a_time(profile: CostProfile, options: SimulationOptions, index: int, *, artifact: bool) -> SimHardware:
@@ -85,7 +89,8 @@ def _rules(artifact: bool) -> dict[str, object]:
 
 
 _SWAP = (
-    "a model is copied in at 32 GiB/s a device (the artifact's PCIe constant), 4 of 7b or 2 of others are on a device"
+    "4 models of 7b or 2 of others are on a device, the first ones from the start; a model is copied in at 32 GiB/s a "
+    "device (the artifact's PCIe constant)"
 )
 _HEAD = "batches are the same-adapter head of the queue, 16 seats"
 BASELINES: Mapping[str, ExecType] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from peft_dist.orchestrator.core import OrchestratorOptions
@@ -148,6 +148,7 @@ def _cluster(
     arrivals: Sequence[Arrival], profile: CostProfile, options: SimulationOptions, planner: SteadyPlanner
 ) -> SimCluster:
     exec_type = find(options.exec_type)
+    options = replace(options, adapters=tuple(_named(arrivals, options)))
     hardware = [exec_type.hardware(profile, options, index) for index in range(options.replicas)]
     return SimCluster(
         hardware=hardware,

@@ -32,6 +32,7 @@ class SimHardware:
         prior: What its engine believes before it has measured anything.
         num_blocks: Of KV memory, ``block_bytes`` each.
         num_held: Merged copies beside the base's weights.
+        held: Contents whose merged copies are there from the start.
         host_seconds: That scheduling and reporting add to a step where none is in flight.
         can_merge: Whether any adapter can be.
     """
@@ -42,6 +43,7 @@ class SimHardware:
     num_blocks: int
     block_bytes: int
     num_held: int = 0
+    held: tuple[str, ...] = ()
     host_seconds: float = 0.0
     can_merge: bool = True
 
@@ -106,7 +108,12 @@ class SimReplica:
         self._now = queue.now
         info = hardware.model()
         self.executor = SimExecutor(
-            hardware.truth, self._clock, hardware.block_bytes, hardware.num_held, can_merge=hardware.can_merge
+            hardware.truth,
+            self._clock,
+            hardware.block_bytes,
+            hardware.num_held,
+            can_merge=hardware.can_merge,
+            held=hardware.held,
         )
         self.engine = assemble(hardware.config, info, self.executor, hardware.prior(), page_rows=1, num_rows=None)
         self._driver = EngineDriver(self.engine, Handovers(self.engine), self._reports.append, self._clock)
