@@ -95,24 +95,24 @@ _SWAP = (
 _HEAD = "batches are the same-adapter head of the queue, 16 seats"
 BASELINES: Mapping[str, ExecType] = {
     "vllm-artifact": ExecType(
-        partial(whole_models, artifact=True), "rr", True,
+        partial(whole_models, artifact=True), "rr", is_apart=True, source=
         f"the artifact's vLLM: {_HEAD}; {_SWAP}, and the one that leaves is copied out; steps cost merged ones",
     ),
     "vllm": ExecType(
-        partial(whole_models, artifact=False), "rr", True,
+        partial(whole_models, artifact=False), "rr", is_apart=True, source=
         f"vLLM, fair: batches are all requests of the oldest one's adapter; {_SWAP}; steps cost merged ones",
     ),
     "peft-artifact": ExecType(
-        partial(one_at_a_time, artifact=True), None, False,
+        partial(one_at_a_time, artifact=True), is_artifact=True, moves=False, source=
         f"the artifact's PEFT: {_HEAD}; every step merges and unmerges, a switch each (its copies and checks of the "
         "weights are not charged)",
     ),
     "peft": ExecType(
-        partial(one_at_a_time, artifact=False), None, False,
+        partial(one_at_a_time, artifact=False), source=
         "PEFT, fair: batches are all requests of the oldest one's adapter; a change unmerges and merges, a switch each",
     ),
     "grouped": ExecType(
-        grouped, None, False,
+        grouped, source=
         f"grouped LoRA kernels: a step with adapters takes {GROUPED_RATIO} times one without (ours on an H100, 32 rows "
         "of 32 adapters: docs/results/gpu.json)",
     ),
