@@ -119,9 +119,9 @@ def _source(shape: Shape, devices: int, weights: float, rows: float, merged: flo
     rule = (
         "dLoRA (OSDI'24), constants of its artifact for Llama-2-7B: 15 ms a merged step, 27 ms an unmerged one, 20 ms "
         "a switch, 16 sequences and 4096 tokens in a step. Whatever a batch holds, but for prompt tokens, of which the "
-        f"artifact knows nothing: their FLOPs at {USED:.0%} of {PEAK / 1e12:.0f} TFLOP/s a device (an A100's peak; the share is an "
-        "assumption). Loads and swaps at the artifact's 32 GiB/s to each device, moves of KV at half of it (out and "
-        "in), each with 1 ms (an assumption)."
+        f"artifact knows nothing: their FLOPs at {USED:.0%} of {PEAK / 1e12:.0f} TFLOP/s a device (an A100's peak; the "
+        "share is an assumption). Loads and swaps at the artifact's 32 GiB/s to each device, moves of KV at half of it "
+        "(out and in), each with 1 ms (an assumption)."
     )
     if shape is SMALL:
         return rule

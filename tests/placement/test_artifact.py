@@ -1,4 +1,4 @@
-"""The artifact's rules for clusters: placement, dispatch, pairs and what moves between them, against its description."""
+"""The artifact's rules for clusters, against its description: placement, dispatch, pairs, what moves between them."""
 
 from __future__ import annotations
 

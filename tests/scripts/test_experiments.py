@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import runpy
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib
 import pytest
-from experiments import authors, live, report, report_tables, tables
+from experiments import (
+    authors,
+    experiment,
+    fig10_policies,
+    fig12_adapters,
+    here,
+    live,
+    points,
+    report,
+    report_tables,
+    tables,
+)
 from experiments.loads import Data, LoadSpec, make
 from experiments.measured import Work, measure
 from experiments.settings import Settings
@@ -137,6 +152,79 @@ def test_a_live_server_gives_its_systems_rows(tmp_path: Path, monkeypatch: pytes
     assert about["servers"]["fcfs"]["client"]["cpu"] and about["servers"]["fcfs"]["server"].startswith("http")
 
 
+def test_simulated_and_live_rows_do_not_replace_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is anything run before that is said."""
+    known = [{"system": "fcfs", "mode": "live", "policy": "fcfs", "stride": 4, "avg_lat": 1.0, "p90_lat": 2.0}]
+    tables.write_csv(tmp_path / "fig10.csv", ["policy"], known)
+    monkeypatch.setattr(points, "run", lambda *_: pytest.fail("it was run"))
+    for _ in range(2):
+        mode, other = known[0]["mode"], "simulated" if known[0]["mode"] == "live" else "live"
+        server = live.Server("http://nowhere") if other == "live" else None
+        with pytest.raises(ConfigError, match=rf"fig10\.csv is {mode}, this is to be {other}: give another --output"):
+            experiment.run(fig10_policies.EXPERIMENT, Settings(tmp_path, "tiny", server=server, systems=("fcfs",)))
+        assert tables.read_csv(tmp_path / "fig10.csv") == known
+        known = [{**known[0], "mode": "simulated"}]
+        tables.write_csv(tmp_path / "fig10.csv", ["policy"], known)
+
+
+def test_live_runs_are_told_apart_by_what_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of Figure 12 each number of adapters is another server, and each is told of."""
+    measured = measure([RequestRecord(0, "a", 0.0, 0.0, 1.0, 2.0, 10, 4)], Work(0.0, 0.0))
+    monkeypatch.setattr(
+        points, "run", lambda ladders, *_: [(point, measured) for ladder in ladders for point in ladder]
+    )
+    for adapters, seed in ((16, 1), (32, 2)):
+        server = live.Server(f"http://nowhere:{adapters}")
+        chosen_ = Settings(tmp_path, "paper", server=server, systems=("dlora",), seed=seed)
+        [made] = fig12_adapters.experiments(argparse.Namespace(adapters=adapters))
+        experiment.run(made, chosen_)
+    about = json.loads((tmp_path / "fig12.json").read_text())
+    told = {name: (own["server"], own["seed"]) for name, own in about["servers"].items()}
+    assert told == {
+        "dlora, num_models 16": ("http://nowhere:16", 1),
+        "dlora, num_models 32": ("http://nowhere:32", 2),
+    }
+    rows = tables.read_csv(tmp_path / "fig12.csv")
+    assert [row["num_models"] for row in rows] == [16, 32]
+    assert all("bring their KV" in row["live_differs"] for row in rows)
+    assert about["versions"]["matplotlib"] == matplotlib.__version__
+
+
+def test_what_no_live_server_is_cannot_be_measured() -> None:
+    with pytest.raises(SystemExit, match="not merged and unmerged in every step"):
+        here.options_of(SYSTEMS["peft-artifact"])
+    assert all(one.live for one in SYSTEMS.values() if one.form == "artifact")
+    assert not SYSTEMS["peft"].live and not SYSTEMS["proactive"].live
+
+
+@pytest.mark.parametrize("answer", [b"", b"nonsense\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\nshort"])
+def test_a_server_that_breaks_off_is_named(answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or says nothing in time; of counts since its start none is taken for one of a run."""
+    monkeypatch.setattr(live, "TIMEOUT", 5.0 if answer else 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+        def serve() -> None:
+            for _ in range(3):
+                connection, _address = listening.accept()
+                with connection:
+                    connection.recv(1 << 16)
+                    connection.sendall(answer)
+                    if not answer:
+                        connection.recv(1)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        for ask, words in (
+            (live.fetch, "cannot be read"),
+            (live.adapters_of, "its models"),
+            (live.replicas_of, "it is"),
+        ):
+            with pytest.raises(ConfigError, match=words):
+                ask(url)
+        thread.join()
+
+
 def test_waits_are_told_by_who_is_there() -> None:
     before = live.read('peft_dist:switch_seconds_total{replica="0"} 1.5\npeft_dist:switches_total{replica="0"} 3\n')
     text = (
@@ -199,6 +287,7 @@ def test_data_is_looked_for_where_it_is_said_to_be(tmp_path: Path) -> None:
         (["--systems", "nobody"], "does not show the system 'nobody'"),
         (["--server", "http://127.0.0.1:9"], "--server needs --systems with one name"),
         (["--server", "http://127.0.0.1:9", "--systems", "fcfs"], "does not tell how it is"),
+        (["--server", "http://127.0.0.1:9", "--systems", "peft-artifact"], "a live server is no 'peft-artifact'"),
         (["--data", "/nowhere/at/all"], "there is none of"),
     ],
 )
