@@ -26,8 +26,10 @@ def run(script: str, *arguments: str) -> str:
 
 def test_a_small_model_is_measured_and_simulated(tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
-    sizes = ["--adapters", "4", "--sizes", "1", "2", "8", "--distinct", "0", "1", "4", "--tokens", "6"]
-    run("profile_costs.py", *sizes, "--prompts", "32", "128", "--switches", "3", "--output", str(file))
+    sizes = ["--adapters", "4", "--sizes", "1", "2", "8", "--distinct", "0", "1", "4", "--tokens", "6", "--rounds", "2"]
+    steps = tmp_path / "steps.json"
+    more = ["--prompts", "32", "128", "--switches", "3", "--steps", str(steps)]
+    run("profile_costs.py", *sizes, *more, "--output", str(file))
     profile = CostProfile.load(file)
     costs = profile.costs
     assert profile.name == "mine" and profile.max_num_seqs == 8 and profile.num_blocks == 512
@@ -36,6 +38,11 @@ def test_a_small_model_is_measured_and_simulated(tmp_path: Path) -> None:
     assert 1e-4 < costs.step + costs.decode_sequence < 1.0
     assert costs.prefill_token > 0 and costs.merge[0] > 0 and costs.load[1] > 0 and costs.transfer[1] > 0
     assert profile.num_held == 1 and profile.host_seconds > 0
+    assert profile.weight_bytes > 2 * profile.num_held * 4 * 64 * 64
+    assert all(kind in profile.source for kind in ("base decode", "unmerged prompts", "merged decode"))
+    told = json.loads(steps.read_text())
+    assert {row["measured"] % 2 for row in told} == {0}, "each batch was run twice"
+    assert {row["adapters"] for row in told} == {0, 1, 2, 4} and all(row["fitted"] > 0 < row["seconds"] for row in told)
     [record] = simulate([Arrival(0.0, "a", 32, 5)], profile).records
     assert record.error is None and 5 * costs.step < record.e2e < 5.0
 
