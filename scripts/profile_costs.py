@@ -102,7 +102,7 @@ def write_steps(path: Path, measured: Measured, costs: CostPrior, *, in_flight: 
     """Each kind of step with the median of its seconds and what the fit says, for whoever asks where it is wrong."""
     weights = {name: getattr(costs, name) for name in STEP_TERMS}
     rows = [
-        {**asdict(one.features), "measured": one.count, "seconds": one.seconds,
+        {**asdict(one.features), "measured": one.number, "seconds": one.seconds,
          "fitted": predicted(weights, one.features)}
         for one in medians(seconds_of(measured, in_flight=in_flight))
     ]  # fmt: skip

@@ -21,7 +21,7 @@ class Median(NamedTuple):
     """What equal steps took: how many were measured, and the median of their seconds."""
 
     features: StepFeatures
-    count: int
+    number: int
     seconds: float
 
 
