@@ -129,7 +129,10 @@ def test_operators_are_measured_here(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_live_server_gives_its_systems_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of one system replace those of that system, and stand beside the others'."""
+    """Rows of one system replace those of that system, and stand beside the others'. What the server's
+    orchestrator decided meanwhile is decided again from its recording (its replicas have no engines)."""
+    (tmp_path / "recorded").mkdir()
+    monkeypatch.setenv("PEFT_DIST_RECORD", str(tmp_path / "recorded"))
     options = ["--replicas", "2", "--served-model-name", "tiny"]
     for number in (10, 9, *range(8)):
         options += ["--adapter", f"adapter{number}={adapter(tmp_path / f'adapter{number}', f'{number}')}"]
@@ -140,6 +143,11 @@ def test_a_live_server_gives_its_systems_rows(tmp_path: Path, monkeypatch: pytes
         for system in ("fcfs", "dlora", "dlora"):
             run(monkeypatch, "fig10_policies", "--server", server.url, "--systems", system, *asked)
         run(monkeypatch, "fig02b_queueing", "--server", server.url, "--systems", "vllm", *asked)
+    recordings = sorted((tmp_path / "recorded").iterdir())
+    assert [path.name.partition("-")[0] for path in recordings] == ["orchestrator"]
+    replay = [sys.executable, str(SCRIPTS.parent / "replay.py"), *map(str, recordings)]
+    told = subprocess.run(replay, check=True, capture_output=True, text=True).stdout
+    assert "alike" in told and " 0 requests" not in told, told
     rows = tables.read_csv(tmp_path / "out" / "fig10.csv")
     assert [(row["policy"], row["mode"], row["replicas"], row["failed"]) for row in rows] == [
         ("fcfs", "live", 2, 0),
