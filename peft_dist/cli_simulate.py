@@ -29,7 +29,7 @@ def simulate(
     exec_type: Annotated[str, typer.Option(help="dlora, or a baseline.")] = "dlora",
     policy: Annotated[str | None, typer.Option(help="credit (default), merge or fcfs.")] = None,
     policy_profile: Annotated[
-        str, typer.Option(help="default, or artifact: the constants of the paper's.")
+        str, typer.Option(help="default, or artifact: constants and rules of the paper's.")
     ] = "default",
     migration: Annotated[str, typer.Option(help="rr, proactive or dlora.")] = "dlora",
     merge: Annotated[str, typer.Option(help="auto, host (in place) or off.")] = "auto",
