@@ -32,9 +32,9 @@ class SimHardware:
         prior: What its engine believes before it has measured anything.
         num_blocks: Of KV memory, ``block_bytes`` each.
         num_held: Merged copies beside the base's weights.
-        held: Contents whose merged copies are there from the start.
         host_seconds: That scheduling and reporting add to a step where none is in flight.
         can_merge: Whether any adapter can be.
+        held: Contents whose merged copies are there from the start.
     """
 
     config: EngineConfig
@@ -43,9 +43,9 @@ class SimHardware:
     num_blocks: int
     block_bytes: int
     num_held: int = 0
-    held: tuple[str, ...] = ()
     host_seconds: float = 0.0
     can_merge: bool = True
+    held: tuple[str, ...] = ()
 
     def model(self) -> ModelInfo:
         """What such a replica says of its model."""
