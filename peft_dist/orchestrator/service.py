@@ -78,7 +78,7 @@ class EngineService:
         that run already, and reach this service by it.
 
         Raises:
-            ConfigError: the invitation's address cannot be used.
+            ConfigError: the invitation's address cannot be used, or the recording that was asked for cannot be made.
         """
         self._now = asyncio.get_running_loop().time
         self._core = make_orchestrator(options.for_a_life(), finds_replicas=bool(left))
