@@ -331,3 +331,11 @@ def test_the_report_puts_tables_between_their_marks() -> None:
     text = "x\n<!-- fig9 -->\nold\n<!-- end -->\n<!-- fig12 -->\nkept\n<!-- end -->\n"
     changed = report.insert(text, made)
     assert "old" not in changed and "kept" in changed and report.insert(changed, made) == changed
+
+
+def test_the_result_keeps_what_was_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables.write_json(tmp_path / "experiments.json", {"fig5": {"rows": []}, "fig7": {"rows": []}})
+    tables.write_csv(tmp_path / "fig7.csv", ["day", "relative"], [{"day": 0, "relative": 0.51239}])
+    run(monkeypatch, "report", "--figures", str(tmp_path), "--output", str(tmp_path))
+    result = tables.read_json(tmp_path / "experiments.json")
+    assert list(result) == ["fig5", "fig7"] and result["fig7"]["rows"] == [{"day": 0, "relative": 0.5124}]
