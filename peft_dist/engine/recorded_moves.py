@@ -18,6 +18,7 @@ from peft_dist.engine.recording import (
     EndExport,
     Export,
     Import,
+    Moves,
     Poll,
     RecordedEngine,
     Told,
@@ -30,6 +31,7 @@ class RecordedHandovers(Handovers):
     def __init__(self, engine: RecordedEngine, ahead_blocks: int = 16) -> None:
         super().__init__(engine, ahead_blocks)
         self._recorded = engine
+        engine.recorder.note(Moves(ahead_blocks))
 
     def export(self, handover: int, request_ids: Iterable[str]) -> None:
         ids, export = list(request_ids), super().export
@@ -65,6 +67,7 @@ class RecordedHandovers(Handovers):
         super()._note(outcome)
 
 
-def make_handovers(engine: Engine) -> Handovers:
-    """Of an engine, recorded if it is."""
-    return RecordedHandovers(engine) if isinstance(engine, RecordedEngine) else Handovers(engine)
+def make_handovers(engine: Engine, ahead_blocks: int = 16) -> Handovers:
+    """Of an engine, recorded if it is. ``ahead_blocks``: As of ``Handovers``."""
+    kind = RecordedHandovers if isinstance(engine, RecordedEngine) else Handovers
+    return kind(engine, ahead_blocks)  # type: ignore[arg-type]

@@ -80,6 +80,12 @@ class Step(_Entry, frozen=True):
     now: float
 
 
+class Moves(_Entry, frozen=True):
+    """Requests may move from here on; ``ahead_blocks`` is as of ``Handovers``."""
+
+    ahead_blocks: int
+
+
 class Export(_Entry, frozen=True):
     """Requests are to move away with their KV: as of ``Handovers``, and so are the next ones."""
 
@@ -182,7 +188,7 @@ class End(_Entry, frozen=True):
     why: str
 
 
-Moving = Export | EndExport | Import | AbortMoves | ClearMoves | Poll
+Moving = Moves | Export | EndExport | Import | AbortMoves | ClearMoves | Poll
 Input = Add | Abort | Register | Pin | Prefetch | Forget | Step | Moving
 Entry = Begin | Input | Known | Switched | Loaded | Submitted | Collected | Copied | Copying | Told | End
 QUESTIONS = ("can_merge", "can_host", "holds_merged")

@@ -38,6 +38,7 @@ from peft_dist.engine.recording import (
     Input,
     Known,
     Loaded,
+    Moves,
     Moving,
     Pin,
     Poll,
@@ -97,7 +98,9 @@ def replay(entries: Iterable[Entry]) -> Replayed:
         if engine is None or handovers is None:
             raise ConfigError("the recording does not begin with an engine")
         executor.expect(answers)
-        if isinstance(given, _MOVING):
+        if isinstance(given, Moves):
+            handovers = Handovers(engine, given.ahead_blocks)
+        elif isinstance(given, _MOVING):
             moves += _tell_of_moves(engine, handovers, executor, given)
         else:
             _tell(engine, given)
