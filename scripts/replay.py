@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from peft_dist.core.errors import PeftDistError
 from peft_dist.sim import orchestrator_replay, replay
+from peft_dist.sim.recordings import CUT
 
 
 def told(path: Path) -> tuple[str, bool]:
@@ -27,7 +28,7 @@ def told(path: Path) -> tuple[str, bool]:
         moves = f", and {found.moves} moves of KV" if found.moves else ""
         words = f"{found.steps} steps and {found.switches} switches of {found.engines} engine(s) alike{moves}"
         ended = found.ended
-    return f"{words}; the recording ends there: {ended}" if ended else words, not (ended or "").startswith("the file")
+    return f"{words}; the recording ends there: {ended}" if ended else words, not (ended or "").startswith(CUT)
 
 
 def main() -> int:

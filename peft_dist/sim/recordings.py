@@ -10,6 +10,8 @@ import msgspec
 
 from peft_dist.core.errors import ConfigError
 
+CUT = "the file is cut off"
+
 
 def read_lines(path: Path, kind: Any, ended: Callable[[str], Any]) -> Iterator[Any]:
     """Entries of one of the types of a union; behind a last line that is not whole, what ``ended`` makes of that.
@@ -27,4 +29,4 @@ def read_lines(path: Path, kind: Any, ended: Callable[[str], Any]) -> Iterator[A
         except msgspec.DecodeError as error:
             raise ConfigError(f"{path}:{number}: this is no line of a recording: {error}") from error
     if rest:
-        yield ended(f"the file is cut off in line {len(lines) + 1}")
+        yield ended(f"{CUT} in line {len(lines) + 1}")

@@ -15,11 +15,12 @@ from peft_dist.core.batch import StepResult
 from peft_dist.core.errors import ConfigError
 from peft_dist.core.handover import SequenceState
 from peft_dist.core.messages import AddRequest, EndExport, Exported, ExportRequests, Imported, ImportRequests
+from peft_dist.core.record_file import FULL
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.engine.assembly import assemble
 from peft_dist.engine.driver import EngineDriver
 from peft_dist.engine.recorded_moves import make_handovers
-from peft_dist.engine.recording import Collected, Copying, Entry, Import, Submitted, Switched
+from peft_dist.engine.recording import Collected, Copying, End, Entry, Import, Submitted, Switched
 from peft_dist.sim.executor import SimExecutor
 from peft_dist.sim.hardware import dlora
 from peft_dist.sim.options import SimulationOptions
@@ -174,6 +175,9 @@ def test_what_is_cut_off_or_broken_is_named_and_others_are_replayed(tmp_path: Pa
     cut.write_bytes(whole.read_bytes()[:-5])
     other = tmp_path / "engine-5-0.jsonl"
     other.write_text('{"is": "other"}\n')
+    full = written(tmp_path / "engine-7-0.jsonl", [*entries, End(FULL)])
+    bounded = run(full)
+    assert bounded[0] == 0 and "ends there: the file has its 256 MiB" in bounded[1]
     status, told = run(whole, empty, early, cut, other, tmp_path / "engine-6-0.jsonl")
     lines = dict(line.split(": ", 1) for line in told.splitlines())
     assert status == 1 and run(whole)[0] == 0
