@@ -24,8 +24,8 @@ BUS = 32 * 2**30
 pinned, which is slower."""
 RESIDENT = {True: 4, False: 2}
 """Whole models on a device in the artifact's vLLM: of 7b, of anything larger."""
-GROUPED_RATIO = 1.26
-"""A step of 32 rows with 32 adapters over one without: 8.496 and 6.734 ms, Llama-3.1-8B's shape on one H100 with our
+GROUPED_RATIO = 1.245
+"""A step of 32 rows with 32 adapters over one without: 8.156 and 6.551 ms, Llama-3.1-8B's shape on one H100 with our
 kernels (docs/results/gpu.json)."""
 _ANY_NUMBER = 1 << 16
 
