@@ -103,9 +103,7 @@ def serve(
     policy: Annotated[str | None, typer.Option(help="credit (default), merge or fcfs.")] = None,
     exec_type: Annotated[str, typer.Option(help="dlora, or the paper's baselines peft and vllm.")] = "dlora",
     resident_models: Annotated[int, typer.Option(help="Merged models on the device with --exec-type vllm.")] = 2,
-    policy_profile: Annotated[
-        str, typer.Option(help="default, or artifact: the constants of the paper's.")
-    ] = "default",
+    policy_profile: Annotated[str, typer.Option(help="default, or artifact: the paper's constants.")] = "default",
     max_adapter_wait: Annotated[float, typer.Option(help="Seconds that a request may be overtaken.")] = 5.0,
     merge: Annotated[str, typer.Option(help="auto, shadow, host or off: where merged weights live.")] = "auto",
     merged_minority: Annotated[bool, typer.Option("--merged-minority", help="Others may join merged batches.")] = False,
@@ -149,6 +147,7 @@ def serve(
     seed: Annotated[int | None, typer.Option(help="Seeds the requests that bring no seed.")] = None,
     start_timeout: Annotated[float | None, typer.Option(help="Seconds for loading the model; no limit.")] = None,
     shutdown_timeout: Annotated[float, typer.Option(min=0, help="Seconds that streams get to finish.")] = 30.0,
+    unread_timeout: Annotated[float, typer.Option(help="Seconds for which a client may read nothing.")] = 60.0,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
     cluster: Annotated[str, typer.Option(help="What runs the replicas: local (this host) or ray.")] = "local",
     ray_address: Annotated[str | None, typer.Option(help="HOST:PORT of the Ray head; found if not given.")] = None,
