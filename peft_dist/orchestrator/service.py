@@ -16,7 +16,7 @@ from peft_dist.core.messages import ReplicaStats
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.core.succession import life_of
 from peft_dist.orchestrator.client import NewRequest
-from peft_dist.orchestrator.core import Orchestrator, OrchestratorOptions
+from peft_dist.orchestrator.core import OrchestratorOptions
 from peft_dist.orchestrator.guests import Guests, Invitation
 from peft_dist.orchestrator.hearing import Hearing
 from peft_dist.orchestrator.keeper import Keeper
@@ -25,6 +25,7 @@ from peft_dist.orchestrator.observation import MigrationView, ReplicaView
 from peft_dist.orchestrator.processes import Processes
 from peft_dist.orchestrator.promises import Promises
 from peft_dist.orchestrator.rebalancer import Rebalancer
+from peft_dist.orchestrator.recorded import make_orchestrator
 from peft_dist.orchestrator.records import (
     AdapterLoaded,
     AdapterRefused,
@@ -79,10 +80,10 @@ class EngineService:
         that run already, and reach this service by it.
 
         Raises:
-            ConfigError: the invitation's address cannot be used.
+            ConfigError: the invitation's address cannot be used, or the recording that was asked for cannot be made.
         """
         self._now = asyncio.get_running_loop().time
-        self._core = Orchestrator(options.for_a_life())
+        self._core = make_orchestrator(options.for_a_life(), finds_replicas=bool(left))
         self._num_replicas = num_replicas
         self._start_timeout = start_timeout
         self._take = Hearing(self._core, self._act, self._now).take
