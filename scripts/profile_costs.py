@@ -22,9 +22,10 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
@@ -102,7 +103,7 @@ def write_steps(path: Path, measured: Measured, costs: CostPrior, *, in_flight: 
     """Each kind of step with the median of its seconds and what the fit says, for whoever asks where it is wrong."""
     weights = {name: getattr(costs, name) for name in STEP_TERMS}
     rows = [
-        {**asdict(one.features), "measured": one.number, "seconds": one.seconds,
+        {**msgspec.structs.asdict(one.features), "measured": one.number, "seconds": one.seconds,
          "fitted": predicted(weights, one.features)}
         for one in medians(seconds_of(measured, in_flight=in_flight))
     ]  # fmt: skip

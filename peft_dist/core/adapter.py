@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import msgspec
 
 BASE_NAMES = (None, "__base__")
 
 
-class AdapterSpec(msgspec.Struct, frozen=True):
+class AdapterSpec(msgspec.Struct, frozen=True, dict=True):
     """One adapter as every process knows it.
 
     ``content_hash`` covers configuration and weights: it identifies the adapter everywhere (prefix cache,
@@ -30,7 +32,8 @@ class AdapterSpec(msgspec.Struct, frozen=True):
         """Largest rank of any module."""
         return max(self.ranks.values())
 
-    @property
+    # Asked for each row of each step.
+    @cached_property
     def num_rank_rows(self) -> int:
         """Rank rows over all modules: what the LoRA kernel's work grows with."""
         return sum(self.ranks.values())

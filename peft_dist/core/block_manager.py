@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class BlockManager:
@@ -25,7 +25,11 @@ class BlockManager:
         self._refs = [0] * num_blocks
         self._hash_of: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self._had_names = False
+        # Without a name, which are of no use to anybody and go first, the last freed before all others; and those that
+        # had one when they were freed.
+        self._blank = list(range(num_blocks - 1, -1, -1))
+        self._cached: OrderedDict[int, None] = OrderedDict()
         self._free_host = list(range(num_host_blocks))
         self._tables: dict[str, list[int]] = {}
         self._host_tables: dict[str, list[int]] = {}
@@ -33,7 +37,12 @@ class BlockManager:
     @property
     def num_free(self) -> int:
         """Device blocks that can be given out, cached prefixes that nobody uses included."""
-        return len(self._free)
+        return len(self._blank) + len(self._cached)
+
+    @property
+    def num_swapped(self) -> int:
+        """Sequences whose blocks are on the host."""
+        return len(self._host_tables)
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold ``num_tokens`` tokens."""
@@ -68,21 +77,28 @@ class BlockManager:
         assert request_id not in self._tables and request_id not in self._host_tables
         fresh = self.blocks_for(num_tokens) - len(prefix)
         revived = sum(self._refs[block] == 0 for block in prefix)
-        if fresh > len(self._free) - revived:
+        if fresh > self.num_free - revived:
             return False
         for block in prefix:
             self._refs[block] += 1
-            self._free.pop(block, None)
-        self._tables[request_id] = prefix + [self._take() for _ in range(fresh)]
+            self._cached.pop(block, None)
+        self._tables[request_id] = prefix + self._take(fresh)
         return True
 
     def grow(self, request_id: str, num_tokens: int) -> bool:
         """Extend a table to cover ``num_tokens``; False, and nothing changed, when too few blocks are free."""
         table = self._tables[request_id]
-        fresh = self.blocks_for(num_tokens) - len(table)
-        if fresh > len(self._free):
+        fresh = -(-num_tokens // self.block_size) - len(table)
+        if fresh <= 0:
+            return True
+        if fresh > len(self._blank) + len(self._cached):
             return False
-        table.extend(self._take() for _ in range(fresh))
+        if fresh == 1 and self._blank:
+            block = self._blank.pop()
+            self._refs[block] = 1
+            table.append(block)
+            return True
+        table += self._take(fresh)
         return True
 
     def publish(self, request_id: str, index: int, key: bytes) -> None:
@@ -91,6 +107,7 @@ class BlockManager:
         if self._hash_of[block] is None and key not in self._block_of:
             self._hash_of[block] = key
             self._block_of[key] = block
+            self._had_names = True
 
     def withdraw(self, keys: Iterable[bytes]) -> None:
         """Take back names: what the blocks hold cannot be trusted, whoever holds them now."""
@@ -101,8 +118,7 @@ class BlockManager:
 
     def free(self, request_id: str) -> None:
         """Return a sequence's blocks, wherever they are. The end of a sequence is reused before its start."""
-        for block in reversed(self._tables.pop(request_id, ())):
-            self._release(block)
+        self._release(self._tables.pop(request_id, ()))
         self._free_host.extend(self._host_tables.pop(request_id, ()))
 
     def swap_out(self, request_id: str) -> list[tuple[int, int]] | None:
@@ -112,8 +128,7 @@ class BlockManager:
             return None
         host = [self._free_host.pop() for _ in table]
         del self._tables[request_id]
-        for block in reversed(table):
-            self._release(block)
+        self._release(table)
         self._host_tables[request_id] = host
         return list(zip(table, host, strict=True))
 
@@ -121,9 +136,9 @@ class BlockManager:
         """Move a sequence back, with room for ``num_tokens``: (host, device) copies, or None when full."""
         host = self._host_tables[request_id]
         fresh = max(self.blocks_for(num_tokens), len(host))
-        if fresh > len(self._free):
+        if fresh > self.num_free:
             return None
-        table = [self._take() for _ in range(fresh)]
+        table = self._take(fresh)
         del self._host_tables[request_id]
         self._free_host.extend(host)
         self._tables[request_id] = table
@@ -133,27 +148,49 @@ class BlockManager:
         """Raise AssertionError unless every block is owned exactly as often as it is counted."""
         held = Counter(block for table in self._tables.values() for block in table)
         assert all(self._refs[block] == held[block] for block in range(self.num_blocks)), "reference counts"
-        assert set(self._free) == {block for block in range(self.num_blocks) if held[block] == 0}, "free list"
-        assert len(self._free) + len(held) == self.num_blocks, "free + used == total"
+        assert not set(self._blank) & self._cached.keys(), "free list"
+        assert {*self._blank, *self._cached} == {block for block in range(self.num_blocks) if held[block] == 0}, (
+            "free list"
+        )
+        assert self.num_free + len(held) == self.num_blocks, "free + used == total"
         host = [block for table in self._host_tables.values() for block in table]
         assert sorted(host + self._free_host) == list(range(self.num_host_blocks)), "host blocks"
         assert all(self._hash_of[block] == key for key, block in self._block_of.items()), "names"
         assert sum(key is not None for key in self._hash_of) == len(self._block_of), "names"
         assert not self._tables.keys() & self._host_tables.keys(), "a sequence in two places"
 
-    def _take(self) -> int:
-        block, _ = self._free.popitem(last=False)
-        self._forget_hash(block)
-        self._refs[block] = 1
-        return block
+    def _take(self, count: int) -> list[int]:
+        """So many free blocks, which there must be."""
+        if count <= 0:
+            return []
+        blank, refs = self._blank, self._refs
+        taken = blank[: -count - 1 : -1]
+        del blank[-count:]
+        while len(taken) < count:
+            block, _ = self._cached.popitem(last=False)
+            self._forget_hash(block)
+            taken.append(block)
+        for block in taken:
+            refs[block] = 1
+        return taken
 
-    def _release(self, block: int) -> None:
-        self._refs[block] -= 1
-        if self._refs[block] == 0:
-            self._free[block] = None
-            if self._hash_of[block] is None:
-                # A block without a name is of no use to anybody: reuse it before any cached prefix.
-                self._free.move_to_end(block, last=False)
+    def _release(self, table: Sequence[int]) -> None:
+        """The blocks of a sequence, from its end on."""
+        refs, names, blank = self._refs, self._hash_of, self._blank
+        if not self._had_names:
+            # None is shared.
+            for block in table:
+                refs[block] = 0
+            blank += table[::-1]
+            return
+        for block in reversed(table):
+            refs[block] -= 1
+            if refs[block]:
+                continue
+            if names[block] is None:
+                blank.append(block)
+            else:
+                self._cached[block] = None
 
     def _forget_hash(self, block: int) -> None:
         key = self._hash_of[block]

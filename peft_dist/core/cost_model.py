@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import msgspec
+
 from peft_dist.core.errors import ConfigError
 from peft_dist.core.regression import OnlineRegression
 
@@ -27,8 +29,7 @@ STEP_TERMS = (
 REGIMES = ("unmerged", "base", "merged", "corrected")
 
 
-@dataclass(frozen=True, slots=True)
-class StepFeatures:
+class StepFeatures(msgspec.Struct, frozen=True):
     """What the seconds of one step depend on.
 
     Attributes:
@@ -139,6 +140,7 @@ class CostModel:
         self.num_steps = 0
         # Of a fixed model, what it predicts.
         self._told: dict[StepFeatures, float] = {}
+        self._told_others: dict[tuple[str, int], float] = {}
         self._step = OnlineRegression(self.prior.step_coefficients(), TYPICAL, REGIMES)
         self._others = {
             name: OnlineRegression(getattr(self.prior, name), (1.0, size), (name,))
@@ -182,19 +184,21 @@ class CostModel:
         Merging over a merged adapter needs no unmerge between."""
         if current == target:
             return 0.0
-        return self._others["unmerge" if target is None else "merge"].predict((1.0, rank_rows))
+        kind = "unmerge" if target is None else "merge"
+        known = self._told_others.get((kind, rank_rows))
+        return self._predict(kind, rank_rows) if known is None else known
 
     def load_seconds(self, num_bytes: int) -> float:
         """Bring an adapter from the host to the device."""
-        return self._others["load"].predict((1.0, num_bytes))
+        return self._predict("load", num_bytes)
 
     def swap_seconds(self, num_bytes: int) -> float:
         """Move KV blocks between device and host."""
-        return self._others["swap"].predict((1.0, num_bytes))
+        return self._predict("swap", num_bytes)
 
     def transfer_seconds(self, num_bytes: int) -> float:
         """Move KV blocks or adapters to another replica."""
-        return self._others["transfer"].predict((1.0, num_bytes))
+        return self._predict("transfer", num_bytes)
 
     def observe_step(self, features: StepFeatures, seconds: float) -> None:
         """Learn from a measured step. Raises ValueError for a negative or infinite duration, as all ``observe`` do."""
@@ -213,6 +217,16 @@ class CostModel:
 
     def observe_transfer(self, num_bytes: int, seconds: float) -> None:
         self._observe("transfer", num_bytes, seconds)
+
+    def _predict(self, name: str, size: int) -> float:
+        if not self.fixed:
+            return self._others[name].predict((1.0, size))
+        seconds = self._told_others.get((name, size))
+        if seconds is None:
+            if len(self._told_others) >= MAX_TOLD:
+                self._told_others.clear()
+            seconds = self._told_others[name, size] = self._others[name].predict((1.0, size))
+        return seconds
 
     def _observe(self, name: str, size: int, seconds: float) -> None:
         if not self.fixed:

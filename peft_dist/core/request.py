@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+
+import msgspec
 
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.outputs import PositionLogprobs
@@ -19,8 +20,7 @@ class RequestStatus(enum.Enum):
     FINISHED = "finished"
 
 
-@dataclass(slots=True, eq=False)
-class Request:
+class Request(msgspec.Struct, eq=False):
     """One sequence: a prompt for one adapter, and all tokens drawn so far.
 
     It is wholly described by ``prompt_token_ids``, ``output_token_ids``, ``params``, ``seed`` and
@@ -29,6 +29,8 @@ class Request:
     ``num_computed_tokens`` tokens have their KV in the cache once every submitted step has run.
     ``first_scheduled`` and ``last_scheduled`` are when it first and last ran, in seconds of the engine's clock; None
     before the first time.
+    ``plain_end`` is for ``engine/advance.py``: Tokens that it draws in all, where nothing but its length ends it; -1
+    where something may, 0 until somebody has looked.
     ``num_in_flight`` draws were scheduled and are not known yet (placeholders behind ``output_token_ids``).
     """
 
@@ -39,24 +41,28 @@ class Request:
     arrival_time: float
     adapter: AdapterSpec | None = None
     sequence_index: int = 0
-    output_token_ids: list[int] = field(default_factory=list)
+    output_token_ids: list[int] = []
     status: RequestStatus = RequestStatus.WAITING
     num_computed_tokens: int = 0
     num_in_flight: int = 0
+    plain_end: int = 0
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     first_scheduled: float | None = None
     last_scheduled: float | None = None
-    block_hashes: list[bytes] = field(default_factory=list)
+    block_hashes: list[bytes] = []
     num_published_blocks: int = 0
-    prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[PositionLogprobs] = []
     finish_reason: str | None = None
     stop_reason: int | None = None
 
     @property
     def queue_seconds(self) -> float | None:
         """From its arrival here to the first step it was in; None before that."""
-        return None if self.first_scheduled is None else max(0.0, self.first_scheduled - self.arrival_time)
+        if self.first_scheduled is None:
+            return None
+        waited = self.first_scheduled - self.arrival_time
+        return waited if waited > 0.0 else 0.0
 
     @property
     def num_known_tokens(self) -> int:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import lru_cache
 from operator import mul
 
 import msgspec
 
-from peft_dist.core.cost_model import CostModel, CostPrior, StepFeatures
+from peft_dist.core.cost_model import STEP_TERMS, CostModel, CostPrior, StepFeatures
+
+_PREFILL_TOKEN = STEP_TERMS.index("prefill_token")
 
 
 class StepCosts(msgspec.Struct, frozen=True):
@@ -35,7 +36,9 @@ class StepCosts(msgspec.Struct, frozen=True):
 
     def prefill_seconds(self, num_tokens: int) -> float:
         """What so many prompt tokens add to the steps that compute them."""
-        return _prefill_seconds(self.step, num_tokens)
+        # Written out: it is asked of every replica for every request that is dispatched.
+        base = self.step[0]
+        return base + self.step[_PREFILL_TOKEN] * num_tokens - base
 
     def decode_seconds(self, num_base: int, adapters: Mapping[str, tuple[int, int]], share: float = 1.0) -> float:
         """One unmerged step that draws a token for each sequence, or for this share of the sequences of each adapter.
@@ -44,14 +47,18 @@ class StepCosts(msgspec.Struct, frozen=True):
             num_base: Sequences of the base.
             adapters: Sequences and rank rows of each adapter.
         """
-        rows = sum(number for number, _ in adapters.values())
+        rows = rank_rows = products = 0
+        for number, rank in adapters.values():
+            rows += number
+            rank_rows += rank
+            products += number * rank
         features = StepFeatures(
             merged=False,
             decode_sequences=math.ceil((num_base + rows) * share),
             lora_tokens=math.ceil(rows * share),
             adapters=len(adapters),
-            rank_rows=sum(rank for _, rank in adapters.values()),
-            rank_row_tokens=math.ceil(sum(number * rank for number, rank in adapters.values()) * share),
+            rank_rows=rank_rows,
+            rank_row_tokens=math.ceil(products * share),
         )
         return self._predict(features)
 
@@ -70,9 +77,3 @@ class StepCosts(msgspec.Struct, frozen=True):
 
 def _predict(step: tuple[float, ...], features: StepFeatures) -> float:
     return float(sum(map(mul, step, features.vector())))
-
-
-# Asked of every replica for every request that is dispatched.
-@lru_cache(maxsize=1 << 14)
-def _prefill_seconds(step: tuple[float, ...], num_tokens: int) -> float:
-    return _predict(step, StepFeatures(False, prefill_tokens=num_tokens)) - _predict(step, StepFeatures(False))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.errors import AdapterError
+from peft_dist.core.request import Request
 from peft_dist.engine.adapter_pins import AdapterPins
 from peft_dist.engine.adapter_space import AdapterSpace, Lease
 
@@ -24,6 +25,7 @@ class AdapterManager:
 
     Attributes:
         loads, load_failures, evictions: How many there have been.
+        version: Grows with every change of what is on the device.
     """
 
     def __init__(self, num_slots: int, page_rows: int = 1, num_rows: int | None = None) -> None:
@@ -32,17 +34,25 @@ class AdapterManager:
         self.loads = 0
         self.load_failures = 0
         self.evictions = 0
+        self.version = 0
         self._changes: list[tuple[int, AdapterSpec | None]] = []
         self._discards: list[str] = []
         self._loading: dict[str, Lease] = {}
         self._resident: dict[str, Lease] = {}
         self._idle: OrderedDict[str, None] = OrderedDict()
+        # Whose adapters were used since, in this order.
+        self._touched: list[Request] = []
         self._running: Counter[str] = Counter()
         self._users: Counter[str] = Counter()
         self._leaving: set[str] = set()
         self._kept: set[str] = set()
         self._keeps: list[str] = []
         self._releases: list[str] = []
+
+    @property
+    def on_device(self) -> Mapping[str, Lease]:
+        """What each adapter on the device occupies, by content hash; it changes with what is there."""
+        return self._resident
 
     @property
     def resident(self) -> list[str]:
@@ -117,6 +127,8 @@ class AdapterManager:
         lease = self._resident.get(spec.content_hash)
         if lease is None:
             return None
+        if self._touched:
+            self._age()
         self._running[spec.content_hash] += 1
         self._idle.pop(spec.content_hash, None)
         return lease.slot
@@ -127,6 +139,38 @@ class AdapterManager:
         _decrement(self._running, key)
         if not self._running[key]:
             self._idle[key] = None
+
+    def use(self, spec: AdapterSpec) -> int | None:
+        """Slot for a step, as by ``acquire`` and ``release``; None while the adapter is not resident."""
+        lease = self._resident.get(spec.content_hash)
+        if lease is None:
+            return None
+        if self._touched:
+            self._age()
+        if spec.content_hash in self._idle:
+            self._idle.move_to_end(spec.content_hash)
+        return lease.slot
+
+    def touch(self, requests: list[Request]) -> None:
+        """As ``acquire`` and ``release`` of the adapter of each: it was used last. The list is not to be changed."""
+        before, self._touched = self._touched, requests
+        if before and before != requests[: len(before)]:
+            # Of those that are not there any more it counts when they were.
+            still = {request.adapter.content_hash for request in requests if request.adapter is not None}
+            self._move_to_end(
+                [one for one in before if one.adapter is not None and one.adapter.content_hash not in still]
+            )
+
+    def _age(self) -> None:
+        """Have the order of the idle ones right."""
+        touched, self._touched = self._touched, []
+        self._move_to_end(touched)
+
+    def _move_to_end(self, requests: Iterable[Request]) -> None:
+        idle = self._idle
+        for request in requests:
+            if request.adapter is not None and request.adapter.content_hash in idle:
+                idle.move_to_end(request.adapter.content_hash)
 
     def slot(self, content_hash: str) -> int:
         """Slot of a resident adapter."""
@@ -148,6 +192,7 @@ class AdapterManager:
         begins: it could only take what that one waits for.
         """
         key = spec.content_hash
+        self._age()
         if key in self._idle:
             self._idle.move_to_end(key)
         if self.is_held(key):
@@ -182,7 +227,9 @@ class AdapterManager:
 
     def loaded(self, content_hash: str) -> AdapterSpec:
         """A load has ended: the adapter, which is returned, can run."""
+        self._age()
         lease = self._resident[content_hash] = self._loading.pop(content_hash)
+        self.version += 1
         self._idle[content_hash] = None
         self._release_weights(content_hash)
         self.loads += 1
@@ -229,6 +276,7 @@ class AdapterManager:
 
     def _start_load(self, spec: AdapterSpec, queued: Collection[str]) -> bool:
         """Whether there was room, or could be made."""
+        self._age()
         evictable = [self._resident[key] for key in self._idle if key not in queued and key not in self.pins]
         victims = self.space.victims(spec, evictable)
         if victims is None:
@@ -243,6 +291,7 @@ class AdapterManager:
 
     def _evict(self, key: str) -> None:
         lease = self._resident.pop(key)
+        self.version += 1
         self.keep_weights(key)
         del self._idle[key]
         self.space.give_back(lease)

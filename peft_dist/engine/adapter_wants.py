@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from peft_dist.core.request import Request
 from peft_dist.engine.adapter_manager import AdapterManager
 
 
-def want_adapters(queue: Iterable[Request], adapters: AdapterManager, max_wait: float, now: float) -> None:
+def want_adapters(queue: Collection[Request], adapters: AdapterManager, max_wait: float, now: float) -> None:
     """Have the adapters of queued requests loaded, that of the oldest first.
 
     Those on the device stay there while anybody in the queue needs them, unless a request has not run for longer than
@@ -18,6 +18,8 @@ def want_adapters(queue: Iterable[Request], adapters: AdapterManager, max_wait: 
     Args:
         queue: Unfinished requests, oldest first.
     """
+    if not adapters.pins.unmet and _are_held(queue, adapters):
+        return
     oldest: dict[str, Request] = {}
     for request in queue:
         if request.adapter is not None:
@@ -30,3 +32,13 @@ def want_adapters(queue: Iterable[Request], adapters: AdapterManager, max_wait: 
             break
     adapters.want_pinned()
     adapters.want(specs)
+
+
+def _are_held(queue: Iterable[Request], adapters: AdapterManager) -> bool:
+    """Whether every adapter of these requests is on the device or on its way there."""
+    on_device = adapters.on_device
+    for request in queue:
+        adapter = request.adapter
+        if adapter is not None and adapter.content_hash not in on_device and not adapters.is_held(adapter.content_hash):
+            return False
+    return True

@@ -1,50 +1,53 @@
-"""Many equal decode steps at once, for whoever knows beforehand what each of them takes."""
+"""Decode steps and whole prompts by a short way, for whoever knows beforehand what each step takes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+
+import msgspec
 
 from peft_dist.core.batch import NO_ADAPTER
 from peft_dist.core.cost_model import StepFeatures
 from peft_dist.core.messages import SequenceProgress
 from peft_dist.core.request import Request, RequestStatus
 from peft_dist.engine.engine import Engine
+from peft_dist.policy.batching import Candidate, Choice
 
 # More are planned again: arrivals cut most plans short.
 MAX_STEPS = 64
+_NOBODY: frozenset[str] = frozenset()
 
 
-@dataclass(frozen=True, slots=True)
-class Stretch:
-    """Decode steps that are certain to be alike, if no request comes or goes: each draws one token for each request.
+class Stretch(msgspec.Struct):
+    """Steps that are certain to be alike, if no request comes or goes: each draws one token for each request.
 
     Attributes:
-        requests: In the order of their batch.
-        order: The same as the policy chose them.
+        order: All requests, as the policy chose them.
+        begin: Of these, the ones whose whole prompt is computed; there is one step then.
         features: Of each step.
         seconds: That each takes.
         most: How many there may be, 1 at least.
         until_end: How many it takes until a request ends, ``most`` at least.
-        computed: Tokens of each request that are computed when the stretch begins.
-        num_free: Free blocks then.
+        num_free: Free blocks when the stretch begins.
+        failed: Ends of requests whose adapter could not be loaded, to be told with the only step.
     """
 
-    requests: list[Request]
     order: list[Request]
+    begin: list[Request]
     features: StepFeatures
     seconds: float
     most: int
     until_end: int
-    computed: list[int]
     num_free: int
+    failed: list[SequenceProgress] = []
 
 
 class Advance:
     """Steps an engine over what does not change: same decisions, same state afterwards as by ``Engine.step``.
 
-    Only where no batch stays in flight: with ``depth`` above 0 every plan is None. So it is with prefix caching, where
-    each full block gets a name, and with a log of decisions, where each step has its line.
+    Which of the free blocks a request gets may differ; nothing depends on it. Only where no batch stays in flight:
+    with ``depth`` above 0 every plan is None. So it is with prefix caching, where each full block gets a name, and with
+    a log of decisions, where each step has its line.
     """
 
     def __init__(self, engine: Engine, token: int) -> None:
@@ -52,97 +55,177 @@ class Advance:
         self._engine = engine
         self._scheduler = engine.scheduler
         self._token = token
+        # The choice of the last stretch of decodes, its requests, and how many steps they have left; while all is so.
+        self._last: tuple[Sequence[Candidate], list[Request], int] | None = None
+        # Of all these, the adapters are on the device.
+        self._are_here: Sequence[Candidate] = ()
         self._may = not engine.depth and not engine.scheduler.limits.enable_prefix_caching
 
     def plan(self, now: float, step_seconds: Callable[[StepFeatures], float]) -> Stretch | None:
         """The steps from now on, or None where the next one is to be taken by itself; ``Engine.step`` may follow.
 
-        ``step_seconds``: What a step will take. No change of adapters may be under way.
+        What adapters' loads that have ended change is changed now. ``step_seconds``: What a step will take.
         """
         engine, scheduler = self._engine, self._scheduler
         if not self._may or engine.on_decision is not None or not scheduler.queue or not scheduler.is_settled:
             return None
+        engine.take_loaded()
         state, choice = scheduler.propose(now)
-        order = self._decoding([candidate.request_id for candidate in choice.candidates])
-        if not order or choice.merged_adapter != engine.executor.merged_adapter():
+        engine.apply_adapter_changes()
+        if not choice.candidates or choice.merged_adapter != state.merged_adapter:
             return None
-        if not all(candidate.is_resident for candidate in state.candidates):
+        stretch = self._drafted(choice)
+        if stretch is None:
             return None
-        if len(order) > scheduler.limits.max_num_batched_tokens:
+        stretch.seconds = step_seconds(stretch.features)
+        if stretch.most > 1 and (scheduler.adapters.is_busy or self._lacks_adapter(state.candidates)):
+            stretch.most = 1
+        if stretch.most > 1:
+            stable = scheduler.policy.stable_steps(stretch.seconds)
+            stretch.most = min(stretch.most, 1 + int(min(stable, MAX_STEPS)))
+        while stretch.most and not self._fits(stretch, stretch.most):
+            stretch.most //= 2
+        if not stretch.most:
             return None
-        until_end = min(map(self._steps_left, order))
-        most = min(until_end, MAX_STEPS)
-        slots = scheduler.adapters
-        requests = sorted(order, key=lambda r: slots.slot(r.content_hash) if r.adapter else NO_ADAPTER)
-        features = self._features(requests, choice.merged_adapter)
-        seconds = step_seconds(features)
-        if most > 1:
-            most = min(most, 1 + int(min(scheduler.policy.stable_steps(seconds), MAX_STEPS)))
-        computed, num_free = [request.num_computed_tokens for request in requests], scheduler.blocks.num_free
-        while most and self.num_taken(computed, most) > num_free:
-            most //= 2
-        if not most:
-            return None
-        return Stretch(requests, order, features, seconds, most, until_end, computed, num_free)
+        stretch.failed = engine.take_failed()
+        if stretch.failed:
+            stretch.most = 1
+        return stretch
 
-    def num_taken(self, computed: Sequence[int], count: int) -> int:
-        """Blocks that so many steps take, from when so many tokens of each were computed."""
+    def num_taken(self, stretch: Stretch, count: int) -> int:
+        """Blocks that so many of its steps take; right until it is carried out."""
         size = self._scheduler.blocks.block_size
-        return sum((before + count - 1) // size - (before - 1) // size for before in computed)
+        taken = 0
+        for request in stretch.order:
+            # Of one that begins, nothing is computed.
+            before = request.num_computed_tokens
+            after = before + count if before else len(request.prompt_token_ids)
+            taken += (after - 1) // size - (before - 1) // size
+        return taken
 
-    def carry_out(self, stretch: Stretch, starts: Sequence[float], *, tell: bool) -> list[SequenceProgress]:
+    def requests(self, stretch: Stretch) -> list[Request]:
+        """All requests, in the order of their batch."""
+        return sorted(stretch.order, key=self._slot)
+
+    def carry_out(
+        self, stretch: Stretch, starts: Sequence[float], *, tell: bool, new: Collection[str] = _NOBODY
+    ) -> list[SequenceProgress]:
         """Take the steps of a plan that began at these times, the first when it was made; at most all of them.
 
-        ``tell``: Return what the last of them drew, as ``Engine.step`` does. Where a request ends in it, this must be.
+        Args:
+            tell: Return what the last of them drew, as ``Engine.step`` does, for those that begin or end with it and
+                for the requests ``new``. Where there are any, it must be told.
         """
         engine, scheduler, count = self._engine, self._scheduler, len(starts)
-        self._grow(stretch, count)
+        blocks, size, last = scheduler.blocks, scheduler.blocks.block_size, starts[-1]
+        for request in stretch.begin:
+            self._begin(request, last)
         drawn = [self._token] * count
-        for request in stretch.requests:
+        for request in stretch.order:
             request.output_token_ids += drawn
-            request.num_computed_tokens += count
-            request.last_scheduled = starts[-1]
-        scheduler.repeated(stretch.order, starts)
-        engine.repeated(stretch.requests, count)
+            request.last_scheduled = last
+            before = request.num_computed_tokens
+            if before:
+                after = request.num_computed_tokens = before + count
+                if (after - 1) // size != (before - 1) // size:
+                    blocks.grow(request.request_id, after)
+            else:
+                request.num_computed_tokens = len(request.prompt_token_ids)
+        scheduler.repeated(stretch.order, starts, stretch.begin)
+        if self._last is not None:
+            self._last = self._last[0], stretch.order, self._last[2] - count
+        engine.repeated(stretch.order, count)
         if not engine.cost.fixed:
             for _ in starts:
                 engine.cost.observe_step(stretch.features, stretch.seconds)
-        return [engine.told(request, self._token) for request in stretch.requests] if tell else []
+        return self._told(stretch, count, new) if tell else []
 
-    def _grow(self, stretch: Stretch, count: int) -> None:
-        """Give out blocks in the order in which the steps would have taken them."""
-        blocks, size = self._scheduler.blocks, self._scheduler.blocks.block_size
-        due = [
-            (step, place, request)
-            for place, request in enumerate(stretch.order)
-            for step in range(-request.num_computed_tokens % size, count, size)
-        ]
-        due.sort(key=lambda one: one[:2])
-        for step, _, request in due:
-            blocks.grow(request.request_id, request.num_computed_tokens + step + 1)
+    def _told(self, stretch: Stretch, count: int, new: Collection[str]) -> list[SequenceProgress]:
+        special = list(stretch.begin)
+        if new:
+            special += [request for request in stretch.order if request.request_id in new]
+        if count == stretch.until_end:
+            told = {request.request_id for request in special}
+            ended = [request for request in stretch.order if len(request.output_token_ids) == request.plain_end]
+            special += [request for request in ended if request.request_id not in told]
+        if len(special) > 1:
+            special.sort(key=self._slot)
+        return stretch.failed + [self._engine.told(request, self._token) for request in special]
 
-    def _decoding(self, request_ids: Sequence[str]) -> list[Request]:
-        """The requests, if all of them decode, and end by their length alone; else none."""
-        queue, eos = self._scheduler.queue, self._engine.eos_token_ids
-        found = []
-        for request_id in request_ids:
-            request, params = queue[request_id], queue[request_id].params
-            is_decode = request.num_known_tokens - request.num_computed_tokens == 1 and request.output_token_ids
-            if not is_decode or request.status is not RequestStatus.RUNNING or request.num_in_flight:
-                return []
-            if params.stop_token_ids or params.prompt_logprobs is not None or (eos and not params.ignore_eos):
-                return []
-            found.append(request)
-        return found
+    def _begin(self, request: Request, now: float) -> None:
+        """What ``Scheduler.schedule`` does for a prompt that it takes whole, where there are blocks for it."""
+        there_were = self._scheduler.blocks.allocate(request.request_id, [], len(request.prompt_token_ids))
+        assert there_were, "the plan has counted them"
+        request.status = RequestStatus.RUNNING
+        request.first_scheduled = now
+        self._scheduler.prefix_queries += len(request.prompt_token_ids)
 
-    def _steps_left(self, request: Request) -> int:
-        """Steps until it has ended."""
-        known = len(request.output_token_ids)
-        room = self._scheduler.limits.max_model_len - len(request.prompt_token_ids) - known
-        return min(request.max_output_tokens - known, room)
+    def _drafted(self, choice: Choice) -> Stretch | None:
+        """The stretch of a choice, as far as its requests are concerned: all decode, or begin with their whole prompt,
+        and end by their length alone; else None."""
+        queue, last = self._scheduler.queue, self._last
+        order: list[Request] = []
+        begin: list[Request] = []
+        until_end = 1 << 40
+        if last is not None and last[0] is choice.candidates:
+            _, order, until_end = last
+        else:
+            for candidate in choice.candidates:
+                request = queue[candidate.request_id]
+                num_drawn = len(request.output_token_ids)
+                left = (request.plain_end or self._plain_end(request)) - num_drawn
+                if left < 1 or request.num_in_flight:
+                    return None
+                if num_drawn:
+                    if candidate.num_new_tokens != 1 or request.status is not RequestStatus.RUNNING:
+                        return None
+                elif request.status is RequestStatus.WAITING and not request.num_preemptions:
+                    begin.append(request)
+                else:
+                    return None
+                order.append(request)
+                if left < until_end:
+                    until_end = left
+        num_tokens = len(order) + sum(len(request.prompt_token_ids) - 1 for request in begin)
+        if num_tokens > self._scheduler.limits.max_num_batched_tokens:
+            return None
+        features = choice.features
+        if features is None or choice.merged_adapter is not None:
+            features = _features(choice.candidates, choice.merged_adapter)
+        most = 1 if begin else min(until_end, MAX_STEPS)
+        self._last = None if begin else (choice.candidates, order, until_end)
+        return Stretch(order, begin, features, 0.0, most, until_end, self._scheduler.blocks.num_free)
 
-    @staticmethod
-    def _features(requests: Sequence[Request], merged_adapter: str | None) -> StepFeatures:
-        rows = [(r.adapter.content_hash, 1, r.adapter.num_rank_rows) if r.adapter else ("", 1, 0) for r in requests]
-        merged_rank = max((rank for adapter, _, rank in rows if adapter == merged_adapter), default=0)
-        return StepFeatures.of(rows, merged_adapter, merged_rank)
+    def _plain_end(self, request: Request) -> int:
+        params = request.params
+        assert params.max_tokens is not None, "admission resolves max_tokens"
+        end = min(params.max_tokens, self._scheduler.limits.max_model_len - len(request.prompt_token_ids))
+        by_token = params.stop_token_ids or (self._engine.eos_token_ids and not params.ignore_eos)
+        request.plain_end = -1 if by_token or params.prompt_logprobs is not None else end or -1
+        return request.plain_end
+
+    def _fits(self, stretch: Stretch, count: int) -> bool:
+        """Whether there are blocks for so many steps."""
+        size = self._scheduler.blocks.block_size
+        if not stretch.begin and stretch.num_free >= len(stretch.order) * (count // size + 1):
+            return True
+        return self.num_taken(stretch, count) <= stretch.num_free
+
+    def _lacks_adapter(self, candidates: Sequence[Candidate]) -> bool:
+        """Whether a queued request's adapter is not on the device."""
+        if candidates is not self._are_here:
+            for candidate in candidates:
+                if not candidate.is_resident:
+                    return True
+            self._are_here = candidates
+        return False
+
+    def _slot(self, request: Request) -> int:
+        return NO_ADAPTER if request.adapter is None else self._scheduler.adapters.slot(request.adapter.content_hash)
+
+
+def _features(candidates: Sequence[Candidate], merged_adapter: str | None) -> StepFeatures:
+    """Of a step that computes all tokens of these."""
+    rows = [(one.adapter, one.num_new_tokens, one.rank) for one in candidates]
+    merged_rank = max((rank for adapter, _, rank in rows if adapter == merged_adapter), default=0)
+    return StepFeatures.of(rows, merged_adapter, merged_rank)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from peft_dist.core.request import Request, RequestStatus
 from peft_dist.engine.adapter_manager import AdapterManager
@@ -11,35 +11,70 @@ from peft_dist.policy.batching import Candidate
 
 
 class Candidates:
-    """Makes candidates, and keeps them: from step to step most are the same."""
+    """Makes candidates, and keeps them: from step to step most are the same.
+
+    The list is the same object while nothing in it changes, and no list is ever changed.
+    """
 
     def __init__(self, limits: SchedulerLimits) -> None:
         self._limits = limits
         self._known: dict[str, Candidate] = {}
+        self._list: list[Candidate] | None = None
+        self._version = 0
 
     def of(self, requests: Iterable[Request], adapters: AdapterManager) -> list[Candidate]:
         """One for each request, in their order."""
-        known, longest, is_resident = self._known, self._limits.max_model_len, adapters.is_resident
-        found = []
-        for request in requests:
-            adapter, num_new = request.adapter, num_runnable(request, longest)
-            is_here = adapter is None or is_resident(adapter)
-            candidate = known.get(request.request_id)
-            if candidate is None or candidate.num_new_tokens != num_new or candidate.is_resident is not is_here:
-                candidate = known[request.request_id] = Candidate(
-                    request_id=request.request_id,
-                    adapter=request.content_hash,
-                    arrival_time=request.arrival_time,
-                    num_new_tokens=num_new,
-                    rank=adapter.num_rank_rows if adapter else 0,
-                    is_resident=is_here,
-                )
-            found.append(candidate)
-        return found
+        if self._list is None or self._version != adapters.version:
+            # Written out: it is asked of every request in every step.
+            known, longest, on_device = self._known, self._limits.max_model_len, adapters.on_device
+            found: list[Candidate] = []
+            self._list, self._version = found, adapters.version
+            for request in requests:
+                adapter = request.adapter
+                if request.num_in_flight:
+                    num_new = num_runnable(request, longest)
+                else:
+                    num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
+                    num_new = num_tokens - request.num_computed_tokens
+                is_here = adapter is None or adapter.content_hash in on_device
+                candidate = known.get(request.request_id)
+                if candidate is None or candidate.num_new_tokens != num_new or candidate.is_resident is not is_here:
+                    candidate = known[request.request_id] = _candidate(request, num_new, is_here)
+                found.append(candidate)
+        return self._list
+
+    def look_again(self) -> None:
+        """Anything may have changed."""
+        self._list = None
+
+    def add(self, request: Request, adapters: AdapterManager) -> None:
+        """A request has come, the youngest of all, with no step in flight."""
+        if self._list is not None:
+            is_here = request.adapter is None or request.adapter.content_hash in adapters.on_device
+            candidate = _candidate(request, num_runnable(request, self._limits.max_model_len), is_here)
+            self._known[request.request_id] = candidate
+            self._list = [*self._list, candidate]
+
+    def decode(self, request_ids: Collection[str]) -> None:
+        """The prompts of these have been computed, and nothing else has changed."""
+        if self._list is None or not request_ids:
+            return
+        for request_id in request_ids:
+            one = self._known[request_id]
+            self._known[request_id] = Candidate(request_id, one.adapter, one.arrival_time, 1, one.rank, True)
+        known = self._known
+        self._list = [known[one.request_id] if one.request_id in request_ids else one for one in self._list]
 
     def forget(self, request_id: str) -> None:
         """Another request may have this id from now on."""
-        self._known.pop(request_id, None)
+        if self._known.pop(request_id, None) is not None and self._list is not None:
+            self._list = [one for one in self._list if one.request_id != request_id]
+
+
+def _candidate(request: Request, num_new: int, is_here: bool) -> Candidate:
+    adapter = request.adapter
+    rank = adapter.num_rank_rows if adapter else 0
+    return Candidate(request.request_id, request.content_hash, request.arrival_time, num_new, rank, is_here)
 
 
 def num_runnable(request: Request, max_model_len: int) -> int:

@@ -49,9 +49,13 @@ class Decision(msgspec.Struct, frozen=True):
 def features_of(batch: Batch, requests: list[Request]) -> StepFeatures:
     """What a step costs by; ``requests`` in the order of the batch."""
     rows = [
-        (request.content_hash, sequence.num_tokens, request.adapter.num_rank_rows if request.adapter else 0)
+        (request.adapter.content_hash, len(sequence.token_ids), request.adapter.num_rank_rows)
+        if request.adapter is not None
+        else ("", len(sequence.token_ids), 0)
         for request, sequence in zip(requests, batch.sequences, strict=True)
     ]
+    if batch.merged_adapter is None:
+        return StepFeatures.of(rows)
     merged_rank = max((rank for adapter, _, rank in rows if adapter == batch.merged_adapter), default=0)
     return StepFeatures.of(rows, batch.merged_adapter, merged_rank)
 

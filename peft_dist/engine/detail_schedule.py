@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
+from collections.abc import Sequence
 
 # While steps run.
 BUSY_SECONDS = 1.0
@@ -39,6 +41,15 @@ class DetailSchedule:
         """Whether it is to be sent in this round, if only for its own sake."""
         wait = BUSY_SECONDS if not self._is_idle else CHANGE_SECONDS if self._has_news else math.inf
         return now >= self._sent + wait
+
+    def pass_by(self, starts: Sequence[float]) -> bool:
+        """Rounds with a step began at these times, of which nothing was sent; whether it was due in one of them. It is
+        due again as if it had been sent."""
+        index, was_due = 0, False
+        while (index := bisect_left(starts, self.due_at, index)) < len(starts):
+            self.sent(starts[index])
+            was_due = True
+        return was_due
 
     @property
     def due_at(self) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.errors import PeftDistError
@@ -37,9 +37,20 @@ class EngineDriver:
     """
 
     def __init__(
-        self, engine: Engine, handovers: Handovers, send: Callable[[AnyReport], None], clock: Callable[[], float]
+        self,
+        engine: Engine,
+        handovers: Handovers,
+        send: Callable[[AnyReport], None],
+        clock: Callable[[], float],
+        may_detail: Callable[[list[SequenceProgress]], bool] | None = None,
     ) -> None:
-        """``clock``: Seconds from any origin, never running backwards."""
+        """
+        Args:
+            clock: Seconds from any origin, never running backwards.
+            may_detail: Whether details that are due are told with this progress, or with a later one; None: always.
+        """
+        self._may_detail = may_detail
+        self._owes_detail = False
         self._engine = engine
         self._handovers = handovers
         self._send = send
@@ -61,12 +72,18 @@ class EngineDriver:
 
     @property
     def plain_until(self) -> float:
-        """Until when a step that begins is told of by its progress and stats alone; -inf: more is due before it."""
-        return self._details.due_at if self._handovers.is_quiet and not self._refused else -math.inf
+        """Until when a step that begins is told of by its progress and stats alone; -inf: more is due before it.
 
-    def stepped(self) -> None:
-        """The engine was stepped, beside ``step``, and has more to do."""
+        Details that need not be told as soon as they are due do not count.
+        """
+        if self._refused or not self._handovers.is_quiet:
+            return -math.inf
+        return self._details.due_at if self._may_detail is None else math.inf
+
+    def stepped(self, starts: Sequence[float]) -> None:
+        """The engine was stepped at these times, beside ``step``, and has more to do."""
         self._details.note(stepped=True, is_idle=False, version=self._engine.residency_version)
+        self._owes_detail |= self._details.pass_by(starts)
 
     def drop_requests(self) -> None:
         """End all requests: nobody reads what they bring."""
@@ -109,19 +126,24 @@ class EngineDriver:
             progress += self._engine.step(self._clock())
         self._tell(progress, stepped=stepped, report=report)
 
-    def tell(self, progress: list[SequenceProgress]) -> None:
-        """Send what a step drew that was taken beside ``step``."""
-        self._tell(progress, stepped=True, report=False)
+    def tell(self, progress: list[SequenceProgress], starts: Sequence[float]) -> None:
+        """Send what the last of some steps drew that were taken beside ``step`` at these times, and its stats."""
+        if len(starts) > 1:
+            self.stepped(starts[:-1])
+        self._tell(progress, stepped=True, report=True)
 
     def _tell(self, progress: list[SequenceProgress], *, stepped: bool, report: bool) -> None:
         report |= stepped and not self._engine.has_work
         self._details.note(stepped=stepped, is_idle=self.is_idle, version=self._engine.residency_version)
         now = self._clock()
-        if not self._details.is_due(now):
+        if self._details.is_due(now):
+            self._details.sent(now)
+            self._owes_detail = True
+        if not self._owes_detail or (self._may_detail is not None and not self._may_detail(progress)):
             if progress or report:
                 self._send(Progress(sequences=progress, stats=self._engine.stats(), num_taken=self.num_taken))
             return
-        self._details.sent(now)
+        self._owes_detail = False
         stats, detail = self._engine.stats(), self._engine.detail()
         self._send(Progress(sequences=progress, stats=stats, detail=detail, num_taken=self.num_taken))
 

@@ -4,34 +4,23 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.batch import NO_ADAPTER, Batch, ScheduledSequence, SequenceResult, StepResult
-from peft_dist.core.cost_model import CostModel, StepFeatures
+from peft_dist.core.cost_model import CostModel
 from peft_dist.core.messages import ReplicaDetail, ReplicaStats, SequenceProgress
-from peft_dist.core.request import Request
+from peft_dist.core.request import Request, RequestStatus
 from peft_dist.engine.adapter_changes import apply_changes
 from peft_dist.engine.decisions import Decision, describe, features_of
 from peft_dist.engine.executor import Executor
+from peft_dist.engine.in_flight import Submitted
 from peft_dist.engine.reports import StepCounts, detail_of, progress_of, stats_of
 from peft_dist.engine.scheduler import Scheduler
 from peft_dist.engine.stopping import check_stop
 from peft_dist.engine.switching import Switch, Switcher
-
-
-@dataclass(frozen=True, slots=True)
-class _Submitted:
-    """A batch in flight, whom it serves, and what the cost model learns from it and the switch before it."""
-
-    batch: Batch
-    requests: list[Request]
-    features: StepFeatures
-    switch: Switch | None
-    handle: Any
 
 
 class Engine:
@@ -70,9 +59,10 @@ class Engine:
         self.num_steps = 0
         self.num_merged_steps = 0
         self.residency_version = 0
-        self._in_flight: deque[_Submitted] = deque()
+        self._in_flight: deque[Submitted] = deque()
         self._last_batch: list[Request] = []
         self._found_nothing = False
+        self._failed: list[SequenceProgress] = []
         self._switcher = Switcher(executor, self.cost)
         self.scheduler.mergeable = self._can_merge
         self.scheduler.can_host = self._can_host
@@ -141,31 +131,32 @@ class Engine:
             self.scheduler.adapters.unpin(name)
         else:
             self.scheduler.adapters.pin(name, self.adapters[content_hash])
-        self._apply_adapter_changes()
+        self.apply_adapter_changes()
         self.residency_version += 1
 
     def prefetch_adapter(self, content_hash: str) -> None:
         """Bring an adapter to the device if there is room that no request uses; passed over once it was forgotten."""
         spec = self.adapters.get(content_hash)
         if spec is not None and self.scheduler.adapters.prefetch(spec):
-            self._apply_adapter_changes()
+            self.apply_adapter_changes()
 
     def forget_adapter(self, content_hash: str) -> None:
         """Take no more requests for an adapter; it leaves the device when the last running one has ended."""
         self.adapters.pop(content_hash, None)
         self.scheduler.adapters.forget(content_hash)
         self.residency_version += 1
-        self._apply_adapter_changes()
+        self.apply_adapter_changes()
 
     def step(self, now: float) -> list[SequenceProgress]:
         """Submit the next batch if there is one; collect the oldest when enough are in flight."""
-        progress = self._take_loaded()
+        self.take_loaded()
         batch = self._schedule(now)
         if batch is None and not self._in_flight and self.scheduler.adapters.loading:
             # A load that was quick enough lets its requests run in this very step.
-            progress += self._take_loaded()
+            self.take_loaded()
             batch = self._schedule(now)
         self._found_nothing = batch is None and not self._in_flight
+        progress = self.take_failed()
         if batch is not None:
             self._submit(batch, now)
         if self._in_flight and (batch is None or len(self._in_flight) > self.depth):
@@ -179,13 +170,13 @@ class Engine:
             self.num_merged_steps += count
         self._last_batch, self._found_nothing = requests, False
 
-    def told(self, request: Request, token: int) -> SequenceProgress:
-        """What is to be reported of a request that was given its last token by ``Advance``; it may have ended."""
+    def told(self, request: Request, token: int, logprobs: Any = None) -> SequenceProgress:
+        """What is to be reported of a request that was given this last token; it may have ended."""
         first = len(request.output_token_ids) - 1
         stop = check_stop(request, self.eos_token_ids, self.scheduler.limits.max_model_len)
         if stop:
-            return self._finish(request, *stop, token_ids=[token], first_index=first)
-        return progress_of(request, [token], first, None)
+            return self._finish(request, *stop, token_ids=[token], first_index=first, logprobs=logprobs)
+        return progress_of(request, [token], first, logprobs)
 
     def stats(self) -> ReplicaStats:
         """Cheap counts, for every report."""
@@ -214,7 +205,7 @@ class Engine:
             for request in requests:
                 self.scheduler.blocks.withdraw(request.block_hashes)
             raise
-        self._in_flight.append(_Submitted(batch, requests, features, switch, handle))
+        self._in_flight.append(Submitted(batch, requests, features, switch, handle))
         self._last_batch = requests
 
     def _switch(self, batch: Batch) -> tuple[Batch, Switch | None]:
@@ -235,12 +226,13 @@ class Engine:
         return spec
 
     def _can_merge(self, content_hash: str) -> bool:
-        return self._switcher.can_merge(self._spec(content_hash))
+        spec = self.adapters.get(content_hash)
+        return self._switcher.can_merge(self._spec(content_hash) if spec is None else spec)
 
     def _can_host(self, content_hash: str) -> bool:
         return self._switcher.can_host(self._spec(content_hash))
 
-    def _collect(self, submitted: _Submitted) -> list[SequenceProgress]:
+    def _collect(self, submitted: Submitted) -> list[SequenceProgress]:
         result = self.executor.collect(submitted.handle)
         if result.seconds is not None and submitted.batch.sequences:
             self.cost.observe_step(submitted.features, result.seconds)
@@ -252,12 +244,11 @@ class Engine:
 
     def _schedule(self, now: float) -> Batch | None:
         batch = self.scheduler.schedule(now)
-        self._apply_adapter_changes()
+        self.apply_adapter_changes()
         return batch
 
-    def _take_loaded(self) -> list[SequenceProgress]:
+    def take_loaded(self) -> None:
         """Adapters that have arrived can run; requests for one that could not be loaded fail, and they alone."""
-        progress = []
         for outcome in self.executor.take_loaded():
             self.residency_version += 1
             if outcome.error is None:
@@ -267,10 +258,15 @@ class Engine:
                 continue
             self.scheduler.adapters.load_failed(outcome.content_hash, outcome.error)
             failed = [r for r in self.requests.values() if r.adapter and r.content_hash == outcome.content_hash]
-            progress += [self._finish(request, "error", error=outcome.error) for request in failed]
-        return progress
+            self._failed += [self._finish(request, "error", error=outcome.error) for request in failed]
 
-    def _apply_adapter_changes(self) -> None:
+    def take_failed(self) -> list[SequenceProgress]:
+        """Ends of requests whose adapter could not be loaded, each given out once."""
+        failed, self._failed = self._failed, []
+        return failed
+
+    def apply_adapter_changes(self) -> None:
+        """Have the executor do what was decided of adapters."""
         self.residency_version += apply_changes(self.scheduler.adapters, self.executor)
 
     def _update(self, batch: Batch, requests: list[Request], result: StepResult) -> list[SequenceProgress]:
@@ -283,8 +279,15 @@ class Engine:
                 # preempted or aborted meanwhile.
                 self.scheduler.blocks.withdraw(request.block_hashes)
             # A request may have ended, and its id be in use again, while this batch ran.
-            if not request.is_finished:
+            if request.status is RequestStatus.FINISHED:
+                continue
+            if len(outcome.token_ids) != 1 or outcome.prompt_logprobs is not None or outcome.error is not None:
                 progress += self._update_request(request, sequence, outcome)
+                continue
+            # The short way, for almost all.
+            request.num_in_flight -= sequence.samples
+            request.output_token_ids.append(outcome.token_ids[0])
+            progress.append(self.told(request, outcome.token_ids[0], outcome.logprobs))
         self.scheduler.publish(requests)
         return progress
 
@@ -334,7 +337,7 @@ class Engine:
         self.executor.forget([request.request_id])
         if request.adapter is not None:
             self.scheduler.adapters.remove_user(request.adapter)
-            self._apply_adapter_changes()
+            self.apply_adapter_changes()
             is_last = not self.scheduler.adapters.has_users(request.content_hash)
         else:
             is_last = all(other.adapter is not None for other in self.requests.values())

@@ -81,7 +81,7 @@ class Handovers:
     @property
     def is_due(self) -> bool:
         """Whether ``poll`` has something to do that ``fileno`` does not tell of."""
-        return bool(self._refused) or any(map(self._can_begin, self._all()))
+        return bool(self._refused) or (not self.is_quiet and any(map(self._can_begin, self._all())))
 
     def export(self, handover: int, request_ids: Iterable[str]) -> None:
         """Copy the KV of queued requests, and hold them for the end of it, which ``poll`` tells."""

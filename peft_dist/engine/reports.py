@@ -25,13 +25,13 @@ class StepCounts(NamedTuple):
 
 def stats_of(scheduler: Scheduler, last_batch: Iterable[Request]) -> ReplicaStats:
     """Requests that a step passes over, because another adapter is merged, wait, though they keep their blocks."""
-    held = swapped = 0
-    for request in scheduler.queue.values():
-        if request.status is RequestStatus.RUNNING or request.status is RequestStatus.WAITING:
-            held += 1
-        elif request.status is RequestStatus.SWAPPED:
-            swapped += 1
-    running = sum(request.status is RequestStatus.RUNNING for request in last_batch)
+    running = swapped = 0
+    for request in last_batch:
+        if request.status is RequestStatus.RUNNING:
+            running += 1
+    if scheduler.blocks.num_swapped:
+        swapped = sum(request.status is RequestStatus.SWAPPED for request in scheduler.queue.values())
+    held = len(scheduler.queue) - swapped
     return ReplicaStats(
         num_running=running,
         num_waiting=held - running,
@@ -80,16 +80,16 @@ def progress_of(
     request: Request, token_ids: list[int], first: int, logprobs: Any, error: str | None = None
 ) -> SequenceProgress:
     """New tokens of a request, the first of which is number ``first`` of all; and its end, if it has ended."""
-    scores_due = request.params.prompt_logprobs is not None and first == 0
+    scores_due = first == 0 and request.params.prompt_logprobs is not None
     return SequenceProgress(
-        request_id=request.request_id,
-        token_ids=token_ids,
-        first_index=first,
-        logprobs=logprobs,
-        prompt_logprobs=request.prompt_logprobs if scores_due else None,
-        finish_reason=request.finish_reason,
-        stop_reason=request.stop_reason,
-        num_cached_tokens=request.num_cached_tokens,
-        error=error,
-        queue_seconds=request.queue_seconds,
+        request.request_id,
+        token_ids,
+        first,
+        logprobs,
+        request.prompt_logprobs if scores_due else None,
+        request.finish_reason,
+        request.stop_reason,
+        request.num_cached_tokens,
+        error,
+        request.queue_seconds,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from peft_dist.core.batch import NO_ADAPTER, PLACEHOLDER, Batch, ScheduledSequence, SequenceStart
 from peft_dist.core.block_hash import extend_block_hashes
@@ -14,6 +14,7 @@ from peft_dist.engine.adapter_wants import want_adapters
 from peft_dist.engine.candidates import Candidates, num_runnable
 from peft_dist.engine.draft import Draft
 from peft_dist.engine.limits import SchedulerLimits
+from peft_dist.engine.sequences import decode_of, start_of
 from peft_dist.policy.batching import BatchingPolicy, Choice, QueueState
 
 
@@ -62,8 +63,8 @@ class Scheduler:
 
     @property
     def is_settled(self) -> bool:
-        """Whether nothing but the next step's tokens is to be told with it, and no adapter is on its way."""
-        return not (self._starts or self._swap_outs or self._swap_ins or self.adapters.is_busy)
+        """Whether nothing but the next step's tokens is to be told with it."""
+        return not (self._starts or self._swap_outs or self._swap_ins)
 
     @property
     def has_requests(self) -> bool:
@@ -84,7 +85,7 @@ class Scheduler:
         Such a one may be running already, with blocks that hold its KV.
         """
         if request.status is RequestStatus.RUNNING:
-            self._starts.append(_start_of(request))
+            self._starts.append(start_of(request))
         self._enqueue(request)
 
     def hold(self, request: Request) -> None:
@@ -107,6 +108,9 @@ class Scheduler:
         self.queue[request.request_id] = request
         if newest is not None and newest.arrival_time > request.arrival_time:
             self.queue = dict(sorted(self.queue.items(), key=lambda item: item[1].arrival_time))
+            self._candidates.look_again()
+        else:
+            self._candidates.add(request, self.adapters)
 
     def schedule(self, now: float) -> Batch | None:
         """The next batch, or None when nothing can run now."""
@@ -115,6 +119,7 @@ class Scheduler:
         state, self._state = self._state, None
         assert state is not None, "propose() sets it"
         draft = self._take(self.choice)
+        self._candidates.look_again()
         scheduled = [sequence.request_id for sequence in draft.sequences]
         for request_id in scheduled:
             request = self.queue[request_id]
@@ -131,12 +136,14 @@ class Scheduler:
         self.choice = self.policy.choose(self._state)
         return self._state, self.choice
 
-    def repeated(self, requests: Iterable[Request], starts: Sequence[float]) -> None:
-        """Steps that began at these times, the first when ``propose`` was asked, took these requests, as it chose."""
+    def repeated(self, requests: list[Request], starts: Sequence[float], begun: Collection[Request] = ()) -> None:
+        """Steps that began at these times, the first when ``propose`` was asked, took these requests, as it chose.
+
+        All of them decode, or have ``begun`` with their whole prompt.
+        """
         self._state = None
-        for request in requests:
-            if request.adapter is not None and self.adapters.acquire(request.adapter) is not None:
-                self.adapters.release(request.adapter)
+        self._candidates.decode([request.request_id for request in begun])
+        self.adapters.touch(requests)
         self.policy.repeat([request.request_id for request in requests], starts)
         self._step += len(starts)
 
@@ -194,8 +201,8 @@ class Scheduler:
         """What was chosen, in its order, while tokens and blocks last."""
         budget = self.limits.max_num_batched_tokens
         # Every decode behind a prompt keeps its token, so that no prompt makes all others wait for a step.
-        decodes = sum(candidate.num_new_tokens == 1 for candidate in choice.candidates)
-        chosen = frozenset(candidate.request_id for candidate in choice.candidates)
+        decodes = sum([candidate.num_new_tokens == 1 for candidate in choice.candidates])
+        chosen = frozenset([candidate.request_id for candidate in choice.candidates])
         draft = Draft(chosen, choice.urgent)
         for candidate in choice.candidates:
             is_decode = candidate.num_new_tokens == 1
@@ -209,19 +216,22 @@ class Scheduler:
             if sequence is not None:
                 draft.sequences.append(sequence)
                 draft.settled.add(candidate.request_id)
-                budget -= sequence.num_tokens
+                budget -= len(sequence.token_ids)
         return draft
 
     def _place(self, request: Request, room: int, draft: Draft) -> ScheduledSequence | None:
         """Up to ``room`` tokens of a request, if there are blocks for them."""
         slot = NO_ADAPTER
         if request.adapter is not None:
-            held = self.adapters.acquire(request.adapter)
+            # The executor runs everything in order: once this batch is submitted, the slot may go to another adapter.
+            held = self.adapters.use(request.adapter)
             if held is None:
                 return None
             slot = held
-            # The executor runs everything in order: once this batch is submitted, the slot may go to another adapter.
-            self.adapters.release(request.adapter)
+        if (decode := decode_of(request, slot, self.blocks)) is not None:
+            if self.limits.enable_prefix_caching:
+                self._publish(request)
+            return decode
         is_running = request.status is RequestStatus.RUNNING
         num_new = self._grow(request, room, draft) if is_running else self._admit(request, room, draft)
         return self._advance(request, num_new, slot) if num_new else None
@@ -275,7 +285,7 @@ class Scheduler:
             request.num_cached_tokens = num_cached
             self.prefix_queries += request.num_tokens
             self.prefix_hits += num_cached
-            self._starts.append(_start_of(request))
+            self._starts.append(start_of(request))
         return num_new
 
     def _cached_prefix(self, request: Request) -> list[int]:
@@ -336,14 +346,3 @@ class Scheduler:
         self._step += 1
         self._starts, self._swap_outs, self._swap_ins = [], [], []
         return batch
-
-
-def _start_of(request: Request) -> SequenceStart:
-    return SequenceStart(
-        request_id=request.request_id,
-        prompt_token_ids=request.prompt_token_ids,
-        output_token_ids=list(request.output_token_ids),
-        params=request.params,
-        seed=request.seed,
-        sequence_index=request.sequence_index,
-    )

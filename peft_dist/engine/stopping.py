@@ -11,10 +11,10 @@ def check_stop(request: Request, eos_token_ids: frozenset[int], max_model_len: i
     params = request.params
     if num_output and num_output >= params.min_tokens:
         token = request.output_token_ids[-1]
-        if token in params.stop_token_ids:
+        if params.stop_token_ids and token in params.stop_token_ids:
             return "stop", token
         if token in eos_token_ids and not params.ignore_eos:
             return "stop", None
-    if num_output >= request.max_output_tokens or request.num_known_tokens >= max_model_len:
+    if num_output >= request.max_output_tokens or len(request.prompt_token_ids) + num_output >= max_model_len:
         return "length", None
     return None

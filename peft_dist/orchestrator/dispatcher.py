@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 
 from peft_dist.core.step_costs import StepCosts
 from peft_dist.orchestrator.records import Replica, RequestRecord
@@ -41,11 +41,11 @@ class Dispatcher:
     """Estimates for ``policy.dispatch`` from what was sent to replicas and what they reported."""
 
     def __init__(
-        self, requests: RequestTable, lengths: Lengths, max_num_seqs: int, is_placed: Callable[[str, int], bool]
+        self, requests: RequestTable, lengths: Lengths, max_num_seqs: int, placed: Callable[[str], Container[int]]
     ) -> None:
-        """``is_placed``: Whether a content is to be at hand on a replica, and so is, or soon will be."""
+        """``placed``: Replicas on which a content is to be at hand, and so is, or soon will be."""
         self._requests = requests
-        self._is_placed = is_placed
+        self._placed = placed
         self._lengths = lengths
         self._max_num_seqs = max_num_seqs
 
@@ -65,20 +65,26 @@ class Dispatcher:
         )
         # One that has not reported costs is taken to be like the others: a guess would send it all or nothing.
         known = next((replica.costs for replica in replicas if replica.costs is not None), StepCosts())
-        targets = [self._target(replica, known, work, record) for replica in replicas]
+        targets = self._targets(replicas, known, work, record)
         best = choose(work, targets)
         return next(replica for replica in replicas if replica.replica_id == best)
 
-    def _target(self, replica: Replica, costs: StepCosts, work: Work, record: RequestRecord) -> Target:
-        model = replica.model
-        is_here = work.adapter in replica.stats.resident_adapters or self._is_placed(work.adapter, replica.replica_id)
-        return Target(
-            replica_id=replica.replica_id,
-            costs=replica.costs or costs,
-            backlog=self._requests.backlog(replica.replica_id),
-            resident={work.adapter} if is_here else frozenset(),
-            on_host=replica.on_host,
-            max_num_seqs=self._max_num_seqs,
-            capacity_tokens=model.num_blocks * model.block_size if model else 1,
-            cached_tokens=self._requests.prefixes.cached(record, replica),
-        )
+    def _targets(
+        self, replicas: Sequence[Replica], costs: StepCosts, work: Work, record: RequestRecord
+    ) -> list[Target]:
+        placed, here = self._placed(work.adapter), frozenset((work.adapter,))
+        backlogs, most = self._requests.backlogs(replicas), self._max_num_seqs
+        known = None if self._requests.prefixes.is_empty else self._requests.prefixes
+        return [
+            Target(
+                replica.replica_id,
+                replica.costs or costs,
+                backlog,
+                here if replica.replica_id in placed else replica.resident,
+                most,
+                replica.capacity_tokens,
+                replica.on_host,
+                0 if known is None else known.cached(record, replica),
+            )
+            for replica, backlog in zip(replicas, backlogs, strict=True)
+        ]

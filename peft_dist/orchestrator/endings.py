@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 from peft_dist.core.errors import EngineDeadError
 from peft_dist.core.messages import SequenceProgress
 from peft_dist.orchestrator.adapters import AdapterRegistry
 from peft_dist.orchestrator.demand import Demand
-from peft_dist.orchestrator.equal_steps import EqualSteps
+from peft_dist.orchestrator.equal_steps import Drew, EqualSteps
 from peft_dist.orchestrator.records import Event, Replica, RequestFailed, RequestRecord, SequenceEvent, SequenceRecord
 from peft_dist.orchestrator.requests import RequestTable, ending, unseen_part
 from peft_dist.orchestrator.room import Room
@@ -50,9 +50,9 @@ class Endings:
                 self.finish(record, sequence, new, now)
         return broken
 
-    def equal_steps(self, replica: Replica, sequence_ids: Sequence[str], token: int, num_taken: int) -> EqualSteps:
-        """How to report steps that are alike, and end nothing, other than one by one."""
-        return EqualSteps(self._requests, replica, sequence_ids, token, num_taken)
+    def equal_steps(self, replica: Replica, token: int, drew: Drew, refresh: Callable[[], None]) -> EqualSteps:
+        """How to report steps that are alike, and end nothing, other than one by one; arguments as there."""
+        return EqualSteps(self._requests, replica, token, drew, refresh)
 
     def finish(self, record: RequestRecord, sequence: SequenceRecord, last: SequenceProgress, now: float) -> None:
         """A sequence is complete; ``last`` has its finish_reason."""

@@ -2,78 +2,156 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import heapq
+import math
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+
+import msgspec
 
 from peft_dist.core.messages import ReplicaStats
 from peft_dist.orchestrator.records import Replica, RequestRecord, SequenceRecord
 from peft_dist.orchestrator.requests import RequestTable
 
+Drew = Callable[[RequestRecord, "array[float]"], None]
+
+
+class _Member(msgspec.Struct):
+    """A sequence of which each step draws a token. ``since``: Steps before its first one; ``owed``: As it owed then.
+
+    ``is_owing``: Whether the next step counts in its replica's backlog.
+    """
+
+    record: RequestRecord
+    sequence: SequenceRecord
+    since: int
+    owed: float
+    is_owing: bool
+
 
 class EqualSteps:
-    """Steps of one replica, each of which drew one token for the same sequences and ended none.
+    """Steps of one replica, each of which drew one token for each of the same sequences and ended none.
 
-    The replica's backlog is right after every ``take_in``. The records of the sequences are after ``settle``, which
-    must come before anything but an admission: before reports, plans and whatever else looks at a running request. All
-    sequences must have drawn a token that was reported where they are.
-
-    Args:
-        sequence_ids: In the order of the reports.
-        token: That each drew each time.
-        num_taken: As of ``Progress``.
+    The replica's backlog is right after every ``take_in``. The record of a sequence is after it has left, or after
+    ``settle``: one must come before anything but an admission looks at it. All sequences must have drawn a token that
+    was reported where they are.
     """
 
     def __init__(
-        self, requests: RequestTable, replica: Replica, sequence_ids: Sequence[str], token: int, num_taken: int = 0
+        self,
+        requests: RequestTable,
+        replica: Replica,
+        token: int,
+        drew: Drew | None = None,
+        refresh: Callable[[], None] | None = None,
     ) -> None:
-        found = (requests.owner(sequence_id, replica.replica_id) for sequence_id in sequence_ids)
-        # Others were aborted here while the replica was still at it.
-        self._owners: list[tuple[RequestRecord, SequenceRecord]] = [owner for owner in found if owner is not None]
+        """
+        Args:
+            token: That each drew each time.
+            drew: Hears of a request when a token was reported for it.
+            refresh: Takes in what has come by now, before the backlog's tokens count.
+        """
         self._requests = requests
         self._replica = replica
-        self._backlog = requests.backlog(replica.replica_id)
         self._token = token
-        self._num_taken = num_taken
-        self._unsettled = 0
-        self._plan()
+        self._drew = drew
+        # When each step was reported.
+        self._times = array("d")
+        self._heard = -math.inf
+        self._members: dict[str, _Member] = {}
+        self._num_owing = 0
+        if refresh is not None:
+            requests.keep_late(replica.replica_id, refresh)
+        # When the last whole token that each owes is drawn.
+        self._wholes: list[tuple[int, str]] = []
 
-    @property
-    def request_ids(self) -> list[str]:
-        """Of the sequences that have an owner."""
-        return [record.request_id for record, _ in self._owners]
+    def set_members(self, sequence_ids: Sequence[str]) -> None:
+        """The next steps are of these sequences. Those that this replica has not, or not any more, are passed over."""
+        members = self._members
+        came = [sequence_id for sequence_id in sequence_ids if sequence_id not in members]
+        if len(sequence_ids) - len(came) < len(members):
+            self.leave(members.keys() - set(sequence_ids))
+        for sequence_id in came:
+            self._join(sequence_id)
 
-    def take_in(self, count: int) -> None:
-        """So many more steps were reported."""
-        self._replica.num_taken = self._num_taken
-        while count:
-            if now := min(count, self._num_whole):
-                # As one by one: 1 is a multiple of what any of these numbers is rounded to.
-                self._backlog.output_tokens -= float(now * self._num_owing)
-                self._num_whole -= now
-                self._unsettled += now
-                count -= now
+    def leave(self, sequence_ids: Iterable[str]) -> None:
+        """Some draw no more tokens by these steps: their records are right from now on."""
+        for sequence_id in sequence_ids:
+            member = self._members.pop(sequence_id, None)
+            if member is not None:
+                self._settle(member)
+                self._num_owing -= member.is_owing
+
+    def take_in(self, times: Sequence[float], now: float, num_taken: int | None = None) -> None:
+        """More steps were reported, the last one ``now``.
+
+        Args:
+            times: When each was, as ``drew`` is to hear it.
+            num_taken: As of ``Progress``.
+        """
+        self._heard = now
+        if num_taken is not None:
+            self._replica.num_taken = num_taken
+        step, end = len(self._times), len(self._times) + len(times)
+        self._times.extend(times)
+        if not self._members:
+            return
+        backlog, wholes = self._requests.backlog(self._replica.replica_id), self._wholes
+        while wholes and wholes[0][0] < end:
+            last = wholes[0][0]
+            if last < step:
+                heapq.heappop(wholes)  # Of one that has left.
                 continue
-            self.settle()
-            for record, sequence in self._owners:
-                self._requests.advance(record, sequence, [self._token])
-            self._plan()
-            count -= 1
+            # As one by one: 1 is a multiple of what any of these numbers is rounded to.
+            backlog.output_tokens -= float((last - step) * self._num_owing)
+            self._draw_rest(last)
+            step = last + 1
+        backlog.output_tokens -= float((end - step) * self._num_owing)
 
-    def settle(self, stats: ReplicaStats | None = None, now: float | None = None) -> None:
-        """Bring the records up to date; and the replica's ``stats``, reported at ``now``."""
-        count, self._unsettled = self._unsettled, 0
-        if count:
-            drawn = [self._token] * count
-            for _, sequence in self._owners:
-                sequence.output_token_ids += drawn
-                if sequence.owed_output:
-                    sequence.owed_output -= float(count)
+    def settle(self, stats: ReplicaStats | None = None, *, whole: bool = True) -> None:
+        """Bring all records up to date, and the replica's ``stats`` where they are told.
+
+        Whoever owns a sequence may change afterwards. ``whole``: False for the replica alone.
+        """
+        if whole and self._members:
+            self.leave(list(self._members))
         if stats is not None:
-            self._replica.stats = stats
-        if now is not None:
-            self._replica.last_heard = now
+            self._replica.tell(stats)
+        if self._heard > self._replica.last_heard:
+            self._replica.last_heard = self._heard
 
-    def _plan(self) -> None:
-        """For how many steps every sequence that owes tokens owes a whole one."""
-        owed = [sequence.owed_output for _, sequence in self._owners if sequence.owed_output]
-        self._num_owing = len(owed)
-        self._num_whole = int(min(owed, default=float(1 << 40)))
+    def _join(self, sequence_id: str) -> None:
+        owner = self._requests.owner(sequence_id, self._replica.replica_id)
+        if owner is None:
+            return  # Aborted here while the replica was still at it.
+        owed, since = owner[1].owed_output, len(self._times)
+        self._members[sequence_id] = _Member(*owner, since, owed, owed > 0)
+        if owed:
+            self._num_owing += 1
+            heapq.heappush(self._wholes, (since + int(owed), sequence_id))
+
+    def _draw_rest(self, step: int) -> None:
+        """A step in which some owe no whole token any more: one by one, in an order that depends on nothing else."""
+        wholes, backlog = self._wholes, self._requests.backlog(self._replica.replica_id)
+        while wholes and wholes[0][0] == step:
+            heapq.heappop(wholes)
+        for sequence_id in sorted(self._members):
+            member = self._members[sequence_id]
+            if not member.is_owing:
+                continue
+            if member.since + int(member.owed) == step:
+                backlog.output_tokens -= member.owed - int(member.owed)
+                member.is_owing = False
+                self._num_owing -= 1
+            else:
+                backlog.output_tokens -= 1.0
+
+    def _settle(self, member: _Member) -> None:
+        count = len(self._times) - member.since
+        if not count:
+            return
+        sequence = member.sequence
+        sequence.output_token_ids += [self._token] * count
+        sequence.owed_output = max(member.owed - float(count), 0.0)
+        if self._drew is not None:
+            self._drew(member.record, self._times[member.since :])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from peft_dist.core.messages import PrefetchAdapter
 from peft_dist.orchestrator.adapter_calls import AdapterCalls, to
@@ -56,6 +56,10 @@ class Hosting:
     def is_placed(self, content_hash: str, replica_id: int) -> bool:
         """Whether a content is, or will soon be, at hand on a replica."""
         return content_hash in self._hosted.get(replica_id, ())
+
+    def placed(self, content_hash: str) -> Container[int]:
+        """Replicas on which a content is, or will soon be, at hand."""
+        return self.placement.hosts.get(content_hash, ()) if self.placement is not None else ()
 
     def can_run(self, replica: Replica, content_hash: str) -> bool:
         """Whether a replica knows a content, at hand or not."""

@@ -51,8 +51,14 @@ class Lifecycle:
 
     def next_deadline(self) -> float:
         """When ``lost_by`` or ``due`` may next find something, if nothing is heard until then."""
-        times = [self._silence_ends(replica) for replica in self._replicas.all()]
-        times += [time for r in self._replicas.all() for time in (r.restart_at, r.start_deadline) if time is not None]
+        times, is_watched = [], self._options.heartbeat_timeout is not None
+        for replica in self._replicas.all():
+            if is_watched or replica.is_guest:
+                times.append(self._silence_ends(replica))
+            if replica.restart_at is not None:
+                times.append(replica.restart_at)
+            if replica.start_deadline is not None:
+                times.append(replica.start_deadline)
         return min(times, default=math.inf)
 
     def find_fault(self, replica: Replica, beat: Heartbeat) -> Fault | None:
@@ -121,7 +127,8 @@ class Lifecycle:
             raise ReplicaStateError(f"replica {replica_id} is the only one that serves: wait until another is ready")
         if leave and not goes:
             self.check_restarts()
-        replica.state, replica.leaves = ReplicaState.DRAINING, leave
+        self._replicas.enter(replica, ReplicaState.DRAINING)
+        replica.leaves = leave
         self._draining.add(replica.epoch)
         return replica
 
@@ -135,10 +142,10 @@ class Lifecycle:
         if replica.is_renewed:
             # What it was told last may be what was lost.
             if replica.was_drained:
-                replica.state = ReplicaState.DRAINING
+                self._replicas.enter(replica, ReplicaState.DRAINING)
             return [Outgoing(replica.replica_id, replica.epoch, KeepDrained(is_drained=replica.was_drained))]
         if report.is_drained:
-            replica.state = ReplicaState.DRAINING
+            self._replicas.enter(replica, ReplicaState.DRAINING)
             text = "was drained before this server started, and still is: POST /admin/resume/{} ends that"
             events.append(Notice(replica.replica_id, text.format(replica.replica_id)))
         return []
@@ -155,7 +162,8 @@ class Lifecycle:
             UnknownReplicaError, ReplicaStateError: there is no such replica, or it does not drain (any more).
         """
         replica = self._find(replica_id, ReplicaState.DRAINING)
-        replica.state, replica.leaves = ReplicaState.READY, False
+        self._replicas.enter(replica, ReplicaState.READY)
+        replica.leaves = False
         self._draining.discard(replica.epoch)
         return replica
 

@@ -35,7 +35,7 @@ class Placer:
         self._calls = calls
         self._lengths = lengths
         self._hosting = hosting
-        self._dispatcher = Dispatcher(requests, lengths, max_num_seqs, hosting.is_placed)
+        self._dispatcher = Dispatcher(requests, lengths, max_num_seqs, hosting.placed)
         self.mover: Callable[[RequestRecord, Replica, float], list[Outgoing]] = self.move
         # The last suspect that was placed.
         self._tried: RequestRecord | None = None

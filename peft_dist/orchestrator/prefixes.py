@@ -49,6 +49,11 @@ class Prefixes:
         self.is_on = is_on
         self._known: dict[int, _Known] = {}
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is known of any replica."""
+        return not self._known
+
     def cached(self, record: RequestRecord, replica: Replica) -> int:
         """Tokens of a request's prompt whose KV a replica is expected to have; never all, for one must be computed."""
         known = self._known.get(replica.replica_id)

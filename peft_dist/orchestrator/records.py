@@ -6,6 +6,8 @@ import enum
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import msgspec
+
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.config import ModelInfo
 from peft_dist.core.errors import PeftDistError
@@ -49,6 +51,8 @@ class Replica:
 
     Attributes:
         start_deadline: The time by which a starting replica must be ready, None for no limit.
+        capacity_tokens: That its KV blocks hold.
+        resident: Content hashes on its device by its ``stats``.
         on_host: Content hashes whose weights were in its host memory when it told details last.
         last_heard: When it said anything last.
         inbox: The numbers of what it has said.
@@ -76,8 +80,10 @@ class Replica:
     state: ReplicaState = ReplicaState.STARTING
     start_deadline: float | None = None
     model: ModelInfo | None = None
+    capacity_tokens: int = 1
     pid: int | None = None
     stats: ReplicaStats = field(default_factory=ReplicaStats)
+    resident: frozenset[str] = frozenset()
     detail: ReplicaDetail = field(default_factory=ReplicaDetail)
     costs: StepCosts | None = None
     on_host: frozenset[str] = frozenset()
@@ -102,6 +108,12 @@ class Replica:
     earlier: ReplicaTotals = field(default_factory=ReplicaTotals)
     error: PeftDistError | None = None
 
+    def tell(self, stats: ReplicaStats) -> None:
+        """What it said of itself last."""
+        if stats.resident_adapters != self.stats.resident_adapters:
+            self.resident = frozenset(stats.resident_adapters)
+        self.stats = stats
+
     @property
     def is_alive(self) -> bool:
         return self.state is not ReplicaState.DEAD
@@ -112,8 +124,7 @@ class Replica:
         return self.state is ReplicaState.STARTING or self.restart_at is not None or (self.leaves and not self.is_guest)
 
 
-@dataclass(slots=True)
-class SequenceRecord:
+class SequenceRecord(msgspec.Struct):
     """One sequence of a request.
 
     Attributes:
@@ -133,11 +144,10 @@ class SequenceRecord:
     num_early_deaths: int = 0
     owed_prefill: int = 0
     owed_output: float = 0.0
-    output_token_ids: list[int] = field(default_factory=list)
+    output_token_ids: list[int] = []
 
 
-@dataclass(slots=True)
-class RequestRecord:
+class RequestRecord(msgspec.Struct):
     """All that any replica needs to go on with a request: prompt, parameters, seed, tokens so far.
 
     Attributes:
@@ -163,7 +173,12 @@ class RequestRecord:
     is_suspect: bool = False
     prompt_hashes: list[bytes] | None = None
     num_import_deaths: int = 0
-    unfinished: dict[int, SequenceRecord] = field(default_factory=dict)
+    unfinished: dict[int, SequenceRecord] = {}
+
+    @property
+    def has_started(self) -> bool:
+        """Whether one of its sequences is in a batch of its replica."""
+        return any(sequence.started for sequence in self.unfinished.values())
 
     @property
     def content_hash(self) -> str:

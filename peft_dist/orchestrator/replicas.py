@@ -19,6 +19,9 @@ class ReplicaTable:
     def __init__(self, first_epoch: int = 1) -> None:
         self._by_id: dict[int, Replica] = {}
         self._next_epoch = first_epoch
+        # What is asked for every request, until a replica changes its state.
+        self._ready: list[Replica] | None = None
+        self._model: ModelInfo | None = None
 
     def __getitem__(self, replica_id: int) -> Replica:
         return self._by_id[replica_id]
@@ -34,9 +37,11 @@ class ReplicaTable:
             raise ConfigError(f"replica {replica_id} is still {lost.state.value}: it cannot be started again")
         if lost is not None:
             replica.earlier, replica.model, replica.error = _totals(lost), lost.model, lost.error
+            replica.capacity_tokens = lost.capacity_tokens
             replica.num_restarts, replica.num_failures = lost.num_restarts + 1, lost.num_failures
         self._next_epoch += 1
         self._by_id[replica_id] = replica
+        self._ready = self._model = None
         return replica
 
     def join(self, start_deadline: float, wanted: int | None = None) -> Replica:
@@ -53,13 +58,15 @@ class ReplicaTable:
         replica.is_survivor = replica.is_renewed = True
         replica.is_guest, replica.keeps = lost.is_guest, keeps
         # What it counts goes on.
-        replica.earlier, replica.stats, replica.detail = lost.earlier, lost.stats, lost.detail
+        replica.earlier, replica.detail = lost.earlier, lost.detail
+        replica.tell(lost.stats)
         replica.num_restarts, replica.num_failures = lost.num_restarts, lost.num_failures
         return replica
 
     def remove(self, replica: Replica) -> None:
         """Forget a dead replica that will not come back under its id."""
         del self._by_id[replica.replica_id]
+        self._ready = self._model = None
 
     def get(self, replica_id: int) -> Replica | None:
         """The replica with this id, dead or alive; None when there is none."""
@@ -76,35 +83,47 @@ class ReplicaTable:
 
     def all_alive(self) -> list[Replica]:
         """Replicas that start, serve or drain."""
-        return [replica for replica in self._by_id.values() if replica.is_alive]
+        return [replica for replica in self._by_id.values() if replica.state is not ReplicaState.DEAD]
 
     def ready(self) -> list[Replica]:
-        """Replicas that take requests."""
-        return self.in_state(ReplicaState.READY)
+        """Replicas that take requests; not to be changed."""
+        if self._ready is None:
+            self._ready = self.in_state(ReplicaState.READY)
+        return self._ready
 
     def in_state(self, state: ReplicaState) -> list[Replica]:
         return [replica for replica in self._by_id.values() if replica.state is state]
 
+    def enter(self, replica: Replica, state: ReplicaState) -> None:
+        """Note where in its life a replica is."""
+        replica.state = state
+        self._ready = self._model = None
+
     def mark_ready(self, replica: Replica, report: Ready, now: float) -> None:
         """Note that a replica has loaded its model."""
-        replica.state, replica.start_deadline = ReplicaState.READY, None
+        self.enter(replica, ReplicaState.READY)
+        replica.start_deadline = None
         replica.model, replica.pid, replica.costs = report.model, report.pid, report.costs
+        replica.capacity_tokens = report.model.num_blocks * report.model.block_size
         replica.ready_since = replica.last_heard = now
         replica.was_adopted, replica.is_survivor = replica.is_survivor, False
 
     def take_in(self, replica: Replica, report: Progress) -> None:
         """Remember what a replica says of itself; details come less often than its stats."""
-        replica.stats = report.stats
+        replica.tell(report.stats)
         replica.num_taken = replica.num_sent if report.num_taken is None else report.num_taken
         if report.detail is not None:
             replica.detail = report.detail
             if report.detail.costs is not None and report.detail.costs != replica.costs:
-                replica.costs = report.detail.costs
+                # Equal ones are one object, for whoever compares all of them for each request.
+                equal = next((r.costs for r in self._by_id.values() if r.costs == report.detail.costs), None)
+                replica.costs = equal or report.detail.costs
             replica.on_host = frozenset(one.content_hash for one in report.detail.adapters if one.tier == "host")
 
     def mark_dead(self, replica: Replica, error: EngineDeadError) -> None:
         """Note that a replica is gone, and why."""
-        replica.state, replica.start_deadline = ReplicaState.DEAD, None
+        self.enter(replica, ReplicaState.DEAD)
+        replica.start_deadline = None
         replica.leaves, replica.restart_at = False, None
         replica.error = error
 
@@ -118,10 +137,13 @@ class ReplicaTable:
         Raises:
             EngineDeadError: no replica was ever ready.
         """
+        if self._model is not None:
+            return self._model
         known = [replica.model for replica in self._by_id.values() if replica.model is not None]
         if not known:
             raise EngineDeadError(self.health_error())
-        return known[0] if known.count(known[0]) == len(known) else min(known, key=token_limit)
+        self._model = known[0] if known.count(known[0]) == len(known) else min(known, key=token_limit)
+        return self._model
 
     def health_error(self) -> str:
         """Why no replica is ready, in the words of the last one that died."""

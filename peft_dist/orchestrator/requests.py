@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import msgspec
 
@@ -41,13 +41,22 @@ class RequestTable:
         """What a replica has left to do; not to be changed."""
         return self._backlogs.get(replica_id, _NOTHING)
 
+    def backlogs(self, replicas: Iterable[Replica]) -> list[Backlog]:
+        """``backlog`` of each."""
+        known = self._backlogs
+        return [known.get(replica.replica_id, _NOTHING) for replica in replicas]
+
+    def keep_late(self, replica_id: int, refresh: Callable[[], None]) -> None:
+        """A replica's backlog is brought up to date by this, before its tokens count."""
+        self._backlogs.setdefault(replica_id, Backlog()).refresh = refresh
+
     def get(self, request_id: str) -> RequestRecord | None:
         """The unfinished request with this id."""
         return self._records.get(request_id)
 
     def waiting(self) -> Iterator[RequestRecord]:
         """Requests of which no sequence is in a batch of its replica yet, oldest first."""
-        return (r for r in self._records.values() if not any(s.started for s in r.unfinished.values()))
+        return (r for r in self._records.values() if not r.has_started)
 
     def records(self) -> list[RequestRecord]:
         """All unfinished requests, oldest first."""

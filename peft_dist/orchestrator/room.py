@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from peft_dist.core.errors import InvalidRequestError, QueueFullError
 from peft_dist.orchestrator.options import OrchestratorOptions
 from peft_dist.orchestrator.pace import Pace
@@ -10,19 +12,24 @@ from peft_dist.orchestrator.requests import RequestTable
 
 
 class Room:
-    """The bound of the queue: what the ready replicas run at once, and ``max_queue`` beyond."""
+    """The bound of the queue: what the ready replicas run at once, and ``max_queue`` beyond.
+
+    Attributes:
+        refresh: Takes in what replicas have said, where somebody is late with it; called before anybody is refused.
+    """
 
     def __init__(self, options: OrchestratorOptions, requests: RequestTable, replicas: ReplicaTable) -> None:
         self._options, self._requests, self._replicas = options, requests, replicas
         self._pace = Pace()
+        self.refresh: Callable[[], None] | None = None
         self._num_unread = 0
 
     @property
     def num_held(self) -> int:
         """Sequences that wait or run, those that have ended and are not read, and those that have ended before their
         replica, which is not listening, took them in."""
-        replicas = self._replicas.all_alive()
-        ended = (each.num_sent - each.num_taken - self._requests.load(each) for each in replicas)
+        late = [each for each in self._replicas.all() if each.num_sent != each.num_taken and each.is_alive]
+        ended = (each.num_sent - each.num_taken - self._requests.load(each) for each in late)
         return self._requests.num_sequences + self._num_unread + sum(number for number in ended if number > 0)
 
     @property
@@ -41,6 +48,9 @@ class Room:
         if num_new > most:
             raise InvalidRequestError(f"n={num_new} is more than the {most} sequences this server holds", "n")
         held = self.num_held
+        if held + num_new > room and self.refresh is not None:
+            self.refresh()
+            held = self.num_held
         excess = held + num_new - room
         if excess > 0:
             raise QueueFullError(

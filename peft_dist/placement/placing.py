@@ -7,7 +7,6 @@ Written from a description of the artifact; there free memory stands for through
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping
 
@@ -56,8 +55,12 @@ def place(view: ClusterView, keep: Mapping[str, frozenset[int]] | None = None) -
     another, as long as that raises the least. Raises PlanError as ``ClusterView.check``.
     """
     view.check()
-    # Copies that are made early may take the room of a large adapter.
-    return max((_placed(view, keep or {}, copies) for copies in (True, False)), key=lambda found: found.tolerance)
+    found, has_early = _placed(view, keep or {}, early_copies=True)
+    if has_early:
+        # They may have taken the room of a large adapter.
+        other, _ = _placed(view, keep or {}, early_copies=False)
+        found = max(found, other, key=lambda one: one.tolerance)
+    return found
 
 
 def place_round_robin(view: ClusterView, keep: Mapping[str, frozenset[int]] | None = None) -> Placement:
@@ -88,12 +91,13 @@ def tolerance(view: ClusterView, hosts: Mapping[str, frozenset[int]]) -> float:
     return search.least()
 
 
-def _placed(view: ClusterView, keep: Mapping[str, frozenset[int]], early_copies: bool) -> Placement:
+def _placed(view: ClusterView, keep: Mapping[str, frozenset[int]], *, early_copies: bool) -> tuple[Placement, bool]:
+    """And whether copies were made early."""
     search = _Search(view)
     search.put_known(keep)
-    search.place_each(early_copies)
+    has_early = search.place_each(early_copies)
     search.add_copies()
-    return search.placement()
+    return search.placement(), has_early
 
 
 class _Search:
@@ -136,29 +140,33 @@ class _Search:
                 return True
         return False
 
-    def place_each(self, early_copies: bool) -> None:
+    def place_each(self, early_copies: bool) -> bool:
         """One replica for each adapter that has none, the busiest first, while there is room.
 
         With ``early_copies`` one that would fill its replica gets as many as bring its part of each down to the mean,
-        at once: one copy at a time would overload the second replica before the third relieves it.
+        at once: one copy at a time would overload the second replica before the third relieves it. Returns whether one
+        got more than one.
         """
+        has_early = False
         homeless = [a for a in sorted(self.hosts, key=lambda a: (-self._load[a], a)) if not self.hosts[a]]
         needed = sum(self._sizes[adapter] for adapter in homeless)
         for adapter in homeless:
             needed -= self._sizes[adapter]
-            while self.put_first(adapter, self._by_slack()):
+            while self.put_first(adapter, self._by_slack(self._accepting)):
+                has_early |= len(self.hosts[adapter]) > 1
                 speed = sum(self._capacity[replica] for replica in self.hosts[adapter])
                 left = sum(self._room[replica] for replica in self._accepting)
                 enough = self._load[adapter] <= UTILISATION * speed
                 if enough or not early_copies or left < needed + self._sizes[adapter]:
                     break
+        return has_early
 
     def add_copies(self) -> None:
         """Copies for those that could take least, while these raise the least tolerance or free others of load."""
         open_to_more = {adapter for adapter, hosts in self.hosts.items() if hosts}
         while open_to_more:
             known = self._tolerances()
-            adapter = min(open_to_more, key=lambda a: (known[a], a))
+            _, adapter = min(zip(map(known.__getitem__, open_to_more), open_to_more, strict=True))
             if not self._copy(adapter):
                 open_to_more.discard(adapter)
 
@@ -169,13 +177,14 @@ class _Search:
         return Placement({adapter: frozenset(hosts) for adapter, hosts in self.hosts.items()}, self.least())
 
     def _copy(self, adapter: str) -> bool:
-        before = self.least(), self._tolerances()[adapter]
-        size = self._sizes[adapter]
-        free = (r for r in self._by_slack() if r not in self.hosts[adapter] and size <= self._room[r] - self._spare[r])
+        known = self._tolerances()
+        before = min(known.values()), known[adapter]
+        size, hosts, room, spare = self._sizes[adapter], self.hosts[adapter], self._room, self._spare
+        free = [r for r in self._accepting if size <= room[r] - spare[r] and r not in hosts]
         tried: list[tuple[float, float, int, int]] = []
-        for replica in itertools.islice(free, NUM_TRIED):
+        for replica in self._by_slack(free)[:NUM_TRIED]:
             self._put(adapter, replica)
-            tried.append((self.least(), self._tolerances()[adapter], -len(tried), replica))
+            tried.append((self._least_after(replica, known), self._tolerance(adapter), -len(tried), replica))
             self._take(adapter, replica)
         least, own, _, replica = max(tried, default=(*before, 0, -1))
         # The least never falls, and one of both rises: so that this ends.
@@ -184,38 +193,51 @@ class _Search:
         self._put(adapter, replica)
         return True
 
-    def _by_slack(self) -> list[int]:
+    def _by_slack(self, replicas: list[int]) -> list[int]:
         """Replicas with the most spare work first; of equals those with the most room."""
-        return sorted(self._accepting, key=lambda r: (-round(self._slack[r], 9), -self._room[r], r))
+        slack, room = self._slack, self._room
+        return [r for _, _, r in sorted([(-round(slack[r], 9), -room[r], r) for r in replicas])]
 
     def _tolerances(self) -> dict[str, float]:
         """How many times its present load each adapter's hosts could take of it, others as they are."""
-        slack = self._slack.__getitem__
         for adapter in self._stale:
-            hosts, load = self.hosts[adapter], self._load[adapter]
-            self._known[adapter] = (load + sum(map(slack, hosts))) / load if hosts else 0.0
+            self._known[adapter] = self._tolerance(adapter)
         self._stale.clear()
         return self._known
 
+    def _tolerance(self, adapter: str) -> float:
+        hosts, load = self.hosts[adapter], self._load[adapter]
+        return (load + sum(map(self._slack.__getitem__, hosts))) / load if hosts else 0.0
+
+    def _least_after(self, replica: int, known: Mapping[str, float]) -> float:
+        """The least tolerance now that a replica was given one more adapter, where ``known`` were those before: but for
+        rounding, nobody else's has fallen."""
+        least = min(map(self._tolerance, self._on[replica]))
+        bound, stale = least + RESOLUTION, self._stale
+        low = [adapter for adapter, before in known.items() if before <= bound]
+        return min([least, *(self._tolerance(one) if one in stale else known[one] for one in low)])
+
     def _put(self, adapter: str, replica: int) -> None:
+        hosts = self.hosts[adapter]
         self._share(adapter, 1)
-        self.hosts[adapter].add(replica)
+        hosts.add(replica)
         self._on[replica].add(adapter)
         self._share(adapter, -1)
+        self._stale.update(*map(self._on.__getitem__, hosts))
         self._room[replica] -= self._sizes[adapter]
 
     def _take(self, adapter: str, replica: int) -> None:
+        hosts = self.hosts[adapter]
+        self._stale.update(*map(self._on.__getitem__, hosts))
         self._share(adapter, 1)
-        self.hosts[adapter].discard(replica)
+        hosts.discard(replica)
         self._on[replica].discard(adapter)
         self._share(adapter, -1)
         self._room[replica] += self._sizes[adapter]
 
     def _share(self, adapter: str, sign: int) -> None:
         """Give the adapter's load, in parts as its hosts are fast, back to their slack (1), or take it (-1)."""
-        hosts = self.hosts[adapter]
-        self._stale.add(adapter)
-        speed = sum(map(self._capacity.__getitem__, hosts))
+        hosts, capacity, slack = self.hosts[adapter], self._capacity, self._slack
+        load, speed = sign * self._load[adapter], sum(map(capacity.__getitem__, hosts))
         for replica in hosts:
-            self._slack[replica] += sign * self._load[adapter] * self._capacity[replica] / speed
-            self._stale |= self._on[replica]
+            slack[replica] += load * capacity[replica] / speed

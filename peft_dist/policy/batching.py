@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
+
+from peft_dist.core.cost_model import StepFeatures
 
 BASE = ""
 """The base model's place among adapters, as in ``Request.content_hash``."""
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(msgspec.Struct, frozen=True):
     """One unfinished request.
 
     Attributes:
@@ -40,8 +42,7 @@ def _no_adapter(adapter: str) -> bool:
     return False
 
 
-@dataclass(frozen=True, slots=True)
-class QueueState:
+class QueueState(msgspec.Struct, frozen=True):
     """Everything a policy may decide from.
 
     Attributes:
@@ -68,8 +69,7 @@ class QueueState:
     holds_merged: Callable[[str], bool] = _no_adapter
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(msgspec.Struct, frozen=True):
     """The next step.
 
     Attributes:
@@ -78,12 +78,14 @@ class Choice:
             blocks last, and takes blocks from the last of them, or from requests not named, when they do not.
         reason: Which branch decided.
         urgent: Ids of those who must not be overtaken: they get the blocks of whoever is younger.
+        features: Of the step, if it holds the tokens of all; None where the policy has not looked.
     """
 
     merged_adapter: str | None
     candidates: list[Candidate]
     reason: str
     urgent: frozenset[str] = frozenset()
+    features: StepFeatures | None = None
 
 
 class BatchingPolicy(Protocol):

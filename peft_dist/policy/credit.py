@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+
+import msgspec
 
 from peft_dist.core.cost_model import CostModel, StepFeatures
 from peft_dist.policy.batching import BASE, Choice
@@ -23,8 +24,7 @@ SAVING_RATE = 0.05
 CERTAIN = 1.0 - 1e-9
 
 
-@dataclass(frozen=True, slots=True)
-class Ordinary:
+class Ordinary(msgspec.Struct, frozen=True):
     """What would run if nobody were privileged or urgent.
 
     Attributes:
@@ -32,12 +32,14 @@ class Ordinary:
         alone: The adapter that it runs alone or around, "" the base; None for a first-come batch.
         leader: The adapter that would be merged: with the most requests.
         speed_ratio: Predicted merged over unmerged seconds of the first-come batch.
+        seconds: The latter.
     """
 
     choice: Choice
     alone: str | None
     leader: str | None
     speed_ratio: float
+    seconds: float
 
     @property
     def merging(self) -> str | None:
@@ -96,6 +98,8 @@ class CreditPolicy(TrackedPolicy):
         gap = self._gap(view, ordinary)
         self._is_gap_new, self.ledger.gap = gap != self.ledger.gap, gap
         self._privileged = self.ledger.privileged(view.groups)
+        if not self._privileged:
+            return ordinary.choice
         front = [c for adapter in self._privileged for c in view.groups[adapter]]
         members = {c.request_id for c in ordinary.choice.candidates}
         if all(c.request_id in members for c in front[: view.seats]):
@@ -103,26 +107,44 @@ class CreditPolicy(TrackedPolicy):
         return Choice(None, view.fill([*front, *view.runnable]), "privileged")
 
     def _decide(self, view: QueueView) -> Ordinary:
-        ratio = self._speed_ratio(view)
+        seconds = view.seconds(view.first_come, None)
+        ratio = self._speed_ratio(view, seconds)
+        saving = self._saving(seconds, ratio)
         current = self._current(view)
-        eligible = [a for a in view.groups if (a == BASE or view.is_mergeable(a)) and self.ledger.may_merge(a)]
-        leader = max(eligible, key=lambda a: len(view.groups[a]), default=None)
-        alone, reason = self._target(view, current if current in eligible else None, leader, ratio)
+        may_stay = current in view.groups and self._is_eligible(view, current)
+        leader = self._find_leader(view)
+        alone, reason = self._target(view, current if may_stay else None, leader, ratio, saving)
         choice = Choice(alone or None, view.first_come if alone is None else view.alone(alone), reason)
         if self.settings.merged_minority:
             corrected = with_corrections(view, choice, leader, self._horizon(view, leader))
             alone, choice = (alone if corrected is choice else corrected.merged_adapter), corrected
-        return Ordinary(choice, alone, leader, ratio)
+        return Ordinary(choice, alone, leader, ratio, seconds)
 
-    def _target(self, view: QueueView, current: str | None, leader: str | None, ratio: float) -> tuple[str | None, str]:
+    def _is_eligible(self, view: QueueView, adapter: str) -> bool:
+        """Whether it may be merged, or needs no merge."""
+        return (adapter == BASE or view.is_mergeable(adapter)) and self.ledger.may_merge(adapter)
+
+    def _find_leader(self, view: QueueView) -> str | None:
+        """The eligible adapter with the most requests; of several the one with the oldest."""
+        leader, most = None, 0
+        mergeable, may_merge = view.state.mergeable, self.ledger.may_merge
+        for adapter, waiting in view.groups.items():
+            # As ``_is_eligible``, written out.
+            if len(waiting) > most and (adapter == BASE or mergeable(adapter)) and may_merge(adapter):
+                leader, most = adapter, len(waiting)
+        return leader
+
+    def _target(
+        self, view: QueueView, current: str | None, leader: str | None, ratio: float, saving: float
+    ) -> tuple[str | None, str]:
         """The adapter to run alone, None for a first-come batch; and why."""
         batch = len(view.first_come)
         enough = current is not None and len(view.groups[current]) >= self.tuner.beta(ratio) * batch
-        if current is not None and enough and not self._loses(view, current, ratio):
+        if current is not None and enough and not self._loses(view, current, saving):
             return current, "stay"
         # While everybody has a seat, whoever is displaced would have cost the others nothing.
         alpha = max(self.tuner.alpha, self.settings.seated_alpha if batch == len(view.runnable) else 0.0)
-        if leader is not None and len(view.groups[leader]) >= alpha * batch and self._pays(view, leader, ratio):
+        if leader is not None and len(view.groups[leader]) >= alpha * batch and self._pays(view, leader, saving):
             return leader, "enter"
         return None, "first come"
 
@@ -131,29 +153,28 @@ class CreditPolicy(TrackedPolicy):
         merged = view.state.merged_adapter
         return self._alone if (self._alone or None) == merged else merged
 
-    def _speed_ratio(self, view: QueueView) -> float:
+    def _speed_ratio(self, view: QueueView, seconds: float) -> float:
         """Of the same rows in both modes: comparing batches would count prompts that one of them puts off as saved."""
         features = view.features(view.first_come, None)
         merged = StepFeatures(True, features.decode_sequences, features.prefill_tokens)
-        return self.cost.step_seconds(merged) / max(self.cost.step_seconds(features), 1e-9)
+        return self.cost.step_seconds(merged) / max(seconds, 1e-9)
 
-    def _pays(self, view: QueueView, leader: str, ratio: float) -> bool:
+    def _pays(self, view: QueueView, leader: str, saving: float) -> bool:
         """Whether merging saves more than the switches to it and back take, over the steps that it may last."""
         if not self.settings.amortise:
             return True
         target = leader or None
         switches = view.switch(view.state.merged_adapter, target) + view.switch(target, None)
-        return self._saving(view, ratio) * self._horizon(view, leader) > switches
+        return saving * self._horizon(view, leader) > switches
 
-    def _loses(self, view: QueueView, current: str, ratio: float) -> bool:
+    def _loses(self, view: QueueView, current: str, saving: float) -> bool:
         """Whether staying merged costs more than unmerging does."""
-        loss = -self._saving(view, ratio)
-        return self.settings.amortise and loss * self._horizon(view, current) > view.switch(current or None, None)
+        return self.settings.amortise and -saving * self._horizon(view, current) > view.switch(current or None, None)
 
-    def _saving(self, view: QueueView, ratio: float) -> float:
+    def _saving(self, seconds: float, ratio: float) -> float:
         """Seconds that merging saves a step, on average over the last steps: one with a long prompt, where the ratio is
         another, says little about those to come."""
-        now = (1.0 - ratio) * view.seconds(view.first_come, None)
+        now = (1.0 - ratio) * seconds
         return now if self._mean_saving is None else self._mean_saving + SAVING_RATE * (now - self._mean_saving)
 
     def _horizon(self, view: QueueView, leader: str | None) -> float:
@@ -168,20 +189,20 @@ class CreditPolicy(TrackedPolicy):
         if self.settings.displaced_credit:
             return self.settings.credit_gap
         target = ordinary.alone or ordinary.leader or None
-        interruption = view.switch(target, None) + view.seconds(view.first_come, None) + view.switch(None, target)
+        interruption = view.switch(target, None) + ordinary.seconds + view.switch(None, target)
         return self.settings.credit_gap * interruption
 
-    def _account(self, pending: Pending, scheduled: frozenset[str]) -> None:
+    def _account(self, pending: Pending, scheduled: frozenset[str], count: int) -> None:
         view, choice, ordinary = pending.view, pending.choice, self._ordinary
         assert ordinary is not None, "choose() sets it"
-        self.steps.ran(scheduled)
-        self._mean_saving = self._saving(view, ordinary.speed_ratio)
+        self.steps.ran(scheduled, count)
+        self._mean_saving = self._saving(ordinary.seconds, ordinary.speed_ratio)
         self.leads.ran(self._paying_leader(view, ordinary, choice))
         self.ledger.know(view.groups)
         is_ordinary = choice is ordinary.choice
         self._change(view, ordinary, ordinary.alone if is_ordinary else None)
-        ran = [c for c in choice.candidates if c.request_id in scheduled]
         if not is_ordinary:
+            ran = [c for c in choice.candidates if c.request_id in scheduled]
             favoured = [*pending.urgent, *(c for a in self._privileged for c in view.groups[a])]
             # Only merging makes debts: the bound alone must not, or this would not be first come, first served where
             # merging cannot pay.
@@ -192,6 +213,7 @@ class CreditPolicy(TrackedPolicy):
         else:
             self._count(view, ordinary)
             if ordinary.alone is not None:
+                ran = [c for c in choice.candidates if c.request_id in scheduled]
                 self.settlement.alone(view, ran, choice.merged_adapter)
         self.ledger.grant(self._privileged if choice.reason == "privileged" else ())
         self._leader = ordinary.leader
@@ -218,21 +240,21 @@ class CreditPolicy(TrackedPolicy):
         alpha = max(self.tuner.alpha, self.settings.seated_alpha if batch == len(view.runnable) else 0.0)
         if leader is None or len(view.groups[leader]) < alpha * batch:
             return math.inf
-        saving = self._extreme_saving(view, ordinary, max)
+        saving = self._extreme_saving(ordinary, max)
         switches = view.switch(view.state.merged_adapter, leader or None) + view.switch(leader or None, None)
         return math.inf if saving * self._longest(view, leader) < switches * CERTAIN else 0.0
 
     def _steps_merged(self, view: QueueView, ordinary: Ordinary) -> float:
         """After how many steps staying merged may cost more than unmerging."""
-        loss = -self._extreme_saving(view, ordinary, min)
+        loss = -self._extreme_saving(ordinary, min)
         if not self.settings.amortise or loss <= 0.0:
             return math.inf
         switch = view.switch(ordinary.alone or None, None)
         return math.inf if loss * self._longest(view, ordinary.alone) < switch * CERTAIN else 0.0
 
-    def _extreme_saving(self, view: QueueView, ordinary: Ordinary, extreme: Callable[[float, float], float]) -> float:
+    def _extreme_saving(self, ordinary: Ordinary, extreme: Callable[[float, float], float]) -> float:
         """The running mean goes from where it is towards what this step saves, and no further."""
-        now = (1.0 - ordinary.speed_ratio) * view.seconds(view.first_come, None)
+        now = (1.0 - ordinary.speed_ratio) * ordinary.seconds
         return now if self._mean_saving is None else extreme(now, self._mean_saving)
 
     def _longest(self, view: QueueView, leader: str | None) -> float:
@@ -241,11 +263,10 @@ class CreditPolicy(TrackedPolicy):
         left = self.steps.left([candidate.request_id for candidate in waiting])
         return left * max(1.0, len(waiting) / view.seats)
 
-    def _account_again(self, pending: Pending, scheduled: frozenset[str], count: int) -> None:
+    def _account_again(self, pending: Pending, count: int) -> None:
         view, choice, ordinary = pending.view, pending.choice, self._ordinary
         assert ordinary is not None, "choose() sets it"
-        self.steps.ran(scheduled, count)
-        now = (1.0 - ordinary.speed_ratio) * view.seconds(view.first_come, None)
+        now = (1.0 - ordinary.speed_ratio) * ordinary.seconds
         mean = now if self._mean_saving is None else self._mean_saving
         for _ in range(count):
             mean += SAVING_RATE * (now - mean)
@@ -278,6 +299,6 @@ class CreditPolicy(TrackedPolicy):
     def _both_modes(self, view: QueueView, ordinary: Ordinary) -> tuple[int, int, float, float]:
         """Requests that the merged and the first-come batch of this step have, and the seconds that they take."""
         merging = ordinary.merging
-        seconds = view.seconds(view.first_come, None)
-        requests = len(view.alone(merging)) if merging is not None else 0
+        seconds = ordinary.seconds
+        requests = min(len(view.groups[merging]), view.seats) if merging is not None else 0
         return requests, len(view.first_come), seconds * ordinary.speed_ratio, seconds

@@ -38,8 +38,10 @@ class CreditLedger:
 
     def know(self, adapters: Iterable[str]) -> None:
         """These adapters have requests."""
+        credits = self._credits
         for adapter in adapters:
-            self._credits.setdefault(adapter, 0.0)
+            if adapter not in credits:
+                credits[adapter] = 0.0
 
     def move(self, payer: str, payee: str, amount: float) -> None:
         self._credits[payer] = self.credit(payer) - amount
@@ -47,13 +49,13 @@ class CreditLedger:
 
     def privileged(self, adapters: Collection[str]) -> list[str]:
         """Those of ``adapters`` that go before others now, the highest credit first; equal ones in the order given."""
-        stay = self.gap * self.hysteresis
+        gap, stay, credit = self.gap, self.gap * self.hysteresis, self._credits.get
         found = [
             adapter
             for adapter in adapters
-            if self.credit(adapter) >= self.gap or (adapter in self._privileged and self.credit(adapter) >= stay)
+            if (own := credit(adapter, 0.0)) >= gap or (own >= stay and adapter in self._privileged)
         ]
-        return sorted(found, key=self.credit, reverse=True)
+        return sorted(found, key=self.credit, reverse=True) if found else found
 
     @property
     def has_granted(self) -> bool:
@@ -81,6 +83,8 @@ class CreditLedger:
 
     def may_merge(self, adapter: str) -> bool:
         """Whether an adapter does not owe the others more than ``max_debt`` gaps each."""
+        if self.max_debt == math.inf and self.gap > 0:
+            return True
         others = len(self._credits) - (adapter in self._credits)
         return not others or self.credit(adapter) + self.left_behind >= -self.max_debt * self.gap * others
 

@@ -7,14 +7,16 @@ has computed before.
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+import math
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
+
+import msgspec
 
 from peft_dist.core.step_costs import StepCosts
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(msgspec.Struct, frozen=True):
     """What a request asks of a replica.
 
     Attributes:
@@ -33,6 +35,10 @@ class Work:
     num_bytes: int = 0
 
 
+# Whatever a quotient is rounded to.
+CERTAINLY = 1.0 + 1e-9
+
+
 @dataclass(slots=True)
 class Backlog:
     """What is left of the work that was sent to one replica; kept up to date by who sends it.
@@ -42,33 +48,45 @@ class Backlog:
         prefill_tokens: Prompt tokens of those that have drawn nothing yet.
         output_tokens: Tokens that all of them are expected to draw.
         adapters: Unfinished sequences and rank rows of each adapter, without the base.
+        refresh: Brings ``output_tokens`` up to date, where somebody is late with it; to be called before it is read.
+        costs, steps: What ``decode_seconds`` has answered, by ``key``, with these costs.
     """
 
     num_sequences: int = 0
     prefill_tokens: int = 0
     output_tokens: float = 0.0
     adapters: dict[str, tuple[int, int]] = field(default_factory=dict)
-    _steps: dict[tuple[object, ...], float] = field(default_factory=dict, repr=False, compare=False)
+    refresh: Callable[[], None] | None = field(default=None, repr=False, compare=False)
+    costs: StepCosts | None = field(default=None, repr=False, compare=False)
+    steps: dict[tuple[object, ...], float] = field(default_factory=dict, repr=False, compare=False)
 
     def decode_seconds(self, work: Work, costs: StepCosts, slots: int) -> float:
         """A step of so many sequences of these and a request's, in proportion."""
         before = self.adapters.get(work.adapter) if work.adapter else None
-        key = bool(work.adapter), before, work.rank_rows, work.num_sequences, slots, costs.step
-        known = self._steps.get(key)
+        if costs is not self.costs:
+            self.steps.clear()
+            self.costs = costs
+        key = self.key(work, slots, before)
+        known = self.steps.get(key)
         if known is None:
             adapters = self.adapters
             if work.adapter:
                 number = before[0] if before else 0
                 adapters = {**adapters, work.adapter: (number + work.num_sequences, work.rank_rows)}
             total = self.num_sequences + work.num_sequences
-            num_base = total - sum(number for number, _ in adapters.values())
-            known = self._steps[key] = costs.decode_seconds(num_base, adapters, min(1.0, slots / total))
+            num_base = total - sum([number for number, _ in adapters.values()])
+            known = self.steps[key] = costs.decode_seconds(num_base, adapters, min(1.0, slots / total))
         return known
+
+    @staticmethod
+    def key(work: Work, slots: int, before: tuple[int, int] | None) -> tuple[object, ...]:
+        """Of a request, as far as ``decode_seconds`` depends on it; ``before``: What is there of its adapter."""
+        return before, work.rank_rows if work.adapter else -1, work.num_sequences, slots
 
     def count(self, adapter: str, rank_rows: int, change: int) -> None:
         """Note that ``change`` sequences came (or went, if it is negative)."""
         self.num_sequences += change
-        self._steps.clear()
+        self.steps.clear()
         if not adapter:
             return
         number = self.adapters.get(adapter, (0, 0))[0] + change
@@ -77,8 +95,7 @@ class Backlog:
             del self.adapters[adapter]
 
 
-@dataclass(slots=True)
-class Target:
+class Target(msgspec.Struct):
     """A replica that could take the request.
 
     ``resident`` are the adapters on its device, ``on_host`` those in its host memory; ``max_num_seqs`` and
@@ -96,23 +113,66 @@ class Target:
     cached_tokens: int = 0
 
 
-def finish_seconds(work: Work, target: Target) -> float:
-    """Seconds until the last token of a request that is sent now."""
-    backlog, costs = target.backlog, target.costs
-    size = max(work.prompt_tokens + work.output_tokens, 1.0)
-    slots = max(1, min(target.max_num_seqs, int(target.capacity_tokens / size)))
-    total = backlog.num_sequences + work.num_sequences
-    step = backlog.decode_seconds(work, costs, slots)
-    steps_ahead = 0.0 if total <= slots else backlog.output_tokens / slots
-    load = 0.0
-    if work.adapter and work.adapter not in target.resident:
-        load = costs.load_seconds(work.num_bytes, on_host=work.adapter in target.on_host)
-    prefill = costs.prefill_seconds(backlog.prefill_tokens + max(work.prompt_tokens - target.cached_tokens, 0))
-    return load + prefill + (steps_ahead + work.output_tokens) * step
+class Estimates:
+    """Seconds until the last token of one request, by where it is sent. Cheap: it is asked of every replica."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._size = max(work.prompt_tokens + work.output_tokens, 1.0)
+        # With so many slots, the key of what has no request of its adapter.
+        self._slots = -1
+        self._key: tuple[object, ...] = ()
+        # Of the prompt on an idle replica with these costs, and of bringing the adapter to its device.
+        self._costs: StepCosts | None = None
+        self._prefill = self._from_host = self._from_disk = 0.0
+
+    def finish_seconds(self, target: Target) -> float:
+        """If it is sent there now."""
+        work, backlog, costs = self._work, target.backlog, target.costs
+        if costs is not self._costs:
+            self._use(costs)
+        slots, size = target.max_num_seqs, self._size
+        # Where all slots are sure to fit in, the division need not be made.
+        if target.capacity_tokens < CERTAINLY * slots * size:
+            slots = max(1, min(slots, int(target.capacity_tokens / size)))
+        # Most have no other request of its adapter.
+        step = None
+        if slots == self._slots and costs is backlog.costs and work.adapter not in backlog.adapters:
+            step = backlog.steps.get(self._key)
+        if step is None:
+            step = backlog.decode_seconds(work, costs, slots)
+            self._slots, self._key = slots, backlog.key(work, slots, None)
+        ahead = work.output_tokens
+        if backlog.num_sequences + work.num_sequences > slots:
+            if backlog.refresh is not None:
+                backlog.refresh()
+            ahead = backlog.output_tokens / slots + ahead
+        if work.adapter in target.resident or not work.adapter:
+            load = 0.0
+        else:
+            load = self._from_host if work.adapter in target.on_host else self._from_disk
+        prefill = self._prefill
+        if target.cached_tokens or backlog.prefill_tokens:
+            prompt = max(work.prompt_tokens - target.cached_tokens, 0)
+            prefill = costs.prefill_seconds(backlog.prefill_tokens + prompt)
+        return load + prefill + ahead * step
+
+    def _use(self, costs: StepCosts) -> None:
+        work = self._work
+        self._costs, self._prefill = costs, costs.prefill_seconds(work.prompt_tokens)
+        self._from_host = costs.load_seconds(work.num_bytes, on_host=True)
+        self._from_disk = costs.load_seconds(work.num_bytes, on_host=False)
 
 
 def choose(work: Work, targets: Sequence[Target]) -> int:
     """The replica with the earliest finish; among equals the one with fewer sequences, then the first.
 
     ``targets`` must not be empty."""
-    return min(targets, key=lambda t: (finish_seconds(work, t), t.backlog.num_sequences)).replica_id
+    finish_seconds = Estimates(work).finish_seconds
+    best, least = targets[0], math.inf
+    for target in targets:
+        seconds = finish_seconds(target)
+        is_equal = seconds == least and target.backlog.num_sequences < best.backlog.num_sequences
+        if seconds < least or is_equal:
+            best, least = target, seconds
+    return best.replica_id

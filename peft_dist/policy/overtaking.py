@@ -58,6 +58,8 @@ class OvertakingTracker:
         if not elapsed:
             return
         running, overtaken = self._steps[0]
+        if not overtaken and not self._seconds:
+            return
         for request_id in overtaken:
             self._seconds[request_id] = self.seconds(request_id) + elapsed
             self.longest_ever = max(self.longest_ever, self._seconds[request_id])
@@ -71,24 +73,31 @@ class OvertakingTracker:
     def urgent(self, runnable: Sequence[Candidate], next_step: float) -> list[Candidate]:
         """Those who must not be overtaken in a step of ``next_step`` seconds (switches included), oldest first."""
         limit = self.bound - next_step
+        if not self._urgent and not self._seconds and limit >= 0:
+            return []
         return [
             candidate
             for candidate in runnable
             if candidate.request_id in self._urgent or self.seconds(candidate.request_id) > limit
         ]
 
-    def ran(self, entitled: Sequence[Candidate], urgent: Iterable[Candidate], scheduled: Collection[str]) -> None:
+    def ran(self, entitled: Sequence[Candidate], urgent: Collection[Candidate], scheduled: Collection[str]) -> None:
         """The step in which ``scheduled`` ran was submitted, with ``urgent`` known to be so.
 
         Args:
             entitled: Those who can be overtaken, and those who ran, oldest first.
         """
-        self._urgent.update(candidate.request_id for candidate in urgent)
+        if urgent:
+            self._urgent.update([candidate.request_id for candidate in urgent])
         self._steps.append(_Step(frozenset(scheduled), self._overtaken(entitled, scheduled)))
 
     @staticmethod
     def _overtaken(entitled: Sequence[Candidate], scheduled: Collection[str]) -> set[str]:
+        if not entitled:
+            return set()
         ids = [candidate.request_id for candidate in entitled]
+        if all(map(scheduled.__contains__, ids)):
+            return set()
         while ids and ids[-1] not in scheduled:
             ids.pop()
         return {request_id for request_id in ids if request_id not in scheduled}
@@ -125,6 +134,8 @@ class OvertakingTracker:
             self._steps.append(_Step(last.running, set()))
 
     def forget(self, request_ids: Iterable[str]) -> None:
+        if not (self._seconds or self._urgent or any(step.overtaken for step in self._steps)):
+            return
         for request_id in request_ids:
             self._seconds.pop(request_id, None)
             self._urgent.discard(request_id)

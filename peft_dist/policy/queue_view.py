@@ -16,13 +16,40 @@ class QueueView:
         self.state = state
         self.cost = cost
         self.seats = min(state.max_num_seqs, max_num_seqs or state.max_num_seqs)
-        self._seconds: dict[tuple[int, str | None], tuple[Sequence[Candidate], float]] = {}
-        self.runnable = [c for c in state.candidates if c.num_new_tokens > 0 and c.is_resident]
-
-    @cached_property
-    def entitled(self) -> list[Candidate]:
+        self._features: dict[tuple[int, str | None], tuple[Sequence[Candidate], StepFeatures]] = {}
+        # Of the same batches, where predictions do not change.
+        self._seconds: dict[tuple[int, str | None], float] = {}
+        self._is_fixed = cost.fixed
+        self.runnable: list[Candidate] = []
+        self.groups: dict[str, list[Candidate]] = {}
+        """Runnable requests by adapter, oldest first; adapters by the age of their oldest request."""
+        runnable, groups = self.runnable, self.groups
+        for candidate in state.candidates:
+            if candidate.num_new_tokens > 0 and candidate.is_resident:
+                runnable.append(candidate)
+                group = groups.get(candidate.adapter)
+                if group is None:
+                    groups[candidate.adapter] = [candidate]
+                else:
+                    group.append(candidate)
+        is_whole = len(runnable) <= self.seats and len(groups) - (BASE in groups) <= state.max_loras
+        self.first_come = runnable if is_whole else self.fill(runnable)
+        """The batch of plain first come, first served."""
+        self.entitled = runnable if len(runnable) == len(state.candidates) else self._entitled()
         """Who could run if only its elders were there, oldest first: also those whose adapter is not on the device, if
         it is among the first that fit."""
+
+    def goes_on(self, state: QueueState) -> bool:
+        """Whether it is right for another state too, but for time and merged adapter; then it is of that one now."""
+        before = self.state
+        if state.candidates is not before.candidates or state.max_num_seqs != before.max_num_seqs:
+            return False
+        if state.max_loras != before.max_loras or state.max_num_batched_tokens != before.max_num_batched_tokens:
+            return False
+        self.state = state
+        return True
+
+    def _entitled(self) -> list[Candidate]:
         adapters, found = {BASE}, []
         for candidate in self.state.candidates:
             if not candidate.num_new_tokens:
@@ -34,22 +61,9 @@ class QueueView:
         return found
 
     @cached_property
-    def groups(self) -> dict[str, list[Candidate]]:
-        """Runnable requests by adapter, oldest first; adapters by the age of their oldest request."""
-        groups: dict[str, list[Candidate]] = {}
-        for candidate in self.runnable:
-            groups.setdefault(candidate.adapter, []).append(candidate)
-        return groups
-
-    @cached_property
     def age(self) -> dict[str, int]:
         """Position of each runnable request, the oldest at 0."""
         return {candidate.request_id: index for index, candidate in enumerate(self.runnable)}
-
-    @cached_property
-    def first_come(self) -> list[Candidate]:
-        """The batch of plain first come, first served."""
-        return self.fill(self.runnable)
 
     @cached_property
     def prefix(self) -> list[Candidate]:
@@ -119,29 +133,58 @@ class QueueView:
     def rank(self, adapter: str | None) -> int:
         return self.groups[adapter][0].rank if adapter in self.groups else 0
 
-    def features(self, batch: Iterable[Candidate], merged_adapter: str | None) -> StepFeatures:
+    def features(self, batch: Sequence[Candidate], merged_adapter: str | None) -> StepFeatures:
         """Of ``batch``, cut to the tokens of one step."""
+        key = id(batch), merged_adapter
+        known = self._features.get(key)
+        if known is None:
+            # With the batch itself, or another one might come to be where it was.
+            known = self._features[key] = batch, self._count(batch, merged_adapter)
+        return known[1]
+
+    def _count(self, batch: Sequence[Candidate], merged_adapter: str | None) -> StepFeatures:
+        tokens, num_decodes, num_prefill = self.state.max_num_batched_tokens, 0, 0
         rows = []
-        tokens = self.state.max_num_batched_tokens
+        num_lora = num_products = 0
+        ranks: dict[str, int] = {}
         for candidate in batch:
-            num_tokens = min(candidate.num_new_tokens, tokens)
-            if not num_tokens:
+            num_new = candidate.num_new_tokens
+            if num_new > tokens:
+                num_new = tokens
+            if not num_new:
                 break
-            tokens -= num_tokens
-            rows.append((candidate.adapter, num_tokens, candidate.rank))
-        return StepFeatures.of(rows, merged_adapter, self.rank(merged_adapter))
+            tokens -= num_new
+            adapter = candidate.adapter
+            if merged_adapter is not None:
+                rows.append((adapter, num_new, candidate.rank))
+                continue
+            # Written out, for what is asked in every step.
+            if num_new == 1:
+                num_decodes += 1
+            else:
+                num_prefill += num_new
+            if adapter:
+                rank = candidate.rank
+                num_lora += num_new
+                num_products += num_new * rank
+                ranks[adapter] = rank
+        if merged_adapter is not None:
+            return StepFeatures.of(rows, merged_adapter, self.rank(merged_adapter))
+        num_rows = sum(ranks.values())
+        return StepFeatures(False, num_decodes, num_prefill, num_lora, len(ranks), num_rows, num_products)
 
     def seconds(self, batch: Sequence[Candidate], merged_adapter: str | None) -> float:
         """Predicted seconds of a step."""
+        if not self._is_fixed:
+            return self.cost.step_seconds(self.features(batch, merged_adapter))
         key = id(batch), merged_adapter
         known = self._seconds.get(key)
         if known is None:
-            # With the batch itself, or another one might come to be where it was.
-            known = self._seconds[key] = batch, self.cost.step_seconds(self.features(batch, merged_adapter))
-        return known[1]
+            known = self._seconds[key] = self.cost.step_seconds(self.features(batch, merged_adapter))
+        return known
 
     def switch(self, current: str | None, target: str | None) -> float:
         """Predicted seconds of a switch; what is held already costs nothing."""
-        if target is not None and self.state.holds_merged(target):
+        if current == target or (target is not None and self.state.holds_merged(target)):
             return 0.0
         return self.cost.switch_seconds(current, target, self.rank(target))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+
+import msgspec
 
 from peft_dist.core.cost_model import CostModel
 from peft_dist.policy.batching import Candidate, Choice, QueueState
@@ -13,9 +14,10 @@ from peft_dist.policy.overtaking import OvertakingTracker
 from peft_dist.policy.queue_view import QueueView
 from peft_dist.policy.settings import PolicySettings
 
+_NOBODY: frozenset[str] = frozenset()
 
-@dataclass(frozen=True, slots=True)
-class Pending:
+
+class Pending(msgspec.Struct, frozen=True):
     """A choice that was not yet reported as run, and how it was answered."""
 
     view: QueueView
@@ -32,9 +34,12 @@ class TrackedPolicy(ABC):
         self.settings = settings
         self.overtaking = OvertakingTracker(settings.max_adapter_wait, settings.steps_in_flight)
         self._pending: Pending | None = None
+        self._view: QueueView | None = None
 
     def choose(self, state: QueueState) -> Choice:
-        view = QueueView(state, self.cost, self.settings.max_num_seqs)
+        view = self._view
+        if view is None or not view.goes_on(state):
+            view = self._view = QueueView(state, self.cost, self.settings.max_num_seqs)
         self.overtaking.advance(state.now)
         urgent: list[Candidate] = []
         if view.runnable:
@@ -44,7 +49,9 @@ class TrackedPolicy(ABC):
                 choice = self._rescue(view, urgent)
         else:
             choice = Choice(state.merged_adapter, [], "idle")
-        answer = replace(choice, urgent=frozenset(c.request_id for c in urgent))
+        mode, candidates = choice.merged_adapter, choice.candidates
+        ids = frozenset(c.request_id for c in urgent) if urgent else _NOBODY
+        answer = Choice(mode, candidates, choice.reason, ids, view.features(candidates, mode) if candidates else None)
         self._pending = Pending(view, urgent, choice, answer)
         return answer
 
@@ -55,7 +62,7 @@ class TrackedPolicy(ABC):
         ids = frozenset(scheduled)
         self.overtaking.ran(pending.view.entitled, pending.urgent, ids)
         if ids:
-            self._account(pending, ids)
+            self._account(pending, ids, 1)
 
     def stable_steps(self, seconds: float) -> float:
         pending = self._pending
@@ -63,19 +70,25 @@ class TrackedPolicy(ABC):
         if pending is None or not self.cost.fixed or pending.urgent:
             return 0.0
         view, choice = pending.view, pending.choice
-        scheduled = {candidate.request_id for candidate in choice.candidates}
-        bound = self.overtaking.stable_steps(view.entitled, scheduled, self._seconds(view, choice), seconds)
+        entitled, scheduled = view.entitled, _NOBODY
+        if choice.candidates is entitled:
+            entitled = []
+        else:
+            scheduled = frozenset(candidate.request_id for candidate in choice.candidates)
+        bound = self.overtaking.stable_steps(entitled, scheduled, self._seconds(view, choice), seconds)
         return min(bound, self._stable_steps(pending)) if bound > 0 else 0.0
 
     def repeat(self, scheduled: Collection[str], starts: Sequence[float]) -> None:
         pending, self._pending = self._pending, None
         assert pending is not None and scheduled, "choose() comes first, and somebody ran"
-        ids = frozenset(scheduled)
-        self.overtaking.ran(pending.view.entitled, pending.urgent, ids)
-        self._account(pending, ids)
-        if len(starts) > 1:
+        ids, count = frozenset(scheduled), len(starts)
+        view, choice = pending.view, pending.choice
+        # Where all ran who could, nobody was overtaken.
+        self.overtaking.ran(view.entitled if choice.candidates is not view.entitled else (), pending.urgent, ids)
+        self._account(pending, ids, count)
+        if count > 1:
             self.overtaking.again(starts[1:])
-            self._account_again(pending, ids, len(starts) - 1)
+            self._account_again(pending, count - 1)
 
     def forget(self, request_ids: Iterable[str]) -> None:
         self.overtaking.forget(request_ids)
@@ -98,14 +111,15 @@ class TrackedPolicy(ABC):
         """A choice in which none of ``urgent`` is overtaken."""
         return Choice(None, view.fill([*urgent, *view.runnable], must=urgent), "urgent")
 
-    def _account(self, pending: Pending, scheduled: frozenset[str]) -> None:  # noqa: B027 (most have no books)
-        """Book a step that was submitted; ``scheduled`` is not empty."""
+    def _account(self, pending: Pending, scheduled: frozenset[str], count: int) -> None:  # noqa: B027 (most have no books)
+        """Book a step that was submitted; ``scheduled`` is not empty. Of ``count`` equal ones ``_account_again`` books
+        the others, but for who was in them."""
 
     def _stable_steps(self, pending: Pending) -> float:
         """As ``stable_steps``, as far as ``_usual`` is concerned; here it depends on the queue alone."""
         return math.inf
 
-    def _account_again(self, pending: Pending, scheduled: frozenset[str], count: int) -> None:  # noqa: B027
+    def _account_again(self, pending: Pending, count: int) -> None:  # noqa: B027
         """The same as so many more calls of ``choose`` and ``_account``, within what is stable."""
 
     def _seconds(self, view: QueueView, choice: Choice) -> float:

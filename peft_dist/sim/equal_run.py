@@ -1,17 +1,16 @@
-"""Equal decode steps of one simulated replica, under way as one event."""
+"""Plain steps of one simulated replica, under way as one event."""
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
-
-import msgspec
+from itertools import accumulate, repeat
 
 from peft_dist.core.messages import ReplicaStats, SequenceProgress
+from peft_dist.core.request import RequestStatus
 from peft_dist.engine.advance import Advance, Stretch
 from peft_dist.engine.engine import Engine
-from peft_dist.engine.reports import stats_of
 from peft_dist.sim.executor import TOKEN, SimExecutor
 from peft_dist.sim.unread import EqualReports
 
@@ -31,12 +30,13 @@ class EqualRun:
         self._host = host_seconds
         self._least = least_seconds
         self.advance = Advance(engine, TOKEN)
+        # Sequences that were reported by themselves, and have not ended.
         self._told: set[str] = set()
         self._stretch: Stretch | None = None
+        self._new: set[str] = set()
         self._starts: list[float] = []
         self._ends: list[float] = []
-        self._free: list[float] = []
-        self._times: list[float] = []
+        self._reports = EqualReports((), [], None, 0)
         self._tells = False
         self.number = 0
         self.num_steps = 0
@@ -49,6 +49,11 @@ class EqualRun:
     def ends_at(self) -> float:
         return self._ends[-1]
 
+    @property
+    def starts(self) -> list[float]:
+        """When the steps of the last one began."""
+        return self._starts
+
     def told(self, progress: Iterable[SequenceProgress]) -> None:
         """These were reported by themselves."""
         for one in progress:
@@ -57,24 +62,51 @@ class EqualRun:
             elif one.token_ids:
                 self._told.add(one.request_id)
 
-    def begin(self, now: float, until: float, num_taken: int) -> EqualReports | None:
+    def parted(self, progress: Iterable[SequenceProgress]) -> tuple[list[str], list[SequenceProgress]]:
+        """Who has nothing but one more token, and was reported before; and what is to be told of all others."""
+        plain, rest = [], []
+        for one in progress:
+            if self._is_plain(one):
+                plain.append(one.request_id)
+            else:
+                rest.append(one)
+        return plain, rest
+
+    def has_news(self, progress: Iterable[SequenceProgress]) -> bool:
+        """Whether somebody has more than one more token."""
+        return not all(map(self._is_plain, progress))
+
+    def _is_plain(self, one: SequenceProgress) -> bool:
+        if one.finish_reason is not None or one.request_id not in self._told:
+            return False
+        return len(one.token_ids) == 1 and one.logprobs is None and one.prompt_logprobs is None
+
+    def begin(self, now: float, until: float, num_taken: int, told_version: int) -> EqualReports | None:
         """Reports to come of steps that begin now and later; None where a step is to be taken by itself.
 
-        The last one may have to be told of by itself: if a request ends in it, if it begins at ``until`` or later, or
-        for requests that have told of nothing yet. ``num_taken``: As of ``Progress``.
+        The last one may have to be told of by itself: if a request begins or ends in it, if it begins at ``until`` or
+        later, if adapters have moved since ``told_version`` of them, or for requests that have told of nothing yet.
+        ``num_taken``: As of ``Progress``.
         """
         stretch = self.advance.plan(now, self._executor.step_seconds) if until > -math.inf else None
         if stretch is None:
             return None
-        ids = [request.request_id for request in stretch.requests]
-        are_new = not self._told.issuperset(ids)
         self._stretch = stretch
-        self._set_times(now, until, 1 if are_new else stretch.most, stretch.seconds)
+        ids = [request.request_id for request in stretch.order]
+        self._new.clear()
+        if stretch.begin:
+            begin = {request.request_id for request in stretch.begin}
+            ids = [request_id for request_id in ids if request_id not in begin]
+        if not self._told.issuperset(ids):
+            self._new.update(request_id for request_id in ids if request_id not in self._told)
+            ids = [request_id for request_id in ids if request_id in self._told]
+        is_news = bool(stretch.begin or self._new or stretch.failed or self._engine.residency_version != told_version)
+        self._set_times(now, until, 1 if is_news else stretch.most, stretch.seconds)
         count = len(self._starts)
-        self._tells = are_new or count == stretch.until_end or self._starts[-1] >= until
-        self._times = self._ends[: count - self._tells]
+        self._tells = is_news or count == stretch.until_end or self._starts[-1] >= until
+        self._reports = EqualReports(ids, self._ends[: count - self._tells], self._stats_after(stretch), num_taken)
         self.number += 1
-        return EqualReports(ids, self._times, self._stats_after(stretch), num_taken)
+        return self._reports
 
     def cut(self, now: float) -> bool:
         """Take back the steps that have not begun by now; whether there are any. One that begins now has not, but for
@@ -82,43 +114,72 @@ class EqualRun:
         begun = max(bisect_left(self._starts, now), 1)
         if begun == len(self._starts):
             return False
-        del self._starts[begun:], self._ends[begun:], self._times[begun:]
+        del self._starts[begun:], self._ends[begun:], self._reports.times[begun:]
         self._tells = False
         self.number += 1
         return True
 
-    def end(self) -> list[SequenceProgress]:
-        """The last step ends now. Returns what is to be told of it by itself."""
+    def end(self) -> tuple[list[SequenceProgress], EqualReports] | None:
+        """The last step ends now. Returns what is to be told of it by itself, and the report of all others; None where
+        nothing is."""
         stretch, self._stretch = self._stretch, None
         assert stretch is not None, "it was begun"
-        self.num_steps += len(self._starts)
-        progress = self.advance.carry_out(stretch, self._starts, tell=self._tells)
-        self._executor.stepped(self._free[len(self._starts) - 1], len(self._starts), stretch.seconds)
-        return progress
-
-    @property
-    def last_start(self) -> float:
-        return self._starts[-1]
+        starts, reports = self._starts, self._reports
+        self.num_steps += len(starts)
+        progress = self.advance.carry_out(stretch, starts, tell=self._tells, new=self._new)
+        self._executor.stepped(self._free_at(stretch.seconds), len(starts), stretch.seconds)
+        if not self._tells:
+            return None
+        ids = reports.sequence_ids
+        if progress:
+            told = {one.request_id for one in progress}
+            ids = [request_id for request_id in ids if request_id not in told]
+            self.told(progress)
+        return progress, EqualReports(ids, [self._ends[-1]], None, reports.num_taken)
 
     def _stats_after(self, stretch: Stretch) -> Callable[[int], ReplicaStats]:
-        stats, advance = stats_of(self._engine.scheduler, stretch.requests), self.advance
+        scheduler, size = self._engine.scheduler, self._engine.scheduler.blocks.block_size
+        running, computed = len(stretch.order), [request.num_computed_tokens for request in stretch.order]
+        resident, held, free = scheduler.adapters.resident, len(scheduler.queue), stretch.num_free
+        swapped = 0
+        if scheduler.blocks.num_swapped:
+            swapped = sum(request.status is RequestStatus.SWAPPED for request in scheduler.queue.values())
+        counts = scheduler.num_preemptions, scheduler.prefix_queries, scheduler.prefix_hits
 
         def stats_after(count: int) -> ReplicaStats:
-            free = stretch.num_free - advance.num_taken(stretch.computed, count)
-            return msgspec.structs.replace(stats, num_free_blocks=free)
+            taken = sum((before + count - 1) // size - (before - 1) // size for before in computed)
+            return ReplicaStats(
+                num_running=running,
+                num_waiting=held - swapped - running,
+                num_swapped=swapped,
+                num_free_blocks=free - taken,
+                num_blocks=scheduler.blocks.num_blocks,
+                num_preemptions=counts[0],
+                prefix_cache_queries=counts[1],
+                prefix_cache_hits=counts[2],
+                resident_adapters=resident,
+            )
 
         return stats_after
 
     def _set_times(self, now: float, until: float, most: int, seconds: float) -> None:
-        """When the steps begin, when the device has done them, and when their rounds end."""
-        self._starts, self._free, self._ends = starts, frees, ends = [], [], []
-        free = self._executor.free_at
-        for _ in range(most):
-            starts.append(now)
-            free = max(free, now) + seconds
-            frees.append(free)
-            end = max(free + self._host, now + self._least)
-            ends.append(end)
-            if now >= until:
-                break
-            now = end
+        """When the steps begin, and when their rounds end."""
+        end = max(max(self._executor.free_at, now) + seconds + self._host, now + self._least)
+        self._starts, self._ends = starts, ends = [now], [end]
+        if most == 1 or now >= until:
+            return
+        if self._host or seconds < 2 * self._least:
+            while len(starts) < most and starts[-1] < until:
+                starts.append(end)
+                end = max(end + seconds + self._host, end + self._least)
+                ends.append(end)
+            return
+        self._ends = ends = list(accumulate(repeat(seconds, most - 1), initial=end))
+        starts += ends[:-1]
+        count = bisect_left(starts, until) + 1
+        del starts[count:], ends[count:]
+
+    def _free_at(self, seconds: float) -> float:
+        """When the device has done the last step."""
+        began = self._starts[-1]
+        return (max(self._executor.free_at, began) if len(self._starts) == 1 else began) + seconds

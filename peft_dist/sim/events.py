@@ -30,21 +30,30 @@ class EventQueue:
         self.lane = OUTSIDE
         self._heap: list[tuple[float, int, int, Action]] = []
         self.num_run = 0
+        self._is_over = False
         self._order = itertools.count()
 
     def at(self, time: float, action: Action, lane: int = OUTSIDE) -> None:
         """Have an action run at a time; one that has passed is now."""
-        heapq.heappush(self._heap, (max(time, self.now), lane, next(self._order), action))
+        now = self.now
+        heapq.heappush(self._heap, (time if time > now else now, lane, next(self._order), action))
 
     @property
     def next_time(self) -> float:
         """When the next action runs; infinity for never."""
         return self._heap[0][0] if self._heap else math.inf
 
-    def run(self, is_over: Callable[[], bool]) -> None:
-        """Run actions until there are none, or it is over."""
-        heap = self._heap
-        while heap and not is_over():
-            self.now, self.lane, _, action = heapq.heappop(heap)
+    def run(self, is_over: Callable[[], bool] | None = None) -> None:
+        """Run actions until there are none, one has called ``stop``, or it is over, which is asked before each."""
+        heap, pop = self._heap, heapq.heappop
+        self._is_over = False
+        while heap and not self._is_over:
+            if is_over is not None and is_over():
+                return
+            self.now, self.lane, _, action = pop(heap)
             self.num_run += 1
             action()
+
+    def stop(self) -> None:
+        """Let no further action run."""
+        self._is_over = True

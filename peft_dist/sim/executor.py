@@ -69,9 +69,9 @@ class SimExecutor:
         """What all steps took, without switches and swaps."""
 
     @property
-    def is_quiet(self) -> bool:
-        """Whether no load or copy is under way."""
-        return not (self._loading or self._copies)
+    def is_copying(self) -> bool:
+        """Whether KV is on its way."""
+        return bool(self._copies)
 
     def next_end(self) -> float | None:
         """When the next load or copy ends; None: none is under way."""
@@ -201,6 +201,8 @@ class SimExecutor:
             tokens = len(sequence.token_ids)
             rows.append(("", tokens, 0) if spec is None else (spec.content_hash, tokens, spec.num_rank_rows))
         merged = batch.merged_adapter
+        if merged is None:
+            return StepFeatures.of(rows)
         present = any(adapter == merged for adapter, _, _ in rows)
         rank = self._merged.num_rank_rows if merged is not None and present and self._merged is not None else 0
         return StepFeatures.of(rows, merged, rank)

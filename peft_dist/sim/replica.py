@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
+
+import msgspec
 
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.config import EngineConfig, ModelInfo
 from peft_dist.core.cost_model import CostModel
-from peft_dist.core.messages import AdapterResult, AnyCommand, AnyReport, LoadAdapter, Progress, Ready, UnloadAdapter
+from peft_dist.core.messages import (
+    AdapterResult,
+    AnyCommand,
+    AnyReport,
+    LoadAdapter,
+    Progress,
+    Ready,
+    ReplicaStats,
+    SequenceProgress,
+    UnloadAdapter,
+)
 from peft_dist.engine.assembly import assemble
 from peft_dist.engine.driver import EngineDriver
 from peft_dist.engine.handovers import Handovers
@@ -88,18 +100,27 @@ class SimReplica:
         find_adapter: Callable[[LoadAdapter], AdapterSpec],
         lane: int = 0,
         equal: Callable[[EqualReports], None] | None = None,
+        *,
+        advance: bool = True,
     ) -> None:
         """
         Args:
             report: Told at the end of each round.
             find_adapter: What is at the path of a load.
             lane: Of its events.
-            equal: Told of reports to come of equal steps; None: every step is taken by itself.
+            equal: Told of reports, also of those to come, that say nothing new; None: all are ``report``'s.
+            advance: Take steps by the short way, many at once where they are equal.
         """
         self._queue = queue
         self._lane = lane
         self._report = report
         self._equal = equal
+        self._advance = advance and equal is not None
+        # Who is told of at the end of the round with nothing but one more token.
+        self._plain: list[str] = []
+        self._plain_stats: ReplicaStats | None = None
+        # Of which its stats were told last.
+        self._told_version = 0
         self._find = find_adapter
         self._host_seconds = hardware.host_seconds
         self._commands: list[AnyCommand] = []
@@ -116,7 +137,10 @@ class SimReplica:
             held=hardware.held,
         )
         self.engine = assemble(hardware.config, info, self.executor, hardware.prior(), page_rows=1, num_rows=None)
-        self._driver = EngineDriver(self.engine, Handovers(self.engine), self._reports.append, self._clock)
+        # What is still learnt of costs is told when it is due.
+        may_detail = self._is_news if self.engine.cost.fixed else None
+        handovers = Handovers(self.engine)
+        self._driver = EngineDriver(self.engine, handovers, self._reports.append, self._clock, may_detail)
         self.run = EqualRun(self.engine, self.executor, self._host_seconds, _IDLE_ROUND)
         self._reports.append(Ready(model=info, pid=0))
         self._wake()
@@ -150,42 +174,70 @@ class SimReplica:
         commands, self._commands = self._commands, []
         for command in commands:
             self._handle(command)
-        if self._equal is not None and not self._reports and self.executor.is_quiet:
-            reports = self.run.begin(began, self._driver.plain_until, self._driver.num_taken)
+        if self._advance and not self._reports and not self.executor.is_copying:
+            reports = self.run.begin(began, self._driver.plain_until, self._driver.num_taken, self._told_version)
             if reports is not None:
-                self._equal(reports)
+                self._say(reports)
                 self._await_run()
                 return
         self.executor.collected_at = began
         self._driver.step(report=bool(commands))
         # With a step in flight, scheduling the next one takes no time of the device's.
         host = 0.0 if self.engine.depth else self._host_seconds
-        self._told(self._reports)
+        self._sort()
         self._at(max(self.executor.collected_at + host, began + _IDLE_ROUND), self._end_round)
 
-    def _told(self, reports: Iterable[AnyReport]) -> None:
-        """Note whose tokens were reported."""
-        for report in reports:
-            if isinstance(report, Progress):
+    def _is_news(self, progress: list[SequenceProgress]) -> bool:
+        """Whether a report of this is no plain one."""
+        return not progress or self.engine.residency_version != self._told_version or self.run.has_news(progress)
+
+    def _say(self, reports: EqualReports) -> None:
+        if self._equal is not None and reports.sequence_ids and reports.times:
+            self._equal(reports)
+
+    def _sort(self) -> None:
+        """Part what is new in the reports of this round from what is one more token of the same sequences."""
+        self._plain = []
+        for index, report in enumerate(self._reports):
+            if not isinstance(report, Progress):
+                continue
+            if self._equal is None:
                 self.run.told(report.sequences)
+                continue
+            assert not self._plain, "a round has one step"
+            self._plain, rest = self.run.parted(report.sequences)
+            self.run.told(rest)
+            self._reports[index] = msgspec.structs.replace(report, sequences=rest)
+            is_news = rest or report.detail is not None or self.engine.residency_version != self._told_version
+            self._told_version = self.engine.residency_version
+            if self._plain and not is_news:
+                self._plain_stats = report.stats
+                del self._reports[index]
+                break
+            self._plain_stats = None
 
     def _await_run(self) -> None:
         self._at(self.run.ends_at, partial(self._end_run, self.run.number))
 
     def _end_run(self, number: int) -> None:
         if number == self.run.number:
-            progress = self.run.end()
-            self._now = self.run.last_start
-            if progress:
-                self._driver.tell(progress)
-                self.run.told(progress)
+            told = self.run.end()
+            self._now = self.run.starts[-1]
+            if told is None:
+                self._driver.stepped(self.run.starts)
             else:
-                self._driver.stepped()
+                self._driver.tell(told[0], self.run.starts)
+                self._told_version = self.engine.residency_version
+                self._say(told[1])
             self._end_round()
 
     def _end_round(self) -> None:
-        reports, self._reports[:] = self._reports[:], []
-        if reports:
+        if self._plain:
+            plain, self._plain, stats = self._plain, [], self._plain_stats
+            after = None if stats is None else lambda count, stats=stats: stats
+            self._say(EqualReports(plain, [self._queue.now], after, self._driver.num_taken))
+        if self._reports:
+            reports, self._reports[:] = self._reports[:], []
             self._report(reports)
         self._is_running = False
         if self._commands or not self._driver.is_idle:

@@ -13,9 +13,15 @@ from peft_dist.core.messages import AddRequest, AnyReport, LoadAdapter, Progress
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.orchestrator.client import NewRequest
 from peft_dist.orchestrator.core import Orchestrator, OrchestratorOptions
-from peft_dist.orchestrator.equal_steps import EqualSteps
 from peft_dist.orchestrator.migration import FAILED
-from peft_dist.orchestrator.records import Outgoing, PlacementDue, PlanDue, Replica, RequestFailed, SequenceEvent
+from peft_dist.orchestrator.records import (
+    Outgoing,
+    PlacementDue,
+    PlanDue,
+    RequestFailed,
+    RequestRecord,
+    SequenceEvent,
+)
 from peft_dist.placement.placer import Search
 from peft_dist.placement.planning import greedy_plan
 from peft_dist.placement.types import ClusterView, MigrationPlan, PlanError
@@ -90,13 +96,19 @@ class Simulator:
         core: The orchestrator.
     """
 
-    def __init__(self, cluster: SimCluster, *, advance: bool = True) -> None:
-        """``advance``: Take many equal decode steps at once; the answer is the same."""
+    def __init__(self, cluster: SimCluster, *, advance: bool = True, by_messages: bool = False) -> None:
+        """
+        Args:
+            advance: Take many equal decode steps at once; the answer is the same.
+            by_messages: Whatever replicas report comes as a message, for who notes those; nothing is taken at once.
+        """
         self._cluster = cluster
         self._advance = advance
+        self._by_messages = by_messages
         self._unread: list[Unread] = []
         self._queue = EventQueue()
         self.core = Orchestrator(cluster.options)
+        self.core.room.refresh = self._read_all
         self.replicas: list[SimReplica] = []
         self._outcomes: dict[str, Outcome] = {}
         self._left = 0
@@ -117,10 +129,13 @@ class Simulator:
         """Offer requests at their times, whatever becomes of the others; ends with the last of them."""
         self._set_up()
         self._start = self._queue.now
+        for unread in self._unread:
+            unread.origin = self._start
         found = [self._outcome(arrival) for arrival in arrivals]
         self._left = len(found)
         self._offer(iter(sorted(enumerate(found), key=lambda one: one[1].arrival.time)))
-        self._queue.run(lambda: not self._left)
+        if found:
+            self._queue.run()
         return found
 
     def _outcome(self, arrival: Arrival) -> Outcome:
@@ -143,13 +158,15 @@ class Simulator:
         for replica_id, hardware in enumerate(self._cluster.hardware):
             replica = self.core.add_replica(replica_id, self._queue.now)
 
-            def opened(ids: list[str], num_taken: int, replica: Replica = replica) -> EqualSteps:
-                return self.core.equal_steps(replica, ids, TOKEN, num_taken)
-
-            unread = Unread(replica_id, self._cluster.message_seconds, opened, partial(self._note_equal, replica_id))
+            drew, refresh = partial(self._note_equal, replica_id), partial(self._read, replica_id)
+            steps = self.core.equal_steps(replica, TOKEN, drew, refresh)
+            unread = Unread(replica_id, self._cluster.message_seconds, steps)
             self._unread.append(unread)
-            told, equal = self._reporter(replica_id, replica.epoch), unread.add if self._advance else None
-            self.replicas.append(SimReplica(hardware, self._queue, told, self._spec, replica_id, equal))
+            told = self._reporter(replica_id, replica.epoch)
+            equal = None if self._by_messages else unread.add
+            self.replicas.append(
+                SimReplica(hardware, self._queue, told, self._spec, replica_id, equal, advance=self._advance)
+            )
         self._queue.run(lambda: len(self.core.replicas.ready()) == len(self.replicas))
         for name in self._cluster.adapters:
             self._act(self.core.load_adapter(name, name)[1])
@@ -162,7 +179,13 @@ class Simulator:
         def arrive(reports: list[AnyReport]) -> None:
             for report in reports:
                 is_usual = isinstance(report, Progress | Started)
-                self._settle(replica_id if is_usual else None)
+                if isinstance(report, Progress):
+                    ids = [one.request_id for one in report.sequences]
+                    self._unread[replica_id].part(ids, self._queue.now, self._queue.lane)
+                elif is_usual:
+                    self._read(replica_id)
+                else:
+                    self._settle()
                 commands = self.core.observe(replica_id, epoch, report, self._queue.now)
                 if commands or not is_usual:
                     self._act(commands, replica_id)
@@ -174,36 +197,34 @@ class Simulator:
 
         return send
 
-    def _read(self) -> None:
-        """Take in what replicas have said of equal steps, as far as admission needs it."""
-        now, lane = self._queue.now, self._queue.lane
+    def _read(self, replica_id: int) -> None:
+        """Take in what a replica has said of equal steps, as far as admission needs it."""
+        self._unread[replica_id].read(self._queue.now, self._queue.lane)
+
+    def _read_all(self) -> None:
         for unread in self._unread:
-            if unread.next_time <= now:
-                unread.read(now, lane)
+            unread.read(self._queue.now, self._queue.lane)
 
     def _look(self) -> None:
         """The same, for who looks at replicas."""
         for unread in self._unread:
             unread.look(self._queue.now, self._queue.lane)
 
-    def _settle(self, replica_id: int | None = None) -> None:
-        """The same, for who looks at requests of a replica, or of all."""
-        for unread in self._unread if replica_id is None else (self._unread[replica_id],):
+    def _settle(self) -> None:
+        """The same, for who looks at requests."""
+        for unread in self._unread:
             unread.settle(self._queue.now, self._queue.lane)
 
-    def _note_equal(self, replica_id: int, request_ids: Iterable[str], times: Sequence[float]) -> None:
-        times = [time - self._start for time in times]
-        for request_id in request_ids:
-            outcome = self._outcomes[request_id]
-            outcome.last, outcome.replica = times[-1], replica_id
-            outcome.tokens += len(times)
-            if outcome.times is not None:
-                outcome.times.extend(times)
+    def _note_equal(self, replica_id: int, record: RequestRecord, times: array[float]) -> None:
+        outcome = self._outcomes[record.request_id]
+        outcome.last, outcome.replica = times[-1], replica_id
+        outcome.tokens += len(times)
+        if outcome.times is not None:
+            outcome.times.extend(times)
 
     def _submit(self, request_id: str, arrival: Arrival) -> None:
         params = _params(arrival.output_tokens)
         new = NewRequest(request_id, [0] * arrival.prompt_tokens, params, arrival.adapter)
-        self._read()
         self._act(self.core.submit(new, self._queue.now))
 
     def _act(self, commands: Iterable[Outgoing], reporter: int | None = None) -> None:
@@ -285,7 +306,7 @@ class Simulator:
             outcome.tokens += len(progress.token_ids)
         if progress.finish_reason is not None:
             outcome.error, outcome.ended = progress.error, now
-            self._left -= 1
+            self._end_one()
             self._tell_table(outcome)
 
     def _tell_table(self, outcome: Outcome) -> None:
@@ -299,7 +320,12 @@ class Simulator:
     def _fail(self, request_id: str, error: str) -> None:
         outcome = self._outcomes[request_id]
         outcome.error, outcome.ended = error, self.seconds
+        self._end_one()
+
+    def _end_one(self) -> None:
         self._left -= 1
+        if not self._left:
+            self._queue.stop()
 
 
 @lru_cache(maxsize=4096)

@@ -1,12 +1,12 @@
-"""What replicas have said of equal decode steps, until somebody asks."""
+"""What replicas have said of plain decode steps, until somebody asks."""
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from peft_dist.core.messages import ReplicaStats
 from peft_dist.orchestrator.equal_steps import EqualSteps
@@ -14,94 +14,90 @@ from peft_dist.orchestrator.equal_steps import EqualSteps
 StatsAfter = Callable[[int], ReplicaStats]
 
 
-@dataclass(slots=True)
-class EqualReports:
-    """
+class EqualReports(msgspec.Struct):
+    """Reports that have nothing but one more token of each of the same sequences.
+
     Attributes:
-        sequence_ids: Of which each report has one token, in its order.
-        times: When each was sent; those to come may be taken back, and more may be added.
-        stats_after: What the report with this index, from 1 on, says of the replica.
+        sequence_ids: All of these have been reported by themselves before.
+        times: When each was sent; those to come may be taken back.
+        stats_after: What the report with this index, from 1 on, says of the replica; None: another report of the same
+            time does.
         num_taken: Requests that the replica has taken in, as each says.
     """
 
-    sequence_ids: list[str]
+    sequence_ids: Sequence[str]
     times: list[float]
-    stats_after: StatsAfter
+    stats_after: StatsAfter | None
     num_taken: int
     num_read: int = 0
-    num_told: int = 0
-    steps: EqualSteps | None = None
 
 
 class Unread:
-    """Of one replica, in their order."""
+    """Of one replica, in their order.
 
-    def __init__(
-        self,
-        lane: int,
-        delay: float,
-        open_steps: Callable[[list[str], int], EqualSteps],
-        drew: Callable[[Sequence[str], Sequence[float]], None],
-    ) -> None:
-        """``delay``: Seconds that a report is under way. ``drew``: Hears of requests and of the times at which it
-        was reported that each of them drew a token."""
+    Attributes:
+        origin: Seconds that are 0 for who hears of tokens.
+    """
+
+    def __init__(self, lane: int, delay: float, steps: EqualSteps) -> None:
+        """``delay``: Seconds that a report is under way. ``steps``: What they are taken in by."""
         self._lane = lane
         self._delay = delay
-        self._open = open_steps
-        self._drew = drew
+        self._steps = steps
+        self.origin = 0.0
         self._reports: deque[EqualReports] = deque()
-        self.next_time = math.inf
-        """When the next one arrives."""
+        # The last one of which something was read, and whether the replica's stats are older.
+        self._last: EqualReports | None = None
+        self._is_late = False
 
     def add(self, reports: EqualReports) -> None:
+        """Some are under way."""
         self._reports.append(reports)
-        if self.next_time == math.inf and reports.times:
-            self.next_time = reports.times[0] + self._delay
 
     def read(self, now: float, lane: int) -> None:
-        """Take in what has arrived before whatever happens now in a lane. Records are not right before ``settle``."""
-        pick = bisect_right if self._lane < lane else bisect_left
-        reports = self._reports
+        """Take in what has arrived before whatever happens now in a lane, or with it in its own one.
+
+        Afterwards the backlog is right, not the records.
+        """
+        reports, delay, origin = self._reports, self._delay, self.origin
+        pick = bisect_right if self._lane <= lane else bisect_left
         while reports:
             one = reports[0]
             times, before = one.times, one.num_read
-            read = pick(times, now, before, key=self._arrival)
-            if read > before:
-                if one.steps is None:
-                    one.steps = self._open(one.sequence_ids, one.num_taken)
-                one.steps.take_in(read - before)
-                one.num_read = read
-            if read < len(times):
-                self.next_time = times[read] + self._delay
+            if times and times[-1] + delay < now:
+                after = len(times)
+            else:
+                after = pick(times, now, before, key=delay.__add__)
+            if after > before:
+                steps = self._steps
+                steps.set_members(one.sequence_ids)
+                arrived = [time + delay for time in times[before:after]]
+                steps.take_in([time - origin for time in arrived], arrived[-1], one.num_taken)
+                one.num_read, self._last, self._is_late = after, one, True
+            if after < len(times):
                 return
-            self._settle(one)
             reports.popleft()
-        self.next_time = math.inf
 
-    def settle(self, now: float, lane: int) -> None:
-        """The same, with all records. Whoever owns a sequence may change after this."""
-        if not self._reports:
-            return
+    def part(self, sequence_ids: Sequence[str], now: float, lane: int) -> None:
+        """As ``read``; the records of these sequences are right afterwards, for a report that has more of them."""
         self.read(now, lane)
-        if self._reports:
-            self._settle(self._reports[0])
-            self._reports[0].steps = None
+        self._is_late = False
+        if sequence_ids:
+            self._steps.leave(sequence_ids)
 
     def look(self, now: float, lane: int) -> None:
         """As ``read``, with what the replica said of itself."""
         self.read(now, lane)
-        if self._reports and (one := self._reports[0]).steps is not None:
-            one.steps.settle(one.stats_after(one.num_read), one.times[one.num_read - 1] + self._delay)
+        self._steps.settle(self._stats(), whole=False)
 
-    def _arrival(self, time: float) -> float:
-        return time + self._delay
+    def settle(self, now: float, lane: int) -> None:
+        """The same, with all records. Whoever owns a sequence may change after this."""
+        self.read(now, lane)
+        self._steps.settle(self._stats())
 
-    def _settle(self, one: EqualReports) -> None:
-        if one.steps is None:
-            return
-        last = one.times[one.num_read - 1] + self._delay
-        one.steps.settle(one.stats_after(one.num_read), last)
-        if one.num_read > one.num_told:
-            told = [time + self._delay for time in one.times[one.num_told : one.num_read]]
-            self._drew(one.steps.request_ids, told)
-        one.num_told = one.num_read
+    def _stats(self) -> ReplicaStats | None:
+        one, is_late = self._last, self._is_late
+        self._is_late = False
+        if not is_late or one is None or one.stats_after is None:
+            return None
+        return one.stats_after(one.num_read)

@@ -108,6 +108,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "real_seconds": real,
         "cpu_seconds": used,
         "virtual_over_real": virtual / real,
+        "virtual_over_cpu": virtual / used,
         "steps": steps,
         "microseconds_per_step": 1e6 * real / steps,
         "merged_steps": sum(replica.engine.num_merged_steps for replica in simulator.replicas),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import replace
 
+import msgspec
 import pytest
 
 from peft_dist.core.cost_model import CostModel, CostPrior
@@ -26,8 +26,8 @@ def credit(settings: PolicySettings | None = None, cost: CostModel = PAPER) -> C
 
 
 def ranked(state: QueueState, **ranks: int) -> QueueState:
-    candidates = [dataclasses.replace(c, rank=ranks[c.adapter]) for c in state.candidates]
-    return dataclasses.replace(state, candidates=candidates)
+    candidates = [msgspec.structs.replace(c, rank=ranks[c.adapter]) for c in state.candidates]
+    return msgspec.structs.replace(state, candidates=candidates)
 
 
 # Merged on a, which stays, though b has more requests.
@@ -168,7 +168,7 @@ class TestPrices:
 
     def test_entering_a_period_of_the_base_costs_the_unmerge_if_any(self) -> None:
         # 12 ms a step are saved.
-        merged = dataclasses.replace(BASE_QUEUE, merged_adapter="a")
+        merged = msgspec.structs.replace(BASE_QUEUE, merged_adapter="a")
         assert step(credit(PolicySettings(expected_steps=1.0)), BASE_QUEUE).reason == "enter"
         assert step(credit(PolicySettings(expected_steps=1.0)), merged).reason == "first come"
         assert step(credit(PolicySettings(expected_steps=2.0)), merged).reason == "enter"

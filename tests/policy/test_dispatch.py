@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import hypothesis.strategies as st
 from hypothesis import given
+from msgspec.structs import replace
 
 from peft_dist.core.cost_model import CostModel, CostPrior, StepFeatures
 from peft_dist.core.step_costs import StepCosts
-from peft_dist.policy.dispatch import Backlog, Target, Work, choose, finish_seconds
+from peft_dist.policy.dispatch import Backlog, Estimates, Target, Work, choose
 
 COSTS = StepCosts()
 SLOW = StepCosts(tuple(10 * c for c in COSTS.step), COSTS.load)
 WORK = Work(1, prompt_tokens=100, output_tokens=50.0, adapter="red", rank_rows=64, num_bytes=10_000_000)
+finish_seconds = Estimates(WORK).finish_seconds
 
 
 def target(
@@ -58,7 +58,7 @@ def test_a_resident_adapter_is_not_worth_a_long_queue() -> None:
 
 def test_few_blocks_make_a_queue() -> None:
     backlog = Backlog(4, 0, 200.0)
-    assert finish_seconds(WORK, target(0, backlog, capacity_tokens=300)) > finish_seconds(WORK, target(0, backlog))
+    assert finish_seconds(target(0, backlog, capacity_tokens=300)) > finish_seconds(target(0, backlog))
 
 
 @given(st.integers(0, 50), st.integers(0, 5000), st.integers(1, 4), st.booleans())
@@ -66,16 +66,16 @@ def test_more_to_do_never_ends_sooner(num_sequences: int, prefill: int, times: i
     adapters = {"blue": (num_sequences, 32)} if has_adapter and num_sequences else {}
     less = Backlog(num_sequences, prefill, 10.0 * num_sequences, dict(adapters))
     more = Backlog(num_sequences, prefill + 10 * times, 10.0 * num_sequences + times, dict(adapters))
-    assert 0 < finish_seconds(WORK, target(0, less)) < finish_seconds(WORK, target(0, more))
+    assert 0 < finish_seconds(target(0, less)) < finish_seconds(target(0, more))
 
 
 @given(st.integers(0, 50), st.integers(0, 99), st.integers(0, 99))
 def test_more_of_the_prompt_in_the_cache_never_ends_later(num_sequences: int, one: int, other: int) -> None:
     backlog = Backlog(num_sequences, 10 * num_sequences, 10.0 * num_sequences)
     less, more = (replace(target(0, backlog), cached_tokens=cached) for cached in sorted((one, other)))
-    assert finish_seconds(WORK, more) <= finish_seconds(WORK, less)
+    assert finish_seconds(more) <= finish_seconds(less)
     none = replace(less, cached_tokens=0)
-    assert finish_seconds(WORK, none) == finish_seconds(WORK, target(0, backlog))
+    assert finish_seconds(none) == finish_seconds(target(0, backlog))
 
 
 def test_a_cached_prompt_is_worth_some_backlog_but_not_any() -> None:

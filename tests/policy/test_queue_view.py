@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-
+import msgspec
 import pytest
 
 from peft_dist.core.cost_model import CostModel, CostPrior, StepFeatures
@@ -100,10 +99,10 @@ def test_ranks() -> None:
 
 
 def test_what_is_held_comes_back_at_no_cost() -> None:
-    state = dataclasses.replace(queue("abc"), holds_merged={"a", "c"}.__contains__)
+    state = msgspec.structs.replace(queue("abc"), holds_merged={"a", "c"}.__contains__)
     held = QueueView(state, CostModel.paper())
     assert held.switch(None, "a") == held.switch("b", "a") == held.switch("a", "c") == 0.0
-    everything = QueueView(dataclasses.replace(state, holds_merged=lambda adapter: True), CostModel.paper())
+    everything = QueueView(msgspec.structs.replace(state, holds_merged=lambda adapter: True), CostModel.paper())
     assert everything.switch("a", None) == 20e-3, "what is unmerged is no adapter's"
     assert held.switch(None, "b") == held.switch("a", "b") == held.switch("a", None) == 20e-3
 

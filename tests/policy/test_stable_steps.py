@@ -6,6 +6,7 @@ import copy
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -61,10 +62,10 @@ def test_stable_steps_are_the_same_steps(name: str, profile: str, history: list[
             if choice.merged_adapter == merged:
                 at_once.repeat([c.request_id for c in choice.candidates], starts)
                 singly = copy.deepcopy(policy)
-                answers = [step(singly, replace(state, now=start)) for start in starts]
+                answers = [step(singly, msgspec.structs.replace(state, now=start)) for start in starts]
                 assert [members(answer) for answer in answers] == [members(choice)] * len(starts)
                 assert books(at_once) == books(singly)
-                after = replace(state, now=starts[-1] + SECONDS)
+                after = msgspec.structs.replace(state, now=starts[-1] + SECONDS)
                 assert members(at_once.choose(after)) == members(singly.choose(after))
             merged = step(policy, state).merged_adapter
             now += SECONDS
@@ -91,7 +92,7 @@ def test_who_waits_becomes_urgent_in_time() -> None:
     policy = make_policy("credit", "dlora", settings, CostModel.paper())
     state = queue("baaaaaaaa", merged="a", seats=8)
     for i in range(3):
-        step(policy, replace(state, now=i * SECONDS))
-    choice = policy.choose(replace(state, now=3 * SECONDS))
+        step(policy, msgspec.structs.replace(state, now=i * SECONDS))
+    choice = policy.choose(msgspec.structs.replace(state, now=3 * SECONDS))
     assert choice.merged_adapter == "a" and "b0" not in members(choice)[1]
     assert 0 < policy.stable_steps(SECONDS) < 1.0 / SECONDS - 3

@@ -50,10 +50,12 @@ def record(replica: SimReplica) -> list[Step]:
         steps.append((replica.now, batch.merged_adapter, who))
         return submit(batch)
 
-    def recorded_stretch(stretch: Stretch, starts: Sequence[float], *, tell: bool) -> Any:
-        who = [(request.request_id, 1) for request in stretch.requests]
+    def recorded_stretch(stretch: Stretch, starts: Sequence[float], **options: Any) -> Any:
+        begin = set(stretch.begin)
+        order = advance.requests(stretch)
+        who = [(one.request_id, len(one.prompt_token_ids) if one in begin else 1) for one in order]
         steps.extend((start, executor.merged_adapter(), who) for start in starts)
-        return carry_out(stretch, starts, tell=tell)
+        return carry_out(stretch, starts, **options)
 
     executor.submit = recorded_submit  # type: ignore[method-assign, assignment]
     advance.carry_out = recorded_stretch  # type: ignore[method-assign]
@@ -167,13 +169,13 @@ def test_the_workloads_have_what_interrupts_equal_steps() -> None:
 
 
 def test_a_lone_request_is_a_few_events() -> None:
-    """One step for its prompt, and one run of equal ones for each second and the end."""
+    """One step for its prompt, and one run of equal ones for each second and the end, all by the short way."""
     cluster, _ = workload(0, SMALL)
     [hardware, *_] = cluster.hardware
     config = EngineConfig("simulated", max_model_len=4096, enable_prefix_caching=False, policy="fcfs", depth=0)
     cluster = replace(cluster, hardware=[replace(hardware, config=config, num_blocks=400, prior=CostModel.paper)])
     simulator, [outcome] = run(cluster, [Coming(0.5, None, 8, 1000)], advance=True)
     assert outcome.tokens == 1000 and outcome.last is not None
-    assert [replica.run.num_steps for replica in simulator.replicas] == [999]
+    assert [replica.run.num_steps for replica in simulator.replicas] == [1000]
     # 64 steps at most are planned at once, and once a second one has details.
-    assert simulator.replicas[0].run.number <= 999 / 64 + (outcome.last - 0.5) + 2
+    assert simulator.replicas[0].run.number <= 999 / 64 + (outcome.last - 0.5) + 3

@@ -39,7 +39,7 @@ def recorded(migration: str = "dlora", replicas: int = 3) -> tuple[rec.Entry, ..
     hardware = [dlora(PROFILE, SimulationOptions(max_num_seqs=6), index) for index in range(replicas)]
     options = OrchestratorOptions(max_num_seqs=6, max_queue=1 << 20, migration=migration)  # type: ignore[arg-type]
     specs = {name: PROFILE.adapter(name, 16) for name in NAMES}
-    simulator = Simulator(SimCluster(hardware, specs, options), advance=False)
+    simulator = Simulator(SimCluster(hardware, specs, options), by_messages=True)
     entries: list[rec.Entry] = []
     # As from JSON: what is noted is what was true then.
     simulator.core = RecordedOrchestrator(options, lambda entry: entries.append(again(entry)))
