@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from functools import cache
 from typing import Any
 
@@ -65,8 +66,19 @@ def _hurry() -> None:
             found = dtypes[dtype.name] = dtype_of(dtype)
         return found
 
+    shapes: dict[str, tuple[Any, Any]] = {}
+
+    def make_tensor(self: Any, handle: Any, type: Any) -> None:
+        if (found := shapes.get(type.name)) is None:
+            sizes = type.shape if type.is_block() else ()
+            number = tl.constexpr(math.prod(sizes))
+            found = shapes[type.name] = number, tl.tuple([tl.constexpr(size) for size in sizes])
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.numel, self.shape = found
+
     # Sums are looked at for an overflow, and nobody is told of one.
     assert not interpreter.interpreter_builder.options.debug
     interpreter._patch_builtin = patch_builtin
     interpreter._get_np_dtype = known_dtype
+    tl.tensor.__init__ = make_tensor
     TritonSemantic.binary_op_sanitize_overflow_impl = lambda self, lhs, rhs, operation: None
