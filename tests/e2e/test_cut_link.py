@@ -18,6 +18,8 @@ from tests.e2e.test_serve import COMMAND, ROOT
 from tests.relay import Relay
 
 SECONDS = 10.0
+# Tokens that have come by then.
+CUT_AT = 800
 Scene = tuple[dict[str, str | Path], list[Case]]
 
 
@@ -68,7 +70,7 @@ def test_nothing_is_lost_or_doubled(directions: str, scene: Scene, tmp_path: Pat
         async with clients_of(server) as clients, joined(server, clients, address) as relay:
             streams = Streams(clients, cases)
             try:
-                await streams.until_drawn(800)
+                await streams.until_drawn(CUT_AT)
                 [running] = await clients.gauges("requests_running")
                 assert len(running) == 2 and all(running.values()), running
                 relay.cut(*{"both": (relay.up, relay.down), "up": (relay.up,), "down": (relay.down,)}[directions])
