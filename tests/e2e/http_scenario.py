@@ -146,10 +146,11 @@ async def clients_of(server: ModelServer) -> AsyncIterator[Clients]:
 class Streams:
     """Requests that are asked all at once, and looked after until they have ended."""
 
-    def __init__(self, clients: Clients, cases: Sequence[Case]) -> None:
-        self._cases = cases
+    def __init__(self, clients: Clients, cases: Sequence[Case], again: bool = False) -> None:
+        """``again``: Each of them is asked again and again until they are to end."""
+        self._clients, self._cases, self._again = clients, cases, again
         self._before = self._total()
-        self._tasks = [asyncio.create_task(clients.ask(case)) for case in cases]
+        self._tasks = [asyncio.create_task(self._ask(case)) for case in cases]
 
     @property
     def num_open(self) -> int:
@@ -178,13 +179,22 @@ class Streams:
             assert self.num_open, "they ended too soon"
             await self._look(left)
 
+    def ask_no_more(self) -> None:
+        self._again = False
+
     async def end(self) -> None:
+        self.ask_no_more()
         await asyncio.gather(*self._tasks)
 
     async def cancel(self) -> None:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _ask(self, case: Case) -> None:
+        await self._clients.ask(case)
+        while self._again:
+            await self._clients.ask(case)
 
     async def _look(self, seconds: float) -> None:
         running = [task for task in self._tasks if not task.done()]
