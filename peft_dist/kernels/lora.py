@@ -11,6 +11,9 @@ from peft_dist.kernels.backend import has_triton
 from peft_dist.kernels.lora_beside import ShrinkBeside
 from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
 
+# What is not captured has more rows, unless nothing is.
+_MANY_ROWS = 1024
+
 
 def add_lora_(y: torch.Tensor, x: torch.Tensor, weights: LoRALayerWeights, plan: LoRAPlan) -> torch.Tensor:
     """In place, for each run of rows with slot s: ``y += (x @ A_s.T * scaling_s * plan.factor) @ B_s``.
@@ -61,12 +64,17 @@ def add_lora_group_(
 
 
 def begin_lora(x: torch.Tensor, weights: Sequence[LoRALayerWeights | None], plan: LoRAPlan) -> ShrinkBeside | None:
-    """Start ``add_lora_group_`` before the layers' own outputs are there, while a step is captured on a GPU.
+    """Start ``add_lora_group_`` before the layers' own outputs are there, on a GPU: while a step is captured, or of so
+    many rows that the device takes longer than the host for the launches.
+
+    x has to stay as it is until the work is ended.
 
     Returns:
         What ``finish_(ys)`` ends the work of; None: nothing was begun, and ``add_lora_group_`` does it all.
     """
-    if not x.is_cuda or _backend_of(plan, x) != "triton" or not torch.cuda.is_current_stream_capturing():
+    if not x.is_cuda or _backend_of(plan, x) != "triton":
+        return None
+    if plan.num_rows < _MANY_ROWS and not torch.cuda.is_current_stream_capturing():
         return None
     return ShrinkBeside.begin(x, weights, plan)
 

@@ -29,6 +29,8 @@ _DECODE_EXPANDS = 132
 # Of expands that loop: three of their programs fit a multiprocessor, and fewer than so many for each tile are slow.
 _LOOP_PROGRAMS, _FEWEST_LOOPS = 396, 12
 _LOOP_PART, _PREFILL_LOOP = 128, 1024
+# Cards with the shared memory for prefills to have as much in work: an H100 is a fifth faster in the gate with it.
+_MUCH_SHARED = re.compile(r"\bG?H[12]00\b")
 # With fewer tiles, programs of one block already run all at once.
 _LOOP_TILES = 4
 # What tiles of more than 16 rows are counted as, whatever their number, and the most that others are.
@@ -120,8 +122,10 @@ def tile_count(max_tiles: int, tile_rows: int) -> int:
     return min(1 << (max(max_tiles - 1, 0).bit_length() + 1) // 2 * 2, _MOST_TILES)
 
 
-def default_plan(shape: GroupShape) -> GroupPlan:
+def default_plan(shape: GroupShape, *, much_shared: bool = False) -> GroupPlan:
     """From the shape alone: as many programs as the card runs at once, and loads of 512 bytes a row at decode.
+
+    ``much_shared``: the card has as much shared memory as an H100.
 
     A decode step has one row in most tiles, or few tiles: then partial sums are few however many parts there are.
     """
@@ -159,20 +163,16 @@ def default_plan(shape: GroupShape) -> GroupPlan:
         gate_part_n=max(16, part_n // 2),
         gate_warps=warps,
     )
-    return replace(plan, **_loops(shape, max_tiles)) if loops else plan
+    return replace(plan, **_loops(shape, max_tiles, much_shared)) if loops else plan
 
 
-def _loops(shape: GroupShape, max_tiles: int) -> dict[str, int]:
-    """Fields of expands that loop. Long tiles have enough programs; what counts is how much is under way in each.
-
-    With twice the block an H100 is a fifth faster in the gate, but no other card has the shared memory.
-    """
+def _loops(shape: GroupShape, max_tiles: int, much_shared: bool) -> dict[str, int]:
+    """Fields of expands that loop. Long tiles have enough programs; what counts is how much is under way in each."""
     if shape.tile_rows == 16:
         outputs = sum(shape.out_features), shape.out_features[0]
         return {"loop_n": _loop_of(outputs[0], max_tiles), "gate_loop_n": _loop_of(outputs[1], max_tiles)}
-    return {
-        "loop_n": _PREFILL_LOOP, "gate_loop_n": _PREFILL_LOOP, "loop_stages": 3, "loop_part": _LOOP_PART // 2,
-    }  # fmt: skip
+    part = _LOOP_PART if much_shared else _LOOP_PART // 2
+    return {"loop_n": _PREFILL_LOOP, "gate_loop_n": _PREFILL_LOOP, "loop_stages": 3, "loop_part": part}
 
 
 def _loop_of(outputs: int, max_tiles: int) -> int:
@@ -193,14 +193,14 @@ def _widest(shape: GroupShape, max_tiles: int, most: int, programs: int) -> int:
 @lru_cache(maxsize=4096)
 def plan_for(shape: GroupShape, device_name: str, wide: bool = False) -> GroupPlan:
     """The plan of a shape on this card; ``wide``: its products are in float32. The split does not depend on that."""
-    plan = _find_plan(shape, tables_of(device_name))
+    plan = _find_plan(shape, tables_of(device_name), _MUCH_SHARED.search(device_name) is not None)
     return plan.in_float32() if wide else plan
 
 
-def _find_plan(shape: GroupShape, table: Sequence[tuple[GroupShape, GroupPlan]]) -> GroupPlan:
+def _find_plan(shape: GroupShape, table: Sequence[tuple[GroupShape, GroupPlan]], much_shared: bool) -> GroupPlan:
     best = min(table, key=lambda entry: _distance(shape, entry[0]), default=None)
     if best is None or _distance(shape, best[0]) > _FARTHEST:
-        return default_plan(shape)
+        return default_plan(shape, much_shared=much_shared)
     return fit_plan(best[1], shape)
 
 

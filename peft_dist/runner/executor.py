@@ -18,6 +18,7 @@ from peft_dist.engine.executor import LoadOutcome, TransferOutcome
 from peft_dist.kernels.capture import NotCapturableError
 from peft_dist.runner.adapter_loader import AdapterLoader
 from peft_dist.runner.kv_transfers import KVTransfers
+from peft_dist.runner.memory import noting_memory
 from peft_dist.runner.merged_ratio import host_limit
 from peft_dist.runner.model_runner import ModelRunner, PendingStep
 
@@ -132,7 +133,8 @@ class TorchExecutor:
         if self.runner.graphs is None:
             return
         try:
-            self.runner.graphs.capture(lora=bool(self.runner.store.registered), progress=progress)
+            with noting_memory(self.runner.device, "captured steps"):
+                self.runner.graphs.capture(lora=bool(self.runner.store.registered), progress=progress)
         except NotCapturableError as error:
             logger.warning("steps are not captured as CUDA graphs but run operator by operator: %s", error)
             self.runner.graphs = None

@@ -11,13 +11,15 @@ from peft_dist.kernels import attention_backends
 from peft_dist.kernels.backend import has_triton
 from peft_dist.kernels.capture import CudaCapture
 from peft_dist.kernels.few_rows import FewRows
+from peft_dist.kernels.lora_fused_plans import chooser_for
 from peft_dist.runner.model_runner import ModelRunner
 from peft_dist.runner.step_graphs import MOST_MIXED_TOKENS, StepGraphs, decode_sizes, mixed_sizes
 
 logger = logging.getLogger(__name__)
 
-# What the driver keeps of a captured step of some hundred kernels.
-_BYTES_PER_GRAPH = 6 << 20
+# What the driver keeps of each of a model's layers in a captured step: of some ten kernels; and where ranks add up, of
+# all-reduces, each of which NCCL keeps more for.
+_BYTES_PER_LAYER, _BYTES_PER_SPLIT_LAYER = 200 << 10, 800 << 10
 _KINDS_OF_DECODES, _KINDS_OF_MIXED = 4, 2
 
 
@@ -32,17 +34,19 @@ def are_captured(config: EngineConfig, device: torch.device, attention_backend: 
     return True
 
 
-def graph_bytes(config: EngineConfig, vocab_size: int, activation_bytes: int) -> int:
+def graph_bytes(config: EngineConfig, vocab_size: int, num_layers: int, activation_bytes: int) -> int:
     """Device bytes to leave for captured steps.
 
     Args:
+        num_layers: Of the model.
         activation_bytes: What the largest batch, of ``max_num_batched_tokens``, takes while it runs.
     """
     share = min(MOST_MIXED_TOKENS / config.max_num_batched_tokens, 1.0)
     logits = 4 * config.max_num_seqs * vocab_size
     mixed = mixed_sizes(config.max_num_seqs, config.max_num_batched_tokens)
     graphs = _KINDS_OF_DECODES * len(decode_sizes(config.max_num_seqs)) + _KINDS_OF_MIXED * len(mixed)
-    return int(activation_bytes * share) + logits + graphs * _BYTES_PER_GRAPH
+    of_layer = _BYTES_PER_SPLIT_LAYER if config.tensor_parallel_size > 1 else _BYTES_PER_LAYER
+    return int(activation_bytes * share) + logits + graphs * num_layers * of_layer
 
 
 def make_graphs(config: EngineConfig, runner: ModelRunner, max_model_len: int) -> StepGraphs:
@@ -59,11 +63,13 @@ def make_graphs(config: EngineConfig, runner: ModelRunner, max_model_len: int) -
         attention_backend=runner.attention_backend,
         lora_backend=runner.lora_backend,
         capture=CudaCapture(runner.device),
-        few_rows=FewRows(runner.device) if multiplies_few_rows(config, runner.device) else None,
+        few_rows=make_few_rows(config, runner.device),
     )
 
 
-def multiplies_few_rows(config: EngineConfig, device: torch.device) -> bool:
-    """Whether decode steps of few rows multiply by our kernel: on the cards that it was measured on, a whole model."""
+def make_few_rows(config: EngineConfig, device: torch.device) -> FewRows | None:
+    """Decode steps of few rows multiply by our kernel on the cards that it was measured on, of a whole model."""
     is_known = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-    return is_known and has_triton() and config.tensor_parallel_size == 1
+    if not is_known or not has_triton() or config.tensor_parallel_size > 1:
+        return None
+    return FewRows(device, chooser_for(torch.cuda.get_device_name(device)))

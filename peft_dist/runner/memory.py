@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -86,6 +87,18 @@ def count_blocks(
             f"{'kv_cache_bytes' if device.type == 'cpu' else on_device}"
         )
     return count
+
+
+@contextmanager
+def noting_memory(device: torch.device, what: str) -> Iterator[None]:
+    """Log what a GPU's memory is less by afterwards."""
+    if device.type != "cuda":
+        yield
+        return
+    before, _ = torch.cuda.mem_get_info(device)
+    yield
+    after, _ = torch.cuda.mem_get_info(device)
+    logger.info("device memory: %s took %.2f GiB, %.2f are free", what, (before - after) / 2**30, after / 2**30)
 
 
 def free_memory() -> int:

@@ -234,7 +234,7 @@ def build_replica(config: EngineConfig) -> Replica:
         adapter_bytes + later_device_bytes(config, merge, modules),
         lambda: run_largest_batch(model, shapes, store, config, lora, attention),
         merge.remedy if merge is not None and merge.on_device else None,
-        partial(graph_bytes, config, num_outputs(model)) if captured else None,
+        partial(graph_bytes, config, num_outputs(model), len(shapes)) if captured else None,
     )
     num_blocks = ranks.smallest(num_blocks)
     longest = min(longest, num_blocks * config.block_size)

@@ -1,6 +1,7 @@
-"""Two replicas under a skewed load: `dlora` against `proactive` and `rr`, the same arrivals for each.
+"""Several replicas under a skewed load: `dlora` against `proactive` and `rr`, the same arrivals for each.
 
     python scripts/bench/bench_balance.py [--shape 8b] [--loads 0.6 0.8 1.0] [--seconds 20] [--seeds 1]
+                                           [--replicas 4 --adapters 128 --kill]
     python scripts/bench/bench_balance.py --join balance_a.json more.jsonl  # one result of runs on one machine
     python scripts/bench/bench_balance.py --plot balance.json               # draw the picture of a result again
 
@@ -9,6 +10,8 @@ to n^-skew, by arrivals of its own with Gamma gaps (bursts: `--cv`). `--loads` a
 that the first service answers when as many are there at once, evenly over the adapters; that run also warms each
 service up. The first `--warm` seconds of arrivals are served and not counted: placements are made from them. Queueing
 is a request's time to its first token less that of a lone one. A run whose client fell behind its schedule is refused.
+``--kill``: one more run of each kind, in the middle of which a replica is killed (kill -9); like all others it fails
+when a request is lost, or a token is missing or comes twice.
 Writes docs/results/balance[_NAME].json and .svg.
 """
 
@@ -17,6 +20,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -46,9 +51,9 @@ async def measure(
     """Every kind, at every load and seed; what there is is written after each."""
     rate, runs = options.rate, []
     for kind in options.kinds:
-        launcher = PlainLauncher(config, log_level="warning", num_replicas=2)
+        launcher = PlainLauncher(config, log_level="warning", num_replicas=options.replicas)
         asked = OrchestratorOptions(config.max_num_seqs, 1 << 16, 1, migration=kind)
-        service = EngineService(launcher, asked, num_replicas=2)
+        service = EngineService(launcher, asked, num_replicas=options.replicas)
         try:
             await service.start()
             for name, path in adapters.items():
@@ -65,8 +70,27 @@ async def measure(
                     runs.append({"migration": kind, "load": load, "seed": seed, **summary(got, idle, service)})
                     print(json.dumps(runs[-1]), flush=True)
                     write({"requests_per_second_at_load_1": rate, "runs": runs})
+            if options.kill:
+                load = options.loads[-1]
+                planned = arrivals(burst, load * rate, options.warm + options.seconds, options.seeds)
+                dies = asyncio.create_task(kill_one(service, options.warm + options.seconds / 2))
+                got = await serve(service, planned, options.warm, f"{kind}.killed")
+                runs.append({
+                    "migration": kind, "load": load, "seed": options.seeds, "killed": await dies,
+                    **summary(got, idle, service),
+                })  # fmt: skip
+                print(json.dumps(runs[-1]), flush=True)
+                write({"requests_per_second_at_load_1": rate, "runs": runs})
         finally:
             await service.stop()
+
+
+async def kill_one(service: EngineService, after: float) -> int:
+    """Kill the last replica, in so many seconds; which one it was."""
+    await asyncio.sleep(after)
+    replica, pid = max(service.replica_pids().items())
+    os.kill(pid, signal.SIGKILL)
+    return replica
 
 
 def summary(found: Results, idle: float, service: EngineService) -> dict[str, Any]:
@@ -96,8 +120,8 @@ def join(options: argparse.Namespace) -> Path:
     return write_result(_name(options), figures, options.output, result["environment"])
 
 
-def _key(run: dict[str, Any]) -> tuple[str, float, int]:
-    return run["migration"], run["load"], run["seed"]
+def _key(run: dict[str, Any]) -> tuple[str, float, int, bool]:
+    return run["migration"], run["load"], run["seed"], "killed" in run
 
 
 def _name(options: argparse.Namespace) -> str:
@@ -113,6 +137,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--warm", type=float, default=5.0)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--replicas", type=int, default=2)
+    parser.add_argument("--kill", action="store_true", help="one more run of each kind, in which a replica dies")
     parser.add_argument("--adapters", type=int, default=32)
     parser.add_argument("--max-loras", type=int, help="adapters on a device at once")
     parser.add_argument("--max-num-seqs", type=int, default=32, help="sequences that a replica runs at once")

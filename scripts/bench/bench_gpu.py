@@ -40,6 +40,8 @@ RUNS: dict[str, list[str]] = {
     "vllm-lora": ["peer_vllm.py", "lora"],
     "vllm-tuned": ["peer_vllm.py", "tuned", "--kinds", "same", "zipf", "distinct"],
     "ours-merged": ["ours_gpu.py", "merged", "--part", "decode", "merge"],
+    # Once more, to see how long it takes with what the first one compiled.
+    "start": ["ours_gpu.py", "lora", "--part", "merge"],
     "peft": ["peer_peft.py", "--part", "base", "one", "mixed"],
     "dropin": ["peer_peft.py", "--part", "dropin"],
     "ours-eight": ["ours_gpu.py", "lora", "--part", "decode", "--kinds", "eight", *_THREE],

@@ -157,7 +157,7 @@ class Steps:
     def take(self, case: Case) -> None:
         """From now on steps are captured like this."""
         find = self._find_plan
-        lora_plans._find_plan = find if case.table else lambda shape, table: choose(case, shape)
+        lora_plans._find_plan = find if case.table else lambda shape, *_: choose(case, shape)
         lora_plans.plan_for.cache_clear()
         self._workspace.stream = self._streams[case.stream]
         if self._graphs is not None:

@@ -49,6 +49,9 @@ def engine_options(options: Namespace, ranks: Sequence[int], **more: Any) -> dic
     }  # fmt: skip
     if ranks:
         found |= {"max_loras": len(ranks), "adapter_device_memory": room_for(options.shape, ranks)}
+    if DEVICE == "cuda":
+        # As of an LLM, said here for the other ranks.
+        found["max_num_batched_tokens"] = 8192
     if world_size() > 1:
         found["tensor_parallel_size"] = world_size()
     if options.tiny:

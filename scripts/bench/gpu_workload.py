@@ -197,6 +197,24 @@ def time_decode(
     }  # fmt: skip
 
 
+def time_prefill(
+    run: Run, shape: str, kind: str, batch: int, prompt_tokens: int, adapters: int = ADAPTERS
+) -> dict[str, Any]:
+    """Milliseconds until all of ``batch`` prompts have their first token, best of three."""
+    stream = Stream(f"prefill {kind} {batch}", shape, adapters)
+    chosen = stream.choose(kind, batch)
+
+    def once() -> float:
+        return run([stream.prompt(prompt_tokens) for _ in range(batch)], [1] * batch, chosen)
+
+    once()
+    times = [once() for _ in range(3)]
+    return {
+        "adapters": kind, "batch": batch, "each_prompt_tokens": prompt_tokens, "prefill_ms": round(min(times) * 1e3, 2),
+        "prefills_ms": [round(each * 1e3, 2) for each in times],
+    }  # fmt: skip
+
+
 def time_throughput(
     run: Run, shape: str, kind: str, sizes: Lengths | None = None, adapters: int = ADAPTERS
 ) -> dict[str, Any]:

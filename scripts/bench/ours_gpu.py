@@ -7,9 +7,10 @@ merged into a second copy of the weights; every line says how many of its steps 
 times merging itself beside the device's copy bandwidth. ``--resident-rank 128`` has one more adapter of that rank on
 the device that no request asks for. One JSON line a measurement.
 
-    torchrun --nproc-per-node 4 scripts/bench/ours_gpu.py lora --shape 70b --memory 0.9
+    torchrun --nproc-per-node 4 scripts/bench/ours_gpu.py lora --shape 70b --memory 0.9 --part decode prefill
 
-One replica over as many GPUs; merging is timed on one only.
+One replica over as many GPUs. ``--part prefill`` times 32 prompts of 512 tokens; merging is timed by the first GPU,
+which moves its share of the bytes.
 """
 
 from __future__ import annotations
@@ -37,11 +38,14 @@ from bench.gpu_workload import (
     linear_shapes,
     ranks_of,
     time_decode,
+    time_prefill,
     time_throughput,
     write_adapters,
     write_base,
 )
 
+PREFILL = 32, 512
+"""Prompts, and tokens of each."""
 KINDS = {"base": ("none",), "lora": ("none", "same", "zipf", "distinct", "eight"), "merged": ("same",)}
 
 
@@ -62,6 +66,9 @@ def measure(llm: Any, options: Namespace, label: dict[str, Any], count: int) -> 
         for batch in options.batches:
             work = partial(time_decode, run, options.shape, kind, batch, count, new_tokens)
             emit(**label, part="decode", **with_steps(llm, work))
+    for kind in kinds if "prefill" in options.part else ():
+        work = partial(time_prefill, run, options.shape, kind, *(4, 16) if options.tiny else PREFILL, count)
+        emit(**label, part="prefill", **with_steps(llm, work))
     for kind in kinds if "throughput" in options.part else ():
         work = partial(time_throughput, run, options.shape, kind, sizes_of(options), count)
         emit(**label, part="throughput", **with_steps(llm, work))
@@ -74,7 +81,7 @@ def measure_merge(llm: Any, options: Namespace, rounds: int = 7) -> dict[str, An
     layers, linears = SHAPES[options.shape]["num_hidden_layers"], linear_shapes(options.shape).values()
     weights = 2 * layers * sum(inputs * outputs for inputs, outputs in linears)
     adapter = 2 * layers * int(options.rank) * sum(inputs + outputs for inputs, outputs in linears)
-    moved, bandwidth = 2 * weights + adapter, copy_bandwidth()
+    moved, bandwidth = (2 * weights + adapter) // world_size(), copy_bandwidth()
     return {
         **{name: round(value, 4) for name, value in best.items()},
         "bytes_moved": moved,
@@ -120,7 +127,7 @@ def copy_bandwidth(rounds: int = 5) -> float:
 
 
 def main() -> None:
-    parser = make_parser(__doc__, ("decode", "throughput", "merge"))
+    parser = make_parser(__doc__, ("decode", "throughput", "merge", "prefill"))
     add_engine_options(parser)
     parser.add_argument("mode", choices=tuple(KINDS))
     parser.add_argument("--resident-rank", type=int, help="one more adapter, which no request asks for")

@@ -1,14 +1,16 @@
 """Where a decode step's time goes on the GPU: how long it idles, and which kernels run, how often, for how long.
 
     python scripts/bench/profile_step.py [base|lora|merged] [--kinds distinct] [--batches 128] [--steps 30]
-                                         [--part decode throughput] [--trace trace.json]
+                                         [--part decode prefill throughput] [--trace trace.json]
+    torchrun --nproc-per-node 2 scripts/bench/profile_step.py ...
 
 One saturated run through ``LLM.generate``. The first stretch of steps warms up, the second is timed by the clock
 alone, the third is recorded by torch.profiler (CUDA activities; kernels inside replayed graphs included), which makes
 it a little slower: compare the two times of a step. The first step after the profiler's start is left out: it waits
 for that. Idle is the share of the window of whole steps in which no kernel and no copy runs on the device, of which
 gaps of up to 2 µs, the device's own between two kernels of a graph, are told apart from longer ones. On a CPU the
-operators stand in for kernels, to try the script. Prints a table and, as the last line, JSON.
+operators stand in for kernels, to try the script. Of several ranks the first one's device is recorded. Prints a table
+and, as the last line, JSON.
 """
 
 from __future__ import annotations
@@ -27,9 +29,9 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from bench.gpu_engine import DEVICE, add_engine_options, runner, start, synchronize
+from bench.gpu_engine import DEVICE, add_engine_options, engine_options, follow, runner, start, synchronize
 from bench.gpu_options import make_parser, parse, sizes_of
-from bench.gpu_workload import PROMPT_TOKENS, Stream, choose_for_throughput, emit, ranks_of, write_adapters
+from bench.gpu_workload import PROMPT_TOKENS, Stream, choose_for_throughput, emit, ranks_of, write_adapters, write_base
 from bench.timeline import Interval, summarise
 
 CATEGORIES = {"cuda": ("kernel", "gpu_memcpy", "gpu_memset"), "cpu": ("cpu_op",)}
@@ -90,6 +92,10 @@ def drive(llm: Any, options: Namespace, kind: str, batch: int, part: str) -> Win
         prefill = -(-batch * PROMPT_TOKENS // llm._open.config.max_num_batched_tokens) + 1
         window = Window(llm._open.engine, options.steps, prefill + skip, activities)
         run([stream.prompt(PROMPT_TOKENS) for _ in range(batch)], [window_tokens + 2 * prefill] * batch, chosen)
+    elif part == "prefill":
+        window = Window(llm._open.engine, options.steps, skip, activities)
+        count = window_tokens * -(-llm._open.config.max_num_batched_tokens // PROMPT_TOKENS)
+        run([stream.prompt(PROMPT_TOKENS) for _ in range(count)], [1] * count, stream.choose(kind, count))
     else:
         sizes = sizes_of(options)
         window = Window(llm._open.engine, options.steps, skip, activities)
@@ -115,7 +121,7 @@ def show(figures: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = make_parser(__doc__, ("decode", "throughput"))
+    parser = make_parser(__doc__, ("decode", "throughput", "prefill"))
     add_engine_options(parser)
     parser.add_argument("mode", nargs="?", choices=("base", "lora", "merged"), default="lora")
     parser.add_argument("--steps", type=int, default=30, help="steps of each of the two windows")
@@ -126,8 +132,10 @@ def main() -> None:
     options = parse(parser)
     options.batches = options.batches or [4]
     ranks = ranks_of(options.rank, {"base": 0, "lora": options.adapters, "merged": 1}[options.mode])
-    paths = write_adapters(options.shape, options.folder, ranks, DEVICE)
     merging = {"policy": "merge", "merge": "shadow"} if options.mode == "merged" else {}
+    if follow(str(write_base(options.shape, options.folder)), **engine_options(options, ranks, **merging)):
+        return
+    paths = write_adapters(options.shape, options.folder, ranks, DEVICE)
     llm = start(options, paths, ranks, **merging)
     kinds = {"base": ["none"], "merged": ["same"]}.get(options.mode, options.kinds)
     for part in options.part:

@@ -1,12 +1,20 @@
-"""Result files: figures with the hardware and the versions they were measured on."""
+"""Result files: figures with the hardware and the versions they were measured on.
+
+    python scripts/bench/report.py                                          # prints both
+    torchrun ... scripts/bench/ours_gpu.py ... | python scripts/bench/report.py --name gpu_70b [--output FOLDER]
+
+The latter writes lines of JSON that another program printed, as docs/results/NAME.json.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import shutil
 import subprocess
+import sys
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,7 +36,12 @@ def environment() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
     }
     if torch.cuda.is_available():
-        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "driver": _driver()}
+        found |= {
+            "gpu": torch.cuda.get_device_name(),
+            "gpus": torch.cuda.device_count(),
+            "cuda": torch.version.cuda,
+            "driver": _driver(),
+        }
     for package in _PACKAGES:
         try:
             found[package] = version(package)
@@ -71,5 +84,19 @@ def _processor() -> str:
     return flags or platform.processor() or platform.machine()
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--name", help="of the result file for the lines on standard input")
+    parser.add_argument("--output", type=Path, help="its folder (default: docs/results)")
+    options = parser.parse_args()
+    if options.name is None:
+        print(json.dumps(environment()))
+        return
+    lines = [json.loads(line) for line in sys.stdin if line.startswith("{")]
+    if not lines:
+        raise SystemExit("no line of JSON came: the program before this one measured nothing")
+    print("written to", write_result(options.name, lines, options.output))
+
+
 if __name__ == "__main__":
-    print(json.dumps(environment()))
+    main()

@@ -11,7 +11,13 @@ import torch
 
 from peft_dist.kernels import reference
 from peft_dist.kernels.few_rows import FewRows
-from peft_dist.kernels.lora_fused_plans import MOST_ADDED_ROWS, MOST_MULTIPLIED_ROWS, FusedPlan, choose_plan
+from peft_dist.kernels.lora_fused_plans import (
+    MOST_ADDED_ROWS,
+    MOST_MULTIPLIED_ROWS,
+    FusedPlan,
+    choose_plan,
+    chooser_for,
+)
 from tests import triton_interpreter
 from tests.kernels.lora_cases import DEVICES, LIMIT, layers_of, random_rows
 from tests.kernels.test_lora_fused import IN, RANKS, SMALL, error, expected, plan_of
@@ -46,6 +52,14 @@ def test_what_was_not_measured_or_is_slower_is_left_to_others() -> None:
     assert choose(32, 4096, 14336, 14336, gated=True, has_adapters=False) is not None
     assert choose(16, 4096, 14336, 14336, gated=True) is not None
     assert choose(32, 4096, 14336, 14336, gated=True) is None and choose(32, 4096, 14336, 14336) is not None
+
+
+def test_cards_differ_in_what_they_multiply_faster() -> None:
+    for card, most in (("NVIDIA H200", MOST_MULTIPLIED_ROWS), ("NVIDIA H100 80GB HBM3", 32)):
+        choose = chooser_for(card)
+        for has_adapters, bound in ((True, MOST_ADDED_ROWS), (False, most)):
+            plans = [choose(n, 4096, [4096], gated=False, has_adapters=has_adapters) for n in (bound, bound + 1)]
+            assert plans[0] is not None and plans[1] is None
 
 
 def small(*args: Any, gated: bool, has_adapters: bool) -> FusedPlan | None:

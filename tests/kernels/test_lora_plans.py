@@ -67,6 +67,15 @@ def test_the_nearest_measured_shape_decides(folder: Path) -> None:
         assert plan_for(shape, card) == default_plan(shape)
 
 
+def test_prefills_have_as_much_in_work_as_the_card_has_room_for(folder: Path) -> None:
+    prefill = SHAPE._replace(tile_rows=128)
+    parts = {
+        card: plan_for(prefill, card).loop_part for card in ("NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA L40S")
+    }
+    assert parts == {"NVIDIA H100 80GB HBM3": 128, "NVIDIA H200": 128, "NVIDIA L40S": 64}
+    assert plan_for(SHAPE, "NVIDIA H200") == default_plan(SHAPE)
+
+
 @pytest.mark.parametrize("text", ["{", '{"lora": [{"shape": [1], "plan": {}}]}', '{"lora": [{"plan": {"fast": 1}}]}'])
 def test_a_broken_table_is_left_out(folder: Path, caplog: pytest.LogCaptureFixture, text: str) -> None:
     (folder / lora_plans.table_name(CARD)).write_text(text)

@@ -11,6 +11,7 @@ from peft_dist.core.config import EngineConfig
 from peft_dist.core.errors import ConfigError
 from peft_dist.kernels.lora_pool import LoRAPool
 from peft_dist.runner import memory
+from peft_dist.runner.graph_setup import graph_bytes
 from peft_dist.runner.memory import MemoryLeft, count_blocks
 
 CUDA = torch.device("cuda", 0)
@@ -77,3 +78,12 @@ def test_what_merging_may_take_is_part_of_the_share(device: FakeDevice, monkeypa
     assert MemoryLeft(options(), torch.device("cpu"), pool, 0)(True) == 55
     monkeypatch.setattr(memory, "free_memory", lambda: 0)
     assert left(False) is None
+
+
+def test_captured_steps_take_more_of_deeper_models_and_of_split_ones() -> None:
+    def taken(num_layers: int, size: int) -> int:
+        return graph_bytes(options(device="cuda", tensor_parallel_size=size), 1000, num_layers, 1 << 20)
+
+    assert taken(0, 1) == taken(0, 4) > 0
+    whole, split = ([taken(n, size) - taken(0, size) for n in (32, 80)] for size in (1, 4))
+    assert whole[1] == pytest.approx(80 / 32 * whole[0]) and split[0] > 2 * whole[0]
