@@ -7,24 +7,20 @@ import os
 import sys
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 try:
     import typer
 except ModuleNotFoundError as missing:
     raise SystemExit("peft-dist needs the server's packages: pip install 'peft-dist[server]'") from missing
 
+from peft_dist import cli_options
 from peft_dist.cli_admin import rolling_restart
 from peft_dist.cli_bench import bench
 from peft_dist.cli_simulate import simulate
 from peft_dist.cli_workload import app as workload
 from peft_dist.core.config import (
-    AttentionName,
     EngineConfig,
-    KVTransfer,
-    LoadFormat,
-    MergeMethod,
-    Preemption,
     parse_bytes,
 )
 from peft_dist.core.errors import ConfigError, PeftDistError
@@ -107,9 +103,7 @@ def serve(
     policy: Annotated[str | None, typer.Option(help="credit (default), merge or fcfs.")] = None,
     exec_type: Annotated[str, typer.Option(help="dlora, or the paper's baselines peft and vllm.")] = "dlora",
     resident_models: Annotated[int, typer.Option(help="Merged models on the device with --exec-type vllm.")] = 2,
-    policy_profile: Annotated[
-        str, typer.Option(help="default, or artifact: the constants of the paper's.")
-    ] = "default",
+    policy_profile: Annotated[str, typer.Option(help="default, or artifact: the paper's constants.")] = "default",
     max_adapter_wait: Annotated[float, typer.Option(help="Seconds that a request may be overtaken.")] = 5.0,
     merge: Annotated[str, typer.Option(help="auto, shadow, host or off: where merged weights live.")] = "auto",
     merged_minority: Annotated[bool, typer.Option("--merged-minority", help="Others may join merged batches.")] = False,
@@ -153,6 +147,7 @@ def serve(
     seed: Annotated[int | None, typer.Option(help="Seeds the requests that bring no seed.")] = None,
     start_timeout: Annotated[float | None, typer.Option(help="Seconds for loading the model; no limit.")] = None,
     shutdown_timeout: Annotated[float, typer.Option(min=0, help="Seconds that streams get to finish.")] = 30.0,
+    unread_timeout: Annotated[float, typer.Option(help="Seconds for which a client may read nothing.")] = 60.0,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
     cluster: Annotated[str, typer.Option(help="What runs the replicas: local (this host) or ray.")] = "local",
     ray_address: Annotated[str | None, typer.Option(help="HOST:PORT of the Ray head; found if not given.")] = None,
@@ -163,6 +158,7 @@ def serve(
     replica_factory: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Serve MODEL and its adapters through an OpenAI-compatible API until SIGTERM or Ctrl-C."""
+    given = locals()
     from peft_dist.api.options import ServerOptions
     from peft_dist.cli_serve import ServeSettings, configure_logging, run_server
     from peft_dist.worker.launcher import LAUNCHERS
@@ -177,79 +173,39 @@ def serve(
         raise ConfigError("--replicas 0 serves nobody unless others join: add --listen tcp://host:port")
     more_keys, other_admin = _take_variable(API_KEYS_VARIABLE).split(), _take_variable(ADMIN_KEY_VARIABLE)
     names = served_model_name or []
-    settings = ServeSettings(
-        engine=EngineConfig(
-            model=model,
+    settings = cli_options.of(
+        ServeSettings,
+        given,
+        engine=cli_options.of(
+            EngineConfig,
+            given,
             served_model_name=names[0] if names else None,
-            revision=revision,
-            device=device,
-            tensor_parallel_size=tensor_parallel_size,
-            dtype=dtype,
-            load_format=cast(LoadFormat, load_format),
-            max_model_len=max_model_len,
-            block_size=block_size,
-            num_blocks=num_blocks,
-            num_host_blocks=num_host_blocks,
-            attention_backend=cast(AttentionName, attention_backend),
-            kv_transfer=cast(KVTransfer, kv_transfer),
-            gpu_memory_utilization=gpu_memory_utilization,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
             enable_prefix_caching=not no_prefix_caching,
-            preemption=cast(Preemption, preemption),
-            depth=depth,
-            max_loras=max_loras,
             adapter_device_memory=None
             if adapter_device_memory is None
             else parse_bytes("--adapter-device-memory", adapter_device_memory),
             adapter_host_memory=parse_bytes("--adapter-host-memory", adapter_host_memory),
-            adapter_load_timeout=adapter_load_timeout,
             pinned_adapters=tuple(pin_adapter or ()),
             num_threads=threads,
-            seed=seed,
-            trust_remote_code=trust_remote_code,
-            policy=policy,
-            exec_type=exec_type,
-            resident_models=resident_models,
-            policy_profile=policy_profile,
-            max_adapter_wait=max_adapter_wait,
-            merge=cast(MergeMethod, merge),
-            merged_minority=merged_minority,
-            enforce_eager=enforce_eager,
             fuse=not no_fuse,
             decision_log=None if decision_log is None else str(decision_log),
             cost_profile=None if cost_profile is None else str(cost_profile),
         ),
-        http=ServerOptions(
+        http=cli_options.of(
+            ServerOptions,
+            given,
             api_keys=(*(api_key or ()), *more_keys),
             admin_key=admin_key if admin_key is not None else other_admin or None,
-            adapter_dir=adapter_dir,
-            allow_hub_load=allow_hub_load,
-            allow_pickle=allow_pickle,
             served_names=tuple(names[1:]),
             chat_template=None if chat_template is None else _read(chat_template),
-            metrics_max_adapters=metrics_max_adapters,
         ),
         adapters=[_name_and_path(text) for text in adapter or []],
-        host=host,
-        port=port,
-        port_file=port_file,
-        max_queue=max_queue,
         num_replicas=replicas,
         migration=_one_of("migration", migration, ("rr", "proactive", "dlora")),
         planner_limit=planner_limit / 1e3,
         restart=replicas != 1 if restart is None else restart,
-        heartbeat_timeout=heartbeat_timeout,
-        step_timeout=step_timeout,
         launcher=_one_of("launcher", launcher, tuple(LAUNCHERS)),
-        replica_factory=replica_factory,
-        listen=listen,
-        cluster_key=cluster_key,
         ray=ray,
-        start_timeout=start_timeout,
-        shutdown_timeout=shutdown_timeout,
-        state_dir=state_dir,
-        orphan_timeout=orphan_timeout,
         log_level=_one_of("log-level", log_level.lower(), LOG_LEVELS),
     )
     configure_logging(settings.log_level)

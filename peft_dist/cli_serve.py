@@ -17,6 +17,7 @@ from peft_dist.core.waiting import StopSignals, unless
 
 if TYPE_CHECKING:
     from peft_dist.api.options import ServerOptions
+    from peft_dist.api.unread import UnreadWatch
     from peft_dist.orchestrator.core import OrchestratorOptions
     from peft_dist.orchestrator.guests import Invitation
     from peft_dist.orchestrator.link import Link
@@ -80,6 +81,7 @@ async def run_server(settings: ServeSettings) -> None:
 async def _serve(settings: ServeSettings, cluster: _Cluster | None) -> None:
     """``cluster`` None: This host."""
     from peft_dist.api.listener import Listener, write_port
+    from peft_dist.api.unread import UnreadWatch
     from peft_dist.orchestrator.service import EngineService
 
     signals = StopSignals()
@@ -96,7 +98,8 @@ async def _serve(settings: ServeSettings, cluster: _Cluster | None) -> None:
         left=left,
     )
     try:
-        http_app = await unless(signals.stop, _prepare(settings, service))
+        unread = UnreadWatch(settings.http.unread_timeout)
+        http_app = await unless(signals.stop, _prepare(settings, service, unread))
         if http_app is None:
             return
         # Libraries and what was loaded live as long as this process. Left to the collector, they would stop every
@@ -106,7 +109,7 @@ async def _serve(settings: ServeSettings, cluster: _Cluster | None) -> None:
         # Nor is all that requests hold to be looked through whenever some steps' tokens have come and gone: with 512
         # streams that took 60 to 80 ms, every 1.3 s.
         gc.set_threshold(*_COLLECT_AFTER)
-        serving = await listener.start(http_app, settings.shutdown_timeout)
+        serving = await listener.start(http_app, settings.shutdown_timeout, unread)
         _announce(service, settings, listener.url, state)
         if settings.port_file is not None:
             write_port(settings.port_file, listener.port)
@@ -122,7 +125,7 @@ async def _serve(settings: ServeSettings, cluster: _Cluster | None) -> None:
             state.close()
 
 
-async def _prepare(settings: ServeSettings, service: EngineService) -> Any:
+async def _prepare(settings: ServeSettings, service: EngineService, unread: UnreadWatch) -> Any:
     """The application, once the replicas are ready and the adapters are loaded."""
     from peft_dist.api.server import build_app
 
@@ -135,7 +138,7 @@ async def _prepare(settings: ServeSettings, service: EngineService) -> Any:
         await _load(settings, service, name, path, allow_hub=True)
     await _load_folder(settings, service)
     tokenizer = await asyncio.to_thread(_load_tokenizer, service.model.tokenizer, settings.engine)
-    return build_app(service, tokenizer, settings.http)
+    return build_app(service, tokenizer, settings.http, unread)
 
 
 async def _load_folder(settings: ServeSettings, service: EngineService) -> None:
@@ -251,7 +254,7 @@ async def _on_this_host(settings: ServeSettings) -> _Cluster:
     from peft_dist.worker.survivors import find_survivors
 
     state, launcher_type = _open_state(settings), LAUNCHERS[settings.launcher]
-    further = {"kv_endpoint": _kv_endpoint(settings)}
+    further: dict[str, Any] = {"kv_endpoint": _kv_endpoint(settings), "silence": settings.heartbeat_timeout}
     options = {"key_file": None if settings.cluster_key is None else str(settings.cluster_key.absolute())}
     if state is None:
         return _Cluster(launcher_type(settings.engine, further=further, **options, **_for_launcher(settings)))
@@ -272,7 +275,8 @@ def _on_ray(settings: ServeSettings, ray: RaySettings) -> Iterator[_Cluster]:
     try:
         # Of this server's life: nobody else needs them, and they reach the replicas through Ray.
         keys = ClusterKeys.make()
-        launcher = RayLauncher(settings.engine, ray, keys, **_for_launcher(settings))
+        silence = settings.heartbeat_timeout
+        launcher = RayLauncher(settings.engine, ray, keys, silence=silence, **_for_launcher(settings))
         yield _Cluster(launcher, Link.listening(f"tcp://{host}:0", keys))
     finally:
         ray_cluster.disconnect()

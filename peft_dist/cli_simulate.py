@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from peft_dist import cli_options
 from peft_dist.cli_bench import check_folders, report
 from peft_dist.core.errors import ConfigError
 
@@ -28,7 +29,7 @@ def simulate(
     exec_type: Annotated[str, typer.Option(help="dlora, or a baseline.")] = "dlora",
     policy: Annotated[str | None, typer.Option(help="credit (default), merge or fcfs.")] = None,
     policy_profile: Annotated[
-        str, typer.Option(help="default, or artifact: the constants of the paper's.")
+        str, typer.Option(help="default, or artifact: constants and rules of the paper's.")
     ] = "default",
     migration: Annotated[str, typer.Option(help="rr, proactive or dlora.")] = "dlora",
     merge: Annotated[str, typer.Option(help="auto, host (in place) or off.")] = "auto",
@@ -67,6 +68,7 @@ def simulate(
     slo_e2e: Annotated[float | None, typer.Option(help="Objective: seconds to the last token.")] = None,
 ) -> None:
     """Put WORKLOAD, or a generated one, to simulated replicas, which batch, place and migrate as those that serve."""
+    given = locals()
     from peft_dist.sim import experiment
     from peft_dist.sim.options import SimulationOptions
     from peft_dist.sim.profile import CostProfile
@@ -74,24 +76,7 @@ def simulate(
 
     check_folders(output, csv)
     objectives = records.Objectives(slo or None, slo_ttft, slo_tpot, slo_e2e)
-    options = SimulationOptions(
-        replicas=replicas,
-        exec_type=exec_type,
-        policy=policy,
-        policy_profile=policy_profile,
-        migration=cast(Any, migration),
-        merge=cast(Any, merge),
-        merged_minority=merged_minority,
-        rank=rank,
-        max_loras=max_loras,
-        max_num_seqs=max_num_seqs,
-        num_blocks=num_blocks,
-        plan=cast(Any, plan),
-        plan_seconds=plan_seconds,
-        moves_kv=not no_kv_moves,
-        seed=seed,
-        max_queue=max_queue,
-    )
+    options = cli_options.of(SimulationOptions, given, adapters=(), moves_kv=not no_kv_moves)
     asked = _workload(
         workload,
         rate,

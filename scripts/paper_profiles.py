@@ -20,8 +20,9 @@ from peft_dist.sim.profile import FOLDER, CostProfile
 
 # Of dLoRA's artifact, for Llama-2-7B: a step merged and unmerged, and a switch.
 MERGED, UNMERGED, SWITCH = 15e-3, 27e-3, 20e-3
-# Its seats, and the blocks a second of 8 MiB that it lets KV move with (32 GiB/s).
+# Its seats, its tokens in one step, and the blocks a second of 8 MiB that it lets KV move with (32 GiB/s).
 SEATS = 16
+TOKENS = 4096
 BUS = 32 * 2**30
 # Of an A100 with 80 GB: dense FLOP/s at 16 bits. The paper names no device.
 PEAK, USED = 312e12, 0.5
@@ -107,6 +108,7 @@ def profile(name: str, shape: Shape, devices: int) -> CostProfile:
         rank_bytes=rank_bytes,
         block_size=BLOCK,
         max_num_seqs=SEATS,
+        max_num_batched_tokens=TOKENS,
         max_loras=LORAS,
         tensor_parallel_size=devices,
         weight_bytes=WIDTH * shape.parameters,
@@ -116,10 +118,10 @@ def profile(name: str, shape: Shape, devices: int) -> CostProfile:
 def _source(shape: Shape, devices: int, weights: float, rows: float, merged: float) -> str:
     rule = (
         "dLoRA (OSDI'24), constants of its artifact for Llama-2-7B: 15 ms a merged step, 27 ms an unmerged one, 20 ms "
-        "a switch, 16 sequences. Whatever a batch holds, but for prompt tokens, of which the artifact knows nothing: "
-        f"their FLOPs at {USED:.0%} of {PEAK / 1e12:.0f} TFLOP/s a device (an A100's peak; the share is an "
-        "assumption). Loads and swaps at the artifact's 32 GiB/s to each device, moves of KV at half of it (out and "
-        "in), each with 1 ms (an assumption)."
+        "a switch, 16 sequences and 4096 tokens in a step. Whatever a batch holds, but for prompt tokens, of which the "
+        f"artifact knows nothing: their FLOPs at {USED:.0%} of {PEAK / 1e12:.0f} TFLOP/s a device (an A100's peak; the "
+        "share is an assumption). Loads and swaps at the artifact's 32 GiB/s to each device, moves of KV at half of it "
+        "(out and in), each with 1 ms (an assumption)."
     )
     if shape is SMALL:
         return rule

@@ -5,21 +5,24 @@
     python scripts/profile_costs.py --beside 1 --output cpu.json           # while another such replica computes too
 
 Drives a real engine: unmerged decode steps over batch sizes and numbers of distinct adapters, prompts, merged steps,
-switches, loads of adapters, and KV moved to other blocks. Fits the terms of the cost model to them (least relative
-errors, none below 0) and writes one file that `peft-dist simulate --profile FILE` takes, with the hardware, the
-versions and how far the fit is from what was measured. Adapters have one rank on all linear layers: for another rank
-measure again.
+switches, loads of adapters, and KV moved to other blocks; each batch once unmeasured, and then `--rounds` times. Fits
+the terms of the cost model to the medians of equal steps (least relative errors, none below 0) and writes one file that
+`peft-dist simulate --profile FILE` takes, with the hardware, the versions and how far the fit is from what was
+measured. Adapters have one rank on all linear layers: for another rank measure again.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +32,8 @@ from bench.cluster_engine import add_engine_options, prepare
 from bench.cost_runs import CostRuns, Measured
 from bench.report import environment
 
-from peft_dist.core.cost_model import CostPrior
-from peft_dist.sim.fitting import fit_line, fit_steps, mean_error
+from peft_dist.core.cost_model import STEP_TERMS, CostPrior, StepFeatures
+from peft_dist.sim.fitting import fit_line, fit_steps, mean_error, medians, predicted
 from peft_dist.sim.profile import CostProfile
 
 READY = "ready"
@@ -54,11 +57,12 @@ def build(options: argparse.Namespace, folder: Path) -> CostRuns:
 
 
 def measure(options: argparse.Namespace, runs: CostRuns) -> None:
+    sizes = options.sizes, options.prompt, options.tokens
     steps = [
-        ("decode", lambda: runs.decodes(options.sizes, options.prompt, options.tokens, options.distinct)),
-        ("prompts", lambda: runs.prefills(options.prompts)),
+        ("decode", lambda: runs.decodes(*sizes, options.distinct, options.rounds)),
+        ("prompts", lambda: runs.prefills(options.prompts, options.rounds)),
         ("moves of KV", runs.transfers),
-        ("merged", lambda: runs.merged(options.sizes, options.prompt, options.tokens, options.switches)),
+        ("merged", lambda: runs.merged(*sizes, options.switches, options.rounds)),
         ("loads", lambda: runs.loads(2 * len(runs.specs))),
     ]
     for name, step in steps:
@@ -69,16 +73,18 @@ def measure(options: argparse.Namespace, runs: CostRuns) -> None:
         print(f"{name}: {time.perf_counter() - began:.1f} s", flush=True)
 
 
-def fitted(measured: Measured, *, in_flight: bool) -> tuple[CostPrior, dict[str, float]]:
-    """Costs, and the mean relative error of the fit by regime.
-
-    With a step in flight it lasts from the end of the one before it to its own, whatever the device says of it, unless
-    there was none right before.
-    """
-    known = [
+def seconds_of(measured: Measured, *, in_flight: bool) -> list[tuple[StepFeatures, float]]:
+    """With a step in flight it lasts from the end of the one before it to its own, whatever the device says of it,
+    unless there was none right before."""
+    return [
         (features, between if in_flight and between is not None else seconds)
         for features, seconds, between in measured.steps
     ]
+
+
+def fitted(measured: Measured, *, in_flight: bool) -> tuple[CostPrior, dict[str, float]]:
+    """Costs, and the mean relative error of the fit by regime and by whether there are prompts in a step."""
+    known = seconds_of(measured, in_flight=in_flight)
     step = fit_steps(known)
     lines = {name: fit_line(found) for name, found in measured.others.items()}
     # Of one rank: a switch's seconds have no part that grows with it.
@@ -86,17 +92,32 @@ def fitted(measured: Measured, *, in_flight: bool) -> tuple[CostPrior, dict[str,
     transfer = lines.get("transfer", (0.0, 0.0))
     swap = (transfer[0] / 2, transfer[1] / 2)
     costs = CostPrior(**step, **switches, swap=swap, transfer=transfer, load=lines.get("load", (0.0, 0.0)))
-    errors = {}
-    for regime in sorted({features.regime for features, _ in known}):
-        errors[regime] = mean_error(step, [pair for pair in known if pair[0].regime == regime])
-    return costs, errors
+    kinds: dict[str, list[tuple[StepFeatures, float]]] = defaultdict(list)
+    for features, seconds in known:
+        kinds[f"{features.regime} {'prompts' if features.prefill_tokens else 'decode'}"].append((features, seconds))
+    return costs, {kind: mean_error(step, own) for kind, own in sorted(kinds.items())}
+
+
+def write_steps(path: Path, measured: Measured, costs: CostPrior, *, in_flight: bool) -> None:
+    """Each kind of step with the median of its seconds and what the fit says, for whoever asks where it is wrong."""
+    weights = {name: getattr(costs, name) for name in STEP_TERMS}
+    rows = [
+        {**asdict(one.features), "measured": one.number, "seconds": one.seconds,
+         "fitted": predicted(weights, one.features)}
+        for one in medians(seconds_of(measured, in_flight=in_flight))
+    ]  # fmt: skip
+    path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 def profile(options: argparse.Namespace, runs: CostRuns, seconds: float) -> CostProfile:
+    from peft_dist.runner.cost_prior import ModelSize
+
     info, config, spec = runs.replica.model_info, runs.replica.loaded_with, runs.specs[0]
     costs, errors = fitted(runs.measured, in_flight=info.depth > 0)
     found = environment()
-    told = ", ".join(f"{regime} {error:.1%}" for regime, error in errors.items())
+    if options.steps is not None:
+        write_steps(options.steps, runs.measured, costs, in_flight=info.depth > 0)
+    told = ", ".join(f"{kind} {error:.1%}" for kind, error in errors.items())
     hardware = found.get("gpu") or f"{found['cpu']}, {found['torch_threads']} thread(s) of {found['cores']} cores"
     return CostProfile(
         name=options.output.stem,
@@ -104,7 +125,8 @@ def profile(options: argparse.Namespace, runs: CostRuns, seconds: float) -> Cost
             f"measured by scripts/profile_costs.py on {found['date']} in {seconds:.0f} s: {len(runs.measured.steps)} "
             f"steps of {min(options.sizes)} to {max(options.sizes)} sequences with prompts of {options.prompt} and up "
             f"to {max(options.distinct)} distinct adapters of rank {options.rank}, while {options.beside} such "
-            f"replica(s) computed beside it; mean distance of the fit: {told}. Swaps are taken to be half a move of KV."
+            f"replica(s) computed beside it; mean distance of the fit from the medians of equal steps: {told}. Swaps "
+            "are taken to be half a move of KV."
         ),
         hardware=str(hardware),
         model=f"{options.shape or 'SmolLM2-135M-Instruct'}, {info.dtype}, rank {options.rank} on all linear layers",
@@ -123,6 +145,7 @@ def profile(options: argparse.Namespace, runs: CostRuns, seconds: float) -> Cost
         host_seconds=runs.host_seconds() if info.depth == 0 else 0.0,
         depth=info.depth,
         num_held=1 if info.merge_way == "shadow" else 0,
+        weight_bytes=info.tensor_parallel_size * ModelSize.of(runs.replica.runner.model).num_bytes,
     )
 
 
@@ -169,6 +192,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompts of decode steps")
     parser.add_argument("--tokens", type=int, help="decode steps of each batch")
     parser.add_argument("--prompts", type=int, nargs="+", help="lengths of prompts that are measured alone")
+    parser.add_argument("--rounds", type=int, default=3, help="of each batch, after one that is not measured")
+    parser.add_argument("--steps", type=Path, metavar="FILE", help="write every kind of step there, and its fit")
     parser.add_argument("--switches", type=int, default=6)
     parser.add_argument("--beside", type=int, default=0, help="replicas that compute meanwhile, on the same cores")
     parser.add_argument("--as-load", action="store_true", help=argparse.SUPPRESS)

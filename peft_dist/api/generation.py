@@ -197,7 +197,9 @@ class Generation:
                 yield 0, [item, *stream.take_ready(limit - 1)]
             return
         queue: _Queue = asyncio.Queue()
-        pumps = [asyncio.create_task(_pump(number, stream, queue)) for number, stream in enumerate(self._streams)]
+        # Whoever reads slowly leaves the rest in the streams.
+        room = asyncio.Semaphore(MAX_BATCH)
+        pumps = [asyncio.create_task(_pump(*each, queue, room)) for each in enumerate(self._streams)]
         running = len(pumps)
         try:
             while running:
@@ -206,6 +208,7 @@ class Generation:
                     await pumps[number]  # Raises what ended it.
                     running -= 1
                 else:
+                    room.release()
                     yield number, items
         finally:
             for pump in pumps:
@@ -213,10 +216,11 @@ class Generation:
             await asyncio.gather(*pumps, return_exceptions=True)
 
 
-async def _pump(number: int, stream: RequestStream, queue: _Queue) -> None:
-    """Hand on a stream's items, then None."""
+async def _pump(number: int, stream: RequestStream, queue: _Queue, room: asyncio.Semaphore) -> None:
+    """Hand on a stream's items, each once there is room for it, then None."""
     try:
         async for item in stream:
             queue.put_nowait((number, [item]))
+            await room.acquire()
     finally:
         queue.put_nowait((number, None))

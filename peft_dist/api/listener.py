@@ -13,6 +13,7 @@ from typing import Any
 
 import uvicorn
 
+from peft_dist.api.unread import SEND_BUFFER_BYTES, UnreadWatch
 from peft_dist.core.errors import ConfigError
 
 # What an answer that was failed at the end of the grace period gets for reaching its client.
@@ -49,6 +50,7 @@ class Listener:
             family, _, _, _, address = found[0]
             self._socket = socket.socket(family, socket.SOCK_STREAM)
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
             self._socket.bind(address)
         except OSError as error:
             raise ConfigError(
@@ -57,14 +59,18 @@ class Listener:
         self.port: int = self._socket.getsockname()[1]
         self._server: _Server | None = None
         self._task: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
 
     @property
     def url(self) -> str:
         """The address it listens on, as a URL."""
         return f"http://{f'[{self._host}]' if ':' in self._host else self._host}:{self.port}"
 
-    async def start(self, app: Any, shutdown_timeout: float) -> asyncio.Task[None]:
-        """Answer with ``app`` from now on; the task ends when ``finish`` was called and every answer is sent."""
+    async def start(self, app: Any, shutdown_timeout: float, unread: UnreadWatch) -> asyncio.Task[None]:
+        """Answer with ``app`` from now on; the task ends when ``finish`` was called and every answer is sent.
+
+        ``unread``: What cuts connections of clients that read nothing.
+        """
         config = uvicorn.Config(
             app,
             lifespan="off",
@@ -80,6 +86,7 @@ class Listener:
         if self._task.done():
             listening.cancel()
             await self._task
+        self._watching = asyncio.create_task(unread.run(self._server.server_state.connections))
         return self._task
 
     def finish(self) -> None:
@@ -92,6 +99,9 @@ class Listener:
         self.finish()
         if self._task is not None:
             await self._task
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
         self._socket.close()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
@@ -15,6 +15,8 @@ from peft_dist.api.migration_metrics import migration_families
 from peft_dist.api.replica_metrics import replica_families
 from peft_dist.api.request_metrics import RequestMetrics
 from peft_dist.api.router_metrics import queue_time, router_families
+from peft_dist.api.unread import UnreadWatch
+from peft_dist.api.unread_metrics import UnreadView, unread_families
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.orchestrator.client import EngineClient
 from peft_dist.orchestrator.observation import MigrationView, ReplicaView
@@ -31,6 +33,7 @@ class StateCollector:
         queue: Seconds that sequences waited for their first step.
         wall_time: Seconds since 1970.
         migration: None with one replica.
+        unread: What clients have not read.
     """
 
     replicas: list[ReplicaView]
@@ -41,12 +44,14 @@ class StateCollector:
     queue: Histogram
     wall_time: float
     migration: MigrationView | None = None
+    unread: UnreadView = field(default_factory=UnreadView)
 
     def collect(self) -> Iterator[Any]:
         labels = AdapterLabels(self.replicas, self.adapters, self.recent, self.max_adapters)
         yield from replica_families(self.replicas, len(self.adapters), self.num_pinned, labels)
         if self.migration is not None:
             yield from migration_families(self.migration)
+        yield from unread_families(self.unread)
         yield from router_families(self.replicas, labels, self.wall_time)
         yield queue_time(self.replicas, self.queue)
 
@@ -57,12 +62,14 @@ class ServerMetrics:
     Args:
         client: Asked for the state of its replicas at every scrape; it may have none.
         max_adapters: Adapters that get series of their own.
+        unread: Of the connections.
     """
 
-    def __init__(self, client: EngineClient, max_adapters: int) -> None:
+    def __init__(self, client: EngineClient, max_adapters: int, unread: UnreadWatch) -> None:
         self.requests = RequestMetrics(max_adapters)
         self._client = client
         self._max_adapters = max_adapters
+        self._unread = unread
 
     async def exposition(self) -> bytes:
         """Everything, for one scrape.
@@ -81,6 +88,7 @@ class ServerMetrics:
                 self.requests.queue,
                 time.time(),
                 self._client.migration(),
+                UnreadView(self._client.num_unread, self._unread.num_bytes, self._unread.num_cut),
             )
         )
         registry.register(self.requests.registry)

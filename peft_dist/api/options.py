@@ -24,6 +24,7 @@ class ServerOptions:
         response_role: The role that answers of ``/v1/chat/completions`` carry.
         max_body_bytes: Largest request body in bytes.
         metrics_max_adapters: Adapters that have series of their own in ``/metrics``; the rest is summed.
+        unread_timeout: Seconds for which a client may read nothing of its answer; then its connection is cut.
         tokenize_in_thread_chars: Prompts from this many characters on are tokenised outside the event loop.
 
     Raises:
@@ -40,6 +41,7 @@ class ServerOptions:
     response_role: str = "assistant"
     max_body_bytes: int = 16 << 20
     metrics_max_adapters: int = 100
+    unread_timeout: float = 60.0
     tokenize_in_thread_chars: int = 16_384
 
     def __post_init__(self) -> None:

@@ -23,6 +23,7 @@ _GAUGES: list[tuple[str, str, Callable[[ReplicaView], float]]] = [
     ("requests_running", "Sequences in the running batch.", lambda r: r.stats.num_running),
     ("requests_waiting", "Sequences that wait for the engine.", lambda r: r.stats.num_waiting),
     ("requests_swapped", "Sequences whose KV is in host memory.", lambda r: r.stats.num_swapped),
+    ("adapters_refused", "Named adapters that the replica did not take when it started.", lambda r: len(r.refused)),
     ("kv_blocks", "KV blocks on the device.", lambda r: r.stats.num_blocks),
     ("kv_blocks_free", "KV blocks that no sequence holds.", lambda r: r.stats.num_free_blocks),
     ("kv_cache_usage_ratio", "Share of the KV blocks in use, 0 to 1.", lambda r: kv_usage([r])),

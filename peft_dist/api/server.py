@@ -20,6 +20,7 @@ from peft_dist.api.protocol import ErrorAnswer
 from peft_dist.api.request_metrics import ErrorCountMiddleware
 from peft_dist.api.state import ServerState
 from peft_dist.api.system import system_router
+from peft_dist.api.unread import UnreadWatch
 from peft_dist.orchestrator.client import EngineClient
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -28,18 +29,21 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def build_app(client: EngineClient, tokenizer: Any | None, options: ServerOptions | None = None) -> FastAPI:
+def build_app(
+    client: EngineClient, tokenizer: Any | None, options: ServerOptions | None = None, unread: UnreadWatch | None = None
+) -> FastAPI:
     """The application that answers for ``client``.
 
     Args:
         client: Admits requests and streams their tokens; its owner starts and stops it.
         tokenizer: A Hugging Face tokenizer, or None for a model without one (prompts are then token ids).
         options: Keys, folders and limits.
+        unread: Of the connections to it, for the metrics.
 
     Run it with uvicorn's ``proxy_headers`` off: who is on this machine must not depend on a header.
     """
     options = options or ServerOptions()
-    state = ServerState(client, tokenizer, options)
+    state = ServerState(client, tokenizer, options, unread or UnreadWatch(options.unread_timeout))
     app = FastAPI(title="peft_dist", version=peft_dist.__version__, redirect_slashes=False)
     for router in (completions_router, chat_router, models_router, adapters_router, admin_router, system_router):
         app.include_router(router(state), responses=_ERRORS)

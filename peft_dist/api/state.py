@@ -10,6 +10,7 @@ from peft_dist.api.metrics import ServerMetrics
 from peft_dist.api.options import ServerOptions
 from peft_dist.api.prompts import PromptReader
 from peft_dist.api.token_bytes import TokenBytes
+from peft_dist.api.unread import UnreadWatch
 from peft_dist.core.config import ModelInfo
 from peft_dist.core.errors import EngineDeadError
 from peft_dist.orchestrator.client import EngineClient
@@ -18,11 +19,13 @@ from peft_dist.orchestrator.client import EngineClient
 class ServerState:
     """The engine client, the tokenizer (None for a model without one) and the options of one application."""
 
-    def __init__(self, client: EngineClient, tokenizer: Any | None, options: ServerOptions) -> None:
+    def __init__(
+        self, client: EngineClient, tokenizer: Any | None, options: ServerOptions, unread: UnreadWatch
+    ) -> None:
         self.client = client
         self.tokenizer = tokenizer
         self.options = options
-        self.metrics = ServerMetrics(client, options.metrics_max_adapters)
+        self.metrics = ServerMetrics(client, options.metrics_max_adapters, unread)
         self.prompts = PromptReader(tokenizer, options)
         self.texts = TokenBytes(tokenizer)
         self.decoders = None if tokenizer is None else Decoders(tokenizer)

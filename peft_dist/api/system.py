@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
 from starlette.responses import PlainTextResponse, Response
@@ -11,14 +11,44 @@ import peft_dist
 from peft_dist.api.errors import ApiError, json_response
 from peft_dist.api.metrics import CONTENT_TYPE
 from peft_dist.api.state import ServerState
+from peft_dist.core.adapter import AdapterSpec
 from peft_dist.orchestrator.observation import ReplicaView
 
 
-def _lacks(view: ReplicaView) -> str:
+def _lacks(view: ReplicaView, adapters: list[AdapterSpec]) -> str:
     """Why a replica does not serve everything."""
-    if view.state == "ready":
-        return f"waits for {view.num_coming} {'adapter' if view.num_coming == 1 else 'adapters'}"
-    return f"is {view.state}"
+    if view.state != "ready":
+        return f"is {view.state}"
+    if view.coming:
+        return f"waits for {len(view.coming)} {'adapter' if len(view.coming) == 1 else 'adapters'}"
+    return "refused " + ", ".join(repr(spec.name) for spec in adapters if spec.content_hash in view.refused)
+
+
+def _refused(views: list[ReplicaView], adapters: list[AdapterSpec]) -> dict[str, list[str]]:
+    """Names of adapters that a replica which serves did not take, by replica."""
+    found = {
+        str(view.replica_id): [spec.name for spec in adapters if spec.content_hash in view.refused]
+        for view in views
+        if view.is_ready and view.refused
+    }
+    return {replica: names for replica, names in found.items() if names}
+
+
+def _missing(views: list[ReplicaView], adapters: list[AdapterSpec]) -> list[str]:
+    """Names of adapters that no replica takes requests for."""
+    whole = any(view.serves_all for view in views)
+    return [] if whole else [a.name for a in adapters if not any(view.serves(a.content_hash) for view in views)]
+
+
+def _told(state: ServerState) -> dict[str, Any]:
+    views, adapters = state.client.replicas(), state.client.adapters()
+    refused, missing = _refused(views, adapters), _missing(views, adapters)
+    return {
+        "status": "degraded" if refused or missing else "ok",
+        "replicas": {str(view.replica_id): view.state for view in views},
+        "refused": refused,
+        "missing": missing,
+    }
 
 
 def system_router(state: ServerState) -> APIRouter:
@@ -29,20 +59,30 @@ def system_router(state: ServerState) -> APIRouter:
     async def health() -> Response:
         """200 while requests can be served, 503 when no replica takes any."""
         state.check_alive()
-        replicas = {str(view.replica_id): view.state for view in state.client.replicas()}
-        return json_response({"status": "ok", "replicas": replicas})
+        return json_response(_told(state))
 
     @router.get("/ready")
-    async def ready(replicas: Annotated[int, Query(ge=1)] = 1) -> Response:
-        """200 while at least so many replicas take requests for every model: others may start, drain or be dead."""
+    async def ready(
+        replicas: Annotated[int | None, Query(ge=1)] = None, adapters: Literal["any", "all"] = "any"
+    ) -> Response:
+        """200 while at least one replica takes requests and waits for no adapter: others may start, drain or be dead.
+
+        ``replicas``: At least so many, for every model. ``adapters=all``: Only while each adapter has a replica.
+        """
         views = state.client.replicas()
-        number = sum(view.can_serve for view in views)
-        if number < replicas:
-            away = ", ".join(f"replica {view.replica_id} {_lacks(view)}" for view in views if not view.can_serve)
-            reason = f"{number} of {len(views)} replicas serve, {replicas} asked for"
+        whole = sum(view.serves_all for view in views)
+        if (whole if replicas else sum(view.can_serve for view in views)) < (replicas or 1):
+            known = state.client.adapters()
+            away = ", ".join(
+                f"replica {view.replica_id} {_lacks(view, known)}" for view in views if not view.serves_all
+            )
+            reason = f"{whole} of {len(views)} replicas serve, {replicas or 1} asked for"
             raise ApiError(503, f"{reason}: {away}." if away else f"{reason}.", code="not_ready")
-        states = {str(view.replica_id): view.state for view in views}
-        return json_response({"status": "ok", "serving": number, "of": len(views), "replicas": states})
+        told = _told(state)
+        if told["missing"] and adapters == "all":
+            names = ", ".join(map(repr, told["missing"]))
+            raise ApiError(503, f"No replica serves {names}: load in place, or unload.", code="not_ready")
+        return json_response({**told, "serving": whole, "of": len(views)})
 
     @router.get("/version")
     async def version() -> Response:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import msgspec
@@ -10,13 +10,14 @@ import msgspec
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.batch import Batch, StepResult
 from peft_dist.core.config import EngineConfig, ModelInfo
-from peft_dist.core.messages import SequenceProgress
+from peft_dist.core.handover import KVHandle, SequenceState
+from peft_dist.core.messages import Exported, Imported, SequenceProgress
 from peft_dist.core.request import Request
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.engine.engine import Engine
-from peft_dist.engine.executor import Executor, LoadOutcome
+from peft_dist.engine.executor import Executor, LoadOutcome, TransferOutcome
 
-FORMAT = 1
+FORMAT = 2
 
 
 class _Entry(msgspec.Struct, frozen=True, tag=str.lower, tag_field="is"):
@@ -46,6 +47,12 @@ class Add(_Entry, frozen=True):
     sequence_index: int
     output_token_ids: list[int]
 
+    @classmethod
+    def of(cls, request: Request) -> Add:
+        params = (request.request_id, request.prompt_token_ids, request.params, request.seed, request.arrival_time)
+        hashed = None if request.adapter is None else request.content_hash
+        return cls(*params, hashed, request.sequence_index, list(request.output_token_ids))
+
 
 class Abort(_Entry, frozen=True):
     request_ids: list[str]
@@ -71,6 +78,68 @@ class Forget(_Entry, frozen=True):
 
 class Step(_Entry, frozen=True):
     now: float
+
+
+class Moves(_Entry, frozen=True):
+    """Requests may move from here on; ``ahead_blocks`` is as of ``Handovers``."""
+
+    ahead_blocks: int
+
+
+class Export(_Entry, frozen=True):
+    """Requests are to move away with their KV: as of ``Handovers``, and so are the next ones."""
+
+    handover: int
+    request_ids: list[str]
+
+
+class EndExport(_Entry, frozen=True):
+    handover: int
+    moved: bool
+
+
+class Import(_Entry, frozen=True):
+    """What a move brings. Where its KV lay says nothing of what is decided."""
+
+    handover: int
+    requests: list[Add]
+    states: list[SequenceState]
+
+
+class AbortMoves(_Entry, frozen=True):
+    request_ids: list[str]
+
+
+class ClearMoves(_Entry, frozen=True):
+    pass
+
+
+class Poll(_Entry, frozen=True):
+    """Moves under way are carried on."""
+
+
+class Copied(_Entry, frozen=True):
+    """How a copy of KV ended."""
+
+    outcome: TransferOutcome
+
+
+class Copying(_Entry, frozen=True):
+    """The decision to copy these blocks, ``way`` "out" or "in"; or to hold a copy no longer, "end"."""
+
+    way: str
+    key: int
+    blocks: list[int]
+
+
+class Told(_Entry, frozen=True):
+    """Moves that were told to have come so far, and the error of each."""
+
+    moves: list[tuple[str, int, str | None]]
+
+    @classmethod
+    def of(cls, reports: Iterable[Exported | Imported]) -> Told:
+        return cls([(type(one).__name__, one.handover, one.error) for one in reports])
 
 
 class Known(_Entry, frozen=True):
@@ -119,8 +188,9 @@ class End(_Entry, frozen=True):
     why: str
 
 
-Input = Add | Abort | Register | Pin | Prefetch | Forget | Step
-Entry = Begin | Input | Known | Switched | Loaded | Submitted | Collected | End
+Moving = Moves | Export | EndExport | Import | AbortMoves | ClearMoves | Poll
+Input = Add | Abort | Register | Pin | Prefetch | Forget | Step | Moving
+Entry = Begin | Input | Known | Switched | Loaded | Submitted | Collected | Copied | Copying | Told | End
 QUESTIONS = ("can_merge", "can_host", "holds_merged")
 
 
@@ -149,38 +219,33 @@ class RecordedEngine(Engine):
         super().__init__(*args)
 
     def add_request(self, request: Request) -> None:
-        params = (request.request_id, request.prompt_token_ids, request.params, request.seed, request.arrival_time)
-        hashed = None if request.adapter is None else request.content_hash
-        entry = Add(*params, hashed, request.sequence_index, list(request.output_token_ids))
-        self._noted(entry, lambda: super(RecordedEngine, self).add_request(request))
+        self.noted(Add.of(request), lambda: super(RecordedEngine, self).add_request(request))
 
     def abort(self, request_ids: Iterable[str]) -> None:
         ids = list(request_ids)
-        self._noted(Abort(ids), lambda: super(RecordedEngine, self).abort(ids))
+        self.noted(Abort(ids), lambda: super(RecordedEngine, self).abort(ids))
 
     def register_adapter(self, spec: AdapterSpec, *, pinned: bool = False) -> None:
         register = super().register_adapter
-        self._noted(Register(spec, pinned), lambda: register(spec, pinned=pinned))
+        self.noted(Register(spec, pinned), lambda: register(spec, pinned=pinned))
 
     def pin_adapter(self, name: str, content_hash: str | None) -> None:
         pin = super().pin_adapter
-        self._noted(Pin(name, content_hash), lambda: pin(name, content_hash))
+        self.noted(Pin(name, content_hash), lambda: pin(name, content_hash))
 
     def prefetch_adapter(self, content_hash: str) -> None:
         prefetch = super().prefetch_adapter
-        self._noted(Prefetch(content_hash), lambda: prefetch(content_hash))
+        self.noted(Prefetch(content_hash), lambda: prefetch(content_hash))
 
     def forget_adapter(self, content_hash: str) -> None:
         forget = super().forget_adapter
-        self._noted(Forget(content_hash), lambda: forget(content_hash))
+        self.noted(Forget(content_hash), lambda: forget(content_hash))
 
     def step(self, now: float) -> list[SequenceProgress]:
-        if self.scheduler.held:
-            self.recorder.end("a request was held to be moved with its KV")
         step = super().step
-        return cast(list[SequenceProgress], self._noted(Step(now), lambda: step(now)))
+        return cast(list[SequenceProgress], self.noted(Step(now), lambda: step(now)))
 
-    def _noted(self, entry: Input, call: Callable[[], Any]) -> Any:
+    def noted(self, entry: Input, call: Callable[[], Any]) -> Any:
         """Note what comes from outside, and not what one of these calls makes of it."""
         if not self._depth_of_calls:
             self.recorder.note(entry)
@@ -243,13 +308,17 @@ class RecordingExecutor:
         self._num_asked += 1
         return outcomes
 
-    def start_export(self, *args: Any, **options: Any) -> None:
-        self._recorder.end("a request moved away with its KV")
-        self._executor.start_export(*args, **options)
+    def start_export(self, key: int, blocks: Sequence[int], *, on_host: bool) -> None:
+        self._recorder.note(Copying("out", key, list(blocks)))
+        self._executor.start_export(key, blocks, on_host=on_host)
 
-    def start_import(self, *args: Any) -> None:
-        self._recorder.end("a request came with its KV")
-        self._executor.start_import(*args)
+    def start_import(self, key: int, kv: KVHandle, blocks: Sequence[int]) -> None:
+        self._recorder.note(Copying("in", key, list(blocks)))
+        self._executor.start_import(key, kv, blocks)
+
+    def end_export(self, key: int) -> None:
+        self._recorder.note(Copying("end", key, []))
+        self._executor.end_export(key)
 
     def _answer(self, question: str, content_hash: str, answer: bool) -> bool:
         if self._answers.get((question, content_hash)) != answer:

@@ -39,10 +39,8 @@ class AdapterCalls:
         self._holdings = Holdings()
         self._next_call = first_call
         self._kept = 0
-        # Reloads that were not answered yet, and (epoch, content) that cannot be loaded there.
+        # Reloads that were not answered yet.
         self._reloads: dict[int, _Reload] = {}
-        self._coming: set[tuple[int, str]] = set()
-        self._refused: set[tuple[int, str]] = set()
 
     def holds(self, replica: Replica, content_hash: str) -> bool:
         """Whether a replica can run requests of a content."""
@@ -52,11 +50,15 @@ class AdapterCalls:
         """Ids of the replicas that can run requests of a content, not the base."""
         return self._holdings.holders(content_hash)
 
+    def contents(self, replica: Replica) -> frozenset[str]:
+        """All contents that a replica can run requests of."""
+        return self._holdings.of(replica.replica_id)
+
     def is_coming(self, replica: Replica, content_hash: str) -> bool:
         """Whether a content is on its way to a replica, or will be once the replica is ready."""
         if replica.will_be_ready:
-            return not content_hash or self._registry.is_named(content_hash)
-        return (replica.epoch, content_hash) in self._coming
+            return not content_hash or content_hash in replica.keeps or self._registry.is_named(content_hash)
+        return content_hash in replica.coming
 
     def load(self, name: str, path: str, pinned: bool | None, **source: Any) -> tuple[int, list[Outgoing]]:
         """Ask every ready replica; ``pinned`` None: if what it replaces is. ``source`` are fields of LoadAdapter."""
@@ -71,6 +73,7 @@ class AdapterCalls:
         """A replica's answer to a load or unload."""
         if report.spec is not None:
             self._holdings.add(replica.replica_id, report.spec.content_hash)
+            replica.refused.pop(report.spec.content_hash, None)
         if report.call_id in self._reloads:
             self._reloaded(replica, report)
         elif report.call_id in self._registry.loads_on(replica.replica_id):
@@ -105,9 +108,8 @@ class AdapterCalls:
     def lose(self, replica: Replica, error: PeftDistError) -> list[Outgoing]:
         """A replica is gone: loads go on without it, or fail if it was the last one."""
         self._holdings.lose(replica.replica_id)
+        replica.coming.clear()
         self._reloads = {call: reload for call, reload in self._reloads.items() if reload.epoch != replica.epoch}
-        self._coming = {(epoch, content) for epoch, content in self._coming if epoch != replica.epoch}
-        self._refused = {(epoch, content) for epoch, content in self._refused if epoch != replica.epoch}
         out: list[Outgoing] = []
         for call_id in self._registry.loads_on(replica.replica_id):
             out += self._settle(call_id, replica.replica_id, error, lost=True)
@@ -119,6 +121,9 @@ class AdapterCalls:
         Nothing is dropped while a load is under way: it may turn out to bring the same content again.
         """
         alive = {r.replica_id: r for r in self._replicas.all_alive() if r.ready_since is not None}
+        for replica in alive.values():
+            # What nobody can ask for is not missed.
+            replica.refused = {each: why for each, why in replica.refused.items() if self._registry.is_named(each)}
         out: list[Outgoing] = []
         if (renamed := self._registry.take_renamed()) is not None:
             out += [to(replica, renamed) for replica in alive.values()]
@@ -154,25 +159,22 @@ class AdapterCalls:
     def _reload(self, replica: Replica, specs: Iterable[AdapterSpec]) -> list[Outgoing]:
         out: list[Outgoing] = []
         for spec in specs:
-            key = (replica.epoch, spec.content_hash)
             if self.holds(replica, spec.content_hash):
                 # Under another name, of which it knows.
                 self._registry.repin_if_pinned([spec.name])
                 continue
-            if key in self._refused or key in self._coming:
+            if spec.content_hash in replica.refused or spec.content_hash in replica.coming:
                 continue
             command = self._registry.reload_command(spec.name, self._new_call())
             self._reloads[command.call_id] = _Reload(replica.epoch, spec, command.pinned)
-            self._coming.add(key)
-            replica.num_coming += 1
+            replica.coming.add(spec.content_hash)
             out.append(to(replica, command))
         return out
 
     def _reloaded(self, replica: Replica, report: AdapterResult) -> None:
         reload = self._reloads.pop(report.call_id)
         wanted = reload.spec
-        self._coming.discard((reload.epoch, wanted.content_hash))
-        replica.num_coming -= 1
+        replica.coming.discard(wanted.content_hash)
         if reload.pinned:
             self._registry.repin(wanted.name)
         # The name may mean something else by now, and the replica has just pinned what it meant before, or nothing; and
@@ -182,7 +184,7 @@ class AdapterCalls:
         if report.spec is not None and report.spec.content_hash == wanted.content_hash:
             return
         problem = report.error or f"{wanted.path} no longer holds what the other replicas loaded"
-        self._refused.add((replica.epoch, wanted.content_hash))
+        replica.refused[wanted.content_hash] = problem
         text = f"adapter {wanted.name!r} is not served here: {problem}. Unload it, or load it in place"
         self._events.append(Notice(replica.replica_id, text))
 

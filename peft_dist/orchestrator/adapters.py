@@ -231,6 +231,10 @@ class AdapterRegistry:
         """Whether a name means this content."""
         return any(spec.content_hash == content_hash for spec in self._by_name.values())
 
+    def name_of(self, content_hash: str) -> str | None:
+        """The first name of a content; None where it has none."""
+        return next((spec.name for spec in self._by_name.values() if spec.content_hash == content_hash), None)
+
     def _served(self) -> str:
         names = list(self._by_name)
         more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""

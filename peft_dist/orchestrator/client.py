@@ -34,8 +34,9 @@ class RequestStream(Protocol):
 
     Ends after the last sequence's progress with a ``finish_reason`` ("stop", "length", "abort", or "error"
     with ``progress.error`` set). Close it (``aclose``) in a ``finally``: closing early aborts what still
-    runs within one engine step; closing a stream that ended does nothing. Cancelling whoever waits for the
-    next item closes it too.
+    runs within one engine step; closing a stream that was read to its end does nothing. Until either, its
+    sequences take room in the queue, also when they have ended. Cancelling whoever waits for the next item
+    closes it too.
     """
 
     def __aiter__(self) -> RequestStream: ...
@@ -166,6 +167,11 @@ class EngineClient(Protocol):
 
     def stats(self) -> ReplicaStats:
         """The last report of a ready replica, or of the last known one when none is ready."""
+        ...
+
+    @property
+    def num_unread(self) -> int:
+        """Sequences that have ended, and whose streams were neither read to the end nor closed."""
         ...
 
     def replicas(self) -> list[ReplicaView]:

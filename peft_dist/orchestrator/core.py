@@ -14,7 +14,6 @@ from peft_dist.core.messages import (
     AnyReport,
     Exported,
     Fatal,
-    Fence,
     Heartbeat,
     Imported,
     Progress,
@@ -32,6 +31,7 @@ from peft_dist.orchestrator.demand import Demand
 from peft_dist.orchestrator.endings import Endings
 from peft_dist.orchestrator.handover import Handover
 from peft_dist.orchestrator.lifecycle import Lifecycle
+from peft_dist.orchestrator.losses import Losses
 from peft_dist.orchestrator.migration import Migration
 from peft_dist.orchestrator.move_counts import DRAIN, PLAN, MoveCounts
 from peft_dist.orchestrator.options import OrchestratorOptions
@@ -43,7 +43,6 @@ from peft_dist.orchestrator.records import (
     Outgoing,
     Replica,
     ReplicaDrained,
-    ReplicaLost,
     ReplicaReady,
     RequestRecord,
     StartReplica,
@@ -83,7 +82,7 @@ class Orchestrator:
         self._placer.mover = partial(self.handover.move_record, cause=DRAIN)
         self.migration.mover = partial(self.handover.move_record, cause=PLAN)
         self.lives = Lifecycle(self.replicas, options)
-        self._stopping = False
+        self._losses = Losses(*tables, self._placer, self.handover, self.lives, self._endings, self._events)
 
     # What clients ask
 
@@ -118,7 +117,7 @@ class Orchestrator:
         for record, sequence in self._requests.running(request_id, sequence_index):
             out += self._placer.stop(record, sequence)
             self._endings.finish(record, sequence, ending(sequence, "abort"), now)
-        return out + self._place_waiting(now) + self._note_drained(now) + self._calls.tidy()
+        return out + self._losses.place_waiting(now) + self._note_drained(now) + self._calls.tidy()
 
     def load_adapter(
         self, name: str, path: str, *, replace: bool = False, pinned: bool | None = None, **source: Any
@@ -168,15 +167,15 @@ class Orchestrator:
         """
         replica = self.lives.resume(replica_id)
         kept = to(replica, KeepDrained(is_drained=False))
-        return [kept, *self._calls.welcome(replica), *self._place_waiting(now)]
+        return [kept, *self._calls.welcome(replica), *self._losses.place_waiting(now)]
 
     def drain(self) -> None:
         """Admit nothing any more; what runs goes on."""
-        self._stopping = True
+        self.lives.is_stopping = True
 
     def shut_down(self) -> list[Outgoing]:
         """Fail what runs, and tell every replica to exit; what they say from now on is ignored."""
-        self._stopping = True
+        self.lives.is_stopping = True
         error = EngineDeadError("The server shut down before this was complete: send it again later.")
         self._endings.fail(self._requests.records(), error)
         self._events.extend(AdapterRefused(call_id, error) for call_id in self.adapters.cancel_loads())
@@ -197,29 +196,11 @@ class Orchestrator:
         """Give a replica up: it is told to exit in case it still listens, and other replicas go on with its requests.
 
         Those that no replica can go on with fail. ``hangs``: It will not end by itself. ``by_link``: What failed is its
-        connection, and no request is to blame. Ignored for an earlier incarnation, or a second time.
+        connection: no request is to blame, and it goes on as another incarnation (``ReplicaRenewed``). Ignored for an
+        earlier incarnation, or a second time.
         """
         replica = self.replicas.alive(replica_id, epoch)
-        if replica is None:
-            return []
-        error, was_asked = EngineDeadError(reason), self.lives.was_told_to_end(replica)
-        farewell = Fence() if replica.is_guest and not replica.leaves else Shutdown()
-        self.replicas.mark_dead(replica, error)
-        self.lives.ended(replica)
-        if not self._stopping:
-            self.lives.plan_restart(replica, now, was_asked=was_asked)
-        moves, brought = self.handover.lose(replica, now)
-        out = [to(replica, farewell), *self._calls.lose(replica, error), *moves]
-        guilty = self._placer.orphan(replica, now, by_death=not (was_asked or by_link), brought=brought)
-        if guilty is not None:
-            out += self._placer.stop(guilty, *guilty.unfinished.values())
-            twice = f"{reason.rstrip('.')}. So did another replica with this request: it is not tried again."
-            self._endings.fail([guilty], EngineDeadError(twice))
-        out += self._place_waiting(now, error)
-        self._events.append(ReplicaLost(replica_id, error, hangs, was_asked))
-        if replica.is_guest:
-            self.replicas.remove(replica)
-        return [*out, *self._calls.tidy()]
+        return [] if replica is None else self._give_up(replica, Fault(reason, hangs, by_link), now)
 
     def observe(self, replica_id: int, epoch: int, report: AnyReport, now: float) -> list[Outgoing]:
         """Take in a replica's report; those of a fenced or dead incarnation are ignored."""
@@ -239,7 +220,9 @@ class Orchestrator:
             case Ready():
                 out = self._observe_ready(replica, report, now)
             case AdapterResult():
-                out = self._calls.answered(replica, report) + self._place_waiting(now) + self._placer.evacuate(now)
+                out = (
+                    self._calls.answered(replica, report) + self._losses.place_waiting(now) + self._placer.evacuate(now)
+                )
             case NamesKept(version=version):
                 replica.names_version = version
             case Exported() | Imported():
@@ -303,10 +286,10 @@ class Orchestrator:
     # Inside
 
     def _give_up(self, replica: Replica, fault: Fault, now: float) -> list[Outgoing]:
-        return self.lose_replica(replica.replica_id, replica.epoch, now=now, **fault._asdict())
+        return self._losses.lose(replica, fault, now) + self._calls.tidy()
 
     def _check_open(self) -> None:
-        if self._stopping:
+        if self.lives.is_stopping:
             raise EngineDeadError("The server is shutting down: send the request to another one, or later.")
 
     def _check_ready(self) -> None:
@@ -316,25 +299,17 @@ class Orchestrator:
     def _observe_progress(self, replica: Replica, report: Progress, now: float) -> list[Outgoing]:
         self.replicas.take_in(replica, report)
         broken = self._endings.advance(report.sequences, replica, now)
-        return [out for each in broken for out in self._placer.stop(*each)] + self._place_waiting(now)
+        return [out for each in broken for out in self._placer.stop(*each)] + self._losses.place_waiting(now)
 
     def _observe_ready(self, replica: Replica, report: Ready, now: float) -> list[Outgoing]:
         self.replicas.mark_ready(replica, report, now)
-        if report.is_drained:
-            self._events.append(self.lives.stay_drained(replica))
+        kept = self.lives.keep_drained(replica, report, self._events)
         self.adapters.set_base(report.model)
         self._events.append(ReplicaReady(replica.replica_id, report.model))
         named = self._calls.take_in(replica, report)
-        return named + self._calls.welcome(replica) + self._place_waiting(now) + self._placer.evacuate(now)
-
-    def _place_waiting(self, now: float, error: EngineDeadError | None = None) -> list[Outgoing]:
-        """Place what waits, and fail what waits in vain."""
-        if not self._requests.has_unplaced:
-            return []
-        out = self._placer.place_waiting(now)
-        hopeless = [record for record in self._requests.unplaced() if self._placer.is_hopeless(record)]
-        self._endings.fail(hopeless, error or EngineDeadError(self.replicas.health_error()))
-        return out
+        return (
+            kept + named + self._calls.welcome(replica) + self._losses.place_waiting(now) + self._placer.evacuate(now)
+        )
 
     def _note_drained(self, now: float) -> list[Outgoing]:
         """Tell of replicas that have become empty, and let those go that are to be started again."""

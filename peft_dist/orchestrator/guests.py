@@ -16,6 +16,7 @@ from peft_dist.core.succession import Adopt, Identify, Identity, life_of
 from peft_dist.orchestrator.core import Orchestrator
 from peft_dist.orchestrator.link import Link, Received
 from peft_dist.orchestrator.records import Outgoing, Replica
+from peft_dist.orchestrator.renewals import Renewals
 
 logger = logging.getLogger(__name__)
 _START_TIMEOUT = 600.0
@@ -69,6 +70,8 @@ class Guests:
         self._adopted: dict[bytes, Replica] = {}
         self._asked: dict[bytes, float] = {}
         self._ids: set[int] = set()
+        pace = invitation.heartbeat_seconds
+        self._renewals = Renewals(core, self._link.answer, now, heartbeat_seconds=pace)
 
     @property
     def endpoint(self) -> str:
@@ -81,6 +84,15 @@ class Guests:
             return False
         self._link.send(out)
         return True
+
+    def renew(self, replica: Replica, epoch: int) -> None:
+        """The process of an incarnation that is over, for its connection failed, is to go on as ``replica``."""
+        number = replica.replica_id
+        of_before = [
+            sender for sender, (one, _) in self._joined.items() if (one.replica_id, one.epoch) == (number, epoch)
+        ]
+        self._joined |= {sender: (replica, self._joined[sender][1]) for sender in of_before}
+        self._renewals.begin(replica, epoch)
 
     async def run(self) -> None:
         """Hear everybody, and let them hear that this process lives, for ever."""
@@ -96,6 +108,8 @@ class Guests:
                 self._hear(received)
             elif life_of(received.epoch) != self._core.life:
                 self._hear_of_another_life(received)
+            elif self._renewals.awaits(received):
+                self._renewals.hear(received)
             elif self._core.replicas.alive(received.replica_id, received.epoch) is None:
                 # Cut off, given up, and back again: whatever it says, others have its requests.
                 self._link.send(Outgoing(received.replica_id, received.epoch, Fence()))

@@ -22,6 +22,10 @@ class Holdings:
         """Ids of the replicas that hold a content, not the base."""
         return self._holders.get(content_hash, frozenset())
 
+    def of(self, replica_id: int) -> frozenset[str]:
+        """What a replica holds."""
+        return frozenset(content for content, holders in self._holders.items() if replica_id in holders)
+
     def drop(self, content_hash: str) -> list[int]:
         """Nobody holds it any more; returns who did."""
         return sorted(self._holders.pop(content_hash, ()))

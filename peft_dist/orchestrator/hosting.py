@@ -70,6 +70,9 @@ class Hosting:
         hosts = [replica for replica in able if self.is_placed(record.content_hash, replica.replica_id)]
         return hosts or list(able)
 
+    def given(self, record: RequestRecord, replica: Replica) -> None:
+        """A request was sent to a replica."""
+
     def check(self, now: float) -> list[Outgoing]:
         """See whether the placement is still good enough; ``PlacementDue`` follows when another is to be looked for."""
         members = self._members()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 from peft_dist.core.errors import ReplicaStateError, UnknownReplicaError
-from peft_dist.core.messages import Heartbeat
+from peft_dist.core.messages import Heartbeat, Ready
+from peft_dist.core.succession import KeepDrained
 from peft_dist.orchestrator.options import OrchestratorOptions
-from peft_dist.orchestrator.records import Fault, Notice, Replica, ReplicaState
+from peft_dist.orchestrator.records import Event, Fault, Notice, Outgoing, Replica, ReplicaState
 from peft_dist.orchestrator.replicas import ReplicaTable
 
 _SERVING = (ReplicaState.READY, ReplicaState.DRAINING)
@@ -15,13 +16,18 @@ _GUESTS_SILENCE = 10.0
 
 
 class Lifecycle:
-    """Decides from the table of replicas and the options; changes nothing but what a replica's life is about."""
+    """Decides from the table of replicas and the options; changes nothing but what a replica's life is about.
+
+    Attributes:
+        is_stopping: Nothing is admitted any more, and whoever dies is not started again.
+    """
 
     def __init__(self, replicas: ReplicaTable, options: OrchestratorOptions) -> None:
         self._replicas = replicas
         self._options = options
         self._restarts = options.restart
         self._is_over = False
+        self.is_stopping = False
         # Epochs of draining replicas that still have requests.
         self._draining: set[int] = set()
 
@@ -72,7 +78,9 @@ class Lifecycle:
     def plan_restart(self, replica: Replica, now: float, *, was_asked: bool) -> None:
         """Note when a replica that has just died is started again; at once if it was asked to end."""
         policy = self._restarts
-        if replica.is_survivor and not replica.is_guest and not self._is_over:
+        if self.is_stopping:
+            return
+        if replica.is_survivor and not replica.is_renewed and not replica.is_guest and not self._is_over:
             # It was never this life's: in its place comes the one that would have been started without it.
             replica.restart_at = now
             return
@@ -122,11 +130,23 @@ class Lifecycle:
         if self._restarts is None:
             raise ReplicaStateError("replicas are not started again here: serve with --restart, or drain without it")
 
-    def stay_drained(self, replica: Replica) -> Notice:
-        """One that was drained in an earlier life of the orchestrator has come; returns what is to be said of it."""
-        replica.state = ReplicaState.DRAINING
-        text = "was drained before this server started, and still is: POST /admin/resume/{} ends that"
-        return Notice(replica.replica_id, text.format(replica.replica_id))
+    def keep_drained(self, replica: Replica, report: Ready, events: list[Event]) -> list[Outgoing]:
+        """Let one that has become ready be drained if it was, in an earlier life of the orchestrator or of its own."""
+        if replica.is_renewed:
+            # What it was told last may be what was lost.
+            if replica.was_drained:
+                replica.state = ReplicaState.DRAINING
+            return [Outgoing(replica.replica_id, replica.epoch, KeepDrained(is_drained=replica.was_drained))]
+        if report.is_drained:
+            replica.state = ReplicaState.DRAINING
+            text = "was drained before this server started, and still is: POST /admin/resume/{} ends that"
+            events.append(Notice(replica.replica_id, text.format(replica.replica_id)))
+        return []
+
+    def can_renew(self, replica: Replica) -> bool:
+        """Whether a replica whose connection failed may go on as another incarnation: it is to stay, and so is this
+        process."""
+        return not replica.leaves and not self._is_over
 
     def resume(self, replica_id: int) -> Replica:
         """Let a draining or drained replica take requests again.

@@ -22,7 +22,7 @@ from peft_dist.orchestrator.records import Outgoing, Replica
 
 # What an epoch takes in a message.
 _MOST = 1 << 63
-_PING_SECONDS = 1.0
+_PING_SECONDS = 0.5
 _LOOPBACK = ("127.", "[::1]", "localhost")
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from peft_dist.orchestrator.adapter_calls import AdapterCalls
 from peft_dist.orchestrator.adapters import AdapterRegistry
+from peft_dist.orchestrator.artifact_hosting import ArtifactHosting
 from peft_dist.orchestrator.demand import Demand
 from peft_dist.orchestrator.hosting import Hosting
 from peft_dist.orchestrator.move_counts import PLAN, MoveCounts
@@ -62,7 +63,12 @@ class Migration:
         self._lengths = demand.lengths
         self._views = Views(requests, replicas, registry, calls, demand.rates, options.max_num_seqs)
         self._placer = Placer(options.migration)
-        self.hosting = Hosting(self._placer, self._views, replicas, calls, events, sends_ahead=options.sends_ahead)
+        own = (self._placer, self._views, replicas, calls, events)
+        self.hosting = (
+            Hosting(*own, sends_ahead=options.sends_ahead)
+            if options.table is None
+            else ArtifactHosting(options.table, requests, *own, sends_ahead=options.sends_ahead)
+        )
         self._triggers = options.triggers
         self._events = events
         self._check_at = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass, field
 
 from peft_dist.core.config import ModelInfo
@@ -103,7 +104,8 @@ class ReplicaView:
         model: None before it was ready for the first time.
         totals: Counts over all incarnations.
         num_restarts: Incarnations before this one.
-        num_coming: Named adapters that are still on their way to it.
+        coming: Content hashes of named adapters that are still on their way to it.
+        refused: Content hashes of named adapters that it did not take when it was brought them, and why.
         error: Why the last incarnation that died did; None before.
     """
 
@@ -114,7 +116,8 @@ class ReplicaView:
     detail: ReplicaDetail
     totals: ReplicaTotals
     num_restarts: int = 0
-    num_coming: int = 0
+    coming: frozenset[str] = frozenset()
+    refused: Mapping[str, str] = field(default_factory=dict)
     error: str | None = None
 
     @property
@@ -125,7 +128,16 @@ class ReplicaView:
     @property
     def can_serve(self) -> bool:
         """Whether it takes requests, for the base and all adapters but those that it refused."""
-        return self.state == "ready" and not self.num_coming
+        return self.state == "ready" and not self.coming
+
+    @property
+    def serves_all(self) -> bool:
+        """Whether it takes requests for the base and every adapter that is named."""
+        return self.can_serve and not self.refused
+
+    def serves(self, content_hash: str) -> bool:
+        """Whether it takes requests for an adapter that is named."""
+        return self.state == "ready" and content_hash not in self.coming and content_hash not in self.refused
 
 
 @dataclass(frozen=True, slots=True)

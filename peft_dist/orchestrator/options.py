@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from peft_dist.core.errors import ConfigError
 from peft_dist.core.restarts import RestartPolicy
 from peft_dist.core.succession import LIFE_BITS, first_number
+from peft_dist.placement.artifact import ArtifactTable
 from peft_dist.placement.placer import KINDS, MigrationKind
 from peft_dist.placement.triggers import TriggerSettings
 
@@ -30,6 +31,7 @@ class OrchestratorOptions:
         prefix_caching: Whether replicas keep the KV of prefixes: requests go rather where theirs was computed.
         sends_ahead: Whether replicas are told to load adapters before requests for them come.
         triggers: When requests are planned to move.
+        table: Where adapters are and requests go, by the rules of dLoRA's artifact; None: by ours.
         first_number: The least number of incarnations, loads and handovers: replicas that outlive one orchestrator must
             not meet a number again (``core/succession.py``).
     """
@@ -47,6 +49,7 @@ class OrchestratorOptions:
     prefix_caching: bool = False
     sends_ahead: bool = True
     triggers: TriggerSettings = field(default_factory=TriggerSettings)
+    table: ArtifactTable | None = None
     first_number: int = 1
 
     def for_a_life(self) -> OrchestratorOptions:

@@ -137,6 +137,7 @@ class Placer:
         self._requests.place(record, replica.replica_id, self._lengths.expected(record), cached)
         self._note_sent(record, replica)
         replica.num_sent += len(record.unfinished)
+        self._hosting.given(record, replica)
         return [to(replica, command) for command in add_commands(record, now)]
 
     def _note_sent(self, record: RequestRecord, replica: Replica) -> None:

@@ -61,7 +61,12 @@ class Replica:
         is_guest: It joined, and is started and ended by somebody else.
         is_survivor: It ran before this orchestrator did, and has not told yet what it has.
         was_adopted: It did, and has.
-        num_coming: Named adapters that are on their way to it.
+        is_renewed: It goes on in the process of the incarnation before it, whose connection failed; until it is ready
+            it is a survivor of that one.
+        was_drained: That one was drained.
+        keeps: Content hashes that it held; none before it is ready.
+        coming: Content hashes of named adapters that are on their way to it.
+        refused: Content hashes of named adapters that it did not take when they were brought to it, and why.
         names_version: The last version of the names that it is known to remember.
         earlier: What the incarnations before this one counted.
     """
@@ -88,7 +93,11 @@ class Replica:
     is_guest: bool = False
     is_survivor: bool = False
     was_adopted: bool = False
-    num_coming: int = 0
+    is_renewed: bool = False
+    was_drained: bool = False
+    keeps: frozenset[str] = frozenset()
+    coming: set[str] = field(default_factory=set)
+    refused: dict[str, str] = field(default_factory=dict)
     names_version: int = 0
     earlier: ReplicaTotals = field(default_factory=ReplicaTotals)
     error: PeftDistError | None = None
@@ -223,6 +232,15 @@ class ReplicaLost:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplicaRenewed:
+    """The connection of an incarnation failed. It is over, and its process is to go on as the one in the table."""
+
+    replica_id: int
+    epoch: int
+    error: PeftDistError
+
+
+@dataclass(frozen=True, slots=True)
 class ReplicaDrained:
     """A draining replica has no request left. One that ``leaves`` was told to end."""
 
@@ -268,6 +286,7 @@ Event = (
     | NamesAreKept
     | ReplicaReady
     | ReplicaLost
+    | ReplicaRenewed
     | ReplicaDrained
     | StartReplica
     | PlacementDue

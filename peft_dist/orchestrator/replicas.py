@@ -46,6 +46,17 @@ class ReplicaTable:
         replica.is_guest = True
         return replica
 
+    def renew(self, lost: Replica, keeps: frozenset[str], *, was_drained: bool, start_deadline: float) -> Replica:
+        """Enter an incarnation that is to go on in the process of a dead one, with contents that it ``keeps``."""
+        replica = self.add(lost.replica_id, start_deadline)
+        replica.was_drained = was_drained
+        replica.is_survivor = replica.is_renewed = True
+        replica.is_guest, replica.keeps = lost.is_guest, keeps
+        # What it counts goes on.
+        replica.earlier, replica.stats, replica.detail = lost.earlier, lost.stats, lost.detail
+        replica.num_restarts, replica.num_failures = lost.num_restarts, lost.num_failures
+        return replica
+
     def remove(self, replica: Replica) -> None:
         """Forget a dead replica that will not come back under its id."""
         del self._by_id[replica.replica_id]
@@ -138,7 +149,8 @@ def _view(replica: Replica) -> ReplicaView:
         detail=replica.detail,
         totals=_totals(replica),
         num_restarts=replica.num_restarts,
-        num_coming=replica.num_coming,
+        coming=frozenset(replica.coming),
+        refused=dict(replica.refused),
         error=None if replica.error is None else str(replica.error),
     )
 

@@ -18,7 +18,8 @@ class RollingRestart:
         """``act``: Sends what the core decided; it may call ``look``."""
         self._core, self._act, self._now = core, act, now
         self._view = RollingView()
-        # The incarnation of each replica that is to end, and of the current one that came for it.
+        # Restarts of each replica before its process is to end, and of the current one when another came for it.
+        # Not incarnations: a replica may become another one in the same process.
         self._old: dict[int, int] = {}
         self._new: int | None = None
 
@@ -45,7 +46,9 @@ class RollingRestart:
         if len(replicas) == 1:
             raise ReplicaStateError("there is one replica, and no other to serve meanwhile: serve with --replicas 2")
         self._core.lives.check_restarts()
-        self._old, self._new = {r.replica_id: r.epoch for r in own}, None
+        # What one refused it may take when it is started again; before others that hold it may lose it.
+        own.sort(key=lambda replica: not replica.refused)
+        self._old, self._new = {r.replica_id: r.num_restarts for r in own}, None
         first, *left = self._old
         skipped = tuple(r.replica_id for r in replicas if r.is_guest)
         self._view = RollingView("running", "waiting", first, left=tuple(left), skipped=skipped)
@@ -77,12 +80,12 @@ class RollingRestart:
         replica = self._core.replicas.get(current)
         if replica is None:
             return self._stop(f"replica {current} is gone")
-        if replica.epoch != self._old[current]:
+        if replica.num_restarts != self._old[current]:
             return self._starts(replica)
         if not replica.is_alive and not replica.will_be_ready:
             return self._stop(f"replica {current} is not started again: {replica.error}")
         if self._view.stage == "waiting":
-            return self._is_time(replica) and self._drains(replica)
+            return self._is_time(replica) and self._can_be_spared(replica) and self._drains(replica)
         if replica.state is ReplicaState.READY:
             return self._stop(f"replica {current} was resumed")
         return False
@@ -90,9 +93,19 @@ class RollingRestart:
     def _is_time(self, replica: Replica) -> bool:
         """Whether a replica serves, and so does every other one that is going to."""
         others = [other for other in self._core.replicas.all() if other is not replica]
-        if any(other.will_be_ready or other.num_coming for other in others):
+        if any(other.will_be_ready or other.coming for other in others):
             return False
         return replica.state in (ReplicaState.READY, ReplicaState.DRAINING)
+
+    def _can_be_spared(self, replica: Replica) -> bool:
+        """Whether others hold every adapter that a replica does."""
+        others = [other for other in self._core.replicas.ready() if other is not replica]
+        for content in {each for other in others for each in other.refused} - replica.refused.keys():
+            if all(content in other.refused for other in others):
+                other, name = others[0], self._core.adapters.name_of(content)
+                where = f"adapter {name!r}, which replica {other.replica_id} refused: {other.refused[content]}"
+                return self._stop(f"replica {replica.replica_id} alone holds {where}")
+        return True
 
     def _drains(self, replica: Replica) -> bool:
         # Before anything is sent: whoever sends looks again.
@@ -107,10 +120,13 @@ class RollingRestart:
     def _starts(self, replica: Replica) -> bool:
         """Another incarnation is there; once it serves, the next replica's turn has come."""
         view = self._view
-        self._new = replica.epoch if self._new is None else self._new
-        if replica.epoch != self._new or not replica.is_alive:
+        self._new = replica.num_restarts if self._new is None else self._new
+        if replica.num_restarts != self._new or not replica.is_alive:
             return self._stop(f"replica {replica.replica_id} did not come back: {replica.error}")
-        if replica.state is not ReplicaState.READY or replica.num_coming:
+        for content, why in replica.refused.items():
+            name = self._core.adapters.name_of(content)
+            return self._stop(f"replica {replica.replica_id} came back and refused adapter {name!r}: {why}")
+        if replica.state is not ReplicaState.READY or replica.coming:
             self._view = replace(view, stage="starting")
             return False
         done, self._new = (*view.restarted, replica.replica_id), None

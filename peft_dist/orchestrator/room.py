@@ -15,14 +15,24 @@ class Room:
     def __init__(self, options: OrchestratorOptions, requests: RequestTable, replicas: ReplicaTable) -> None:
         self._options, self._requests, self._replicas = options, requests, replicas
         self._pace = Pace()
+        self._num_unread = 0
 
     @property
     def num_held(self) -> int:
-        """Sequences that wait or run, and those that have ended before their replica, which is not listening, took them
-        in."""
+        """Sequences that wait or run, those that have ended and are not read, and those that have ended before their
+        replica, which is not listening, took them in."""
         replicas = self._replicas.all_alive()
         ended = (each.num_sent - each.num_taken - self._requests.load(each) for each in replicas)
-        return self._requests.num_sequences + sum(number for number in ended if number > 0)
+        return self._requests.num_sequences + self._num_unread + sum(number for number in ended if number > 0)
+
+    @property
+    def num_unread(self) -> int:
+        """Sequences that have ended, and whose tokens are kept for a client that has not taken them."""
+        return self._num_unread
+
+    def keep_unread(self, change: int) -> None:
+        """So many more of them, or fewer."""
+        self._num_unread += change
 
     def check(self, num_new: int) -> None:
         """Raises InvalidRequestError or QueueFullError when so many new sequences are too many for ever, or now."""
@@ -34,7 +44,7 @@ class Room:
         excess = held + num_new - room
         if excess > 0:
             raise QueueFullError(
-                f"The queue is full: {held} of {room} sequences wait or run. Try again later.",
+                f"The queue is full: {held} of {room} sequences wait, run or are not read. Try again later.",
                 retry_after=self._pace.seconds_for(excess),
             )
 

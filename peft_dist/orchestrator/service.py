@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Coroutine, Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -15,14 +16,16 @@ from peft_dist.core.messages import ReplicaStats
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.core.succession import life_of
 from peft_dist.orchestrator.client import NewRequest
-from peft_dist.orchestrator.core import Orchestrator, OrchestratorOptions
+from peft_dist.orchestrator.core import OrchestratorOptions
 from peft_dist.orchestrator.guests import Guests, Invitation
 from peft_dist.orchestrator.hearing import Hearing
+from peft_dist.orchestrator.keeper import Keeper
 from peft_dist.orchestrator.link import Link
 from peft_dist.orchestrator.observation import MigrationView, ReplicaView
 from peft_dist.orchestrator.processes import Processes
 from peft_dist.orchestrator.promises import Promises
 from peft_dist.orchestrator.rebalancer import Rebalancer
+from peft_dist.orchestrator.recorded import make_orchestrator
 from peft_dist.orchestrator.records import (
     AdapterLoaded,
     AdapterRefused,
@@ -35,21 +38,21 @@ from peft_dist.orchestrator.records import (
     ReplicaDrained,
     ReplicaLost,
     ReplicaReady,
+    ReplicaRenewed,
     RequestFailed,
     SequenceEvent,
     StartReplica,
 )
+from peft_dist.orchestrator.renewals import Renewals
 from peft_dist.orchestrator.replica_process import ReplicaLauncher, ReplicaProcess
 from peft_dist.orchestrator.rolling import RollingRestart
 from peft_dist.orchestrator.startup import Startup
 from peft_dist.orchestrator.streams import Stream, StreamTable
 from peft_dist.orchestrator.survivors import Survivors
-from peft_dist.orchestrator.timer import Timer
+from peft_dist.orchestrator.timer import Pulse, Timer
 from peft_dist.placement.planner import Planner
 
 logger = logging.getLogger(__name__)
-# What a busy loop may be late for a deadline without anything being wrong with it.
-_PAUSE = 0.5
 
 
 class EngineService:
@@ -77,24 +80,31 @@ class EngineService:
         that run already, and reach this service by it.
 
         Raises:
-            ConfigError: the invitation's address cannot be used.
+            ConfigError: the invitation's address cannot be used, or the recording that was asked for cannot be made.
         """
         self._now = asyncio.get_running_loop().time
-        self._core = Orchestrator(options.for_a_life())
+        self._core = make_orchestrator(options.for_a_life(), finds_replicas=bool(left))
         self._num_replicas = num_replicas
         self._start_timeout = start_timeout
         self._take = Hearing(self._core, self._act, self._now).take
         self.guests = Guests(invitation, self._core, self._act, self._take, self._now) if invitation else None
         self._link = link or Link.local()
         self._survivors = Survivors(self._core, self._link, self._now, start_timeout)
+        # Of one elsewhere there is nothing to watch.
+        pid = None if self._link.can_lose else os.getpid()
+        self._renewals = Renewals(self._core, self._link.answer, self._now, pid=pid)
         self._processes = Processes(launcher, self._link.endpoint, left or {})
-        self._streams = StreamTable(self.abort)
+        self._streams = StreamTable(self.abort, self._core.room.keep_unread)
         self._promises = Promises()
         self._rebalancer = Rebalancer(self._core.migration, self._act, self._now, Planner(planner_limit))
         self.rolling = RollingRestart(self._core, self._act, self._now)
         self._tasks: set[asyncio.Task[None]] = set()
         self._startup = Startup(num_replicas, left or {}, stop_grace)
+        parts = self._processes, self._renewals, self.guests, self._promises, self._startup
+        self._keeper = Keeper(self._core, *parts, self._act, self._spawn, self._now)
         self._timer = Timer(self._tick)
+        # Others may have spoken while this process did not listen.
+        self._pulse = Pulse(lambda: self._core.lives.excuse_silence(self._now()))
         self._stopping: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -108,14 +118,13 @@ class EngineService:
         enter = partial(self._core.add_replica, now=self._now(), start_timeout=self._start_timeout)
         entered = [self._survivors.expect(each) if each in left else enter(each) for each in ids]
         self._spawn(self._receive())
-        if self._link.can_lose:
-            self._spawn(self._link.keep_pinging(self._core.replicas.all_alive))
+        self._spawn(self._link.keep_pinging(self._core.replicas.all_alive))
         if self.guests is not None:
             self._spawn(self.guests.run())
         for replica in entered:
             if not replica.is_survivor:
                 await self._processes.start(replica.replica_id, replica.epoch)
-            self._spawn(self._supervise(replica.replica_id, replica.epoch))
+            self._spawn(self._keeper.supervise(replica.replica_id, replica.epoch))
         self._timer.arm(self._core.next_deadline())
         await self._startup.wait()
 
@@ -196,6 +205,10 @@ class EngineService:
         """The last report of a ready replica, or of the last known one when none is ready."""
         return self._core.stats()
 
+    @property
+    def num_unread(self) -> int:
+        return self._core.room.num_unread
+
     def replicas(self) -> list[ReplicaView]:
         return self._core.replicas.views()
 
@@ -239,6 +252,7 @@ class EngineService:
 
     async def _stop(self) -> None:
         self._timer.cancel()
+        self._pulse.stop()
         await self._rebalancer.stop()
         self._act(self._core.shut_down())
         await self._processes.stop_all(self._startup.grace)
@@ -271,26 +285,12 @@ class EngineService:
             received = await self._link.receive()
             if life_of(received.epoch) != self._core.life:
                 self._act(self._survivors.hear(received))
+            elif self._renewals.awaits(received):
+                self._renewals.hear(received)
             elif received.replica_id is not None:
                 self._take(received.replica_id, received.epoch, received.data)
 
-    async def _supervise(self, replica_id: int, epoch: int) -> None:
-        end = await self._processes.end(replica_id)
-        self._act(self._core.lose_replica(replica_id, epoch, f"Replica {replica_id} {end}.", self._now()))
-
-    async def _restart(self, replica_id: int, epoch: int) -> None:
-        try:
-            await self._processes.restart(replica_id, epoch)
-        except OSError as error:
-            reason = f"Replica {replica_id} could not be started: {error}"
-            self._act(self._core.lose_replica(replica_id, epoch, reason, self._now()))
-        else:
-            await self._supervise(replica_id, epoch)
-
-    def _tick(self, lateness: float) -> None:
-        """``lateness``: Seconds for which this process did not come to it: others may have spoken meanwhile."""
-        if lateness > _PAUSE:
-            self._core.lives.excuse_silence(self._now())
+    def _tick(self) -> None:
         self._act(self._core.tick(self._now()))
 
     def _act(self, commands: Iterable[Outgoing]) -> None:
@@ -315,31 +315,16 @@ class EngineService:
             case NamesAreKept(version):
                 self._promises.keep(version)
             case ReplicaReady(replica_id):
-                replicas = self._core.replicas
-                self._startup.ready(replica_id, len(replicas.ready()), adopted=replicas[replica_id].was_adopted)
+                self._keeper.ready(replica_id)
             case ReplicaLost():
-                self._lost(event)
+                self._keeper.lost(event)
+            case ReplicaRenewed():
+                self._keeper.renewed(event)
             case StartReplica(replica_id, epoch):
-                self._spawn(self._restart(replica_id, epoch))
+                self._spawn(self._keeper.restart(replica_id, epoch))
             case ReplicaDrained(replica_id, leaves):
-                self._promises.end_drain(replica_id, None)
-                if leaves:
-                    self._spawn(self._processes.stop(replica_id, self._startup.grace))
+                self._keeper.drained(replica_id, leaves=leaves)
             case PlanDue() | PlacementDue():
                 self._rebalancer.begin(event)
             case Notice(replica_id, text):
                 logger.warning("replica %d: %s", replica_id, text)
-
-    def _lost(self, lost: ReplicaLost) -> None:
-        is_ours = lost.replica_id in self._processes
-        if lost.was_asked:
-            logger.info("replica %d has ended%s", lost.replica_id, " and is started again" if is_ours else "")
-        else:
-            logger.error("replica %d is lost: %s", lost.replica_id, lost.error)
-        if lost.hangs:
-            self._processes.kill(lost.replica_id)
-        else:
-            self._spawn(self._processes.stop(lost.replica_id, self._startup.grace))
-        self._promises.end_drain(lost.replica_id, None)
-        if is_ours:
-            self._startup.lost(lost.replica_id, lost.error)

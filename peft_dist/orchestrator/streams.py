@@ -11,30 +11,37 @@ from peft_dist.core.messages import SequenceProgress
 
 
 class Stream:
-    """The ``RequestStream`` of one admitted request. ``on_close`` is called when it is closed before its end.
+    """The ``RequestStream`` of one admitted request.
 
     It has one reader. Every token of every request passes through here, so this is less than an ``asyncio.Queue``.
     """
 
-    def __init__(self, num_sequences: int, on_close: Callable[[], None]) -> None:
+    def __init__(self, num_sequences: int, on_close: Callable[[], None], keep: Callable[[int], None]) -> None:
+        """``on_close``: Called when it is closed before its end. ``keep``: Called with a change of the number of
+        sequences that have ended, and whose end was not read."""
         self._items: deque[tuple[int, SequenceProgress] | PeftDistError] = deque()
         self._waiter: asyncio.Future[None] | None = None
         self._unfinished = num_sequences
         self._left = num_sequences
+        self._unread = 0
         self._on_close = on_close
+        self._keep = keep
         self._closed = False
 
     def put(self, sequence_index: int, progress: SequenceProgress) -> bool:
         """Pass on progress; True when it was the request's last."""
         self._items.append((sequence_index, progress))
         self._wake()
-        self._unfinished -= progress.finish_reason is not None
+        if progress.finish_reason is not None:
+            self._unfinished -= 1
+            self._count(1)
         return not self._unfinished
 
     def fail(self, error: PeftDistError) -> None:
         """Let the reader get ``error`` after what came before it."""
         self._items.append(error)
         self._wake()
+        self._count(self._unfinished)
 
     def __aiter__(self) -> Stream:
         return self
@@ -47,8 +54,9 @@ class Stream:
         item = self._items.popleft()
         if isinstance(item, PeftDistError):
             self._left = 0
+            self._count(-self._unread)
             raise item
-        self._left -= item[1].finish_reason is not None
+        self._note_read(item[1])
         return item
 
     def take_ready(self, limit: int) -> list[tuple[int, SequenceProgress]]:
@@ -60,8 +68,17 @@ class Stream:
                 break
             ready.append(item)
             self._items.popleft()
-            self._left -= item[1].finish_reason is not None
+            self._note_read(item[1])
         return ready
+
+    def _note_read(self, progress: SequenceProgress) -> None:
+        if progress.finish_reason is not None:
+            self._left -= 1
+            self._count(-1)
+
+    def _count(self, change: int) -> None:
+        self._unread += change
+        self._keep(change)
 
     async def _wait(self) -> None:
         self._waiter = asyncio.get_running_loop().create_future()
@@ -84,6 +101,8 @@ class Stream:
     def _close(self) -> None:
         if not self._closed:
             self._closed = True
+            self._items.clear()
+            self._count(-self._unread)
             if self._left:
                 self._on_close()
 
@@ -91,10 +110,11 @@ class Stream:
 class StreamTable:
     """The streams of all requests that are admitted and have not ended."""
 
-    def __init__(self, abort: Callable[[str], None]) -> None:
-        """``abort``: Ends a request whose reader has gone."""
+    def __init__(self, abort: Callable[[str], None], keep: Callable[[int], None]) -> None:
+        """``abort``: Ends a request whose reader has gone. ``keep``: As of each ``Stream``."""
         self._streams: dict[str, Stream] = {}
         self._abort = abort
+        self._keep = keep
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -102,7 +122,7 @@ class StreamTable:
         return len(self._streams)
 
     def open(self, request_id: str, num_sequences: int) -> Stream:
-        stream = self._streams[request_id] = Stream(num_sequences, lambda: self._abandon(request_id))
+        stream = self._streams[request_id] = Stream(num_sequences, lambda: self._abandon(request_id), self._keep)
         self._idle.clear()
         return stream
 

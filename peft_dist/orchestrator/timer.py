@@ -1,4 +1,4 @@
-"""One deadline on the event loop."""
+"""One deadline on the event loop, and whether the loop was there to meet it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from collections.abc import Callable
 class Timer:
     """Calls back once at the earliest time that it was armed for, in seconds of the loop's clock."""
 
-    def __init__(self, callback: Callable[[float], None]) -> None:
-        """``callback`` gets the seconds by which it is late."""
+    def __init__(self, callback: Callable[[], None]) -> None:
         self._callback = callback
         self._loop = asyncio.get_running_loop()
         self._handle: asyncio.Handle | None = None
@@ -32,7 +31,7 @@ class Timer:
                 return
             self._handle.cancel()
         self._when = when
-        self._handle = self._loop.call_at(when, self._fire, when)
+        self._handle = self._loop.call_at(when, self._fire)
 
     def cancel(self) -> None:
         """Never call again."""
@@ -40,6 +39,29 @@ class Timer:
         if self._handle is not None:
             self._handle.cancel()
 
-    def _fire(self, when: float) -> None:
+    def _fire(self) -> None:
         self._handle = None
-        self._callback(max(self._loop.time() - when, 0.0))
+        self._callback()
+
+
+class Pulse:
+    """Tells that this process was not running (it was stopped, or something held up the loop) before anything else
+    that is due by then happens: whatever came meanwhile is not read yet."""
+
+    SECONDS = 0.1
+    # What a busy loop may be late without anything being wrong with it.
+    PAUSE = 0.5
+
+    def __init__(self, paused: Callable[[], None]) -> None:
+        self._paused = paused
+        self._loop = asyncio.get_running_loop()
+        self._handle = self._loop.call_later(self.SECONDS, self._beat, self._loop.time() + self.SECONDS)
+
+    def stop(self) -> None:
+        self._handle.cancel()
+
+    def _beat(self, due: float) -> None:
+        now = self._loop.time()
+        if now > due + self.PAUSE:
+            self._paused()
+        self._handle = self._loop.call_at(now + self.SECONDS, self._beat, now + self.SECONDS)

@@ -22,6 +22,7 @@ class TriggerSettings:
     imbalance: Seconds by which the replica that ends last is behind the mean.
     imbalance_share: The same as a share of the mean; both must hold.
     starving: Seconds for which an adapter's oldest request has waited.
+    only_period: Plan every ``period`` and for nothing else, as dLoRA's artifact, which then looks whether it must.
     """
 
     period: float = 10.0
@@ -30,6 +31,7 @@ class TriggerSettings:
     imbalance: float = 1.0
     imbalance_share: float = 0.25
     starving: float = 5.0
+    only_period: bool = False
 
     def __post_init__(self) -> None:
         for name in ("period", "pause", "imbalance", "imbalance_share", "starving"):
@@ -57,6 +59,8 @@ def trigger(
     # One replica has nobody to share with, and no request needs none.
     if since_last < settings.pause or len(view.replicas) < 2 or not any(one.count for one in view.classes):
         return None
+    if settings.only_period:
+        return "period" if since_last >= settings.period else None
     if _is_full(view, settings.kv_share):
         return "memory"
     problem = Problem(view)

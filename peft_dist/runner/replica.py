@@ -16,9 +16,12 @@ from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.config import EngineConfig, ModelInfo
 from peft_dist.core.cost_model import CostModel
 from peft_dist.core.errors import AdapterError, ConfigError
+from peft_dist.core.record_file import FULL, RecordFile, recording_folder
 from peft_dist.engine.assembly import assemble
 from peft_dist.engine.engine import Engine
 from peft_dist.engine.handovers import Handovers
+from peft_dist.engine.recorded_moves import make_handovers
+from peft_dist.engine.recording import End
 from peft_dist.kernels import attention_backends, backend
 from peft_dist.kernels.attention_interface import BackendUnavailableError
 from peft_dist.kernels.kv_pool import KVCachePool, block_bytes
@@ -42,7 +45,6 @@ from peft_dist.runner.model_runner import ModelRunner
 from peft_dist.runner.packing import prepare_layers
 from peft_dist.runner.rank_executors import FollowingExecutor, make_executor
 from peft_dist.runner.rank_group import join_ranks
-from peft_dist.runner.record_file import RecordFile, recording_folder
 from peft_dist.runner.restart_check import check_restart
 from peft_dist.runner.warm_up import KernelWarmUp, run_largest_batch
 
@@ -136,7 +138,7 @@ class Replica:
         self.executor.clear()
         self.config = config
         self.model_info = replace(self.model_info, max_loras=config.max_loras)
-        self.engine, self.handovers = new, Handovers(new)
+        self.engine, self.handovers = new, make_handovers(new)
         for spec in old.adapters.values():
             self.engine.register_adapter(spec)
         for name, spec in pins:
@@ -259,7 +261,7 @@ def build_replica(config: EngineConfig) -> Replica:
         cost = CostModel(prior)
     engine = new_engine(config, info, executor, cost)
     kernels = KernelWarmUp(runner, config, longest, executor.rehearse)
-    replica = Replica(engine, Handovers(engine), info, store, runner, executor, config, config, identity, kernels)
+    replica = Replica(engine, make_handovers(engine), info, store, runner, executor, config, config, identity, kernels)
     replica.warm_up(progress=ranks.rank == 0)
     return replica
 
@@ -288,7 +290,7 @@ def new_engine(config: EngineConfig, info: ModelInfo, executor: TorchExecutor, c
         page_rows=pool.page_rows,
         num_rows=pool.num_rows,
         on_decision=log,
-        record=RecordFile(folder) if folder is not None else None,
+        record=RecordFile(folder, "engine", End(FULL)) if folder is not None else None,
     )
 
 

@@ -24,14 +24,16 @@ BUS = 32 * 2**30
 pinned, which is slower."""
 RESIDENT = {True: 4, False: 2}
 """Whole models on a device in the artifact's vLLM: of 7b, of anything larger."""
-GROUPED_RATIO = 1.26
-"""A step of 32 rows with 32 adapters over one without: 8.496 and 6.734 ms, Llama-3.1-8B's shape on one H100 with our
+GROUPED_RATIO = 1.245
+"""A step of 32 rows with 32 adapters over one without: 8.156 and 6.551 ms, Llama-3.1-8B's shape on one H100 with our
 kernels (docs/results/gpu.json)."""
 _ANY_NUMBER = 1 << 16
 
 
 def whole_models(profile: CostProfile, options: SimulationOptions, index: int, *, artifact: bool) -> SimHardware:
     """vLLM: each adapter is a model of its own; a few are on the device, and others are copied in when they run.
+
+    The first ones of ``options.adapters`` are there from the start, as in the artifact.
 
     Raises ConfigError for a profile that does not tell its weights' bytes, or has no room for the models.
     """
@@ -48,7 +50,9 @@ def whole_models(profile: CostProfile, options: SimulationOptions, index: int, *
         raise ConfigError(f"{resident} whole models of {profile.model} leave no room for KV: use a larger device")
     rules = _rules(artifact) | {"exec_type": "vllm", "policy": None, "merge": "auto", "max_loras": _ANY_NUMBER}
     config = engine_config(profile, options, **rules, resident_models=resident)
-    return make_hardware(profile, options, config, costs, num_held=resident, num_blocks=num_blocks)
+    there = options.adapters[:resident]
+    held = tuple(profile.adapter(name, options.ranks.get(name, options.rank)).content_hash for name in there)
+    return make_hardware(profile, options, config, costs, num_held=resident, held=held, num_blocks=num_blocks)
 
 
 def one_at_a_time(profile: CostProfile, options: SimulationOptions, index: int, *, artifact: bool) -> SimHardware:
@@ -85,29 +89,30 @@ def _rules(artifact: bool) -> dict[str, object]:
 
 
 _SWAP = (
-    "a model is copied in at 32 GiB/s a device (the artifact's PCIe constant), 4 of 7b or 2 of others are on a device"
+    "4 models of 7b or 2 of others are on a device, the first ones from the start; a model is copied in at 32 GiB/s a "
+    "device (the artifact's PCIe constant)"
 )
 _HEAD = "batches are the same-adapter head of the queue, 16 seats"
 BASELINES: Mapping[str, ExecType] = {
     "vllm-artifact": ExecType(
-        partial(whole_models, artifact=True), "rr", True,
+        partial(whole_models, artifact=True), "rr", is_apart=True, source=
         f"the artifact's vLLM: {_HEAD}; {_SWAP}, and the one that leaves is copied out; steps cost merged ones",
     ),
     "vllm": ExecType(
-        partial(whole_models, artifact=False), "rr", True,
+        partial(whole_models, artifact=False), "rr", is_apart=True, source=
         f"vLLM, fair: batches are all requests of the oldest one's adapter; {_SWAP}; steps cost merged ones",
     ),
     "peft-artifact": ExecType(
-        partial(one_at_a_time, artifact=True), None, False,
+        partial(one_at_a_time, artifact=True), is_artifact=True, moves=False, source=
         f"the artifact's PEFT: {_HEAD}; every step merges and unmerges, a switch each (its copies and checks of the "
         "weights are not charged)",
     ),
     "peft": ExecType(
-        partial(one_at_a_time, artifact=False), None, False,
+        partial(one_at_a_time, artifact=False), source=
         "PEFT, fair: batches are all requests of the oldest one's adapter; a change unmerges and merges, a switch each",
     ),
     "grouped": ExecType(
-        grouped, None, False,
+        grouped, source=
         f"grouped LoRA kernels: a step with adapters takes {GROUPED_RATIO} times one without (ours on an H100, 32 rows "
         "of 32 adapters: docs/results/gpu.json)",
     ),

@@ -39,10 +39,18 @@ class SimExecutor:
         clock: The time, in seconds.
         block_bytes: Of one KV block.
         num_held: Merged copies that are kept beside the base ("shadow"); 0: weights are merged in place.
+        held: Contents whose merged copies are there from the start, ``num_held`` at most.
     """
 
     def __init__(
-        self, truth: CostModel, clock: Callable[[], float], block_bytes: int, num_held: int, *, can_merge: bool = True
+        self,
+        truth: CostModel,
+        clock: Callable[[], float],
+        block_bytes: int,
+        num_held: int,
+        *,
+        can_merge: bool = True,
+        held: Sequence[str] = (),
     ) -> None:
         self._can_merge = can_merge
         self._truth = truth
@@ -53,7 +61,7 @@ class SimExecutor:
         self._loading: dict[int, _Ending] = {}
         self._copies: list[tuple[float, TransferOutcome]] = []
         self._merged: AdapterSpec | None = None
-        self._held: OrderedDict[str, None] = OrderedDict()
+        self._held: OrderedDict[str, None] = OrderedDict.fromkeys(held)
         self._free_at = 0.0
         self.collected_at = 0.0
         """When the last step that was collected ended."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from peft_dist.orchestrator.core import OrchestratorOptions
+from peft_dist.placement.artifact_moves import ArtifactPlanner
+from peft_dist.sim import artifact
 from peft_dist.sim.apart import run_apart
 from peft_dist.sim.exec_types import find
 from peft_dist.sim.options import SimulationOptions
@@ -148,23 +150,30 @@ def _cluster(
     arrivals: Sequence[Arrival], profile: CostProfile, options: SimulationOptions, planner: SteadyPlanner
 ) -> SimCluster:
     exec_type = find(options.exec_type)
-    hardware = [exec_type.hardware(profile, options, index) for index in range(options.replicas)]
+    options = replace(options, adapters=tuple(_named(arrivals, options)))
+    specs = {name: profile.adapter(name, options.ranks.get(name, options.rank)) for name in options.adapters}
+    table = artifact.make_table(profile, options, specs) if specs and artifact.is_artifact(exec_type, options) else None
+    each = [
+        options if table is None else artifact.replica_options(profile, options, table, index)
+        for index in range(options.replicas)
+    ]
+    hardware = [exec_type.hardware(profile, own, index) for index, own in enumerate(each)]
+    kind = (exec_type.migration or options.migration) if exec_type.moves else "rr"
     return SimCluster(
         hardware=hardware,
-        adapters={
-            name: profile.adapter(name, options.ranks.get(name, options.rank)) for name in _named(arrivals, options)
-        },
+        adapters=specs,
         options=OrchestratorOptions(
             max_num_seqs=hardware[0].config.max_num_seqs,
             max_queue=options.max_queue,
             seed=options.seed,
-            migration=exec_type.migration or options.migration,
-            triggers=options.triggers,
+            migration=kind,
+            triggers=options.triggers if table is None else artifact.triggers(options.plan_seconds),
+            table=table,
         ),
         message_seconds=profile.message_seconds,
         plan_seconds=options.plan_seconds,
         placement_seconds=options.placement_seconds,
-        plan=planner,
+        plan=planner if table is None else planner.timed(ArtifactPlanner(table)),
         token_times=options.token_times,
     )
 
@@ -232,5 +241,5 @@ def _source(profile: CostProfile, options: SimulationOptions) -> dict[str, Any]:
         "simulated": True,
         "profile": asdict(profile),
         "options": options.told(),
-        "exec_type": exec_type.source,
+        "exec_type": artifact.told(exec_type, options),
     }

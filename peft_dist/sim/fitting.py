@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from peft_dist.core.cost_model import STEP_TERMS, StepFeatures
 
@@ -16,6 +17,27 @@ _SETTLED = 1e-10
 _RIDGE = 1e-6
 
 
+class Median(NamedTuple):
+    """What equal steps took: how many were measured, and the median of their seconds."""
+
+    features: StepFeatures
+    number: int
+    seconds: float
+
+
+def medians(measured: Iterable[tuple[StepFeatures, float]]) -> list[Median]:
+    """One of each kind of step, in the order in which they first came."""
+    groups: dict[StepFeatures, list[float]] = defaultdict(list)
+    for features, seconds in measured:
+        groups[features].append(seconds)
+    return [Median(features, len(own), statistics.median(own)) for features, own in groups.items()]
+
+
+def predicted(coefficients: Mapping[str, float], features: StepFeatures) -> float:
+    """Seconds of a step."""
+    return sum(coefficients[name] * x for name, x in zip(STEP_TERMS, features.vector(), strict=True))
+
+
 def fit_steps(measured: Iterable[tuple[StepFeatures, float]], *, one_rank: bool = True) -> dict[str, float]:
     """Coefficients of a step, by the names of ``CostPrior``.
 
@@ -23,12 +45,10 @@ def fit_steps(measured: Iterable[tuple[StepFeatures, float]], *, one_rank: bool 
         measured: Features and seconds. Of equal features the median counts, as one measurement.
         one_rank: All adapters had the same rank: ``RANK_TERMS`` are 0.
     """
-    groups: dict[StepFeatures, list[float]] = defaultdict(list)
-    for features, seconds in measured:
-        groups[features].append(seconds)
+    found = medians(measured)
     left_out = {STEP_TERMS.index(name) for name in RANK_TERMS} if one_rank else set()
-    rows = [[0.0 if i in left_out else x for i, x in enumerate(features.vector())] for features in groups]
-    return dict(zip(STEP_TERMS, nonnegative(rows, [statistics.median(v) for v in groups.values()]), strict=True))
+    rows = [[0.0 if i in left_out else x for i, x in enumerate(one.features.vector())] for one in found]
+    return dict(zip(STEP_TERMS, nonnegative(rows, [one.seconds for one in found]), strict=True))
 
 
 def fit_line(measured: Sequence[tuple[int, float]]) -> tuple[float, float]:
@@ -41,14 +61,10 @@ def fit_line(measured: Sequence[tuple[int, float]]) -> tuple[float, float]:
     return (found[0], found[1]) if found else (0.0, 0.0)
 
 
-def mean_error(coefficients: dict[str, float], measured: Iterable[tuple[StepFeatures, float]]) -> float:
-    """Mean over all measurements of the relative distance between the fit and the measured seconds."""
-    weights = [coefficients[name] for name in STEP_TERMS]
-    errors = [
-        abs(sum(w * x for w, x in zip(weights, features.vector(), strict=True)) / seconds - 1)
-        for features, seconds in measured
-        if seconds > 0
-    ]
+def mean_error(coefficients: Mapping[str, float], measured: Iterable[tuple[StepFeatures, float]]) -> float:
+    """Mean, over the kinds of steps, of the relative distance between the fit and the median of the seconds."""
+    found = medians(measured)
+    errors = [abs(predicted(coefficients, one.features) / one.seconds - 1) for one in found if one.seconds > 0]
     return statistics.fmean(errors) if errors else 0.0
 
 

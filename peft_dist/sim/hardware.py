@@ -25,18 +25,22 @@ class ExecType:
         hardware: Makes the replica with a number, counted from 0.
         migration: The only kind that it knows; None: what is asked for.
         is_apart: Whether each adapter has one replica, for good (``apart.py``).
+        is_artifact: Whether its cluster goes by the artifact's rules whatever is asked for (``artifact.py``).
+        moves: Whether requests may move.
         source: Where its costs and rules come from, for results.
     """
 
     hardware: Callable[[CostProfile, SimulationOptions, int], SimHardware]
     migration: MigrationKind | None = None
     is_apart: bool = False
+    is_artifact: bool = False
+    moves: bool = True
     source: str = "the profile's costs, the engine and the policies that serve"
 
 
 def engine_config(profile: CostProfile, options: SimulationOptions, **more: Any) -> EngineConfig:
     """The engine's options; ``more`` overrides both. Raises ConfigError for what contradicts itself."""
-    wait = {} if options.max_adapter_wait is None else {"max_adapter_wait": options.max_adapter_wait}
+    more = {**_asked(options), **more}
     settings: dict[str, Any] = {
         "policy": options.policy,
         "exec_type": options.exec_type,
@@ -51,9 +55,18 @@ def engine_config(profile: CostProfile, options: SimulationOptions, **more: Any)
         "depth": _or(options.depth, profile.depth),
         # No two prompts of a workload begin alike.
         "enable_prefix_caching": False,
-        **wait,
     }
     return EngineConfig("simulated", **{**settings, **more})
+
+
+def _asked(options: SimulationOptions) -> dict[str, Any]:
+    """What is left to the engine if it is not given."""
+    more: dict[str, Any] = {}
+    if options.max_adapter_wait is not None:
+        more["max_adapter_wait"] = options.max_adapter_wait
+    if options.host_blocks:
+        more |= {"num_host_blocks": options.host_blocks, "preemption": "swap"}
+    return more
 
 
 def make_hardware(

@@ -29,9 +29,11 @@ class SimulationOptions:
         adapters: Adapters beside those that are asked for, which take part in the placement.
         merge: "off" has no merged execution; "host" merges in place, whatever the profile keeps.
         merged_minority: Let others join merged batches, corrected by the LoRA kernel.
-        policy_profile: "artifact" for the constants and rules of the paper's.
+        policy_profile: "artifact" for the constants and rules of the paper's, of batches and of the cluster
+            (``artifact.py``).
         max_adapter_wait: Seconds that a request may be overtaken.
         max_loras, max_num_seqs, max_num_batched_tokens, num_blocks, depth: As of the profile.
+        host_blocks: KV blocks in host memory; with any, KV is preempted to them, else computed again.
         plan: Plans of moves by the "solver" (HiGHS, bounded by its work and not by time) or "greedy" alone.
         plan_seconds, placement_seconds: Assumed from a look at the cluster to its plan, and to a placement.
         moves_kv: Whether running requests may move with their KV; else they are computed again.
@@ -59,6 +61,7 @@ class SimulationOptions:
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     num_blocks: int | None = None
+    host_blocks: int | None = None
     depth: int | None = None
     plan: PlanMethod = "solver"
     plan_seconds: float = 0.2

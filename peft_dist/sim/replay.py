@@ -6,41 +6,54 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-
-import msgspec
+from typing import TypeVar, cast, get_args
 
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.batch import Batch, StepResult
 from peft_dist.core.cost_model import CostModel
 from peft_dist.core.errors import ConfigError, PeftDistError
+from peft_dist.core.handover import KVHandle
 from peft_dist.core.messages import AdapterResidency
 from peft_dist.core.request import Request
 from peft_dist.engine.assembly import assemble
 from peft_dist.engine.engine import Engine
-from peft_dist.engine.executor import LoadOutcome
+from peft_dist.engine.executor import LoadOutcome, TransferOutcome
+from peft_dist.engine.handovers import Handovers
 from peft_dist.engine.recording import (
     FORMAT,
     Abort,
+    AbortMoves,
     Add,
     Begin,
+    ClearMoves,
     Collected,
+    Copied,
+    Copying,
     End,
+    EndExport,
     Entry,
+    Export,
     Forget,
+    Import,
     Input,
     Known,
     Loaded,
+    Moves,
+    Moving,
     Pin,
+    Poll,
     Prefetch,
     Register,
     Step,
     Submitted,
     Switched,
+    Told,
 )
+from peft_dist.sim.recordings import read_lines
 
 E = TypeVar("E")
-_INPUTS = (Add, Abort, Register, Pin, Prefetch, Forget, Step)
+_INPUTS = get_args(Input)
+_MOVING = get_args(Moving)
 
 
 class ReplayError(PeftDistError):
@@ -49,26 +62,19 @@ class ReplayError(PeftDistError):
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """What was replayed: engines, steps submitted, switches, and why the recording ends before the engine did."""
+    """What was replayed: engines, steps submitted, switches, moves of requests with their KV that came to an end, and
+    why the recording ends before the engine did."""
 
     engines: int
     steps: int
     switches: int
+    moves: int
     ended: str | None
 
 
 def read(path: Path) -> Iterator[Entry]:
-    """Entries of a recording; a last line that is not whole is left out. Raises ConfigError."""
-    decoder: msgspec.json.Decoder[Entry] = msgspec.json.Decoder(Entry)
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise ConfigError(f"the recording {path} cannot be read: {error.strerror}") from error
-    for number, line in enumerate(lines[:-1], 1):
-        try:
-            yield decoder.decode(line)
-        except msgspec.DecodeError as error:
-            raise ConfigError(f"{path}:{number}: this is no line of a recording: {error}") from error
+    """Entries of a recording. One that is cut off in a line ends with ``End``. Raises ConfigError."""
+    yield from read_lines(path, Entry, lambda why: End(why))
 
 
 def replay(entries: Iterable[Entry]) -> Replayed:
@@ -76,10 +82,10 @@ def replay(entries: Iterable[Entry]) -> Replayed:
 
     Raises:
         ReplayError: a decision, or what was asked of the executor, differs.
-        ConfigError: the recording is of another format.
+        ConfigError: the recording is of another format, or ends before the first step.
     """
-    engines = switches = steps = 0
-    engine, executor, ended = None, ReplayExecutor(), None
+    engines = switches = steps = moves = 0
+    engine, handovers, executor, ended = None, None, ReplayExecutor(), None
     for given, answers in _groups(entries):
         if isinstance(given, End):
             ended = given.why
@@ -87,29 +93,37 @@ def replay(entries: Iterable[Entry]) -> Replayed:
         if isinstance(given, Begin):
             executor = ReplayExecutor()
             engine, engines = _engine(given, executor), engines + 1
+            handovers = Handovers(engine)
             continue
-        if engine is None:
+        if engine is None or handovers is None:
             raise ConfigError("the recording does not begin with an engine")
         executor.expect(answers)
-        _tell(engine, given)
+        if isinstance(given, Moves):
+            handovers = Handovers(engine, given.ahead_blocks)
+        elif isinstance(given, _MOVING):
+            moves += _tell_of_moves(engine, handovers, executor, given)
+        else:
+            _tell(engine, given)
         executor.check_done()
         steps += sum(isinstance(answer, Submitted) for answer in answers)
         switches += sum(isinstance(answer, Switched) for answer in answers)
-    return Replayed(engines, steps, switches, ended)
+    if not steps:
+        raise ConfigError(f"the recording ends before its first step{': ' + ended if ended else ''}")
+    return Replayed(engines, steps, switches, moves, ended)
 
 
 def _groups(entries: Iterable[Entry]) -> Iterator[tuple[Begin | Input | End, list[Entry]]]:
-    """Each input with what the executor answered while it was obeyed. The last may be cut off, and is left out."""
+    """Each input with what the executor answered while it was obeyed. The last may lack answers, and is left out."""
     given: Begin | Input | None = None
     answers: list[Entry] = []
     for entry in entries:
-        if isinstance(entry, (Begin, End, *_INPUTS)):
+        if isinstance(entry, End):
+            yield entry, []
+            return
+        if isinstance(entry, (Begin, *_INPUTS)):
             if given is not None:
                 yield given, answers
-            if isinstance(entry, End):
-                yield entry, []
-                return
-            given, answers = entry, []
+            given, answers = cast(Begin | Input, entry), []
         else:
             answers.append(entry)
 
@@ -121,12 +135,36 @@ def _engine(begin: Begin, executor: ReplayExecutor) -> Engine:
     return assemble(begin.config, begin.info, executor, cost, page_rows=begin.page_rows, num_rows=begin.num_rows)
 
 
-def _tell(engine: Engine, given: Begin | Input) -> None:
+def _request(engine: Engine, given: Add) -> Request:
+    adapter = None if given.content_hash is None else engine.adapters[given.content_hash]
+    known = (given.request_id, given.prompt_token_ids, given.params, given.seed, given.arrival_time, adapter)
+    return Request(*known, given.sequence_index, list(given.output_token_ids))
+
+
+def _tell_of_moves(engine: Engine, handovers: Handovers, executor: ReplayExecutor, given: Moving) -> int:
+    """Returns how many moves have come so far as to be told of."""
+    match given:
+        case Export(handover, request_ids):
+            handovers.export(handover, request_ids)
+        case EndExport(handover, moved):
+            handovers.end_export(handover, moved=moved)
+        case Import(handover, requests, states):
+            handovers.import_requests(handover, [_request(engine, one) for one in requests], states)
+        case AbortMoves(request_ids):
+            handovers.abort(request_ids)
+        case ClearMoves():
+            handovers.clear()
+        case Poll():
+            told = Told.of(handovers.poll())
+            executor.compare(told)
+            return len(told.moves)
+    return 0
+
+
+def _tell(engine: Engine, given: Input) -> None:
     match given:
         case Add():
-            adapter = None if given.content_hash is None else engine.adapters[given.content_hash]
-            known = (given.request_id, given.prompt_token_ids, given.params, given.seed, given.arrival_time, adapter)
-            engine.add_request(Request(*known, given.sequence_index, list(given.output_token_ids)))
+            engine.add_request(_request(engine, given))
         case Abort(request_ids):
             engine.abort(request_ids)
         case Register(spec, pinned):
@@ -231,16 +269,26 @@ class ReplayExecutor:
         """Nothing is kept."""
 
     def start_export(self, key: int, blocks: Sequence[int], *, on_host: bool) -> None:
-        raise ReplayError("moves of KV are not recorded")
+        self.compare(Copying("out", key, list(blocks)))
 
-    def start_import(self, key: int, kv: Any, blocks: Sequence[int]) -> None:
-        raise ReplayError("moves of KV are not recorded")
+    def start_import(self, key: int, kv: KVHandle, blocks: Sequence[int]) -> None:
+        self.compare(Copying("in", key, list(blocks)))
 
-    def take_transfers(self) -> list[Any]:
-        return []
+    def take_transfers(self) -> list[TransferOutcome]:
+        outcomes = []
+        while self._answers and isinstance(copied := self._answers[0], Copied):
+            self._answers.popleft()
+            outcomes.append(copied.outcome)
+        return outcomes
 
     def end_export(self, key: int) -> None:
-        """Nothing is held."""
+        self.compare(Copying("end", key, []))
+
+    def compare(self, mine: Copying | Told) -> None:
+        """Raises ReplayError when the recorded engine did otherwise."""
+        recorded = self._next(type(mine), str(mine))
+        if mine != recorded:
+            raise ReplayError(f"after step {self._last_step}: recorded is {recorded}, replayed {mine}")
 
     def transfers_fileno(self) -> int:
         return -1

@@ -34,6 +34,7 @@ class SimHardware:
         num_held: Merged copies beside the base's weights.
         host_seconds: That scheduling and reporting add to a step where none is in flight.
         can_merge: Whether any adapter can be.
+        held: Contents whose merged copies are there from the start.
     """
 
     config: EngineConfig
@@ -44,6 +45,7 @@ class SimHardware:
     num_held: int = 0
     host_seconds: float = 0.0
     can_merge: bool = True
+    held: tuple[str, ...] = ()
 
     def model(self) -> ModelInfo:
         """What such a replica says of its model."""
@@ -106,7 +108,12 @@ class SimReplica:
         self._now = queue.now
         info = hardware.model()
         self.executor = SimExecutor(
-            hardware.truth, self._clock, hardware.block_bytes, hardware.num_held, can_merge=hardware.can_merge
+            hardware.truth,
+            self._clock,
+            hardware.block_bytes,
+            hardware.num_held,
+            can_merge=hardware.can_merge,
+            held=hardware.held,
         )
         self.engine = assemble(hardware.config, info, self.executor, hardware.prior(), page_rows=1, num_rows=None)
         self._driver = EngineDriver(self.engine, Handovers(self.engine), self._reports.append, self._clock)

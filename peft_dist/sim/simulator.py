@@ -286,6 +286,15 @@ class Simulator:
         if progress.finish_reason is not None:
             outcome.error, outcome.ended = progress.error, now
             self._left -= 1
+            self._tell_table(outcome)
+
+    def _tell_table(self, outcome: Outcome) -> None:
+        """The artifact's table learns for how long a request ran: from its first step to its end."""
+        table, name = self._cluster.options.table, outcome.arrival.adapter
+        if table is not None and name is not None and outcome.queue is not None:
+            assert outcome.ended is not None, "it has ended"
+            seconds = outcome.ended - outcome.arrival.time - outcome.queue
+            table.ended(self._cluster.adapters[name].content_hash, seconds)
 
     def _fail(self, request_id: str, error: str) -> None:
         outcome = self._outcomes[request_id]

@@ -32,7 +32,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             None: nowhere.
         log_level: Of the worker's own log on stderr.
         orphan_timeout: Seconds that it waits for another orchestrator when its own is gone; None: it ends at once.
-        silence: Seconds without a word after which the orchestrator is gone; None: the end of standard input tells.
+        silence: Seconds without a word of the orchestrator after which it drops its requests, which others may have by
+            then. A guest's is gone then; the end of any other is told by standard input. None: Silence means nothing.
         guest, attempt: Of one that joined: the name of the socket that asked for it, and which time that was.
         told: What the orchestrator asked for, where ``engine`` is not that.
     """

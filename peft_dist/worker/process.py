@@ -40,7 +40,8 @@ def run_worker(config: WorkerConfig, orphaned: Callable[[], None]) -> int:
     ``orphaned``: Ends the process, from any thread, when nobody is left to serve.
     """
     channel = Channel(config.endpoint, config.replica_id, config.epoch, config.link_keys())
-    vigil = None if config.orphan_timeout is None else _keep_vigil(config, config.orphan_timeout, orphaned)
+    has_vigil = config.orphan_timeout is not None or config.silence is not None
+    vigil = _keep_vigil(config, orphaned) if has_vigil else None
     heart = Heart(channel, config.heartbeat_seconds, vigil)
     if vigil is not None:
         vigil.on_loss = lambda: _mourn(heart)
@@ -105,10 +106,9 @@ def _serve_kv(config: WorkerConfig, replica: Replica) -> TcpTransport | None:
     return server
 
 
-def _keep_vigil(config: WorkerConfig, orphan_timeout: float, orphaned: Callable[[], None]) -> Vigil:
-    vigil = Vigil(config.silence, orphan_timeout, orphaned)
-
-    if config.guest is None:
+def _keep_vigil(config: WorkerConfig, orphaned: Callable[[], None]) -> Vigil:
+    vigil = Vigil(config.silence, config.orphan_timeout, orphaned, is_watched=config.guest is None)
+    if config.guest is None and config.orphan_timeout is not None:
         watch_standard_input(lambda: vigil.lose(0, "the orchestrator is gone"))
     return vigil
 

@@ -36,6 +36,7 @@ class Order:
     replica_factory: str
     heartbeat_seconds: float
     log_level: str
+    silence: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +131,7 @@ class _RankLauncher(PlainLauncher):
             replica_factory=order.replica_factory,
             heartbeat_seconds=order.heartbeat_seconds,
             key_file=str(key_file),
+            further={"silence": order.silence},
         )
         self._world = world
         # Of several ranks each serves its own part.

@@ -42,8 +42,9 @@ class RayLauncher:
         replica_factory: str = DEFAULT_REPLICA_FACTORY,
         heartbeat_seconds: float = 1.0,
         num_replicas: int = 1,
+        silence: float | None = None,
     ) -> None:
-        """After ``connect``. ``keys``: Of the orchestrator's socket.
+        """After ``connect``. ``keys``: Of the orchestrator's socket. ``silence``: As in ``WorkerConfig``.
 
         Raises:
             ConfigError: the options do not fit a Ray cluster.
@@ -54,7 +55,7 @@ class RayLauncher:
         self._num_replicas = num_replicas
         self._timeout = settings.placement_timeout
         self._bundle = ray_cluster.bundle(settings, engine, ray.cluster_resources())
-        self._order = Order("", keys, -1, 0, engine, replica_factory, heartbeat_seconds, log_level)
+        self._order = Order("", keys, -1, 0, engine, replica_factory, heartbeat_seconds, log_level, silence)
 
     async def start(self, endpoint: str, replica_id: int, epoch: int) -> RayReplica:
         """Returns at once: that there is no room shows in ``wait``."""

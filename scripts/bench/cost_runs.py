@@ -102,7 +102,16 @@ class CostRuns:
                 self._recorder.pause()
             driver.step(report=False)
 
-    def decodes(self, sizes: Sequence[int], prompt: int, output: int, counts: Sequence[int]) -> None:
+    def repeated(self, adapters: Sequence[int | None], prompt: int, output: int, rounds: int) -> None:
+        """As ``batch``, so many times after a first one that is not measured: kernels are chosen, and compiled, when
+        sizes are met for the first time."""
+        before = len(self.measured.steps)
+        self.batch(adapters, prompt, output)
+        del self.measured.steps[before:]
+        for _ in range(rounds):
+            self.batch(adapters, prompt, output)
+
+    def decodes(self, sizes: Sequence[int], prompt: int, output: int, counts: Sequence[int], rounds: int) -> None:
         """Unmerged batches of each size, for so many distinct adapters (0: the base)."""
         self.use(policy="fcfs")
         self.batch([0, *range(len(self.specs))], 16, 2)
@@ -111,18 +120,21 @@ class CostRuns:
         self.measured.steps.clear()
         for size in sizes:
             for count in sorted({min(count, size, len(self.specs)) for count in counts}):
-                self.batch([i % count if count else None for i in range(size)], prompt, output)
+                self.repeated([i % count if count else None for i in range(size)], prompt, output, rounds)
 
-    def prefills(self, lengths: Sequence[int]) -> None:
+    def prefills(self, lengths: Sequence[int], rounds: int) -> None:
         """Prompts of each length alone, of the base and of an adapter."""
         for length in lengths:
             for adapter in (None, 0):
-                for _ in range(3):
-                    self.batch([adapter], length, 2)
+                self.repeated([adapter], length, 2, rounds)
 
-    def merged(self, sizes: Sequence[int], prompt: int, output: int, switches: int) -> None:
-        """Switches to each adapter in turn and back to the base, and merged batches of each size."""
+    def merged(self, sizes: Sequence[int], prompt: int, output: int, switches: int, rounds: int) -> None:
+        """Switches to each adapter in turn and back to the base, and merged batches of each size.
+
+        Steps between switches are not kept: what they take is not theirs alone.
+        """
         self.use(policy="merge")
+        steps = len(self.measured.steps)
         self.batch([0], 16, 2)
         before = {name: len(found) for name, found in self.measured.others.items()}
         for number in range(switches):
@@ -130,16 +142,19 @@ class CostRuns:
             self.batch([None], 16, 2)
         for name in ("merge", "unmerge"):
             del self.measured.others.get(name, [])[: before.get(name, 0)]
+        del self.measured.steps[steps:]
         for size in sizes:
-            self.batch([0] * size, prompt, output)
+            self.repeated([0] * size, prompt, output, rounds)
 
     def loads(self, number: int) -> None:
-        """Adapters that have to make room for each other; the first round reads them from disk."""
+        """Adapters that have to make room for each other; the first round reads them from disk. Steps are not kept."""
         self.use(policy="fcfs", max_loras=1)
+        steps = len(self.measured.steps)
         for _ in range(2):
             self.measured.others.pop("load", None)
             for index in range(number):
                 self.batch([index % len(self.specs)], 16, 2)
+        del self.measured.steps[steps:]
 
     def transfers(self, rounds: int = 3) -> None:
         """KV blocks out of the pool and into other blocks of it; nothing runs meanwhile."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.systems import SYSTEMS
-from experiments.tables import Row
+from experiments.tables import Row, read_csv
 from peft_dist.core.errors import ConfigError
 
 # Without these, dates, versions and random ids are written into the files.
@@ -60,6 +60,18 @@ def bars(axes: Any, rows: Sequence[Row], x: str, y: str) -> None:
         hatch = _HATCHES.get(system.form)
         axes.bar(offsets, heights, width, label=system.label, color=system.style["color"], hatch=hatch, edgecolor="w")
     axes.set_xticks(range(len(places)), [str(place) for place in places])
+
+
+def bar_picture(
+    folder: Path, table: str, name: str, x: str, y: str, words: tuple[str, str], size: tuple[float, float] = (4.5, 3.2)
+) -> None:
+    """A picture ``name`` of one CSV. ``words``: At its axes; ``size``: inches."""
+    drawn = figure(*size)
+    axes = drawn.add_subplot()
+    bars(axes, read_csv(folder / f"{table}.csv"), x, y)
+    axes.set(xlabel=words[0], ylabel=words[1])
+    legend(drawn, [axes])
+    save(drawn, folder, name)
 
 
 def legend(drawn: Any, axes: Any) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from experiments.simulated import profile_of, rules_of
 from experiments.systems import SYSTEMS
 from experiments.tables import Row, read_csv, read_json, replace_rows, write_csv, write_json
 from peft_dist import __version__
-from peft_dist.core.errors import PeftDistError
+from peft_dist.core.errors import ConfigError, PeftDistError
 
 UNITS = {
     "rate": "requests/s", "throughput": "requests/s", "avg_lat": "s/token", "p90_lat": "s/token",
@@ -56,21 +58,29 @@ class Experiment:
 
 
 def run(experiment: Experiment, chosen: Settings) -> list[Row]:
-    """Run, and write CSV and JSON. Returns all rows, those of earlier live runs of other systems included."""
+    """Run, and write CSV and JSON. Returns all rows, those of earlier live runs of other systems included.
+
+    Raises ConfigError before anything is run where the folder has this CSV from simulations and this is none, or the
+    other way round.
+    """
     ladders = [ladder for ladder in experiment.ladders(chosen) if ladder]
-    found = points.run(ladders, chosen.data, experiment.bound, chosen.jobs, chosen.server)
     mode = "simulated" if chosen.server is None else "live"
+    table, beside = chosen.output / f"{experiment.name}.csv", chosen.output / f"{experiment.name}.json"
+    before = read_csv(table)
+    if others := {row["mode"] for row in before} - {mode}:
+        raise ConfigError(f"{table} is {min(others)}, this is to be {mode}: give another --output, or remove it")
+    found = points.run(ladders, chosen.data, experiment.bound, chosen.jobs, chosen.server)
     rows = [
         _row(experiment, mode, point, measured, row)
         for point, measured in found
         for row in experiment.rows(point, measured)
     ]
-    table, beside = chosen.output / f"{experiment.name}.csv", chosen.output / f"{experiment.name}.json"
     about = _about(experiment, chosen, mode, [point for point, _ in found])
     if mode == "live":
         # A server runs one system; the others' rows come from other runs.
-        rows = replace_rows([row for row in read_csv(table) if row["mode"] == mode], rows, experiment.keys)
-        about = _add_live(read_json(beside), about, chosen)
+        runs = dict.fromkeys(tuple(row[key] for key in experiment.keys) for row in rows)
+        rows = replace_rows(before, rows, experiment.keys)
+        about = _add_live(read_json(beside), about, chosen, [_run_name(experiment.keys, own) for own in runs])
     write_csv(table, experiment.columns, rows)
     write_json(beside, about)
     return rows
@@ -83,6 +93,8 @@ def _row(experiment: Experiment, mode: str, point: Point, measured: Measured, ow
         "system": point.system, "form": system.form, "mode": mode, "model": point.model, "replicas": point.replicas,
         "adapters": point.load.adapters, "load_rate": point.load.rate,
     }  # fmt: skip
+    if mode == "live":
+        common["live_differs"] = system.live
     rest = {key: value for key, value in measured.columns.items() if key not in own}
     return own | common | rest | {"units": " ".join(f"{name}={unit}" for name, unit in units.items())}
 
@@ -105,21 +117,33 @@ def _about(experiment: Experiment, chosen: Settings, mode: str, run: Sequence[Po
     return about
 
 
-def _add_live(before: Mapping[str, Any], about: dict[str, Any], chosen: Settings) -> dict[str, Any]:
+def _run_name(keys: Sequence[str], values: Sequence[Any]) -> str:
+    """Of what tells live runs apart: the system, and what else is served."""
+    return ", ".join(str(v) if key == "system" else f"{key} {v}" for key, v in zip(keys, values, strict=True))
+
+
+def _add_live(
+    before: Mapping[str, Any], about: dict[str, Any], chosen: Settings, runs: Sequence[str]
+) -> dict[str, Any]:
     """This run beside earlier ones of other systems, each with its server and the machine that asked it."""
     from bench.report import environment
 
     assert chosen.server is not None
     own = {key: about[key] for key in ("scale", "seed", "data", "correlated", "loads")}
     own |= {"server": chosen.server.url, "rate_factor": chosen.rate_factor, "client": environment()}
-    return about | {"servers": {**before.get("servers", {}), chosen.systems[0]: own}}
+    own |= {"differs": SYSTEMS[chosen.systems[0]].live}
+    return about | {"servers": {**before.get("servers", {}), **dict.fromkeys(runs, own)}}
 
 
 def versions() -> dict[str, str]:
-    return {
+    """Of all that the bytes of results depend on, pictures included."""
+    found = {
         "peft_dist": __version__, "python": platform.python_version(), "numpy": numpy.__version__,
         "scipy": scipy.__version__,
     }  # fmt: skip
+    with suppress(PackageNotFoundError):
+        found["matplotlib"] = version("matplotlib")
+    return found
 
 
 def main(

@@ -21,15 +21,13 @@ from experiments.loads import LoadSpec
 from experiments.measured import Measured
 from experiments.points import Ladder, Point
 from experiments.settings import Settings
-from experiments.systems import chosen
 from experiments.tables import Row, read_csv
 
 SHOWN = ("vllm-artifact", "vllm", "peft", "dlora", "grouped")
 
 
 def ladders(settings: Settings) -> list[Ladder]:
-    load = LoadSpec("maf2", "0.0.0-0.6.0", 3, 600, 32)
-    return [[settings.point(system, "7b", 8, load)] for system in chosen(SHOWN, settings.systems)]
+    return settings.points(SHOWN, 8, [LoadSpec("maf2", "0.0.0-0.6.0", 3, 600, 32)])
 
 
 def rows(point: Point, measured: Measured) -> list[Row]:

@@ -21,8 +21,8 @@ from experiments.loads import LoadSpec
 from experiments.measured import Measured
 from experiments.points import Ladder, Point
 from experiments.settings import Settings
-from experiments.systems import SYSTEMS, chosen
-from experiments.tables import Row, read_csv
+from experiments.systems import SYSTEMS
+from experiments.tables import Row
 
 STRIDES = (4, 8, 16, 32)
 SHOWN = ("fcfs-artifact", "merge-artifact", "dlora-artifact", "fcfs", "merge", "dlora", "grouped", "corrected")
@@ -32,7 +32,7 @@ def ladders(settings: Settings) -> list[Ladder]:
     loads = [
         LoadSpec("maf2", "0.0.0-0.6.0", 4, 400, 8, need_sort=True, stride=stride) for stride in settings.some(STRIDES)
     ]
-    return [[settings.point(system, "7b", 1, load)] for system in chosen(SHOWN, settings.systems) for load in loads]
+    return settings.points(SHOWN, 1, loads)
 
 
 def rows(point: Point, measured: Measured) -> list[Row]:
@@ -46,14 +46,8 @@ EXPERIMENT = Experiment(
 
 
 def draw(folder: Path) -> None:
-    found = read_csv(folder / "fig10.csv")
     for name, column, words in (("figure10a", "avg_lat", "mean"), ("figure10b", "p90_lat", "P90")):
-        drawn = drawing.figure(4.5, 3.2)
-        axes = drawn.add_subplot()
-        drawing.bars(axes, found, "stride", column)
-        axes.set(xlabel="skew (stride)", ylabel=f"{words} latency (s/token)")
-        drawing.legend(drawn, [axes])
-        drawing.save(drawn, folder, name)
+        drawing.bar_picture(folder, "fig10", name, "stride", column, ("skew (stride)", f"{words} latency (s/token)"))
 
 
 if __name__ == "__main__":

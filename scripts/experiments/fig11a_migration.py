@@ -23,11 +23,13 @@ from experiments.settings import Settings
 from experiments.systems import SYSTEMS, chosen
 from experiments.tables import Row, read_csv
 
-SHOWN = ("rr", "proactive", "dlora-artifact", "dlora", "kv", "grouped", "corrected")
+SHOWN = (
+    *("rr-artifact", "proactive-artifact", "dlora-artifact", "rr", "proactive", "dlora", "kv", "grouped", "corrected"),
+)
 SECONDS = 130
+# The artifact's, and 36 for proactive too.
 RATES = {
     "rr": (3, 4, 5, 6, 7, 8, 12),
-    "proactive": (6, 8, 12, 16, 20, 24, 28, 32),
     "dlora": (6, *range(8, 37, 4)),
 }
 
@@ -36,7 +38,7 @@ def ladders(settings: Settings) -> list[Ladder]:
     return [
         [
             settings.point(system, "7b", 8, LoadSpec("maf2", "0.0.0-0.6.0", rate, SECONDS * rate, 32, need_sort=True))
-            for rate in settings.some(RATES.get(system.name, RATES["dlora"]))
+            for rate in settings.some(RATES.get(system.name.removesuffix("-artifact"), RATES["dlora"]))
         ]
         for system in chosen(SHOWN, settings.systems)
     ]

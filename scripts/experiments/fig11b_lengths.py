@@ -21,10 +21,12 @@ from experiments.loads import LoadSpec
 from experiments.measured import Measured
 from experiments.points import Ladder, Point
 from experiments.settings import Settings
-from experiments.systems import SYSTEMS, chosen
-from experiments.tables import Row, read_csv
+from experiments.systems import SYSTEMS
+from experiments.tables import Row
 
-SHOWN = ("rr", "proactive", "dlora-artifact", "dlora", "kv", "grouped", "corrected")
+SHOWN = (
+    *("rr-artifact", "proactive-artifact", "dlora-artifact", "rr", "proactive", "dlora", "kv", "grouped", "corrected"),
+)
 RATIOS = (1, 2, 4, 6, 8)
 
 
@@ -32,7 +34,7 @@ def ladders(settings: Settings) -> list[Ladder]:
     loads = [
         LoadSpec("maf2", "0.0.0-0.6.0", 8, 1000, 32, max_total=4096, ratio=ratio) for ratio in settings.some(RATIOS)
     ]
-    return [[settings.point(system, "7b", 8, load)] for system in chosen(SHOWN, settings.systems) for load in loads]
+    return settings.points(SHOWN, 8, loads)
 
 
 def rows(point: Point, measured: Measured) -> list[Row]:
@@ -46,12 +48,8 @@ EXPERIMENT = Experiment(
 
 
 def draw(folder: Path) -> None:
-    drawn = drawing.figure(4.5, 3.2)
-    axes = drawn.add_subplot()
-    drawing.bars(axes, read_csv(folder / "fig11b.csv"), "ratio", "avg_lat")
-    axes.set(xlabel="ratio of lengths", ylabel="mean latency (s/token)")
-    drawing.legend(drawn, [axes])
-    drawing.save(drawn, folder, "figure11b")
+    words = ("ratio of lengths", "mean latency (s/token)")
+    drawing.bar_picture(folder, "fig11b", "figure11b", "ratio", "avg_lat", words)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ from experiments.loads import LoadSpec
 from experiments.measured import Measured
 from experiments.points import Ladder, Point
 from experiments.settings import Settings
-from experiments.systems import SYSTEMS, chosen
-from experiments.tables import Row, read_csv
+from experiments.systems import SYSTEMS
+from experiments.tables import Row
 
 SHOWN = ("vllm-artifact", "vllm", "peft-artifact", "peft", "dlora-artifact", "dlora", "kv", "grouped", "corrected")
 ADAPTERS = (16, 32, 64, 128)
@@ -33,7 +33,7 @@ ADAPTERS = (16, 32, 64, 128)
 def ladders(settings: Settings, adapters: int | None = None) -> list[Ladder]:
     numbers = settings.some(ADAPTERS) if adapters is None else [adapters]
     loads = [LoadSpec("maf2", "0.0.0-0.6.0", 24, 3200, number) for number in numbers]
-    return [[settings.point(system, "7b", 8, load)] for system in chosen(SHOWN, settings.systems) for load in loads]
+    return settings.points(SHOWN, 8, loads)
 
 
 def rows(point: Point, measured: Measured) -> list[Row]:
@@ -48,12 +48,8 @@ def experiments(options: argparse.Namespace) -> list[Experiment]:
 
 
 def draw(folder: Path) -> None:
-    drawn = drawing.figure(5, 3.2)
-    axes = drawn.add_subplot()
-    drawing.bars(axes, read_csv(folder / "fig12.csv"), "num_models", "throughput")
-    axes.set(xlabel="adapters", ylabel="requests/s")
-    drawing.legend(drawn, [axes])
-    drawing.save(drawn, folder, "figure12")
+    words = ("adapters", "requests/s")
+    drawing.bar_picture(folder, "fig12", "figure12", "num_models", "throughput", words, (5, 3.2))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -32,7 +32,9 @@ START, END = 600, 60
 
 
 def options_of(system: System) -> list[str]:
-    """What tells a system's server from others'."""
+    """What tells a system's server from others'. Raises SystemExit for one that no live server is."""
+    if not system.is_live:
+        raise SystemExit(f"a live server is no {system.name!r}: {system.live}")
     exec_type = system.exec_type.removesuffix("-artifact")
     found = ["--migration", system.migration, "--exec-type", exec_type if exec_type != "grouped" else "dlora"]
     if system.policy is not None:

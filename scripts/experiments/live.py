@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import re
 import urllib.error
@@ -21,6 +22,9 @@ from peft_dist.workload.sending import ClientOptions
 
 # Seconds between two looks at who waits and who runs.
 LOOK = 0.5
+TIMEOUT = 30.0
+# Of a question: refused, cut off, too slow, no HTTP, no text.
+_FAILURES = (OSError, http.client.HTTPException, ValueError)
 _LINE = re.compile(r"^(peft_dist:\w+)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
 
@@ -46,11 +50,10 @@ class Server:
 def adapters_of(url: str) -> list[str]:
     """Names of a server's adapters, in the order of their numbers where they have any. Raises ConfigError."""
     try:
-        with urllib.request.urlopen(f"{_root(url)}/v1/models", timeout=30) as answer:
-            models = json.load(answer)["data"]
-    except (urllib.error.URLError, OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"the server {url} does not tell its models: {error}") from error
-    return sorted((one["id"] for one in models if one.get("parent")), key=_natural)
+        models = json.loads(_read(f"{_root(url)}/v1/models"))["data"]
+        return sorted((one["id"] for one in models if one.get("parent")), key=_natural)
+    except (*_FAILURES, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"the server {url} does not tell its models: {error!r}") from error
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:
@@ -60,10 +63,9 @@ def _natural(name: str) -> list[tuple[int, int | str]]:
 def replicas_of(url: str) -> int:
     """Replicas of a server, as its health page tells; 1 where it tells of none. Raises ConfigError."""
     try:
-        with urllib.request.urlopen(f"{_root(url)}/health", timeout=30) as answer:
-            return max(1, len(json.load(answer).get("replicas", ())))
-    except (urllib.error.URLError, OSError, ValueError) as error:
-        raise ConfigError(f"the server {url} does not tell how it is: {error}") from error
+        return max(1, len(json.loads(_read(f"{_root(url)}/health")).get("replicas", ())))
+    except (*_FAILURES, TypeError, AttributeError) as error:
+        raise ConfigError(f"the server {url} does not tell how it is: {error!r}") from error
 
 
 def _root(url: str) -> str:
@@ -108,7 +110,7 @@ Series = Mapping[tuple[str, frozenset[tuple[str, str]]], float]
 
 
 async def _metrics(root: str) -> Series:
-    return read(await asyncio.to_thread(_fetch, f"{root}/metrics"))
+    return read(await asyncio.to_thread(fetch, f"{root}/metrics"))
 
 
 def read(text: str) -> Series:
@@ -118,12 +120,23 @@ def read(text: str) -> Series:
     }
 
 
-def _fetch(url: str) -> str:
+def _read(url: str) -> bytes:
+    """Raises one of ``_FAILURES``."""
+    with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
+        return bytes(answer.read())
+
+
+def fetch(url: str) -> str:
+    """A page of metrics; empty where the server has none.
+
+    Raises ConfigError where it could not be read: counts of a run would begin at the server's start.
+    """
     try:
-        with urllib.request.urlopen(url, timeout=30) as answer:
-            return str(answer.read(), "utf-8")
-    except urllib.error.URLError:
+        return str(_read(url), "utf-8")
+    except urllib.error.HTTPError:
         return ""
+    except _FAILURES as error:
+        raise ConfigError(f"{url} cannot be read: {error!r}") from error
 
 
 class Looks:
@@ -137,7 +150,9 @@ class Looks:
     async def watch(self) -> None:
         """Look until cancelled."""
         while True:
-            self.note(await _metrics(self._root))
+            # One look less among many changes no share.
+            with suppress(ConfigError):
+                self.note(await _metrics(self._root))
             await asyncio.sleep(LOOK)
 
     def note(self, found: Series) -> None:

@@ -4,6 +4,7 @@
 
 Reads the CSV and JSON files of the experiments that are in the folder, writes experiments.json, and puts each table
 between its marks in the document (``<!-- fig9 -->`` to ``<!-- end -->``). Without ``--docs`` the tables are printed.
+What experiments.json had of experiments that are not in the folder (a measurement of a quiet machine) stays there.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ def main() -> None:
     found = collect(options.figures)
     if not found:
         raise SystemExit(f"{options.figures} has no fig*.csv: run the experiments first, for example make figures")
-    write_json(options.output / "experiments.json", found)
+    result = options.output / "experiments.json"
+    write_json(result, dict(sorted({**read_json(result), **found}.items())))
     tables = report_tables.tables(found)
     if options.docs is not None:
         text = options.docs.read_text(encoding="utf-8")

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from experiments import live
 from experiments.loads import Data, LoadSpec
-from experiments.points import Point
-from experiments.systems import System
+from experiments.points import Ladder, Point
+from experiments.systems import SYSTEMS, System, chosen
 from peft_dist.core.errors import ConfigError
 
 
@@ -62,6 +62,10 @@ class Settings:
     def some(self, values: Sequence[Any]) -> list[Any]:
         """Of rates and the like those that this scale runs."""
         return list(values[::-1][:: SCALES[self.scale].every][::-1])
+
+    def points(self, names: Iterable[str], replicas: int, loads: Sequence[LoadSpec]) -> list[Ladder]:
+        """Of the systems that a figure shows those that are to be run, under each of the loads, with the 7b model."""
+        return [[self.point(one, "7b", replicas, load)] for one in chosen(names, self.systems) for load in loads]
 
     def point(self, system: System, model: str, replicas: int, load: LoadSpec) -> Point:
         """A run on so many replicas and under this load, or what of it is to be run."""
@@ -114,6 +118,9 @@ def settings(options: argparse.Namespace) -> Settings:
     """Raises ConfigError for data or a server that is not there, and where options contradict each other."""
     if options.server and (not options.systems or "," in options.systems):
         raise ConfigError("--server needs --systems with one name: what does the server run?")
+    system = SYSTEMS.get(options.systems or "")
+    if options.server and system is not None and not system.is_live:
+        raise ConfigError(f"a live server is no {system.name!r}: {system.live}. Simulate it, or measure 'peft'")
     found = Data.found(options.data, options.tokenizer)
     data = Data(
         options.maf1 or found.maf1,

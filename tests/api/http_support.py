@@ -350,6 +350,8 @@ class ScriptedClient:
             resident_adapters=self.resident,
         )
 
+    num_unread = 0
+
     def migration(self) -> MigrationView | None:
         return self.migrated
 

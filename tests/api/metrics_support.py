@@ -27,7 +27,14 @@ REPLICA_COUNTERS = (
     "steps",
     "replica_restarts",
 )
-REQUEST_COUNTERS = ("prompt_tokens", "generation_tokens", "sequences_admitted", "sequences_finished", "request_errors")
+REQUEST_COUNTERS = (
+    "prompt_tokens",
+    "generation_tokens",
+    "sequences_admitted",
+    "sequences_finished",
+    "request_errors",
+    "clients_cut",
+)
 HISTOGRAMS = (
     "time_to_first_token_seconds",
     "inter_token_latency_seconds",
@@ -38,6 +45,9 @@ OTHER_GAUGES = (
     "replicas",
     "adapters_served",
     "adapters_pinned",
+    "adapters_refused",
+    "sequences_unread",
+    "unsent_bytes",
     "policy",
     "merged_adapter_info",
     "adapter_requests_running",

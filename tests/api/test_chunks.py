@@ -18,6 +18,7 @@ from peft_dist.api.prompts import Prompt
 from peft_dist.api.protocol_chat import ChatCompletionRequest
 from peft_dist.api.protocol_completions import CompletionRequest
 from peft_dist.api.state import ServerState
+from peft_dist.api.unread import UnreadWatch
 from peft_dist.core.messages import SequenceProgress
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.orchestrator.streams import Stream
@@ -42,7 +43,7 @@ class ReadyClient(ScriptedClient):
         self.progress = progress
 
     def generate(self, request_id: str, prompt: list[int], params: SamplingParams, model: str | None) -> Any:
-        stream = Stream(params.n, lambda: None)
+        stream = Stream(params.n, lambda: None, lambda change: None)
         for index, one in self.progress:
             stream.put(index, one)
         return stream
@@ -69,7 +70,7 @@ async def written(
 ) -> tuple[bytes, list[int]]:
     """All events of an answer, and the sizes of the batches; ``limit`` None is what the writer allows."""
     client = ReadyClient(progress)
-    state = ServerState(client, TOKENIZER, ServerOptions())
+    state = ServerState(client, TOKENIZER, ServerOptions(), UnreadWatch(60.0))
     chosen = ChatFormat if isinstance(body, ChatCompletionRequest) else CompletionFormat
     params = body.sampling_params(100, None, None)
     watch = state.metrics.requests.watch(None)
@@ -126,7 +127,7 @@ def test_tokens_before_a_failure_are_written() -> None:
 
     async def work() -> list[int]:
         client = ReadyClient([*progress, (0, failed)])
-        state = ServerState(client, TOKENIZER, ServerOptions())
+        state = ServerState(client, TOKENIZER, ServerOptions(), UnreadWatch(60.0))
         watch, texts = state.metrics.requests.watch(None), (state.tokenizer, state.decoders)
         params = SamplingParams(max_tokens=100)
         generation = await Generation.start(client, *texts, "r", [Prompt([1])], [params], None, watch)

@@ -62,8 +62,9 @@ def test_it_takes_the_admin_key_or_this_machine(path: str) -> None:
 def test_ready_while_enough_replicas_serve_everything(
     engine: ScriptedClient, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert http.get("/health").json() == {"status": "ok", "replicas": {"0": "ready"}}
-    assert http.get("/ready").json() == {"status": "ok", "serving": 1, "of": 1, "replicas": {"0": "ready"}}
+    told = {"status": "ok", "replicas": {"0": "ready"}, "refused": {}, "missing": []}
+    assert http.get("/health").json() == told
+    assert http.get("/ready").json() == {**told, "serving": 1, "of": 1}
     assert error_of(http.get("/ready?replicas=2"), 503)["message"] == "1 of 1 replicas serve, 2 asked for."
     assert error_of(http.get("/ready?replicas=0"), 400)
     [view] = engine.replicas()
@@ -74,7 +75,37 @@ def test_ready_while_enough_replicas_serve_everything(
     assert (answer["serving"], answer["of"], answer["replicas"]) == (1, 2, {"0": "ready", "1": "starting"})
     error = error_of(http.get("/ready?replicas=2"), 503)
     assert error["message"] == "1 of 2 replicas serve, 2 asked for: replica 1 is starting."
-    views[:] = [replace(view, state="draining"), replace(view, replica_id=1, num_coming=2)]
+    views[:] = [
+        replace(view, state="draining"),
+        replace(view, replica_id=1, coming=frozenset({"hash-sql", "hash-json"})),
+    ]
     error = error_of(http.get("/ready"), 503)
     assert error["code"] == "not_ready"
     assert error["message"].endswith("replica 0 is draining, replica 1 waits for 2 adapters.")
+
+
+def test_adapters_that_replicas_refused_are_told_and_those_that_nobody_holds_are_missing(
+    engine: ScriptedClient, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [view] = engine.replicas()
+    refused = {"hash-sql": "/secret/path is damaged", "hash-unloaded": "it is damaged"}
+    views: list[Any] = [replace(view, refused=refused), replace(view, replica_id=1)]
+    monkeypatch.setattr(engine, "replicas", lambda: views)
+    told = {"status": "degraded", "replicas": {"0": "ready", "1": "ready"}, "refused": {"0": ["sql"]}, "missing": []}
+    assert http.get("/health").json() == told
+    # The other one has it: nobody is refused, and a probe stays content.
+    assert http.get("/ready").json() == http.get("/ready?adapters=all").json() == {**told, "serving": 1, "of": 2}
+    error = error_of(http.get("/ready?replicas=2"), 503)
+    assert error["message"] == "1 of 2 replicas serve, 2 asked for: replica 0 refused 'sql'."
+    # Each replica lacks something, and together they have all but one adapter.
+    views[1] = replace(views[1], refused={"hash-json": "it is damaged", "hash-sql": "it is damaged"})
+    assert http.get("/health").json() | {"refused": 0} == {**told, "refused": 0, "missing": ["sql"]}
+    answer = http.get("/ready")
+    assert (answer.status_code, answer.json()["missing"], answer.json()["serving"]) == (200, ["sql"], 0)
+    assert answer.json()["refused"] == {"0": ["sql"], "1": ["sql", "json"]} and "secret" not in answer.text
+    error = error_of(http.get("/ready?adapters=all"), 503)
+    assert error["code"] == "not_ready" and error["message"].startswith("No replica serves 'sql': ")
+    assert error_of(http.get("/ready?adapters=some"), 400)
+    # Whoever drains or is dead helps nobody.
+    views[:] = [replace(view, refused=refused), replace(view, replica_id=1, state="draining")]
+    assert http.get("/ready").json()["missing"] == ["sql"]

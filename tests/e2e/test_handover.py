@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import select
 from collections.abc import Iterator
+from unittest.mock import patch
 
 import hypothesis.strategies as st
 import msgspec
@@ -13,11 +15,13 @@ from hypothesis import HealthCheck, given
 
 from peft_dist.core.config import EngineConfig
 from peft_dist.core.messages import Exported, Imported
+from peft_dist.core.record_file import VARIABLE
 from peft_dist.core.request import Request
 from peft_dist.core.sampling_params import SamplingParams
-from peft_dist.engine.handovers import Handovers
+from peft_dist.engine.recorded_moves import make_handovers
 from peft_dist.runner.kv_transfers import SameHost
 from peft_dist.runner.replica import Replica, build_replica
+from peft_dist.sim.replay import read, replay
 from peft_dist.worker.kv_server import TcpTransport
 from tests.thorough import examples
 from tests.tiny_models import VOCAB_SIZE, make_model, random_adapter, target_modules
@@ -75,24 +79,31 @@ def request(name: str, prompt: list[int], params: dict[str, object], spec: objec
 
 @pytest.fixture(scope="module", params=KINDS)
 def replicas(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[list[Replica]]]:
-    """Two of each depth, with an adapter."""
+    """Two of each depth, with an adapter; what they decided is decided again from recordings when all is over."""
     root = tmp_path_factory.mktemp(f"handover_{request.param}")
     model = make_model(request.param, root / "base")
     random_adapter(model, root / "a", 4, 8.0, target_modules(request.param))
     made = []
+    recorded = root / "recorded"
+    recorded.mkdir()
     for depth in (0, 1):
         config = EngineConfig(
             str(root / "base"), device="cpu", dtype="float32", max_model_len=MAX_LEN, block_size=4, num_blocks=60,
             num_host_blocks=20, max_loras=2, depth=depth, max_num_batched_tokens=12,
         )  # fmt: skip
-        made.append([build_replica(config) for _ in range(2)])
+        with patch.dict(os.environ, {VARIABLE: str(recorded)}):
+            made.append([build_replica(config) for _ in range(2)])
         for replica in made[-1]:
             replica.load_adapter("a", root / "a")
             # A few full blocks go ahead already.
-            replica.handovers = Handovers(replica.engine, ahead_blocks=2)
+            replica.handovers = make_handovers(replica.engine, ahead_blocks=2)
     yield made
-    for replica in (each for pair in made for each in pair):
+    every = [each for pair in made for each in pair]
+    for replica in every:
         replica.close()
+    recordings = zip(sorted(recorded.iterdir()), every, strict=True)
+    found = [replay(read(path)) for path, replica in recordings if replica.engine.num_steps]
+    assert all(one.ended is None for one in found) and sum(one.moves for one in found) > 0
 
 
 prompts = st.lists(st.integers(3, VOCAB_SIZE - 1), min_size=1, max_size=30)

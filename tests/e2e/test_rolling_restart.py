@@ -109,6 +109,29 @@ def test_it_stops_with_the_reason_where_one_does_not_come_back(tmp_path: Path) -
         server.stop()
 
 
+def test_it_stops_with_the_reason_where_one_comes_back_without_an_adapter(tmp_path: Path) -> None:
+    sql, web = adapter(tmp_path / "sql", "two"), adapter(tmp_path / "web", "three")
+    options = ["--replicas", "2", "--adapter", f"sql={sql}", "--adapter", f"web={web}"]
+    with serving(tmp_path, *options) as server:
+        config = sql / "adapter_config.json"
+        kept, good = server.children(), config.read_text()
+        config.write_text("bad")
+        stopped = restart(server)
+        assert stopped.returncode == 1 and "replica 0 came back and refused adapter 'sql': " in stopped.stderr
+        assert len(set(kept) & set(server.children())) == 1, "the one that holds it was left as it was"
+        ready = httpx.get(f"{server.url}/ready?adapters=all")
+        assert ready.status_code == 200 and ready.json()["refused"] == {"0": ["sql"]} and ready.json()["serving"] == 1
+        assert httpx.get(f"{server.url}/ready?replicas=2").status_code == 503
+        assert 'peft_dist:adapters_refused{replica="0"} 1.0' in httpx.get(f"{server.url}/metrics").text
+        for model in ("sql", "web"):
+            answer = server.post("/v1/completions", {"model": model, "prompt": [5], "max_tokens": 2})
+            assert answer.status_code == 200
+        config.write_text(good)
+        assert restart(server).returncode == 0, "the next one heals it"
+        assert httpx.get(f"{server.url}/ready?replicas=2").json()["status"] == "ok"
+        server.stop()
+
+
 def test_it_is_refused_where_nobody_would_serve_meanwhile(tmp_path: Path) -> None:
     with serving(tmp_path) as lone:
         refused = restart(lone)

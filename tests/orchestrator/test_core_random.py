@@ -3,6 +3,7 @@ tokens it would have had on one replica, nothing stale is believed."""
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from collections import Counter, deque
@@ -20,7 +21,7 @@ from peft_dist.core.errors import (
     ReplicaStateError,
     UnknownModelError,
 )
-from peft_dist.core.messages import AddRequest, Progress, ReplicaStats, SequenceProgress
+from peft_dist.core.messages import AddRequest, Heartbeat, Progress, ReplicaStats, SequenceProgress
 from peft_dist.core.restarts import RestartPolicy
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.orchestrator.client import NewRequest
@@ -348,6 +349,21 @@ class Machine(RuleBasedStateMachine):
         self._die(replica_id)
         assert self.core.lose_replica(replica_id, replica.epoch, "again", self.now) == []
 
+    @rule(replica_id=IDS)
+    def a_link_fails_and_the_replica_goes_on(self, replica_id: int) -> None:
+        """What was under way either way is lost, and nobody is to blame."""
+        replica, known = self.replicas[replica_id], self.core.replicas[replica_id]
+        if known.leaves or not known.is_alive:
+            return
+        self.ghosts.append((replica_id, copy.deepcopy(replica)))
+        beat = Heartbeat(busy_seconds=0.0, is_orphaned=True)
+        self._send(self.core.observe(replica_id, replica.epoch, beat, self.now))
+        renewed = self.core.replicas[replica_id]
+        assert renewed.is_renewed and renewed.epoch > replica.epoch and known.state is ReplicaState.DEAD
+        # It is heard again and again until it has become the other.
+        renewed.start_deadline = None
+        replica.adopted(renewed.epoch)
+
     @precondition(lambda self: self.leaving)
     @rule()
     def a_drained_replica_ends_and_is_started_again(self) -> None:
@@ -399,8 +415,13 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def the_books_are_right(self) -> None:
         assert self.core.adapters.pinned == self.pinned <= self.named.keys()
-        coming = Counter(epoch for epoch, _ in self.core._calls._coming)
-        assert {r.epoch: r.num_coming for r in self.core.replicas.all_alive() if r.num_coming} == coming
+        coming = Counter(reload.epoch for reload in self.core._calls._reloads.values())
+        assert {r.epoch: len(r.coming) for r in self.core.replicas.all_alive() if r.coming} == coming
+        for replica in self.core.replicas.ready():
+            contents = {spec.content_hash for spec in self.core.adapters.specs()}
+            lacking = {each for each in contents if not self.core._calls.holds(replica, each)}
+            assert lacking == contents & (replica.coming | replica.refused.keys()), "what it lacks is known"
+            assert replica.refused.keys() <= contents
         for replica_id in self.replicas:
             known = self.core._requests.prefixes.num_known(replica_id)
             assert known <= NUM_BLOCKS and (not known or self.core.replicas[replica_id].model)
@@ -455,7 +476,7 @@ def test_traffic(kind: MigrationKind) -> None:
 
 def _happen(machine: Machine, rng: random.Random) -> None:
     replica_id = rng.randrange(NUM_REPLICAS)
-    match rng.choices(range(10), (6, 4, 3, 4, 4, 1, 1, 2, 0.3, 0.3))[0]:
+    match rng.choices(range(11), (6, 4, 3, 4, 4, 1, 1, 2, 0.3, 0.3, 0.5))[0]:
         case 0:
             machine.submit(rng.randrange(1, 3), rng.randrange(2, 8), rng.choice([None, "red", "blue"]))
         case 1:
@@ -480,3 +501,5 @@ def _happen(machine: Machine, rng: random.Random) -> None:
             machine.drain(replica_id, rng.random() < 0.5)
         case 9:
             machine.resume(replica_id)
+        case 10:
+            machine.a_link_fails_and_the_replica_goes_on(replica_id)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from peft_dist.core.messages import AdapterResult, LoadAdapter, Progress, Ready, ReplicaDetail, ReplicaStats
 from peft_dist.orchestrator.core import Orchestrator, OrchestratorOptions
 from peft_dist.orchestrator.observation import ReplicaTotals
@@ -61,9 +63,38 @@ def test_a_replica_can_serve_once_it_has_what_is_named() -> None:
     out = core.observe(0, epoch, Ready(model=fake_model(), pid=1), 2.0)
     loads = [each.command for each in out if isinstance(each.command, LoadAdapter)]
     [view] = core.replicas.views()
-    assert view.num_coming == len(loads) == 2 and not view.can_serve
+    assert view.coming == {"h-one", "h-two"} and len(loads) == 2 and not view.can_serve
     core.observe(0, epoch, AdapterResult(call_id=loads[0].call_id, spec=mini_spec("one", "one")), 3.0)
-    assert core.replicas.views()[0].num_coming == 1
+    assert core.replicas.views()[0].coming == {"h-two"}
     # What it refuses is served by nobody here, however long one waits.
     core.observe(0, epoch, AdapterResult(call_id=loads[1].call_id, error="it is damaged"), 3.0)
-    assert core.replicas.views()[0].can_serve
+    [view] = core.replicas.views()
+    assert view.can_serve and not view.serves_all and view.refused == {"h-two": "it is damaged"}
+    assert [view.serves(content) for content in ("h-one", "h-two")] == [True, False]
+
+
+@pytest.mark.parametrize("way", ["unloaded", "loaded in place", "loaded under another name", "lost"])
+def test_what_a_replica_refused_is_forgotten_once_it_is_of_no_matter(way: str) -> None:
+    core = Orchestrator(OrchestratorOptions())
+    epoch = ready(core)
+    call_id, _ = core.load_adapter("two", "two")
+    core.observe(0, epoch, AdapterResult(call_id=call_id, spec=mini_spec("two", "two")), 0.0)
+    core.lose_replica(0, epoch, "it was killed", 1.0)
+    epoch = core.add_replica(0, 2.0).epoch
+    out = core.observe(0, epoch, Ready(model=fake_model(), pid=1), 2.0)
+    [load] = [each.command for each in out if isinstance(each.command, LoadAdapter)]
+    core.observe(0, epoch, AdapterResult(call_id=load.call_id, error="it is damaged"), 3.0)
+    assert not core.replicas.views()[0].serves_all
+    if way == "unloaded":
+        core.unload_adapter("two")
+    elif way == "lost":
+        core.lose_replica(0, epoch, "it was killed", 4.0)
+        assert core.replicas.views()[0].is_ready is False
+        ready(core)
+        assert core.replicas.views()[0].coming == {"h-two"}, "the next one may take it"
+        return
+    else:
+        name = "two" if way == "loaded in place" else "three"
+        call_id, _ = core.load_adapter(name, "two", replace=True)
+        core.observe(0, epoch, AdapterResult(call_id=call_id, spec=mini_spec(name, "two")), 5.0)
+    assert core.replicas.views()[0].serves_all and not core.replicas.views()[0].refused

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from peft_dist.core.errors import ReplicaStateError
-from peft_dist.core.messages import AdapterResult, LoadAdapter, Shutdown
+from peft_dist.core.messages import AdapterResult, Heartbeat, LoadAdapter, Shutdown
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.orchestrator.client import NewRequest
 from peft_dist.orchestrator.core import Orchestrator
@@ -94,6 +94,86 @@ def test_it_waits_until_requests_have_left_and_adapters_have_come() -> None:
     epoch = core.replicas[0].epoch
     it.act(core.observe(0, epoch, AdapterResult(call_id=loads[0].call_id, spec=mini_spec("one", "one")), 2.0))
     assert it.at == ("running", "draining", 1)
+
+
+def load(core: Orchestrator, name: str) -> None:
+    """Give a name to an adapter that all replicas of a new cluster hold from then on."""
+    call_id, _ = core.load_adapter(name, name)
+    for replica in core.replicas.all():
+        core.observe(replica.replica_id, replica.epoch, AdapterResult(call_id=call_id, spec=mini_spec(name, name)), 0.0)
+
+
+def refuse(it: Driver, replica_id: int, name: str) -> None:
+    """A replica has become ready, and refuses one of the adapters that it is brought; it takes the others."""
+    epoch = it.core.replicas[replica_id].epoch
+    for command in [out.command for out in it.is_ready(replica_id) if isinstance(out.command, LoadAdapter)]:
+        spec = mini_spec(command.name, command.path)
+        answer = {"error": "it is damaged"} if command.name == name else {"spec": spec}
+        it.act(it.core.observe(replica_id, epoch, AdapterResult(call_id=command.call_id, **answer), it.now))  # type: ignore[arg-type]
+
+
+def test_it_stops_where_a_replica_comes_back_without_an_adapter() -> None:
+    core = cluster(3)
+    load(core, "one"), load(core, "two")
+    it = Driver(core)
+    it.rolling.begin()
+    it.ends(0)
+    refuse(it, 0, "two")
+    view = it.rolling.view()
+    assert (view.state, view.current, view.restarted, view.left) == ("stopped", 0, (), (1, 2))
+    assert view.error == "replica 0 came back and refused adapter 'two': it is damaged"
+    assert it.told_to_end() == [0], "the others go on with it"
+
+
+def test_a_replica_that_refused_an_adapter_comes_first_and_one_that_alone_holds_it_is_left() -> None:
+    core = cluster(3)
+    load(core, "one")
+    it = Driver(core)
+    for replica_id in (1, 2):
+        it.now += 10.0
+        it.ends(replica_id)
+        it.now += 10.0
+        it.act(core.tick(it.now))
+        refuse(it, replica_id, "one")
+    it.sent.clear()
+    began = it.rolling.begin()
+    assert (began.current, began.left) == (1, (2, 0)) and it.told_to_end() == [1]
+    it.ends(1)
+    refuse(it, 1, "another")
+    assert it.at == ("running", "draining", 2) and core.replicas[1].refused == {}
+    it.ends(2)
+    refuse(it, 2, "another")
+    assert it.at == ("running", "draining", 0), "others hold it now"
+    # Replicas that joined are restarted by nobody here.
+    core = cluster(1)
+    load(core, "one")
+    guest = core.replicas.join(9.0)
+    it = Driver(core)
+    refuse(it, guest.replica_id, "one")
+    with pytest.raises(ReplicaStateError, match="replica 0 alone holds adapter 'one', which replica 1 refused: it is"):
+        it.rolling.begin()
+    assert it.told_to_end() == [] and core.replicas[0].state.value == "ready"
+
+
+def test_a_replica_that_goes_on_in_the_same_process_was_not_restarted() -> None:
+    core = cluster(2)
+    it = Driver(core)
+    it.rolling.begin()
+    it.ends(0)
+    orphaned = Heartbeat(busy_seconds=0.0, is_orphaned=True)
+    it.act(core.observe(1, core.replicas[1].epoch, orphaned, it.now))
+    it.is_ready(0)
+    assert it.at == ("running", "waiting", 1) and it.told_to_end() == [0]
+    it.act(core.observe(0, core.replicas[0].epoch, orphaned, it.now))
+    it.is_ready(1)
+    assert it.at == ("running", "waiting", 1) and it.told_to_end() == [0], "the other one becomes another, too"
+    it.is_ready(0)
+    assert it.at == ("running", "draining", 1) and it.told_to_end() == [0, 1]
+    it.ends(1)
+    it.act(core.observe(1, core.replicas[1].epoch, orphaned, it.now))
+    assert it.at == ("running", "starting", 1)
+    it.is_ready(1)
+    assert it.at == ("done", None, None)
 
 
 def test_it_waits_for_others_that_start() -> None:

@@ -38,7 +38,7 @@ async def waiting(stream: Stream) -> AsyncIterator[asyncio.Task[tuple[int, Seque
 
 @on_loop
 async def test_what_is_there_is_taken_in_order_up_to_the_limit() -> None:
-    stream = Stream(1, lambda: None)
+    stream = Stream(1, lambda: None, lambda change: None)
     for k in range(5):
         stream.put(0, token(k))
     assert (await anext(stream))[1].token_ids == [0]
@@ -49,7 +49,7 @@ async def test_what_is_there_is_taken_in_order_up_to_the_limit() -> None:
 
 @on_loop
 async def test_an_error_comes_behind_the_tokens_before_it() -> None:
-    stream = Stream(1, lambda: None)
+    stream = Stream(1, lambda: None, lambda change: None)
     stream.put(0, token(0))
     stream.put(0, token(1))
     stream.fail(EngineDeadError("gone"))
@@ -64,7 +64,7 @@ async def test_an_error_comes_behind_the_tokens_before_it() -> None:
 @on_loop
 async def test_an_end_that_was_taken_ends_the_stream_and_aborts_nothing() -> None:
     closed: list[bool] = []
-    stream = Stream(2, lambda: closed.append(True))
+    stream = Stream(2, lambda: closed.append(True), lambda change: None)
     assert not stream.put(0, token(0, "stop"))
     assert stream.put(1, token(0, "length"))
     assert len(stream.take_ready(9)) == 2
@@ -76,7 +76,7 @@ async def test_an_end_that_was_taken_ends_the_stream_and_aborts_nothing() -> Non
 
 @on_loop
 async def test_a_reader_wakes_once_for_several_items() -> None:
-    stream = Stream(1, lambda: None)
+    stream = Stream(1, lambda: None, lambda change: None)
     async with waiting(stream) as reader:
         stream.put(0, token(0))
         stream.put(0, token(1))
@@ -86,7 +86,7 @@ async def test_a_reader_wakes_once_for_several_items() -> None:
 
 @on_loop
 async def test_a_reader_wakes_for_an_error() -> None:
-    stream = Stream(1, lambda: None)
+    stream = Stream(1, lambda: None, lambda change: None)
     async with waiting(stream) as reader:
         stream.fail(EngineDeadError("gone"))
         with pytest.raises(EngineDeadError):
@@ -96,7 +96,7 @@ async def test_a_reader_wakes_for_an_error() -> None:
 @on_loop
 async def test_cancelling_the_reader_closes_even_when_an_item_has_just_come() -> None:
     closed: list[bool] = []
-    stream = Stream(1, lambda: closed.append(True))
+    stream = Stream(1, lambda: closed.append(True), lambda change: None)
     async with waiting(stream) as reader:
         stream.put(0, token(0))
         reader.cancel()
@@ -106,3 +106,51 @@ async def test_cancelling_the_reader_closes_even_when_an_item_has_just_come() ->
     assert stream.take_ready(9) == []
     with pytest.raises(StopAsyncIteration):
         await anext(stream)
+
+
+class Unread:
+    """How many sequences have ended and are not read, as the room of the queue counts them."""
+
+    def __init__(self, num_sequences: int) -> None:
+        self.number = 0
+        self.stream = Stream(num_sequences, lambda: None, self._change)
+
+    def _change(self, change: int) -> None:
+        self.number += change
+        assert self.number >= 0
+
+
+@on_loop
+async def test_what_has_ended_counts_until_its_end_is_read() -> None:
+    one = Unread(2)
+    one.stream.put(0, token(0))
+    one.stream.put(1, token(0, "stop"))
+    assert one.number == 1, "the other one still runs"
+    assert len(one.stream.take_ready(1)) == 1 and one.number == 1
+    one.stream.put(0, token(1, "length"))
+    assert one.number == 2
+    await anext(one.stream)
+    assert one.number == 1 and len(one.stream.take_ready(9)) == 1 and one.number == 0
+    await one.stream.aclose()
+    assert one.number == 0
+
+
+@on_loop
+async def test_what_has_failed_counts_until_that_is_read() -> None:
+    one = Unread(3)
+    one.stream.put(0, token(0, "stop"))
+    one.stream.fail(EngineDeadError("gone"))
+    assert one.number == 3 and len(one.stream.take_ready(9)) == 1 and one.number == 2
+    with pytest.raises(EngineDeadError):
+        await anext(one.stream)
+    assert one.number == 0
+
+
+@on_loop
+async def test_whoever_closes_a_stream_lets_go_of_its_tokens() -> None:
+    one = Unread(2)
+    one.stream.put(0, token(0))
+    one.stream.put(0, token(1, "stop"))
+    await one.stream.aclose()
+    await one.stream.aclose()
+    assert one.number == 0 and not one.stream._items

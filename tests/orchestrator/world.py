@@ -117,6 +117,7 @@ class MiniReplica:
         self.epoch = epoch
         for forgotten in (self.commands, self.reports, self.running, self.exports, self.copying, self.pins):
             forgotten.clear()
+        self.num_taken = 0
         contents = [mini_spec(content, content.removeprefix("h-")) for content in sorted(self.held)]
         names, version = self.names.all(), self.names.version
         self.reports.append(Ready(model=MODEL, pid=1, contents=contents, names=names, names_version=version))

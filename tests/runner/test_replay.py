@@ -15,10 +15,10 @@ import pytest
 
 from peft_dist.core.config import EngineConfig
 from peft_dist.core.errors import ConfigError
+from peft_dist.core.record_file import VARIABLE, RecordFile
 from peft_dist.core.request import Request
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.engine.recording import Collected, End, Entry, Loaded, Submitted, Switched
-from peft_dist.runner.record_file import VARIABLE, RecordFile
 from peft_dist.runner.replica import Replica, build_replica
 from peft_dist.sim.replay import ReplayError, read, replay
 from tests.tiny_models import make_model, random_adapter, target_modules
@@ -115,17 +115,17 @@ def test_what_was_decided_otherwise_is_told_with_its_step(
 
 
 def test_a_recording_is_bounded_and_ends_whole(tmp_path: Path) -> None:
-    file = RecordFile(tmp_path, max_bytes=100)
+    file = RecordFile(tmp_path, "engine", End("full"), max_bytes=130)
     for _ in range(9):
         file(End("x" * 20))
     file.close()
-    assert file.path.stat().st_size <= 100
-    assert list(read(file.path)) == [End("x" * 20)] * 2
+    assert file.path.stat().st_size <= 130
+    assert list(read(file.path)) == [End("x" * 20)] * 2 + [End("full")]
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"{VARIABLE}=.*cannot be made"):
-        RecordFile(tmp_path / "nowhere")
+        RecordFile(tmp_path / "nowhere", "engine", End("full"))
 
 
 def test_lines_of_something_else_are_named(tmp_path: Path) -> None:

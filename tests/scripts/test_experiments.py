@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import runpy
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib
 import pytest
-from experiments import authors, live, report, report_tables, tables
+from experiments import (
+    authors,
+    experiment,
+    fig10_policies,
+    fig12_adapters,
+    here,
+    live,
+    points,
+    report,
+    report_tables,
+    tables,
+)
 from experiments.loads import Data, LoadSpec, make
 from experiments.measured import Work, measure
 from experiments.settings import Settings
@@ -114,7 +129,10 @@ def test_operators_are_measured_here(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_live_server_gives_its_systems_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of one system replace those of that system, and stand beside the others'."""
+    """Rows of one system replace those of that system, and stand beside the others'. What the server's
+    orchestrator decided meanwhile is decided again from its recording (its replicas have no engines)."""
+    (tmp_path / "recorded").mkdir()
+    monkeypatch.setenv("PEFT_DIST_RECORD", str(tmp_path / "recorded"))
     options = ["--replicas", "2", "--served-model-name", "tiny"]
     for number in (10, 9, *range(8)):
         options += ["--adapter", f"adapter{number}={adapter(tmp_path / f'adapter{number}', f'{number}')}"]
@@ -125,6 +143,11 @@ def test_a_live_server_gives_its_systems_rows(tmp_path: Path, monkeypatch: pytes
         for system in ("fcfs", "dlora", "dlora"):
             run(monkeypatch, "fig10_policies", "--server", server.url, "--systems", system, *asked)
         run(monkeypatch, "fig02b_queueing", "--server", server.url, "--systems", "vllm", *asked)
+    recordings = sorted((tmp_path / "recorded").iterdir())
+    assert [path.name.partition("-")[0] for path in recordings] == ["orchestrator"]
+    replay = [sys.executable, str(SCRIPTS.parent / "replay.py"), *map(str, recordings)]
+    told = subprocess.run(replay, check=True, capture_output=True, text=True).stdout
+    assert "alike" in told and " 0 requests" not in told, told
     rows = tables.read_csv(tmp_path / "out" / "fig10.csv")
     assert [(row["policy"], row["mode"], row["replicas"], row["failed"]) for row in rows] == [
         ("fcfs", "live", 2, 0),
@@ -135,6 +158,79 @@ def test_a_live_server_gives_its_systems_rows(tmp_path: Path, monkeypatch: pytes
     about = json.loads((tmp_path / "out" / "fig10.json").read_text())
     assert about["mode"] == "live" and set(about["servers"]) == {"fcfs", "dlora"}
     assert about["servers"]["fcfs"]["client"]["cpu"] and about["servers"]["fcfs"]["server"].startswith("http")
+
+
+def test_simulated_and_live_rows_do_not_replace_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is anything run before that is said."""
+    known = [{"system": "fcfs", "mode": "live", "policy": "fcfs", "stride": 4, "avg_lat": 1.0, "p90_lat": 2.0}]
+    tables.write_csv(tmp_path / "fig10.csv", ["policy"], known)
+    monkeypatch.setattr(points, "run", lambda *_: pytest.fail("it was run"))
+    for _ in range(2):
+        mode, other = known[0]["mode"], "simulated" if known[0]["mode"] == "live" else "live"
+        server = live.Server("http://nowhere") if other == "live" else None
+        with pytest.raises(ConfigError, match=rf"fig10\.csv is {mode}, this is to be {other}: give another --output"):
+            experiment.run(fig10_policies.EXPERIMENT, Settings(tmp_path, "tiny", server=server, systems=("fcfs",)))
+        assert tables.read_csv(tmp_path / "fig10.csv") == known
+        known = [{**known[0], "mode": "simulated"}]
+        tables.write_csv(tmp_path / "fig10.csv", ["policy"], known)
+
+
+def test_live_runs_are_told_apart_by_what_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of Figure 12 each number of adapters is another server, and each is told of."""
+    measured = measure([RequestRecord(0, "a", 0.0, 0.0, 1.0, 2.0, 10, 4)], Work(0.0, 0.0))
+    monkeypatch.setattr(
+        points, "run", lambda ladders, *_: [(point, measured) for ladder in ladders for point in ladder]
+    )
+    for adapters, seed in ((16, 1), (32, 2)):
+        server = live.Server(f"http://nowhere:{adapters}")
+        chosen_ = Settings(tmp_path, "paper", server=server, systems=("dlora",), seed=seed)
+        [made] = fig12_adapters.experiments(argparse.Namespace(adapters=adapters))
+        experiment.run(made, chosen_)
+    about = json.loads((tmp_path / "fig12.json").read_text())
+    told = {name: (own["server"], own["seed"]) for name, own in about["servers"].items()}
+    assert told == {
+        "dlora, num_models 16": ("http://nowhere:16", 1),
+        "dlora, num_models 32": ("http://nowhere:32", 2),
+    }
+    rows = tables.read_csv(tmp_path / "fig12.csv")
+    assert [row["num_models"] for row in rows] == [16, 32]
+    assert all("bring their KV" in row["live_differs"] for row in rows)
+    assert about["versions"]["matplotlib"] == matplotlib.__version__
+
+
+def test_what_no_live_server_is_cannot_be_measured() -> None:
+    with pytest.raises(SystemExit, match="not merged and unmerged in every step"):
+        here.options_of(SYSTEMS["peft-artifact"])
+    assert all(one.live for one in SYSTEMS.values() if one.form == "artifact")
+    assert not SYSTEMS["peft"].live and not SYSTEMS["proactive"].live
+
+
+@pytest.mark.parametrize("answer", [b"", b"nonsense\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\nshort"])
+def test_a_server_that_breaks_off_is_named(answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or says nothing in time; of counts since its start none is taken for one of a run."""
+    monkeypatch.setattr(live, "TIMEOUT", 5.0 if answer else 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+        def serve() -> None:
+            for _ in range(3):
+                connection, _address = listening.accept()
+                with connection:
+                    connection.recv(1 << 16)
+                    connection.sendall(answer)
+                    if not answer:
+                        connection.recv(1)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        for ask, words in (
+            (live.fetch, "cannot be read"),
+            (live.adapters_of, "its models"),
+            (live.replicas_of, "it is"),
+        ):
+            with pytest.raises(ConfigError, match=words):
+                ask(url)
+        thread.join()
 
 
 def test_waits_are_told_by_who_is_there() -> None:
@@ -199,6 +295,7 @@ def test_data_is_looked_for_where_it_is_said_to_be(tmp_path: Path) -> None:
         (["--systems", "nobody"], "does not show the system 'nobody'"),
         (["--server", "http://127.0.0.1:9"], "--server needs --systems with one name"),
         (["--server", "http://127.0.0.1:9", "--systems", "fcfs"], "does not tell how it is"),
+        (["--server", "http://127.0.0.1:9", "--systems", "peft-artifact"], "a live server is no 'peft-artifact'"),
         (["--data", "/nowhere/at/all"], "there is none of"),
     ],
 )
@@ -234,3 +331,11 @@ def test_the_report_puts_tables_between_their_marks() -> None:
     text = "x\n<!-- fig9 -->\nold\n<!-- end -->\n<!-- fig12 -->\nkept\n<!-- end -->\n"
     changed = report.insert(text, made)
     assert "old" not in changed and "kept" in changed and report.insert(changed, made) == changed
+
+
+def test_the_result_keeps_what_was_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables.write_json(tmp_path / "experiments.json", {"fig5": {"rows": []}, "fig7": {"rows": []}})
+    tables.write_csv(tmp_path / "fig7.csv", ["day", "relative"], [{"day": 0, "relative": 0.51239}])
+    run(monkeypatch, "report", "--figures", str(tmp_path), "--output", str(tmp_path))
+    result = tables.read_json(tmp_path / "experiments.json")
+    assert list(result) == ["fig5", "fig7"] and result["fig7"]["rows"] == [{"day": 0, "relative": 0.5124}]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from experiments import live_vs_sim
 
+from peft_dist.core.config import EngineConfig
 from peft_dist.sim.experiment import simulate
 from peft_dist.sim.profile import CostProfile
 from peft_dist.workload.arrivals import Arrival
+from peft_dist.workload.records import RequestRecord
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 TINY = ["--shape", "tiny", "--set", "num_blocks=512", 'dtype="float32"', "max_model_len=512", 'device="cpu"']
@@ -26,8 +31,10 @@ def run(script: str, *arguments: str) -> str:
 
 def test_a_small_model_is_measured_and_simulated(tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
-    sizes = ["--adapters", "4", "--sizes", "1", "2", "8", "--distinct", "0", "1", "4", "--tokens", "6"]
-    run("profile_costs.py", *sizes, "--prompts", "32", "128", "--switches", "3", "--output", str(file))
+    sizes = ["--adapters", "4", "--sizes", "1", "2", "8", "--distinct", "0", "1", "4", "--tokens", "6", "--rounds", "2"]
+    steps = tmp_path / "steps.json"
+    more = ["--prompts", "32", "128", "--switches", "3", "--steps", str(steps)]
+    run("profile_costs.py", *sizes, *more, "--output", str(file))
     profile = CostProfile.load(file)
     costs = profile.costs
     assert profile.name == "mine" and profile.max_num_seqs == 8 and profile.num_blocks == 512
@@ -36,6 +43,11 @@ def test_a_small_model_is_measured_and_simulated(tmp_path: Path) -> None:
     assert 1e-4 < costs.step + costs.decode_sequence < 1.0
     assert costs.prefill_token > 0 and costs.merge[0] > 0 and costs.load[1] > 0 and costs.transfer[1] > 0
     assert profile.num_held == 1 and profile.host_seconds > 0
+    assert profile.weight_bytes > 2 * profile.num_held * 4 * 64 * 64
+    assert all(kind in profile.source for kind in ("base decode", "unmerged prompts", "merged decode"))
+    told = json.loads(steps.read_text())
+    assert {row["measured"] % 2 for row in told} == {0}, "each batch was run twice"
+    assert {row["adapters"] for row in told} == {0, 1, 2, 4} and all(row["fitted"] > 0 < row["seconds"] for row in told)
     [record] = simulate([Arrival(0.0, "a", 32, 5)], profile).records
     assert record.error is None and 5 * costs.step < record.e2e < 5.0
 
@@ -43,12 +55,46 @@ def test_a_small_model_is_measured_and_simulated(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_live_and_simulated_are_put_beside_each_other(tmp_path: Path) -> None:
     """How near they are depends on what else the machine does: docs/results has what was measured on a quiet one."""
-    run("experiments/live_vs_sim.py", "--engine", "--adapters", "4", "--seconds", "2", "--loads", "0.2", "0.4",
-        "--output", str(tmp_path))  # fmt: skip
+    run("experiments/live_vs_sim.py", "--engine", "--adapters", "4", "--seconds", "2", "--loads", "0.2", "0.9:2",
+        "--seeds", "0", "1", "--output", str(tmp_path))  # fmt: skip
     figures = json.loads((tmp_path / "live_vs_sim.json").read_text())["figures"]
-    assert [one["load"] for one in figures["rates"]] == [0.2, 0.4]
+    assert [(one["load"], one["zipf"]) for one in figures["rates"]] == [(0.2, 1.0), (0.9, 2.0)]
+    assert figures["settings"]["loads"] == "['0.2', '0.9:2']" and figures["settings"]["seeds"] == "[0, 1]"
     for one in figures["rates"]:
-        assert one["live"]["failed"] == one["simulated"]["failed"] == 0
-        assert one["live"]["requests"] == one["simulated"]["requests"] == one["requests"]
-        ratio = one["simulated"]["normalized_latency"]["mean"] / one["live"]["normalized_latency"]["mean"]
-        assert one["simulated_over_live"]["normalized_latency"]["mean"] == pytest.approx(ratio)
+        for run_ in one["runs"]:
+            assert run_["live"]["failed"] == run_["simulated"]["failed"] == 0
+            assert run_["live"]["requests"] == run_["simulated"]["requests"] == run_["requests"]
+            assert 0 <= run_["live_merged_share"] <= 1
+        ratios = [
+            run_["simulated"]["normalized_latency"]["mean"] / run_["live"]["normalized_latency"]["mean"]
+            for run_ in one["runs"]
+        ]
+        told = one["simulated_over_live"]["normalized_latency"]["mean"]
+        assert [told["least"], told["most"]] == pytest.approx(sorted(ratios))
+        assert told["mean"] == pytest.approx(sum(ratios) / 2)
+
+
+def test_the_tail_of_a_burst_is_not_its_pace() -> None:
+    """100 requests end at 10 a second, and one much later."""
+    ends = [0.1 * index for index in range(100)] + [500.0]
+    records = [RequestRecord(i, None, 0.0, 0.0, 0.0, end, 1, 1) for i, end in enumerate(ends)]
+    assert live_vs_sim.pace(records) == pytest.approx(10.0)
+
+
+def test_what_is_measured_is_what_is_served(tmp_path: Path) -> None:
+    config = EngineConfig(
+        "base", device="cpu", dtype="float32", load_format="dummy", num_threads=1, max_model_len=512, fuse=False,
+        merged_minority=True, num_blocks=64,
+    )  # fmt: skip
+    told = "--dtype float32 --load-format dummy --device cpu --max-model-len 512 --num-blocks 64 --threads 1"
+    found = live_vs_sim.serve_options(config)
+    assert sorted(found) == sorted([*told.split(), "--no-fuse", "--merged-minority"])
+    with pytest.raises(SystemExit, match="--set kv_cache_bytes: peft-dist serve has no option"):
+        live_vs_sim.serve_options(replace(config, kv_cache_bytes=1))
+
+
+def test_results_hold_no_path(tmp_path: Path) -> None:
+    options = argparse.Namespace(
+        profile=tmp_path / "mine.json", output=tmp_path, loads=[live_vs_sim.Load(0.3)], seeds=[0]
+    )
+    assert live_vs_sim.settings(options) == {"profile": "mine.json", "loads": "['0.3']", "seeds": "[0]"}

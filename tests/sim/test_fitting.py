@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import random
+from pathlib import Path
 
 import pytest
 
-from peft_dist.core.cost_model import CostModel, CostPrior, StepFeatures
-from peft_dist.sim.fitting import fit_line, fit_steps, mean_error, nonnegative
+from peft_dist.core.cost_model import STEP_TERMS, CostModel, CostPrior, StepFeatures
+from peft_dist.sim.fitting import fit_line, fit_steps, mean_error, medians, nonnegative
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
 TRUTH = CostPrior(
     step=0.02, decode_sequence=1e-3, prefill_token=5e-4, merged_step=2e-3, merged_token=1e-4, lora_step=3e-3,
@@ -39,6 +43,36 @@ def test_exact_seconds_give_the_costs_back() -> None:
 
 def test_noise_and_outliers_hardly_matter() -> None:
     assert mean_error(fit_steps(steps(noise=0.05)), steps()) < 0.05
+
+
+def test_the_distance_is_that_of_the_medians() -> None:
+    """An outlier among equal steps is no distance of the fit's."""
+    one, other = StepFeatures(False, 1), StepFeatures(False, 2)
+    costs = dict.fromkeys(STEP_TERMS, 0.0) | {"step": 1.0}
+    assert mean_error(costs, [(one, 1.0), (one, 1.0), (one, 0.01), (other, 2.0)]) == pytest.approx(0.25)
+    assert medians([(one, 3.0), (other, 2.0), (one, 1.0), (one, 2.0)]) == [(one, 3, 2.0), (other, 1, 2.0)]
+
+
+def test_the_terms_are_enough_for_measured_steps_of_a_gpu() -> None:
+    """Decode steps of 1 to 256 rows and up to 32 adapters, and short prompts, 8B on an H100 (docs/results/gpu.json)."""
+    rows = json.loads((RESULTS / "gpu.json").read_text())["figures"]["measurements"]
+    known = [row for row in rows if (row.get("engine"), row.get("shape"), row.get("part")) == ("ours", "8b", "decode")]
+    found = []
+    for row in known:
+        if row["mode"] == "merged":
+            continue
+        size, adapters, rank = row["batch"], row["distinct"], 16 * 224
+        for tokens, milliseconds in ((0, row["step_ms"]), (128 * size, row["prefill_ms"])):
+            if tokens <= 1024:  # Of more, prompts take several steps.
+                lora = (tokens or size) if adapters else 0
+                features = StepFeatures(
+                    False, 0 if tokens else size, tokens, lora, adapters, rank * adapters, rank * lora
+                )
+                found.append((features, milliseconds / 1e3))
+    costs = fit_steps(found)
+    for regime in ("base", "unmerged"):
+        own = [pair for pair in found if pair[0].regime == regime]
+        assert len(own) >= 8 and mean_error(costs, own) < 0.06
 
 
 def test_what_would_be_negative_is_zero() -> None:

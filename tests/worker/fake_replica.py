@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from peft_dist.core.adapter import AdapterSpec
@@ -248,3 +249,10 @@ def build_when_told(config: EngineConfig) -> FakeReplica:
 def build_hanging(config: EngineConfig) -> FakeReplica:
     threading.Event().wait()
     raise AssertionError("unreachable")
+
+
+def build_long(config: EngineConfig) -> FakeReplica:
+    """Draws more tokens than a connection holds that nobody reads."""
+    replica = FakeReplica(config)
+    replica.model_info = replace(replica.model_info, max_model_len=20_000, num_blocks=10_000)
+    return replica

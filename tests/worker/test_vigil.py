@@ -70,3 +70,33 @@ def test_adoption_comes_in_time() -> None:
     assert not vigil.check() and not readable(vigil), "there is nothing to tell any more"
     assert not ended.wait(0.4)
     vigil.close()
+
+
+def test_silence_of_one_whose_end_would_be_told_ends_requests_and_not_the_worker() -> None:
+    clock, ended, lost = Clock(), threading.Event(), []
+    vigil = Vigil(10.0, 0.01, end=ended.set, clock=clock, is_watched=True)
+    vigil.on_loss = lambda: lost.append(clock.now)
+    clock.now += 10.0
+    assert vigil.check() and vigil.is_orphaned and not vigil.check() and not readable(vigil)
+    # It is heard again, and has to say what this worker is from now on.
+    vigil.hear()
+    assert vigil.is_orphaned and vigil.timeout_ms() is None and not vigil.check()
+    assert not ended.wait(0.2), "it is there, and may take a long time"
+    second = vigil.adopted()
+    assert not vigil.is_orphaned and vigil.timeout_ms() == 10_000 and len(lost) == 1
+    clock.now += 10.0
+    assert readable(vigil) is False and vigil.check()
+    vigil.lose(second, "gone")
+    assert readable(vigil) and vigil.check() and ended.wait(20) and len(lost) == 3
+    vigil.close()
+
+
+def test_without_time_to_wait_it_ends_with_its_orchestrator_and_not_with_an_earlier_one() -> None:
+    ended = threading.Event()
+    vigil = Vigil(10.0, None, end=ended.set, is_watched=True)
+    second = vigil.adopted()
+    vigil.lose(second - 1, "gone, said a thread that was late")
+    assert not ended.is_set()
+    vigil.lose(second, "gone")
+    assert ended.is_set()
+    vigil.close()

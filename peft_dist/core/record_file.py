@@ -1,4 +1,4 @@
-"""A file of what engines were told and answered, for replays (docs/simulator.md)."""
+"""A file of what engines, or the orchestrator, were told and decided, for replays (docs/simulator.md)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ logger = logging.getLogger(__name__)
 
 VARIABLE = "PEFT_DIST_RECORD"
 MAX_BYTES = 256 << 20
+FULL = f"the file has its {MAX_BYTES >> 20} MiB"
 
 
 def recording_folder() -> Path | None:
@@ -25,6 +26,10 @@ def recording_folder() -> Path | None:
 class RecordFile:
     """Lines of JSON in a new file of a folder, up to a bound. It holds prompts and answers as token ids.
 
+    Args:
+        what: The beginning of the file's name.
+        full: The line that ends a recording which does not fit.
+
     Attributes:
         path: The file.
 
@@ -32,12 +37,13 @@ class RecordFile:
         ConfigError: it cannot be made.
     """
 
-    def __init__(self, folder: Path, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(self, folder: Path, what: str, full: msgspec.Struct, max_bytes: int = MAX_BYTES) -> None:
         self._encoder = msgspec.json.Encoder()
-        self._left = max_bytes
+        self._end = self._encoder.encode(full) + b"\n"
+        self._left = max_bytes - len(self._end)
         number = 0
         while True:
-            self.path = folder / f"engine-{os.getpid()}-{number}.jsonl"
+            self.path = folder / f"{what}-{os.getpid()}-{number}.jsonl"
             try:
                 self._file = self.path.open("xb", buffering=0)
                 break
@@ -48,19 +54,18 @@ class RecordFile:
 
     def __call__(self, entry: msgspec.Struct) -> None:
         """Append an entry; what does not fit any more is lost, and so is all that follows."""
-        line = self._encoder.encode(entry) + b"\n"
-        if self._left < len(line):
-            self.close()
         if self._file.closed:
             return
+        line = self._encoder.encode(entry) + b"\n"
         self._left -= len(line)
         try:
-            self._file.write(line)
+            self._file.write(line if self._left >= 0 else self._end)
         except OSError as error:
             logger.warning("the recording %s ends here: %s", self.path, error)
+            self.close()
+        if self._left < 0:
             self.close()
 
     def close(self) -> None:
         """Give the file up; entries that come later are lost."""
-        self._left = -1
         self._file.close()

@@ -1,0 +1,75 @@
+"""What follows when a replica is lost: for its requests, for loads, and for whoever comes in its place."""
+
+from __future__ import annotations
+
+from peft_dist.core.errors import EngineDeadError
+from peft_dist.core.messages import Fence, Shutdown
+from peft_dist.orchestrator.adapter_calls import AdapterCalls, to
+from peft_dist.orchestrator.endings import Endings
+from peft_dist.orchestrator.handover import Handover
+from peft_dist.orchestrator.lifecycle import Lifecycle
+from peft_dist.orchestrator.placer import Placer
+from peft_dist.orchestrator.records import Event, Fault, Outgoing, Replica, ReplicaLost, ReplicaRenewed, ReplicaState
+from peft_dist.orchestrator.replicas import ReplicaTable
+from peft_dist.orchestrator.requests import RequestTable
+
+# Until somebody has told it what it is.
+_FIRST_WORD_SECONDS = 10.0
+
+
+class Losses:
+    """Gives replicas up, and lets others go on. Calls return commands to send."""
+
+    def __init__(
+        self,
+        requests: RequestTable,
+        replicas: ReplicaTable,
+        calls: AdapterCalls,
+        placer: Placer,
+        handover: Handover,
+        lives: Lifecycle,
+        endings: Endings,
+        events: list[Event],
+    ) -> None:
+        self._requests, self._replicas, self._calls = requests, replicas, calls
+        self._placer, self._handover, self._lives = placer, handover, lives
+        self._endings, self._events = endings, events
+
+    def lose(self, replica: Replica, fault: Fault, now: float) -> list[Outgoing]:
+        """Give a replica up. One whose connection alone failed goes on as another incarnation, with what it holds."""
+        error, was_asked = EngineDeadError(fault.reason), self._lives.was_told_to_end(replica)
+        is_renewed = fault.by_link and self._lives.can_renew(replica)
+        farewell = Fence() if replica.is_guest and not replica.leaves else Shutdown()
+        held, was_drained = self._calls.contents(replica), replica.state is ReplicaState.DRAINING
+        self._replicas.mark_dead(replica, error)
+        self._lives.ended(replica)
+        if is_renewed:
+            # Before its requests are looked at: they may wait for it.
+            self._replicas.renew(replica, held, was_drained=was_drained, start_deadline=now + _FIRST_WORD_SECONDS)
+        else:
+            self._lives.plan_restart(replica, now, was_asked=was_asked)
+        moves, brought = self._handover.lose(replica, now)
+        out = [] if is_renewed else [to(replica, farewell)]
+        out += [*self._calls.lose(replica, error), *moves]
+        guilty = self._placer.orphan(replica, now, by_death=not (was_asked or fault.by_link), brought=brought)
+        if guilty is not None:
+            out += self._placer.stop(guilty, *guilty.unfinished.values())
+            twice = f"{fault.reason.rstrip('.')}. So did another replica with this request: it is not tried again."
+            self._endings.fail([guilty], EngineDeadError(twice))
+        out += self.place_waiting(now, error)
+        if is_renewed:
+            self._events.append(ReplicaRenewed(replica.replica_id, replica.epoch, error))
+            return out
+        self._events.append(ReplicaLost(replica.replica_id, error, fault.hangs, was_asked))
+        if replica.is_guest:
+            self._replicas.remove(replica)
+        return out
+
+    def place_waiting(self, now: float, error: EngineDeadError | None = None) -> list[Outgoing]:
+        """Place what waits, and fail what waits in vain: with ``error``, or why no replica serves."""
+        if not self._requests.has_unplaced:
+            return []
+        out = self._placer.place_waiting(now)
+        hopeless = [record for record in self._requests.unplaced() if self._placer.is_hopeless(record)]
+        self._endings.fail(hopeless, error or EngineDeadError(self._replicas.health_error()))
+        return out
