@@ -26,10 +26,10 @@ serve: $(STAMP)  ## the demo's model and adapters behind an OpenAI-compatible se
 	$(BIN)/python scripts/demo.py --serve
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow
+	PEFT_DIST_THOROUGH=1 $(BIN)/python -m pytest -m 'slow or thorough'
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,3 +13,9 @@ import torch
 if not torch.cuda.is_available():
     # Triton reads it when kernels are decorated: they then run on CPU tensors, in its interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_finish() -> None:
+    """Have collections of garbage, one for each model that is closed, pass over what is imported."""
+    gc.collect()
+    gc.freeze()

@@ -22,10 +22,10 @@ class Direction(asyncio.Event):
 
 
 class Relay:
-    """Forwards every connection to a port. ``up`` is towards that port, ``down`` back from it."""
+    """Forwards every connection to ``tcp://HOST:PORT`` of this machine. ``up`` is towards it, ``down`` back from it."""
 
-    def __init__(self, port: int) -> None:
-        self._target = port
+    def __init__(self, endpoint: str) -> None:
+        self._target = int(endpoint.rpartition(":")[2])
         self.up, self.down = Direction(), Direction()
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()

@@ -109,7 +109,7 @@ def test_policy_layers_know_no_torch(path: Path) -> None:
     "module",
     [
         *("peft_dist", "peft_dist.engine.engine", "peft_dist.orchestrator.core", "peft_dist.placement.planner"),
-        *("peft_dist.workload.client", "peft_dist.workload.generator"),
+        *("peft_dist.workload.client", "peft_dist.workload.generator", "peft_dist.worker.process"),
     ],
 )
 def test_a_fresh_interpreter_stays_free_of_torch(module: str) -> None:

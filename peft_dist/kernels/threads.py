@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-
-import torch
-
-from peft_dist.kernels.cpu_build import BuildError, openmp_runtime
+import sys
 
 
 def use_one_thread() -> None:
@@ -16,6 +13,13 @@ def use_one_thread() -> None:
     longer lets them spin between two operators, and every small operator of the main thread waits for the kernel to
     wake its team: three times slower on two cores. ``torch.set_num_threads`` would change all threads to come.
     """
+    # Where nobody has imported it yet, no operators run: replicas without a model do not wait for it.
+    if "torch" not in sys.modules:
+        return
+    import torch
+
+    from peft_dist.kernels.cpu_build import BuildError, openmp_runtime
+
     # torch gives a thread its own number at the first look; ours has to come after.
     torch.get_num_threads()
     try:

@@ -44,6 +44,7 @@ class Case:
     """One request, what it is alone, and what its stream brought.
 
     Attributes:
+        expected, text: Tokens, and the text of them where the model has a tokenizer.
         tokens, num_scores: Of its last stream.
         num_tokens, gaps: Over all its streams: the tokens, and the longest gap of each in seconds.
     """
@@ -52,6 +53,7 @@ class Case:
     params: SamplingParams
     adapter: str | None
     expected: list[int] = field(default_factory=list)
+    text: str = ""
     tokens: list[int] = field(default_factory=list)
     num_scores: int = 0
     num_tokens: int = 0
@@ -141,7 +143,7 @@ def run_alone(model: Path | str, adapters: dict[str, str | Path], cases: list[Ca
     with LLM(model, adapters, device="cpu", **options) as llm:
         for case in cases:
             [output] = llm.generate([case.prompt], case.params, case.adapter, use_tqdm=False)
-            case.expected = output.outputs[0].token_ids
+            case.expected, case.text = output.outputs[0].token_ids, output.outputs[0].text
 
 
 async def one_round(

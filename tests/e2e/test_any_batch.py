@@ -10,12 +10,13 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 
 from peft_dist import LLM, SamplingParams
 from peft_dist.core.request import Request
 from peft_dist.engine.engine import Engine
 from peft_dist.runner.replica import Replica
+from tests.thorough import examples
 from tests.tiny_models import VOCAB_SIZE, make_model, random_adapter, target_modules
 
 torch.set_num_threads(1)
@@ -99,7 +100,7 @@ def alone(llm: LLM, prompt: list[int], adapter: int, options: dict[str, object])
     return output.outputs[0].token_ids
 
 
-@settings(max_examples=14, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(7, 14, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     asked=requests,
     aborts=st.dictionaries(st.integers(0, 6), st.integers(0, 12), max_size=2),

@@ -64,6 +64,7 @@ def test_whatever_ends_the_making_frees_the_model(
     assert [llm._replica for llm in closed] == [None]
 
 
+@pytest.mark.slow
 def test_the_server_says_so_in_one_line(folder: Path, tmp_path: Path) -> None:
     model = damaged(folder, tmp_path, *DAMAGE[0])
     status, output = failing("--launcher", "plain", "--device", "cpu", "--port", "0", "--num-blocks", "64", model=model)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from peft_dist import LLM, SamplingParams
-from tests.oracle import PeftOracle, Recorder, assert_close_logits, assert_identical, common_prefix
-from tests.tiny_models import FAMILIES, VOCAB_SIZE, make_model, random_adapter, target_modules
+from tests.oracle import Recorder, assert_close_logits, assert_identical, common_prefix
+from tests.tiny_models import FAMILIES, VOCAB_SIZE, random_adapter, target_modules
+
+if TYPE_CHECKING:
+    from tests.e2e.known import Known
 
 torch.set_num_threads(1)
 NUM_TOKENS = 12
@@ -34,14 +39,12 @@ def make_adapters(family: str, model: torch.nn.Module, folder: Path) -> dict[str
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("chunk", [7, 512])
-def test_tokens_and_logits_are_pefts(family: str, chunk: int, tmp_path: Path) -> None:
-    model = make_model(family, tmp_path / "base")
-    adapters = make_adapters(family, model, tmp_path)
-    oracle = PeftOracle(model, adapters)
+def test_tokens_and_logits_are_pefts(family: str, chunk: int, known: Callable[[str], Known]) -> None:
+    of = known(family)
     greedy = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
     with LLM(
-        tmp_path / "base",
-        adapters,
+        of.base,
+        of.adapters,
         device="cpu",
         dtype="float32",
         num_blocks=64,
@@ -53,16 +56,15 @@ def test_tokens_and_logits_are_pefts(family: str, chunk: int, tmp_path: Path) ->
     ties = 0
     for output, prompt, name in zip(outputs, PROMPTS, NAMES, strict=True):
         adapter = None if name == "__base__" else name
-        answer = oracle.answer(prompt, adapter, NUM_TOKENS)
-        ties += assert_identical(output.outputs[0].token_ids, answer, oracle, prompt, adapter)
+        answer = of.answer(prompt, adapter, NUM_TOKENS)
+        ties += assert_identical(output.outputs[0].token_ids, answer, of.oracle, prompt, adapter)
         same = common_prefix(output.outputs[0].token_ids, answer.tokens)
         assert_close_logits(recorder.logits[output.request_id], answer, min(same + 1, NUM_TOKENS))
     assert ties == 0
 
 
-def test_adapters_change_the_answer(tmp_path: Path) -> None:
+def test_adapters_change_the_answer(known: Callable[[str], Known]) -> None:
     """The comparison above means nothing unless every adapter says something of its own."""
-    model = make_model("llama", tmp_path / "base")
-    oracle = PeftOracle(model, make_adapters("llama", model, tmp_path))
-    answers = {tuple(oracle.answer(PROMPTS[3], name, NUM_TOKENS).tokens) for name in ("all", "some", "rs", None)}
+    of = known("llama")
+    answers = {tuple(of.answer(PROMPTS[3], name, NUM_TOKENS).tokens) for name in ("all", "some", "rs", None)}
     assert len(answers) == 4

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,9 +13,10 @@ from peft_dist.core.config import EngineConfig
 from peft_dist.patches import fuse
 from peft_dist.patches.fused_model import fused_of
 from peft_dist.runner import packing, replica
-from tests.e2e.test_exactness import NAMES, NUM_TOKENS, PROMPTS, make_adapters
-from tests.oracle import PeftOracle, Recorder, assert_close_logits, assert_identical, common_prefix
-from tests.tiny_models import FAMILIES, make_model
+from tests.e2e.known import Known
+from tests.e2e.test_exactness import NAMES, NUM_TOKENS, PROMPTS
+from tests.oracle import Recorder, assert_close_logits, assert_identical, common_prefix
+from tests.tiny_models import FAMILIES
 
 torch.set_num_threads(1)
 FUSED = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "mixtral", "gpt_oss")
@@ -23,20 +24,21 @@ FUSED = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "mixt
 
 @pytest.mark.parametrize("merge", ["off", "shadow", "host"])
 @pytest.mark.parametrize("family", FUSED)
-def test_tokens_and_logits_are_pefts(family: str, merge: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_and_logits_are_pefts(
+    family: str, merge: str, known: Callable[[str], Known], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Joined and fused right after loading, as on a GPU, but with the kernels' plain twins."""
     monkeypatch.setattr(replica, "prepare_layers", lambda model, config: fuse(model, "reference"))
-    model = make_model(family, tmp_path / "base")
-    adapters = make_adapters(family, model, tmp_path)
+    of = known(family)
+    adapters = dict(of.adapters)
     if merge == "host":
         # Embeddings that the head shares cannot be merged in place.
         del adapters["all"]
-    oracle = PeftOracle(model, adapters)
     names = ["some" if name == "all" and merge == "host" else name for name in NAMES]
     greedy = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
     policy = "fcfs" if merge == "off" else "merge"
     with LLM(
-        tmp_path / "base", adapters, device="cpu", dtype="float32", num_blocks=64, max_num_seqs=6, merge=merge,
+        of.base, adapters, device="cpu", dtype="float32", num_blocks=64, max_num_seqs=6, merge=merge,
         policy=policy,
     ) as llm:  # fmt: skip
         served = llm._open.runner.model
@@ -45,8 +47,8 @@ def test_tokens_and_logits_are_pefts(family: str, merge: str, tmp_path: Path, mo
         assert fused_of(served).modules["norms"] and (fused_of(served).joined or family == "phi3")
     for output, prompt, name in zip(outputs, PROMPTS, names, strict=True):
         adapter = None if name == "__base__" else name
-        answer = oracle.answer(prompt, adapter, NUM_TOKENS)
-        assert assert_identical(output.outputs[0].token_ids, answer, oracle, prompt, adapter) == 0
+        answer = of.answer(prompt, adapter, NUM_TOKENS)
+        assert assert_identical(output.outputs[0].token_ids, answer, of.oracle, prompt, adapter) == 0
         same = common_prefix(output.outputs[0].token_ids, answer.tokens)
         assert_close_logits(recorder.logits[output.request_id], answer, min(same + 1, NUM_TOKENS))
 

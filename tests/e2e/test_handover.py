@@ -11,7 +11,7 @@ import hypothesis.strategies as st
 import msgspec
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 
 from peft_dist.core.config import EngineConfig
 from peft_dist.core.messages import Exported, Imported
@@ -23,6 +23,7 @@ from peft_dist.runner.kv_transfers import SameHost
 from peft_dist.runner.replica import Replica, build_replica
 from peft_dist.sim.replay import read, replay
 from peft_dist.worker.kv_server import TcpTransport
+from tests.thorough import examples
 from tests.tiny_models import VOCAB_SIZE, make_model, random_adapter, target_modules
 
 torch.set_num_threads(1)
@@ -115,7 +116,7 @@ kinds = st.sampled_from(
 )
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(8, 15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     prompt=prompts,
     params=kinds,

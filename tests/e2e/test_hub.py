@@ -144,6 +144,7 @@ def test_the_command_and_loads_over_http(
         server.process.wait()
 
 
+@pytest.mark.slow
 def test_loads_over_http_ask_no_hub_unless_allowed(
     folder: Path, hub: Hub, environment: dict[str, str], expected: dict[str, list[int]], tmp_path: Path
 ) -> None:

@@ -89,6 +89,14 @@ async def guest(address: str, key_file: Path | None = None) -> AsyncIterator[Gue
         await one.leave()
 
 
+@asynccontextmanager
+async def relayed() -> AsyncIterator[tuple[EngineService, Relay]]:
+    """A service with a replica of its own and one that joined it by the relay; both are ready."""
+    async with started(1) as service, Relay(address_of(service)) as relay, guest(relay.address):
+        await until(lambda: ids(service) == {0, 1})
+        yield service, relay
+
+
 def address_of(service: EngineService) -> str:
     assert service.guests is not None
     return service.guests.endpoint
@@ -235,12 +243,7 @@ def test_a_link_that_is_cut_and_healed(directions: str) -> None:
     """``up`` is what the replica says, ``down`` what it is told."""
 
     async def work() -> None:
-        async with (
-            started(1) as service,
-            Relay(int(address_of(service).rpartition(":")[2])) as relay,
-            guest(relay.address),
-        ):
-            await until(lambda: ids(service) == {0, 1})
+        async with relayed() as (service, relay):
             readers = read_many(service, 24, "r")
             await until(lambda: all(view.stats.num_running for view in service.replicas()))
             relay.cut(*{"both": (relay.up, relay.down), "up": (relay.up,), "down": (relay.down,)}[directions])

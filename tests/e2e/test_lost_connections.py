@@ -11,7 +11,7 @@ from peft_dist.orchestrator.core import OrchestratorOptions
 from peft_dist.orchestrator.link import Link
 from peft_dist.orchestrator.service import EngineService
 from peft_dist.worker.launcher import LaunchedReplica, PlainLauncher
-from tests.e2e.test_joining import FACTORY, LOOPBACK, address_of, check, guest, ids, started
+from tests.e2e.test_joining import FACTORY, LOOPBACK, check, ids, relayed
 from tests.e2e.test_processes import ENGINE, adapter, run
 from tests.e2e.test_processes import workers_find_the_fake as workers_find_the_fake
 from tests.e2e.test_replicas import SILENCE, all_ready, read_many, until
@@ -29,12 +29,7 @@ def test_connections_that_are_reset_and_come_back_at_once(
     """What was under way is lost in this direction, while both sides go on."""
 
     async def work() -> None:
-        async with (
-            started(1) as service,
-            Relay(int(address_of(service).rpartition(":")[2])) as relay,
-            guest(relay.address),
-        ):
-            await until(lambda: ids(service) == {0, 1})
+        async with relayed() as (service, relay):
             path = Path(adapter(tmp_path / "a", "one"))
             await service.load_adapter("sql", str(path))
             # What is read from now on would be something else.
@@ -60,12 +55,7 @@ def test_connections_that_are_reset_and_come_back_at_once(
 @pytest.mark.slow
 def test_a_command_that_is_lost_with_nothing_behind_it_is_missed() -> None:
     async def work() -> None:
-        async with (
-            started(1) as service,
-            Relay(int(address_of(service).rpartition(":")[2])) as relay,
-            guest(relay.address),
-        ):
-            await until(lambda: ids(service) == {0, 1})
+        async with relayed() as (service, relay):
             relay.cut(relay.down)
             # One for each replica.
             readers = read_many(service, 2, "r")
@@ -96,7 +86,7 @@ def test_a_lost_command_to_a_replica_that_this_server_starts_elsewhere_is_missed
         options = OrchestratorOptions(
             max_num_seqs=64, seed=1, heartbeat_timeout=SILENCE, restart=RestartPolicy(first=0.01, longest=0.1)
         )
-        async with Relay(int(link.endpoint.rpartition(":")[2])) as launcher.relay:
+        async with Relay(link.endpoint) as launcher.relay:
             service = EngineService(launcher, options, num_replicas=2, stop_grace=2.0, link=link)
             try:
                 await service.start()

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterable
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterable
 
 import pytest
 import torch
 
 from peft_dist import LLM, SamplingParams
 from peft_dist.policy.batching import BASE, Choice, QueueState
-from tests.e2e.test_exactness import NAMES, NUM_TOKENS, PROMPTS, make_adapters
-from tests.oracle import PeftOracle, Recorder, assert_close_logits, assert_identical, common_prefix
-from tests.tiny_models import make_model
+from tests.e2e.known import Known
+from tests.e2e.test_exactness import NAMES, NUM_TOKENS, PROMPTS
+from tests.oracle import Recorder, assert_close_logits, assert_identical, common_prefix
 
 torch.set_num_threads(1)
 
@@ -54,14 +53,14 @@ class AnyMode:
         return {}
 
 
-def check(llm: LLM, oracle: PeftOracle) -> None:
+def check(llm: LLM, of: Known) -> None:
     recorder = Recorder(llm)
     greedy = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
     ties = 0
     for output, prompt, name in zip(llm.generate(PROMPTS, greedy, NAMES, use_tqdm=False), PROMPTS, NAMES, strict=True):
         adapter = None if name == "__base__" else name
-        answer = oracle.answer(prompt, adapter, NUM_TOKENS)
-        ties += assert_identical(output.outputs[0].token_ids, answer, oracle, prompt, adapter)
+        answer = of.answer(prompt, adapter, NUM_TOKENS)
+        ties += assert_identical(output.outputs[0].token_ids, answer, of.oracle, prompt, adapter)
         same = common_prefix(output.outputs[0].token_ids, answer.tokens)
         assert_close_logits(
             [row.cpu() for row in recorder.logits[output.request_id]], answer, min(same + 1, NUM_TOKENS)
@@ -72,17 +71,17 @@ def check(llm: LLM, oracle: PeftOracle) -> None:
 @pytest.mark.parametrize("way", ["shadow", "host"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "qwen2"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_any_mode_at_any_moment_gives_pefts_answers(device: str, family: str, way: str, tmp_path: Path) -> None:
-    model = make_model(family, tmp_path / "base")
-    adapters = make_adapters(family, model, tmp_path)
-    oracle = PeftOracle(model, adapters)
+def test_any_mode_at_any_moment_gives_pefts_answers(
+    device: str, family: str, way: str, known: Callable[[str], Known]
+) -> None:
+    of = known(family)
     options = {"device": device, "dtype": "float32", "num_blocks": 64, "max_num_batched_tokens": 40, "max_num_seqs": 6}
     seen: set[str] = set()
     for depth in (0, 1):
-        with LLM(tmp_path / "base", adapters, merge=way, depth=depth, **options) as llm:
+        with LLM(of.base, of.adapters, merge=way, depth=depth, **options) as llm:
             policy = AnyMode(depth)
             llm._open.engine.scheduler.policy = policy
-            check(llm, oracle)
+            check(llm, of)
             assert llm._open.engine.num_switches > 3
             seen |= policy.modes
     # Embeddings that lm_head shares cannot be merged in place, and everything of these adapters may be refused then.
@@ -93,13 +92,12 @@ def test_any_mode_at_any_moment_gives_pefts_answers(device: str, family: str, wa
     ("policy", "exec_type"),
     [("fcfs", "dlora"), ("merge", "dlora"), ("credit", "dlora"), (None, "peft"), (None, "vllm")],
 )
-def test_policies_give_pefts_answers(policy: str | None, exec_type: str, tmp_path: Path) -> None:
-    model = make_model("llama", tmp_path / "base")
-    adapters = make_adapters("llama", model, tmp_path)
+def test_policies_give_pefts_answers(policy: str | None, exec_type: str, known: Callable[[str], Known]) -> None:
+    of = known("llama")
     with LLM(
-        tmp_path / "base", adapters, device="cpu", dtype="float32", num_blocks=64, max_num_seqs=6, policy=policy,
+        of.base, of.adapters, device="cpu", dtype="float32", num_blocks=64, max_num_seqs=6, policy=policy,
         exec_type=exec_type,
     ) as llm:  # fmt: skip
-        check(llm, PeftOracle(model, adapters))
+        check(llm, of)
         if policy != "credit":
             assert (llm._open.engine.num_merged_steps > 0) == (policy != "fcfs")

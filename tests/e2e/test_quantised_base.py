@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from peft_dist import LLM
 from peft_dist.runner import replica
+from tests.e2e.known import Known
 from tests.e2e.test_exactness import make_adapters
 from tests.e2e.test_policies import check
-from tests.oracle import PeftOracle
 from tests.tiny_models import make_model
 
 SCALE = 2.0**-8
@@ -56,11 +56,11 @@ def test_its_adapters_run_unmerged(
         return loaded
 
     monkeypatch.setattr(replica, "load_model", quantised)
-    oracle = PeftOracle(model, adapters)
+    of = Known(tmp_path / "base", model, adapters)
     options = {"device": "cpu", "dtype": "float32", "num_blocks": 64, "max_num_seqs": 6}
     log = tmp_path / "decisions.jsonl"
     with LLM(tmp_path / "base", adapters, policy=policy, merge=way, decision_log=str(log), **options) as llm:
-        check(llm, oracle)
+        check(llm, of)
         quantised_ones = {spec.content_hash: spec.name for spec in llm.adapters if PATH in spec.ranks}
     steps = [json.loads(line) for line in log.read_text().splitlines()]
     ran = {content for step in steps for content in step["scheduled"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,14 @@ def disturb(spare: str | Path, case: Case) -> Disturbances:
 
 def smollm2() -> tuple[dict[str, str | Path], list[Case]]:
     """SmolLM2's adapters, and 200 requests of all of them and the base with what each is alone."""
+    adapters, alone = smollm2_alone()
+    # What their streams bring is of one test.
+    return adapters, [Case(case.prompt, case.params, case.adapter, case.expected, case.text) for case in alone]
+
+
+@cache
+def smollm2_alone() -> tuple[dict[str, str | Path], list[Case]]:
+    """It takes longer than some rounds."""
     folder = ROOT / "scripts" / "demo_adapters"
     adapters: dict[str, str | Path] = {name: folder / name for name in ("json", "sentiment", "sql", "style")}
     cases = make_cases(200, 40, 49_000, [None, *adapters])

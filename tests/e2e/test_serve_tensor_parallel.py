@@ -116,6 +116,7 @@ def test_ranks_die_as_one(tmp_path: Path) -> None:
         assert len(third) == 2 and not any(map(runs, third))
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_split_is_refused_in_words(tmp_path: Path) -> None:
     make_model("gpt2", tmp_path / "model")
     server = SplitServer(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -26,8 +27,11 @@ ROUND = list(zip(PROMPTS, ADAPTERS, strict=True))
 ROUNDS = [ROUND, ROUND[::-1]]
 
 
-def run_families(families: list[tuple[str, int | None, dict[str, object]]], folder: Path) -> list[list[Found]]:
-    """Each with a lot for ``AnyMode``, or its own policy, and more options; what ranks saw, by rank."""
+Family = tuple[str, int | None, dict[str, object]]
+"""With a lot for ``AnyMode``, or its own policy, and more options."""
+
+
+def cases_of(families: list[Family], folder: Path) -> tuple[list[Case], list[PeftOracle]]:
     cases, oracles = [], []
     for number, (family, lot, options) in enumerate(families):
         own = folder / str(number)
@@ -36,14 +40,22 @@ def run_families(families: list[tuple[str, int | None, dict[str, object]]], fold
         oracles.append(PeftOracle(model, adapters))
         paths = {name: str(path) for name, path in adapters.items()}
         cases.append(Case(str(own / "base"), paths, ROUNDS, GREEDY, {**SPLIT, **options}, lot))
-    lead, follow = run_cases(cases, folder)
+    return cases, oracles
+
+
+def check_families(cases: list[Case], oracles: list[PeftOracle], lead: list[Found], follow: list[Found]) -> None:
+    """What ranks saw beside PEFT."""
     for oracle, case, first, second in zip(oracles, cases, lead, follow, strict=True):
         for requests, answers in zip(case.rounds, first.tokens, strict=True):
             for (prompt, adapter), tokens in zip(requests, answers, strict=True):
                 assert_identical(tokens, oracle.answer(prompt, adapter, NUM_TOKENS), oracle, prompt, adapter)
         assert first.slots and first.slots == second.slots and first.merged == second.merged
         assert case.lot is None or first.num_switches > 3
-    return [lead, follow]
+
+
+def run_families(families: list[Family], folder: Path) -> None:
+    cases, oracles = cases_of(families, folder)
+    check_families(cases, oracles, *run_cases(cases, folder))
 
 
 def check_halves(first: Found, second: Found) -> None:
@@ -66,11 +78,26 @@ def check_halves(first: Found, second: Found) -> None:
     assert first.kv_shape == second.kv_shape == [64, 16, 1, 8]
 
 
-def test_merged_and_unmerged_in_both_ways(tmp_path: Path) -> None:
-    lead, follow = run_families(
-        [("llama", None, {"policy": "fcfs"}), ("gemma2", 1, {"merge": "shadow", "depth": 1})], tmp_path
-    )
-    check_halves(lead[0], follow[0])
+class Run(NamedTuple):
+    """One launch for the tests below; its ranks need longer to start than for all cases."""
+
+    families: tuple[list[Case], list[PeftOracle]]
+    drawing: Case
+    lead: list[Found]
+    follow: list[Found]
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("ranks")
+    families = cases_of([("llama", None, {"policy": "fcfs"}), ("gemma2", 1, {"merge": "shadow", "depth": 1})], folder)
+    drawing = drawing_case(folder / "drawing")
+    return Run(families, drawing, *run_cases([*families[0], drawing], folder))
+
+
+def test_merged_and_unmerged_in_both_ways(ran: Run) -> None:
+    check_families(*ran.families, ran.lead[:2], ran.follow[:2])
+    check_halves(ran.lead[0], ran.follow[0])
 
 
 @pytest.mark.slow
@@ -87,17 +114,20 @@ def test_every_family_that_can_be_split(tmp_path: Path) -> None:
     )
 
 
-def test_draws_are_those_of_one_process(tmp_path: Path) -> None:
+def drawing_case(folder: Path) -> Case:
     """With biases, a number of tokens that does not divide, and a key head that both ranks keep."""
     model = llama(attention_bias=True, mlp_bias=True, num_key_value_heads=1, vocab_size=97)
-    model.save_pretrained(tmp_path / "base")
-    adapters = make_adapters("llama", model, tmp_path)
+    model.save_pretrained(folder / "base")
+    paths = {name: str(path) for name, path in make_adapters("llama", model, folder).items()}
     sampling = {"temperature": 0.8, "top_p": 0.9, "seed": 11, "max_tokens": 20, "ignore_eos": True}
     sampling |= {"presence_penalty": 0.7, "logprobs": 2, "prompt_logprobs": 1}
-    paths = {name: str(path) for name, path in adapters.items()}
-    [[split], _] = run_cases([Case(str(tmp_path / "base"), paths, [ROUND], sampling, SPLIT)], tmp_path)
-    with LLM(tmp_path / "base", adapters, **OPTIONS) as llm:
-        outputs = llm.generate(PROMPTS, SamplingParams(**sampling), NAMES, use_tqdm=False)
+    return Case(str(folder / "base"), paths, [ROUND], sampling, SPLIT)
+
+
+def test_draws_are_those_of_one_process(ran: Run) -> None:
+    case, split = ran.drawing, ran.lead[-1]
+    with LLM(case.model, case.adapters, **OPTIONS) as llm:
+        outputs = llm.generate(PROMPTS, SamplingParams(**case.sampling), NAMES, use_tqdm=False)
     assert split.tokens == [[output.outputs[0].token_ids for output in outputs]]
     assert len({tuple(tokens) for tokens in split.tokens[0]}) == len(PROMPTS)
     assert split.kv_shape == [64, 16, 1, 8]

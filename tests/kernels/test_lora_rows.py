@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_dist.kernels import reference
@@ -17,6 +17,7 @@ from peft_dist.kernels.lora_plans import GroupPlan
 from peft_dist.kernels.lora_triton import lora_expand_group_, lora_shrink_group
 from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
 from tests.kernels.lora_cases import DEVICES, assert_added, layers_of, plan_of_rows, random_rows
+from tests.thorough import examples
 
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 IN, OUT = 40, 100
@@ -46,7 +47,7 @@ def plan_of_counts(counts: list[int], device: str) -> LoRAPlan:
     return plan
 
 
-@settings(max_examples=15, deadline=None)
+@examples(5, 15)
 @given(counts=COUNTS, launch=LAUNCHES, dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 def test_expands_of_any_numbers_of_rows(device: str, counts: list[int], launch: GroupPlan, dtype: torch.dtype) -> None:
     plan = plan_of_counts(counts, device)
@@ -61,7 +62,7 @@ def test_expands_of_any_numbers_of_rows(device: str, counts: list[int], launch: 
 
 
 @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
-@settings(max_examples=15, deadline=None)
+@examples(5, 15)
 @given(
     counts=COUNTS,
     launch=LAUNCHES,

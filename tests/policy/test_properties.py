@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 
 from peft_dist.core.cost_model import CostModel, CostPrior
 from peft_dist.policy.credit import CreditPolicy
 from peft_dist.policy.factory import make_policy
 from peft_dist.policy.settings import PolicySettings
 from tests.policy.virtual import History, Job, Replica
+from tests.thorough import examples
 
 BOUND = 0.3
 PRIOR = CostPrior(
@@ -47,7 +48,7 @@ replicas = st.fixed_dictionaries(
     }
 )
 policies = st.sampled_from([("fcfs", False), ("merge", False), ("credit", False), ("credit", True)])
-light = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+light = examples(30, 60, suppress_health_check=[HealthCheck.too_slow])
 
 
 def simulate(name: str, minority: bool, jobs: list[Job], options: dict) -> tuple[History, object]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import msgspec
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_dist.core.cost_model import CostModel
@@ -15,6 +15,7 @@ from peft_dist.policy.batching import BatchingPolicy, Choice, QueueState
 from peft_dist.policy.factory import make_policy
 from peft_dist.policy.settings import PolicySettings
 from tests.policy.queues import queue
+from tests.thorough import examples
 
 SECONDS = 0.027
 PROFILES = {
@@ -41,7 +42,7 @@ def step(policy: BatchingPolicy, state: QueueState) -> Choice:
     return choice
 
 
-@settings(max_examples=60, deadline=None)
+@examples(20, 60)
 @given(
     st.sampled_from(["fcfs", "merge", "credit", "credit"]),
     st.sampled_from(sorted(PROFILES)),

@@ -27,10 +27,23 @@ class Progress:
     job: Job
     computed: int = 0
     outputs: int = 0
+    candidate: Candidate = field(init=False)
 
-    @property
-    def num_new_tokens(self) -> int:
-        return max(1, self.job.prompt_tokens + self.outputs - self.computed)
+    def __post_init__(self) -> None:
+        self.candidate = self._candidate()
+
+    def advance(self, tokens: int) -> bool:
+        """Whether the request ends with this step."""
+        self.computed += tokens
+        if self.computed >= self.job.prompt_tokens + self.outputs:
+            self.outputs += 1
+        self.candidate = self._candidate()
+        return self.outputs >= self.job.output_tokens
+
+    def _candidate(self) -> Candidate:
+        job = self.job
+        new = max(1, job.prompt_tokens + self.outputs - self.computed)
+        return Candidate(job.request_id, job.adapter, job.arrival_time, new, job.rank)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +132,8 @@ class Replica:
             start, free = free, free + seconds
             decided = start if self.depth else free
             decided = max(decided, state.now)
-            for progress in [p for p in queue if self._advance(p, scheduled)]:
+            took_part = [p for p in queue if scheduled.get(p.job.request_id)]
+            for progress in [p for p in took_part if p.advance(scheduled[p.job.request_id])]:
                 queue.remove(progress)
                 history.finished[progress.job.request_id] = free
                 self.policy.forget([progress.job.request_id])
@@ -129,10 +143,7 @@ class Replica:
 
     def _state(self, queue: list[Progress], now: float, merged: str | None) -> QueueState:
         return QueueState(
-            candidates=[
-                Candidate(p.job.request_id, p.job.adapter, p.job.arrival_time, p.num_new_tokens, p.job.rank)
-                for p in queue
-            ],
+            candidates=[p.candidate for p in queue],
             now=now,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
@@ -174,14 +185,6 @@ class Replica:
             if switch:
                 self.learner.observe_switch("merge" if choice.merged_adapter else "unmerge", switch, rank)
         return step + switch, switch
-
-    def _advance(self, progress: Progress, scheduled: dict[str, int]) -> bool:
-        """Whether the request ends with this step."""
-        tokens = scheduled.get(progress.job.request_id, 0)
-        progress.computed += tokens
-        if tokens and progress.computed >= progress.job.prompt_tokens + progress.outputs:
-            progress.outputs += 1
-        return progress.outputs >= progress.job.output_tokens
 
 
 def poisson_jobs(
