@@ -178,6 +178,13 @@ class CostModel:
         base, per_byte = self._others["transfer"].coefficients
         return base, per_byte
 
+    def switch_coefficients(self) -> tuple[float, float]:
+        """Seconds of merging and unmerging an adapter, and seconds per rank row."""
+        (merge, per_merged), (unmerge, per_unmerged) = (
+            self._others[name].coefficients for name in ("merge", "unmerge")
+        )
+        return merge + unmerge, per_merged + per_unmerged
+
     def switch_seconds(self, current: str | None, target: str | None, rank_rows: int = 0) -> float:
         """From one merged adapter (None: unmerged) to another; ``rank_rows`` are those of ``target``.
 

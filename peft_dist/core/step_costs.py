@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from operator import mul
 
 import msgspec
@@ -21,17 +22,23 @@ class StepCosts(msgspec.Struct, frozen=True):
         load: Seconds of one load of an adapter from the host, and seconds for each of its bytes.
         fetch: The same of bringing it to the host from disk: a guess, nobody measures it.
         transfer: Seconds of moving a request's KV to another replica, and seconds for each of its bytes.
+        switch: Seconds of merging an adapter and of bringing the base back, and seconds for each of its rank rows; None
+            for a replica that does not merge, or not for its own gain.
     """
 
     step: tuple[float, ...] = CostPrior().step_coefficients()
     load: tuple[float, float] = CostPrior().load
     fetch: tuple[float, float] = (1e-2, 1e-9)
     transfer: tuple[float, float] = CostPrior().transfer
+    switch: tuple[float, float] | None = None
 
     @classmethod
-    def of(cls, model: CostModel) -> StepCosts:
+    def of(cls, model: CostModel, *, merges: bool = False) -> StepCosts:
         return cls(
-            step=model.step_coefficients(), load=model.load_coefficients(), transfer=model.transfer_coefficients()
+            step=model.step_coefficients(),
+            load=model.load_coefficients(),
+            transfer=model.transfer_coefficients(),
+            switch=model.switch_coefficients() if merges else None,
         )
 
     def prefill_seconds(self, num_tokens: int) -> float:
@@ -62,6 +69,14 @@ class StepCosts(msgspec.Struct, frozen=True):
         )
         return self._predict(features)
 
+    def merged_seconds(self, num_sequences: int) -> float:
+        """One step that draws a token for each of so many sequences of the adapter that is merged."""
+        return _merged_seconds(self.step, num_sequences)
+
+    def switch_seconds(self, rank_rows: int) -> float:
+        """Merge an adapter and bring the base back; infinite for a replica that does not."""
+        return math.inf if self.switch is None else self.switch[0] + self.switch[1] * rank_rows
+
     def load_seconds(self, num_bytes: int, *, on_host: bool = True) -> float:
         """Bring an adapter to the device, from the host or from disk."""
         fetch = 0.0 if on_host else self.fetch[0] + self.fetch[1] * num_bytes
@@ -77,3 +92,8 @@ class StepCosts(msgspec.Struct, frozen=True):
 
 def _predict(step: tuple[float, ...], features: StepFeatures) -> float:
     return float(sum(map(mul, step, features.vector())))
+
+
+@lru_cache(maxsize=1 << 12)
+def _merged_seconds(step: tuple[float, ...], num_sequences: int) -> float:
+    return _predict(step, StepFeatures(True, decode_sequences=num_sequences))

@@ -185,7 +185,10 @@ class Engine:
     def detail(self) -> ReplicaDetail:
         """What people who watch this replica want to know; walks over the queue."""
         steps = StepCounts(self.num_steps, self.num_merged_steps, self.num_switches, self.switch_seconds)
-        return detail_of(self.scheduler, self.executor, self.requests.values(), self._last_batch, steps, self.cost)
+        # Of all, not of those on the device: a replica that merges says so before the first one is there.
+        merges = self.scheduler.policy.merges and any(map(self._switcher.can_merge, self.adapters.values()))
+        requests = self.requests.values()
+        return detail_of(self.scheduler, self.executor, requests, self._last_batch, steps, self.cost, merges=merges)
 
     def _submit(self, batch: Batch, now: float) -> None:
         requests = [self.requests[sequence.request_id] for sequence in batch.sequences]

@@ -52,8 +52,11 @@ def detail_of(
     last_batch: Iterable[Request],
     steps: StepCounts,
     cost: CostModel,
+    *,
+    merges: bool = False,
 ) -> ReplicaDetail:
-    """``requests``: all that have not ended; ``last_batch``: those of the step submitted last, ended or not."""
+    """``requests``: all that have not ended; ``last_batch``: those of the step submitted last, ended or not;
+    ``merges``: whether adapters are merged for the time that this gains."""
     running = {r.request_id for r in last_batch if r.status is RequestStatus.RUNNING}
     counts: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
     for request in requests:
@@ -72,7 +75,7 @@ def detail_of(
         adapters=executor.residency(),
         num_adapter_loads=adapters.loads,
         num_adapter_evictions=adapters.evictions,
-        costs=StepCosts.of(cost),
+        costs=StepCosts.of(cost, merges=merges),
     )
 
 

@@ -61,7 +61,7 @@ class Migration:
         self._requests = requests
         self._replicas = replicas
         self._lengths = demand.lengths
-        self._views = Views(requests, replicas, registry, calls, demand.rates, options.max_num_seqs)
+        self._views = Views(requests, replicas, registry, calls, demand.rates, options.max_num_seqs, options.triggers)
         self._placer = Placer(options.migration)
         own = (self._placer, self._views, replicas, calls, events)
         self.hosting = (
@@ -91,7 +91,8 @@ class Migration:
             return []
         self._check_at = now + max(self._triggers.pause, LEAST_CHECK_SECONDS)
         if self._placer.migrates and self._planning is None and now >= self._last_plan + self._wait:
-            self._planning = trigger(self._views.summary(), self._waiting(now), now - self._last_plan, self._triggers)
+            since, chance = now - self._last_plan, self._views.chance()
+            self._planning = trigger(self._views.summary(), self._waiting(now), since, self._triggers, chance)
             if self._planning is None:
                 self._wait = 0.0
             else:

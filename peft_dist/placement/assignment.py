@@ -19,6 +19,8 @@ class Assignment:
         size = len(problem.replicas)
         self.present: list[set[int]] = [set() for _ in range(size)]
         self.incoming = [0] * size
+        self.seated = [0] * size
+        self.placed = [0] * size
         self._work = [replica.backlog for replica in problem.replicas]
         self._demand = [0] * size
         self._users: list[Counter[int]] = [Counter() for _ in range(size)]
@@ -36,14 +38,19 @@ class Assignment:
         """How many more requests of a class the target has room for."""
         problem = self.problem
         one, adapter = problem.classes[index], problem.adapter[index]
-        if not problem.replicas[target].accepts and target != problem.source[index]:
+        if target != problem.source[index] and not problem.may_go(index, target):
             return 0
         comes = adapter >= 0 and adapter not in self._users[target] and adapter not in problem.pinned[target]
         if comes and self._adapter_bytes[target] + problem.size[adapter] > problem.room[target]:
             return 0
-        if target == problem.source[index] or not one.kv_blocks:
+        if target == problem.source[index]:
             return one.count
-        return (problem.replicas[target].free_kv_blocks - self.incoming[target]) // one.kv_blocks
+        room, own = one.count, problem.replicas[target]
+        if own.free_seats is not None and problem.needs_seat(index):
+            room = own.free_seats - self.seated[target]
+        if own.free_places is not None:
+            room = min(room, own.free_places - self.placed[target])
+        return min(room, (own.free_kv_blocks - self.incoming[target]) // one.kv_blocks) if one.kv_blocks else room
 
     def without(self, index: int, origin: int) -> float:
         """Finishing time of a replica if all its requests of a class were elsewhere."""
@@ -108,6 +115,8 @@ class Assignment:
         self._demand[replica] += blocks
         if replica != self.problem.source[index]:
             self.incoming[replica] += blocks
+            self.placed[replica] += count
+            self.seated[replica] += count if self.problem.needs_seat(index) else 0
 
     def _time(self, replica: int, work: float, demand: int) -> float:
         own = self.problem.replicas[replica]

@@ -19,12 +19,13 @@ class ReplicaCosts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         prefill_token: Of one prompt token.
-        decode_token: Of one output token: a request's share of a step of the usual batch.
+        decode_token: Of one output token: a request's share of a full step.
         load: Bring an adapter from the host to the device.
         fetch: Bring an adapter to the host, from disk or from another replica.
         transfer: Bring a request's KV from another replica.
         swap_block: Bring one KV block to the host and back, paid for blocks beyond the replica's.
         move: Hand over one request, whatever its size.
+        merged: An output token's seconds on a replica that runs its adapter merged, as a part of ``decode_token``.
     """
 
     prefill_token: float = 5e-5
@@ -34,6 +35,7 @@ class ReplicaCosts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     transfer: Affine = (1e-3, 1e-10)
     swap_block: float = 1e-4
     move: float = 5e-3
+    merged: float = 1.0
 
     @classmethod
     def of(
@@ -44,7 +46,7 @@ class ReplicaCosts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         block_size: int = 16,
         transfer: Affine | None = None,
     ) -> ReplicaCosts:
-        """From what a replica reports, for decode steps of a usual batch.
+        """From what a replica reports, for decode steps of a full batch.
 
         Args:
             costs: Of the replica.
@@ -54,14 +56,15 @@ class ReplicaCosts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             transfer: None where KV cannot be moved.
         """
         batch = num_base + sum(number for number, _ in adapters.values())
-        prefill = costs.prefill_seconds(1)
+        prefill, step = costs.prefill_seconds(1), costs.decode_seconds(num_base, adapters)
         return cls(
             prefill_token=prefill,
-            decode_token=costs.decode_seconds(num_base, adapters) / batch,
+            decode_token=step / batch,
             load=costs.load,
             fetch=costs.fetch,
             transfer=transfer or NEVER,
             swap_block=prefill * block_size,
+            merged=1.0 if costs.switch is None else min(1.0, costs.merged_seconds(batch) / max(step, 1e-9)),
         )
 
 

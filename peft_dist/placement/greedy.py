@@ -1,4 +1,4 @@
-"""The greedy plan: relieve the replica that would finish last, a few requests at a time."""
+"""The greedy plan: part who keeps others from being merged, then relieve who would finish last, step by step."""
 
 from __future__ import annotations
 
@@ -24,14 +24,19 @@ class _Step:
 def greedy(problem: Problem, seconds_left: Callable[[], float] = lambda: math.inf) -> Assignment:
     """Move requests from the replica that finishes last until no move lets both it and the target end sooner.
 
-    Every move lowers the later of two finishing times, so that it ends, and the makespan never rises above that of
-    moving nothing. So it can stop after any move, and does when ``seconds_left()`` is not above 0.
+    Before that, requests leave replicas that would run another adapter merged but for them, where that gains more than
+    it takes (``_part``). Of the rest every move lowers the later of two finishing times, so that it ends, and the
+    makespan never rises above that of moving nothing, or above the floor. So it can stop after any move, and does when
+    ``seconds_left()`` is not above 0.
     """
     found = Assignment(problem)
+    _part(found, seconds_left)
     for _ in range(4 * sum(one.count for one in problem.classes)):
         if seconds_left() <= 0:
             break
         last = max(range(len(found.times)), key=found.times.__getitem__)
+        if found.times[last] <= problem.view.floor:
+            break
         step = _best_step(found, last)
         if step is None:
             break
@@ -89,3 +94,44 @@ def _step(found: Assignment, index: int, last: int, target: int) -> _Step | None
     if finish > found.times[last] - RESOLUTION:
         return None
     return _Step(finish, index, target, count)
+
+
+def _part(found: Assignment, seconds_left: Callable[[], float]) -> None:
+    """An adapter's requests leave a replica that loses time by them, if the objective falls and the makespan stays."""
+    problem = found.problem
+    for origin, merging in enumerate(problem.merging):
+        if merging is None or not problem.replicas[origin].mixing:
+            continue
+        others = {problem.adapter[index] for index in found.present[origin]} - {merging}
+        for adapter in sorted(others):
+            if seconds_left() <= 0:
+                return
+            _send_away(found, origin, adapter)
+
+
+def _send_away(found: Assignment, origin: int, adapter: int) -> None:
+    problem, before = found.problem, list(found.times)
+    moved: list[tuple[int, int, int]] = []
+    for index in sorted(i for i in found.present[origin] if problem.adapter[i] == adapter):
+        count = found.flows[index][origin]
+        target = _cheapest(found, index, origin, count)
+        if target is None:
+            break
+        found.move(index, origin, target, count)
+        moved.append((index, target, count))
+    else:
+        is_later = problem.makespan(found.times) > problem.makespan(before) + RESOLUTION
+        if not is_later and problem.objective(found.times) < problem.objective(before) - RESOLUTION:
+            return
+    for index, target, count in reversed(moved):
+        found.move(index, target, origin, count)
+
+
+def _cheapest(found: Assignment, index: int, origin: int, count: int) -> int | None:
+    """Where so many requests of a class cost least, of equals where least is to do."""
+    tried = []
+    for target in found.problem.accepting:
+        if target != origin and found.fitting(index, target) >= count:
+            after = found.after(index, origin, target, count)[1]
+            tried.append((after - found.times[target], found.times[target], target))
+    return min(tried)[2] if tried else None

@@ -66,7 +66,7 @@ def improve(
             offset += len(group) - 1
         if offset >= len(times) - 1:
             offset, stage = 0, stage + 1
-        if stage == len(STAGES) or _is_level(times):
+        if stage == len(STAGES) or _is_level(times) or max(times) <= problem.view.floor:
             return
 
 
@@ -85,7 +85,7 @@ def _round(
         return Round(flows, times, f"{status}; refused: {error}")
     new = problem.finishing_times(found)
     gained = _local(problem, times, question.group) - _local(problem, new, question.group)
-    if gained <= RESOLUTION or max(new) > max(times) + RESOLUTION:
+    if gained <= RESOLUTION or problem.makespan(new) > problem.makespan(times) + RESOLUTION:
         return Round(flows, times, f"{status}; nothing better")
     return Round(found, new, status)
 

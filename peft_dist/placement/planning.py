@@ -64,9 +64,9 @@ class _Plans:
             steps=adapter_steps(problem, flows),
             origin=origin if moves else "stay",
             status=status,
-            before=max(self._before, default=0.0),
-            after=max(after, default=0.0),
-            greedy=max(self._greedy, default=0.0),
+            before=problem.makespan(self._before),
+            after=problem.makespan(after),
+            greedy=problem.makespan(self._greedy),
             objective=problem.objective(after),
             greedy_objective=problem.objective(self._greedy),
         )

@@ -31,6 +31,7 @@ class Problem:
         self.on_device = [{names[a] for a in replica.device} for replica in view.replicas]
         self.on_host = [{names[a] for a in replica.host} for replica in view.replicas]
         self.pinned = [{names[a] for a in replica.pinned} for replica in view.replicas]
+        self.merging = [names.get(replica.merging) for replica in view.replicas]
         self.accepting = [index for index, replica in enumerate(view.replicas) if replica.accepts]
         self.mean_weight = MEAN_WEIGHT / max(len(view.replicas), 1)
         self._request: dict[tuple[int, int], tuple[float, Way]] = {}
@@ -60,7 +61,7 @@ class Problem:
         return self._request_on(index, replica)[1]
 
     def load_seconds(self, adapter: int, replica: int) -> float:
-        """Until an adapter can run on a replica; 0 on the device, and for the base model."""
+        """What it costs a replica to have requests of an adapter: its load, and no merging of another one."""
         found = self._load.get((adapter, replica))
         if found is None:
             found = self._load[adapter, replica] = self._load_on(adapter, replica)
@@ -81,13 +82,18 @@ class Problem:
             times[number] += sum(self.load_seconds(adapter, number) for adapter in used[number])
         return times
 
+    def makespan(self, times: list[float]) -> float:
+        """When the last replica ends; none needs to end before the floor."""
+        return max(*times, self.view.floor) if times else 0.0
+
     def objective(self, times: list[float]) -> float:
         """What plans are compared by: makespan, and a little of the mean."""
-        return max(times, default=0.0) + self.mean_weight * sum(times)
+        return self.makespan(times) + self.mean_weight * sum(times)
 
     def check_flows(self, flows: Flows) -> None:
         """Raises PlanError when requests are lost or made up, or a replica takes more than it has room for."""
         incoming = [0] * len(self.replicas)
+        seated, placed = [0] * len(self.replicas), [0] * len(self.replicas)
         used = [set(pinned) for pinned in self.pinned]
         for index, flow in enumerate(flows):
             if sum(flow.values()) != self.classes[index].count or min(flow.values(), default=1) < 1:
@@ -97,23 +103,39 @@ class Problem:
                     used[replica].add(self.adapter[index])
                 if replica != self.source[index]:
                     incoming[replica] += count * self.classes[index].kv_blocks
-                    if not self.replicas[replica].accepts:
-                        raise PlanError(f"class {index} goes to {self._name(replica)}, which accepts nothing")
+                    seated[replica] += count if self.needs_seat(index) else 0
+                    placed[replica] += count
+                    if not self.may_go(index, replica):
+                        raise PlanError(f"class {index} goes to {self._name(replica)}, which accepts nothing of it")
         for number, own in enumerate(self.replicas):
             if incoming[number] > own.free_kv_blocks:
                 raise PlanError(
                     f"{incoming[number]} KV blocks go to {self._name(number)}: {own.free_kv_blocks} are free"
                 )
+            for kind, coming, free in (("seats", seated, own.free_seats), ("places", placed, own.free_places)):
+                if free is not None and coming[number] > free:
+                    raise PlanError(f"{coming[number]} requests go to {self._name(number)}: {free} {kind} are free")
             taken = sum(self.size[adapter] for adapter in used[number])
             if taken > self.room[number]:
                 raise PlanError(f"adapters take {taken} bytes on {self._name(number)}, which has {self.room[number]}")
+
+    def may_go(self, index: int, replica: int) -> bool:
+        """Whether requests of a class may come to a replica, as far as it has room."""
+        own = self.replicas[replica]
+        return own.accepts and not (own.is_reserved and self.merging[replica] != self.adapter[index])
+
+    def needs_seat(self, index: int) -> bool:
+        """Whether the requests of a class run, and would wait again where no seat is free."""
+        return self.classes[index].context_tokens > 0
 
     def _request_on(self, index: int, replica: int) -> tuple[float, Way]:
         found = self._request.get((index, replica))
         if found is not None:
             return found
         one, costs = self.classes[index], self.replicas[replica].costs
-        work = one.prefill_tokens * costs.prefill_token + one.decode_tokens * costs.decode_token
+        is_merged = self.merging[replica] is not None and self.merging[replica] == self.adapter[index]
+        speed = costs.merged if is_merged else 1.0
+        work = one.prefill_tokens * costs.prefill_token + one.decode_tokens * costs.decode_token * speed
         again = one.context_tokens * costs.prefill_token
         moved = seconds(costs.transfer, one.kv_bytes)
         way: Way = "kv" if one.context_tokens and moved < again else "recompute"
@@ -123,11 +145,13 @@ class Problem:
         return work, way
 
     def _load_on(self, adapter: int, replica: int) -> float:
+        merging = self.merging[replica]
+        mixing = 0.0 if merging is None or merging == adapter else self.replicas[replica].mixing
         if adapter < 0 or adapter in self.on_device[replica]:
-            return 0.0
+            return mixing
         costs, size = self.replicas[replica].costs, self.size[adapter]
         fetched = adapter in self.on_host[replica]
-        return seconds(costs.load, size) + (0.0 if fetched else seconds(costs.fetch, size))
+        return mixing + seconds(costs.load, size) + (0.0 if fetched else seconds(costs.fetch, size))
 
     def _name(self, replica: int) -> str:
         return f"replica {self.replicas[replica].replica_id}"

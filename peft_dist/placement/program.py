@@ -65,11 +65,13 @@ class _Builder:
         self.problem, self.program, group = problem, Program(), question.group
         # A little above: the sum of a solver's own row may differ from ours in its last bits.
         last, mean = max(times[r] for r in group), sum(times[r] for r in group) / len(group)
-        most = (last - question.ask * (last - mean)) * (1 + SLACK) + SLACK
-        self.program.column(1.0, max(map(self._backlog, group)), most, False)
+        most = max(last - question.ask * (last - mean), problem.view.floor) * (1 + SLACK) + SLACK
+        self.program.column(1.0, max(*map(self._backlog, group), problem.view.floor), most, False)
         self._time: dict[int, list[tuple[int, float]]] = {replica: [] for replica in group}
         self._blocks: dict[int, list[tuple[int, float]]] = {replica: [] for replica in group}
         self._incoming: dict[int, list[tuple[int, float]]] = {replica: [] for replica in group}
+        self._seated: dict[int, list[tuple[int, float]]] = {replica: [] for replica in group}
+        self._placed: dict[int, list[tuple[int, float]]] = {replica: [] for replica in group}
         self._users: dict[int, dict[int, list[tuple[int, int]]]] = {replica: {} for replica in group}
         hosted = None if question.loads else self._hosted(flows)
         for index, flow in enumerate(flows):
@@ -91,7 +93,7 @@ class _Builder:
         problem, adapter = self.problem, self.problem.adapter[index]
         for replica in self._time:
             home = replica == problem.source[index]
-            if home or (problem.replicas[replica].accepts and (hosted is None or adapter in hosted[replica])):
+            if home or (problem.may_go(index, replica) and (hosted is None or adapter in hosted[replica])):
                 yield replica
 
     def _backlog(self, replica: int) -> float:
@@ -111,7 +113,10 @@ class _Builder:
                 self._blocks[replica].append((column, kv_blocks))
             if kv_blocks and replica != problem.source[index]:
                 self._incoming[replica].append((column, kv_blocks))
-            if adapter >= 0:
+            if replica != problem.source[index]:
+                self._placed[replica].append((column, 1.0))
+                self._seated[replica] += [(column, 1.0)] if problem.needs_seat(index) else []
+            if adapter >= 0 or problem.load_seconds(adapter, replica):
                 self._users[replica].setdefault(adapter, []).append((column, count))
         self.program.row(columns, count, count)
 
@@ -119,13 +124,18 @@ class _Builder:
         self._adapters(replica)
         self._overflow(replica)
         self._at_most(self._incoming[replica], self.problem.replicas[replica].free_kv_blocks)
+        own = self.problem.replicas[replica]
+        for terms, free in ((self._seated[replica], own.free_seats), (self._placed[replica], own.free_places)):
+            if free is not None:
+                self._at_most(terms, free)
         self.program.row([(0, -1.0), *self._time[replica]], -INFINITY, -self._backlog(replica))
 
     def _adapters(self, replica: int) -> None:
         """A column for each adapter that may have to be loaded here, or that competes for room."""
         problem, program, pinned = self.problem, self.program, self.problem.pinned[replica]
         left = problem.room[replica] - sum(problem.size[adapter] for adapter in pinned)
-        sizes = {adapter: problem.size[adapter] for adapter in self._users[replica] if adapter not in pinned}
+        using = (adapter for adapter in self._users[replica] if adapter >= 0 and adapter not in pinned)
+        sizes = {adapter: problem.size[adapter] for adapter in using}
         scarce = sum(sizes.values()) > left
         terms = []
         for adapter, users in self._users[replica].items():

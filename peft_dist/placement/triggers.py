@@ -10,7 +10,7 @@ from peft_dist.core.errors import ConfigError
 from peft_dist.placement.problem import Problem
 from peft_dist.placement.types import ClusterView
 
-Trigger = Literal["memory", "imbalance", "starving", "period"]
+Trigger = Literal["memory", "imbalance", "seats", "mixed", "starving", "period"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,7 @@ def trigger(
     waiting: Mapping[str, float],
     since_last: float,
     settings: TriggerSettings | None = None,
+    chance: Trigger | None = None,
 ) -> Trigger | None:
     """Why to plan now, or None.
 
@@ -54,6 +55,7 @@ def trigger(
         waiting: By adapter, seconds for which its oldest request that has not started has waited.
         since_last: Seconds since the last plan; infinite before the first.
         settings: None takes the defaults.
+        chance: Why moves may gain something that ``view`` does not show.
     """
     settings = settings or TriggerSettings()
     # One replica has nobody to share with, and no request needs none.
@@ -68,6 +70,8 @@ def trigger(
     mean = sum(times) / len(times)
     if max(times) - mean >= max(settings.imbalance, settings.imbalance_share * mean):
         return "imbalance"
+    if chance is not None:
+        return chance
     if max(waiting.values(), default=0.0) >= settings.starving:
         return "starving"
     return "period" if since_last >= settings.period else None

@@ -38,6 +38,11 @@ class ReplicaLoad(_Frozen, frozen=True):
         host: Adapters in its host memory, those on the device or not.
         pinned: Adapters that must stay on the device, in use or not.
         accepts: Whether requests and adapters may come here; not while it is drained.
+        free_seats: Requests that run may come only to so many: without a seat they would run no more. None: any number.
+        free_places: Requests that may come at all; more would wait here no less. None: any number.
+        merging: The adapter that it runs merged, or would if no other's requests were here; "" for none.
+        mixing: Seconds that it loses by requests of another adapter, for each such adapter.
+        is_reserved: Whether requests of other adapters than ``merging`` may not come.
     """
 
     replica_id: int
@@ -50,6 +55,11 @@ class ReplicaLoad(_Frozen, frozen=True):
     host: list[str] = []
     pinned: list[str] = []
     accepts: bool = True
+    free_seats: int | None = None
+    free_places: int | None = None
+    merging: str = ""
+    mixing: float = 0.0
+    is_reserved: bool = False
 
 
 class AdapterLoad(_Frozen, frozen=True):
@@ -83,16 +93,21 @@ class RequestClass(_Frozen, frozen=True):
 
 
 class ClusterView(_Frozen, frozen=True):
-    """The whole input of a plan."""
+    """The whole input of a plan.
+
+    ``floor``: No replica needs to end sooner than after so many seconds; to have it end sooner is worth nothing.
+    """
 
     replicas: list[ReplicaLoad]
     adapters: list[AdapterLoad]
     classes: list[RequestClass]
+    floor: float = 0.0
 
     def check(self) -> None:
         """Raises PlanError, naming the entry at fault, if something is unknown, there twice, negative or no number."""
         _unique("replica", (r.replica_id for r in self.replicas))
         _unique("adapter", (a.adapter for a in self.adapters))
+        _number("floor", self.floor)
         ids, names = {r.replica_id for r in self.replicas}, {a.adapter for a in self.adapters}
         if BASE in names:
             raise PlanError('the adapter "" stands for the base model: leave it out of the adapters')
@@ -139,7 +154,7 @@ class MigrationPlan(_Frozen, frozen=True):
     Attributes:
         origin: "solver", "greedy" (the solver found nothing better, or failed), or "stay" (nothing to do).
         status: How the solver ended, in words.
-        before: Makespan if nothing moves: the last replica's finishing time.
+        before: Makespan if nothing moves: the last replica's finishing time, the view's floor at least.
         after: Makespan of this plan.
         greedy: Makespan of the greedy plan.
         objective: What was minimised: makespan, and a little of everybody's finishing time.
@@ -159,7 +174,12 @@ class MigrationPlan(_Frozen, frozen=True):
 
 def _check_replica(replica: ReplicaLoad, names: set[str]) -> None:
     where = f"replica {replica.replica_id}"
-    _numbers(where, replica, "kv_blocks", "free_kv_blocks", "adapter_bytes", "backlog")
+    _numbers(where, replica, "kv_blocks", "free_kv_blocks", "adapter_bytes", "backlog", "mixing")
+    for field in ("free_seats", "free_places"):
+        if (free := getattr(replica, field)) is not None:
+            _number(f"{where}: {field}", free)
+    if replica.merging and replica.merging not in names:
+        raise PlanError(f"{where}: merging names adapter {replica.merging!r}, whose size the view does not give")
     costs = replica.costs
     for field in costs.__struct_fields__:
         value = getattr(costs, field)

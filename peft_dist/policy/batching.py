@@ -126,6 +126,11 @@ class BatchingPolicy(Protocol):
         ...
 
     @property
+    def merges(self) -> bool:
+        """Whether it merges an adapter as long as that gains time, and runs others with it where it does not."""
+        ...
+
+    @property
     def credits(self) -> dict[str, float]:
         """What each adapter is owed; empty for a policy without credits."""
         ...

@@ -14,7 +14,7 @@ from peft_dist.policy.credit_ledger import CreditLedger
 from peft_dist.policy.horizon import LeadSteps, RequestSteps
 from peft_dist.policy.queue_view import QueueView
 from peft_dist.policy.settings import PolicySettings
-from peft_dist.policy.settlement import Settlement
+from peft_dist.policy.settlement import Settlement, crowd
 from peft_dist.policy.thresholds import ThresholdTuner
 from peft_dist.policy.tracked import Pending, TrackedPolicy
 
@@ -68,6 +68,11 @@ class CreditPolicy(TrackedPolicy):
         self._privileged: list[str] = []
         # Whether the next decision knows another gap than the last one did.
         self._is_gap_new = False
+
+    @property
+    def merges(self) -> bool:
+        # Beside a merged adapter whose batches others join it matters little who is there.
+        return self.settings.amortise and not self.settings.merged_minority
 
     @property
     def credits(self) -> dict[str, float]:
@@ -190,7 +195,7 @@ class CreditPolicy(TrackedPolicy):
             return self.settings.credit_gap
         target = ordinary.alone or ordinary.leader or None
         interruption = view.switch(target, None) + ordinary.seconds + view.switch(None, target)
-        return self.settings.credit_gap * interruption
+        return self.settings.credit_gap * interruption * crowd(view)
 
     def _account(self, pending: Pending, scheduled: frozenset[str], count: int) -> None:
         view, choice, ordinary = pending.view, pending.choice, self._ordinary

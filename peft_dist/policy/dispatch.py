@@ -1,8 +1,10 @@
-"""To which replica a request goes: the one that is expected to finish it soonest (dLoRA, OSDI'24, section 4.1).
+"""To which replica a request goes: where it and those already there are expected to end soonest (dLoRA, OSDI'24).
 
 The paper estimates with the mean time of an adapter's requests; this does with the replica's own measured costs, what
 is left of everything that was sent to it, whether it holds the adapter on its device, and how much of the prompt it
-has computed before.
+has computed before. A replica that has one adapter's requests alone runs them merged, and no longer once another's
+comes: the seconds that this costs them count as if they were the request's own (dLoRA counts full batches of one
+adapter at their merged speed).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from peft_dist.core.step_costs import StepCosts
+from peft_dist.policy.merging import own_slowdown, slowdown
 
 
 class Work(msgspec.Struct, frozen=True):
@@ -37,6 +40,8 @@ class Work(msgspec.Struct, frozen=True):
 
 # Whatever a quotient is rounded to.
 CERTAINLY = 1.0 + 1e-9
+# Of a second, by which replicas are compared.
+DIGITS = 9
 
 
 @dataclass(slots=True)
@@ -59,6 +64,21 @@ class Backlog:
     refresh: Callable[[], None] | None = field(default=None, repr=False, compare=False)
     costs: StepCosts | None = field(default=None, repr=False, compare=False)
     steps: dict[tuple[object, ...], float] = field(default_factory=dict, repr=False, compare=False)
+    _leading: int | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def leading(self) -> int:
+        """Sequences of the adapter that has most."""
+        if self._leading is None:
+            self._leading = max([number for number, _ in self.adapters.values()], default=0)
+        return self._leading
+
+    @property
+    def tokens_left(self) -> float:
+        """``output_tokens``, up to date."""
+        if self.refresh is not None:
+            self.refresh()
+        return self.output_tokens
 
     def decode_seconds(self, work: Work, costs: StepCosts, slots: int) -> float:
         """A step of so many sequences of these and a request's, in proportion."""
@@ -87,6 +107,7 @@ class Backlog:
         """Note that ``change`` sequences came (or went, if it is negative)."""
         self.num_sequences += change
         self.steps.clear()
+        self._leading = None
         if not adapter:
             return
         number = self.adapters.get(adapter, (0, 0))[0] + change
@@ -127,7 +148,15 @@ class Estimates:
         self._prefill = self._from_host = self._from_disk = 0.0
 
     def finish_seconds(self, target: Target) -> float:
-        """If it is sent there now."""
+        """If it is sent there now, and nothing is merged there."""
+        return self._seconds(target, merges=False)
+
+    def total_seconds(self, target: Target) -> float:
+        """If it is sent there now; with what it adds to the seconds of all others there, where it keeps their adapter
+        from being merged, or lets it be merged for more."""
+        return self._seconds(target, merges=target.costs.switch is not None)
+
+    def _seconds(self, target: Target, *, merges: bool) -> float:
         work, backlog, costs = self._work, target.backlog, target.costs
         if costs is not self._costs:
             self._use(costs)
@@ -143,10 +172,14 @@ class Estimates:
             step = backlog.decode_seconds(work, costs, slots)
             self._slots, self._key = slots, backlog.key(work, slots, None)
         ahead = work.output_tokens
-        if backlog.num_sequences + work.num_sequences > slots:
-            if backlog.refresh is not None:
-                backlog.refresh()
-            ahead = backlog.output_tokens / slots + ahead
+        is_queue = backlog.num_sequences + work.num_sequences > slots
+        if merges:
+            queue, own, others = self._by_merging(target, slots, step)
+            ahead = ahead * own + others
+            if is_queue:
+                ahead += backlog.tokens_left / slots * queue
+        elif is_queue:
+            ahead = backlog.tokens_left / slots + ahead
         if work.adapter in target.resident or not work.adapter:
             load = 0.0
         else:
@@ -157,6 +190,24 @@ class Estimates:
             prefill = costs.prefill_seconds(backlog.prefill_tokens + prompt)
         return load + prefill + ahead * step
 
+    def _by_merging(self, target: Target, slots: int, step: float) -> tuple[float, float, float]:
+        """What merging makes of the queue's steps and of the request's own, and the steps that it adds to others."""
+        work, backlog, costs = self._work, target.backlog, target.costs
+        before = backlog.num_sequences
+        total = before + work.num_sequences
+        ratio = costs.merged_seconds(min(total, slots)) / step
+        # The steps that merging lasts, if the adapter had the replica for itself.
+        if (1.0 - ratio) * step * max(work.output_tokens, 1.0) <= costs.switch_seconds(work.rank_rows):
+            return 1.0, 1.0, 0.0
+        same = backlog.adapters.get(work.adapter, (0, 0))[0] + work.num_sequences if work.adapter else 0
+        leading = max(backlog.leading, same)
+        now = slowdown(leading, total, slots, ratio)
+        own = own_slowdown(leading, total, ratio, leads=same == leading)
+        change = now - slowdown(backlog.leading, before, slots, ratio) if before else 0.0
+        # Who stands in a queue waits for half of it, on average, and then for its own steps.
+        others = backlog.tokens_left * change * max(1.0, total / (2 * slots)) if change else 0.0
+        return now, own, others
+
     def _use(self, costs: StepCosts) -> None:
         work = self._work
         self._costs, self._prefill = costs, costs.prefill_seconds(work.prompt_tokens)
@@ -165,13 +216,14 @@ class Estimates:
 
 
 def choose(work: Work, targets: Sequence[Target]) -> int:
-    """The replica with the earliest finish; among equals the one with fewer sequences, then the first.
+    """The replica with the least ``Estimates.total_seconds``; of equals the one with fewer sequences, then the first.
 
     ``targets`` must not be empty."""
-    finish_seconds = Estimates(work).finish_seconds
+    total_seconds = Estimates(work).total_seconds
     best, least = targets[0], math.inf
     for target in targets:
-        seconds = finish_seconds(target)
+        # Sums of floats depend on their order in the last bits; equals must be equals.
+        seconds = round(total_seconds(target), DIGITS)
         is_equal = seconds == least and target.backlog.num_sequences < best.backlog.num_sequences
         if seconds < least or is_equal:
             best, least = target, seconds

@@ -63,6 +63,7 @@ class Settlement:
         slowed = [c.adapter for c in reference if c.request_id in present and c.request_id not in favoured]
         if payers and slowed:
             price = view.seconds(ran, None) * interruption_price(len(slowed) / len(ran), speed_ratio) / len(slowed)
+            price *= crowd(view)
             self._pay([(payers[i % len(payers)], payee) for i, payee in enumerate(slowed)], price)
 
     def _pay(self, pairs: Sequence[tuple[str, str]], unit: float) -> None:
@@ -71,6 +72,11 @@ class Settlement:
 
     def _unit(self, view: QueueView, ran: Sequence[Candidate], merged_adapter: str | None) -> float:
         return view.seconds(ran, merged_adapter) / max(1, len(view.first_come))
+
+
+def crowd(view: QueueView) -> float:
+    """Requests that wait for a step, as a multiple of those that have a seat: an interruption keeps them all."""
+    return len(view.runnable) / max(1, len(view.first_come))
 
 
 def interruption_price(share: float, speed_ratio: float) -> float:

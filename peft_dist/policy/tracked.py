@@ -97,6 +97,10 @@ class TrackedPolicy(ABC):
         """Nothing is kept for an adapter here."""
 
     @property
+    def merges(self) -> bool:
+        return False
+
+    @property
     def credits(self) -> dict[str, float]:
         return {}
 

@@ -48,12 +48,14 @@ from peft_dist.placement.planner import Planner
 
 VOCABULARY = 1000
 MAX_TOKENS = 1000
+# Of a replica; the crowded ones have more requests than that.
+SEATS = 32
 
 
 def crowded(replicas: int, requests: int, adapters: int, seed: int) -> Orchestrator:
     """An orchestrator with all requests on the first half of its replicas."""
     rng = random.Random(seed)
-    core = Orchestrator(OrchestratorOptions(max_num_seqs=256, max_queue=requests, seed=seed))
+    core = Orchestrator(OrchestratorOptions(max_num_seqs=SEATS, max_queue=requests, seed=seed))
     info = _model(max(4, 3 * adapters // replicas))
     for replica_id in range(replicas // 2):
         _ready(core, replica_id, info)

@@ -37,7 +37,8 @@ def make_adapters(folder: Path) -> dict[str, str | Path]:
 async def started(folder: Path, adapters: dict[str, str | Path], kind: MigrationKind) -> AsyncIterator[EngineService]:
     config = EngineConfig(model=str(folder / "model"), device="cpu", num_threads=1, num_blocks=512)
     launcher = PlainLauncher(config, log_level="error", num_replicas=2)
-    options = OrchestratorOptions(max_num_seqs=64, seed=1, migration=kind, triggers=TRIGGERS)
+    # Half of the requests that come: the others wait for a seat, as far as the orchestrator knows.
+    options = OrchestratorOptions(max_num_seqs=8, max_queue=64, seed=1, migration=kind, triggers=TRIGGERS)
     service = EngineService(launcher, options, num_replicas=2, stop_grace=5.0)
     try:
         await service.start()

@@ -34,7 +34,10 @@ def workers_find_the_fake(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @asynccontextmanager
 async def started(
-    kind: type[PlainLauncher] = PlainLauncher, restarts: bool = True, triggers: TriggerSettings | None = None
+    kind: type[PlainLauncher] = PlainLauncher,
+    restarts: bool = True,
+    triggers: TriggerSettings | None = None,
+    seats: int = 64,
 ) -> AsyncIterator[EngineService]:
     launcher = kind(
         ENGINE,
@@ -45,7 +48,7 @@ async def started(
     )
     restart = RestartPolicy(first=0.01, longest=0.1) if restarts else None
     options = OrchestratorOptions(
-        max_num_seqs=64,
+        max_num_seqs=seats,
         max_queue=64,
         seed=1,
         heartbeat_timeout=SILENCE,
@@ -140,7 +143,7 @@ def test_streams_go_on_when_a_replica_dies_or_hangs(
 
 def test_requests_move_to_a_replica_that_comes_and_outlive_it(tmp_path: Path) -> None:
     async def work() -> None:
-        async with started(triggers=TriggerSettings(period=0.2, pause=0.1)) as service:
+        async with started(triggers=TriggerSettings(period=0.2, pause=0.1), seats=8) as service:
             await service.load_adapter("sql", adapter(tmp_path / "a", "one"))
             await service.drain_replica(1)
             readers = read_many(service, 8, "base") + read_many(service, 8, "sql", "sql")

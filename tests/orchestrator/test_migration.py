@@ -6,8 +6,10 @@ import math
 
 import pytest
 
+from peft_dist.core.cost_model import CostPrior
 from peft_dist.core.messages import AbortRequest, AddRequest, PrefetchAdapter, ReplicaDetail, ReplicaStats
 from peft_dist.core.sampling_params import SamplingParams
+from peft_dist.core.step_costs import StepCosts
 from peft_dist.orchestrator.client import NewRequest
 from peft_dist.orchestrator.core import Orchestrator
 from peft_dist.orchestrator.migration import FAILED
@@ -22,9 +24,9 @@ from tests.orchestrator.test_lifecycle import cluster, ready
 from tests.worker.fake_replica import NUM_BLOCKS
 
 
-def skewed(number: int = 8, model: str | None = None, **options: object) -> Orchestrator:
+def skewed(number: int = 8, model: str | None = None, seats: int = 64, **options: object) -> Orchestrator:
     """All requests on replica 0: replica 1 became ready after they had come."""
-    core = cluster(1, max_num_seqs=64, max_queue=500, **options)
+    core = cluster(1, max_num_seqs=seats, max_queue=500, **options)
     if model is not None:
         answer(core, core.load_adapter(model, model)[1])
     for i in range(number):
@@ -59,8 +61,8 @@ def plan_of(*moves: Move, steps: tuple[AdapterStep, ...] = ()) -> MigrationPlan:
 
 
 def test_a_skewed_load_is_shared() -> None:
-    core = skewed(8)
-    assert due(core, 1.0) == ["period"] and due(core, 2.5) == [], "one at a time"
+    core = skewed(8, seats=4)
+    assert due(core, 1.0) == ["seats"] and due(core, 2.5) == [], "one at a time"
     seen = surveyed(core)
     [one] = seen.view.classes
     assert (one.source, one.count, one.prefill_tokens, one.context_tokens, one.kv_blocks) == (0, 8, 20, 0, 2)
@@ -71,7 +73,7 @@ def test_a_skewed_load_is_shared() -> None:
     assert sum(isinstance(sent.command, AbortRequest) and sent.replica_id == 0 for sent in out) == 4
     view = core.migration.view()
     assert view is not None and (view.kind, view.num_dropped, view.plan_seconds) == ("dlora", 0, 0.25)
-    assert view.plans == {("greedy", "period"): 1} and view.moves == {"recompute": 4}
+    assert view.plans == {("greedy", "seats"): 1} and view.moves == {"recompute": 4}
     # The tokens go on where they were.
     core.observe(1, 2, tokens("r0-0~1", [7], 0), 4.0)
     assert core._requests.get("r0").unfinished[0].output_token_ids == [7]  # type: ignore[union-attr]
@@ -233,3 +235,69 @@ def test_a_survey_goes_on_while_requests_end_and_replicas_die() -> None:
     lost = survey.result(2.0)
     assert lost.view.classes == [] == lost.members
     lost.view.check()
+
+
+def mixed(red: int, blue: int, seats: int = 8, switch: tuple[float, float] | None = (0.04, 0.0)) -> Orchestrator:
+    """All on replica 0, whose merged steps take 15 ms and the others 27."""
+    core = cluster(1, max_num_seqs=seats, max_queue=500)
+    for name in ("red", "blue"):
+        answer(core, core.load_adapter(name, name)[1])
+    for name, count in (("red", red), ("blue", blue)):
+        for i in range(count):
+            core.submit(NewRequest(f"{name}{i}", [5] * 20, SamplingParams(max_tokens=100, seed=i), name), 0.0)
+    answer(core, ready(core, 1, core.add_replica(1, 0.0).epoch, 0.0))  # type: ignore[arg-type]
+    prior = CostPrior(step=15e-3, decode_sequence=0.0, lora_step=12e-3, lora_token=0.0, adapter=0.0)
+    for replica in core.replicas.all():
+        replica.costs = StepCosts(step=prior.step_coefficients(), switch=switch)
+    due(core, 0.5)
+    core.migration.planned("stay", 0.0, 0.5)
+    core.drain_events()
+    return core
+
+
+def test_who_keeps_others_from_being_merged_is_moved() -> None:
+    core = mixed(red=6, blue=1)
+    assert due(core, 2.0) == ["mixed"]
+    seen = surveyed(core)
+    first, other = seen.view.replicas
+    assert (first.merging, first.is_reserved, first.free_seats) == ("h-red", True, 1) and first.mixing > 0.1
+    assert (other.merging, other.mixing, other.free_seats) == ("", 0.0, 8)
+    plan = greedy_plan(seen.view)
+    assert [(move.adapter, move.count, move.target) for move in plan.moves] == [("h-blue", 1, 1)]
+    carry_out(core, plan, seen, 2.2)
+    assert due(core, 4.0) == [], "red runs merged now"
+
+
+@pytest.mark.parametrize(
+    ("red", "blue", "switch"), [(6, 1, None), (6, 1, (60.0, 0.0)), (3, 3, (0.04, 0.0)), (6, 0, (0.04, 0.0))]
+)
+def test_nobody_moves_where_merging_gains_nothing(red: int, blue: int, switch: tuple[float, float] | None) -> None:
+    core = mixed(red, blue, switch=switch)
+    assert due(core, 2.0) == []
+    assert greedy_plan(surveyed(core).view).moves == [], "seats are free, and nobody would be sooner elsewhere"
+
+
+def test_those_that_wait_go_where_seats_are_free_and_no_further() -> None:
+    core = mixed(red=10, blue=9, switch=None)
+    assert due(core, 2.0) == ["imbalance"]
+    view = surveyed(core).view
+    assert [(r.free_seats, r.free_places) for r in view.replicas] == [(0, 0), (8, 10)], "far fewer: its share"
+    for i in range(6):
+        core._placer.move(core._requests.get(f"red{i}"), core.replicas[1], 2.0)  # type: ignore[arg-type]
+    assert [(r.free_seats, r.free_places) for r in surveyed(core).view.replicas] == [(0, 0), (2, 2)]
+
+
+def test_where_blocks_are_short_they_are_the_seats() -> None:
+    core = mixed(red=5, blue=2, switch=None)
+    assert due(core, 2.0) == []
+    full = ReplicaStats(num_running=4, num_blocks=NUM_BLOCKS, num_free_blocks=0)
+    core.observe(0, core.replicas[0].epoch, progress().__class__(sequences=[], stats=full), 2.0)
+    assert [r.free_seats for r in surveyed(core).view.replicas] == [0, 8]
+    assert greedy_plan(surveyed(core).view).moves, "three of seven wait for blocks"
+
+
+def test_queues_that_are_about_even_are_left_alone() -> None:
+    core = mixed(red=20, blue=20, switch=None)
+    for i in range(17):
+        core._placer.move(core._requests.get(f"red{i}"), core.replicas[1], 2.0)  # type: ignore[arg-type]
+    assert due(core, 3.0) == [] and greedy_plan(surveyed(core).view).moves == []

@@ -63,7 +63,7 @@ async def greedy(view: ClusterView) -> MigrationPlan:
 
 def test_moves_are_carried_out_a_few_at_a_time() -> None:
     async def work() -> None:
-        driver = Driver(skewed(60), greedy)
+        driver = Driver(skewed(60, seats=30), greedy)
         driver.act(driver.core.tick(1.0))
         await driver.settled()
         moves = [sum(isinstance(out.command, AddRequest) for out in commands) for commands in driver.sent]

@@ -21,6 +21,7 @@ def random_costs(rng: random.Random) -> ReplicaCosts:
         transfer=(0.05, rng.choice([0.0, 0.001])),
         swap_block=rng.choice([0.0, 0.02]),
         move=rng.choice([0.0, 0.02]),
+        merged=rng.choice([1.0, 0.5, 0.8]),
     )
 
 
@@ -33,6 +34,7 @@ def random_view(seed: int, replicas: int = 3, classes: int = 4, count: int = 4, 
         [_replica(rng, index, names) for index in range(number)],
         [AdapterLoad(name, rng.randint(1, 3), rng.random()) for name in names],
         [_requests(rng, number, names, count) for _ in range(rng.randint(1 + classes // 2, classes))],
+        floor=rng.choice([0.0, 0.0, 0.3, 1.0]),
     )
 
 
@@ -49,6 +51,11 @@ def _replica(rng: random.Random, index: int, names: list[str]) -> ReplicaLoad:
         host=[name for name in names if rng.random() < 0.5],
         pinned=[name for name in names if rng.random() < 0.1],
         accepts=rng.random() < 0.9,
+        free_seats=rng.choice([None, None, 0, 1, 3]),
+        merging=rng.choice(["", *names]),
+        mixing=rng.choice([0.0, 0.3]),
+        free_places=rng.choice([None, None, 2, 5]),
+        is_reserved=rng.random() < 0.2,
     )
 
 
@@ -86,7 +93,14 @@ def seconds_of(view: ClusterView, arrangement: list[tuple[int, ...]]) -> list[fl
         coming = [(one, count) for one, count in here if one.source != replica.replica_id]
         if coming and not replica.accepts:
             return None
+        if replica.is_reserved and any(one.adapter != (replica.merging or None) for one, _ in coming):
+            return None
+        if replica.free_places is not None and sum(count for _, count in coming) > replica.free_places:
+            return None
         if sum(count * one.kv_blocks for one, count in coming) > replica.free_kv_blocks:
+            return None
+        running = sum(count for one, count in coming if one.context_tokens)
+        if replica.free_seats is not None and running > replica.free_seats:
             return None
         if not _adapters_fit(view, number, {one.adapter for one, _ in here}):
             return None
@@ -107,7 +121,8 @@ def _time(view: ClusterView, number: int, here: list[tuple[RequestClass, int]]) 
     costs = replica.costs
     total = replica.backlog
     for one, count in here:
-        work = one.prefill_tokens * costs.prefill_token + one.decode_tokens * costs.decode_token
+        speed = costs.merged if replica.merging and one.adapter == replica.merging else 1.0
+        work = one.prefill_tokens * costs.prefill_token + one.decode_tokens * costs.decode_token * speed
         if one.source != replica.replica_id:
             again = one.context_tokens * costs.prefill_token
             work += costs.move + (min(again, costs.transfer[0] + costs.transfer[1] * one.kv_bytes) if again else 0.0)
@@ -117,18 +132,21 @@ def _time(view: ClusterView, number: int, here: list[tuple[RequestClass, int]]) 
         total += costs.load[0] + costs.load[1] * sizes[adapter]
         if adapter not in replica.host:
             total += costs.fetch[0] + costs.fetch[1] * sizes[adapter]
+    if replica.merging:
+        total += replica.mixing * len({one.adapter for one, _ in here} - {replica.merging})
     demand = sum(count * one.kv_blocks for one, count in here)
     return total + costs.swap_block * max(0, demand - replica.kv_blocks)
 
 
-def objective(times: list[float]) -> float:
-    return max(times) + MEAN_WEIGHT * sum(times) / len(times)
+def objective(times: list[float], floor: float = 0.0) -> float:
+    return max(*times, floor) + MEAN_WEIGHT * sum(times) / len(times)
 
 
 def best_objective(view: ClusterView, latest: float) -> float:
     """The least objective of all plans that fit and whose makespan is at most ``latest``."""
     all_times = (seconds_of(view, arrangement) for arrangement in arrangements(view))
-    return min(objective(times) for times in all_times if times is not None and max(times) <= latest + 1e-9)
+    fitting = [times for times in all_times if times is not None and max(*times, view.floor) <= latest + 1e-9]
+    return min(objective(times, view.floor) for times in fitting)
 
 
 def arrangement_of(view: ClusterView, plan: MigrationPlan) -> list[tuple[int, ...]]:

@@ -140,9 +140,9 @@ class TestPaying:
     def test_those_chosen_who_did_not_run_pay_nothing(self) -> None:
         policy = credit()
         step(policy, queue("aaaa"))
-        policy.ledger.move("a", "b", 0.11)
+        policy.ledger.move("a", "b", 0.13)
         assert step(policy, queue("aaabb", merged="a", seats=4), scheduled=["a0"]).reason == "privileged"
-        assert policy.credits["b"] == 0.11
+        assert policy.credits["b"] == 0.13
 
     def test_nobody_is_displaced_where_unmerged_nobody_could_run(self) -> None:
         policy = credit()
@@ -156,7 +156,7 @@ class TestPrices:
         policy = credit(cost=CostModel(prior, fixed=True))
         step(policy, ranked(queue("aaaa"), a=8))
         assert step(policy, ranked(OUTNUMBERED, a=8, b=64)).reason == "stay"
-        assert policy.report()["credit_gap"] == pytest.approx(1.5 * (SWITCH + UNMERGED + 8e-3))
+        assert policy.report()["credit_gap"] == pytest.approx(1.5 * (SWITCH + UNMERGED + 8e-3) * 7 / 4)
 
     def test_who_does_not_amortise_stays_merged_at_a_loss(self) -> None:
         prior = CostPrior(merged_step=1e-2, lora_step=0.0, lora_token=0.0, adapter=0.0)

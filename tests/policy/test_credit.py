@@ -150,11 +150,11 @@ class TestCredits:
 
     def test_a_privileged_adapter_goes_first_and_unmerged(self) -> None:
         policy = merged_on_a()
-        policy.ledger.move("a", "b", 0.11)
+        policy.ledger.move("a", "b", 0.13)
         choice = step(policy, queue("aaabb", merged="a", seats=4))
         assert (choice.merged_adapter, choice.reason) == (None, "privileged")
         assert ids(choice) == ["b3", "b4", "a0", "a1"]
-        assert policy.ledger.credit("b") < 0.11, "and pays"
+        assert policy.ledger.credit("b") < 0.13, "and pays"
 
     def test_it_pays_also_for_passing_others_in_a_first_come_batch(self) -> None:
         policy = credit()
@@ -165,7 +165,7 @@ class TestCredits:
 
     def test_hysteresis(self) -> None:
         policy = merged_on_a()
-        policy.ledger.move("a", "b", 0.11)
+        policy.ledger.move("a", "b", 0.12)
         reasons, merged = [], "a"
         for _ in range(100):
             choice = step(policy, queue("aaaaaaaaab", merged=merged, seats=9))
@@ -237,7 +237,7 @@ class TestTuning:
 
     def test_privileged_steps_count_for_neither_mode(self) -> None:
         policy = merged_on_a()
-        policy.ledger.move("a", "b", 0.11)
+        policy.ledger.move("a", "b", 0.14)
         step(policy, queue("aaab", merged="a", seats=3))
         assert policy.tuner.period.merge_requests == 0
 

@@ -151,7 +151,8 @@ class TestSettlement:
         settlement, queued = self.settlement(), view("aaaaaaaaab", seats=9)
         ran = [queued.runnable[9], *queued.runnable[:8]]
         settlement.interrupted(queued, ran, queued.alone("a"), frozenset({"b9"}), 15 / 27)
-        displaced, slowed = 27e-3 / 9, 27e-3 * interruption_price(8 / 9, 15 / 27)
+        # Slowed are ten, one of them without a seat.
+        displaced, slowed = 27e-3 / 9, 10 / 9 * 27e-3 * interruption_price(8 / 9, 15 / 27)
         assert settlement.ledger.credit("a") == pytest.approx(displaced + slowed)
 
     def test_nor_for_those_put_first_themselves(self) -> None:

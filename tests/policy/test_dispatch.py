@@ -93,3 +93,44 @@ def test_a_backlog_forgets_adapters_that_have_ended() -> None:
     assert backlog.adapters == {"red": (1, 64)} and backlog.num_sequences == 2
     backlog.count("red", 64, -1)
     assert backlog.adapters == {} and backlog.num_sequences == 1
+
+
+MERGING = StepCosts(
+    step=CostPrior(step=15e-3, decode_sequence=0.0, lora_step=12e-3, lora_token=0.0, adapter=0.0).step_coefficients(),
+    switch=(40e-3, 0.0),
+)
+HERE = frozenset({"red", "blue"})
+
+
+def test_nobody_is_sent_where_that_ends_the_merging_of_others() -> None:
+    red, mixed = Backlog(7, 0, 350.0, {"red": (7, 64)}), Backlog(7, 0, 350.0, {"red": (4, 64), "blue": (3, 64)})
+    blue = replace(WORK, adapter="blue")
+    merging, other = target(0, red, MERGING, HERE), target(1, mixed, MERGING, HERE)
+    assert choose(blue, [merging, other]) == 1, "which costs red's requests nothing"
+    assert choose(WORK, [other, merging]) == 0, "where it runs merged"
+    own = Estimates(blue).finish_seconds(merging)
+    assert Estimates(blue).total_seconds(merging) > own + 7 * 12e-3, "all of them would be slower"
+
+
+def test_merging_does_not_matter_where_nobody_does_it_or_it_does_not_pay() -> None:
+    red = Backlog(7, 0, 350.0, {"red": (7, 64)})
+    blue = replace(WORK, adapter="blue")
+    for switch in (None, (100.0, 0.0)):
+        one = target(0, red, replace_costs(MERGING, switch), HERE)
+        assert Estimates(blue).total_seconds(one) == Estimates(blue).finish_seconds(one)
+
+
+def test_a_long_queue_is_not_worth_anothers_merging() -> None:
+    red, queue = Backlog(2, 0, 100.0, {"red": (2, 64)}), Backlog(60, 0, 3000.0, {"green": (30, 64), "blue": (30, 64)})
+    assert choose(replace(WORK, adapter="blue"), [target(0, red, MERGING, HERE), target(1, queue, MERGING, HERE)]) == 0
+
+
+def test_the_one_that_leads_is_known_as_requests_come_and_go() -> None:
+    backlog = Backlog()
+    for adapter, change, leading in [("a", 2, 2), ("b", 3, 3), ("b", -2, 2), ("", 5, 2), ("a", -2, 1), ("b", -1, 0)]:
+        backlog.count(adapter, 8, change)
+        assert backlog.leading == leading
+
+
+def replace_costs(costs: StepCosts, switch: tuple[float, float] | None) -> StepCosts:
+    return StepCosts(costs.step, costs.load, costs.fetch, costs.transfer, switch)

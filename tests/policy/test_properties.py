@@ -91,7 +91,9 @@ def test_seconds_are_counted_for_the_step_that_takes_them() -> None:
     jobs = [Job(f"r{i:03d}", adapter, 0.0, 1, n, 16 if adapter else 0) for i, (adapter, n) in enumerate(lengths)]
     options = {"max_num_seqs": 1, "max_num_batched_tokens": 4, "max_loras": 1, "mergeable": lambda a: a != "a"}
     history, policy = simulate("credit", False, jobs, {**options, "depth": 1})
-    assert history.longest_gap() == pytest.approx(policy.overtaking.longest_ever)
+    # The driver forgets a wait when somebody runs; who runs a short step has not paid back all of it by that.
+    shortest = min(step.seconds for step in history.steps)
+    assert -1e-9 <= policy.overtaking.longest_ever - history.longest_gap() <= shortest
     assert history.longest_gap() <= BOUND + 2 * max(step.seconds for step in history.steps)
 
 

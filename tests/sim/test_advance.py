@@ -15,6 +15,7 @@ from peft_dist.core.config import EngineConfig
 from peft_dist.core.cost_model import CostModel
 from peft_dist.engine.advance import Stretch
 from peft_dist.orchestrator.core import OrchestratorOptions
+from peft_dist.placement.triggers import TriggerSettings
 from peft_dist.sim.replica import SimHardware, SimReplica
 from peft_dist.sim.simulator import Outcome, SimCluster, Simulator
 
@@ -95,7 +96,8 @@ def workload(seed: int, sizes: Sequence[int]) -> tuple[SimCluster, list[Coming]]
     num_bytes = 1 << rng.choice([20, 28])
     specs = {name: AdapterSpec(name, f"{i:064d}", name, {"q": 8}, num_bytes) for i, name in enumerate(names)}
     kind = rng.choice(["rr", "proactive", "dlora", "dlora"])
-    options = OrchestratorOptions(config.max_num_seqs, 1 << 16, 1, migration=kind)
+    triggers = TriggerSettings(pause=0.1)
+    options = OrchestratorOptions(config.max_num_seqs, 1 << 16, 1, migration=kind, triggers=triggers)
     cluster = SimCluster([hardware] * rng.randint(1, 4), specs, options, message_seconds=rng.choice([2e-4, 5e-3]))
     seconds, hot, together = rng.choice([0.5, 3.0, 15.0]), rng.choice([0.2, 0.8]), rng.random() < 0.2
     coming = []
@@ -157,8 +159,8 @@ def test_so_they_are_under_more_requests(first: int) -> None:
 def test_the_workloads_have_what_interrupts_equal_steps() -> None:
     """Switches, preemptions, evictions and moves, or the tests above would say little."""
     seen: dict[str, int] = dict.fromkeys(("switches", "preemptions", "evictions", "moves"), 0)
-    for seed in range(60):
-        simulator, _ = run(*workload(seed, SMALL), advance=True)
+    for seed, sizes in [*((seed, SMALL) for seed in range(60)), *((seed, LARGE) for seed in range(20))]:
+        simulator, _ = run(*workload(seed, sizes), advance=True)
         view = simulator.core.migration.view()
         seen["moves"] += sum(view.moves.values()) if view else 0
         for replica in simulator.replicas:

@@ -15,6 +15,7 @@ from peft_dist.core.messages import Progress
 from peft_dist.orchestrator import recording as rec
 from peft_dist.orchestrator.core import OrchestratorOptions
 from peft_dist.orchestrator.recorded import RecordedOrchestrator, make_orchestrator
+from peft_dist.placement.triggers import TriggerSettings
 from peft_dist.sim.hardware import dlora
 from peft_dist.sim.options import SimulationOptions
 from peft_dist.sim.orchestrator_replay import replay
@@ -37,7 +38,8 @@ def recorded(migration: str = "dlora", replicas: int = 3) -> tuple[rec.Entry, ..
         for _ in range(120)
     ]  # fmt: skip
     hardware = [dlora(PROFILE, SimulationOptions(max_num_seqs=6), index) for index in range(replicas)]
-    options = OrchestratorOptions(max_num_seqs=6, max_queue=1 << 20, migration=migration)  # type: ignore[arg-type]
+    triggers = TriggerSettings(pause=0.2)
+    options = OrchestratorOptions(max_num_seqs=6, max_queue=1 << 20, migration=migration, triggers=triggers)  # type: ignore[arg-type]
     specs = {name: PROFILE.adapter(name, 16) for name in NAMES}
     simulator = Simulator(SimCluster(hardware, specs, options), by_messages=True)
     entries: list[rec.Entry] = []
