@@ -92,7 +92,8 @@ class LLM:
         if unknown:
             raise ConfigError(f"LLM has no option {unknown[0]!r}: the options are the fields of EngineConfig")
         check_adapters(adapters)
-        if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
+        # What is no string is refused below, by name.
+        if str(device).startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
             options.setdefault("max_num_batched_tokens", _MANY_TOKENS)
         config = EngineConfig(model=str(model), device=device, dtype=str(dtype).removeprefix("torch."), **options)
         check_pinned(config, adapters or ())
