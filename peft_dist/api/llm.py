@@ -6,7 +6,7 @@ import itertools
 import select
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -48,6 +48,7 @@ from peft_dist.orchestrator.core import Orchestrator, OrchestratorOptions
 from peft_dist.orchestrator.records import Outgoing, RequestFailed, SequenceEvent
 from peft_dist.runner.adapter_source import not_there_in_time, resolve_adapter
 from peft_dist.runner.background import TimeLimitError, call_in_time
+from peft_dist.runner.loader import resolve_device
 from peft_dist.runner.replica import Replica, build_replica, release_memory
 
 _REPLICA = 0
@@ -92,11 +93,10 @@ class LLM:
         if unknown:
             raise ConfigError(f"LLM has no option {unknown[0]!r}: the options are the fields of EngineConfig")
         check_adapters(adapters)
-        # What is no string is refused below, by name.
-        if str(device).startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
-            options.setdefault("max_num_batched_tokens", _MANY_TOKENS)
         config = EngineConfig(model=str(model), device=device, dtype=str(dtype).removeprefix("torch."), **options)
         check_pinned(config, adapters or ())
+        if "max_num_batched_tokens" not in options and resolve_device(device).type == "cuda":
+            config = replace(config, max_num_batched_tokens=_MANY_TOKENS)
         self._allow_pickle = allow_pickle
         self._replica: Replica | None = build_replica(config)
         try:

@@ -18,8 +18,6 @@ MAX_UNSENT_BYTES = 256 << 20
 # What the system keeps for a connection is bounded as well, and a client that reads nothing is noticed sooner. Linux
 # doubles it; on a line with a delay of 100 ms a connection still carries over a megabyte a second.
 SEND_BUFFER_BYTES = 128 << 10
-
-
 # Reset at once, with what the system still has for it.
 _NO_LINGER = struct.pack("ii", 1, 0)
 
