@@ -91,8 +91,12 @@ class Reader:
         return all(torch.equal(group, before) for group, before in both)
 
 
-@pytest.fixture
-def reader(caplog: pytest.LogCaptureFixture) -> Iterator[Reader]:
+@pytest.fixture(params=["tcp", "all"])
+def reader(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Iterator[Reader]:
+    """As between two hosts; and as UCX likes it best, which on one host is that the system copies memory."""
+    monkeypatch.setenv("UCX_TLS", request.param)
     caplog.set_level("INFO", "peft_dist")
     made = Reader()
     yield made
@@ -135,7 +139,7 @@ def test_an_owner_that_is_killed_meanwhile_is_an_error_and_others_are_read(
         error = reader.fetch(killed.handle)
         assert error is not None and error.startswith("NoAnswerError")
         assert reader.is_untouched()
-        monkeypatch.undo()
+        monkeypatch.setattr(NixlAgent, "start_read", start)
         assert f"KV of {killed.handle.address} comes over TCP" in caplog.text
         assert reader.fetch(other.handle) is None
         assert reader.has_blocks_of(other) and came_by_nixl(caplog, other.handle)
