@@ -20,7 +20,8 @@ from peft_dist.worker.config import WorkerConfig
 from peft_dist.worker.kv_client import CHUNK_BYTES
 from peft_dist.worker.kv_server import TcpTransport
 from peft_dist.worker.nixl_fetching import WINDOW
-from peft_dist.worker.nixl_messages import NUM_PIECES, PIECE_BYTES
+from peft_dist.worker.nixl_messages import NUM_PIECES, PIECE_BYTES, RETURN
+from peft_dist.worker.nixl_server import Answer, NixlServer
 from peft_dist.worker.process import _serve_kv
 from tests.worker.nixl_stand_in import BackendError, DisconnectError, World, install
 
@@ -211,6 +212,24 @@ def test_the_memory_of_transfers_that_stall_is_not_used_before_they_end(
     memory, handle = offered(make(), NUM_PIECES * PIECE_BYTES)
     assert torch.equal(reader.open(handle), memory.contents)
     assert len(world.transfers) == num_stalled + NUM_PIECES and len(world.connected) == 2
+
+
+def test_what_was_read_after_its_loan_is_not_taken(
+    world: World, make: Make, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = NixlServer.answer
+
+    def end_loans(self: NixlServer, who: bytes, token: bytes, request: bytes) -> list[Answer] | None:
+        if request[:1] == RETURN:
+            self._clock = lambda: float("inf")
+            self.progress()
+        return answer(self, who, token, request)
+
+    monkeypatch.setattr(NixlServer, "answer", end_loans)
+    owner, reader = make(), make()
+    memory, handle = offered(owner, PIECE_BYTES)
+    assert torch.equal(reader.open(handle), memory.contents)
+    assert words(caplog)[-1].endswith("over TCP, for 60 s: a piece was lent to another before it was read")
 
 
 def test_an_owner_whose_agent_fails_goes_on_over_tcp(
