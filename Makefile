@@ -17,7 +17,7 @@ DATA :=
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo serve test test-slow test-gpu test-ray check format bench-cpu bench-gpu bench-kernels bench-lora figures train-adapters clean
+.PHONY: demo serve test test-slow test-gpu test-ray test-nixl check format bench-cpu bench-gpu bench-kernels bench-lora figures train-adapters clean
 
 demo: $(STAMP)  ## real model, base and four adapters at once, side by side with PEFT
 	$(BIN)/python scripts/demo.py
@@ -37,6 +37,10 @@ test-gpu: $(STAMP)
 test-ray: $(STAMP)  ## replicas on a Ray cluster of several nodes, all on this machine
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[ray]'
 	$(BIN)/python -m pytest -m 'slow or not slow' -s tests/e2e/test_clusters.py tests/e2e/test_ray_nodes.py tests/worker/test_ray.py
+
+test-nixl: $(STAMP)  ## KV between processes of this machine by NIXL
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[nixl]'
+	$(BIN)/python -m pytest -m 'slow or not slow' -k nixl tests/worker tests/e2e/test_joined_kv.py
 
 check: $(STAMP)
 	$(BIN)/ruff check .

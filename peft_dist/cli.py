@@ -92,7 +92,7 @@ def serve(
     attention_backend: Annotated[
         str, typer.Option(help="auto, vllm-flash-attn, flashinfer, triton, c or torch.")
     ] = "auto",
-    kv_transfer: Annotated[str, typer.Option(help="auto or host: where KV lies that moves to a replica.")] = "auto",
+    kv_transfer: Annotated[str, typer.Option(help="auto, host or nixl: how KV gets to other replicas.")] = "auto",
     num_host_blocks: Annotated[int, typer.Option(help="KV blocks in host memory, for preemption by swap.")] = 0,
     gpu_memory_utilization: Annotated[float, typer.Option(help="Share of the device's memory to use.")] = 0.9,
     max_loras: Annotated[int, typer.Option(help="Adapters on the device at once.")] = 64,

@@ -13,7 +13,7 @@ from peft_dist.core.errors import ConfigError
 Preemption = Literal["auto", "recompute", "swap"]
 MergeMethod = Literal["auto", "shadow", "host", "off"]
 AttentionName = Literal["auto", "vllm-flash-attn", "flashinfer", "triton", "c", "torch"]
-KVTransfer = Literal["auto", "host"]
+KVTransfer = Literal["auto", "host", "nixl"]
 LoadFormat = Literal["auto", "dummy"]
 
 _BYTE_UNITS = {"": 1, "b": 1}
@@ -73,7 +73,8 @@ class EngineConfig:
             kernels package or vllm_flash_attn), "flashinfer", "triton" or "torch", on a CPU "c" or "torch". A layer
             that it does not take runs in the next one.
         kv_transfer: Where KV that moves to another replica of the host lies on its way: "auto" in device memory if a
-            GPU offers it, "host" in host memory.
+            GPU offers it, "host" in host memory. "nixl" is "auto", and to other hosts it goes by NIXL where both have
+            it (unencrypted), over TCP where not.
         seed: Seeds the seeds of requests that bring none; None draws from the system.
         trust_remote_code: Let the base model's repository run code. No adapter can set it.
         policy: "credit" (dLoRA), "merge" (merged only) or "fcfs" (unmerged only); None is "credit", and "merge" for

@@ -252,7 +252,7 @@ def build_replica(config: EngineConfig) -> Replica:
     )
     logger.info("adapters: %d rank rows in each of %d modules, %d slots", num_rows, len(modules), config.max_loras)
     executor = make_executor(runner, config.adapter_load_timeout, ranks)
-    if config.kv_transfer == "auto":
+    if config.kv_transfer != "host":
         executor.transfers.devices = choose_device_way(kv.device)
     identity = identify(info, shapes_hash, device)
     cost = read_profile(Path(config.cost_profile), identity) if config.cost_profile else None

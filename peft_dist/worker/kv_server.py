@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import struct
 import threading
 import time
 from collections.abc import Callable
@@ -17,35 +16,36 @@ from peft_dist.core.errors import ConfigError
 from peft_dist.core.handover import KVHandle
 from peft_dist.runner.shared_memory import MemoryGoneError, open_memory
 from peft_dist.worker.kv_address import reachable
+from peft_dist.worker.kv_client import CHUNK_BYTES, REQUEST, SILENCE_MS, NoAnswerError, fetch
+from peft_dist.worker.nixl_fetching import NAP_SECONDS
+from peft_dist.worker.nixl_way import choose_nixl
 
 logger = logging.getLogger(__name__)
-CHUNK_BYTES = 1 << 20
-# Asked for before the first of them has come, so that neither side waits for the way.
-_WINDOW = 8
-_SILENCE_MS = 5000
 _SILENT_SECONDS = 60.0
-_REQUEST = struct.Struct("<QQ")
-
-
-class NoAnswerError(MemoryGoneError):
-    """Nothing came from there."""
 
 
 class TcpTransport:
     """Offers this replica's exports, and fetches others'; on the same host memory is opened instead.
 
     Who knows the token of an export, which is random and goes only through the orchestrator, may read it. With keys
-    what travels is encrypted, and only goes to whoever has them too.
+    what travels is encrypted, and only goes to whoever has them too. By NIXL it travels as it is.
     """
 
     def __init__(
-        self, endpoint: str, silence_ms: int = _SILENCE_MS, keys: ClusterKeys | None = None, home: str | None = None
+        self,
+        endpoint: str,
+        silence_ms: int = SILENCE_MS,
+        keys: ClusterKeys | None = None,
+        home: str | None = None,
+        *,
+        with_nixl: bool = False,
     ) -> None:
         """
         Args:
             endpoint: An address of this host that others can reach, such as ``tcp://10.0.0.5:*``.
             keys: Of the cluster; None only where no other machine can reach the address.
             home: The orchestrator's host, for KV of replicas there that are served on every address of it.
+            with_nixl: Have KV read by NIXL where both sides can, and go over TCP where not.
 
         Raises:
             ConfigError: the address cannot be used, or others could listen in.
@@ -67,6 +67,7 @@ class TcpTransport:
             self._context.destroy()
             raise ConfigError(f"kv_endpoint={endpoint!r} cannot be used: {error}") from error
         self.address = self._socket.get_string(zmq.SocketOption.LAST_ENDPOINT)
+        self._nixl = choose_nixl(endpoint, self._contents, silence_ms) if with_nixl else None
         self._thread = threading.Thread(target=self._serve, name="kv-server", daemon=True)
         self._thread.start()
 
@@ -95,6 +96,9 @@ class TcpTransport:
         if time.monotonic() < self._silent_until.get(address, 0.0):
             raise MemoryGoneError(f"{address} did not answer a moment ago")
         try:
+            contents = self._nixl.fetch(address, kv.token, kv.num_bytes, self._keys) if self._nixl is not None else None
+            if contents is not None:
+                return contents
             return fetch(address, kv.token, kv.num_bytes, self._silence_ms, self._keys)
         except NoAnswerError:
             now = time.monotonic()
@@ -104,68 +108,54 @@ class TcpTransport:
 
     def close(self) -> None:
         """End the thread; what is under way is not finished."""
+        if self._nixl is not None:
+            self._nixl.close()
         # The thread's wait ends with an error then, and it closes its socket, for which this waits.
         self._context.term()
         self._thread.join()
+        if self._nixl is not None:
+            self._nixl.server.close()
 
     def _serve(self) -> None:
         try:
             while True:
+                if self._nixl is not None and self._nixl.server.is_busy:
+                    for answer in self._nixl.server.progress():
+                        self._socket.send_multipart(answer)
+                    if not self._socket.poll(0):
+                        time.sleep(NAP_SECONDS)
+                        continue
                 parts = self._socket.recv_multipart()
                 if len(parts) == 3:
-                    identity, token, request = parts
-                    self._socket.send_multipart([identity, request, self._chunk(token, request)], copy=False)
+                    self._answer(*parts)
         except zmq.ContextTerminated:
             self._socket.close()
 
+    def _answer(self, identity: bytes, token: bytes, request: bytes) -> None:
+        answers = self._nixl.server.answer(identity, token, request) if self._nixl is not None else None
+        if answers is None:
+            self._socket.send_multipart([identity, request, self._chunk(token, request)], copy=False)
+            return
+        for answer in answers:
+            self._socket.send_multipart(answer)
+
     def _chunk(self, token: bytes, request: bytes) -> Any:
         """What was asked for; nothing where there is no such memory, or the request is none of ours."""
-        memory = self._memories.get(token.decode(errors="replace"))
-        if memory is None or len(request) != _REQUEST.size:
+        contents = self._contents(token) if len(request) == REQUEST.size else None
+        if contents is None:
             return b""
-        try:
-            contents = memory()
-        except (OSError, RuntimeError) as error:
-            # No memory for the copy, or the device has failed: who asks computes it instead.
-            logger.warning("KV that another host asks for cannot be copied to this one's memory: %s", error)
-            return b""
-        first, length = _REQUEST.unpack(request)
+        first, length = REQUEST.unpack(request)
         first = min(first, len(contents))
         return contents[first : first + min(length, CHUNK_BYTES)].numpy()
 
-
-def fetch(
-    address: str, token: str, num_bytes: int, silence_ms: int = _SILENCE_MS, keys: ClusterKeys | None = None
-) -> torch.Tensor:
-    """Read an export of another host: uint8 ``[num_bytes]``.
-
-    Raises:
-        MemoryGoneError: it is not there any more.
-        NoAnswerError: nothing came for ``silence_ms``, which is all that one with other keys will see.
-    """
-    contents = torch.empty(num_bytes, dtype=torch.uint8)
-    with zmq.Context() as context, context.socket(zmq.SocketType.DEALER) as socket:
-        socket.set(zmq.SocketOption.LINGER, 0)
-        socket.set(zmq.SocketOption.RCVTIMEO, silence_ms)
-        if keys is not None:
-            keys.connect(socket)
-        socket.connect(address)
-        for number, first in enumerate(range(0, num_bytes, CHUNK_BYTES)):
-            if number >= _WINDOW:
-                _receive(socket, contents, address)
-            length = min(CHUNK_BYTES, num_bytes - first)
-            socket.send_multipart([token.encode(), _REQUEST.pack(first, length)])
-        for _ in range(min(-(-num_bytes // CHUNK_BYTES), _WINDOW)):
-            _receive(socket, contents, address)
-    return contents
-
-
-def _receive(socket: zmq.Socket[bytes], contents: torch.Tensor, address: str) -> None:
-    try:
-        request, chunk = socket.recv_multipart()
-    except zmq.Again:
-        raise NoAnswerError(f"{address} does not answer") from None
-    first, length = _REQUEST.unpack(request)
-    if len(chunk) != length:
-        raise MemoryGoneError(f"{address} has let it go")
-    contents[first : first + length] = torch.frombuffer(bytearray(chunk), dtype=torch.uint8)
+    def _contents(self, token: bytes) -> torch.Tensor | None:
+        """Of an export; None where there is none."""
+        memory = self._memories.get(token.decode(errors="replace"))
+        if memory is None:
+            return None
+        try:
+            return memory()
+        except (OSError, RuntimeError) as error:
+            # No memory for the copy, or the device has failed: who asks computes it instead.
+            logger.warning("KV that another host asks for cannot be copied to this one's memory: %s", error)
+            return None

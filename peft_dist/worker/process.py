@@ -96,12 +96,15 @@ def _serve(config: WorkerConfig, channel: Channel, allegiance: Allegiance) -> in
 
 def _serve_kv(config: WorkerConfig, replica: Replica) -> TcpTransport | None:
     """Have this rank's exports read from other hosts, where that is asked for."""
+    with_nixl = config.engine.kv_transfer == "nixl"
     if config.kv_endpoint is None:
+        if with_nixl:
+            logger.info("kv_transfer='nixl' changes nothing: no replica of another host can reach this one's KV")
         return None
     from peft_dist.worker.kv_server import TcpTransport
 
     home = host_of(config.endpoint) if config.endpoint.startswith("tcp://") else None
-    server = TcpTransport(config.kv_endpoint, keys=config.keys(), home=home)
+    server = TcpTransport(config.kv_endpoint, keys=config.keys(), home=home, with_nixl=with_nixl)
     replica.use_transport(server)
     return server
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from peft_dist.core.cluster_keys import ClusterKeys
-from peft_dist.core.config import EngineConfig
+from peft_dist.core.config import EngineConfig, KVTransfer
 from peft_dist.orchestrator.core import OrchestratorOptions
 from peft_dist.orchestrator.guests import Invitation
 from peft_dist.orchestrator.service import EngineService
@@ -30,16 +30,18 @@ FACTORY = "tests.worker.far_replica:build"
 
 @asynccontextmanager
 async def started(
-    folder: Path, host: str, key_file: Path | None, kv_endpoint: str | None
+    folder: Path, host: str, key_file: Path | None, kv_endpoint: str | None, kv_transfer: KVTransfer = "auto"
 ) -> AsyncIterator[EngineService]:
     """A service that listens at ``host`` with a replica of its own, and one that joined over loopback."""
     sizes = {"max_model_len": 200, "block_size": 4, "num_blocks": 400, "num_threads": 1}
-    config = EngineConfig(str(folder / "base"), device="cpu", dtype="float32", **sizes)
+    config = EngineConfig(str(folder / "base"), device="cpu", dtype="float32", kv_transfer=kv_transfer, **sizes)
+    # By which way KV comes is told there.
+    log_level = "error" if kv_transfer == "auto" else "info"
     keys = None if key_file is None else ClusterKeys.read(key_file)
     own = {"kv_endpoint": of_server(f"tcp://{host}:0", has_keys=keys is not None)}
     launcher = PlainLauncher(
         config,
-        log_level="error",
+        log_level=log_level,
         replica_factory=FACTORY,
         num_replicas=2,
         key_file=None if key_file is None else str(key_file),
@@ -49,7 +51,7 @@ async def started(
     service = EngineService(launcher, OrchestratorOptions(64, 64, 1), stop_grace=5.0, invitation=invitation)
     assert service.guests is not None
     port, stop = service.guests.endpoint.rpartition(":")[2], asyncio.Event()
-    settings = JoinSettings(f"tcp://127.0.0.1:{port}", key_file, {}, "plain", kv_endpoint, log_level="error")
+    settings = JoinSettings(f"tcp://127.0.0.1:{port}", key_file, {}, "plain", kv_endpoint, log_level=log_level)
     starting = asyncio.create_task(service.start())
     guest = asyncio.create_task(join(settings, stop))
     try:
@@ -77,20 +79,35 @@ def test_requests_move_with_their_kv_to_one_that_joined_and_back(tmp_path: Path,
     if key_file is not None:
         ClusterKeys.make().write(key_file)
 
-    async def work() -> None:
-        async with started(model(tmp_path), host, key_file, None) as service:
-            alone = [await read(service, f"alone{i}", *kind) for i, kind in enumerate(kinds())]
-            rng = random.Random(0)
-            moving = [
-                read(service, f"m{i}", *kind, frozenset(rng.sample(range(1, NUM_TOKENS), 6)))
-                for i, kind in enumerate(kinds())
-            ]
-            assert await asyncio.gather(*moving) == alone
-            handover = service._core.handover
-            assert handover.num_with_kv > 8 and not handover.num_failed and not handover.num_recomputed
-            await blocks_are_free(service)
+    run(move_there_and_back(tmp_path, host, key_file, "auto"))
 
-    run(work())
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("host", ["0.0.0.0", "127.0.0.1"])
+def test_they_do_so_by_nixl(tmp_path: Path, host: str, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("nixl")
+    key_file = None if host == "127.0.0.1" else tmp_path / "keys.json"
+    if key_file is not None:
+        ClusterKeys.make().write(key_file)
+    run(move_there_and_back(tmp_path, host, key_file, "nixl"))
+    logs = capfd.readouterr().err
+    # Once on each side: the connection is kept.
+    assert logs.count("comes by NIXL") == 2 and "comes over TCP" not in logs
+
+
+async def move_there_and_back(folder: Path, host: str, key_file: Path | None, kv_transfer: KVTransfer) -> None:
+    async with started(model(folder), host, key_file, None, kv_transfer) as service:
+        alone = [await read(service, f"alone{i}", *kind) for i, kind in enumerate(kinds())]
+        rng = random.Random(0)
+        moving = [
+            read(service, f"m{i}", *kind, frozenset(rng.sample(range(1, NUM_TOKENS), 6)))
+            for i, kind in enumerate(kinds())
+        ]
+        assert await asyncio.gather(*moving) == alone
+        handover = service._core.handover
+        assert handover.num_with_kv > 8 and not handover.num_failed and not handover.num_recomputed
+        await blocks_are_free(service)
 
 
 @pytest.mark.slow

@@ -12,7 +12,8 @@ from peft_dist.core.cluster_keys import ClusterKeys
 from peft_dist.core.errors import ConfigError
 from peft_dist.core.handover import KVHandle
 from peft_dist.runner.shared_memory import MemoryGoneError, SharedMemory
-from peft_dist.worker.kv_server import CHUNK_BYTES, TcpTransport, fetch
+from peft_dist.worker.kv_client import CHUNK_BYTES, fetch
+from peft_dist.worker.kv_server import TcpTransport
 
 
 @pytest.fixture
