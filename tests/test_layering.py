@@ -28,6 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "runner": {"core", "engine.executor", "patches", "kernels", "forward_context"},
     "worker": {"core", "engine", "runner"},
     "api": {"core", "orchestrator"},
+    "cli_help": set(),
     "cli_options": set(),
 }
 # The one place where the whole system meets in one process.

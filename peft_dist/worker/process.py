@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from peft_dist.core.errors import ConfigError
+from peft_dist.core.errors import ConfigError, PeftDistError
 from peft_dist.core.messages import Fatal, LoadAdapter, Ready
 from peft_dist.worker.allegiance import Allegiance
 from peft_dist.worker.channel import Channel
@@ -49,7 +49,7 @@ def run_worker(config: WorkerConfig, orphaned: Callable[[], None]) -> int:
     try:
         return _serve(config, channel, Allegiance(config, channel, heart, vigil))
     except Exception as error:  # The last thing this process can do for its streams is to say why they end.
-        logger.exception("replica %d cannot go on", config.replica_id)
+        _log_end(f"replica {config.replica_id} cannot go on", error)
         channel.send(Fatal(error=f"Replica {config.replica_id}: {describe(error)}"))
         # The answer is Shutdown: leaving earlier, the bare exit status could overtake these words.
         channel.wait(_LAST_WORDS_MS)
@@ -71,8 +71,8 @@ def run_rank(config: WorkerConfig) -> int:
         if server is not None:
             server.close()
         return 0
-    except Exception:
-        logger.exception("a rank of replica %d cannot go on", config.replica_id)
+    except Exception as error:
+        _log_end(f"a rank of replica {config.replica_id} cannot go on", error)
         # The launcher ends all ranks with the first: rank 0 gets the time to say what it knows. Its end is ours.
         threading.Event().wait(2 * _LAST_WORDS_MS / 1000)
         return 1
@@ -116,6 +116,12 @@ def _keep_vigil(config: WorkerConfig, orphaned: Callable[[], None]) -> Vigil:
 def _mourn(heart: Heart) -> None:
     drop_broken_output()
     heart.hurry()
+
+
+def _log_end(what: str, error: Exception) -> None:
+    """Errors of our own speak for themselves; where others come from is for those who mend the code."""
+    is_own = isinstance(error, PeftDistError) and not logger.isEnabledFor(logging.DEBUG)
+    logger.error("%s: %s", what, describe(error), exc_info=None if is_own else error)
 
 
 def check_world(world_size: int) -> None:
