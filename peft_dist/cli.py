@@ -83,7 +83,9 @@ def tune(
 @app.command(cls=cli_help.InPanels)
 def serve(
     model: Annotated[str, typer.Argument(help="Folder or hub id of the base model.")],
-    adapter: Annotated[list[str] | None, typer.Option(metavar="NAME=PATH", help="Folder or hub id; repeatable.")] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=PATH", help="Folder or hub id; repeatable.")
+    ] = None,
     adapter_dir: Annotated[Path | None, typer.Option(help="Load every adapter in it; HTTP loads stay inside.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 chooses a free one.")] = 8000,
@@ -108,7 +110,9 @@ def serve(
     adapter_device_memory: Annotated[str | None, typer.Option(help="Room for adapters: 512MiB, 2GiB...")] = None,
     adapter_host_memory: Annotated[str, typer.Option(help="Host copies of adapters: 0, 512MiB, 2GiB...")] = "2GiB",
     adapter_load_timeout: Annotated[float, typer.Option(help="Seconds for one load of an adapter.")] = 120.0,
-    pin_adapter: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Stays on the device; repeatable.")] = None,
+    pin_adapter: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Stays on the device; repeatable.")
+    ] = None,
     policy: Annotated[str | None, typer.Option(help="credit (default), merge or fcfs.")] = None,
     exec_type: Annotated[str, typer.Option(help="dlora, or the paper's baselines peft and vllm.")] = "dlora",
     resident_models: Annotated[int, typer.Option(help="Merged models on the device with --exec-type vllm.")] = 2,

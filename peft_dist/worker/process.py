@@ -48,12 +48,12 @@ def run_worker(config: WorkerConfig, orphaned: Callable[[], None]) -> int:
     heart.start()
     try:
         return _serve(config, channel, Allegiance(config, channel, heart, vigil))
+    except PeftDistError as error:  # It speaks for itself, and where it comes from helps nobody who serves.
+        logger.error("replica %d cannot go on: %s", config.replica_id, error)
+        return _tell_end(config, channel, error)
     except Exception as error:  # The last thing this process can do for its streams is to say why they end.
-        _log_end(f"replica {config.replica_id} cannot go on", error)
-        channel.send(Fatal(error=f"Replica {config.replica_id}: {describe(error)}"))
-        # The answer is Shutdown: leaving earlier, the bare exit status could overtake these words.
-        channel.wait(_LAST_WORDS_MS)
-        return 1
+        logger.exception("replica %d cannot go on", config.replica_id)
+        return _tell_end(config, channel, error)
     finally:
         heart.stop()
         if vigil is not None:
@@ -71,11 +71,25 @@ def run_rank(config: WorkerConfig) -> int:
         if server is not None:
             server.close()
         return 0
-    except Exception as error:
-        _log_end(f"a rank of replica {config.replica_id} cannot go on", error)
-        # The launcher ends all ranks with the first: rank 0 gets the time to say what it knows. Its end is ours.
-        threading.Event().wait(2 * _LAST_WORDS_MS / 1000)
-        return 1
+    except PeftDistError as error:
+        logger.error("a rank of replica %d cannot go on: %s", config.replica_id, error)
+        return _await_end()
+    except Exception:
+        logger.exception("a rank of replica %d cannot go on", config.replica_id)
+        return _await_end()
+
+
+def _tell_end(config: WorkerConfig, channel: Channel, error: Exception) -> int:
+    channel.send(Fatal(error=f"Replica {config.replica_id}: {describe(error)}"))
+    # The answer is Shutdown: leaving earlier, the bare exit status could overtake these words.
+    channel.wait(_LAST_WORDS_MS)
+    return 1
+
+
+def _await_end() -> int:
+    # The launcher ends all ranks with the first: rank 0 gets the time to say what it knows. Its end is ours.
+    threading.Event().wait(2 * _LAST_WORDS_MS / 1000)
+    return 1
 
 
 def _serve(config: WorkerConfig, channel: Channel, allegiance: Allegiance) -> int:
@@ -116,12 +130,6 @@ def _keep_vigil(config: WorkerConfig, orphaned: Callable[[], None]) -> Vigil:
 def _mourn(heart: Heart) -> None:
     drop_broken_output()
     heart.hurry()
-
-
-def _log_end(what: str, error: Exception) -> None:
-    """Errors of our own speak for themselves; where others come from is for those who mend the code."""
-    is_own = isinstance(error, PeftDistError) and not logger.isEnabledFor(logging.DEBUG)
-    logger.error("%s: %s", what, describe(error), exc_info=None if is_own else error)
 
 
 def check_world(world_size: int) -> None:
