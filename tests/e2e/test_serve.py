@@ -240,6 +240,23 @@ def test_what_cannot_be_served_is_one_line_and_status_1(options: list[str], mess
     assert "Traceback" not in output
 
 
+FAILING = [*FAKE[:2], "--replica-factory", "tests.worker.fake_replica:build_failing", "--port", "0"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--adapter", "sql=/nonexistent"], "adapter '/nonexistent': there is no such folder"),
+        (["--adapter", "sql=./nonexistent"], "adapter './nonexistent': there is no such folder"),
+        (["--port-file", "/nonexistent/port"], "--port-file /nonexistent/port cannot be written: there is no folder"),
+    ],
+)
+def test_what_cannot_be_served_is_known_before_the_model_is_loaded(options: list[str], message: str) -> None:
+    status, output = failing(*FAILING, *options)
+    assert status == 1 and message in output and "Traceback" not in output
+    assert "choose another" not in output  # What the model would have failed of.
+
+
 def test_a_port_in_use_is_known_before_the_model_is_loaded() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         status, output = failing("--port", str(taken.getsockname()[1]))
