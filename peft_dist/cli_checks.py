@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from peft_dist.core.errors import ConfigError
@@ -12,6 +12,14 @@ def check_port_file(file: Path | None) -> None:
     """Raises ConfigError where the port could not be written once the server answers."""
     if file is not None and not file.parent.is_dir():
         raise ConfigError(f"--port-file {file} cannot be written: there is no folder {file.parent}, make it first")
+
+
+def check_names(adapters: Sequence[tuple[str, str]]) -> None:
+    """Raises ConfigError where two of the (name, path) have one name: the first would not be served."""
+    names = [name for name, _ in adapters]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"--adapter names {name!r} twice: give every adapter a name of its own")
 
 
 def check_adapters(adapters: Iterable[tuple[str, str]]) -> None:
