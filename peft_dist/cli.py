@@ -14,7 +14,7 @@ try:
 except ModuleNotFoundError as missing:
     raise SystemExit("peft-dist needs the server's packages: pip install 'peft-dist[server]'") from missing
 
-from peft_dist import cli_options
+from peft_dist import cli_help, cli_options
 from peft_dist.cli_admin import rolling_restart
 from peft_dist.cli_bench import bench
 from peft_dist.cli_simulate import simulate
@@ -30,10 +30,19 @@ ADMIN_KEY_VARIABLE = "PEFT_DIST_ADMIN_KEY"
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 # A traceback with the values of local variables could show a key.
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(cls=cli_help.InOrder, no_args_is_help=True, pretty_exceptions_enable=False)
 for _command in (bench, rolling_restart, simulate):
     app.command()(_command)
 app.add_typer(workload, name="workload")
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=cli_help.show_version)
+    ] = False,
+) -> None:
+    """Serve many LoRA adapters on one base model, and measure and simulate such servers."""
 
 
 @app.command()
@@ -71,10 +80,12 @@ def tune(
     typer.echo(path)
 
 
-@app.command()
+@app.command(cls=cli_help.InPanels)
 def serve(
     model: Annotated[str, typer.Argument(help="Folder or hub id of the base model.")],
-    adapter: Annotated[list[str] | None, typer.Option(metavar="NAME=PATH", help="A folder or hub id.")] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=PATH", help="Folder or hub id; repeatable.")
+    ] = None,
     adapter_dir: Annotated[Path | None, typer.Option(help="Load every adapter in it; HTTP loads stay inside.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 chooses a free one.")] = 8000,
@@ -99,7 +110,9 @@ def serve(
     adapter_device_memory: Annotated[str | None, typer.Option(help="Room for adapters: 512MiB, 2GiB...")] = None,
     adapter_host_memory: Annotated[str, typer.Option(help="Host copies of adapters: 0, 512MiB, 2GiB...")] = "2GiB",
     adapter_load_timeout: Annotated[float, typer.Option(help="Seconds for one load of an adapter.")] = 120.0,
-    pin_adapter: Annotated[list[str] | None, typer.Option(metavar="NAME", help="It stays on the device.")] = None,
+    pin_adapter: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Stays on the device; repeatable.")
+    ] = None,
     policy: Annotated[str | None, typer.Option(help="credit (default), merge or fcfs.")] = None,
     exec_type: Annotated[str, typer.Option(help="dlora, or the paper's baselines peft and vllm.")] = "dlora",
     resident_models: Annotated[int, typer.Option(help="Merged models on the device with --exec-type vllm.")] = 2,

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from peft_dist.core.errors import PeftDistError
+from peft_dist.core.errors import ConfigError, PeftDistError
 
 ADMIN_KEY_VARIABLE = "PEFT_DIST_ADMIN_KEY"
 _POLL_SECONDS = 0.2
@@ -23,8 +23,10 @@ def rolling_restart(
     admin_key: Annotated[str | None, typer.Option(help=f"Or the variable {ADMIN_KEY_VARIABLE}.")] = None,
 ) -> None:
     """Restart the replicas of the server at URL one after another, and wait for the end; no request is lost."""
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError(f"the server {url!r} is no URL: write for example http://localhost:8000")
     key = admin_key or os.environ.get(ADMIN_KEY_VARIABLE)
-    address = f"{url.rstrip('/')}/admin/rolling-restart"
+    address = f"{url.rstrip('/').removesuffix('/v1')}/admin/rolling-restart"
     view, told = _ask(address, key, b"{}"), ""
     while True:
         if (line := _line(view)) != told:
@@ -55,7 +57,8 @@ def _ask(address: str, key: str | None, body: bytes | None = None) -> dict[str, 
     except urllib.error.HTTPError as error:
         raise PeftDistError(f"{address} answers {error.code}: {_words(error.read())}") from error
     except (OSError, ValueError) as error:
-        raise PeftDistError(f"{address} cannot be asked: {error}") from error
+        reason = getattr(error, "reason", error)
+        raise PeftDistError(f"{address} cannot be asked ({reason}): is the server up, and is this its port?") from error
     return view
 
 

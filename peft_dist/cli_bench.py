@@ -85,7 +85,8 @@ async def _run(requests: Any, options: ClientOptions) -> Outcome:
 
     from peft_dist.workload import client
 
-    with tqdm(total=len(requests.arrivals), unit="request", smoothing=0) as bar:
+    # None: only on a terminal.
+    with tqdm(total=len(requests.arrivals), unit="request", smoothing=0, disable=None) as bar:
         return await client.run(requests, options, lambda record: bar.update())
 
 

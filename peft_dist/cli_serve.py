@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from peft_dist.cli_checks import check_adapters, check_names, check_port_file
 from peft_dist.core.config import EngineConfig, check_pinned
 from peft_dist.core.errors import AdapterError
 from peft_dist.core.waiting import StopSignals, unless
@@ -70,6 +71,8 @@ async def run_server(settings: ServeSettings) -> None:
         ConfigError, AdapterError, EngineDeadError: the server could not be started as asked.
     """
     check_pinned(settings.engine, [name for name, _ in (*settings.adapters, *_folder_adapters(settings))])
+    check_names(settings.adapters)
+    check_port_file(settings.port_file)
     if settings.ray is None:
         await _serve(settings, None)
         return
@@ -98,6 +101,10 @@ async def _serve(settings: ServeSettings, cluster: _Cluster | None) -> None:
         left=left,
     )
     try:
+        if cluster is None and settings.num_replicas and not left:
+            # Those of other hosts may have other folders, those that are left what is no longer there.
+            check_adapters(settings.adapters)
+        logger.info("Loading   %s", settings.engine.model)
         unread = UnreadWatch(settings.http.unread_timeout)
         http_app = await unless(signals.stop, _prepare(settings, service, unread))
         if http_app is None:
@@ -160,11 +167,13 @@ async def _load(settings: ServeSettings, service: EngineService, name: str, path
 
 
 def _folder_adapters(settings: ServeSettings) -> list[tuple[str, str]]:
-    """Names of the adapters in the adapter folder, each with that folder."""
+    """Names of the adapters in the adapter folder that were not named by themselves, each with that folder."""
     folder = settings.http.adapter_dir
     if folder is None:
         return []
-    return [(config.parent.name, str(folder)) for config in sorted(folder.glob("*/adapter_config.json"))]
+    given = {name for name, _ in settings.adapters}
+    found = [config.parent.name for config in sorted(folder.glob("*/adapter_config.json"))]
+    return [(name, str(folder)) for name in found if name not in given]
 
 
 def _may_have_tokenizer(model: str) -> bool:

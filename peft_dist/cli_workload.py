@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 HUB = "hub"
 
+_ADAPTERS = 8
+
 app = typer.Typer(no_args_is_help=True, help="Write and describe workloads: when which adapter is asked for how much.")
 
 
@@ -26,8 +28,10 @@ def write(
     file: Annotated[Path, typer.Argument(help="Where to: JSON lines, or CSV when it ends in .csv.")],
     rate: Annotated[float, typer.Option(help="Requests a second of all adapters together.")],
     requests: Annotated[int, typer.Option(help="How many.")],
-    adapters: Annotated[int, typer.Option(min=1, help="How many.")] = 8,
-    adapter_name: Annotated[str, typer.Option(help="Name of adapter {}, counted from 0.")] = "adapter-{}",
+    adapters: Annotated[int | None, typer.Option(min=1, help="How many; 8, or as many as there are names.")] = None,
+    adapter_name: Annotated[
+        str, typer.Option(help="Name of adapter {} from 0 on; or all names: sql,json.")
+    ] = "adapter-{}",
     popularity: Annotated[str, typer.Option(help="trace, uniform or zipf.")] = "trace",
     zipf: Annotated[float, typer.Option(help="Exponent of zipf.")] = 1.0,
     maf1: Annotated[Path | None, typer.Option(help="Azure Functions 2019: a day's file, or their folder.")] = None,
@@ -88,7 +92,7 @@ def make(
     *,
     rate: float,
     requests: int,
-    adapters: int = 8,
+    adapters: int | None = None,
     adapter_name: str = "adapter-{}",
     popularity: str = "trace",
     zipf: float = 1.0,
@@ -132,7 +136,7 @@ def make(
     else:
         exponent = zipf if popularity == "zipf" else 0.0
         words = f"Zipf ({exponent:g})" if exponent else "uniform"
-        made = generator.from_shares(names, arrivals.zipf(adapters, exponent), words, load, sizes)
+        made = generator.from_shares(names, arrivals.zipf(len(names), exponent), words, load, sizes)
     _tell(sizes.bad)
     return made
 
@@ -161,11 +165,21 @@ def trace(
     typer.echo(f"{file}: {synthetic.ORIGIN}, seed {seed}")
 
 
-def _names(template: str, count: int) -> list[str]:
+def _names(template: str, count: int | None) -> list[str]:
+    """Names of ``count`` adapters; None: of as many as are listed, or 8. Raises ConfigError."""
+    if "," in template and "{}" not in template:
+        names = template.split(",")
+        if not all(names) or len(set(names)) < len(names):
+            raise ConfigError(f"--adapter-name {template!r} has an empty name, or one twice: correct it")
+        if count not in (None, len(names)):
+            raise ConfigError(f"--adapter-name {template!r} has {len(names)} names, not {count}: leave --adapters out")
+        return names
+    count = count or _ADAPTERS
     names = [template.replace("{}", str(index)) for index in range(count)]
     if len(set(names)) < count:
         raise ConfigError(
-            f"--adapter-name {template!r} names {count} adapters alike: put {{}} where the number belongs"
+            f"--adapter-name {template!r} names {count} adapters alike: put {{}} where the number belongs, or give all "
+            "names, separated by commas"
         )
     return names
 

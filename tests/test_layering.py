@@ -82,6 +82,8 @@ def test_a_module_imports_only_what_its_layer_may(path: Path) -> None:
         "cli",
         "cli_admin",
         "cli_bench",
+        "cli_checks",
+        "cli_help",
         "cli_serve",
         "cli_simulate",
         "cli_worker",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from fastapi import APIRouter
 from starlette.responses import PlainTextResponse, Response
 
@@ -10,6 +12,8 @@ from peft_dist.api.protocol_adapters import LoadAdapterRequest, UnloadAdapterReq
 from peft_dist.api.state import ServerState
 from peft_dist.api.unimplemented import refuse_in_load
 from peft_dist.core.errors import UnknownModelError
+
+logger = logging.getLogger("peft_dist.serve")
 
 
 def adapters_router(state: ServerState) -> APIRouter:
@@ -22,7 +26,7 @@ def adapters_router(state: ServerState) -> APIRouter:
         refuse_in_load(body.model_extra or {})
         _check_name(state, body)
         options = state.options
-        await state.client.load_adapter(
+        spec = await state.client.load_adapter(
             body.lora_name,
             body.lora_path,
             replace=bool(body.load_inplace),
@@ -31,6 +35,7 @@ def adapters_router(state: ServerState) -> APIRouter:
             root=None if options.adapter_dir is None else str(options.adapter_dir),
             allow_pickle=options.allow_pickle,
         )
+        logger.info("Adapter %r (rank %d) is loaded from %s", body.lora_name, spec.max_rank, spec.path)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     @router.post("/v1/unload_lora_adapter", response_class=PlainTextResponse)
@@ -40,6 +45,7 @@ def adapters_router(state: ServerState) -> APIRouter:
             await state.client.unload_adapter(body.lora_name)
         except UnknownModelError as error:
             raise ApiError(404, str(error), param="lora_name", code="adapter_not_found") from error
+        logger.info("Adapter %r is unloaded", body.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
     return router

@@ -21,6 +21,7 @@ from peft_dist.api.offline_inputs import (
     align_params,
     check_adapter,
     check_adapters,
+    check_options,
     split_conversations,
     split_prompts,
 )
@@ -89,9 +90,7 @@ class LLM:
         allow_pickle: bool = False,
         **options: Any,
     ) -> None:
-        unknown = sorted(options.keys() - {field.name for field in fields(EngineConfig)})
-        if unknown:
-            raise ConfigError(f"LLM has no option {unknown[0]!r}: the options are the fields of EngineConfig")
+        check_options(options, [field.name for field in fields(EngineConfig)])
         check_adapters(adapters)
         config = EngineConfig(model=str(model), device=device, dtype=str(dtype).removeprefix("torch."), **options)
         check_pinned(config, adapters or ())

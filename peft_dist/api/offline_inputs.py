@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -96,6 +97,15 @@ def check_adapters(adapters: object) -> None:
         raise ConfigError(
             f"adapters={adapters!r:.200} must map names to folders or hub ids: adapters={{'sql': 'adapters/sql'}}"
         )
+
+
+def check_options(given: Iterable[str], known: Sequence[str]) -> None:
+    """Raises ConfigError for a name that is not among the known ones, with the one that may have been meant."""
+    for name in given:
+        if name not in known:
+            meant = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {meant[0]!r}?" if meant else f"there are {', '.join(sorted(known))}"
+            raise ConfigError(f"LLM has no option {name!r}: {hint}")
 
 
 def _unpacked(value: Any) -> Any:

@@ -1,12 +1,18 @@
-"""Fields that others implement and we do not: refused by name unless they hold a value that changes nothing."""
+"""Fields that others implement and we do not: refused by name unless they hold a value that changes nothing.
+
+Fields that nobody knows are ignored, and named in the log once, since they may be misspelt.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from peft_dist.api.errors import ApiError
 from peft_dist.api.validation import shorten
+
+logger = logging.getLogger("peft_dist.serve")
 
 # Field to the values that are as good as leaving it out; null always is.
 _COMMON: dict[str, tuple[Any, ...]] = {
@@ -15,23 +21,32 @@ _COMMON: dict[str, tuple[Any, ...]] = {
     "cache_salt": (),
     "detokenize": (True,),
     "early_stopping": (False,),
+    "ebnf": (),
+    "grammar": (),
     "guided_choice": ([],),
     "guided_decoding_backend": ("auto",),
     "guided_grammar": ("",),
     "guided_json_object": (False,),
     "guided_regex": ("",),
     "guided_whitespace_pattern": ("",),
+    "json_schema": (),
     "kv_transfer_params": ({},),
     "length_penalty": (1, 1.0),
     "logit_processors": ([],),
+    "logprob_token_ids": ([],),
     "logits_processors": ([],),
+    "num_beams": (1,),
     "priority": (0,),
+    "regex": (),
+    "repetition_detection": (),
     "response_format": ({"type": "text"},),
     "return_tokens_as_token_ids": (False,),
     "spaces_between_special_tokens": (True,),
     "structured_outputs": ({},),
     "truncate_prompt_tokens": (),
+    "typical_p": (1, 1.0),
     "use_beam_search": (False,),
+    "vllm_xargs": ({},),
 }
 _COMPLETION: dict[str, tuple[Any, ...]] = {
     "prompt_embeds": ([],),
@@ -44,28 +59,61 @@ _CHAT: dict[str, tuple[Any, ...]] = {
     "echo": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
+    "include_reasoning": (True,),
+    "media_io_kwargs": ({},),
     "mm_processor_kwargs": ({},),
     "modalities": (["text"], []),
     "prediction": (),
     "reasoning_effort": ("none",),
     "suffix": ("",),
+    "thinking_token_budget": (),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
+# Names that other servers and libraries have for what is here, with the name that it has here.
+_NAMED_OTHERWISE: dict[str, str] = {
+    **dict.fromkeys(
+        ("adapter_id", "adapter_name", "adapter_names", "lora_name", "lora_path", "lora_request"),
+        "name the adapter in 'model'",
+    ),
+    "do_sample": "use temperature, where 0 is greedy",
+    "max_new_tokens": "use max_tokens",
+    "num_return_sequences": "use n",
+    "stop_sequences": "use stop",
+    "top_n_tokens": "use logprobs",
+}
+# Known elsewhere, and without influence on the answer.
+_WITHOUT_EFFECT = frozenset(
+    {
+        "metadata",
+        "parallel_tool_calls",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "request_id",
+        "safety_identifier",
+        "service_tier",
+        "store",
+    }
+)
+# More names than this are no slips of the pen.
+_MOST_TOLD = 100
+_told: set[str] = set()
 _MESSAGE: dict[str, tuple[Any, ...]] = {"audio": (), "function_call": (), "tool_calls": ([],), "tool_call_id": ()}
 _LOAD: dict[str, tuple[Any, ...]] = {"is_3d_lora_weight": (False,), "trust_remote_code": (False,)}
 
 
 def refuse_in_completion(extra: Mapping[str, Any], n: int) -> None:
     """Raises ApiError (400) naming the first field of ``extra`` that asks for what is not implemented."""
-    _refuse({**_COMMON, **_COMPLETION, "best_of": (1, n)}, extra)
+    _refuse_names(extra)
+    _refuse({**_COMMON, **_COMPLETION, "best_of": (1, n)}, extra, is_told=True)
 
 
 def refuse_in_chat(extra: Mapping[str, Any], n: int) -> None:
     """Raises ApiError (400), see ``refuse_in_completion``."""
-    _refuse({**_COMMON, **_CHAT, "best_of": (1, n)}, extra)
+    _refuse_names(extra)
+    _refuse({**_COMMON, **_CHAT, "best_of": (1, n)}, extra, is_told=True)
 
 
 def refuse_in_message(extra: Mapping[str, Any], index: int) -> None:
@@ -78,10 +126,22 @@ def refuse_in_load(extra: Mapping[str, Any]) -> None:
     _refuse(_LOAD, extra)
 
 
-def _refuse(table: Mapping[str, tuple[Any, ...]], extra: Mapping[str, Any], prefix: str = "") -> None:
+def _refuse_names(extra: Mapping[str, Any]) -> None:
+    for name, remedy in _NAMED_OTHERWISE.items():
+        if extra.get(name) is not None:
+            problem = f"{name}={shorten(extra[name])} is not a field of this server: {remedy}"
+            raise ApiError(400, problem, param=name, code="unsupported_parameter")
+
+
+def _refuse(
+    table: Mapping[str, tuple[Any, ...]], extra: Mapping[str, Any], prefix: str = "", *, is_told: bool = False
+) -> None:
+    """``is_told``: Names outside the table are told to the log."""
     for name, value in extra.items():
         # Also those not in the table, such as guided_json, where {} is a schema too.
         neutral = table.get(name, () if name.startswith("guided_") else None)
+        if neutral is None and value is not None and is_told:
+            _tell(name)
         if value is None or neutral is None or any(_same(value, other) for other in neutral):
             continue
         remedy = f" (or send {shorten(neutral[0])})" if neutral else ""
@@ -92,6 +152,13 @@ def _refuse(table: Mapping[str, tuple[Any, ...]], extra: Mapping[str, Any], pref
             param=param,
             code="unsupported_parameter",
         )
+
+
+def _tell(name: str) -> None:
+    if name in _told or name in _WITHOUT_EFFECT or len(_told) >= _MOST_TOLD:
+        return
+    _told.add(name)
+    logger.warning("A request has the field %.80s, which is not known here and is ignored (told once)", ascii(name))
 
 
 def _same(value: Any, neutral: Any) -> bool:

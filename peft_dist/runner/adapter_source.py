@@ -51,6 +51,12 @@ def resolve_adapter(
     return download(match["repo"], match["revision"], allow_pickle)
 
 
+def check_exists(path_or_id: str) -> None:
+    """As far as that is known without asking the Hub. Raises AdapterError, as ``resolve_adapter`` would."""
+    if not _HUB_ID.fullmatch(path_or_id):
+        resolve_adapter(path_or_id)
+
+
 def not_there_in_time(name: str, path_or_id: str, time_limit: float | None) -> AdapterError:
     """For whoever waited ``time_limit`` seconds for an adapter to be found and checked."""
     return AdapterError(

@@ -58,6 +58,22 @@ def resolve_dtype(name: str, config: Any, device: torch.device) -> torch.dtype:
     return _DTYPES[name]
 
 
+def _check_folder(model: str) -> None:
+    """Say what transformers says as if it were about the Hub. Raises ConfigError."""
+    folder = Path(model)
+    if not folder.is_dir():
+        if model.startswith(("/", ".", "~")) or model.count("/") > 1:
+            raise ConfigError(
+                f"cannot load the base model {model!r}: there is no such folder. Correct the path, or give a hub id "
+                "like org/name"
+            )
+    elif (folder / "adapter_config.json").is_file() and not (folder / "config.json").exists():
+        raise ConfigError(
+            f"cannot load the base model {model!r}: it is an adapter. Give the model that it was trained on (in "
+            "adapter_config.json: base_model_name_or_path), and the adapter beside it (--adapter NAME=PATH, adapters=)"
+        )
+
+
 def load_model(
     options: EngineConfig,
     device: torch.device,
@@ -72,6 +88,7 @@ def load_model(
     Raises:
         ConfigError: nothing loadable is there, or it is no decoder.
     """
+    _check_folder(options.model)
     source: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(options.model, **source)
@@ -86,8 +103,9 @@ def load_model(
     except (OSError, KeyError, ValueError, ImportError, SafetensorError) as error:
         if isinstance(error, ConfigError):
             raise
+        reason = str(error).rstrip(". ")
         raise ConfigError(
-            f"cannot load the base model {options.model!r}: {error}. Give a folder with config.json and safetensors, "
+            f"cannot load the base model {options.model!r}: {reason}. Give a folder with config.json and safetensors, "
             "or a hub id that is reachable or cached"
         ) from error
     model.requires_grad_(False)

@@ -15,6 +15,7 @@ import zmq.asyncio
 
 from peft_dist.core.cluster_keys import ClusterKeys
 from peft_dist.core.config import EngineConfig
+from peft_dist.core.errors import ConfigError
 from peft_dist.core.joining import Join, Leave, Welcome
 from peft_dist.core.messages import AnyCommand, decode_command, encode_report
 from peft_dist.core.restarts import RestartPolicy
@@ -25,6 +26,8 @@ from peft_dist.worker.status import EXIT_FENCED, EXIT_ORPHANED
 
 logger = logging.getLogger("peft_dist.worker")
 _ASK_SECONDS = 1.0
+# Until whoever waits for an answer says so, and again.
+_TELL_SECONDS = (5.0, 60.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,7 @@ async def join(settings: JoinSettings, stop: asyncio.Event) -> int:
         attempt = failures = 0
         clock = asyncio.get_running_loop().time
         while True:
-            welcome = await unless(stop, door.ask(attempt))
+            welcome = await unless(stop, _admission(settings, door, attempt))
             if welcome is None:
                 return 0
             process, began = await _launch(settings, welcome, door.name), clock()
@@ -92,6 +95,22 @@ async def join(settings: JoinSettings, stop: asyncio.Event) -> int:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), wait)
             attempt += 1
+
+
+async def _admission(settings: JoinSettings, door: _Door, attempt: int) -> Welcome:
+    """As ``_Door.ask``, telling the log that there is no answer."""
+    asking, wait = asyncio.ensure_future(door.ask(attempt)), _TELL_SECONDS[0]
+    try:
+        while not (await asyncio.wait({asking}, timeout=wait))[0]:
+            logger.warning(
+                "no answer from %s yet: a server must listen there (--listen) with the same --cluster-key (here: %s)",
+                settings.address,
+                settings.key_file or "none",
+            )
+            wait = _TELL_SECONDS[1]
+        return await asking
+    finally:
+        asking.cancel()
 
 
 async def _launch(settings: JoinSettings, welcome: Welcome, name: str) -> LaunchedReplica:
@@ -196,7 +215,14 @@ async def _connected(address: str, keys: ClusterKeys | None) -> AsyncIterator[_D
         dealer.set(zmq.SocketOption.IMMEDIATE, 1)
         if keys is not None:
             keys.connect(dealer)
-        dealer.connect(address)
+        host, _, port = address.removeprefix("tcp://").rpartition(":")
+        # ZeroMQ takes a larger port modulo 65536.
+        if not address.startswith("tcp://") or not host or not port.isdecimal() or int(port) > 65535:
+            raise ConfigError(f"--join {address!r} is no address: write for example tcp://server:5600")
+        try:
+            dealer.connect(address)
+        except zmq.ZMQError as error:
+            raise ConfigError(f"--join {address!r} cannot be used: {error}") from error
         yield _Door(dealer, name)
     finally:
         context.destroy(linger=1000)

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from peft_dist.core.errors import ConfigError
+from peft_dist.core.errors import ConfigError, PeftDistError
 from peft_dist.core.messages import Fatal, LoadAdapter, Ready
 from peft_dist.worker.allegiance import Allegiance
 from peft_dist.worker.channel import Channel
@@ -48,12 +48,12 @@ def run_worker(config: WorkerConfig, orphaned: Callable[[], None]) -> int:
     heart.start()
     try:
         return _serve(config, channel, Allegiance(config, channel, heart, vigil))
+    except PeftDistError as error:  # It speaks for itself, and where it comes from helps nobody who serves.
+        logger.error("replica %d cannot go on: %s", config.replica_id, error)
+        return _tell_end(config, channel, error)
     except Exception as error:  # The last thing this process can do for its streams is to say why they end.
         logger.exception("replica %d cannot go on", config.replica_id)
-        channel.send(Fatal(error=f"Replica {config.replica_id}: {describe(error)}"))
-        # The answer is Shutdown: leaving earlier, the bare exit status could overtake these words.
-        channel.wait(_LAST_WORDS_MS)
-        return 1
+        return _tell_end(config, channel, error)
     finally:
         heart.stop()
         if vigil is not None:
@@ -71,11 +71,25 @@ def run_rank(config: WorkerConfig) -> int:
         if server is not None:
             server.close()
         return 0
+    except PeftDistError as error:
+        logger.error("a rank of replica %d cannot go on: %s", config.replica_id, error)
+        return _await_end()
     except Exception:
         logger.exception("a rank of replica %d cannot go on", config.replica_id)
-        # The launcher ends all ranks with the first: rank 0 gets the time to say what it knows. Its end is ours.
-        threading.Event().wait(2 * _LAST_WORDS_MS / 1000)
-        return 1
+        return _await_end()
+
+
+def _tell_end(config: WorkerConfig, channel: Channel, error: Exception) -> int:
+    channel.send(Fatal(error=f"Replica {config.replica_id}: {describe(error)}"))
+    # The answer is Shutdown: leaving earlier, the bare exit status could overtake these words.
+    channel.wait(_LAST_WORDS_MS)
+    return 1
+
+
+def _await_end() -> int:
+    # The launcher ends all ranks with the first: rank 0 gets the time to say what it knows. Its end is ours.
+    threading.Event().wait(2 * _LAST_WORDS_MS / 1000)
+    return 1
 
 
 def _serve(config: WorkerConfig, channel: Channel, allegiance: Allegiance) -> int:

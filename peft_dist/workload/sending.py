@@ -121,7 +121,11 @@ class Client:
         rounds = enumerate(workload.adapters * self._options.warm_up)
         for record in await asyncio.gather(*(one(number, adapter) for number, adapter in rounds)):
             if record.error is not None:
-                raise ConfigError(f"{self._options.model(record.adapter)!r} does not answer: {record.error}")
+                raise ConfigError(
+                    f"{self._options.model(record.adapter)!r} does not answer: {record.error}. A server must be up at "
+                    f"{self._options.url}, and serve every adapter of the workload under its name "
+                    "(peft-dist workload write --adapter-name)"
+                )
 
     async def replay(
         self, requests: Numbered, start: float, on_end: Callable[[RequestRecord], object]

@@ -28,6 +28,15 @@ def test_load_use_and_unload(http: httpx.Client, api: openai.OpenAI, engine: Scr
     assert list(engine.loaded) == ["sql", "json"]
 
 
+def test_loads_and_unloads_are_logged(http: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "peft_dist.serve")
+    http.post("/v1/load_lora_adapter", json={"lora_name": "new", "lora_path": "/adapters/new"})
+    http.post("/v1/unload_lora_adapter", json={"lora_name": "new"})
+    texts = [record.getMessage() for record in caplog.records if record.name == "peft_dist.serve"]
+    assert len(texts) == 2 and texts[0].startswith("Adapter 'new' (rank ") and texts[0].endswith("from /adapters/new")
+    assert texts[1] == "Adapter 'new' is unloaded"
+
+
 def test_by_default_nothing_is_fetched_or_unpickled(http: httpx.Client, engine: ScriptedClient) -> None:
     http.post(LOAD, json={"lora_name": "new", "lora_path": "org/name@main"})
     assert engine.load_calls == [

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import httpx
 import pytest
 
+from peft_dist.api import unimplemented
+from peft_dist.api.unimplemented import refuse_in_chat, refuse_in_completion
 from tests.api.http_support import BASE, BODIES, CHAT, COMPLETIONS, PADDED_VOCAB, ScriptedClient, error_of
 
 SHARED_FIELDS: list[tuple[str, Any]] = [
@@ -169,6 +172,15 @@ UNIMPLEMENTED: list[tuple[str, Any, list[Any]]] = [
     ("truncate_prompt_tokens", 5, []),
     ("priority", 1, [0]),
     ("use_beam_search", 0, []),
+    ("num_beams", 4, [1]),
+    ("typical_p", 0.5, [1]),
+    ("regex", "a+", []),
+    ("ebnf", "root ::= 'a'", []),
+    ("grammar", {"type": "json"}, []),
+    ("json_schema", "{}", []),
+    ("logprob_token_ids", [1], [[]]),
+    ("repetition_detection", {"max_pattern_size": 4}, []),
+    ("vllm_xargs", {"a": 1}, [{}]),
 ]
 UNIMPLEMENTED_CHAT: list[tuple[str, Any, list[Any]]] = [
     ("tools", [{"type": "function"}], [[]]),
@@ -182,6 +194,9 @@ UNIMPLEMENTED_CHAT: list[tuple[str, Any, list[Any]]] = [
     ("web_search_options", {}, []),
     ("chat_template", "{{ 1 }}", []),
     ("documents", [{}], [[]]),
+    ("include_reasoning", False, [True]),
+    ("media_io_kwargs", {"image": {}}, [{}]),
+    ("thinking_token_budget", 8, []),
 ]
 
 
@@ -199,11 +214,53 @@ def test_known_fields_that_are_not_implemented(
         assert shared.post(route, json={**BODIES[route], field: harmless}).status_code == 200, harmless
 
 
+@pytest.mark.parametrize("route", BODIES)
+@pytest.mark.parametrize(
+    ("field", "value", "remedy"),
+    [
+        ("adapter_id", "sql", "'model'"),
+        ("adapter_names", ["sql"], "'model'"),
+        ("lora_path", "sql", "'model'"),
+        ("lora_request", {"lora_name": "sql"}, "'model'"),
+        ("max_new_tokens", 8, "max_tokens"),
+        ("do_sample", False, "temperature"),
+        ("num_return_sequences", 2, "use n"),
+        ("stop_sequences", ["a"], "use stop"),
+    ],
+)
+def test_what_others_call_otherwise_is_refused_with_its_name_here(
+    shared: httpx.Client, route: str, field: str, value: Any, remedy: str
+) -> None:
+    error = error_of(shared.post(route, json={**BODIES[route], field: value}), 400)
+    assert (error["param"], error["code"]) == (field, "unsupported_parameter")
+    assert remedy in error["message"]
+    assert shared.post(route, json={**BODIES[route], field: None}).status_code == 200
+
+
 def test_best_of_may_equal_n(shared: httpx.Client) -> None:
     assert shared.post(COMPLETIONS, json={**BODIES[COMPLETIONS], "n": 2, "best_of": 2}).status_code == 200
 
 
 @pytest.mark.parametrize("route", BODIES)
 def test_fields_nobody_knows_are_ignored(shared: httpx.Client, route: str) -> None:
-    body = {**BODIES[route], "lora_path": "x", "frobnicate": {"deep": [1]}, "metadata": {}, "store": True}
+    body = {**BODIES[route], "frobnicate": {"deep": [1]}, "metadata": {}, "store": True}
     assert shared.post(route, json=body).status_code == 200
+
+
+@pytest.mark.parametrize("refuse", [refuse_in_completion, refuse_in_chat])
+def test_fields_nobody_knows_are_told_once(
+    refuse: Callable[[dict[str, Any], int], None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(unimplemented, "_told", set())
+    for _ in range(2):
+        refuse({"temprature": 2, "store": True, "nothing": None, "tools": None}, 1)
+    refuse({"line\nbreak": 1}, 1)
+    assert [record.args for record in caplog.records] == [("'temprature'",), ("'line\\nbreak'",)]
+
+
+def test_a_flood_of_unknown_fields_does_not_fill_the_log(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(unimplemented, "_told", set())
+    refuse_in_chat({f"field_{i}": i for i in range(1000)}, 1)
+    assert len(caplog.records) == 100

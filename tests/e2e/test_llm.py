@@ -270,7 +270,8 @@ def test_several_live_together_and_a_closed_one_says_so(folder: Path) -> None:
     ("options", "message"),
     [
         ({"dtype": "int7"}, "int7"),
-        ({"no_such_option": 1}, "no_such_option"),
+        ({"no_such_option": 1}, "no_such_option': there are adapter_device_memory"),
+        ({"max_lora": 8}, "did you mean 'max_loras'"),
         ({"max_model_len": 100_000}, "exceeds"),
         ({"num_blocks": 2}, "cannot hold one sequence|KV blocks"),
         ({"device": "cuda:77"}, "CUDA|cuda"),

@@ -103,6 +103,7 @@ def test_it_serves_adapters_behind_keys_and_never_tells_the_keys(tmp_path: Path)
     adapter(folder / "json", "one")
     adapter(folder / "broken", "bad")
     sql = adapter(tmp_path / "sql", "two")
+    adapter(folder / "sql", "of the same name, which counts for less")
     options = ["--adapter", f"sql={sql}", "--adapter-dir", str(folder), "--served-model-name", "tiny"]
     with serving(
         tmp_path, *options, PEFT_DIST_API_KEY="key-of-anna key-of-ben", PEFT_DIST_ADMIN_KEY="key-of-boss"
@@ -113,6 +114,7 @@ def test_it_serves_adapters_behind_keys_and_never_tells_the_keys(tmp_path: Path)
         assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 3
         models = httpx.get(f"{server.url}/v1/models", headers={"Authorization": "Bearer key-of-anna"}).json()["data"]
         assert [model["id"] for model in models] == ["tiny", "sql", "json"]
+        assert models[1]["root"] == str(sql)
         load = {"lora_name": "json2", "lora_path": "json"}
         assert server.post("/v1/load_lora_adapter", load, "key-of-ben").status_code in (401, 403)
         assert server.post("/v1/load_lora_adapter", load, "key-of-boss").status_code == 200
@@ -227,6 +229,7 @@ def failing(*options: str, model: Path = MODEL) -> tuple[int, str]:
     [
         (["--adapter", "sql"], "NAME=PATH"),
         (["--adapter-dir", "/nonexistent"], "/nonexistent"),
+        (["--adapter", "a=adapters/one", "--adapter", "a=adapters/two"], "--adapter names 'a' twice"),
         (["--max-num-seqs", "0"], "max_num_seqs=0"),
         (["--preemption", "never"], "auto, recompute, swap"),
         ([*FAKE, "--port", "0", "--adapter", "sql=/nonexistent"], "/nonexistent"),
@@ -237,7 +240,24 @@ def failing(*options: str, model: Path = MODEL) -> tuple[int, str]:
 def test_what_cannot_be_served_is_one_line_and_status_1(options: list[str], message: str) -> None:
     status, output = failing(*options)
     assert status == 1 and message in output
-    assert "Traceback" not in output.split("peft-dist: ")[-1]
+    assert "Traceback" not in output
+
+
+FAILING = [*FAKE[:2], "--replica-factory", "tests.worker.fake_replica:build_failing", "--port", "0"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--adapter", "sql=/nonexistent"], "adapter '/nonexistent': there is no such folder"),
+        (["--adapter", "sql=./nonexistent"], "adapter './nonexistent': there is no such folder"),
+        (["--port-file", "/nonexistent/port"], "--port-file /nonexistent/port cannot be written: there is no folder"),
+    ],
+)
+def test_what_cannot_be_served_is_known_before_the_model_is_loaded(options: list[str], message: str) -> None:
+    status, output = failing(*FAILING, *options)
+    assert status == 1 and message in output and "Traceback" not in output
+    assert "choose another" not in output  # What the model would have failed of.
 
 
 def test_a_port_in_use_is_known_before_the_model_is_loaded() -> None:

@@ -60,6 +60,17 @@ def test_traces_shares_and_lengths_of_ones_own(tmp_path: Path) -> None:
     assert write(tmp_path / "c.csv", "--popularity", "uniform").exit_code == 0
 
 
+@pytest.mark.parametrize("popularity", ["uniform", "zipf", "trace"])
+def test_adapters_can_be_named_one_by_one(tmp_path: Path, popularity: str) -> None:
+    options = ["--rate", "5", "--requests", "60", "--adapter-name", "sql,json", "--popularity", popularity]
+    shown = CliRunner().invoke(cli.app, ["workload", "write", str(tmp_path / "a.jsonl"), *options])
+    assert shown.exit_code == 0, shown.exception
+    assert set(files.read(tmp_path / "a.jsonl").adapters) == {"sql", "json"}
+    # A comma in a pattern is part of the names.
+    assert write(tmp_path / "b.jsonl", "--adapter-name", "a,{}").exit_code == 0
+    assert set(files.read(tmp_path / "b.jsonl").adapters) <= {f"a,{i}" for i in range(4)}
+
+
 def test_sharegpt_with_a_tokenizer(tmp_path: Path) -> None:
     tokenizer = Tokenizer(models.WordLevel({"w": 0, "?": 1}, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -86,6 +97,9 @@ def test_describing_with_a_picture(tmp_path: Path) -> None:
         (["--popularity", "zipf", "--maf1", "x"], "for --popularity trace"),
         (["--maf1", "x", "--maf2", "y"], "give one"),
         (["--adapter-name", "same"], "put {} where"),
+        (["--adapter-name", "sql,json"], "has 2 names, not 4: leave --adapters out"),
+        (["--adapter-name", "sql,json,sql,x"], "or one twice"),
+        (["--adapter-name", "sql,json,,x"], "an empty name"),
         (["--lengths-csv", "x", "--fixed-lengths", "1,2"], "exclude each other"),
         (["--fixed-lengths", "1"], "128,64"),
         (["--lengths", "alpaca"], "sharegpt"),

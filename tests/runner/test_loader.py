@@ -1,0 +1,35 @@
+"""What is no base model is refused with words that fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from peft_dist.core.config import EngineConfig
+from peft_dist.core.errors import ConfigError
+from peft_dist.runner.loader import load_model
+
+
+def refusal(model: str) -> str:
+    with pytest.raises(ConfigError, match="cannot load the base model") as caught:
+        load_model(EngineConfig(model, device="cpu"), torch.device("cpu"))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("model", ["/nonexistent/model", "./nonexistent", "../nonexistent", "~/nonexistent", "a/b/c"])
+def test_a_path_that_does_not_exist_is_no_hub_id(model: str) -> None:
+    assert f"{model!r}: there is no such folder. Correct the path" in refusal(model)
+
+
+def test_an_adapter_is_no_base_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    message = refusal(str(tmp_path))
+    assert "it is an adapter" in message and "--adapter NAME=PATH" in message
+
+
+def test_a_folder_without_a_model_is_told_in_whole_sentences(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    message = refusal(str(tmp_path))
+    assert ".. " not in message and message.endswith("or a hub id that is reachable or cached")
