@@ -200,6 +200,10 @@ def test_the_workloads_have_what_interrupts_equal_steps() -> None:
     assert min(seen[each] for each in INTERRUPTIONS) >= 5, seen
 
 
+def test_first_tokens_and_ends_of_one_step_are_told_in_the_order_of_its_batch() -> None:
+    check(1013, LARGE)  # Seed 1004 has it too.
+
+
 def test_a_lone_request_is_a_few_events() -> None:
     """One step for its prompt, and one run of equal ones for each second and the end, all by the short way."""
     cluster, _ = workload(0, SMALL)
