@@ -221,7 +221,9 @@ class Orchestrator:
                 out = self._observe_ready(replica, report, now)
             case AdapterResult():
                 out = (
-                    self._calls.answered(replica, report) + self._losses.place_waiting(now) + self._placer.evacuate(now)
+                    self._calls.answered(replica, report, now)
+                    + self._losses.place_waiting(now)
+                    + self._placer.evacuate(now)
                 )
             case NamesKept(version=version):
                 replica.names_version = version
@@ -238,7 +240,7 @@ class Orchestrator:
 
         Replicas that are not ready in time, or silent for too long, are lost; those that waited for it are started.
         """
-        out = self.handover.tick(now)
+        out = self.handover.tick(now) + self._calls.tick(now)
         for lost, fault in self.lives.lost_by(now):
             out += self._give_up(lost, fault, now)
         for dead in self.lives.due(now):
@@ -253,7 +255,7 @@ class Orchestrator:
     def next_deadline(self) -> float:
         """When ``tick`` has something to do, if nothing happens before; infinity for never."""
         waiting = (record.waits_since + self._options.max_wait for record in self._requests.unplaced())
-        deadlines = (part.next_deadline() for part in (self.lives, self.handover, self.migration))
+        deadlines = (part.next_deadline() for part in (self.lives, self.handover, self.migration, self._calls))
         return min(*deadlines, min(waiting, default=math.inf))
 
     def drain_events(self) -> list[Event]:
