@@ -80,6 +80,7 @@ class Orchestrator:
         self._placer = Placer(*tables, options.max_num_seqs, self._demand.lengths, self.migration.hosting)
         self.handover = Handover(self._requests, self.replicas, self._placer, options, counts)
         self._placer.mover = partial(self.handover.move_record, cause=DRAIN)
+        self._placer.under_way = self.handover.under_way
         self.migration.mover = partial(self.handover.move_record, cause=PLAN)
         self.lives = Lifecycle(self.replicas, options)
         self._losses = Losses(*tables, self._placer, self.handover, self.lives, self._endings, self._events)
@@ -167,7 +168,9 @@ class Orchestrator:
         """
         replica = self.lives.resume(replica_id)
         kept = to(replica, KeepDrained(is_drained=False))
-        return [kept, *self._calls.welcome(replica), *self._losses.place_waiting(now)]
+        # What another one drains of may have waited for this one's adapters.
+        moved = self._placer.evacuate(now) + self._note_drained(now)
+        return [kept, *self._calls.welcome(replica), *self._losses.place_waiting(now), *moved]
 
     def drain(self) -> None:
         """Admit nothing any more; what runs goes on."""
