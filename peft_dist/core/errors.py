@@ -30,6 +30,10 @@ class AdapterError(PeftDistError, ValueError):
     """An adapter was refused, or an operation on it; the others go on being served (HTTP 400)."""
 
 
+class UnfitAdapterError(AdapterError):
+    """An adapter whose files are whole does not fit this base model or server, however often it is tried."""
+
+
 class AdapterNameError(AdapterError):
     """An adapter cannot have this name, or not now; nothing was looked at but the name (HTTP 400)."""
 

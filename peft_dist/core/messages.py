@@ -24,7 +24,7 @@ from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.core.step_costs import StepCosts
 from peft_dist.core.succession import Adopt, Identify, Identity, KeepDrained, NameAdapters, NamedAdapter, NamesKept
 
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 8
 
 
 class AddRequest(Command, frozen=True, kw_only=True):
@@ -194,11 +194,15 @@ class Progress(Report, frozen=True, kw_only=True):
 
 
 class AdapterResult(Report, frozen=True, kw_only=True):
-    """Answer to LoadAdapter and UnloadAdapter; ``error`` names the problem and the remedy."""
+    """Answer to LoadAdapter and UnloadAdapter; ``error`` names the problem and the remedy.
+
+    ``is_final``: The same load would end alike whenever it was tried: what is there is whole, and does not fit.
+    """
 
     call_id: int
     spec: AdapterSpec | None = None
     error: str | None = None
+    is_final: bool = False
 
 
 class Exported(Report, frozen=True, kw_only=True):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -15,6 +17,32 @@ logger = logging.getLogger(__name__)
 VARIABLE = "PEFT_DIST_RECORD"
 MAX_BYTES = 256 << 20
 FULL = f"the file has its {MAX_BYTES >> 20} MiB"
+
+
+class RecordEntry(msgspec.Struct, frozen=True, tag=str.lower, tag_field="is"):
+    """A line of a recording, which names what it is."""
+
+
+class End(RecordEntry, frozen=True):
+    """What follows is not recorded."""
+
+    why: str
+
+
+class Recorder:
+    """Hands on entries, in order, until it has ended."""
+
+    def __init__(self, write: Callable[[Any], None]) -> None:
+        self._write = write
+        self._has_ended = False
+
+    def note(self, entry: RecordEntry) -> None:
+        if not self._has_ended:
+            self._write(entry)
+
+    def end(self, why: str) -> None:
+        self.note(End(why))
+        self._has_ended = True
 
 
 def recording_folder() -> Path | None:

@@ -7,7 +7,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable, Mapping
 
 from peft_dist.core.adapter import AdapterSpec
-from peft_dist.core.errors import AdapterError
+from peft_dist.core.errors import UnfitAdapterError
 from peft_dist.core.request import Request
 from peft_dist.engine.adapter_pins import AdapterPins
 from peft_dist.engine.adapter_space import AdapterSpace, Lease
@@ -70,9 +70,9 @@ class AdapterManager:
         return bool(self._loading or self._changes or self.pins.unmet)
 
     def check_fits(self, spec: AdapterSpec) -> None:
-        """Raises AdapterError when the adapter is larger than the whole device's room for adapters."""
+        """Raises UnfitAdapterError when the adapter is larger than the whole device's room for adapters."""
         if problem := self.space.find_excess(spec):
-            raise AdapterError(
+            raise UnfitAdapterError(
                 f"adapter {spec.name!r} {problem}: raise adapter_device_memory (--adapter-device-memory)"
             )
 

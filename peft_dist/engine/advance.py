@@ -141,13 +141,13 @@ class Advance:
         return self._told(stretch, count, new) if tell else []
 
     def _told(self, stretch: Stretch, count: int, new: Collection[str]) -> list[SequenceProgress]:
-        special = list(stretch.begin)
-        if new:
-            special += [request for request in stretch.order if request.request_id in new]
-        if count == stretch.until_end:
-            told = {request.request_id for request in special}
-            ended = [request for request in stretch.order if len(request.output_token_ids) == request.plain_end]
-            special += [request for request in ended if request.request_id not in told]
+        ids = {request.request_id for request in stretch.begin} | set(new)
+        ends = count == stretch.until_end
+        special = [
+            request
+            for request in stretch.order
+            if request.request_id in ids or (ends and len(request.output_token_ids) == request.plain_end)
+        ]
         if len(special) > 1:
             special.sort(key=self._slot)
         return stretch.failed + [self._engine.told(request, self._token) for request in special]

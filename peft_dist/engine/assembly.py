@@ -9,12 +9,13 @@ from typing import cast
 from peft_dist.core.block_manager import BlockManager
 from peft_dist.core.config import EngineConfig, ModelInfo
 from peft_dist.core.cost_model import CostModel
+from peft_dist.core.record_file import Recorder
 from peft_dist.engine.adapter_manager import AdapterManager
 from peft_dist.engine.decisions import Decision
 from peft_dist.engine.engine import Engine
 from peft_dist.engine.executor import Executor
 from peft_dist.engine.limits import SchedulerLimits
-from peft_dist.engine.recording import FORMAT, Begin, Entry, RecordedEngine, Recorder, RecordingExecutor
+from peft_dist.engine.recording import FORMAT, Begin, Entry, RecordedEngine, RecordingExecutor
 from peft_dist.engine.scheduler import Scheduler
 from peft_dist.policy.factory import make_policy
 from peft_dist.policy.settings import PolicySettings

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
-import msgspec
-
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.batch import Batch, StepResult
 from peft_dist.core.config import EngineConfig, ModelInfo
 from peft_dist.core.handover import KVHandle, SequenceState
 from peft_dist.core.messages import Exported, Imported, SequenceProgress
+from peft_dist.core.record_file import End, RecordEntry, Recorder
 from peft_dist.core.request import Request
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.engine.engine import Engine
@@ -20,11 +19,7 @@ from peft_dist.engine.executor import Executor, LoadOutcome, TransferOutcome
 FORMAT = 2
 
 
-class _Entry(msgspec.Struct, frozen=True, tag=str.lower, tag_field="is"):
-    pass
-
-
-class Begin(_Entry, frozen=True):
+class Begin(RecordEntry, frozen=True):
     """A new engine. ``cost`` is the state of its cost model; ``page_rows`` and ``num_rows`` are as of ``assemble``."""
 
     format: int
@@ -35,7 +30,7 @@ class Begin(_Entry, frozen=True):
     num_rows: int | None
 
 
-class Add(_Entry, frozen=True):
+class Add(RecordEntry, frozen=True):
     """A request came; its adapter is registered."""
 
     request_id: str
@@ -54,51 +49,51 @@ class Add(_Entry, frozen=True):
         return cls(*params, hashed, request.sequence_index, list(request.output_token_ids))
 
 
-class Abort(_Entry, frozen=True):
+class Abort(RecordEntry, frozen=True):
     request_ids: list[str]
 
 
-class Register(_Entry, frozen=True):
+class Register(RecordEntry, frozen=True):
     spec: AdapterSpec
     pinned: bool
 
 
-class Pin(_Entry, frozen=True):
+class Pin(RecordEntry, frozen=True):
     name: str
     content_hash: str | None
 
 
-class Prefetch(_Entry, frozen=True):
+class Prefetch(RecordEntry, frozen=True):
     content_hash: str
 
 
-class Forget(_Entry, frozen=True):
+class Forget(RecordEntry, frozen=True):
     content_hash: str
 
 
-class Step(_Entry, frozen=True):
+class Step(RecordEntry, frozen=True):
     now: float
 
 
-class Moves(_Entry, frozen=True):
+class Moves(RecordEntry, frozen=True):
     """Requests may move from here on; ``ahead_blocks`` is as of ``Handovers``."""
 
     ahead_blocks: int
 
 
-class Export(_Entry, frozen=True):
+class Export(RecordEntry, frozen=True):
     """Requests are to move away with their KV: as of ``Handovers``, and so are the next ones."""
 
     handover: int
     request_ids: list[str]
 
 
-class EndExport(_Entry, frozen=True):
+class EndExport(RecordEntry, frozen=True):
     handover: int
     moved: bool
 
 
-class Import(_Entry, frozen=True):
+class Import(RecordEntry, frozen=True):
     """What a move brings. Where its KV lay says nothing of what is decided."""
 
     handover: int
@@ -106,25 +101,25 @@ class Import(_Entry, frozen=True):
     states: list[SequenceState]
 
 
-class AbortMoves(_Entry, frozen=True):
+class AbortMoves(RecordEntry, frozen=True):
     request_ids: list[str]
 
 
-class ClearMoves(_Entry, frozen=True):
+class ClearMoves(RecordEntry, frozen=True):
     pass
 
 
-class Poll(_Entry, frozen=True):
+class Poll(RecordEntry, frozen=True):
     """Moves under way are carried on."""
 
 
-class Copied(_Entry, frozen=True):
+class Copied(RecordEntry, frozen=True):
     """How a copy of KV ended."""
 
     outcome: TransferOutcome
 
 
-class Copying(_Entry, frozen=True):
+class Copying(RecordEntry, frozen=True):
     """The decision to copy these blocks, ``way`` "out" or "in"; or to hold a copy no longer, "end"."""
 
     way: str
@@ -132,7 +127,7 @@ class Copying(_Entry, frozen=True):
     blocks: list[int]
 
 
-class Told(_Entry, frozen=True):
+class Told(RecordEntry, frozen=True):
     """Moves that were told to have come so far, and the error of each."""
 
     moves: list[tuple[str, int, str | None]]
@@ -142,7 +137,7 @@ class Told(_Entry, frozen=True):
         return cls([(type(one).__name__, one.handover, one.error) for one in reports])
 
 
-class Known(_Entry, frozen=True):
+class Known(RecordEntry, frozen=True):
     """The executor answers a question about an adapter in another way than before."""
 
     question: str
@@ -150,20 +145,20 @@ class Known(_Entry, frozen=True):
     answer: bool
 
 
-class Switched(_Entry, frozen=True):
+class Switched(RecordEntry, frozen=True):
     target: str | None
     seconds: float | None
     error: str | None = None
 
 
-class Loaded(_Entry, frozen=True):
+class Loaded(RecordEntry, frozen=True):
     """What the ``call``-th question for loads since the last input brought."""
 
     call: int
     outcomes: list[LoadOutcome]
 
 
-class Submitted(_Entry, frozen=True):
+class Submitted(RecordEntry, frozen=True):
     """The decision: (request, first position, tokens, whether it draws) of each sequence, and all that goes with it."""
 
     step: int
@@ -178,36 +173,14 @@ class Submitted(_Entry, frozen=True):
         return cls(batch.step, rows, batch.merged_adapter, list(batch.swap_outs), list(batch.swap_ins))
 
 
-class Collected(_Entry, frozen=True):
+class Collected(RecordEntry, frozen=True):
     result: StepResult
-
-
-class End(_Entry, frozen=True):
-    """What follows is not recorded."""
-
-    why: str
 
 
 Moving = Moves | Export | EndExport | Import | AbortMoves | ClearMoves | Poll
 Input = Add | Abort | Register | Pin | Prefetch | Forget | Step | Moving
 Entry = Begin | Input | Known | Switched | Loaded | Submitted | Collected | Copied | Copying | Told | End
 QUESTIONS = ("can_merge", "can_host", "holds_merged")
-
-
-class Recorder:
-    """Hands on entries, in order, until it has ended."""
-
-    def __init__(self, write: Callable[[Entry], None]) -> None:
-        self._write = write
-        self._has_ended = False
-
-    def note(self, entry: Entry) -> None:
-        if not self._has_ended:
-            self._write(entry)
-
-    def end(self, why: str) -> None:
-        self.note(End(why))
-        self._has_ended = True
 
 
 class RecordedEngine(Engine):

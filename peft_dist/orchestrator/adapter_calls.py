@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Set
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.errors import AdapterError, PeftDistError
 from peft_dist.core.messages import AdapterResult, AnyCommand, LoadAdapter, PinAdapter, Ready, UnloadAdapter
 from peft_dist.core.succession import NameAdapters
+from peft_dist.orchestrator.adapter_retries import AdapterRetries
 from peft_dist.orchestrator.adapters import AdapterRegistry
 from peft_dist.orchestrator.holdings import Holdings
 from peft_dist.orchestrator.records import AdapterLoaded, AdapterRefused, Event, NamesAreKept, Notice, Outgoing, Replica
@@ -27,7 +29,8 @@ class AdapterCalls:
     """Keeps what replicas hold in step with the registry. Calls return commands to send.
 
     A load by a user concerns every replica that is ready, and takes effect on all of them or on none. A replica that
-    becomes ready later is brought the named adapters one by one; until it holds one, its requests go elsewhere.
+    becomes ready later is brought the named adapters one by one; until it holds one, its requests go elsewhere. What it
+    refuses is brought to it again, a few times.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class AdapterCalls:
         self._kept = 0
         # Reloads that were not answered yet.
         self._reloads: dict[int, _Reload] = {}
+        self._retries = AdapterRetries()
 
     def holds(self, replica: Replica, content_hash: str) -> bool:
         """Whether a replica can run requests of a content."""
@@ -69,13 +73,13 @@ class AdapterCalls:
         self._registry.begin_load(command, {replica.replica_id for replica in replicas})
         return call_id, [to(replica, command) for replica in replicas]
 
-    def answered(self, replica: Replica, report: AdapterResult) -> list[Outgoing]:
+    def answered(self, replica: Replica, report: AdapterResult, now: float) -> list[Outgoing]:
         """A replica's answer to a load or unload."""
         if report.spec is not None:
             self._holdings.add(replica.replica_id, report.spec.content_hash)
             replica.refused.pop(report.spec.content_hash, None)
         if report.call_id in self._reloads:
-            self._reloaded(replica, report)
+            self._reloaded(replica, report, now)
         elif report.call_id in self._registry.loads_on(replica.replica_id):
             error = report.error or "the replica neither loaded nor refused it"
             return self._settle(report.call_id, replica.replica_id, report.spec or AdapterError(error))
@@ -108,12 +112,27 @@ class AdapterCalls:
     def lose(self, replica: Replica, error: PeftDistError) -> list[Outgoing]:
         """A replica is gone: loads go on without it, or fail if it was the last one."""
         self._holdings.lose(replica.replica_id)
+        self._retries.keep(replica, ())
         replica.coming.clear()
         self._reloads = {call: reload for call, reload in self._reloads.items() if reload.epoch != replica.epoch}
         out: list[Outgoing] = []
         for call_id in self._registry.loads_on(replica.replica_id):
             out += self._settle(call_id, replica.replica_id, error, lost=True)
         return out
+
+    def next_deadline(self) -> float:
+        """When ``tick`` has something to do; infinity for never."""
+        if not self._retries.has_some:
+            return math.inf
+        return min(map(self._retries.next_at, self._replicas.ready()), default=math.inf)
+
+    def tick(self, now: float) -> list[Outgoing]:
+        """Bring what was refused, and may be taken by now. It counts as refused until it is."""
+        if now < self.next_deadline():
+            return []
+        specs = {spec.content_hash: spec for spec in self._registry.specs()}
+        due = [(replica, each) for replica in self._replicas.ready() for each in self._retries.take_due(replica, now)]
+        return [self._bring(replica, specs[content_hash]) for replica, content_hash in due if content_hash in specs]
 
     def tidy(self) -> list[Outgoing]:
         """Pins that changed, and drops of what neither a name nor a request needs.
@@ -124,6 +143,7 @@ class AdapterCalls:
         for replica in alive.values():
             # What nobody can ask for is not missed.
             replica.refused = {each: why for each, why in replica.refused.items() if self._registry.is_named(each)}
+            self._retries.keep(replica, replica.refused)
         out: list[Outgoing] = []
         if (renamed := self._registry.take_renamed()) is not None:
             out += [to(replica, renamed) for replica in alive.values()]
@@ -165,13 +185,16 @@ class AdapterCalls:
                 continue
             if spec.content_hash in replica.refused or spec.content_hash in replica.coming:
                 continue
-            command = self._registry.reload_command(spec.name, self._new_call())
-            self._reloads[command.call_id] = _Reload(replica.epoch, spec, command.pinned)
             replica.coming.add(spec.content_hash)
-            out.append(to(replica, command))
+            out.append(self._bring(replica, spec))
         return out
 
-    def _reloaded(self, replica: Replica, report: AdapterResult) -> None:
+    def _bring(self, replica: Replica, spec: AdapterSpec) -> Outgoing:
+        command = self._registry.reload_command(spec.name, self._new_call())
+        self._reloads[command.call_id] = _Reload(replica.epoch, spec, command.pinned)
+        return to(replica, command)
+
+    def _reloaded(self, replica: Replica, report: AdapterResult, now: float) -> None:
         reload = self._reloads.pop(report.call_id)
         wanted = reload.spec
         replica.coming.discard(wanted.content_hash)
@@ -181,11 +204,13 @@ class AdapterCalls:
         # other names may mean the same.
         same = [spec.name for spec in self._registry.specs() if spec.content_hash == wanted.content_hash]
         self._registry.repin_if_pinned([wanted.name, *same])
-        if report.spec is not None and report.spec.content_hash == wanted.content_hash:
+        if self.holds(replica, wanted.content_hash):  # By this, or by a load that came meanwhile.
             return
         problem = report.error or f"{wanted.path} no longer holds what the other replicas loaded"
         replica.refused[wanted.content_hash] = problem
-        text = f"adapter {wanted.name!r} is not served here: {problem}. Unload it, or load it in place"
+        wait = self._retries.refused(replica, wanted.content_hash, now, is_final=report.is_final)
+        again = "It is not tried again" if wait is None else f"It is tried again in {wait:g} s"
+        text = f"adapter {wanted.name!r} is not served here: {problem}. {again}. Unload it, or load it in place"
         self._events.append(Notice(replica.replica_id, text))
 
     def _new_call(self) -> int:

@@ -80,6 +80,7 @@ class Orchestrator:
         self._placer = Placer(*tables, options.max_num_seqs, self._demand.lengths, self.migration.hosting)
         self.handover = Handover(self._requests, self.replicas, self._placer, options, counts)
         self._placer.mover = partial(self.handover.move_record, cause=DRAIN)
+        self._placer.under_way = self.handover.under_way
         self.migration.mover = partial(self.handover.move_record, cause=PLAN)
         self.lives = Lifecycle(self.replicas, options)
         self._losses = Losses(*tables, self._placer, self.handover, self.lives, self._endings, self._events)
@@ -167,7 +168,9 @@ class Orchestrator:
         """
         replica = self.lives.resume(replica_id)
         kept = to(replica, KeepDrained(is_drained=False))
-        return [kept, *self._calls.welcome(replica), *self._losses.place_waiting(now)]
+        # What another one drains of may have waited for this one's adapters.
+        moved = self._placer.evacuate(now) + self._note_drained(now)
+        return [kept, *self._calls.welcome(replica), *self._losses.place_waiting(now), *moved]
 
     def drain(self) -> None:
         """Admit nothing any more; what runs goes on."""
@@ -221,7 +224,9 @@ class Orchestrator:
                 out = self._observe_ready(replica, report, now)
             case AdapterResult():
                 out = (
-                    self._calls.answered(replica, report) + self._losses.place_waiting(now) + self._placer.evacuate(now)
+                    self._calls.answered(replica, report, now)
+                    + self._losses.place_waiting(now)
+                    + self._placer.evacuate(now)
                 )
             case NamesKept(version=version):
                 replica.names_version = version
@@ -238,7 +243,7 @@ class Orchestrator:
 
         Replicas that are not ready in time, or silent for too long, are lost; those that waited for it are started.
         """
-        out = self.handover.tick(now)
+        out = self.handover.tick(now) + self._calls.tick(now)
         for lost, fault in self.lives.lost_by(now):
             out += self._give_up(lost, fault, now)
         for dead in self.lives.due(now):
@@ -253,7 +258,7 @@ class Orchestrator:
     def next_deadline(self) -> float:
         """When ``tick`` has something to do, if nothing happens before; infinity for never."""
         waiting = (record.waits_since + self._options.max_wait for record in self._requests.unplaced())
-        deadlines = (part.next_deadline() for part in (self.lives, self.handover, self.migration))
+        deadlines = (part.next_deadline() for part in (self.lives, self.handover, self.migration, self._calls))
         return min(*deadlines, min(waiting, default=math.inf))
 
     def drain_events(self) -> list[Event]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 
 from peft_dist.core.step_costs import StepCosts
 from peft_dist.orchestrator.records import Replica, RequestRecord
 from peft_dist.orchestrator.requests import RequestTable
-from peft_dist.policy.dispatch import Target, Work, choose
+from peft_dist.policy.dispatch import Backlog, Target, Work, choose
 
 _WEIGHT = 0.1
 # Of requests that nothing is known of; long enough to count, shorter than most limits.
@@ -49,8 +49,13 @@ class Dispatcher:
         self._lengths = lengths
         self._max_num_seqs = max_num_seqs
 
-    def choose(self, record: RequestRecord, replicas: Sequence[Replica]) -> Replica:
-        """Which of ``replicas`` (at least one, all of which could run it) is expected to finish a request first."""
+    def choose(
+        self, record: RequestRecord, replicas: Sequence[Replica], forecasts: Mapping[int, Backlog] | None = None
+    ) -> Replica:
+        """Which of ``replicas`` (at least one, all of which could run it) is expected to finish a request first.
+
+        ``forecasts``: Backlogs to go by in place of those there are, by replica.
+        """
         if len(replicas) == 1:
             return replicas[0]
         adapter = record.adapter
@@ -65,12 +70,17 @@ class Dispatcher:
         )
         # One that has not reported costs is taken to be like the others: a guess would send it all or nothing.
         known = next((replica.costs for replica in replicas if replica.costs is not None), StepCosts())
-        targets = self._targets(replicas, known, work, record)
+        targets = self._targets(replicas, known, work, record, forecasts or {})
         best = choose(work, targets)
         return next(replica for replica in replicas if replica.replica_id == best)
 
     def _targets(
-        self, replicas: Sequence[Replica], costs: StepCosts, work: Work, record: RequestRecord
+        self,
+        replicas: Sequence[Replica],
+        costs: StepCosts,
+        work: Work,
+        record: RequestRecord,
+        forecasts: Mapping[int, Backlog],
     ) -> list[Target]:
         placed, here = self._placed(work.adapter), frozenset((work.adapter,))
         backlogs, most = self._requests.backlogs(replicas), self._max_num_seqs
@@ -79,7 +89,7 @@ class Dispatcher:
             Target(
                 replica.replica_id,
                 replica.costs or costs,
-                backlog,
+                forecasts.get(replica.replica_id, backlog) if forecasts else backlog,
                 here if replica.replica_id in placed else replica.resident,
                 most,
                 replica.capacity_tokens,

@@ -109,7 +109,7 @@ class Guests:
             elif life_of(received.epoch) != self._core.life:
                 self._hear_of_another_life(received)
             elif self._renewals.awaits(received):
-                self._renewals.hear(received)
+                self._act(self._renewals.hear(received))
             elif self._core.replicas.alive(received.replica_id, received.epoch) is None:
                 # Cut off, given up, and back again: whatever it says, others have its requests.
                 self._link.send(Outgoing(received.replica_id, received.epoch, Fence()))

@@ -124,6 +124,10 @@ class Handover:
         """Whether a request is being handed over."""
         return any(move.record is record for move in self._moves.values())
 
+    def under_way(self) -> list[tuple[RequestRecord, Replica]]:
+        """Requests that are being handed over, and where to."""
+        return [(move.record, move.target) for move in self._moves.values() if self._is_current(move)]
+
     def observe(self, replica: Replica, report: AnyReport, now: float) -> list[Outgoing]:
         """A replica's answer to what it was asked for; all else, and what nobody waits for any more, is passed over."""
         match report:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Sequence
+from dataclasses import dataclass
 
 from peft_dist.core.messages import PrefetchAdapter
 from peft_dist.orchestrator.adapter_calls import AdapterCalls, to
@@ -15,6 +17,17 @@ from peft_dist.placement.types import AdapterStep
 
 # Rates move slowly; adapters and replicas that come or go are seen at once.
 LOOK_SECONDS = 5.0
+# Between two loads of one adapter ahead, neither of which was seen to bring it: from ``LOOK_SECONDS`` on, doubling.
+LONGEST_AGAIN_SECONDS = 600.0
+
+
+@dataclass(slots=True)
+class _Wish:
+    """An adapter is to be on one incarnation of a replica. ``at``: When to look next, ``wait``: for how long after a
+    load was sent."""
+
+    at: float
+    wait: float = LOOK_SECONDS
 
 
 class Hosting:
@@ -42,9 +55,9 @@ class Hosting:
         self._events = events
         self._sends_ahead = sends_ahead
         self._search: Search | None = None
-        # By replica; and by incarnation of one, what of it was sent ahead.
+        # By replica; and by incarnation of one.
         self._hosted: dict[int, frozenset[str]] = {}
-        self._sent: dict[int, frozenset[str]] = {}
+        self._wishes: dict[int, dict[str, _Wish]] = {}
         self._seen: tuple[object, ...] = ()
         self._look_at = 0.0
         self.num_placements = 0
@@ -140,14 +153,22 @@ class Hosting:
         self._hosted = {replica_id: frozenset(contents) for replica_id, contents in hosted.items()}
 
     def _send_ahead(self, now: float) -> list[Outgoing]:
-        """Have replicas load what is placed there, once each, as far as there is room beside what requests use."""
+        """Have replicas load what is placed there, as far as there is room beside what requests use.
+
+        Whatever was there once is not sent again: what put it out was asked for.
+        """
         lacking = {}
-        sent, self._sent = self._sent, {}
+        wishes, self._wishes = self._wishes, {}
         for replica in self._replicas.ready():
-            hosted = self._hosted.get(replica.replica_id, frozenset())
-            before = sent.get(replica.epoch, frozenset()) & hosted
-            lacks = {content for content in hosted - before if self._calls.holds(replica, content)}
-            self._sent[replica.epoch] = before | lacks
+            hosted, before = self._hosted.get(replica.replica_id, frozenset()), wishes.get(replica.epoch, {})
+            own = {content: wish for content, wish in before.items() if content in hosted}
+            new = hosted.difference(before)
+            own |= {content: _Wish(now) for content in new if self._calls.holds(replica, content)}
+            for content in replica.stats.resident_adapters:
+                if content in own:
+                    own[content].at = math.inf
+            self._wishes[replica.epoch] = own
+            lacks = {content: wish for content, wish in own.items() if wish.at <= now}
             if lacks:
                 lacking[replica.replica_id] = replica, lacks
         if not lacking or self.placement is None or not self._sends_ahead:
@@ -157,6 +178,11 @@ class Hosting:
         for step in placement_steps(view, self.placement):
             if step.kind != "evict" and step.replica in lacking and step.adapter in lacking[step.replica][1]:
                 chosen.setdefault(step.replica, []).append(step.adapter)
+        for replica_id, (_, lacks) in lacking.items():
+            for content, wish in lacks.items():
+                wish.at = now + LOOK_SECONDS
+                if content in chosen.get(replica_id, ()):
+                    wish.at, wish.wait = now + wish.wait, min(2 * wish.wait, LONGEST_AGAIN_SECONDS)
         return [out for replica_id, contents in chosen.items() for out in self._load(lacking[replica_id][0], contents)]
 
     def _load(self, replica: Replica, contents: Sequence[str]) -> list[Outgoing]:

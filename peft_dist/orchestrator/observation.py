@@ -99,8 +99,8 @@ class ReplicaView:
     """One replica as it was last heard of.
 
     Attributes:
-        state: "starting", "ready", "draining" or "dead"; what ``stats`` and ``detail`` say of now is worth something
-            only while it is ready or draining.
+        state: "starting", "ready", "draining", "dead", or "unreached": it is heard, and hears nothing. What ``stats``
+            and ``detail`` say of now is worth something only while it is ready or draining.
         model: None before it was ready for the first time.
         totals: Counts over all incarnations.
         num_restarts: Incarnations before this one.

@@ -12,6 +12,7 @@ from peft_dist.orchestrator.poison import find_guilty
 from peft_dist.orchestrator.records import Outgoing, Replica, ReplicaState, RequestRecord, SequenceRecord
 from peft_dist.orchestrator.replicas import ReplicaTable
 from peft_dist.orchestrator.requests import RequestTable, add_commands
+from peft_dist.policy.dispatch import Backlog
 
 
 class Placer:
@@ -19,6 +20,7 @@ class Placer:
 
     Attributes:
         mover: What moves requests from draining replicas: ``move``, unless there is something better.
+        under_way: Requests that are being moved, and where to.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class Placer:
         self._hosting = hosting
         self._dispatcher = Dispatcher(requests, lengths, max_num_seqs, hosting.placed)
         self.mover: Callable[[RequestRecord, Replica, float], list[Outgoing]] = self.move
+        self.under_way: Callable[[], list[tuple[RequestRecord, Replica]]] = list
         # The last suspect that was placed.
         self._tried: RequestRecord | None = None
 
@@ -93,13 +96,35 @@ class Placer:
         return self.move(record, self._choose(record, able, now), now) if able else []
 
     def evacuate(self, now: float) -> list[Outgoing]:
-        """Move what can be moved from draining replicas; what no other can run finishes where it is."""
+        """Move what can be moved from draining replicas; what no other can run finishes where it is.
+
+        Those that take their KV along are their old replicas' until it has come: where they go they count from now on,
+        or all would go to one.
+        """
+        draining = self._replicas.in_state(ReplicaState.DRAINING)
+        if not draining:
+            return []
         out: list[Outgoing] = []
-        for old in self._replicas.in_state(ReplicaState.DRAINING):
-            for record in self._requests.on_replica(old.replica_id):
-                if able := self._able(record):
-                    out += self.mover(record, self._choose(record, able, now), now)
+        coming: dict[int, Backlog] = {}
+        moving = self.under_way()
+        for record, target in moving:
+            self._expect(coming, record, target)
+        moves = {record.request_id for record, _ in moving}
+        for record in [each for old in draining for each in self._requests.on_replica(old.replica_id)]:
+            if record.request_id not in moves and (able := self._able(record)):
+                target = self._choose(record, able, now, coming)
+                out += self.mover(record, target, now)
+                self._expect(coming, record, target)
         return out
+
+    def _expect(self, coming: dict[int, Backlog], record: RequestRecord, target: Replica) -> None:
+        """Count a request that goes to a replica, at once or with its KV."""
+        number, with_kv = target.replica_id, record.replica_id != target.replica_id
+        if with_kv and number not in coming:
+            # What has gone there at once is in this copy.
+            coming[number] = self._requests.forecast(number)
+        if number in coming:
+            self._requests.expect(coming[number], record, self._lengths.expected(record), with_kv=with_kv)
 
     def orphan(
         self, replica: Replica, now: float, *, by_death: bool, brought: Sequence[RequestRecord] = ()
@@ -127,8 +152,10 @@ class Placer:
         holders = self._calls.holders(record.content_hash)
         return [replica for replica in ready if replica.replica_id in holders]
 
-    def _choose(self, record: RequestRecord, able: Sequence[Replica], now: float) -> Replica:
-        return self._dispatcher.choose(record, self._hosting.among(record, able, now))
+    def _choose(
+        self, record: RequestRecord, able: Sequence[Replica], now: float, coming: Mapping[int, Backlog] | None = None
+    ) -> Replica:
+        return self._dispatcher.choose(record, self._hosting.among(record, able, now), coming)
 
     def _give(self, record: RequestRecord, replica: Replica, now: float) -> list[Outgoing]:
         prefixes = self._requests.prefixes

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from peft_dist.core.errors import PeftDistError
 from peft_dist.core.messages import AnyReport
-from peft_dist.core.record_file import FULL, RecordFile, recording_folder
+from peft_dist.core.record_file import FULL, End, Recorder, RecordFile, recording_folder
 from peft_dist.orchestrator import recording
 from peft_dist.orchestrator.client import NewRequest
 from peft_dist.orchestrator.core import Orchestrator, OrchestratorOptions
@@ -35,7 +35,7 @@ def make_orchestrator(options: OrchestratorOptions, *, finds_replicas: bool = Fa
         logger.warning("the orchestrator is not recorded: it goes on with replicas of an earlier one")
     if folder is None or finds_replicas:
         return Orchestrator(options)
-    return RecordedOrchestrator(options, RecordFile(folder, recording.PREFIX, recording.End(FULL)))
+    return RecordedOrchestrator(options, RecordFile(folder, recording.PREFIX, End(FULL)))
 
 
 class RecordedOrchestrator(Orchestrator):
@@ -45,15 +45,14 @@ class RecordedOrchestrator(Orchestrator):
         if options.seed is None:
             options = replace(options, seed=secrets.randbits(63))
         super().__init__(options)
-        self._write = write
+        self._recorder = Recorder(write)
         self._depth_of_calls = 0
-        self._has_ended = False
-        write(recording.Begin(recording.FORMAT, options))
+        self._recorder.note(recording.Begin(recording.FORMAT, options))
         # Whoever drives it calls these directly.
         self.migration = cast(Any, _Migration(self.migration, self._noted))
         self.handover = cast(Any, _Handover(self.handover, self._noted))
         self.lives = cast(Any, _Lives(self.lives, self._noted))
-        self.replicas = cast(Any, _Replicas(self.replicas, self._noted, self._end))
+        self.replicas = cast(Any, _Replicas(self.replicas, self._noted, self._recorder.end))
 
     def submit(self, new: NewRequest, now: float) -> list[Outgoing]:
         submit = super().submit
@@ -118,7 +117,7 @@ class RecordedOrchestrator(Orchestrator):
     def _noted(self, entry: recording.Input, call: Callable[[], Any]) -> Any:
         if self._depth_of_calls:
             return call()
-        self._note(entry)
+        self._recorder.note(entry)
         first, result, error = len(self._events), None, None
         self._depth_of_calls += 1
         try:
@@ -129,15 +128,7 @@ class RecordedOrchestrator(Orchestrator):
             raise
         finally:
             self._depth_of_calls -= 1
-            self._note(recording.decided(result, self._events[first:], error))
-
-    def _note(self, entry: recording.Entry) -> None:
-        if not self._has_ended:
-            self._write(entry)
-
-    def _end(self, why: str) -> None:
-        self._note(recording.End(why))
-        self._has_ended = True
+            self._recorder.note(recording.decided(result, self._events[first:], error))
 
 
 class _Part:

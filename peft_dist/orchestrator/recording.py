@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from peft_dist.core.messages import AbortRequest, AddRequest, AnyCommand, AnyReport, ExportRequests, PrefetchAdapter
+from peft_dist.core.record_file import End, RecordEntry
 from peft_dist.orchestrator.client import NewRequest
 from peft_dist.orchestrator.options import OrchestratorOptions
 from peft_dist.orchestrator.records import (
@@ -30,31 +31,27 @@ FORMAT = 1
 PREFIX = "orchestrator"
 
 
-class _Entry(msgspec.Struct, frozen=True, tag=str.lower, tag_field="is"):
-    pass
-
-
-class Begin(_Entry, frozen=True):
+class Begin(RecordEntry, frozen=True):
     """An orchestrator with these options, whose seed is told."""
 
     format: int
     options: OrchestratorOptions
 
 
-class Submit(_Entry, frozen=True):
+class Submit(RecordEntry, frozen=True):
     """As of ``Orchestrator.submit``; so are the next ones, by their names."""
 
     new: NewRequest
     now: float
 
 
-class Abort(_Entry, frozen=True):
+class Abort(RecordEntry, frozen=True):
     request_id: str
     now: float
     sequence_index: int | None
 
 
-class LoadAdapter(_Entry, frozen=True):
+class LoadAdapter(RecordEntry, frozen=True):
     name: str
     path: str
     replace: bool
@@ -62,36 +59,36 @@ class LoadAdapter(_Entry, frozen=True):
     source: dict[str, Any]
 
 
-class UnloadAdapter(_Entry, frozen=True):
+class UnloadAdapter(RecordEntry, frozen=True):
     name: str
 
 
-class DrainReplica(_Entry, frozen=True):
+class DrainReplica(RecordEntry, frozen=True):
     replica_id: int
     now: float
     restart: bool
 
 
-class ResumeReplica(_Entry, frozen=True):
+class ResumeReplica(RecordEntry, frozen=True):
     replica_id: int
     now: float
 
 
-class Drain(_Entry, frozen=True):
+class Drain(RecordEntry, frozen=True):
     pass
 
 
-class ShutDown(_Entry, frozen=True):
+class ShutDown(RecordEntry, frozen=True):
     pass
 
 
-class AddReplica(_Entry, frozen=True):
+class AddReplica(RecordEntry, frozen=True):
     replica_id: int
     now: float
     start_timeout: float | None
 
 
-class LoseReplica(_Entry, frozen=True):
+class LoseReplica(RecordEntry, frozen=True):
     replica_id: int
     epoch: int
     reason: str
@@ -100,24 +97,24 @@ class LoseReplica(_Entry, frozen=True):
     by_link: bool
 
 
-class Observe(_Entry, frozen=True):
+class Observe(RecordEntry, frozen=True):
     replica_id: int
     epoch: int
     report: AnyReport
     now: float
 
 
-class Tick(_Entry, frozen=True):
+class Tick(RecordEntry, frozen=True):
     now: float
 
 
-class Join(_Entry, frozen=True):
+class Join(RecordEntry, frozen=True):
     """As of ``ReplicaTable.join``."""
 
     start_deadline: float
 
 
-class MoveRequest(_Entry, frozen=True):
+class MoveRequest(RecordEntry, frozen=True):
     """As of ``Handover.move``."""
 
     request_id: str
@@ -126,51 +123,51 @@ class MoveRequest(_Entry, frozen=True):
     with_kv: bool | None
 
 
-class ExcuseSilence(_Entry, frozen=True):
+class ExcuseSilence(RecordEntry, frozen=True):
     """As of ``Lifecycle``, and so is the next one."""
 
     now: float
 
 
-class StopRestarts(_Entry, frozen=True):
+class StopRestarts(RecordEntry, frozen=True):
     pass
 
 
-class Survey(_Entry, frozen=True):
+class Survey(RecordEntry, frozen=True):
     """A look at all requests begins, for a plan."""
 
 
-class SurveyStep(_Entry, frozen=True):
+class SurveyStep(RecordEntry, frozen=True):
     """Some more of them are looked at."""
 
 
-class Surveyed(_Entry, frozen=True):
+class Surveyed(RecordEntry, frozen=True):
     """All were looked at; ``view`` is a digest of what was found."""
 
     now: float
     view: str
 
 
-class Plan(_Entry, frozen=True):
+class Plan(RecordEntry, frozen=True):
     """A planner's answer, which was bounded by time and is not found again."""
 
     plan: MigrationPlan
 
 
-class Move(_Entry, frozen=True):
+class Move(RecordEntry, frozen=True):
     """Some of the plan's moves are carried out."""
 
     moves: list[RequestMove]
     now: float
 
 
-class Planned(_Entry, frozen=True):
+class Planned(RecordEntry, frozen=True):
     origin: str
     seconds: float
     now: float
 
 
-class Placed(_Entry, frozen=True):
+class Placed(RecordEntry, frozen=True):
     """What a search for a placement ended with; None: it failed."""
 
     placement: Placement | None
@@ -187,18 +184,12 @@ class Sent(msgspec.Struct, frozen=True, array_like=True):
     digest: str
 
 
-class Decided(_Entry, frozen=True):
+class Decided(RecordEntry, frozen=True):
     """What came of the input before it; ``error`` is the name of the one that was raised."""
 
     sent: list[Sent]
     events: list[str]
     error: str | None = None
-
-
-class End(_Entry, frozen=True):
-    """What follows is not recorded."""
-
-    why: str
 
 
 Input = (

@@ -119,6 +119,11 @@ class Replica:
         return self.state is not ReplicaState.DEAD
 
     @property
+    def is_unreached(self) -> bool:
+        """Whether its process was heard, and has not yet heard that it is this incarnation."""
+        return self.is_renewed and self.state is ReplicaState.STARTING
+
+    @property
     def will_be_ready(self) -> bool:
         """Whether it starts, or is going to be started again."""
         return self.state is ReplicaState.STARTING or self.restart_at is not None or (self.leaves and not self.is_guest)

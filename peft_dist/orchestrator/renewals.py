@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from peft_dist.core.messages import AnyCommand
+from peft_dist.core.messages import AnyCommand, Heartbeat, ProtocolError, decode_report
 from peft_dist.core.succession import Adopt
 from peft_dist.orchestrator.core import Orchestrator
 from peft_dist.orchestrator.link import Received
-from peft_dist.orchestrator.records import Replica
+from peft_dist.orchestrator.records import Outgoing, Replica
 
-# A process that says nothing for so long hangs; one that talks and does not become another is not reached.
+# Whoever did nothing else for so long, and did not hear what it was told, is not reached: its link is cut one way.
+UNREACHED_SECONDS = 3.0
+# A process that says nothing for so long hangs; one that talks and is in one step may hear it afterwards.
 _SILENCE_SECONDS = 10.0
 _LONGEST_SECONDS = 60.0
 _ASK_AGAIN_SECONDS = 1.0
@@ -31,14 +33,16 @@ class Renewals:
         """``answer``: Hands a command to the socket of a name, for an epoch. The rest is as in ``Adopt``."""
         self._core, self._answer, self._now = core, answer, now
         self._pid, self._heartbeat_seconds = pid, heartbeat_seconds
-        # By replica: the epoch by which its process knows itself, when it was told last, and must have become another.
+        # By replica: the epoch by which its process knows itself, when it was told first and last, and must have become
+        # another.
         self._old: dict[int, int] = {}
+        self._began: dict[int, float] = {}
         self._told: dict[int, float] = {}
         self._limits: dict[int, float] = {}
 
     def begin(self, replica: Replica, epoch: int) -> None:
         """The process of an incarnation that is over is to go on as ``replica``."""
-        self._old[replica.replica_id] = epoch
+        self._old[replica.replica_id], self._began[replica.replica_id] = epoch, self._now()
         self._limits[replica.replica_id] = self._now() + _LONGEST_SECONDS
         self._tell(replica)
 
@@ -46,11 +50,19 @@ class Renewals:
         """Whether it was said by one that is to become another."""
         return self._replica(received) is not None
 
-    def hear(self, received: Received) -> None:
-        """It still is the one it was: the command may have been lost, or waits behind a step."""
-        replica = self._replica(received)
-        if replica is not None and self._now() >= self._told[replica.replica_id] + _ASK_AGAIN_SECONDS:
+    def hear(self, received: Received) -> list[Outgoing]:
+        """It still is the one it was: the command may have been lost, or waits behind a step. Returns what follows for
+        others where it will not be reached."""
+        replica, now = self._replica(received), self._now()
+        if replica is None:
+            return []
+        number, beat = replica.replica_id, _beat(received.data)
+        if beat is not None and now - beat.busy_seconds >= self._began[number] + UNREACHED_SECONDS:
+            reason = f"Replica {number} is heard, and hears nothing of this server: its link works in one direction."
+            return self._core.lose_replica(number, replica.epoch, reason, now, hangs=True)
+        if now >= self._told[number] + _ASK_AGAIN_SECONDS:
             self._tell(replica)
+        return []
 
     def _replica(self, received: Received) -> Replica | None:
         if received.replica_id is None or self._old.get(received.replica_id) != received.epoch:
@@ -69,3 +81,12 @@ class Renewals:
             pid=self._pid,
         )
         self._answer(f"{number}.{self._old[number]}".encode(), adopt, self._old[number])
+
+
+def _beat(data: bytes) -> Heartbeat | None:
+    """A sign of life; None for all else."""
+    try:
+        message = decode_report(data).message
+    except ProtocolError:
+        return None
+    return message if isinstance(message, Heartbeat) else None

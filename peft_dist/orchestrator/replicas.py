@@ -165,7 +165,7 @@ class ReplicaTable:
 def _view(replica: Replica) -> ReplicaView:
     return ReplicaView(
         replica_id=replica.replica_id,
-        state=replica.state.value,
+        state="unreached" if replica.is_unreached else replica.state.value,
         model=replica.model,
         stats=replica.stats,
         detail=replica.detail,

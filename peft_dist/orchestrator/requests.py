@@ -123,6 +123,19 @@ class RequestTable:
             backlog.count(record.content_hash, _rank_rows(record), 1)
             shared = len(record.prompt_token_ids)
 
+    def forecast(self, replica_id: int) -> Backlog:
+        """A copy of what a replica has left to do, for ``expect``."""
+        now = self.backlog(replica_id)
+        return Backlog(now.num_sequences, now.prefill_tokens, now.tokens_left, dict(now.adapters))
+
+    @staticmethod
+    def expect(forecast: Backlog, record: RequestRecord, expected_output: float, *, with_kv: bool) -> None:
+        """Count a request in a forecast for the replica to which it goes. ``expected_output``: As of ``place``."""
+        for sequence in record.unfinished.values():
+            forecast.prefill_tokens += 0 if with_kv else sequence.owed_prefill
+            forecast.output_tokens += max(expected_output - len(sequence.output_token_ids), 1.0)
+            forecast.count(record.content_hash, _rank_rows(record), 1)
+
     def new_ids(self, record: RequestRecord) -> dict[int, str]:
         """Ids that no replica ever knew, of the sequences of a request, by index."""
         record.num_moves += 1

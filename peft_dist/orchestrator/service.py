@@ -286,7 +286,7 @@ class EngineService:
             if life_of(received.epoch) != self._core.life:
                 self._act(self._survivors.hear(received))
             elif self._renewals.awaits(received):
-                self._renewals.hear(received)
+                self._act(self._renewals.hear(received))
             elif received.replica_id is not None:
                 self._take(received.replica_id, received.epoch, received.data)
 

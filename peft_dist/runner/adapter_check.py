@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from peft_dist.core.errors import AdapterError
+from peft_dist.core.errors import UnfitAdapterError
 from peft_dist.runner.adapter_config import LoraSettings
 from peft_dist.runner.adapter_modules import ModuleShape
 
@@ -58,12 +58,12 @@ def map_tensors(shapes: Shapes, modules: Mapping[str, ModuleShape], settings: Lo
         settings: The adapter's configuration.
 
     Raises:
-        AdapterError: a tensor lands nowhere, lacks its partner, or has the wrong shape or rank; or it belongs to a
+        UnfitAdapterError: a tensor lands nowhere, lacks its partner, or has the wrong shape or rank; or it belongs to a
             module that the configuration does not name, so that PEFT would leave it out.
     """
     sides, copies = _sort_tensors(shapes, modules, settings)
     if not sides:
-        raise AdapterError("the file holds no LoRA tensors: save the adapter with PEFT's save_pretrained")
+        raise UnfitAdapterError("the file holds no LoRA tensors: save the adapter with PEFT's save_pretrained")
     pairs = {path: _pair(path, sides[path]) for path in sorted(sides)}
     for path, pair in pairs.items():
         _check_shapes(path, shapes[pair.A], shapes[pair.B], modules[path], settings.rank(path))
@@ -92,7 +92,7 @@ def _sort_tensors(
     if homeless:
         raise _homeless(homeless, settings)
     if len(adapter_names) > 1:
-        raise AdapterError(f"the file mixes adapters {_some(map(str, adapter_names))}: save each one by itself")
+        raise UnfitAdapterError(f"the file mixes adapters {_some(map(str, adapter_names))}: save each one by itself")
     return sides, copies
 
 
@@ -115,21 +115,21 @@ def _copied_module(name: str, modules: Mapping[str, ModuleShape]) -> str | None:
 
 def _check_copy(name: str, shape: Sequence[int], module: ModuleShape) -> None:
     if tuple(shape) != module.weight_shape:
-        raise AdapterError(
+        raise UnfitAdapterError(
             f"tensor {name} is a whole base weight of shape {list(shape)} where this base has "
             f"{list(module.weight_shape)} (a resized vocabulary?): merge the adapter into the base it was trained on "
             "with PEFT's merge_and_unload and serve that model"
         )
 
 
-def _homeless(names: list[str], settings: LoraSettings) -> AdapterError:
+def _homeless(names: list[str], settings: LoraSettings) -> UnfitAdapterError:
     for mark, kind in _FOREIGN.items():
         if foreign := [name for name in names if mark in name]:
-            return AdapterError(f"{kind} ({_some(foreign)}) is not supported: train a plain LoRA adapter")
+            return UnfitAdapterError(f"{kind} ({_some(foreign)}) is not supported: train a plain LoRA adapter")
     if biases := [name for name in names if name.endswith("bias")]:
-        return AdapterError(f"biases ({_some(biases)}) are not supported: train with bias='none', lora_bias=False")
+        return UnfitAdapterError(f"biases ({_some(biases)}) are not supported: train with bias='none', lora_bias=False")
     trained_on = f", it was trained on {settings.base_model!r}" if settings.base_model else ""
-    return AdapterError(
+    return UnfitAdapterError(
         f"these tensors land nowhere in the base model: {_some(names)}: serve the adapter with the model it was "
         f"trained on{trained_on}"
     )
@@ -138,21 +138,23 @@ def _homeless(names: list[str], settings: LoraSettings) -> AdapterError:
 def _pair(path: str, sides: Mapping[str, str]) -> Pair:
     if len(sides) < 2:
         missing = "B" if "A" in sides else "A"
-        raise AdapterError(f"{path} has no lora_{missing} to its {next(iter(sides.values()))}: save the adapter again")
+        raise UnfitAdapterError(
+            f"{path} has no lora_{missing} to its {next(iter(sides.values()))}: save the adapter again"
+        )
     return Pair(A=sides["A"], B=sides["B"])
 
 
 def _check_shapes(path: str, a: Sequence[int], b: Sequence[int], module: ModuleShape, rank: int) -> None:
     if len(a) != 2 or len(b) != 2 or a[1] != module.in_features or b[0] != module.out_features:
-        raise AdapterError(
+        raise UnfitAdapterError(
             f"{path} has lora_A {list(a)} and lora_B {list(b)}, but the base has {module.in_features} inputs and "
             f"{module.out_features} outputs there (so [r, {module.in_features}] and [{module.out_features}, r]): "
             "serve the adapter with the model it was trained on"
         )
     if a[0] == 0 or b[1] == 0:
-        raise AdapterError(f"{path} has rank 0: its tensors were saved before they were gathered, save them again")
+        raise UnfitAdapterError(f"{path} has rank 0: its tensors were saved before they were gathered, save them again")
     if a[0] != b[1] or a[0] != rank:
-        raise AdapterError(
+        raise UnfitAdapterError(
             f"{path} has rank {a[0]} in lora_A and {b[1]} in lora_B where adapter_config.json says {rank} "
             "(r, rank_pattern): correct the configuration (of overlapping patterns the first in the file counts, and "
             "PEFT sorts them when it saves)"
@@ -163,7 +165,7 @@ def _check_targets(pairs: Iterable[str], modules: Mapping[str, ModuleShape], set
     present, rule = set(pairs), settings.rule
     strays = [path for path in present if not rule.allows(path, modules[path].kind)]
     if strays and not settings.ties_head:
-        raise AdapterError(
+        raise UnfitAdapterError(
             f"there are tensors for {_some(sorted(strays))}, which adapter_config.json does not name (PEFT would drop "
             "them): correct target_modules, exclude_modules or layers_to_transform"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft_dist.core.errors import AdapterError
+from peft_dist.core.errors import UnfitAdapterError
 
 READ_FIELDS = frozenset(
     {
@@ -74,17 +74,19 @@ _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def refuse_unsupported(config: dict[str, Any]) -> None:
-    """Raises AdapterError, naming the kind, when the configuration is not of a plain LoRA adapter."""
+    """Raises UnfitAdapterError, naming the kind, when the configuration is not of a plain LoRA adapter."""
     kind = config.get("peft_type")
     if kind is None:
-        raise AdapterError("adapter_config.json names no peft_type: save the adapter with PEFT's save_pretrained")
+        raise UnfitAdapterError("adapter_config.json names no peft_type: save the adapter with PEFT's save_pretrained")
     if kind != "LORA":
-        raise AdapterError(f"peft_type={kind!r} is not supported, only LORA is: {_TRAIN}, or {_MERGE}")
+        raise UnfitAdapterError(f"peft_type={kind!r} is not supported, only LORA is: {_TRAIN}, or {_MERGE}")
     for field, (what, remedy) in _UNSUPPORTED.items():
         if config.get(field):
-            raise AdapterError(f"{what} ({field}={config[field]!r:.200}) is not supported: {remedy}")
+            raise UnfitAdapterError(f"{what} ({field}={config[field]!r:.200}) is not supported: {remedy}")
     if config.get("bias") not in (None, "none"):
-        raise AdapterError(f"trained biases of the base (bias={config['bias']!r:.200}) are not supported: {_MERGE}")
+        raise UnfitAdapterError(
+            f"trained biases of the base (bias={config['bias']!r:.200}) are not supported: {_MERGE}"
+        )
     _refuse_init(config.get("init_lora_weights", True))
 
 
@@ -92,8 +94,8 @@ def _refuse_init(init: object) -> None:
     if init is None or isinstance(init, bool) or (isinstance(init, str) and init in _PLAIN_INITS):
         return
     if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
-        raise AdapterError(
+        raise UnfitAdapterError(
             f"init_lora_weights={init!r:.200} changed the base model's weights, so the adapter does not fit the "
             "original: convert it with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
-    raise AdapterError(f"init_lora_weights={init!r:.200} is unknown, so the base it fits is unknown: {_TRAIN}")
+    raise UnfitAdapterError(f"init_lora_weights={init!r:.200} is unknown, so the base it fits is unknown: {_TRAIN}")

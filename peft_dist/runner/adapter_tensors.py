@@ -11,7 +11,7 @@ import msgspec
 import torch
 
 from peft_dist.core.adapter import AdapterSpec
-from peft_dist.core.errors import AdapterError
+from peft_dist.core.errors import AdapterError, UnfitAdapterError
 from peft_dist.runner.adapter_check import TensorMap, map_tensors
 from peft_dist.runner.adapter_config import LoraSettings, read_settings
 from peft_dist.runner.adapter_hash import content_hash
@@ -81,7 +81,7 @@ def load_adapter(
             weights = _read(file, found, modules, settings, pin_memory)
             digest = _hash(file, found, weights)
     except AdapterError as error:
-        raise AdapterError(f"adapter {name!r} in {path}: {error}") from error
+        raise type(error)(f"adapter {name!r} in {path}: {error}") from error
     ranks = {module: w.rank for module, w in weights.items()}
     num_bytes = sum(w.A.nbytes + w.B.nbytes for w in weights.values())
     return LoadedAdapter(AdapterSpec(name, digest, str(path), ranks, num_bytes), weights)
@@ -103,7 +103,7 @@ def inspect_adapter(
                     spec = _scan(name, path, file, found, settings)
                     return msgspec.structs.replace(spec, merged_ratio=_ratio_in(file, found, modules, settings))
     except AdapterError as error:
-        raise AdapterError(f"adapter {name!r} in {path}: {error}") from error
+        raise type(error)(f"adapter {name!r} in {path}: {error}") from error
     except NotFiniteError:
         # Read whole, the file tells in which tensor.
         pass
@@ -152,7 +152,9 @@ def _read(
     tensors = file.read(pin_memory)
     if not file.all_finite():
         bad = next(name for name, tensor in tensors.items() if not is_finite(tensor))
-        raise AdapterError(f"tensor {bad} holds NaN or an infinity: the training diverged, use an earlier checkpoint")
+        raise UnfitAdapterError(
+            f"tensor {bad} holds NaN or an infinity: the training diverged, use an earlier checkpoint"
+        )
     for name, path in found.copies.items():
         _check_copy(name, tensors[name], modules[path])
     # A copied base weight can be many times the adapter: views would keep its memory.
@@ -172,7 +174,7 @@ def _check_copy(name: str, copy: torch.Tensor, module: ModuleShape) -> None:
     if module.part is not None:
         copy = module.part.of_weight(copy, turned=module.kind == "embedding")
     if module.weight is not None and _differs(copy, module.weight):
-        raise AdapterError(
+        raise UnfitAdapterError(
             f"tensor {name} is a base weight that differs from this base's (trained, resized or of another "
             "model): merge the adapter with PEFT's merge_and_unload and serve that model"
         )

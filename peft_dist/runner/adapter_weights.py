@@ -15,7 +15,7 @@ from typing import Annotated, Any, Protocol
 import msgspec
 import torch
 
-from peft_dist.core.errors import AdapterError
+from peft_dist.core.errors import AdapterError, UnfitAdapterError
 from peft_dist.runner.adapter_files import PICKLE_NAME, SAFETENSORS_NAME, open_regular, read_exactly
 
 MAX_HEADER_BYTES = 100_000_000
@@ -261,8 +261,8 @@ def _check_layout(entries: Mapping[str, _Entry], num_bytes: int) -> None:
         raise AdapterError(f"{SAFETENSORS_NAME} holds {num_bytes} bytes of tensors, its header says {end}: {_DAMAGED}")
 
 
-def _unsupported_type(name: str, dtype: str) -> AdapterError:
-    return AdapterError(
+def _unsupported_type(name: str, dtype: str) -> UnfitAdapterError:
+    return UnfitAdapterError(
         f"tensor {name} has type {dtype}, which is not supported: save the adapter as float32, bfloat16 or float16"
     )
 
@@ -276,7 +276,7 @@ def _unpickle(path: Path) -> dict[str, torch.Tensor]:
         raise AdapterError(f"{path.name} holds more than named tensors: save the adapter with PEFT's save_pretrained")
     for name, tensor in content.items():
         if tensor.layout is not torch.strided:
-            raise AdapterError(f"tensor {name} is sparse: save the adapter with PEFT's save_pretrained")
+            raise UnfitAdapterError(f"tensor {name} is sparse: save the adapter with PEFT's save_pretrained")
         if tensor.dtype not in _DTYPES.values():
             raise _unsupported_type(name, str(tensor.dtype).removeprefix("torch."))
     return content

@@ -15,13 +15,12 @@ import torch
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.config import EngineConfig, ModelInfo
 from peft_dist.core.cost_model import CostModel
-from peft_dist.core.errors import AdapterError, ConfigError
-from peft_dist.core.record_file import FULL, RecordFile, recording_folder
+from peft_dist.core.errors import AdapterError, ConfigError, UnfitAdapterError
+from peft_dist.core.record_file import FULL, End, RecordFile, recording_folder
 from peft_dist.engine.assembly import assemble
 from peft_dist.engine.engine import Engine
 from peft_dist.engine.handovers import Handovers
 from peft_dist.engine.recorded_moves import make_handovers
-from peft_dist.engine.recording import End
 from peft_dist.kernels import attention_backends, backend
 from peft_dist.kernels.attention_interface import BackendUnavailableError
 from peft_dist.kernels.kv_pool import KVCachePool, block_bytes
@@ -101,7 +100,7 @@ class Replica:
         self.engine.check_room(spec, pinned=pinned)
         reason = self.executor.prepare_merge(spec)
         if reason and self.config.exec_type != "dlora":
-            raise AdapterError(
+            raise UnfitAdapterError(
                 f"adapter {spec.name!r}: {reason}, and exec_type={self.config.exec_type!r} runs nothing else"
             )
         captured_for = self.executor.captured_for

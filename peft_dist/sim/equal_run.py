@@ -121,7 +121,7 @@ class EqualRun:
 
     def end(self) -> tuple[list[SequenceProgress], EqualReports] | None:
         """The last step ends now. Returns what is to be told of it by itself, and the report of all others; None where
-        nothing is."""
+        nothing is. ``told`` is to hear of the former, once it was told: until then it is news."""
         stretch, self._stretch = self._stretch, None
         assert stretch is not None, "it was begun"
         starts, reports = self._starts, self._reports
@@ -134,7 +134,6 @@ class EqualRun:
         if progress:
             told = {one.request_id for one in progress}
             ids = [request_id for request_id in ids if request_id not in told]
-            self.told(progress)
         return progress, EqualReports(ids, [self._ends[-1]], None, reports.num_taken)
 
     def _stats_after(self, stretch: Stretch) -> Callable[[int], ReplicaStats]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from peft_dist.core.errors import ConfigError, PeftDistError
+from peft_dist.core.record_file import End
 from peft_dist.orchestrator import recording as rec
 from peft_dist.orchestrator.core import Orchestrator
 from peft_dist.orchestrator.records import PlacementDue
@@ -45,7 +46,7 @@ class Replayed:
 
 def read(path: Path) -> Iterator[rec.Entry]:
     """As ``replay.read``."""
-    yield from read_lines(path, rec.Entry, lambda why: rec.End(why))
+    yield from read_lines(path, rec.Entry, lambda why: End(why))
 
 
 def replay(entries: Iterable[rec.Entry]) -> Replayed:
@@ -57,7 +58,7 @@ def replay(entries: Iterable[rec.Entry]) -> Replayed:
     """
     again, given, ended = None, None, None
     for entry in entries:
-        if isinstance(entry, rec.End):
+        if isinstance(entry, End):
             ended = entry.why
             break
         if isinstance(entry, rec.Begin):

@@ -14,6 +14,7 @@ from peft_dist.core.cost_model import CostModel
 from peft_dist.core.errors import ConfigError, PeftDistError
 from peft_dist.core.handover import KVHandle
 from peft_dist.core.messages import AdapterResidency
+from peft_dist.core.record_file import End
 from peft_dist.core.request import Request
 from peft_dist.engine.assembly import assemble
 from peft_dist.engine.engine import Engine
@@ -29,7 +30,6 @@ from peft_dist.engine.recording import (
     Collected,
     Copied,
     Copying,
-    End,
     EndExport,
     Entry,
     Export,

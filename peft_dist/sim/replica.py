@@ -227,6 +227,7 @@ class SimReplica:
                 self._driver.stepped(self.run.starts)
             else:
                 self._driver.tell(told[0], self.run.starts)
+                self.run.told(told[0])
                 self._told_version = self.engine.residency_version
                 self._say(told[1])
             self._end_round()

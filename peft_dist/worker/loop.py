@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from peft_dist.core.adapter import AdapterSpec
-from peft_dist.core.errors import PeftDistError
+from peft_dist.core.errors import PeftDistError, UnfitAdapterError
 from peft_dist.core.joining import Welcome
 from peft_dist.core.messages import (
     AdapterResult,
@@ -152,7 +152,8 @@ class WorkerLoop:
         except Exception as error:  # No adapter, however broken, may end the serving of the others.
             if not isinstance(error, PeftDistError):
                 logger.exception("loading adapter %r failed", command.name)
-            self._channel.send(AdapterResult(call_id=command.call_id, error=describe(error)))
+            is_final = isinstance(error, UnfitAdapterError)
+            self._channel.send(AdapterResult(call_id=command.call_id, error=describe(error), is_final=is_final))
         else:
             self._driver.adapters[spec.content_hash] = spec
             self._note_pin(spec.name, pinned=pinned)

@@ -31,6 +31,7 @@ BUSY = ReplicaDetail(
     num_adapter_loads=7,
     num_adapter_evictions=6,
 )
+STATES = ("starting", "ready", "draining", "unreached", "dead")
 FINISHED = "peft_dist:sequences_finished_total"
 ERRORS = "peft_dist:request_errors_total"
 NASTY = [
@@ -63,7 +64,7 @@ def test_before_the_first_replica(engine: ScriptedClient, http: httpx.Client) ->
     engine.replicas = list  # type: ignore[method-assign]
     scrape = Scrape.of(http)
     assert set(FAMILIES) <= set(scrape.types)
-    assert scrape.by("peft_dist:replicas", "state") == {("starting",): 0, ("ready",): 0, ("draining",): 0, ("dead",): 0}
+    assert scrape.by("peft_dist:replicas", "state") == {(state,): 0 for state in STATES}
     assert scrape.value("vllm:num_requests_running", model_name="", engine="0") == 0
 
 
@@ -190,7 +191,7 @@ def test_after_the_replica_was_lost(engine: ScriptedClient, http: httpx.Client) 
     assert http.post(COMPLETIONS, json=BODIES[COMPLETIONS]).status_code == 503
     engine.health_error = "Replica 0 was killed by SIGKILL."
     after = Scrape.of(http)
-    assert after.by("peft_dist:replicas", "state") == {("starting",): 0, ("ready",): 0, ("draining",): 0, ("dead",): 1}
+    assert after.by("peft_dist:replicas", "state") == {(state,): state == "dead" for state in STATES}
     assert after.by("peft_dist:merged", "replica") == {}, "what a dead replica last said is not so any more"
     assert after.value(FINISHED, finish_reason="error") == 1
     assert after.value("vllm:num_requests_waiting", model_name=BASE, engine="0") == 0

@@ -121,14 +121,16 @@ def test_replicas_have_series_of_their_own_but_are_one_to_a_router() -> None:
         view(1, "ready", second, ReplicaDetail(merged_adapter="hash-b", waiting={"hash-c": 4})),
         view(2, "dead", ReplicaStats(9, 9, 9, 0, 100), ReplicaDetail(running={"hash-a": 9}, num_switches=4)),
         view(3, "starting", ReplicaStats(), ReplicaDetail()),
+        view(4, "unreached", ReplicaStats(9, 9, 9, 0, 100), ReplicaDetail(running={"hash-a": 9})),
     ]
     registry = CollectorRegistry()
     queue = RequestMetrics(5).queue
     registry.register(StateCollector(replicas, [adapter(name) for name in "abc"], 1, [], 100, queue, 12.0))
     scrape = scraped(registry)
-    assert scrape.by("peft_dist:replicas", "state") == {("starting",): 1, ("ready",): 2, ("draining",): 0, ("dead",): 1}
+    states = {"starting": 1, "ready": 2, "draining": 0, "unreached": 1, "dead": 1}
+    assert scrape.by("peft_dist:replicas", "state") == {(state,): count for state, count in states.items()}
     assert scrape.by("peft_dist:merged", "replica") == {("0",): 0, ("1",): 1}
-    assert scrape.by("peft_dist:switches_total", "replica") == {("0",): 0, ("1",): 0, ("2",): 4, ("3",): 0}
+    assert scrape.by("peft_dist:switches_total", "replica") == {("0",): 0, ("1",): 0, ("2",): 4, ("3",): 0, ("4",): 0}
     assert scrape.value("peft_dist:adapter_requests_waiting", replica="1", adapter="c") == 4
     labels = {"model_name": BASE, "engine": "0"}
     assert scrape.value("vllm:num_requests_running", **labels) == 5

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from peft_dist.core.adapter import AdapterSpec
@@ -99,6 +101,9 @@ def test_placed_adapters_are_sent_ahead_once(kind: str) -> None:
     core = with_adapters(3, migration=kind)
     placed = {(i, f"h-a{k}") for out in [place(core, 0.0)] for i, content in ahead(out) for k in [content[-1]]}
     assert placed == {(i, f"h-a{k}") for k in range(3) for i in hosts(core, f"a{k}")} != set()
+    for replica_id in (0, 1):
+        there = [content for i, content in placed if i == replica_id]
+        core.observe(replica_id, replica_id + 1, progress_with(ReplicaStats(resident_adapters=there)), 1.0)
     assert place(core, 20.0) == []
     # What a replica has is not sent; one that starts again gets its part when it knows the adapters.
     core.lose_replica(1, 2, "it died", 21.0)
@@ -118,6 +123,55 @@ def test_what_is_on_the_device_is_not_sent_ahead() -> None:
     assert place(core, 0.0) == [] and hosts(core, "a0")
     quiet = with_adapters(2, sends_ahead=False)
     assert place(quiet, 0.0) == [] and hosts(quiet, "a0")
+
+
+def crowded(core: Orchestrator) -> list[Outgoing]:
+    """a0 is placed on replica 0, whose only slot a1 has, of which a request runs. Returns what is sent ahead."""
+    for replica in core.replicas.ready():
+        assert replica.model is not None
+        replica.model = replace(replica.model, max_loras=1)
+        there = ReplicaStats(resident_adapters=["h-a1"])
+        core.observe(replica.replica_id, replica.epoch, progress_with(there), 0.0)
+    submit(core, "other", None)
+    assert submit(core, "r", "a1") == 0 or submit(core, "s", "a1") == 0
+    core.tick(0.0)
+    due = next(event for event in core.drain_events() if isinstance(event, PlacementDue))
+    placement = Placement({"h-a0": frozenset({0}), "h-a1": frozenset({1})}, 1.0)
+    return core.migration.placed(due.search, placement, 0.0)
+
+
+def end_all(core: Orchestrator, now: float) -> None:
+    for name in ("r", "s", "other"):
+        core.abort(name, now)
+
+
+def sent_in(core: Orchestrator, first: int, last: int) -> list[int]:
+    """Seconds at which a0, and nothing else, is sent ahead to replica 0. Another placement is not waited for."""
+    found = [(second, one) for second in range(first, last) for one in ahead(core.tick(float(second)))]
+    assert {one for _, one in found} <= {(0, "h-a0")}
+    return [second for second, _ in found]
+
+
+def test_what_has_no_room_is_sent_ahead_once_there_is_some() -> None:
+    core = with_adapters(2)
+    assert crowded(core) == [] and sent_in(core, 1, 20) == []
+    end_all(core, 20.0)
+    [second] = sent_in(core, 20, 25)
+    assert second <= 20 + LOOK_SECONDS
+
+
+def test_what_found_no_room_is_asked_for_again_ever_later_until_it_is_there() -> None:
+    core = with_adapters(2)
+    crowded(core)
+    end_all(core, 1.0)
+    # It drops the wish while a request of its own waits for a load, and reports each time that it has not come.
+    first, *others = sent_in(core, 1, 160)
+    assert [second - first for second in others] == [5, 15, 35, 75, 155][: len(others)] and len(others) >= 4
+    core.observe(0, 1, progress_with(ReplicaStats(resident_adapters=["h-a0"])), 160.0)
+    assert sent_in(core, 160, 1000) == []
+    # What requests of others put out later comes back with its own.
+    core.observe(0, 1, progress_with(ReplicaStats(resident_adapters=["h-a1"])), 1000.0)
+    assert sent_in(core, 1000, 2000) == []
 
 
 def progress_with(stats: ReplicaStats) -> object:

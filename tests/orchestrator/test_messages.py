@@ -90,7 +90,13 @@ SPEC = st.builds(
 REPORTS: st.SearchStrategy[AnyReport] = st.one_of(
     st.builds(Ready, model=st.just(fake_model()), pid=st.integers(1, 99)),
     st.builds(Progress, sequences=st.lists(PROGRESS, max_size=3), stats=st.builds(ReplicaStats)),
-    st.builds(AdapterResult, call_id=st.integers(0, 99), spec=st.none() | SPEC, error=st.none() | TEXT),
+    st.builds(
+        AdapterResult,
+        call_id=st.integers(0, 99),
+        spec=st.none() | SPEC,
+        error=st.none() | TEXT,
+        is_final=st.booleans(),
+    ),
     st.builds(Fatal, error=TEXT),
 )
 

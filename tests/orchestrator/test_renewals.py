@@ -23,7 +23,7 @@ from peft_dist.orchestrator.client import NewRequest
 from peft_dist.orchestrator.core import Orchestrator
 from peft_dist.orchestrator.link import Received
 from peft_dist.orchestrator.records import Outgoing, Replica, ReplicaLost, ReplicaRenewed, RequestFailed
-from peft_dist.orchestrator.renewals import Renewals
+from peft_dist.orchestrator.renewals import UNREACHED_SECONDS, Renewals
 from tests.orchestrator.test_core import tokens
 from tests.orchestrator.test_lifecycle import cluster
 from tests.orchestrator.world import MODEL, mini_spec
@@ -136,10 +136,11 @@ def test_what_it_counts_goes_on_and_is_not_counted_twice() -> None:
 class Told:
     def __init__(self, core: Orchestrator) -> None:
         self.now, self.commands = 1.0, []  # type: ignore[var-annotated]
+        self.core = core
         self.renewals = Renewals(core, lambda *command: self.commands.append(command), lambda: self.now, pid=7)
 
-    def hears(self, replica_id: int, epoch: int) -> bool:
-        beat = encode_report(ORPHANED, epoch)
+    def hears(self, replica_id: int, epoch: int, busy_seconds: float = 0.0) -> bool:
+        beat = encode_report(Heartbeat(busy_seconds=busy_seconds, is_orphaned=True), epoch)
         received = Received(b"", replica_id, epoch, beat)
         awaited = self.renewals.awaits(received)
         self.renewals.hear(received)
@@ -158,18 +159,27 @@ def test_it_is_told_once_a_second_until_it_is_the_other_and_not_for_ever() -> No
         it.now += 0.25
         assert it.hears(0, 1)
     assert len(it.commands) == 3 and replica.start_deadline == it.now + 10.0
+    assert core.replicas.views()[0].state == "unreached", "it is heard, and does not start"
     comes(core, replica)
     assert not it.hears(0, 1) and len(it.commands) == 3 and replica.start_deadline is None
-    # One that talks and is not reached.
-    epoch = replica.epoch
-    replica, _ = fail_link(core, 0, it.now)
+    assert core.replicas.views()[0].state == "ready"
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_one_that_talks_and_hears_nothing_is_given_up(busy: bool) -> None:
+    core = cluster(2)
+    it = Told(core)
+    replica, _ = fail_link(core, 0)
     core.drain_events()
-    it.renewals.begin(replica, epoch)
+    it.renewals.begin(replica, 1)
     began = it.now
     while replica.is_alive:
-        it.now += 2.0
-        it.hears(0, epoch)
+        it.now += 0.25
+        # In one step ever since, at whose end it may hear what it was told; or idle.
+        it.hears(0, 1, it.now - began + 1.0 if busy else 0.0)
         core.tick(it.now)
-    assert 60.0 <= it.now - began <= 64.0
+    assert it.now - began == (60.0 if busy else UNREACHED_SECONDS)
     [lost] = [event for event in core.drain_events() if isinstance(event, ReplicaLost)]
     assert lost.hangs and core.replicas[0].restart_at is not None
+    assert ("hears nothing" in str(lost.error)) is not busy
+    assert not it.hears(0, 1), "what it says is nobody's any more"

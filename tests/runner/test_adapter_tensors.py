@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from peft_dist.core.errors import AdapterError
+from peft_dist.core.errors import AdapterError, UnfitAdapterError
 from peft_dist.runner.adapter_modules import describe_modules
-from peft_dist.runner.adapter_tensors import load_adapter
+from peft_dist.runner.adapter_tensors import inspect_adapter, load_adapter
 from peft_dist.runner.adapter_weights import in_one_buffer
 from tests.runner.adapter_folder import (
     KEY,
@@ -32,6 +32,19 @@ __all__ = ["folder"]
 def test_wrong_base_shape(folder):
     edit(folder, lambda t: t.update({f"{KEY}.lora_A.weight": torch.ones(4, 99)}))
     refused(folder, Q, "[4, 99]", "32 inputs", "trained on")
+
+
+def test_what_is_whole_and_does_not_fit_is_told_from_what_is_damaged(folder):
+    edit(folder, lambda t: t.update({f"{KEY}.lora_A.weight": torch.ones(4, 99)}))
+    for look in (load_adapter, inspect_adapter):
+        with pytest.raises(UnfitAdapterError, match="32 inputs"):
+            look("a", folder, describe_modules(MODEL))
+        whole = (folder / WEIGHTS).read_bytes()
+        (folder / WEIGHTS).write_bytes(whole[:-1])
+        with pytest.raises(AdapterError) as damaged:
+            look("a", folder, describe_modules(MODEL))
+        assert not isinstance(damaged.value, UnfitAdapterError)
+        (folder / WEIGHTS).write_bytes(whole)
 
 
 def test_wrong_output_shape(folder):

@@ -15,10 +15,10 @@ import pytest
 
 from peft_dist.core.config import EngineConfig
 from peft_dist.core.errors import ConfigError
-from peft_dist.core.record_file import VARIABLE, RecordFile
+from peft_dist.core.record_file import VARIABLE, End, RecordFile
 from peft_dist.core.request import Request
 from peft_dist.core.sampling_params import SamplingParams
-from peft_dist.engine.recording import Collected, End, Entry, Loaded, Submitted, Switched
+from peft_dist.engine.recording import Collected, Entry, Loaded, Submitted, Switched
 from peft_dist.runner.replica import Replica, build_replica
 from peft_dist.sim.replay import ReplayError, read, replay
 from tests.tiny_models import make_model, random_adapter, target_modules

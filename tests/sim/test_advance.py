@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.batch import Batch
 from peft_dist.core.config import EngineConfig
 from peft_dist.core.cost_model import CostModel
+from peft_dist.core.messages import AnyReport, Progress
 from peft_dist.engine.advance import Stretch
 from peft_dist.orchestrator.core import OrchestratorOptions
 from peft_dist.placement.triggers import TriggerSettings
@@ -22,6 +25,7 @@ from peft_dist.sim.simulator import Outcome, SimCluster, Simulator
 Step = tuple[float, str | None, list[tuple[str, int]]]
 WORKLOADS = 200
 SMALL, LARGE = (5, 15, 25), (40, 80, 120)
+INTERRUPTIONS = ("switches", "preemptions", "evictions", "moves")
 
 
 @dataclass(frozen=True)
@@ -33,9 +37,19 @@ class Coming:
 
 
 class Recorded(Simulator):
-    """Keeps every step of every replica: when it began, what was merged, and who computed how many tokens."""
+    """Keeps every step of every replica: when it began, what was merged, and who computed how many tokens. And of every
+    report with details: when it came, from whom, and what it said."""
 
     def _set_up(self) -> None:
+        self.details: list[tuple[float, int, Progress]] = []
+        observe = self.core.observe
+
+        def recorded_observe(replica_id: int, epoch: int, report: AnyReport, now: float) -> Any:
+            if isinstance(report, Progress) and report.detail is not None:
+                self.details.append((now, replica_id, report))
+            return observe(replica_id, epoch, report, now)
+
+        self.core.observe = recorded_observe  # type: ignore[method-assign]
         super()._set_up()
         self.steps: list[list[Step]] = [record(replica) for replica in self.replicas]
 
@@ -85,6 +99,18 @@ def engine_config(rng: random.Random) -> EngineConfig:
     return EngineConfig("simulated", **config)
 
 
+def trigger_settings(rng: random.Random) -> TriggerSettings:
+    """What plans often, what plans rarely, and what plans for little."""
+    return TriggerSettings(
+        period=rng.choice([0.2, 0.5, 10.0]),
+        pause=rng.choice([0.0, 0.1, 0.1, 1.0]),
+        kv_share=rng.choice([0.5, 0.9]),
+        imbalance=rng.choice([0.1, 1.0]),
+        starving=rng.choice([0.1, 5.0]),
+        only_period=rng.random() < 0.1,
+    )
+
+
 def workload(seed: int, sizes: Sequence[int]) -> tuple[SimCluster, list[Coming]]:
     """Up to four replicas, blocks and slots that are often too few, and arrivals all at once or seconds apart."""
     rng = random.Random(seed)
@@ -96,7 +122,7 @@ def workload(seed: int, sizes: Sequence[int]) -> tuple[SimCluster, list[Coming]]
     num_bytes = 1 << rng.choice([20, 28])
     specs = {name: AdapterSpec(name, f"{i:064d}", name, {"q": 8}, num_bytes) for i, name in enumerate(names)}
     kind = rng.choice(["rr", "proactive", "dlora", "dlora"])
-    triggers = TriggerSettings(pause=0.1)
+    triggers = trigger_settings(rng)
     options = OrchestratorOptions(config.max_num_seqs, 1 << 16, 1, migration=kind, triggers=triggers)
     cluster = SimCluster([hardware] * rng.randint(1, 4), specs, options, message_seconds=rng.choice([2e-4, 5e-3]))
     seconds, hot, together = rng.choice([0.5, 3.0, 15.0]), rng.choice([0.2, 0.8]), rng.random() < 0.2
@@ -126,8 +152,9 @@ def state(replica: SimReplica) -> dict[str, Any]:
     }
 
 
-def check(seed: int, sizes: Sequence[int]) -> tuple[int, int]:
-    """Steps in all, and those that were taken together with others."""
+@cache
+def check(seed: int, sizes: Sequence[int]) -> Counter[str]:
+    """What happened: "steps" in all, "together" those that were taken with others, and ``INTERRUPTIONS``."""
     cluster, coming = workload(seed, sizes)
     singly, expected = run(cluster, coming, advance=False)
     at_once, outcomes = run(cluster, coming, advance=True)
@@ -139,14 +166,25 @@ def check(seed: int, sizes: Sequence[int]) -> tuple[int, int]:
         ours, theirs = (one.core.replicas[replica_id] for one in (at_once, singly))
         assert (ours.stats, ours.detail, ours.last_heard) == (theirs.stats, theirs.detail, theirs.last_heard)
         assert (ours.num_sent, ours.num_taken) == (theirs.num_sent, theirs.num_taken)
-    return sum(map(len, singly.steps)), sum(replica.run.num_steps for replica in at_once.replicas)
+    assert at_once.details == singly.details
+    return counts(at_once)
+
+
+def counts(simulator: Recorded) -> Counter[str]:
+    view = simulator.core.migration.view()
+    seen = Counter(steps=sum(map(len, simulator.steps)), moves=sum(view.moves.values()) if view else 0)
+    for replica in simulator.replicas:
+        seen["together"] += replica.run.num_steps
+        seen["switches"] += replica.engine.num_switches
+        seen["preemptions"] += replica.engine.scheduler.num_preemptions
+        seen["evictions"] += replica.engine.scheduler.adapters.evictions
+    return seen
 
 
 @pytest.mark.parametrize("first", range(0, WORKLOADS, 20))
 def test_many_steps_at_once_are_the_same_steps(first: int) -> None:
-    counts = [check(seed, SMALL) for seed in range(first, first + 20)]
-    steps, together = (sum(column) for column in zip(*counts, strict=True))
-    assert 0.1 * steps < together < steps
+    seen = sum((check(seed, SMALL) for seed in range(first, first + 20)), Counter[str]())
+    assert 0.1 * seen["steps"] < seen["together"] < seen["steps"]
 
 
 @pytest.mark.slow
@@ -157,17 +195,13 @@ def test_so_they_are_under_more_requests(first: int) -> None:
 
 
 def test_the_workloads_have_what_interrupts_equal_steps() -> None:
-    """Switches, preemptions, evictions and moves, or the tests above would say little."""
-    seen: dict[str, int] = dict.fromkeys(("switches", "preemptions", "evictions", "moves"), 0)
-    for seed, sizes in [*((seed, SMALL) for seed in range(60)), *((seed, LARGE) for seed in range(20))]:
-        simulator, _ = run(*workload(seed, sizes), advance=True)
-        view = simulator.core.migration.view()
-        seen["moves"] += sum(view.moves.values()) if view else 0
-        for replica in simulator.replicas:
-            seen["switches"] += replica.engine.num_switches
-            seen["preemptions"] += replica.engine.scheduler.num_preemptions
-            seen["evictions"] += replica.engine.scheduler.adapters.evictions
-    assert min(seen.values()) >= 5, seen
+    """Or the tests above, which have run them already, would say little."""
+    seen = sum((check(seed, SMALL) for seed in range(WORKLOADS)), Counter[str]())
+    assert min(seen[each] for each in INTERRUPTIONS) >= 5, seen
+
+
+def test_first_tokens_and_ends_of_one_step_are_told_in_the_order_of_its_batch() -> None:
+    check(1013, LARGE)  # Seed 1004 has it too.
 
 
 def test_a_lone_request_is_a_few_events() -> None:

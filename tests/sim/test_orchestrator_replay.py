@@ -12,6 +12,7 @@ import pytest
 
 from peft_dist.core.errors import ConfigError
 from peft_dist.core.messages import Progress
+from peft_dist.core.record_file import End
 from peft_dist.orchestrator import recording as rec
 from peft_dist.orchestrator.core import OrchestratorOptions
 from peft_dist.orchestrator.recorded import RecordedOrchestrator, make_orchestrator
@@ -118,7 +119,7 @@ def test_on_other_input_something_else_is_decided_and_told(
 
 def test_what_says_nothing_is_no_recording(tmp_path: Any) -> None:
     begin = rec.Begin(rec.FORMAT, OrchestratorOptions(seed=1))
-    for entries in ([], [begin], [begin, rec.End("why")]):
+    for entries in ([], [begin], [begin, End("why")]):
         with pytest.raises(ConfigError, match="ends before anything was decided"):
             replay(entries)
     with pytest.raises(ConfigError, match="format 99"):
@@ -135,7 +136,7 @@ def test_a_seed_is_told_and_adoption_ends_the_recording(tmp_path: Any, monkeypat
     assert replay([again(entry) for entry in entries]).requests == 0
     core.replicas.join(2.0, wanted=7)
     core.tick(3.0)
-    assert isinstance(entries[-1], rec.End) and "adopted" in entries[-1].why
+    assert isinstance(entries[-1], End) and "adopted" in entries[-1].why
     monkeypatch.setenv("PEFT_DIST_RECORD", str(tmp_path))
     assert type(make_orchestrator(OrchestratorOptions(), finds_replicas=True)).__name__ == "Orchestrator"
     assert not list(tmp_path.iterdir())

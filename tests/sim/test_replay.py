@@ -15,12 +15,12 @@ from peft_dist.core.batch import StepResult
 from peft_dist.core.errors import ConfigError
 from peft_dist.core.handover import SequenceState
 from peft_dist.core.messages import AddRequest, EndExport, Exported, ExportRequests, Imported, ImportRequests
-from peft_dist.core.record_file import FULL
+from peft_dist.core.record_file import FULL, End
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.engine.assembly import assemble
 from peft_dist.engine.driver import EngineDriver
 from peft_dist.engine.recorded_moves import make_handovers
-from peft_dist.engine.recording import Collected, Copying, End, Entry, Import, Submitted, Switched
+from peft_dist.engine.recording import Collected, Copying, Entry, Import, Submitted, Switched
 from peft_dist.sim.executor import SimExecutor
 from peft_dist.sim.hardware import dlora
 from peft_dist.sim.options import SimulationOptions

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from peft_dist.core.adapter import AdapterSpec
+from peft_dist.core.errors import AdapterError, UnfitAdapterError
 from peft_dist.core.handover import KVHandle, SequenceState
 from peft_dist.core.messages import (
     AbortRequest,
+    AdapterResult,
     AddRequest,
     AnyReport,
     EndExport,
@@ -151,6 +153,24 @@ def test_a_load_that_ends_and_an_adapter_that_leaves_are_told_while_nothing_runs
     run(replica, script)
     assert residency(script) == {"hash2": "device"}, "hash1 had to go for it"
     assert script.last_detail().num_adapter_evictions == 1
+
+
+def test_a_refusal_says_whether_trying_again_may_help(replica: EngineReplica, monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = [UnfitAdapterError("q has rank 4"), AdapterError("adapter_config.json is missing"), OSError("gone")]
+
+    def inspect(name: str, path: Path, *, allow_pickle: bool) -> AdapterSpec:
+        raise errors[int(name)]
+
+    monkeypatch.setattr(replica, "inspect_adapter", inspect)
+    script = Script([LoadAdapter(call_id=i, name=str(i), path="/there") for i in range(3)])
+
+    def results() -> list[AdapterResult]:
+        return [report for report in script.sent if isinstance(report, AdapterResult)]
+
+    script.before_wait = lambda: len(results()) < 3 and not script.ready and len(script.batches) == 1
+    run(replica, script)
+    assert sorted((one.call_id, one.is_final) for one in results()) == [(0, True), (1, False), (2, False)]
+    assert all(one.error for one in results())
 
 
 def test_a_registration_is_told_soon_and_many_of_them_together(replica: EngineReplica) -> None:

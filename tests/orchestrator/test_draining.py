@@ -1,0 +1,77 @@
+"""A replica that drains is empty as soon as others can take what it has."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+import pytest
+
+from peft_dist.core.messages import AddRequest, Exported, ExportRequests, ImportRequests
+from peft_dist.core.sampling_params import SamplingParams
+from peft_dist.core.step_costs import StepCosts
+from peft_dist.orchestrator.client import NewRequest
+from peft_dist.orchestrator.core import Orchestrator
+from peft_dist.orchestrator.records import Outgoing
+from tests.orchestrator.test_core import tokens
+from tests.orchestrator.test_handover import state
+from tests.orchestrator.test_hosting import answer
+from tests.orchestrator.test_lifecycle import cluster, ready
+
+WITH_KV, WITHOUT = (0.0, 0.0), (100.0, 1.0)
+
+
+def crowded(number: int, transfer: tuple[float, float]) -> Orchestrator:
+    """Replica 0 has so many requests, each with a token. ``transfer``: Seconds of a copy of KV, and of a byte of it."""
+    core = cluster(1, max_num_seqs=8, max_queue=100)
+    for i in range(number):
+        core.submit(NewRequest(f"r{i}", [5] * 20, SamplingParams(max_tokens=100)), 0.0)
+        core.observe(0, core.replicas[0].epoch, tokens(f"r{i}-0", [1], 0), 0.5)
+    for replica_id in (1, 2):
+        join(core, replica_id)
+    for replica in core.replicas.all():
+        replica.costs = StepCosts(transfer=transfer)
+    return core
+
+
+def join(core: Orchestrator, replica_id: int) -> list[Outgoing]:
+    """One more becomes ready; returns the loads of adapters that it is sent."""
+    return ready(core, replica_id, core.add_replica(replica_id, 0.5).epoch, 0.5)  # type: ignore[return-value]
+
+
+def targets(core: Orchestrator, sent: Iterable[Outgoing]) -> Counter[int]:
+    """Where requests go: at once without their KV, or once it was exported."""
+    found: Counter[int] = Counter()
+    for out in sent:
+        match out.command:
+            case AddRequest() | ImportRequests():
+                found[out.replica_id] += 1
+            case ExportRequests(handover=number, request_ids=ids):
+                report = Exported(handover=number, sequences=[state(one, 1) for one in ids])
+                found += targets(core, core.observe(out.replica_id, out.epoch, report, 1.0))
+    return found
+
+
+@pytest.mark.parametrize("transfer", [WITH_KV, WITHOUT])
+def test_the_others_share_what_it_has(transfer: tuple[float, float]) -> None:
+    core = crowded(8, transfer)
+    assert targets(core, core.drain_replica(0, 1.0)) == {1: 4, 2: 4}
+
+
+def test_what_is_on_its_way_already_counts_where_it_will_be() -> None:
+    core = crowded(8, WITH_KV)
+    for i in range(4):
+        core.handover.move(f"r{i}", 1, 1.0, with_kv=True)
+    assert targets(core, core.drain_replica(0, 1.0)) == {2: 4}
+    assert join(core, 3) == [], "what is on its way stays so"
+
+
+def test_one_that_is_resumed_takes_what_nobody_else_could_run() -> None:
+    core = cluster(2)
+    answer(core, core.load_adapter("sql", "sql")[1])
+    # Not yet brought what the others hold.
+    join(core, 2)
+    core.drain_replica(1, 1.0)
+    [add] = core.submit(NewRequest("r", [5], SamplingParams(max_tokens=9), "sql"), 1.0)
+    assert add.replica_id == 0 and not targets(core, core.drain_replica(0, 2.0))
+    assert targets(core, core.resume_replica(1, 3.0)) == {1: 1}
