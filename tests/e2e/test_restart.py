@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ import pytest
 
 from tests.e2e.test_processes import ended
 from tests.e2e.test_serve import COMMAND, ROOT, Server, adapter
+from tests.ports import free_address
 from tests.worker.fake_replica import HOLD
 
 ACCELERATE = ("--launcher", "accelerate")
@@ -269,12 +269,6 @@ def guest(folder: Path, address: str, *options: str) -> Iterator[Guest]:
     finally:
         one.process.kill()
         one.process.wait()
-
-
-def free_address() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{free.getsockname()[1]}"
 
 
 def test_a_replica_that_joined_outlives_the_server_and_leaves_the_next_one(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.e2e.test_restart import free_address, guest
+from tests.e2e.test_restart import guest
 from tests.e2e.test_serve import Server, adapter, events, serving
+from tests.ports import free_address
 from tests.worker.fake_replica import SLOW, expected_token
 
 SILENCE = 2.0
@@ -40,9 +41,14 @@ def asked(server: Server, number: int) -> Future[list[int]]:
                     begun.set_result(None)
         return tokens
 
+    def ended(future: Future[list[int]]) -> None:
+        if not begun.done():
+            begun.set_exception(future.exception() or AssertionError("it ended without a token"))
+
     pool = ThreadPoolExecutor(1)
     future = pool.submit(read)
-    begun.result(30)
+    future.add_done_callback(ended)
+    begun.result(100)
     pool.shutdown(wait=False)
     return future
 
