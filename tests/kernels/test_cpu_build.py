@@ -34,8 +34,9 @@ def script(path: Path, body: str) -> Path:
     return path
 
 
-def num_tasks() -> int:
-    return len(list(Path("/proc/self/task").iterdir()))
+def tasks() -> set[str]:
+    """Threads of this process; those of other tests may end at any moment."""
+    return {task.name for task in Path("/proc/self/task").iterdir()}
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "exit 1", "exec sleep 60", "read-only"])
@@ -111,9 +112,9 @@ def test_kernels_run_on_torchs_own_thread_pool() -> None:
     torch.set_num_threads(3)
     try:
         torch.mm(x, x.T)
-        with_torch = num_tasks()
+        with_torch = tasks()
         lora.add_lora_(y, x, weights, plan)
-        assert num_tasks() == with_torch
+        assert tasks() <= with_torch
     finally:
         torch.set_num_threads(before)
 

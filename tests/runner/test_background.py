@@ -57,6 +57,8 @@ def test_a_stuck_call_is_ended_and_its_thread_replaced() -> None:
 
     calls.start("stuck", stuck)
     assert isinstance(wait_for(calls, 1)["stuck"].error, TimeLimitError)
+    # Of the thread that takes its place.
+    calls._time_limit = None
     calls.start("next", lambda call: 7)
     assert wait_for(calls, 1)["next"].result == 7
     release.set()
@@ -67,22 +69,27 @@ def test_a_stuck_call_is_ended_and_its_thread_replaced() -> None:
 
 
 def test_time_spent_in_the_queue_does_not_count() -> None:
-    calls: BackgroundCalls[str, object] = BackgroundCalls("test", 1, time_limit=1.0)
+    calls: BackgroundCalls[str, object] = BackgroundCalls("test", 1, time_limit=2.0)
     gate = threading.Event()
-    for number in range(6):
-        # Each takes a quarter of the limit, so that the last two wait longer than that.
-        calls.start(str(number), lambda call: gate.wait(0.25))
-    assert all(one.error is None for one in wait_for(calls, 6).values())
+
+    def long(call: Call) -> None:
+        # Its own limit ends here.
+        call.commit()
+        gate.wait(2.5)
+
+    calls.start("long", long)
+    calls.start("next", lambda call: 7)
+    assert all(one.error is None for one in wait_for(calls, 2).values())
     calls.close()
 
 
 def test_the_limit_ends_with_the_commit() -> None:
-    calls: BackgroundCalls[str, object] = BackgroundCalls("test", 1, time_limit=0.5)
+    calls: BackgroundCalls[str, object] = BackgroundCalls("test", 1, time_limit=2.0)
     gate = threading.Event()
 
     def work(call: Call) -> str:
         call.commit()
-        gate.wait(0.8)
+        gate.wait(2.5)
         return "done"
 
     calls.start("committed", work)
@@ -98,7 +105,8 @@ def test_closing_does_not_wait_and_threads_keep_nothing_alive() -> None:
         pass
 
     big = Big()
-    kept = weakref.ref(big)
+    gone = threading.Event()
+    kept = weakref.ref(big, lambda _: gone.set())
     calls.start("big", lambda call, big=big: None)
     wait_for(calls, 1)
     del big
@@ -109,7 +117,8 @@ def test_closing_does_not_wait_and_threads_keep_nothing_alive() -> None:
 
     calls.start("stuck", stuck)
     assert entered.wait(20)
-    assert kept() is None
+    # The call has ended before its thread lets go of it.
+    assert gone.wait(20) and kept() is None
     calls.close()
     calls.close()
     release.set()

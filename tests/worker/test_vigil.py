@@ -64,11 +64,14 @@ def test_an_orphan_ends_unless_it_is_adopted_and_an_earlier_end_is_no_news() -> 
 
 def test_adoption_comes_in_time() -> None:
     ended = threading.Event()
-    vigil = Vigil(None, 0.2, end=ended.set)
+    vigil = Vigil(None, 20.0, end=ended.set)
     vigil.lose(0, "gone")
+    timer = vigil._timer
+    assert timer is not None
     vigil.adopted()
     assert not vigil.check() and not readable(vigil), "there is nothing to tell any more"
-    assert not ended.wait(0.4)
+    timer.join(10.0)
+    assert not timer.is_alive() and not ended.is_set()
     vigil.close()
 
 
