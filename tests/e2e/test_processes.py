@@ -66,10 +66,10 @@ async def started(
 
 
 def run(work: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(work, 60))
+    asyncio.run(asyncio.wait_for(work, 200))
 
 
-def ended(pid: int, seconds: float = 20.0) -> bool:
+def ended(pid: int, seconds: float = 60.0) -> bool:
     """Wait, at most so long, until a process that need not be our child has ended."""
     try:
         fd = os.pidfd_open(pid)
