@@ -137,7 +137,7 @@ def test_a_killed_server_finds_its_workers_and_their_adapters_again(launcher: tu
 
 def test_what_is_missing_is_started_and_brought_the_adapters(tmp_path: Path) -> None:
     sql = adapter(tmp_path / "sql", "two")
-    with lives(tmp_path, "--replicas", "2", "--heartbeat-timeout", "2") as own:
+    with lives(tmp_path, "--replicas", "2", "--heartbeat-timeout", "5") as own:
         first = own.begin()
         load = {"lora_name": "sql", "lora_path": str(sql)}
         assert first.post("/v1/load_lora_adapter", load).status_code == 200
@@ -273,8 +273,8 @@ def guest(folder: Path, address: str, *options: str) -> Iterator[Guest]:
 
 def test_a_replica_that_joined_outlives_the_server_and_leaves_the_next_one(tmp_path: Path) -> None:
     sql, address = adapter(tmp_path / "sql", "two"), free_address()
-    options = ["--replicas", "0", "--listen", address, "--heartbeat-timeout", "2"]
-    with lives(tmp_path, *options) as own, guest(tmp_path, address, "--silence", "1") as one:
+    options = ["--replicas", "0", "--listen", address, "--heartbeat-timeout", "5"]
+    with lives(tmp_path, *options) as own, guest(tmp_path, address, "--silence", "3") as one:
         first = own.begin()
         assert first.post("/v1/load_lora_adapter", {"lora_name": "sql", "lora_path": str(sql)}).status_code == 200
         worker, expected = one.worker, tokens(first, model="sql", prompt=[5])
@@ -287,7 +287,7 @@ def test_a_replica_that_joined_outlives_the_server_and_leaves_the_next_one(tmp_p
         assert tokens(second, model="sql", prompt=[5]) == expected and running(second) == 0
         assert one.worker == worker and "goes on from another life" in second.log
         kill(second)
-        while "the orchestrator has been silent for 1 s" not in one.log_file.read_text():
+        while "the orchestrator has been silent for 3 s" not in one.log_file.read_text():
             assert one.process.poll() is None
             time.sleep(0.02)
         third = own.begin()

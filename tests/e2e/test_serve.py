@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -26,7 +27,17 @@ COMMAND = [sys.executable, "-m", "peft_dist.cli"]
 FAKE = ["--launcher", "plain", "--replica-factory", "tests.worker.fake_replica:build", "--device", "cpu"]
 
 
-def is_replica(pid: str) -> bool:
+def children(process: int) -> list[int]:
+    """None of one that has just ended, and none of its threads that has."""
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        for file in Path(f"/proc/{process}/task").glob("*/children"):
+            with contextlib.suppress(OSError):
+                found += map(int, file.read_text().split())
+    return found
+
+
+def is_replica(pid: int) -> bool:
     """Whether it is one by now, and still: not a process that plans, that is just being started, or that has ended."""
     try:
         return b"peft_dist.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -63,8 +74,7 @@ class Server:
 
     def children(self) -> list[int]:
         """Processes of the replicas: not those that plan for them."""
-        found = (file.read_text().split() for file in Path(f"/proc/{self.process.pid}/task").glob("*/children"))
-        return [int(pid) for pids in found for pid in pids if is_replica(pid)]
+        return [pid for pid in children(self.process.pid) if is_replica(pid)]
 
     def post(self, path: str, body: dict[str, object], key: str | None = None) -> httpx.Response:
         headers = {"Authorization": f"Bearer {key}"} if key else {}

@@ -17,10 +17,10 @@ from tests.e2e.test_serve import Server, adapter, events, serving
 from tests.ports import free_address
 from tests.worker.fake_replica import SLOW, expected_token
 
-SILENCE = 2.0
+SILENCE = 4.0
 NUM_STREAMS = 8
 # They take twice as long as a server may be silent.
-NUM_TOKENS = 800
+NUM_TOKENS = 1600
 LONG = ["--replica-factory", "tests.worker.fake_replica:build_long", "--served-model-name", "tiny"]
 DROPPED = "its requests are dropped"
 
