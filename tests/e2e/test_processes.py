@@ -208,7 +208,9 @@ def test_adapters_come_and_go_while_requests_run(tmp_path: Path) -> None:
                 service.generate("late", [5], LONG, "sql")
             await held.aclose()
             await collect(service, "last", [5], SamplingParams(max_tokens=1))
-            assert service.stats().resident_adapters == []
+            # They are dropped, and that is told, in the replica's own time.
+            while service.stats().resident_adapters:
+                await asyncio.sleep(0.01)
 
     run(work())
 
