@@ -290,5 +290,5 @@ def test_servers_of_one_process_count_for_themselves(http: httpx.Client) -> None
 def test_scrapes_at_once(engine: ScriptedClient, url: str) -> None:
     engine.detail = BUSY
     with ThreadPoolExecutor(8) as pool:
-        texts = list(pool.map(lambda _: httpx.get(f"{url}/metrics", timeout=30).text, range(24)))
+        texts = list(pool.map(lambda _: httpx.get(f"{url}/metrics", timeout=100).text, range(24)))
     assert {len(Scrape(text).samples) for text in texts} == {len(Scrape(texts[0]).samples)}

@@ -136,7 +136,7 @@ def test_tokens_are_those_of_a_request_alone(
         engine.scheduler.blocks.check()
         engine.scheduler.adapters.check()
         if engine.waits_for_load:
-            assert select.select([replica.fileno()], [], [], 20)[0], "a load got lost"
+            assert select.select([replica.fileno()], [], [], 60)[0], "a load got lost"
         if now > 12 and not engine.has_work:
             break
     engine.scheduler.limits = limits

@@ -312,7 +312,7 @@ def test_on_the_command_line(tmp_path: Path) -> None:
                 select.select([], [], [], 0.1)
             body = {"model": "model", "prompt": [5, 6, 7], "max_tokens": 3}
             url = f"http://127.0.0.1:{port_file.read_text().strip()}/v1/completions"
-            answer = httpx.post(url, json=body, timeout=30)
+            answer = httpx.post(url, json=body, timeout=100)
             assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 3
             replica.terminate()
             assert replica.wait(30) == 0

@@ -310,7 +310,7 @@ def test_a_load_that_hangs_ends_at_its_time_limit(folder: Path, monkeypatch: pyt
     release = threading.Event()
 
     def hang(*_: object, **__: object) -> Path:
-        release.wait(20)
+        release.wait(60)
         return folder / "a0"
 
     with LLM(folder / "ids", device="cpu", num_blocks=64, adapter_load_timeout=2.0) as llm:

@@ -86,7 +86,7 @@ def running(server: Server) -> float:
 def hold(server: Server, model: str, prompt: Sequence[int] = (HOLD,), max_tokens: int = 400) -> Iterator[str]:
     """A stream that has begun, and ends only with the server; yields once, and then nothing when it breaks."""
     body = {"model": model, "prompt": list(prompt), "max_tokens": max_tokens, "stream": True, "return_token_ids": True}
-    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=30) as stream:
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=100) as stream:
         lines = stream.iter_lines()
         yield next(lines)
         with pytest.raises(httpx.HTTPError):

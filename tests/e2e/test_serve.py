@@ -78,7 +78,7 @@ class Server:
 
     def post(self, path: str, body: dict[str, object], key: str | None = None) -> httpx.Response:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        return httpx.post(f"{self.url}{path}", json=body, headers=headers, timeout=30)
+        return httpx.post(f"{self.url}{path}", json=body, headers=headers, timeout=100)
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)
@@ -227,7 +227,7 @@ def test_a_signal_while_the_model_loads_ends_everything(tmp_path: Path) -> None:
 
 def failing(*options: str, model: Path = MODEL) -> tuple[int, str]:
     done = subprocess.run(
-        [*COMMAND, "serve", str(model), *options], capture_output=True, text=True, cwd=ROOT, timeout=120
+        [*COMMAND, "serve", str(model), *options], capture_output=True, text=True, cwd=ROOT, timeout=280
     )
     return done.returncode, done.stdout + done.stderr
 
@@ -257,5 +257,5 @@ def test_a_port_in_use_is_known_before_the_model_is_loaded() -> None:
 
 
 def test_version() -> None:
-    done = subprocess.run([*COMMAND, "version"], capture_output=True, text=True, cwd=ROOT, timeout=120, check=True)
+    done = subprocess.run([*COMMAND, "version"], capture_output=True, text=True, cwd=ROOT, timeout=280, check=True)
     assert re.fullmatch(r"\d+\.\d+\.\d+\S*\n", done.stdout)

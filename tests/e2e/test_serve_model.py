@@ -78,7 +78,7 @@ def llm(folder: Path, server: ModelServer) -> Iterator[LLM]:
 
 @pytest.fixture(scope="module")
 def api(server: ModelServer) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=200) as client:
         yield client
 
 

@@ -26,7 +26,7 @@ def test_a_stream_outlives_a_drain_and_a_death(tmp_path: Path) -> None:
         assert server.post("/v1/load_lora_adapter", load).status_code == 200
         tokens: list[int] = []
         children = server.children()
-        with httpx.stream("POST", f"{server.url}/v1/completions", json={**body, "stream": True}, timeout=30) as stream:
+        with httpx.stream("POST", f"{server.url}/v1/completions", json={**body, "stream": True}, timeout=100) as stream:
             for event in events(stream):
                 [choice] = event["choices"]  # type: ignore[misc]
                 tokens += choice["token_ids"]

@@ -85,7 +85,7 @@ def test_clients_that_read_nothing_fill_the_queue_and_no_more(prompts: str, tmp_
         reader = SlowReader(stack.enter_context(asked(server, body(99))))
         reader.start()
         num_refused, most_unread = 0, 0.0
-        with httpx.Client(base_url=server.url, timeout=30) as http:
+        with httpx.Client(base_url=server.url, timeout=100) as http:
             server.until(lambda: metric(http.get("/metrics").text, "sequences_admitted_total") == NUM_STALLED + 1)
             while not metric(text := http.get("/metrics").text, "clients_cut_total"):
                 refused = http.post("/v1/completions", json=body(7))

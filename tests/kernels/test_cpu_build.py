@@ -98,7 +98,7 @@ def test_processes_that_build_at_the_same_time_both_get_a_whole_library(fresh: P
         assert worker.stdin is not None
         worker.stdin.write("go\n")
         worker.stdin.flush()
-    outputs = [worker.communicate(timeout=120)[0].strip() for worker in workers]
+    outputs = [worker.communicate(timeout=280)[0].strip() for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0]
     assert outputs[0] == outputs[1] and Path(outputs[0]).exists()
 

@@ -74,7 +74,7 @@ def finish(served: Replica) -> dict[str, tuple[list[int], str | None]]:
         note(got, engine.step(0.0))
         engine.scheduler.adapters.check()
         if engine.waits_for_load:
-            assert select.select([served.fileno()], [], [], 20)[0], "a load got lost"
+            assert select.select([served.fileno()], [], [], 60)[0], "a load got lost"
     served.store.pool.check()
     return got
 
@@ -284,7 +284,7 @@ def test_a_request_that_lost_its_slot_finishes_on_the_weights_it_started_with(
             note(got, served.engine.step(now))
             now += 0.4 if got else 0.0
             if served.engine.waits_for_load:
-                assert select.select([served.fileno()], [], [], 20)[0], "a load got lost"
+                assert select.select([served.fileno()], [], [], 60)[0], "a load got lost"
         assert 0 < len(got["x2"][0]) < NUM_TOKENS, "it did not lose its slot while it ran"
         shutil.copytree(root / "a1", folder, dirs_exist_ok=True)
         new = served.load_adapter("x", folder)

@@ -14,7 +14,7 @@ from peft_dist.runner.background import BackgroundCalls, Call, Ended, TimeLimitE
 def wait_for(calls: BackgroundCalls[str, object], count: int) -> dict[str, Ended[str, object]]:
     ended: dict[str, Ended[str, object]] = {}
     while len(ended) < count:
-        assert select.select([calls.fileno()], [], [], 20)[0], "nothing ended"
+        assert select.select([calls.fileno()], [], [], 60)[0], "nothing ended"
         taken = calls.take()
         assert taken, "readable, but there was nothing"
         ended.update({one.key: one for one in taken})
@@ -62,7 +62,7 @@ def test_a_stuck_call_is_ended_and_its_thread_replaced() -> None:
     calls.start("next", lambda call: 7)
     assert wait_for(calls, 1)["next"].result == 7
     release.set()
-    assert came_back.wait(20), "whatever has passed its limit must not take effect"
+    assert came_back.wait(60), "whatever has passed its limit must not take effect"
     calls.start("last", lambda call: 8)
     assert wait_for(calls, 1)["last"].result == 8
     calls.close()
@@ -116,9 +116,9 @@ def test_closing_does_not_wait_and_threads_keep_nothing_alive() -> None:
         release.wait()
 
     calls.start("stuck", stuck)
-    assert entered.wait(20)
+    assert entered.wait(60)
     # The call has ended before its thread lets go of it.
-    assert gone.wait(20) and kept() is None
+    assert gone.wait(60) and kept() is None
     calls.close()
     calls.close()
     release.set()

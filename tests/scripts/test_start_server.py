@@ -92,7 +92,7 @@ class Desk:
             env={**self.environment, **environment},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=200,
         )
 
     def notes(self) -> list[list[str | None]]:
