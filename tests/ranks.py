@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +14,9 @@ from typing import Any
 
 import msgspec
 
-TIMEOUT = 120
+from tests.ports import free_ports
+
+TIMEOUT = 280
 
 
 class Case(msgspec.Struct):
@@ -61,7 +61,8 @@ def run_cases(cases: list[Case], folder: Path, size: int = 2) -> list[list[Found
     """By rank, then by case."""
     (folder / "cases.json").write_bytes(msgspec.json.encode(cases))
     world = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-    ports = free_ports(len(cases))
+    # One for each meeting: on a port used before, a rank that is early meets the store that is about to close.
+    ports = [str(port) for port in free_ports(len(cases))]
     outs = [folder / f"rank{rank}.json" for rank in range(size)]
     ranks = [
         subprocess.Popen(
@@ -77,15 +78,6 @@ def run_cases(cases: list[Case], folder: Path, size: int = 2) -> list[list[Found
             rank.kill()
     assert codes == [0] * size
     return [msgspec.json.decode(out.read_bytes(), type=list[Found]) for out in outs]
-
-
-def free_ports(number: int) -> list[str]:
-    """One for each meeting: on a port used before, a rank that is early meets the store that is about to close."""
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [str(probe.getsockname()[1]) for probe in probes]
 
 
 def _look(replica: Any, tokens: list[list[list[int]]]) -> Found:

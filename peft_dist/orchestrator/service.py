@@ -231,6 +231,8 @@ class EngineService:
     def resume_replica(self, replica_id: int) -> None:
         """As in ``EngineClient``."""
         self._act(self._core.resume_replica(replica_id, self._now()))
+        # It is no event, and with it plans are due again.
+        self._timer.arm(self._core.next_deadline())
         self._promises.end_drain(replica_id, ReplicaStateError(f"replica {replica_id} was resumed"))
 
     def move_request(self, request_id: str, replica_id: int, *, with_kv: bool | None = None) -> None:

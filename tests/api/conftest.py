@@ -25,13 +25,13 @@ def url(engine: ScriptedClient) -> Iterator[str]:
 
 @pytest.fixture
 def http(url: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=url, timeout=30) as client:
+    with httpx.Client(base_url=url, timeout=100) as client:
         yield client
 
 
 @pytest.fixture
 def api(url: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=30) as client:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=100) as client:
         yield client
 
 
@@ -45,5 +45,5 @@ def shared_engine() -> ScriptedClient:
 def shared(shared_engine: ScriptedClient) -> Iterator[httpx.Client]:
     """Talks to the server of ``shared_engine``, which takes bodies of up to 20,000 bytes."""
     options = ServerOptions(max_body_bytes=20_000)
-    with serving(shared_engine, options) as address, httpx.Client(base_url=address, timeout=30) as client:
+    with serving(shared_engine, options) as address, httpx.Client(base_url=address, timeout=100) as client:
         yield client

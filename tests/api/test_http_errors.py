@@ -130,7 +130,7 @@ def test_full_queue(engine: ScriptedClient, http: httpx.Client, stream: bool) ->
     assert response.headers["retry-after"] == "3"
     engine.requests.clear()
     error_of(http.post(COMPLETIONS, json={**body, "prompt": ["a", "b"]}), 429)
-    assert engine.idle.wait(10), "what was admitted of a refused batch is still running"
+    assert engine.idle.wait(60), "what was admitted of a refused batch is still running"
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -151,7 +151,7 @@ def test_engine_that_dies_or_fails_meanwhile(engine: ScriptedClient, http: httpx
     engine.die_at, engine.fail_at = None, 1
     error = error_of(http.post(COMPLETIONS, json=BODIES[COMPLETIONS]), 500)
     assert "not finite" in error["message"]
-    assert engine.idle.wait(10)
+    assert engine.idle.wait(60)
 
 
 @pytest.mark.parametrize("route", BODIES)

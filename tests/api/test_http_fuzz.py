@@ -56,7 +56,7 @@ def bodies(route: str) -> st.SearchStrategy[Any]:
 
 @pytest.fixture(scope="module")
 def http() -> Iterator[httpx.Client]:
-    with serving(ScriptedClient()) as url, httpx.Client(base_url=url, timeout=30) as client:
+    with serving(ScriptedClient()) as url, httpx.Client(base_url=url, timeout=100) as client:
         yield client
 
 

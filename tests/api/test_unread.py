@@ -89,7 +89,7 @@ def test_whole_answers_that_are_not_read_are_dropped(caplog: pytest.LogCaptureFi
     """Over real sockets: the handler has ended, the server would close the connection, and its bytes stay."""
 
     async def work() -> None:
-        listener, watch = Listener("127.0.0.1", 0), UnreadWatch(0.4)
+        listener, watch = Listener("127.0.0.1", 0), UnreadWatch(1.5)
         await listener.start(answer, 1.0, watch)
         with closing(socket.create_connection(("127.0.0.1", listener.port))) as stalled:
             stalled.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")

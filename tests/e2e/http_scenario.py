@@ -16,8 +16,7 @@ import msgspec
 
 from tests.e2e.fault_scenario import Case
 from tests.e2e.test_restart import end_group
-from tests.e2e.test_serve import Server
-from tests.e2e.test_serve_tensor_parallel import children
+from tests.e2e.test_serve import Server, children
 
 BASE = "base"
 SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "seed", "ignore_eos", "logprobs")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,6 +14,7 @@ from scripts.demo_model import ensure_demo_model
 from tests.e2e.fault_scenario import Case, make_cases, run_alone
 from tests.e2e.http_scenario import HERE, Clients, ModelServer, Streams, clients_of, serving
 from tests.e2e.test_serve import COMMAND, ROOT
+from tests.ports import free_address
 from tests.relay import Relay
 
 SECONDS = 10.0
@@ -31,12 +31,6 @@ def scene() -> Scene:
     cases = make_cases(48, 100, 49_000, [None, *adapters])
     run_alone(ensure_demo_model(), adapters, cases, num_blocks=2048)
     return adapters, cases
-
-
-def free_address() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{free.getsockname()[1]}"
 
 
 @asynccontextmanager

@@ -111,7 +111,7 @@ def test_the_offline_interface(folder: Path, environment: dict[str, str], expect
         capture_output=True,
         text=True,
         cwd=ROOT,
-        timeout=120,
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr
     answers = json.loads(done.stdout.splitlines()[-1])

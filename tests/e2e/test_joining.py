@@ -6,7 +6,6 @@ import asyncio
 import os
 import select
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -32,6 +31,7 @@ from peft_dist.worker.launcher import PlainLauncher
 from tests.e2e.test_processes import ENGINE, adapter, run
 from tests.e2e.test_processes import workers_find_the_fake as workers_find_the_fake
 from tests.e2e.test_replicas import SILENCE, Reader, read_many, until
+from tests.ports import free_address
 from tests.relay import Relay
 from tests.tiny_models import make_model
 
@@ -301,9 +301,7 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     key = str(tmp_path / "keys.json")
     subprocess.run([*command, "keys", key], check=True)
     port_file = tmp_path / "port"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    address = free_address()
     here = ["--device", "cpu", "--threads", "1"]
     serve = [*command, "serve", str(tmp_path / "model"), *here, "--replicas", "0", "--port", "0"]
     serve += ["--port-file", str(port_file), "--listen", address, "--cluster-key", key]
@@ -315,7 +313,7 @@ def test_on_the_command_line(tmp_path: Path) -> None:
                 select.select([], [], [], 0.1)
             body = {"model": "model", "prompt": [5, 6, 7], "max_tokens": 3}
             url = f"http://127.0.0.1:{port_file.read_text().strip()}/v1/completions"
-            answer = httpx.post(url, json=body, timeout=30)
+            answer = httpx.post(url, json=body, timeout=100)
             assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 3
             replica.terminate()
             assert replica.wait(30) == 0

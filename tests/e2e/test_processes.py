@@ -66,10 +66,10 @@ async def started(
 
 
 def run(work: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(work, 60))
+    asyncio.run(asyncio.wait_for(work, 200))
 
 
-def ended(pid: int, seconds: float = 20.0) -> bool:
+def ended(pid: int, seconds: float = 60.0) -> bool:
     """Wait, at most so long, until a process that need not be our child has ended."""
     try:
         fd = os.pidfd_open(pid)
@@ -208,7 +208,9 @@ def test_adapters_come_and_go_while_requests_run(tmp_path: Path) -> None:
                 service.generate("late", [5], LONG, "sql")
             await held.aclose()
             await collect(service, "last", [5], SamplingParams(max_tokens=1))
-            assert service.stats().resident_adapters == []
+            # They are dropped, and that is told, in the replica's own time.
+            while service.stats().resident_adapters:
+                await asyncio.sleep(0.01)
 
     run(work())
 

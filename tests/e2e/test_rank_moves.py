@@ -14,7 +14,8 @@ import msgspec
 import pytest
 
 from tests.moving_ranks import Begin, Drain, End, Export, Import, Order, Told
-from tests.ranks import TIMEOUT, free_ports
+from tests.ports import free_ports
+from tests.ranks import TIMEOUT
 from tests.tiny_models import VOCAB_SIZE, make_model, random_adapter, target_modules
 
 PROMPT = [3 + (7 * i) % (VOCAB_SIZE - 3) for i in range(25)]
@@ -31,7 +32,7 @@ class TwoRanks:
 
     def __init__(self, stack: ExitStack, folder: Path, depth: int, fails: int) -> None:
         [port] = free_ports(1)
-        world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+        world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "tests.moving_ranks", str(folder / "base"), str(folder / "a"), str(depth)]
         self.ranks = [
             subprocess.Popen(

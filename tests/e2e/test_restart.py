@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ import pytest
 
 from tests.e2e.test_processes import ended
 from tests.e2e.test_serve import COMMAND, ROOT, Server, adapter
+from tests.ports import free_address
 from tests.worker.fake_replica import HOLD
 
 ACCELERATE = ("--launcher", "accelerate")
@@ -86,7 +86,7 @@ def running(server: Server) -> float:
 def hold(server: Server, model: str, prompt: Sequence[int] = (HOLD,), max_tokens: int = 400) -> Iterator[str]:
     """A stream that has begun, and ends only with the server; yields once, and then nothing when it breaks."""
     body = {"model": model, "prompt": list(prompt), "max_tokens": max_tokens, "stream": True, "return_token_ids": True}
-    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=30) as stream:
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=100) as stream:
         lines = stream.iter_lines()
         yield next(lines)
         with pytest.raises(httpx.HTTPError):
@@ -137,7 +137,7 @@ def test_a_killed_server_finds_its_workers_and_their_adapters_again(launcher: tu
 
 def test_what_is_missing_is_started_and_brought_the_adapters(tmp_path: Path) -> None:
     sql = adapter(tmp_path / "sql", "two")
-    with lives(tmp_path, "--replicas", "2", "--heartbeat-timeout", "2") as own:
+    with lives(tmp_path, "--replicas", "2", "--heartbeat-timeout", "5") as own:
         first = own.begin()
         load = {"lora_name": "sql", "lora_path": str(sql)}
         assert first.post("/v1/load_lora_adapter", load).status_code == 200
@@ -271,16 +271,10 @@ def guest(folder: Path, address: str, *options: str) -> Iterator[Guest]:
         one.process.wait()
 
 
-def free_address() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{free.getsockname()[1]}"
-
-
 def test_a_replica_that_joined_outlives_the_server_and_leaves_the_next_one(tmp_path: Path) -> None:
     sql, address = adapter(tmp_path / "sql", "two"), free_address()
-    options = ["--replicas", "0", "--listen", address, "--heartbeat-timeout", "2"]
-    with lives(tmp_path, *options) as own, guest(tmp_path, address, "--silence", "1") as one:
+    options = ["--replicas", "0", "--listen", address, "--heartbeat-timeout", "5"]
+    with lives(tmp_path, *options) as own, guest(tmp_path, address, "--silence", "3") as one:
         first = own.begin()
         assert first.post("/v1/load_lora_adapter", {"lora_name": "sql", "lora_path": str(sql)}).status_code == 200
         worker, expected = one.worker, tokens(first, model="sql", prompt=[5])
@@ -293,7 +287,7 @@ def test_a_replica_that_joined_outlives_the_server_and_leaves_the_next_one(tmp_p
         assert tokens(second, model="sql", prompt=[5]) == expected and running(second) == 0
         assert one.worker == worker and "goes on from another life" in second.log
         kill(second)
-        while "the orchestrator has been silent for 1 s" not in one.log_file.read_text():
+        while "the orchestrator has been silent for 3 s" not in one.log_file.read_text():
             assert one.process.poll() is None
             time.sleep(0.02)
         third = own.begin()

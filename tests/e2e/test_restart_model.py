@@ -16,8 +16,7 @@ import pytest
 from peft_dist.worker.survivors import started_at
 from tests.e2e.test_processes import ended
 from tests.e2e.test_restart import Lives, hold, kill, running
-from tests.e2e.test_serve import Server
-from tests.e2e.test_serve_tensor_parallel import children
+from tests.e2e.test_serve import Server, children
 from tests.tiny_models import make_model, random_adapter, target_modules
 
 PROMPT = [5, 17, 44, 9, 60, 31, 8]

@@ -44,7 +44,7 @@ class Traffic:
         while not self._stop.is_set() or not answers:
             tokens: list[int] = []
             asked = {**body(number), "stream": True}
-            with httpx.stream("POST", f"{self._server.url}/v1/completions", json=asked, timeout=60) as stream:
+            with httpx.stream("POST", f"{self._server.url}/v1/completions", json=asked, timeout=200) as stream:
                 assert stream.status_code == 200, stream.read()
                 for event in events(stream):
                     if not tokens:
@@ -64,7 +64,7 @@ class Traffic:
 
 def restart(server: Server) -> subprocess.CompletedProcess[str]:
     command = [*COMMAND, "rolling-restart", server.url]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
 
 
 def test_every_replica_is_renewed_and_no_stream_notices(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_every_replica_is_renewed_and_no_stream_notices(tmp_path: Path) -> None:
         traffic = Traffic(server)
         try:
             for _ in range(NUM_STREAMS):
-                assert traffic.begun.acquire(timeout=60)
+                assert traffic.begun.acquire(timeout=200)
             done = restart(server)
             ready = httpx.get(f"{server.url}/ready?replicas=2")
         finally:

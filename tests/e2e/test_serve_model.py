@@ -78,7 +78,7 @@ def llm(folder: Path, server: ModelServer) -> Iterator[LLM]:
 
 @pytest.fixture(scope="module")
 def api(server: ModelServer) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=200) as client:
         yield client
 
 
@@ -209,7 +209,7 @@ def test_a_client_that_goes_away_frees_its_blocks(server: ModelServer, api: open
     next(chunks)
     assert gauge(server, "kv_blocks_free") < NUM_BLOCKS
     chunks.close()
-    deadline = time.monotonic() + 8
+    deadline = time.monotonic() + 30
     # Nothing but the metrics tells a client what the server did with the requests of another one.
     while gauge(server, "kv_blocks_free") < NUM_BLOCKS:
         assert time.monotonic() < deadline, "the blocks of a client that is gone are still in use"

@@ -18,7 +18,7 @@ NUM_TOKENS = 300
 def test_a_stream_outlives_a_drain_and_a_death(tmp_path: Path) -> None:
     sql = adapter(tmp_path / "sql", "two")
     options = ["--replicas", "2", "--adapter", f"sql={sql}", "--served-model-name", "tiny", "--seed", "3"]
-    with serving(tmp_path, *options, "--heartbeat-timeout", "2") as server:
+    with serving(tmp_path, *options) as server:
         body = {"model": "sql", "prompt": [SLOW], "max_tokens": NUM_TOKENS, "seed": 7, "return_token_ids": True}
         alone = server.post("/v1/completions", body).json()["choices"][0]["token_ids"]
         assert len(alone) == NUM_TOKENS and len(server.children()) == 2
@@ -26,7 +26,7 @@ def test_a_stream_outlives_a_drain_and_a_death(tmp_path: Path) -> None:
         assert server.post("/v1/load_lora_adapter", load).status_code == 200
         tokens: list[int] = []
         children = server.children()
-        with httpx.stream("POST", f"{server.url}/v1/completions", json={**body, "stream": True}, timeout=30) as stream:
+        with httpx.stream("POST", f"{server.url}/v1/completions", json={**body, "stream": True}, timeout=100) as stream:
             for event in events(stream):
                 [choice] = event["choices"]  # type: ignore[misc]
                 tokens += choice["token_ids"]

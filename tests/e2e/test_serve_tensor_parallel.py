@@ -12,7 +12,7 @@ import httpx
 import pytest
 import torch
 
-from tests.e2e.test_serve import Server
+from tests.e2e.test_serve import Server, children
 from tests.oracle import PeftOracle, assert_identical
 from tests.tiny_models import make_model, random_adapter, target_modules
 
@@ -39,18 +39,11 @@ class SplitServer(Server):
         return tokens
 
 
-def children(process: int) -> list[int]:
-    """None of one that has just ended."""
-    found: list[int] = []
-    with contextlib.suppress(OSError):
-        for file in Path(f"/proc/{process}/task").glob("*/children"):
-            found += map(int, file.read_text().split())
-    return found
-
-
 def runs(process: int) -> bool:
-    stat = Path(f"/proc/{process}/stat")
-    return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 class Scene:

@@ -12,14 +12,15 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.e2e.test_restart import free_address, guest
+from tests.e2e.test_restart import guest
 from tests.e2e.test_serve import Server, adapter, events, serving
+from tests.ports import free_address
 from tests.worker.fake_replica import SLOW, expected_token
 
-SILENCE = 2.0
+SILENCE = 4.0
 NUM_STREAMS = 8
 # They take twice as long as a server may be silent.
-NUM_TOKENS = 800
+NUM_TOKENS = 1600
 LONG = ["--replica-factory", "tests.worker.fake_replica:build_long", "--served-model-name", "tiny"]
 DROPPED = "its requests are dropped"
 
@@ -33,16 +34,21 @@ def asked(server: Server, number: int) -> Future[list[int]]:
     def read() -> list[int]:
         tokens: list[int] = []
         body = {"model": model, "prompt": [SLOW, number], **sampling}
-        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as stream:
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=200) as stream:
             for event in events(stream):
                 tokens += event["choices"][0]["token_ids"]  # type: ignore[index]
                 if not begun.done():
                     begun.set_result(None)
         return tokens
 
+    def ended(future: Future[list[int]]) -> None:
+        if not begun.done():
+            begun.set_exception(future.exception() or AssertionError("it ended without a token"))
+
     pool = ThreadPoolExecutor(1)
     future = pool.submit(read)
-    begun.result(30)
+    future.add_done_callback(ended)
+    begun.result(100)
     pool.shutdown(wait=False)
     return future
 

@@ -34,8 +34,9 @@ def script(path: Path, body: str) -> Path:
     return path
 
 
-def num_tasks() -> int:
-    return len(list(Path("/proc/self/task").iterdir()))
+def tasks() -> set[str]:
+    """Threads of this process; those of other tests may end at any moment."""
+    return {task.name for task in Path("/proc/self/task").iterdir()}
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "exit 1", "exec sleep 60", "read-only"])
@@ -97,7 +98,7 @@ def test_processes_that_build_at_the_same_time_both_get_a_whole_library(fresh: P
         assert worker.stdin is not None
         worker.stdin.write("go\n")
         worker.stdin.flush()
-    outputs = [worker.communicate(timeout=120)[0].strip() for worker in workers]
+    outputs = [worker.communicate(timeout=280)[0].strip() for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0]
     assert outputs[0] == outputs[1] and Path(outputs[0]).exists()
 
@@ -111,9 +112,9 @@ def test_kernels_run_on_torchs_own_thread_pool() -> None:
     torch.set_num_threads(3)
     try:
         torch.mm(x, x.T)
-        with_torch = num_tasks()
+        with_torch = tasks()
         lora.add_lora_(y, x, weights, plan)
-        assert num_tasks() == with_torch
+        assert tasks() <= with_torch
     finally:
         torch.set_num_threads(before)
 

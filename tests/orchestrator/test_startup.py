@@ -29,7 +29,7 @@ IDENTITY = Identity(guest=None, attempt=0, host="h", engine=EngineConfig(model="
 
 
 def run(work: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(work, 20))
+    asyncio.run(asyncio.wait_for(work, 60))
 
 
 def is_done(startup: Startup) -> bool:

@@ -33,7 +33,7 @@ def test_the_earliest_time_counts_also_one_that_is_due(run: Run) -> None:
         now = loop.time()
         for when in (now + 60, now - 1, now + 30, now - 0.5):
             timer.arm(when)
-        await asyncio.wait_for(fired.wait(), 10)
+        await asyncio.wait_for(fired.wait(), 60)
         assert len(times) == 1 and times[0] < now + 30 and not timer.is_armed
         timer.arm(loop.time() - 1)
         timer.cancel()
@@ -49,10 +49,12 @@ def test_a_pause_is_told_before_a_deadline_that_passed_in_it(run: Run) -> None:
         pulse = Pulse(lambda: told.append("pause"))
         timer = Timer(lambda: (told.append("deadline"), fired.set()))  # type: ignore[func-returns-value]
         await asyncio.sleep(2.5 * Pulse.SECONDS)
+        # On a busy machine the first beats may have been late as well.
+        told.clear()
         # Its time comes a moment before this process goes on.
         timer.arm(loop.time() + Pulse.PAUSE + 2 * Pulse.SECONDS - 0.01)
         time.sleep(Pulse.PAUSE + 2 * Pulse.SECONDS)
-        await asyncio.wait_for(fired.wait(), 10)
+        await asyncio.wait_for(fired.wait(), 60)
         assert told == ["pause", "deadline"]
         pulse.stop()
         time.sleep(Pulse.PAUSE + 2 * Pulse.SECONDS)

@@ -70,7 +70,7 @@ def test_world_of_another_size_is_refused(options: list[str]) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=280,
         check=False,
     )
     assert done.returncode == 1 and "3 processes were started but 2 are wanted" in done.stderr

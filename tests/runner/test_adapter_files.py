@@ -114,7 +114,9 @@ TENSOR = st.tuples(
 ).map(lambda drawn: torch.randn(drawn[1]).to(drawn[0]))
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(st.dictionaries(st.text(min_size=1, max_size=8), TENSOR, max_size=6))
 def test_intact_files_read_as_the_library_reads_them(tmp_path, tensors):
     tensors.pop("__metadata__", None)
@@ -129,7 +131,9 @@ def test_intact_files_read_as_the_library_reads_them(tmp_path, tensors):
 INTACT = save({"a": torch.ones(2, 3), "b": torch.ones(5).half(), "c": torch.ones(0, 4).bfloat16()})
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(st.integers(0, len(INTACT)), st.integers(0, 3), st.binary(max_size=3))
 def test_damage_never_goes_further_than_the_library_lets_it(tmp_path, at, removed, inserted):
     damaged = INTACT[:at] + inserted + INTACT[at + removed :]

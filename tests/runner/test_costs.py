@@ -180,7 +180,7 @@ def test_loads_and_swaps_are_learnt_from_what_they_took(root: Path) -> None:
         assert [num_bytes for num_bytes, _ in seen["load"]] == [spec.num_bytes]
         per_block = made.runner.kv.bytes_per_block
     assert seen["swap"] and all(num_bytes and num_bytes % per_block == 0 for num_bytes, _ in seen["swap"])
-    assert all(0 < seconds < 5 for kind in seen.values() for _, seconds in kind)
+    assert all(0 < seconds < 60 for kind in seen.values() for _, seconds in kind)
 
 
 def test_the_option_is_a_file_name() -> None:

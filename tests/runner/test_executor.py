@@ -118,7 +118,7 @@ def test_a_switch_that_costs_nothing_puts_nothing_on_the_device(
         patched.setattr(torch.cuda, "Event", None)
         for spec in (None, SPEC, None):
             seconds = executor.switch(spec)
-            assert seconds is not None and 0 <= seconds < 1
+            assert seconds is not None and 0 <= seconds < 60
             assert merge.current == (spec.content_hash if spec else None)
     # Those of the merge before were told by nobody: no step came between.
     assert executor.collect(executor.submit(Batch(0, []))).switch_seconds is None

@@ -62,7 +62,7 @@ def test_a_load_under_way_is_waited_for_and_belongs_to_nobody_afterwards(root: P
         read, go_on = made.store.read, threading.Event()
 
         def slow_read(*args: Any) -> Any:
-            go_on.wait(20)
+            go_on.wait(60)
             return read(*args)
 
         made.store.read = slow_read  # type: ignore[method-assign]

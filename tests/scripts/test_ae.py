@@ -34,7 +34,7 @@ class Desk:
     def run(self, command: str, **environment: str) -> subprocess.CompletedProcess[str]:
         script, *arguments = command.split()
         return subprocess.run(
-            [AE / script, *arguments], env=self._environment | environment, capture_output=True, text=True, timeout=60
+            [AE / script, *arguments], env=self._environment | environment, capture_output=True, text=True, timeout=200
         )
 
     def noted(self) -> list[str]:

@@ -8,7 +8,6 @@ import os
 import select
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ import httpx
 import pytest
 
 from scripts.make_random import SHAPES, complete
+from tests.ports import free_ports
 from tests.tiny_models import make_model
 
 ROOT = Path(__file__).parents[2]
@@ -92,7 +92,7 @@ class Desk:
             env={**self.environment, **environment},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=200,
         )
 
     def notes(self) -> list[list[str | None]]:
@@ -318,9 +318,7 @@ def test_two_machines_serve_together(desk: Desk) -> None:
     desk.add("peft-dist", f'#!/bin/sh\nexec {sys.executable} -m peft_dist.cli "$@"\n')
     model, port_file = desk.folder / "model", desk.folder / "port"
     make_model("llama", model)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        join_port = str(free.getsockname()[1])
+    join_port = str(*free_ports(1))
     more = {"PEFT_DIST_MODEL": str(model), "PEFT_DIST_ADAPTERS": "", "PEFT_DIST_PORT": "0"}
     given = arguments("node1,node2 1 2 2 127.0.0.1 7 3 3 credit --device cpu --threads 1 --num-blocks 64")
     command = [SCRIPTS / "start_server.sh", *given, "--port-file", port_file]

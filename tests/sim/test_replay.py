@@ -160,7 +160,7 @@ def written(path: Path, entries: list[Entry]) -> Path:
 
 def run(*paths: Path) -> tuple[int, str]:
     command = [sys.executable, str(SCRIPT), *map(str, paths)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
     assert not done.stderr, done.stderr
     return done.returncode, done.stdout
 

@@ -208,7 +208,7 @@ def test_a_load_for_an_earlier_orchestrator_pins_nothing_for_this_one(replica: M
     is_adopted = threading.Event()
 
     def find(command: LoadAdapter) -> Path:
-        assert is_adopted.wait(20)
+        assert is_adopted.wait(60)
         return Path(command.path)
 
     def before_wait() -> bool:
@@ -217,7 +217,7 @@ def test_a_load_for_an_earlier_orchestrator_pins_nothing_for_this_one(replica: M
         if len(script.told(AdapterResult)) == num_loads:
             return False
         is_adopted.set()
-        assert select.select([fd for fd in script.watched if fd >= 0], [], [], 20)[0]
+        assert select.select([fd for fd in script.watched if fd >= 0], [], [], 60)[0]
         return True
 
     script.before_wait = before_wait
@@ -263,7 +263,7 @@ def test_whoever_misses_a_command_drops_requests_and_says_so_until_it_is_another
     def before_wait() -> bool:
         """Nothing runs any more: adopt it when its beat was heard."""
         if script.missing is not None:
-            assert not replica.engine.requests and beats.wait(20)
+            assert not replica.engine.requests and beats.wait(60)
             script.missing, script.ready = None, [Adopt(replica_id=1, incarnation=50)]
             return True
         return False

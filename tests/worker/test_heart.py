@@ -48,7 +48,7 @@ def test_it_beats_from_its_own_thread_until_it_is_stopped() -> None:
     wire = Wire()
     heart = Heart(wire, 0.001)  # type: ignore[arg-type]
     heart.start()
-    assert wire.heard.wait(20)
+    assert wire.heard.wait(60)
     heart.stop()
     assert wire.closed and wire.threads == {"heart"}
     assert all(isinstance(report, Heartbeat) for report in wire.sent)

@@ -18,7 +18,7 @@ from peft_dist.worker.kv_server import TcpTransport
 
 @pytest.fixture
 def server() -> Iterator[TcpTransport]:
-    made = TcpTransport("tcp://127.0.0.1:*", silence_ms=200)
+    made = TcpTransport("tcp://127.0.0.1:*")
     yield made
     made.close()
 
@@ -26,7 +26,7 @@ def server() -> Iterator[TcpTransport]:
 @pytest.fixture
 def guarded() -> Iterator[tuple[TcpTransport, ClusterKeys]]:
     keys = ClusterKeys.make()
-    made = TcpTransport("tcp://127.0.0.1:*", silence_ms=200, keys=keys)
+    made = TcpTransport("tcp://127.0.0.1:*", keys=keys)
     yield made, keys
     made.close()
 
@@ -88,10 +88,13 @@ def test_one_that_did_not_answer_is_not_waited_for_again_at_once(server: TcpTran
     memory, handle = offered(server, 100)
     with zmq.Context() as context, context.socket(zmq.SocketType.ROUTER) as deaf:
         deaf.bind("tcp://127.0.0.1:*")
+        # Long enough for the question to get there.
+        server._silence_ms = 1000
         silent = KVHandle("layout", 1, 100, "t", 1 << 30, 3, deaf.get_string(zmq.SocketOption.LAST_ENDPOINT))
         with pytest.raises(MemoryGoneError, match="does not answer"):
             server.open(silent)
-        assert deaf.poll(5000) and deaf.recv_multipart()
+        server._silence_ms = 20_000
+        assert deaf.poll(20_000) and deaf.recv_multipart()
         with pytest.raises(MemoryGoneError, match="did not answer a moment ago"):
             server.open(silent)
         assert not deaf.poll(0), "it was not asked again"
@@ -109,7 +112,7 @@ def test_with_keys_only_their_holders_read(guarded: tuple[TcpTransport, ClusterK
     for other in (None, ClusterKeys.make()):
         with pytest.raises(MemoryGoneError, match="does not answer"):
             fetch(server.address, memory.token, 100, 200, other)
-    assert torch.equal(fetch(server.address, memory.token, 100, 5000, keys), memory.contents[:100])
+    assert torch.equal(fetch(server.address, memory.token, 100, 20_000, keys), memory.contents[:100])
 
 
 @pytest.mark.parametrize(

@@ -27,10 +27,10 @@ def test_the_end_of_a_process_is_noticed_also_when_it_came_before() -> None:
         watch_process(process.pid, ended.set)
         assert not ended.is_set()
         process.kill()
-        assert ended.wait(20)
+        assert ended.wait(60)
     ended.clear()
     watch_process(process.pid, ended.set)
-    assert ended.wait(20)
+    assert ended.wait(60)
 
 
 def test_output_that_nobody_reads_any_more_goes_nowhere() -> None:

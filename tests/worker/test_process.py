@@ -71,7 +71,7 @@ def test_finding_wakes_whoever_waits_and_brings_every_error() -> None:
     release.set()
     found = {}
     while len(found) < 2:
-        assert select.select([fetcher.fileno()], [], [], 20)[0]
+        assert select.select([fetcher.fileno()], [], [], 60)[0]
         found.update({command.name: outcome for command, outcome in fetcher.take_found()})
     assert found["good"] == Path("/there") and str(found["bad"]) == "bad: mend it"
 
@@ -88,4 +88,4 @@ def test_a_worker_ends_when_its_standard_input_does(tmp_path: Path) -> None:
     with subprocess.Popen(command, stdin=subprocess.PIPE, cwd=Path(__file__).parents[2]) as worker:
         assert worker.stdin is not None
         worker.stdin.close()
-        assert worker.wait(timeout=30) == EXIT_ORPHANED
+        assert worker.wait(timeout=100) == EXIT_ORPHANED

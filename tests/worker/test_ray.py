@@ -64,6 +64,6 @@ def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) ->
     ],
 )
 def test_on_the_command_line(options: list[str], words: str) -> None:
-    answer = subprocess.run([*SERVE, *options], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    answer = subprocess.run([*SERVE, *options], capture_output=True, text=True, cwd=ROOT, timeout=200)
     assert answer.returncode == 1 and any(part in answer.stderr for part in words.split("|"))
     assert answer.stderr.count("\n") == 1

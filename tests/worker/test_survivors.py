@@ -57,7 +57,7 @@ def test_what_does_not_fit_is_ended_and_why_is_told(tmp_path: Path, caplog: pyte
     other = {"protocol": 6, "worker": {"engine": {"model": "other", "depth": None}}, "more": 1}
     with sleeping(state, 0, other) as first, sleeping(state, 3, LAUNCH) as second:
         assert asyncio.run(find_survivors(state, {0: LAUNCH})) == {}
-        assert first.wait(20) and second.wait(20) and state.replicas() == []
+        assert first.wait(60) and second.wait(60) and state.replicas() == []
     words = " ".join(caplog.messages)
     for part in ("protocol was 6 and is 5", "worker.engine.model was 'other' and is 'm'", "more was 1 and is None"):
         assert part in words

@@ -52,23 +52,26 @@ def test_an_orphan_ends_unless_it_is_adopted_and_an_earlier_end_is_no_news() -> 
     vigil = Vigil(None, 0.01, end=ended.set)
     first = vigil.generation
     vigil.lose(first, "gone")
-    assert ended.wait(20)
+    assert ended.wait(60)
     ended.clear()
     second = vigil.adopted()
     vigil.lose(first, "gone, said a thread that was late")
     assert not vigil.is_orphaned and not vigil.check()
     vigil.lose(second, "gone")
-    assert vigil.is_orphaned and ended.wait(20)
+    assert vigil.is_orphaned and ended.wait(60)
     vigil.close()
 
 
 def test_adoption_comes_in_time() -> None:
     ended = threading.Event()
-    vigil = Vigil(None, 0.2, end=ended.set)
+    vigil = Vigil(None, 20.0, end=ended.set)
     vigil.lose(0, "gone")
+    timer = vigil._timer
+    assert timer is not None
     vigil.adopted()
     assert not vigil.check() and not readable(vigil), "there is nothing to tell any more"
-    assert not ended.wait(0.4)
+    timer.join(10.0)
+    assert not timer.is_alive() and not ended.is_set()
     vigil.close()
 
 
@@ -87,7 +90,7 @@ def test_silence_of_one_whose_end_would_be_told_ends_requests_and_not_the_worker
     clock.now += 10.0
     assert readable(vigil) is False and vigil.check()
     vigil.lose(second, "gone")
-    assert readable(vigil) and vigil.check() and ended.wait(20) and len(lost) == 3
+    assert readable(vigil) and vigil.check() and ended.wait(60) and len(lost) == 3
     vigil.close()
 
 
