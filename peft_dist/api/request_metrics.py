@@ -12,7 +12,7 @@ from peft_dist.core.adapter import AdapterSpec
 
 FINISH_REASONS = ("stop", "length", "abort", "error")
 CLIENT_CLOSED_REQUEST = 499
-_COUNTED_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
+_COUNTED_PATHS = frozenset({"/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"})
 
 # Upper bounds in seconds: from small models on fast devices to large ones on CPUs.
 _TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2.5, 5, 10)
@@ -53,7 +53,9 @@ class RequestMetrics:
         self.finished = self._counter("sequences_finished", "Sequences that ended, by reason.", "finish_reason")
         for reason in FINISH_REASONS:
             self.finished.labels(reason)
-        self.refused = self._counter("request_errors", "Completions and chats answered by an HTTP error.", "code")
+        self.refused = self._counter(
+            "request_errors", "Completions, chats, and texts and ids to translate, answered by an HTTP error.", "code"
+        )
 
     def watch(self, adapter: AdapterSpec | None) -> GenerationWatch:
         """For the sequences of one HTTP request, which begins now."""
@@ -130,7 +132,7 @@ class GenerationWatch:
 
 
 class ErrorCountMiddleware:
-    """Counts generation requests that are answered by an error status; outermost, so that it sees every refusal."""
+    """Counts requests with prompts that are answered by an error status; outermost, so that it sees every refusal."""
 
     def __init__(self, app: ASGIApp, metrics: RequestMetrics) -> None:
         self._app = app
