@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import FastAPI
 
 import peft_dist
+from peft_dist.api import request_log
 from peft_dist.api.adapters import adapters_router
 from peft_dist.api.admin import admin_router
 from peft_dist.api.auth import AuthMiddleware
@@ -53,5 +54,6 @@ def build_app(
     # The last one added runs first: nobody's body is looked at before his key is.
     app.add_middleware(BodyMiddleware, max_bytes=options.max_body_bytes)
     app.add_middleware(AuthMiddleware, options=options)
-    app.add_middleware(ErrorCountMiddleware, metrics=state.metrics.requests)
+    on_answer = request_log.tell_others if options.log_requests else None
+    app.add_middleware(ErrorCountMiddleware, metrics=state.metrics.requests, on_answer=on_answer)
     return app
