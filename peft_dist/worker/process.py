@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from peft_dist.core.errors import ConfigError, PeftDistError
 from peft_dist.core.messages import Fatal, LoadAdapter, Ready
 from peft_dist.worker.allegiance import Allegiance
+from peft_dist.worker.bars import quieten_bars
 from peft_dist.worker.channel import Channel
 from peft_dist.worker.config import WorkerConfig
 from peft_dist.worker.heart import Heart
@@ -65,7 +66,7 @@ def run_rank(config: WorkerConfig) -> int:
     """Do what rank 0 of the same launch does, until it is closed; returns the exit status."""
     try:
         check_world(config.world_size)
-        replica: Replica = config.load_factory()(config.engine)
+        replica = _build(config)
         server = _serve_kv(config, replica)
         replica.follow()
         if server is not None:
@@ -94,7 +95,7 @@ def _await_end() -> int:
 
 def _serve(config: WorkerConfig, channel: Channel, allegiance: Allegiance) -> int:
     check_world(config.world_size)
-    replica: Replica = config.load_factory()(config.engine)
+    replica = _build(config)
     server = _serve_kv(config, replica)
     channel.send(Ready(model=replica.model_info, pid=os.getpid(), costs=replica.engine.detail().costs))
     loop = WorkerLoop(replica, channel, find_adapter, allegiance=allegiance)
@@ -106,6 +107,14 @@ def _serve(config: WorkerConfig, channel: Channel, allegiance: Allegiance) -> in
     # Not after a failure: an engine that failed may fail again, and its first words are the ones that count.
     replica.close()
     return EXIT_FENCED if loop.is_fenced else 0
+
+
+def _build(config: WorkerConfig) -> Replica:
+    build = config.load_factory()
+    # It has imported what there is to be quieted.
+    quieten_bars()
+    replica: Replica = build(config.engine)
+    return replica
 
 
 def _serve_kv(config: WorkerConfig, replica: Replica) -> TcpTransport | None:
