@@ -50,11 +50,17 @@ def run_worker(config: WorkerConfig, orphaned: Callable[[], None]) -> int:
     try:
         return _serve(config, channel, Allegiance(config, channel, heart, vigil))
     except PeftDistError as error:  # It speaks for itself, and where it comes from helps nobody who serves.
-        logger.error("replica %d cannot go on: %s", config.replica_id, error)
-        return _tell_end(config, channel, error)
+        # A server of this host tells it to the same people; those who look after another host see it here.
+        is_near = config.endpoint.startswith("ipc:")
+        if not is_near:
+            logger.error("replica %d cannot go on: %s", config.replica_id, error)
+        if not _tell_end(config, channel, error) and is_near:
+            logger.error("replica %d cannot go on, and nobody has heard why: %s", config.replica_id, error)
+        return 1
     except Exception as error:  # The last thing this process can do for its streams is to say why they end.
         logger.exception("replica %d cannot go on", config.replica_id)
-        return _tell_end(config, channel, error)
+        _tell_end(config, channel, error)
+        return 1
     finally:
         heart.stop()
         if vigil is not None:
@@ -80,11 +86,11 @@ def run_rank(config: WorkerConfig) -> int:
         return _await_end()
 
 
-def _tell_end(config: WorkerConfig, channel: Channel, error: Exception) -> int:
+def _tell_end(config: WorkerConfig, channel: Channel, error: Exception) -> bool:
+    """Whether the orchestrator has heard it."""
     channel.send(Fatal(error=f"Replica {config.replica_id}: {describe(error)}"))
     # The answer is Shutdown: leaving earlier, the bare exit status could overtake these words.
-    channel.wait(_LAST_WORDS_MS)
-    return 1
+    return channel.await_farewell(_LAST_WORDS_MS)
 
 
 def _await_end() -> int:
