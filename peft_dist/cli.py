@@ -162,6 +162,7 @@ def serve(
     shutdown_timeout: Annotated[float, typer.Option(min=0, help="Seconds that streams get to finish.")] = 30.0,
     unread_timeout: Annotated[float, typer.Option(help="Seconds for which a client may read nothing.")] = 60.0,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    log_requests: Annotated[bool, typer.Option("--log-requests", help="A line for each request (info).")] = False,
     cluster: Annotated[str, typer.Option(help="What runs the replicas: local (this host) or ray.")] = "local",
     ray_address: Annotated[str | None, typer.Option(help="HOST:PORT of the Ray head; found if not given.")] = None,
     ray_cpus: Annotated[float | None, typer.Option(min=0, help="CPUs a rank takes in Ray; --threads or 1.")] = None,

@@ -1,7 +1,8 @@
 """One model, four adapters and the base: twenty chats at once, side by side with PEFT.
 
-python scripts/demo.py             # the demo; writes docs/demo.svg
-python scripts/demo.py --serve     # leave the server up instead
+python scripts/demo.py                            # the demo; the screen is also kept as .demo/demo.svg
+python scripts/demo.py --picture docs/demo.svg    # the same for the README's picture, which git keeps
+python scripts/demo.py --serve                    # leave the server up instead
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from demo_model import DemoModelError, ensure_demo_model
 ADAPTER_FOLDERS = {
     name: Path(__file__).parent / "demo_adapters" / name for name in ("sql", "json", "sentiment", "style")
 }
-SVG = Path(__file__).parents[1] / "docs" / "demo.svg"
+# Git ignores it: a demo leaves the tree as it was.
+PICTURE = Path(__file__).parents[1] / ".demo" / "demo.svg"
 BASE = "SmolLM2-135M-Instruct"
 CHATS_EACH = 4
 MAX_TOKENS = 48
@@ -120,7 +122,8 @@ def say(step: str) -> None:
     print(f"demo: {step}", file=sys.stderr, flush=True)
 
 
-def run_demo() -> None:
+def run_demo(picture: Path) -> None:
+    """``picture``: The SVG that the screen is kept as."""
     from demo_view import show
     from peft_baseline import run_peft
 
@@ -134,19 +137,25 @@ def run_demo() -> None:
         answers, ours = asyncio.run(ask_all(url, chats()))
     say("the same chats with PEFT, which takes longer")
     peft_answers, theirs = run_peft(model, ADAPTER_FOLDERS, chats(), MAX_TOKENS)
-    show(chats(), answers, peft_answers, ours, theirs, SVG)
+    show(chats(), answers, peft_answers, ours, theirs, picture)
+    say(f"this screen is kept in {picture}")
 
 
-def main() -> int:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--serve", action="store_true", help="leave the server up")
     parser.add_argument("--port", type=int, default=8000, help="port for --serve")
-    options = parser.parse_args()
+    parser.add_argument("--picture", type=Path, default=PICTURE, help="where the screen is kept, as an SVG")
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    options = parse()
     try:
         if options.serve:
             command = serve_command(ensure_demo_model(), options.port, None)
             os.execv(command[0], command)
-        run_demo()
+        run_demo(options.picture)
     except (DemoError, DemoModelError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1

@@ -36,7 +36,7 @@ def show(
     console.print(_comparison(ours, theirs))
     equal = sum(a == b for a, b in zip(answers, peft_answers, strict=True))
     console.print(f"{equal} of {len(answers)} answers are PEFT's, letter for letter.")
-    svg.parent.mkdir(exist_ok=True)
+    svg.parent.mkdir(parents=True, exist_ok=True)
     console.save_svg(str(svg), title="make demo")
 
 

@@ -15,14 +15,17 @@ from peft_dist.api.options import ServerOptions
 
 ADMIN_PATHS = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
 ADMIN_PREFIX = "/admin/"
+# Outside of /v1, where other servers have them: they cost this one as much as what is inside.
+TOKENIZER_PATHS = frozenset({"/tokenize", "/detokenize"})
 _PROXY_HEADERS = ("forwarded", "x-forwarded-for", "x-real-ip")
 
 
 class AuthMiddleware:
     """Checks the key before a byte of the body is read.
 
-    ``/v1`` needs one of the API keys (or the admin key) when there are any. Loading and unloading, and ``/admin``, need
-    the admin key; without one they need an API key when there are any, and a client on this machine.
+    ``/v1``, ``/tokenize`` and ``/detokenize`` need one of the API keys (or the admin key) when there are any. Loading
+    and unloading, and ``/admin``, need the admin key; without one they need an API key when there are any, and a client
+    on this machine.
     """
 
     def __init__(self, app: ASGIApp, options: ServerOptions) -> None:
@@ -38,7 +41,7 @@ class AuthMiddleware:
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         path: str = scope["path"]
-        if path != "/v1" and not path.startswith(("/v1/", ADMIN_PREFIX)):
+        if path not in ("/v1", *TOKENIZER_PATHS) and not path.startswith(("/v1/", ADMIN_PREFIX)):
             return None
         token = _bearer_token(Headers(scope=scope))
         options = self._options

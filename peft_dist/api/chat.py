@@ -7,13 +7,14 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from peft_dist.api.chat_template import check_chat
 from peft_dist.api.collected import Collected
 from peft_dist.api.generation import Choice, Generation, Piece
 from peft_dist.api.logprobs import chat_logprobs, prompt_logprobs
 from peft_dist.api.protocol_chat import ChatCompletionRequest
 from peft_dist.api.serving import check_combinations, fit_max_tokens, serve_generation
 from peft_dist.api.state import ServerState
-from peft_dist.api.unimplemented import refuse_in_chat, refuse_in_message
+from peft_dist.api.unimplemented import refuse_in_chat
 from peft_dist.core.errors import InvalidRequestError
 from peft_dist.core.sampling_params import SamplingParams
 
@@ -28,7 +29,7 @@ def chat_router(state: ServerState) -> APIRouter:
         _check(body)
         state.check_alive()
         state.target(body.model)
-        prompt = await state.prompts.read_chat(body)
+        prompt = await state.prompts.read_chat(body.messages, body)
         limit_name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         names = {"prompt": "messages", "max_tokens": limit_name}
         params = fit_max_tokens(prompt, _params(body), state.model, names)
@@ -39,15 +40,10 @@ def chat_router(state: ServerState) -> APIRouter:
 
 def _check(body: ChatCompletionRequest) -> None:
     refuse_in_chat(body.model_extra or {}, body.num_choices)
-    for index, message in enumerate(body.messages):
-        refuse_in_message(message.model_extra or {}, index)
+    check_chat(body.messages, body)
     check_combinations(body)
     if body.top_logprobs and not body.logprobs:
         raise InvalidRequestError("top_logprobs needs logprobs=true: send both, or neither", "top_logprobs")
-    if body.add_generation_prompt and body.continue_final_message:
-        raise InvalidRequestError(
-            "continue_final_message excludes add_generation_prompt: send one of them", "continue_final_message"
-        )
 
 
 def _params(body: ChatCompletionRequest) -> SamplingParams:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from peft_dist.api.protocol_chat import ChatCompletionRequest, ChatMessage
+from peft_dist.api.protocol_chat import ChatMessage, ChatWriting
 from peft_dist.api.tokenizing import apply_template
+from peft_dist.api.unimplemented import refuse_in_message
 from peft_dist.core.errors import InvalidRequestError
 
 # Arguments of apply_chat_template that are not the template's to see.
@@ -32,7 +34,22 @@ _RESERVED = frozenset(
 )
 
 
-def render_chat(tokenizer: Any, request: ChatCompletionRequest, template: str | None) -> str:
+def check_chat(messages: Sequence[ChatMessage], writing: ChatWriting) -> None:
+    """Refuse what no template is asked for.
+
+    Raises:
+        ApiError: 400, a message has a field that is not implemented.
+        InvalidRequestError: fields of ``writing`` do not go together.
+    """
+    for index, message in enumerate(messages):
+        refuse_in_message(message.model_extra or {}, index)
+    if writing.add_generation_prompt and writing.continue_final_message:
+        raise InvalidRequestError(
+            "continue_final_message excludes add_generation_prompt: send one of them", "continue_final_message"
+        )
+
+
+def render_chat(tokenizer: Any, messages: Sequence[ChatMessage], writing: ChatWriting, template: str | None) -> str:
     """The prompt's text by ``template``, or by the tokenizer's own.
 
     Raises:
@@ -44,11 +61,11 @@ def render_chat(tokenizer: Any, request: ChatCompletionRequest, template: str | 
             "this model has no chat template: use /v1/completions, or start the server with --chat-template", "messages"
         )
     arguments = {
-        "add_generation_prompt": _adds_generation_prompt(request),
-        "continue_final_message": bool(request.continue_final_message),
-        **_template_kwargs(request),
+        "add_generation_prompt": _adds_generation_prompt(writing),
+        "continue_final_message": bool(writing.continue_final_message),
+        **_template_kwargs(writing),
     }
-    text = apply_template(tokenizer, [_as_dict(message) for message in request.messages], template, arguments)
+    text = apply_template(tokenizer, [_as_dict(message) for message in messages], template, arguments)
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -57,8 +74,8 @@ def render_chat(tokenizer: Any, request: ChatCompletionRequest, template: str | 
     return text
 
 
-def _template_kwargs(request: ChatCompletionRequest) -> dict[str, Any]:
-    kwargs = request.chat_template_kwargs or {}
+def _template_kwargs(writing: ChatWriting) -> dict[str, Any]:
+    kwargs = writing.chat_template_kwargs or {}
     reserved = sorted(_RESERVED & kwargs.keys())
     if reserved:
         raise InvalidRequestError(
@@ -68,10 +85,10 @@ def _template_kwargs(request: ChatCompletionRequest) -> dict[str, Any]:
     return kwargs
 
 
-def _adds_generation_prompt(request: ChatCompletionRequest) -> bool:
-    if request.add_generation_prompt is None:
-        return not request.continue_final_message
-    return request.add_generation_prompt
+def _adds_generation_prompt(writing: ChatWriting) -> bool:
+    if writing.add_generation_prompt is None:
+        return not writing.continue_final_message
+    return writing.add_generation_prompt
 
 
 def _as_dict(message: ChatMessage) -> dict[str, str]:

@@ -129,7 +129,7 @@ class Generation:
 
     async def aclose(self) -> None:
         """Abort what still runs. Idempotent."""
-        self._watch.close("abort")
+        self._watch.end()
         for stream in self._streams:
             await stream.aclose()
 

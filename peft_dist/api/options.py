@@ -24,6 +24,7 @@ class ServerOptions:
         response_role: The role that answers of ``/v1/chat/completions`` carry.
         max_body_bytes: Largest request body in bytes.
         metrics_max_adapters: Adapters that have series of their own in ``/metrics``; the rest is summed.
+        log_requests: Write a line to the log at the end of each request with a prompt, without a word of it.
         unread_timeout: Seconds for which a client may read nothing of its answer; then its connection is cut.
         tokenize_in_thread_chars: Prompts from this many characters on are tokenised outside the event loop.
 
@@ -41,6 +42,7 @@ class ServerOptions:
     response_role: str = "assistant"
     max_body_bytes: int = 16 << 20
     metrics_max_adapters: int = 100
+    log_requests: bool = False
     unread_timeout: float = 60.0
     tokenize_in_thread_chars: int = 16_384
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from peft_dist.api.chat_template import render_chat
 from peft_dist.api.options import ServerOptions
-from peft_dist.api.protocol_chat import ChatCompletionRequest
+from peft_dist.api.protocol_chat import ChatMessage, ChatWriting
 from peft_dist.api.protocol_completions import CompletionRequest
 from peft_dist.api.tokenizing import check_unicode
 from peft_dist.core.errors import InvalidRequestError
@@ -59,17 +59,38 @@ class PromptReader:
             Prompt(next(encoded), prompt) if isinstance(prompt, str) else Prompt(prompt) for prompt in request.prompt
         ]
 
-    async def read_chat(self, request: ChatCompletionRequest) -> Prompt:
+    async def read_text(self, text: str, *, special: bool) -> list[int]:
+        """The ids of a text, with those of the tokenizer's own that it begins or ends with where ``special``.
+
+        Raises:
+            InvalidRequestError: (param "prompt") there is no tokenizer, or the text is no Unicode.
+        """
+        if self._tokenizer is None:
+            raise InvalidRequestError("this model has no tokenizer: nothing turns text into its ids", "prompt")
+        return await self._run(len(text), lambda: self._encode(text, special))
+
+    async def write(self, token_ids: list[int]) -> str:
+        """The text of ids of the vocabulary, special tokens included; those that the tokenizer lacks are left out.
+
+        Raises:
+            InvalidRequestError: (param "tokens") there is no tokenizer.
+        """
+        tokenizer = self._tokenizer
+        if tokenizer is None:
+            raise InvalidRequestError("this model has no tokenizer: nothing turns its ids into text", "tokens")
+        return await self._run(len(token_ids), lambda: str(tokenizer.decode(token_ids)))
+
+    async def read_chat(self, messages: Sequence[ChatMessage], writing: ChatWriting) -> Prompt:
         """Raises InvalidRequestError (param "messages") without a tokenizer, or when the template refuses."""
         if self._tokenizer is None:
             raise InvalidRequestError("this model has no tokenizer: use /v1/completions with token ids", "messages")
-        size = sum(len(message.content) for message in request.messages)
-        return await self._run(size, lambda: self._encode_chat(request))
+        size = sum(len(message.content) for message in messages)
+        return await self._run(size, lambda: self._encode_chat(messages, writing))
 
-    def _encode_chat(self, request: ChatCompletionRequest) -> Prompt:
-        text = render_chat(self._tokenizer, request, self._options.chat_template)
+    def _encode_chat(self, messages: Sequence[ChatMessage], writing: ChatWriting) -> Prompt:
+        text = render_chat(self._tokenizer, messages, writing, self._options.chat_template)
         # The template writes the special tokens itself.
-        return Prompt(self._encode(text, request.add_special_tokens is True, "messages"), text)
+        return Prompt(self._encode(text, writing.add_special_tokens is True, "messages"), text)
 
     def _encode(self, text: str, special: bool, param: str = "prompt") -> list[int]:
         assert self._tokenizer is not None

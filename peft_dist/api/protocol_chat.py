@@ -62,13 +62,19 @@ class ChatMessage(Strict):
     name: str | None = None
 
 
-class ChatCompletionRequest(GenerationRequest):
+class ChatWriting(Strict):
+    """How a conversation is written out."""
+
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class ChatCompletionRequest(GenerationRequest, ChatWriting):
     """A conversation to answer."""
 
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: Count | None = Field(None, description="Goes before `max_tokens` when both are there.")
     logprobs: bool | None = None
     top_logprobs: NumLogprobs | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None

@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import FastAPI
 
 import peft_dist
+from peft_dist.api import request_log
 from peft_dist.api.adapters import adapters_router
 from peft_dist.api.admin import admin_router
 from peft_dist.api.auth import AuthMiddleware
@@ -20,6 +21,7 @@ from peft_dist.api.protocol import ErrorAnswer
 from peft_dist.api.request_metrics import ErrorCountMiddleware
 from peft_dist.api.state import ServerState
 from peft_dist.api.system import system_router
+from peft_dist.api.token_ids import token_ids_router
 from peft_dist.api.unread import UnreadWatch
 from peft_dist.orchestrator.client import EngineClient
 
@@ -45,11 +47,13 @@ def build_app(
     options = options or ServerOptions()
     state = ServerState(client, tokenizer, options, unread or UnreadWatch(options.unread_timeout))
     app = FastAPI(title="peft_dist", version=peft_dist.__version__, redirect_slashes=False)
-    for router in (completions_router, chat_router, models_router, adapters_router, admin_router, system_router):
+    of_prompts = (completions_router, chat_router, token_ids_router)
+    for router in (*of_prompts, models_router, adapters_router, admin_router, system_router):
         app.include_router(router(state), responses=_ERRORS)
     install_error_handlers(app)
     # The last one added runs first: nobody's body is looked at before his key is.
     app.add_middleware(BodyMiddleware, max_bytes=options.max_body_bytes)
     app.add_middleware(AuthMiddleware, options=options)
-    app.add_middleware(ErrorCountMiddleware, metrics=state.metrics.requests)
+    on_answer = request_log.tell_others if options.log_requests else None
+    app.add_middleware(ErrorCountMiddleware, metrics=state.metrics.requests, on_answer=on_answer)
     return app

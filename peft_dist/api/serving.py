@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import Request
 from starlette.responses import Response
 
+from peft_dist.api import request_log
 from peft_dist.api.answer_format import AnswerFormat
 from peft_dist.api.chunks import ChunkWriter
 from peft_dist.api.errors import ApiError, json_response
@@ -64,7 +65,8 @@ async def serve_generation(
     """Run a validated request and answer it as its body asks, as a stream or whole."""
     request_id = f"{kind}-{uuid.uuid4().hex}"
     target = state.target(body.model)
-    watch = state.metrics.requests.watch(state.client.resolve(target))
+    on_end = request_log.of(http, request_id, body.model) if state.options.log_requests else None
+    watch = state.metrics.requests.watch(state.client.resolve(target), on_end)
     try:
         generation = await Generation.start(
             state.client, state.tokenizer, state.decoders, request_id, prompts, params, target, watch

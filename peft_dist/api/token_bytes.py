@@ -37,6 +37,13 @@ class TokenBytes:
             self._cache[token] = self._find(token)
         return self._cache[token]
 
+    def pieces(self, tokens: list[int]) -> list[str]:
+        """Tokens as the tokenizer's vocabulary writes them, such as ``\u0120a`` for " a"."""
+        if self._tokenizer is None:
+            return [f"token_id:{token}" for token in tokens]
+        found: list[str] = self._tokenizer.convert_ids_to_tokens(tokens)
+        return found
+
     def replaced(self, token: int) -> str:
         """The token as text, with U+FFFD for what is no whole character."""
         raw = self.raw(token)

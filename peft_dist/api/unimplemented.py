@@ -116,6 +116,12 @@ def refuse_in_chat(extra: Mapping[str, Any], n: int) -> None:
     _refuse({**_COMMON, **_CHAT, "best_of": (1, n)}, extra, is_told=True)
 
 
+def refuse_in_tokenize(extra: Mapping[str, Any]) -> None:
+    """Raises ApiError (400), see ``refuse_in_completion``: what neither a completion nor a chat may hold."""
+    _refuse_names(extra)
+    _refuse({**_COMMON, **_COMPLETION, **_CHAT}, extra, is_told=True)
+
+
 def refuse_in_message(extra: Mapping[str, Any], index: int) -> None:
     """Raises ApiError (400) with a name like ``messages[2].tool_calls``."""
     _refuse(_MESSAGE, extra, f"messages[{index}].")

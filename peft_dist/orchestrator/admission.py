@@ -18,12 +18,16 @@ def check_prompt(prompt_token_ids: list[int], model: ModelInfo) -> None:
     """Raises InvalidRequestError when the prompt is empty or holds something outside of the vocabulary."""
     if not prompt_token_ids:
         raise InvalidRequestError("The prompt is empty: give at least one token.", param="prompt")
-    are_numbers = set(map(type, prompt_token_ids)) == {int}
-    if are_numbers and min(prompt_token_ids) >= 0 and max(prompt_token_ids) < model.vocab_size:
+    check_vocabulary(prompt_token_ids, model, "prompt")
+
+
+def check_vocabulary(token_ids: list[int], model: ModelInfo, param: str) -> None:
+    """Raises InvalidRequestError (of ``param``) when something is no token of the model; an empty list passes."""
+    if set(map(type, token_ids)) == {int} and min(token_ids) >= 0 and max(token_ids) < model.vocab_size:
         return
-    for token in prompt_token_ids:
+    for token in token_ids:
         if type(token) is not int or not 0 <= token < model.vocab_size:
-            _outside_vocabulary(token, model, "prompt")
+            _outside_vocabulary(token, model, param)
 
 
 def check_token_parameters(params: SamplingParams, model: ModelInfo) -> None:

@@ -68,18 +68,18 @@ class Keeper:
 
     def lost(self, lost: ReplicaLost) -> None:
         """A replica is dead: see that its process ends."""
-        is_ours = lost.replica_id in self._processes
+        is_ours, grace = lost.replica_id in self._processes, self._startup.grace
+        if is_ours:
+            self._startup.lost(lost.replica_id, lost.error)
         if lost.was_asked:
             logger.info("replica %d has ended%s", lost.replica_id, " and is started again" if is_ours else "")
-        else:
+        elif not self._startup.has_failed:  # Whoever starts this gets the error, and had better see it once.
             logger.error("replica %d is lost: %s", lost.replica_id, lost.error)
         if lost.hangs:
             self._processes.kill(lost.replica_id)
         else:
-            self._spawn(self._processes.stop(lost.replica_id, self._startup.grace))
+            self._spawn(self._processes.stop(lost.replica_id, grace))
         self._promises.end_drain(lost.replica_id, None)
-        if is_ours:
-            self._startup.lost(lost.replica_id, lost.error)
 
     def renewed(self, renewed: ReplicaRenewed) -> None:
         """The process of a replica is to go on as another incarnation, which is told to it."""

@@ -34,8 +34,13 @@ class Startup:
     @property
     def grace(self) -> float:
         """Seconds for a replica to end: one that never was ready may be stuck in loading, and has nothing to finish."""
-        is_over = self._done.done() and self._done.exception() is None
+        is_over = self._done.done() and not self.has_failed
         return self._stop_grace if is_over else min(self._stop_grace, _GRACE_WHILE_STARTING)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether ``wait`` raises, and so tells why."""
+        return self._done.done() and self._done.exception() is not None
 
     def ready(self, replica_id: int, num_ready: int, *, adopted: bool) -> None:
         """A replica is ready; there are ``num_ready`` now."""

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import time
+
 import zmq
 
 from peft_dist.core.cluster_keys import ClusterKeys
-from peft_dist.core.messages import AnyCommand, AnyReport, decode_command, encode_report
+from peft_dist.core.messages import (
+    AnyCommand,
+    AnyReport,
+    Fence,
+    ProtocolError,
+    Shutdown,
+    decode_command,
+    encode_report,
+)
 from peft_dist.core.numbering import Inbox, Outbox
 
 _LAST_WORDS_MS = 5000
@@ -88,6 +98,18 @@ class Channel:
             envelope = decode_command(data)
             if envelope.epoch == self._epoch and self._inbox.take(envelope.number):
                 commands.append(envelope.message)
+
+    def await_farewell(self, timeout_ms: int) -> bool:
+        """Wait for how this incarnation ends (Shutdown or Fence), whatever comes before it; False: it did not come."""
+        deadline = time.monotonic() + timeout_ms / 1000
+        while self._socket.poll(max(0, int(1000 * (deadline - time.monotonic())))):
+            try:
+                commands = self.receive()
+            except ProtocolError:
+                return False
+            if any(isinstance(command, (Shutdown, Fence)) for command in commands):
+                return True
+        return False
 
     def close(self) -> None:
         """Close; what was sent gets a few seconds to leave."""

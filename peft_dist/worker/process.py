@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from peft_dist.core.errors import ConfigError, PeftDistError
 from peft_dist.core.messages import Fatal, LoadAdapter, Ready
 from peft_dist.worker.allegiance import Allegiance
+from peft_dist.worker.bars import quieten_bars
 from peft_dist.worker.channel import Channel
 from peft_dist.worker.config import WorkerConfig
 from peft_dist.worker.heart import Heart
@@ -49,11 +50,17 @@ def run_worker(config: WorkerConfig, orphaned: Callable[[], None]) -> int:
     try:
         return _serve(config, channel, Allegiance(config, channel, heart, vigil))
     except PeftDistError as error:  # It speaks for itself, and where it comes from helps nobody who serves.
-        logger.error("replica %d cannot go on: %s", config.replica_id, error)
-        return _tell_end(config, channel, error)
+        # A server of this host tells it to the same people; those who look after another host see it here.
+        is_near = config.endpoint.startswith("ipc:")
+        if not is_near:
+            logger.error("replica %d cannot go on: %s", config.replica_id, error)
+        if not _tell_end(config, channel, error) and is_near:
+            logger.error("replica %d cannot go on, and nobody has heard why: %s", config.replica_id, error)
+        return 1
     except Exception as error:  # The last thing this process can do for its streams is to say why they end.
         logger.exception("replica %d cannot go on", config.replica_id)
-        return _tell_end(config, channel, error)
+        _tell_end(config, channel, error)
+        return 1
     finally:
         heart.stop()
         if vigil is not None:
@@ -65,7 +72,7 @@ def run_rank(config: WorkerConfig) -> int:
     """Do what rank 0 of the same launch does, until it is closed; returns the exit status."""
     try:
         check_world(config.world_size)
-        replica: Replica = config.load_factory()(config.engine)
+        replica = _build(config)
         server = _serve_kv(config, replica)
         replica.follow()
         if server is not None:
@@ -79,11 +86,11 @@ def run_rank(config: WorkerConfig) -> int:
         return _await_end()
 
 
-def _tell_end(config: WorkerConfig, channel: Channel, error: Exception) -> int:
+def _tell_end(config: WorkerConfig, channel: Channel, error: Exception) -> bool:
+    """Whether the orchestrator has heard it."""
     channel.send(Fatal(error=f"Replica {config.replica_id}: {describe(error)}"))
     # The answer is Shutdown: leaving earlier, the bare exit status could overtake these words.
-    channel.wait(_LAST_WORDS_MS)
-    return 1
+    return channel.await_farewell(_LAST_WORDS_MS)
 
 
 def _await_end() -> int:
@@ -94,7 +101,7 @@ def _await_end() -> int:
 
 def _serve(config: WorkerConfig, channel: Channel, allegiance: Allegiance) -> int:
     check_world(config.world_size)
-    replica: Replica = config.load_factory()(config.engine)
+    replica = _build(config)
     server = _serve_kv(config, replica)
     channel.send(Ready(model=replica.model_info, pid=os.getpid(), costs=replica.engine.detail().costs))
     loop = WorkerLoop(replica, channel, find_adapter, allegiance=allegiance)
@@ -106,6 +113,14 @@ def _serve(config: WorkerConfig, channel: Channel, allegiance: Allegiance) -> in
     # Not after a failure: an engine that failed may fail again, and its first words are the ones that count.
     replica.close()
     return EXIT_FENCED if loop.is_fenced else 0
+
+
+def _build(config: WorkerConfig) -> Replica:
+    build = config.load_factory()
+    # It has imported what there is to be quieted.
+    quieten_bars()
+    replica: Replica = build(config.engine)
+    return replica
 
 
 def _serve_kv(config: WorkerConfig, replica: Replica) -> TcpTransport | None:

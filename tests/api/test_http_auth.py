@@ -53,7 +53,9 @@ def test_any_api_key_opens_v1(key: str) -> None:
     assert ask(ServerOptions(api_keys=KEYS), "/v1/completions", COMPLETION, key=key).status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/sql", "/v1/nothing", "/v1", "/v1/completions"])
+@pytest.mark.parametrize(
+    "path", ["/v1/models", "/v1/models/sql", "/v1/nothing", "/v1", "/v1/completions", "/tokenize", "/detokenize"]
+)
 @pytest.mark.parametrize("key", [None, "wrong", "key-on", "key-one1", "kéy"])
 def test_without_the_key_nothing_of_v1_answers(path: str, key: str | None) -> None:
     headers = {"Authorization": f"Bearer {key}".encode()} if key else {}

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from peft_dist.api.protocol_adapters import LoadAdapterRequest
 from peft_dist.api.protocol_chat import ChatCompletionRequest
 from peft_dist.api.protocol_completions import CompletionRequest
+from peft_dist.api.protocol_token_ids import DetokenizeRequest, TokenizeRequest
 from tests.api.http_support import BASE, ScriptedClient, serving
 
 # Lone surrogates included: JSON can write them, UTF-8 cannot.
@@ -38,6 +39,16 @@ CASES: dict[str, tuple[type[Any], dict[str, Any], dict[str, st.SearchStrategy[An
         ChatCompletionRequest,
         {"model": BASE, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 3},
         {"messages": st.lists(messages, max_size=3) | values, "chat_template_kwargs": st.dictionaries(texts, values)},
+    ),
+    "/tokenize": (
+        TokenizeRequest,
+        {"model": BASE, "messages": [{"role": "user", "content": "hello"}]},
+        {"messages": st.lists(messages, max_size=3) | values, "chat_template_kwargs": st.dictionaries(texts, values)},
+    ),
+    "/detokenize": (
+        DetokenizeRequest,
+        {"model": BASE, "tokens": [5]},
+        {"tokens": st.lists(st.integers(-1, 310), max_size=4) | values},
     ),
     "/v1/load_lora_adapter": (LoadAdapterRequest, {"lora_name": "new", "lora_path": "x", "load_inplace": True}, {}),
 }

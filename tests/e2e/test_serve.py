@@ -256,6 +256,13 @@ def test_what_cannot_be_served_is_one_line_and_status_1(options: list[str], mess
 FAILING = [*FAKE[:2], "--replica-factory", "tests.worker.fake_replica:build_failing", "--port", "0"]
 
 
+@pytest.mark.parametrize("options", [[], ["--replicas", "2"]], ids=["one", "two"])
+def test_why_the_start_failed_is_told_once(options: list[str]) -> None:
+    status, output = failing(*FAILING, *options)
+    assert status == 1 and output.count("cannot be loaded: choose another") == 1, output
+    assert output.splitlines()[-1].startswith("peft-dist: Replica ")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

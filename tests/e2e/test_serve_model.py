@@ -67,6 +67,10 @@ def server(folder: Path) -> Iterator[ModelServer]:
         started.process.wait()
 
 
+def test_the_log_has_no_bars(server: ModelServer) -> None:
+    assert "Serving" in server.log and "Loading weights" not in server.log
+
+
 @pytest.fixture(scope="module")
 def llm(folder: Path, server: ModelServer) -> Iterator[LLM]:
     adapters = {f"a{number}": folder / f"a{number}" for number in range(3)}

@@ -14,6 +14,7 @@ import pytest
 from peft_dist.core.config import EngineConfig
 from peft_dist.core.errors import AdapterError, ConfigError
 from peft_dist.core.messages import LoadAdapter
+from peft_dist.worker import channel, process
 from peft_dist.worker.config import WorkerConfig
 from peft_dist.worker.fetcher import AdapterFetcher
 from peft_dist.worker.process import EXIT_ORPHANED, check_world, main
@@ -89,3 +90,16 @@ def test_a_worker_ends_when_its_standard_input_does(tmp_path: Path) -> None:
         assert worker.stdin is not None
         worker.stdin.close()
         assert worker.wait(timeout=100) == EXIT_ORPHANED
+
+
+def test_why_it_cannot_go_on_is_logged_where_nobody_hears_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for module in (process, channel):
+        monkeypatch.setattr(module, "_LAST_WORDS_MS", 50)
+    config = msgspec.structs.replace(
+        CONFIG, endpoint=f"ipc://{tmp_path}/nobody", replica_factory="tests.worker.fake_replica:build_failing"
+    )
+    assert process.run_worker(config, lambda: None) == 1
+    told = "replica 0 cannot go on, and nobody has heard why: model 'm' cannot be loaded: choose another"
+    assert caplog.messages == [told]
