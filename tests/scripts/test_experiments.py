@@ -17,7 +17,6 @@ import matplotlib
 import pytest
 from experiments import (
     authors,
-    drawing,
     experiment,
     fig10_policies,
     fig12_adapters,
@@ -121,26 +120,6 @@ def test_the_breakdown_is_drawn_from_figure_11a(tmp_path: Path, monkeypatch: pyt
     assert (about["mode"], about["scale"], about["seed"]) == ("simulated", "tiny", 3)
     with pytest.raises(SystemExit, match=r"run fig11a_migration\.py first"):
         run(monkeypatch, "fig13_breakdown", "--output", str(tmp_path / "empty"))
-
-
-@pytest.mark.parametrize(
-    ("abouts", "words"),
-    [
-        ([{"mode": "live", "scale": "tiny", "seed": 1, "data": {"maf1": "d01.csv", "lengths": "synthetic"}}],
-         "live, scale tiny, seed 1, maf1 d01.csv, lengths synthetic"),
-        ([{"mode": "simulated", "data": {"maf1": "synthetic", "maf2": "synthetic"}}] * 2, "simulated, data synthetic"),
-        ([{"mode": "trace", "data": "synthetic, fitted"}, {}], "trace, data synthetic"),
-        ([{"mode": "measured", "device": "cpu"}, {"mode": "live"}], "measured, device cpu\nlive"),
-        ([{}], ""),
-    ],
-)  # fmt: skip
-def test_a_picture_says_what_it_is_of(abouts: list[dict[str, object]], words: str, tmp_path: Path) -> None:
-    for number, about in enumerate(abouts):
-        tables.write_json(tmp_path / f"{number}.json", about)
-    drawn = drawing.figure(2, 2)
-    drawing.save(drawn, tmp_path, "picture", [str(number) for number in range(len(abouts) + 1)])
-    assert drawn.get_suptitle() == words
-    assert (tmp_path / "picture.pdf").exists() and (tmp_path / "picture.png").exists()
 
 
 def test_operators_are_measured_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
