@@ -24,7 +24,8 @@ class ServerOptions:
         response_role: The role that answers of ``/v1/chat/completions`` carry.
         max_body_bytes: Largest request body in bytes.
         metrics_max_adapters: Adapters that have series of their own in ``/metrics``; the rest is summed.
-        unread_timeout: Seconds for which a client may read nothing of its answer; then its connection is cut.
+        unread_timeout: Seconds for which a client may read nothing of its answer, or send nothing of its body; then its
+            connection is cut.
         tokenize_in_thread_chars: Prompts from this many characters on are tokenised outside the event loop.
 
     Raises:

@@ -12,6 +12,7 @@ from fastapi import Request
 from starlette.responses import Response
 
 from peft_dist.api.answer_format import AnswerFormat
+from peft_dist.api.body import release
 from peft_dist.api.chunks import ChunkWriter
 from peft_dist.api.errors import ApiError, json_response
 from peft_dist.api.generation import MAX_BATCH, Generation
@@ -71,6 +72,7 @@ async def serve_generation(
         )
     except InvalidRequestError as error:
         raise InvalidRequestError(str(error), names.get(error.param or "", error.param)) from error
+    release(http.scope)
     head = {"id": request_id, "created": int(time.time()), "model": body.model}
     headers = {"X-Request-Id": request_id}
     if body.stream:
