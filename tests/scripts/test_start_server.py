@@ -56,10 +56,6 @@ SCONTROL = """#!/bin/sh
 [ "$1 $2 $3" = "show hostnames node1,node2" ] && printf 'node1\\nnode2\\n'
 exit 0
 """
-# The second machine is this one, and is called by its name or its address.
-GETENT = """#!/bin/sh
-case $2 in node2 | 127.0.0.1) echo 127.0.0.1 STREAM $2 ;; *) exit 2 ;; esac
-"""
 SALLOC = "#!/bin/sh\necho salloc $*\n"
 
 
@@ -252,19 +248,6 @@ def test_on_several_machines_the_first_serves_and_the_others_join(desk: Desk) ->
     assert server[-2:] == ["--cluster-key", key] and option(server, "--dtype") == "bfloat16"
     joins = ["worker", "--join", "tcp://127.0.0.1:5600", "--cluster-key", key]
     assert sorted(workers, key=str) == [[node, gpus, *joins] for node in "12" for gpus in ("0,1", "2,3")]
-
-
-@pytest.mark.parametrize("master", ["127.0.0.1", "node2"])
-def test_any_machine_of_the_allocation_may_be_the_master(desk: Desk, master: str) -> None:
-    desk.add_slurm()
-    desk.add("getent", GETENT)
-    answer = desk.run("start_server.sh", *arguments(f"node[1-3] 1 4 1 {master} 7 3 3"))
-    assert answer.returncode == 0, answer.stderr
-    _, *joined, server, last = desk.notes()
-    assert server[0] == "1" and server[2] == "serve" and option(server, "--host") == master
-    # Of 4 replicas the first machine has two.
-    assert option(server, "--replicas") == "1" and [note[0] for note in (*joined, last)] == ["0", "0", "2"]
-    assert all(note[2:5] == ["worker", "--join", f"tcp://{master}:5600"] for note in (*joined, last))
 
 
 def test_a_worker_that_fails_does_not_end_the_step_and_a_server_does(desk: Desk) -> None:
