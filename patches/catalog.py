@@ -1,4 +1,6 @@
-"""Every patch of this package. ``python -m peft_dist.patches.fingerprints`` prints the installed fingerprints.
+"""Every patch that stands on code of transformers or PEFT; docs/patches.md has all.
+
+``python -m peft_dist.patches.fingerprints`` prints the installed fingerprints.
 
 When a library's new version changes code that a patch stands on, ``tests/patches/test_registry.py`` fails. Read
 the change, adapt the patch if it must be, run the tests, then add the printed fingerprint under that version.

@@ -160,7 +160,7 @@ def serve(
     seed: Annotated[int | None, typer.Option(help="Seeds the requests that bring no seed.")] = None,
     start_timeout: Annotated[float | None, typer.Option(help="Seconds for loading the model; no limit.")] = None,
     shutdown_timeout: Annotated[float, typer.Option(min=0, help="Seconds that streams get to finish.")] = 30.0,
-    unread_timeout: Annotated[float, typer.Option(help="Seconds for which a client may read nothing.")] = 60.0,
+    unread_timeout: Annotated[float, typer.Option(help="Seconds for which a client may read or send nothing.")] = 60.0,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
     log_requests: Annotated[bool, typer.Option("--log-requests", help="A line for each request (info).")] = False,
     cluster: Annotated[str, typer.Option(help="What runs the replicas: local (this host) or ray.")] = "local",

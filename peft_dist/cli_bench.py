@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from peft_dist.cli_checks import raise_file_limit
 from peft_dist.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def bench(
         processes=processes,
     )
     check_folders(output, csv)
-    _raise_file_limit()
+    raise_file_limit()
     outcome = asyncio.run(_run(requests, options))
     outcome.check_schedule(max_lateness)
     wanted = [arrival.output_tokens for arrival in requests.arrivals]
@@ -162,12 +163,3 @@ def _object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"--extra-body {text!r} is no JSON object")
     return value
-
-
-def _raise_file_limit() -> None:
-    """Every stream is an open file; the usual limit of 1,024 is only a default."""
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

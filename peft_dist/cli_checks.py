@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import resource
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from peft_dist.core.errors import ConfigError
+
+logger = logging.getLogger("peft_dist.serve")
+# Nobody has more connections, and some programs close every number up to the limit, one by one.
+_MOST_FILES = 1 << 16
+# Sockets of replicas, libraries, connections that ask for nothing.
+_OTHER_FILES = 256
 
 
 def check_port_file(file: Path | None) -> None:
@@ -32,3 +40,25 @@ def check_adapters(adapters: Iterable[tuple[str, str]]) -> None:
 
     for _, path in adapters:
         check_exists(path)
+
+
+def raise_file_limit() -> int:
+    """Files that this process may have open from now on. Every connection is one; the usual 1,024 is only a default."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        return wanted
+    return _MOST_FILES if soft == resource.RLIM_INFINITY else soft
+
+
+def check_file_limit(num_requests: int) -> None:
+    """Say so where fewer clients can be connected than requests may be unfinished: others would get no answer."""
+    limit = raise_file_limit()
+    if limit < num_requests + _OTHER_FILES:
+        logger.warning(
+            "%d files may be open, and each of up to %d requests is a connection: whoever comes when all are in use "
+            "waits instead of being told that the queue is full. Raise the limit (ulimit -Hn), or lower --max-queue",
+            limit,
+            num_requests,
+        )

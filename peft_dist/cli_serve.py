@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from peft_dist.cli_checks import check_adapters, check_names, check_port_file
+from peft_dist.cli_checks import check_adapters, check_file_limit, check_names, check_port_file
 from peft_dist.core.config import EngineConfig, check_pinned
 from peft_dist.core.errors import AdapterError
 from peft_dist.core.waiting import StopSignals, unless
@@ -73,6 +73,7 @@ async def run_server(settings: ServeSettings) -> None:
     check_pinned(settings.engine, [name for name, _ in (*settings.adapters, *_folder_adapters(settings))])
     check_names(settings.adapters)
     check_port_file(settings.port_file)
+    check_file_limit(settings.num_replicas * settings.engine.max_num_seqs + settings.max_queue)
     if settings.ray is None:
         await _serve(settings, None)
         return

@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# One machine of a SLURM step, run by start_server.sh: the first one serves, and replicas of the others join it.
+# One machine of a SLURM step, run by start_server.sh: the one named SERVER serves, replicas of the others join it.
 set -euo pipefail
 
-if (($# < 6)); then
-    echo "usage: slurm_node.sh REPLICAS TP ADDRESS KEY PEFT_DIST serve OPTION... (start_server.sh runs it under srun)" >&2
+if (($# < 7)); then
+    echo "usage: slurm_node.sh SERVER REPLICAS TP ADDRESS KEY PEFT_DIST serve OPTION... (start_server.sh runs it under srun)" >&2
     exit 2
 fi
-replicas=$1 tp=$2 address=$3 key=$4 peft_dist=$5
-serve=("${@:5}")
-node=${SLURM_PROCID:?is set by srun} nodes=${SLURM_NTASKS:?is set by srun}
+server=$1 replicas=$2 tp=$3 address=$4 key=$5 peft_dist=$6
+serve=("${@:6}")
+node=${SLURM_PROCID:?is set by srun} nodes=${SLURM_NTASKS:?is set by srun} name=${SLURMD_NODENAME:?is set by srun}
 share=$((replicas / nodes + (node < replicas % nodes ? 1 : 0)))
 
-if ((node == 0)); then
+if [[ $name == "$server" ]]; then
     master=${address#tcp://}
     master=${master%:*}
     resolved=$(getent ahostsv4 "$master" | awk 'NR == 1 { print $1 }' || true)
     if [[ -z $resolved || $resolved != 127.* && " $(hostname -I) " != *" $resolved "* ]]; then
-        echo "start_server.sh: MASTER is $master, but $(hostname), the first machine, has $(hostname -I): give one of these" >&2
+        echo "start_server.sh: MASTER is $master, but $name has $(hostname -I): give one of these, or what another machine is called" >&2
         exit 2
     fi
     exec "${serve[@]}" --replicas "$share" --listen "$address" --cluster-key "$key"

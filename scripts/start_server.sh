@@ -10,7 +10,7 @@ usage: scripts/start_server.sh MACHINES TP REPLICAS ADAPTERS MASTER MODEL EXEC_T
   TP              GPUs of each replica (--tensor-parallel-size)
   REPLICAS        of all machines together
   ADAPTERS        how many adapters are served
-  MASTER          address of the first machine, where the server answers on port 8000
+  MASTER          address or name of one of the machines, where the server answers on port 8000
   MODEL           7, 13 or 70: a Llama 2 of so many billion weights
   EXEC_TYPE       1: whole merged models (vLLM); 2: one adapter at a time (PEFT); 3: dLoRA
   MIGRATION_TYPE  1: round robin; 2: proactive; 3: dLoRA
@@ -48,7 +48,7 @@ count TP "$tp"
 count REPLICAS "$replicas"
 count ADAPTERS "$adapters"
 [[ -n $machines ]] || fail "MACHINES is empty: give localhost, or machines of the allocation"
-[[ -n $master ]] || fail "MASTER is empty: give the first machine's address, or 127.0.0.1"
+[[ -n $master ]] || fail "MASTER is empty: give the address of one of the machines, or 127.0.0.1"
 
 case $size in
     7 | 13 | 70) ;;
@@ -136,9 +136,24 @@ mapfile -t nodes < <(scontrol show hostnames "$machines")
 ((${#nodes[@]} > 0)) || fail "MACHINES is $machines: scontrol knows no such machines"
 ((replicas >= ${#nodes[@]})) || fail "$replicas replicas leave some of ${#nodes[@]} machines without any: name fewer machines"
 
+# NAME: its first address; nothing if it has none.
+address_of() {
+    getent ahostsv4 "$1" | awk 'NR == 1 { print $1 }' || true
+}
+
+# The first machine serves if none is found by MASTER, and then says whether it has that address.
+server=${nodes[0]}
+master_address=$(address_of "$master")
+for node in "${nodes[@]}"; do
+    if [[ $node == "$master" || -n $master_address && $(address_of "$node") == "$master_address" ]]; then
+        server=$node
+        break
+    fi
+done
+
 key=$cache/cluster-$SLURM_JOB_ID.json
 mkdir -p "$cache"
 [[ -f $key ]] || "$peft_dist" keys "$key"
 # A server that fails ends the step; a worker never does.
 exec srun --nodes="${#nodes[@]}" --ntasks-per-node=1 --nodelist="$machines" --kill-on-bad-exit=1 \
-    "$here/slurm_node.sh" "$replicas" "$tp" "tcp://$master:$join_port" "$key" "${serve[@]}" "${more[@]}"
+    "$here/slurm_node.sh" "$server" "$replicas" "$tp" "tcp://$master:$join_port" "$key" "${serve[@]}" "${more[@]}"

@@ -1,7 +1,8 @@
-"""Bodies that are refused before anyone parses them: too large, or not JSON."""
+"""Bodies that are refused before anyone parses them: too large, too many at once, too slow, or not JSON."""
 
 from __future__ import annotations
 
+import asyncio
 from email.message import Message
 
 from starlette.datastructures import Headers
@@ -11,17 +12,53 @@ from starlette.types import Message as AsgiMessage
 
 from peft_dist.api.errors import ApiError
 
+MAX_HELD_BYTES = 256 << 20
+_HELD = "peft_dist.held_body"
+
+
+class _Held:
+    """Bytes of one body that count until its request is admitted or answered."""
+
+    def __init__(self, middleware: BodyMiddleware) -> None:
+        self._middleware = middleware
+        self.num_bytes = 0
+
+    def add(self, num_bytes: int) -> None:
+        self.num_bytes += num_bytes
+        self._middleware.num_held += num_bytes
+
+    def release(self) -> None:
+        self._middleware.num_held -= self.num_bytes
+        self.num_bytes = 0
+
+
+def release(scope: Scope) -> None:
+    """The request was admitted: from now on the bound of the queue bounds its body too."""
+    if _HELD in scope:
+        scope[_HELD].release()
+
 
 class BodyMiddleware:
-    """413 for a body above ``max_bytes``, 415 for one that is not plain JSON.
+    """413 for a body above ``max_bytes``, 415 for one that is not plain JSON, 408 for one of which nothing comes.
 
     Asking for ``application/json`` also keeps other sites' pages from posting here through a visitor's
     browser without a preflight, which nothing here answers.
+
+    The queue bounds requests only once their prompts are read. Until then their bodies may have ``max_held`` bytes
+    together; whoever sends more gets 429.
+
+    Attributes:
+        num_held: These bytes.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, seconds: float, max_held: int = MAX_HELD_BYTES) -> None:
+        """``seconds``: For which a client may send nothing of its body."""
         self._app = app
         self._max_bytes = max_bytes
+        self._seconds = seconds
+        # One alone is always taken.
+        self._max_held = max(max_held, max_bytes)
+        self.num_held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
@@ -31,7 +68,11 @@ class BodyMiddleware:
         if refusal is not None:
             await refusal.response()(scope, receive, send)
             return
-        await self._app(scope, self._limited(receive), send)
+        held = scope[_HELD] = _Held(self)
+        try:
+            await self._app(scope, self._limited(receive, held), send)
+        finally:
+            held.release()
 
     def _refusal(self, headers: Headers) -> ApiError | None:
         content_type = headers.get("content-type", "")
@@ -46,15 +87,29 @@ class BodyMiddleware:
             return ApiError(413, self._too_large(), code="request_too_large", headers={"Connection": "close"})
         return None
 
-    def _limited(self, receive: Receive) -> Receive:
-        received = 0
+    def _limited(self, receive: Receive, held: _Held) -> Receive:
+        is_whole = False
 
         async def limited() -> AsgiMessage:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self._max_bytes:
+            nonlocal is_whole
+            if is_whole:
+                # What comes now is the client's end, for which nobody need hurry.
+                return await receive()
+            try:
+                async with asyncio.timeout(self._seconds):
+                    message = await receive()
+            except TimeoutError as error:
+                reason = f"nothing of the body came for {self._seconds:g} seconds: send it again, without a pause"
+                raise HTTPException(408, reason, headers={"Connection": "close"}) from error
+            is_whole = not message.get("more_body", False)
+            held.add(len(message.get("body", b"")))
+            if held.num_bytes > self._max_bytes:
                 raise HTTPException(413, self._too_large(), headers={"Connection": "close"})
+            if self.num_held > self._max_held:
+                reason = (
+                    f"bodies of requests that are being read have more than {self._max_held} bytes: try again later"
+                )
+                raise HTTPException(429, reason, headers={"Connection": "close", "Retry-After": "1"})
             return message
 
         return limited

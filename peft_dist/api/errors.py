@@ -29,7 +29,10 @@ from peft_dist.core.errors import (
 logger = logging.getLogger(__name__)
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-STATUS_CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large", 415: "unsupported_media_type"}
+STATUS_CODES = {
+    404: "not_found", 405: "method_not_allowed", 408: "request_timeout", 413: "request_too_large",
+    415: "unsupported_media_type", 429: "queue_full",
+}  # fmt: skip
 
 
 class ApiError(PeftDistError):

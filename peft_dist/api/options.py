@@ -25,7 +25,8 @@ class ServerOptions:
         max_body_bytes: Largest request body in bytes.
         metrics_max_adapters: Adapters that have series of their own in ``/metrics``; the rest is summed.
         log_requests: Write a line to the log at the end of each request with a prompt, without a word of it.
-        unread_timeout: Seconds for which a client may read nothing of its answer; then its connection is cut.
+        unread_timeout: Seconds for which a client may read nothing of its answer, or send nothing of its body; then its
+            connection is cut.
         tokenize_in_thread_chars: Prompts from this many characters on are tokenised outside the event loop.
 
     Raises:

@@ -52,7 +52,7 @@ def build_app(
         app.include_router(router(state), responses=_ERRORS)
     install_error_handlers(app)
     # The last one added runs first: nobody's body is looked at before his key is.
-    app.add_middleware(BodyMiddleware, max_bytes=options.max_body_bytes)
+    app.add_middleware(BodyMiddleware, max_bytes=options.max_body_bytes, seconds=options.unread_timeout)
     app.add_middleware(AuthMiddleware, options=options)
     on_answer = request_log.tell_others if options.log_requests else None
     app.add_middleware(ErrorCountMiddleware, metrics=state.metrics.requests, on_answer=on_answer)

@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from peft_dist.api import request_log
 from peft_dist.api.answer_format import AnswerFormat
+from peft_dist.api.body import release
 from peft_dist.api.chunks import ChunkWriter
 from peft_dist.api.errors import ApiError, json_response
 from peft_dist.api.generation import MAX_BATCH, Generation
@@ -73,6 +74,7 @@ async def serve_generation(
         )
     except InvalidRequestError as error:
         raise InvalidRequestError(str(error), names.get(error.param or "", error.param)) from error
+    release(http.scope)
     head = {"id": request_id, "created": int(time.time()), "model": body.model}
     headers = {"X-Request-Id": request_id}
     if body.stream:

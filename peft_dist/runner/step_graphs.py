@@ -72,7 +72,7 @@ class CapturedStep:
 
 
 def decode_sizes(max_num_seqs: int) -> list[int]:
-    """Sequences of captured decode steps: a few rows apart where a step is short, at most an eighth beyond."""
+    """Sequences of captured decode steps: up to four apart, and beyond 64 at most an eighth."""
     sizes = {1, 2, 3, 4, 6, *range(8, 65, 4), *range(72, 129, 8), *range(144, 513, 16)}
     return sorted(size for size in {*sizes, max_num_seqs} if size <= max_num_seqs)
 

@@ -52,7 +52,7 @@ experiment() {
     [[ -n $simulate ]] || where=(--server "http://$master:${PEFT_DIST_PORT:-8000}")
     [[ -z $system ]] || where+=(--systems "$system")
     find_data
-    exec "$python" "$here/../experiments/$script" \
+    exec "$python" "$(dirname "$here")/experiments/$script" \
         "${where[@]}" --scale "$scale" --output "$output" "${data[@]}" "$@" "${more[@]}"
 }
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.systems import SYSTEMS
-from experiments.tables import Row, read_csv
+from experiments.tables import Row, read_csv, read_json
 from peft_dist.core.errors import ConfigError
 
 # Without these, dates, versions and random ids are written into the files.
@@ -28,14 +28,27 @@ def figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def save(drawn: Any, folder: Path, name: str) -> None:
-    """``name``.pdf and ``name``.png."""
+def save(drawn: Any, folder: Path, name: str, tables: Sequence[str]) -> None:
+    """``name``.pdf and ``name``.png, which say above what the JSON beside the CSVs ``tables`` says of their origin."""
     import matplotlib
 
+    origins = dict.fromkeys(_origin(read_json(folder / f"{table}.json")) for table in tables)
+    drawn.suptitle("\n".join(words for words in origins if words), fontsize=6, color="dimgrey")
     folder.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(_STYLE):
         for kind, metadata in _METADATA.items():
             drawn.savefig(folder / f"{name}.{kind}", metadata=metadata, dpi=150)
+
+
+def _origin(about: Mapping[str, Any]) -> str:
+    """Simulated or live, how large, with which data; empty where nothing is told."""
+    data = about.get("data", {})
+    if isinstance(data, str):
+        data = {"data": data.partition(",")[0]}
+    elif data and set(data.values()) == {"synthetic"}:
+        data = {"data": "synthetic"}
+    parts = {key: about[key] for key in ("device", "scale", "seed") if key in about} | data
+    return ", ".join([*filter(None, [about.get("mode")]), *(f"{key} {value}" for key, value in parts.items())])
 
 
 def lines(axes: Any, rows: Sequence[Row], x: str, y: str) -> None:
@@ -71,7 +84,7 @@ def bar_picture(
     bars(axes, read_csv(folder / f"{table}.csv"), x, y)
     axes.set(xlabel=words[0], ylabel=words[1])
     legend(drawn, [axes])
-    save(drawn, folder, name)
+    save(drawn, folder, name, [table])
 
 
 def legend(drawn: Any, axes: Any) -> None:

@@ -47,7 +47,7 @@ def draw(folder: Path) -> None:
     drawing.bars(axes, read_csv(folder / "fig2b.csv"), "replica_id", "queueing_ratio")
     axes.set(xlabel="replica", ylabel="queueing (% of time)", ylim=(0, 100))
     drawing.legend(drawn, [axes])
-    drawing.save(drawn, folder, "figure2")
+    drawing.save(drawn, folder, "figure2", ["fig2b"])
 
 
 if __name__ == "__main__":

@@ -49,7 +49,9 @@ def measure(device: str, batches: range, size: int, rank: int, reps: int, warm_u
             x = matrix(batch, size)
             base = _microseconds(partial(torch.matmul, x, weight.T), wait, reps, warm_up)
             pair = _microseconds(partial(_pair, x, down.T, up.T), wait, reps, warm_up)
-            rows.append({"batch": batch, "Wx": base, "BAx": pair, "units": "batch=rows Wx=us BAx=us"})
+            rows.append(
+                {"batch": batch, "Wx": base, "BAx": pair, "mode": "measured", "units": "batch=rows Wx=us BAx=us"}
+            )
             print(f"batch {batch}: Wx {base:.1f} us, BAx {pair:.1f} us ({pair / base:.0%})", flush=True)
     return rows
 
@@ -80,7 +82,7 @@ def draw(folder: Path) -> None:
         axes.plot([row["batch"] for row in rows], [row[column] for row in rows], "o-", color=color, label=column)
     axes.set(xlabel="batch (rows)", ylabel="us", ylim=(0, None))
     axes.legend(frameon=False)
-    drawing.save(drawn, folder, "figure5")
+    drawing.save(drawn, folder, "figure5", ["fig5"])
 
 
 def main() -> None:

@@ -40,7 +40,13 @@ def rows(trace: Trace) -> list[Row]:
     most = calls.max()
     units = "day=days relative=1"
     return [
-        {"day": index * BIN / DAY_MINUTES, "relative": float(count / most), "calls": int(count), "units": units}
+        {
+            "day": index * BIN / DAY_MINUTES,
+            "relative": float(count / most),
+            "calls": int(count),
+            "mode": "trace",
+            "units": units,
+        }
         for index, count in enumerate(calls)
     ]
 
@@ -51,7 +57,7 @@ def draw(folder: Path) -> None:
     axes = drawn.add_subplot()
     axes.plot([row["day"] for row in found], [row["relative"] for row in found])
     axes.set(xlabel="day", ylabel="relative invocations", ylim=(min(0.5, *(row["relative"] for row in found)), 1))
-    drawing.save(drawn, folder, "figure7")
+    drawing.save(drawn, folder, "figure7", ["fig7"])
 
 
 def main() -> None:

@@ -87,7 +87,7 @@ def draw(folder: Path) -> None:
         axes.set(title=f"{trace}, {model.lower()}", xlabel="requests/s", ylabel="mean s/token", ylim=(0, MOST))
         axes.set_xscale("log")
     drawing.legend(drawn, panels.flat)
-    drawing.save(drawn, folder, "figure9")
+    drawing.save(drawn, folder, "figure9", [f"fig9_{panel}" for panel in PANELS])
 
 
 def experiments(options: argparse.Namespace) -> list[Experiment]:

@@ -73,7 +73,7 @@ def draw(folder: Path) -> None:
     drawing.lines(axes, read_csv(folder / "fig11a.csv"), "rate", "queueing_delay")
     axes.set(xlabel="requests/s", ylabel="queueing (s/token)", ylim=(0, None))
     drawing.legend(drawn, [axes])
-    drawing.save(drawn, folder, "figure11a")
+    drawing.save(drawn, folder, "figure11a", ["fig11a"])
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import argparse
 
 from experiments import authors, drawing
-from experiments.tables import Row, read_csv, write_csv, write_json
+from experiments.tables import Row, read_csv, read_json, write_csv, write_json
 
 COLUMNS = ("rate", "solver", "switching", "inference")
 _COLORS = {"inference": "tab:green", "switching": "tab:orange", "solver": "tab:blue"}
@@ -46,7 +46,7 @@ def draw(folder: Path) -> None:
     axes.set_xticks(places, [f"{row['rate']:g}" for row in rows])
     axes.set(xlabel="requests/s", ylabel="time (%)", ylim=(min((r["inference"] for r in rows), default=90) - 1, 100))
     drawing.legend(drawn, [axes])
-    drawing.save(drawn, folder, "figure13")
+    drawing.save(drawn, folder, "figure13", ["fig13"])
 
 
 def main() -> None:
@@ -58,7 +58,10 @@ def main() -> None:
         raise SystemExit(f"{folder / 'fig11a.csv'} has no rows of dlora: run fig11a_migration.py first")
     write_csv(folder / "fig13.csv", COLUMNS, rows)
     known = {rate: [switching, solver, total] for rate, (switching, solver, total) in authors.FIGURE13.items()}
-    write_json(folder / "fig13.json", {"figure": "13", "from": "fig11a.csv", "mode": rows[0]["mode"], "authors": known})
+    before = read_json(folder / "fig11a.json")
+    about = {"figure": "13", "from": "fig11a.csv", "mode": rows[0]["mode"]}
+    about |= {key: before[key] for key in ("scale", "seed", "data") if key in before}
+    write_json(folder / "fig13.json", about | {"authors": known})
     draw(folder)
 
 

@@ -107,8 +107,30 @@ def _fig9(panels: Mapping[str, Mapping[str, Any]]) -> str:
     for name, value in known.items():
         ratio = f" ({known['dlora'] / value:.1f} ×)" if value and known["dlora"] and name != "dlora" else ""
         lines.append([f"*authors: {name}*", *(f"{value:.1f}{ratio}" if p == "maf1_7b" else "" for p in reached)])
+    lines.append(["*replicas: ours*", *(_replicas(one["rows"]) for one in panels.values())])
+    lines.append(["*replicas: authors*", *(_AUTHORS_REPLICAS if p == "maf1_7b" else "" for p in reached)])
     about = next(iter(panels.values()))["about"]
-    return _what(about) + _table(["requests/s at a mean of 0.5 s/token", *reached], lines)
+    parts = [_what(about) + _table(["requests/s at a mean of 0.5 s/token", *reached], lines)]
+    if "maf1_7b" in panels:
+        parts.append(_fig9_curves(panels["maf1_7b"]["rows"]))
+    return "\n\n".join(parts)
+
+
+_AUTHORS_REPLICAS = 32
+
+
+def _replicas(rows: Sequence[Row]) -> str:
+    return ", ".join(map(str, sorted({row["replicas"] for row in rows})))
+
+
+def _fig9_curves(rows: Sequence[Row]) -> str:
+    """The one panel of which the authors' curve is known, by the load of a replica: clusters differ in size."""
+    own = [{**row, "share": round(row["rate"] / row["replicas"], 6)} for row in rows]
+    known = {
+        name: {round(rate / _AUTHORS_REPLICAS, 6): value for rate, value in curve.items()}
+        for name, curve in authors.FIGURE9.items()
+    }
+    return _curves(own, {}, "share", "avg_lat", "MAF1, 7b: mean s/token, by requests/s a replica", known)
 
 
 def _reached(rows: Sequence[Row]) -> dict[str, tuple[str, float | None]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import re
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,24 @@ def test_entry_is_complete(patch: Patch) -> None:
     patch.check_version()
     for version in patch.fingerprints:
         patch.check_version(version)
+
+
+# What gives a module another class, another place or other tensors.
+CHANGES = re.compile(
+    r"\.__class__ = |\.set_submodule\(|\.data = |__dict__\[\"forward\"\] = |\.weight = nn\.Parameter\("
+)
+SOURCES = [
+    path for path in sorted(Path(peft_dist.patches.__file__).parent.glob("*.py")) if CHANGES.search(path.read_text())
+]
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_what_changes_a_model_is_in_the_documentation(source: Path) -> None:
+    """By its file, or by the class that it gives."""
+    page = (Path(__file__).parents[2] / "docs" / "patches.md").read_text().partition("## What is patched")[2]
+    table = page.partition("\n## ")[0]
+    names = {source.name, source.stem, *re.findall(r"^class (\w+)", source.read_text(), re.MULTILINE)}
+    assert any(f"`{name}`" in table or f"`{name}." in table for name in names), f"{source.name}: not in the table"
 
 
 @pytest.mark.parametrize("version", ["4.57.0", "5.16.9", "5.24.0", "6.0.0"])

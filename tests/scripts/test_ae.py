@@ -14,7 +14,7 @@ AE = Path(__file__).parents[2] / "scripts" / "ae"
 NOTE = """#!{python}
 import json, sys
 from pathlib import Path
-Path({note!r}).write_text(json.dumps([Path(sys.argv[1]).name, *sys.argv[2:]]))
+Path({note!r}).write_text(json.dumps(sys.argv[1:]))
 """
 
 
@@ -38,7 +38,16 @@ class Desk:
         )
 
     def noted(self) -> list[str]:
-        return list(json.loads(self._note.read_text())) if self._note.exists() else []
+        """The script's name, and its arguments."""
+        script, *rest = self._noted()
+        return [Path(script).name, *rest] if script else []
+
+    def script(self) -> str:
+        """As Python was told to run it."""
+        return self._noted()[0]
+
+    def _noted(self) -> list[str]:
+        return list(json.loads(self._note.read_text())) if self._note.exists() else [""]
 
 
 @pytest.fixture
@@ -86,7 +95,9 @@ def test_there_is_one_for_each_panel_and_each_names_an_experiment(desk: Desk) ->
     assert scripts == others | {f"fig9_{panel}.sh" for panel in PANELS}
     for script in sorted(scripts):
         assert desk.run(f"{script} --sim").returncode == 0
-        assert (AE.parent / "experiments" / desk.noted()[0]).is_file()
+        # With ".." in its path it would not find the package of its own clone, two folders up.
+        path = AE.parent / "experiments" / desk.noted()[0]
+        assert desk.script() == str(path) and path.is_file()
 
 
 def test_data_is_found_where_the_artifact_has_it(desk: Desk) -> None:

@@ -24,8 +24,6 @@ from experiments import (
     here,
     live,
     points,
-    report,
-    report_tables,
     tables,
 )
 from experiments.loads import Data, LoadSpec, make
@@ -110,6 +108,7 @@ def test_the_breakdown_is_drawn_from_figure_11a(tmp_path: Path, monkeypatch: pyt
         {"system": "rr", "rate": 8, "adjust_time": 9.0, "solver_time": 0.0, **common},
     ]
     tables.write_csv(tmp_path / "fig11a.csv", ["rate"], rows)
+    tables.write_json(tmp_path / "fig11a.json", {"scale": "tiny", "seed": 3, "loads": []})
     run(monkeypatch, "fig13_breakdown", "--output", str(tmp_path))
     found = tables.read_csv(tmp_path / "fig13.csv")
     assert [(row["rate"], row["switching"], row["solver"], row["inference"]) for row in found] == [
@@ -117,6 +116,8 @@ def test_the_breakdown_is_drawn_from_figure_11a(tmp_path: Path, monkeypatch: pyt
         (12, 1.5, 0.5, 98.0),
     ]
     assert (tmp_path / "figure13.pdf").exists()
+    about = tables.read_json(tmp_path / "fig13.json")
+    assert (about["mode"], about["scale"], about["seed"]) == ("simulated", "tiny", 3)
     with pytest.raises(SystemExit, match=r"run fig11a_migration\.py first"):
         run(monkeypatch, "fig13_breakdown", "--output", str(tmp_path / "empty"))
 
@@ -127,6 +128,7 @@ def test_operators_are_measured_here(tmp_path: Path, monkeypatch: pytest.MonkeyP
     rows = tables.read_csv(tmp_path / "fig5.csv")
     assert [row["batch"] for row in rows] == list(range(2, 17, 2)) and all(row["Wx"] > 0 < row["BAx"] for row in rows)
     about = json.loads((tmp_path / "fig5.json").read_text())
+    assert {row["mode"] for row in rows} == {"measured"}
     assert about["mode"] == "measured" and about["device"] == "cpu" and about["environment"]["torch"]
 
 
@@ -317,24 +319,6 @@ def test_systems_and_curves() -> None:
     found = [authors.rate_at(curve, 0.5) for curve in authors.FIGURE9.values()]
     assert found == pytest.approx([7.61, 5.38, 61.78], abs=0.01)
     assert authors.rate_at({1: 0.6, 2: 0.9}, 0.5) is None and authors.rate_at({1: 0.1, 2: 0.2}, 0.5) is None
-
-
-def test_the_report_puts_tables_between_their_marks() -> None:
-    rows = [
-        {"system": name, "rate": rate, "avg_lat": seconds}
-        for name, curve in (("vllm", {1: 0.1, 2: 0.9}), ("dlora", {8: 0.2, 16: 0.8}), ("grouped", {8: 0.1}))
-        for rate, seconds in curve.items()
-    ]
-    found = {"fig9_maf1_7b": {"rows": rows, "about": {"mode": "simulated", "scale": "tiny", "seed": 0}}}
-    made = report_tables.tables(found)
-    assert "| vLLM | 1.5 (8.0 ×) |" in made["fig9"] and "| dLoRA | 12 |" in made["fig9"]
-    assert "| above 8 |" in made["fig9"] and "*authors: vllm* | 7.6 (8.1 ×)" in made["fig9"]
-    for row in rows:
-        row["avg_lat"] /= 2 if row["system"] == "dlora" else 1
-    assert "| vLLM | 1.5 (over 10.7 ×) |" in report_tables.tables(found)["fig9"]
-    text = "x\n<!-- fig9 -->\nold\n<!-- end -->\n<!-- fig12 -->\nkept\n<!-- end -->\n"
-    changed = report.insert(text, made)
-    assert "old" not in changed and "kept" in changed and report.insert(changed, made) == changed
 
 
 def test_the_result_keeps_what_was_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,10 @@ command = sys.argv[1 + len(options) :]
 json.dump(options, open({folder!r} + "/srun", "w"))
 nodes = next(a.partition("=")[2] for a in options if a.startswith("--nodes="))
 tasks = [
-    subprocess.Popen(command, env={{**os.environ, "SLURM_PROCID": str(i), "SLURM_NTASKS": nodes}})
+    subprocess.Popen(
+        command,
+        env={{**os.environ, "SLURM_PROCID": str(i), "SLURM_NTASKS": nodes, "SLURMD_NODENAME": f"node{{i + 1}}"}},
+    )
     for i in range(int(nodes))
 ]
 open({folder!r} + "/pids", "w").write(" ".join(str(task.pid) for task in tasks))

@@ -1,0 +1,60 @@
+"""Open files: as many as the system lets a process have, and a word where that is too few."""
+
+from __future__ import annotations
+
+import resource
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.test_serve import Server
+
+_CHECK = """
+import logging, resource
+from peft_dist.cli_checks import check_file_limit
+logging.basicConfig(format="%(message)s")
+resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))
+check_file_limit({requests})
+print(*resource.getrlimit(resource.RLIMIT_NOFILE))
+"""
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "requests", "after", "words"),
+    [
+        (256, 4096, 1280, 4096, ""),
+        (4096, 4096, 1280, 4096, ""),
+        (256, 1024, 1280, 1024, "1024 files may be open, and each of up to 1280 requests is a connection"),
+    ],
+)
+def test_the_limit_is_raised_and_too_low_a_one_is_told(
+    soft: int, hard: int, requests: int, after: int, words: str
+) -> None:
+    code = _CHECK.format(soft=soft, hard=hard, requests=requests)
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stdout.split() == [str(after), str(hard)]
+    assert words in answer.stderr if words else not answer.stderr
+
+
+def test_more_clients_are_answered_than_a_process_may_have_files_at_first(tmp_path: Path) -> None:
+    """They would wait, for as long as others are connected."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, before[1]))
+    try:
+        server = Server(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    with ExitStack() as stack:
+        stack.callback(server.process.wait)
+        stack.callback(server.process.kill)
+        server.until(server.port_file.exists)
+        port = int(server.port_file.read_text())
+        for _ in range(200):
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=60))
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert connection.recv(12) == b"HTTP/1.1 200"
+        assert server.stop() == 0
