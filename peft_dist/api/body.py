@@ -13,27 +13,35 @@ from starlette.types import Message as AsgiMessage
 from peft_dist.api.errors import ApiError
 
 MAX_HELD_BYTES = 256 << 20
+MAX_KEPT_BYTES = 1 << 30
 _HELD = "peft_dist.held_body"
 
 
 class _Held:
-    """Bytes of one body that count until its request is admitted or answered."""
+    """Bytes of one body: they count as held until its request is admitted, and as kept until it is answered."""
 
     def __init__(self, middleware: BodyMiddleware) -> None:
         self._middleware = middleware
+        self._is_admitted = False
         self.num_bytes = 0
 
     def add(self, num_bytes: int) -> None:
         self.num_bytes += num_bytes
         self._middleware.num_held += num_bytes
+        self._middleware.num_kept += num_bytes
 
     def release(self) -> None:
-        self._middleware.num_held -= self.num_bytes
-        self.num_bytes = 0
+        if not self._is_admitted:
+            self._is_admitted = True
+            self._middleware.num_held -= self.num_bytes
+
+    def end(self) -> None:
+        self.release()
+        self._middleware.num_kept -= self.num_bytes
 
 
 def release(scope: Scope) -> None:
-    """The request was admitted: from now on the bound of the queue bounds its body too."""
+    """The request was admitted: the next ones may be read."""
     if _HELD in scope:
         scope[_HELD].release()
 
@@ -45,20 +53,31 @@ class BodyMiddleware:
     browser without a preflight, which nothing here answers.
 
     The queue bounds requests only once their prompts are read. Until then their bodies may have ``max_held`` bytes
-    together; whoever sends more gets 429.
+    together; whoever sends more gets 429. Nor may those of all requests have more than ``max_kept`` until they are
+    answered: the framework keeps what it read as long.
 
     Attributes:
-        num_held: These bytes.
+        num_held: Bytes of requests that are not admitted yet.
+        num_kept: Of all.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int, seconds: float, max_held: int = MAX_HELD_BYTES) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        max_bytes: int,
+        seconds: float,
+        max_held: int = MAX_HELD_BYTES,
+        max_kept: int = MAX_KEPT_BYTES,
+    ) -> None:
         """``seconds``: For which a client may send nothing of its body."""
         self._app = app
         self._max_bytes = max_bytes
         self._seconds = seconds
         # One alone is always taken.
         self._max_held = max(max_held, max_bytes)
+        self._max_kept = max(max_kept, max_bytes)
         self.num_held = 0
+        self.num_kept = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
@@ -72,7 +91,7 @@ class BodyMiddleware:
         try:
             await self._app(scope, self._limited(receive, held), send)
         finally:
-            held.release()
+            held.end()
 
     def _refusal(self, headers: Headers) -> ApiError | None:
         content_type = headers.get("content-type", "")
@@ -106,16 +125,20 @@ class BodyMiddleware:
             if held.num_bytes > self._max_bytes:
                 raise HTTPException(413, self._too_large(), headers={"Connection": "close"})
             if self.num_held > self._max_held:
-                reason = (
-                    f"bodies of requests that are being read have more than {self._max_held} bytes: try again later"
-                )
-                raise HTTPException(429, reason, headers={"Connection": "close", "Retry-After": "1"})
+                raise _crowded("being read", self._max_held)
+            if self.num_kept > self._max_kept:
+                raise _crowded("not answered yet", self._max_kept)
             return message
 
         return limited
 
     def _too_large(self) -> str:
         return f"the body is larger than {self._max_bytes} bytes: send less, or raise the server's limit"
+
+
+def _crowded(which: str, most: int) -> HTTPException:
+    reason = f"bodies of requests that are {which} have more than {most} bytes: try again later"
+    return HTTPException(429, reason, headers={"Connection": "close", "Retry-After": "1"})
 
 
 def _unsupported(message: str) -> ApiError:

@@ -152,6 +152,24 @@ def test_an_admitted_one_does_not_count_while_it_is_answered() -> None:
     asyncio.run(work())
 
 
+def test_what_is_kept_until_the_answer_has_a_bound_too() -> None:
+    async def work() -> None:
+        app = App()
+        app.may_admit.set()
+        middleware = BodyMiddleware(app, 100, 60.0, max_kept=150)
+        async with reading(middleware, whole(100)) as first:
+            await app.admitted.wait()
+            assert (middleware.num_held, middleware.num_kept) == (0, 100)
+            error = await refusal(middleware, whole(60))
+            assert error.status_code == 429 and "not answered yet have more than 150 bytes" in error.detail
+            assert (middleware.num_held, middleware.num_kept) == (0, 100)
+            app.may_answer.set()
+            await first
+            assert middleware.num_kept == 0
+
+    asyncio.run(work())
+
+
 def test_clients_are_told_and_others_go_on() -> None:
     with serving(ScriptedClient(), ServerOptions(unread_timeout=2.0)) as address:
         url = httpx.URL(address)
