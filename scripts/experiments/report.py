@@ -1,10 +1,11 @@
 """All figures in one result, and as the tables of docs/experiments.md.
 
     python scripts/experiments/report.py [--figures figures] [--output docs/results] [--docs docs/experiments.md]
+    python scripts/experiments/report.py --figures paper --name experiments_paper --docs docs/experiments_paper.md
 
 Reads the CSV and JSON files of the experiments that are in the folder, writes experiments.json, and puts each table
 between its marks in the document (``<!-- fig9 -->`` to ``<!-- end -->``). Without ``--docs`` the tables are printed.
-What experiments.json had of experiments that are not in the folder (a measurement of a quiet machine) stays there.
+What the result had of experiments that are not in the folder (a measurement of a quiet machine) stays there.
 """
 
 from __future__ import annotations
@@ -53,12 +54,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--figures", type=Path, default=Path("figures"), metavar="DIR", help="what to read")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results", metavar="DIR")
+    parser.add_argument("--name", default="experiments", help="of the result, a .json there")
     parser.add_argument("--docs", type=Path, metavar="FILE", help="put the tables there")
     options = parser.parse_args()
     found = collect(options.figures)
     if not found:
         raise SystemExit(f"{options.figures} has no fig*.csv: run the experiments first, for example make figures")
-    result = options.output / "experiments.json"
+    result = options.output / f"{options.name}.json"
     write_json(result, dict(sorted({**read_json(result), **found}.items())))
     tables = report_tables.tables(found)
     if options.docs is not None:
