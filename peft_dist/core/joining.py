@@ -3,7 +3,24 @@
 from __future__ import annotations
 
 from peft_dist.core.config import EngineConfig
+from peft_dist.core.errors import ConfigError
 from peft_dist.core.message_kinds import Command, Report
+
+
+def host_of_address(address: str, given: str, example: str) -> str:
+    """The host of ``tcp://host:port``.
+
+    Args:
+        given: How it was given, up to the address: ``--join `` and the like.
+
+    Raises:
+        ConfigError: it is no such address.
+    """
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    # ZeroMQ takes a larger port modulo 65536.
+    if not address.startswith("tcp://") or not host or not port.isdecimal() or int(port) > 65535:
+        raise ConfigError(f"{given}{address!r} is no address: write for example {example}")
+    return host
 
 
 class Join(Report, frozen=True, kw_only=True):

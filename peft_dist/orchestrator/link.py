@@ -16,6 +16,7 @@ from zmq.constants import SocketOption, SocketType
 
 from peft_dist.core.cluster_keys import ClusterKeys
 from peft_dist.core.errors import ConfigError
+from peft_dist.core.joining import host_of_address
 from peft_dist.core.messages import AnyCommand, Fence, Ping, Shutdown, encode_command
 from peft_dist.core.numbering import UNNUMBERED, Outbox
 from peft_dist.orchestrator.records import Outgoing, Replica
@@ -88,10 +89,7 @@ class Link:
         Raises:
             ConfigError: the address cannot be used, or would let anybody in.
         """
-        host, _, port = address.removeprefix("tcp://").rpartition(":")
-        # ZeroMQ takes a larger port modulo 65536.
-        if not address.startswith("tcp://") or not host or not port.isdecimal() or int(port) > 65535:
-            raise ConfigError(f"listen={address!r} is no address: write for example tcp://127.0.0.1:5600")
+        host = host_of_address(address, "listen=", "tcp://127.0.0.1:5600")
         if keys is None and not host.startswith(_LOOPBACK):
             raise ConfigError(
                 f"listen={address!r} can be reached from other machines, and whoever reaches it gets every request: "

@@ -16,7 +16,7 @@ import zmq.asyncio
 from peft_dist.core.cluster_keys import ClusterKeys
 from peft_dist.core.config import EngineConfig
 from peft_dist.core.errors import ConfigError
-from peft_dist.core.joining import Join, Leave, Welcome
+from peft_dist.core.joining import Join, Leave, Welcome, host_of_address
 from peft_dist.core.messages import AnyCommand, decode_command, encode_report
 from peft_dist.core.restarts import RestartPolicy
 from peft_dist.core.waiting import unless
@@ -206,6 +206,7 @@ class _Door:
 
 @contextlib.asynccontextmanager
 async def _connected(address: str, keys: ClusterKeys | None) -> AsyncIterator[_Door]:
+    host_of_address(address, "--join ", "tcp://server:5600")
     context = zmq.asyncio.Context()
     try:
         dealer = context.socket(zmq.SocketType.DEALER)
@@ -215,10 +216,6 @@ async def _connected(address: str, keys: ClusterKeys | None) -> AsyncIterator[_D
         dealer.set(zmq.SocketOption.IMMEDIATE, 1)
         if keys is not None:
             keys.connect(dealer)
-        host, _, port = address.removeprefix("tcp://").rpartition(":")
-        # ZeroMQ takes a larger port modulo 65536.
-        if not address.startswith("tcp://") or not host or not port.isdecimal() or int(port) > 65535:
-            raise ConfigError(f"--join {address!r} is no address: write for example tcp://server:5600")
         try:
             dealer.connect(address)
         except zmq.ZMQError as error:

@@ -11,9 +11,10 @@ import zmq
 from peft_dist.core.cluster_keys import ClusterKeys
 from peft_dist.core.errors import ConfigError
 from peft_dist.core.handover import KVHandle
-from peft_dist.runner.shared_memory import MemoryGoneError, SharedMemory
+from peft_dist.runner.shared_memory import MemoryGoneError
 from peft_dist.worker.kv_client import CHUNK_BYTES, fetch
 from peft_dist.worker.kv_server import TcpTransport
+from tests.worker.kv_exports import offered
 
 
 @pytest.fixture
@@ -29,14 +30,6 @@ def guarded() -> Iterator[tuple[TcpTransport, ClusterKeys]]:
     made = TcpTransport("tcp://127.0.0.1:*", keys=keys)
     yield made, keys
     made.close()
-
-
-def offered(server: TcpTransport, num_bytes: int) -> tuple[SharedMemory, KVHandle]:
-    memory = SharedMemory(num_bytes)
-    memory.contents.copy_(torch.randint(0, 255, (num_bytes,), dtype=torch.uint8))
-    address = server.offer(memory.token, lambda: memory.contents)
-    # No such process is on this host.
-    return memory, KVHandle("layout", 1, num_bytes, memory.token, 1 << 30, 3, address)
 
 
 @pytest.mark.parametrize("num_bytes", [1, CHUNK_BYTES, 3 * CHUNK_BYTES + 7, 20 * CHUNK_BYTES])

@@ -14,7 +14,7 @@ import torch
 from peft_dist.core.cluster_keys import ClusterKeys
 from peft_dist.core.config import EngineConfig, KVTransfer
 from peft_dist.core.handover import KVHandle
-from peft_dist.runner.shared_memory import MemoryGoneError, SharedMemory
+from peft_dist.runner.shared_memory import MemoryGoneError
 from peft_dist.worker import nixl_way
 from peft_dist.worker.config import WorkerConfig
 from peft_dist.worker.kv_client import CHUNK_BYTES
@@ -23,6 +23,7 @@ from peft_dist.worker.nixl_fetching import WINDOW
 from peft_dist.worker.nixl_messages import NUM_PIECES, PIECE_BYTES, RETURN
 from peft_dist.worker.nixl_server import Answer, NixlServer
 from peft_dist.worker.process import _serve_kv
+from tests.worker.kv_exports import offered
 from tests.worker.nixl_stand_in import BackendError, DisconnectError, World, install
 
 Make = Callable[..., TcpTransport]
@@ -45,14 +46,6 @@ def make() -> Iterator[Make]:
     yield one
     for transport in made:
         transport.close()
-
-
-def offered(owner: TcpTransport, num_bytes: int) -> tuple[SharedMemory, KVHandle]:
-    memory = SharedMemory(num_bytes)
-    memory.contents.copy_(torch.randint(0, 255, (num_bytes,), dtype=torch.uint8))
-    address = owner.offer(memory.token, lambda: memory.contents)
-    # No such process is on this host.
-    return memory, KVHandle("layout", 1, num_bytes, memory.token, 1 << 30, 3, address)
 
 
 def words(caplog: pytest.LogCaptureFixture) -> list[str]:
