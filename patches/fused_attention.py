@@ -14,7 +14,7 @@ from peft_dist.patches.attention import ATTENTION_NAME, changes_nothing
 from peft_dist.patches.forms import global_matches, method_matches
 from peft_dist.patches.fused_norm import match_norm
 from peft_dist.patches.fusion import fusion_of, has_hooks
-from peft_dist.patches.together import call_together
+from peft_dist.patches.lora_layers import run_apart, run_before_sum
 
 _MODELS = "transformers.models"
 ROTARY = {
@@ -81,7 +81,7 @@ class FusedAttention(nn.Module):
             )
             return output
         attended = _attend(self, glue, context, hidden_states, position_embeddings)
-        return call_together([self.o_proj], attended)[0], None
+        return run_before_sum(self.o_proj, attended), None
 
 
 def _attend(
@@ -94,13 +94,16 @@ def _attend(
     """``[1, T, num_heads * head dim of the values]``."""
     rows, head_dim, meta = hidden_states.shape[1], module.head_dim, context.attention
     assert meta is not None
-    query, key, value = (
-        projection(hidden_states).view(rows, -1, head_dim)
-        for projection in (module.q_proj, module.k_proj, module.v_proj)
-    )
+    projections = module.q_proj, module.k_proj, module.v_proj
+    apart = run_apart(projections, hidden_states)
+    outputs, parts = apart or ([projection(hidden_states) for projection in projections], None)
+    query, key, value = (output.view(rows, -1, head_dim) for output in outputs)
+    added = None if parts is None else [part.view(rows, -1, head_dim) for part in parts]
     cos, sin = (table.reshape(rows, -1) for table in position_embeddings)
     cache = context.kv_caches[module.layer_idx]
-    query = glue.rotary_and_write(query, key, value, cos, sin, cache, meta.slot_mapping_t, *_head_norms(module))
+    query = glue.rotary_and_write(
+        query, key, value, cos, sin, cache, meta.slot_mapping_t, *_head_norms(module), parts=added
+    )
     attended = kernels.paged_attention(
         query,
         cache,

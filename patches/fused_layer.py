@@ -10,7 +10,7 @@ from torch import nn
 from peft_dist.forward_context import current
 from peft_dist.patches.forms import method_matches
 from peft_dist.patches.fused_norm import add_and_norm
-from peft_dist.patches.fusion import fusion_of
+from peft_dist.patches.fusion import fusion_of, has_hooks, is_fused
 
 _MODELS = "transformers.models"
 LLAMA = (
@@ -42,14 +42,25 @@ class FusedLayer(nn.Module):
         inner = self._modules
         between, last = fusion.options["between"], fusion.options["next_norm"]
         x = inner["input_layernorm"](hidden_states)
+        # Where the sum comes next, its kernel adds what the adapters' part of a projection is, too.
+        context.takes_part = between == "post_attention_layernorm" and _is_plain(inner["self_attn"])
         x, _ = inner["self_attn"](hidden_states=x, **_OPTIONAL | kwargs)
+        part = context.take_part(x)
         if between == "pre_feedforward_layernorm":
             x = inner["post_attention_layernorm"](x)
-        total = add_and_norm(context, glue, x, hidden_states, inner[between])
-        x = inner["mlp"](inner[between](total))
+        total = add_and_norm(context, glue, x, hidden_states, inner[between], part)
+        x = inner[between](total)
+        context.takes_part = between == "post_attention_layernorm" and _is_plain(inner["mlp"])
+        x = inner["mlp"](x)
+        part = context.take_part(x)
         if between == "pre_feedforward_layernorm":
             x = inner["post_feedforward_layernorm"](x)
-        return add_and_norm(context, glue, x, total, last)
+        return add_and_norm(context, glue, x, total, last, part)
+
+
+def _is_plain(module: nn.Module | None) -> bool:
+    """Whether nobody but the module's own code sees what it returns."""
+    return module is not None and is_fused(module) and not has_hooks(module) and "forward" not in module.__dict__
 
 
 def match_layer(module: nn.Module) -> dict[str, Any] | None:

@@ -11,8 +11,7 @@ from transformers.activations import ACT2FN
 from peft_dist.kernels.glue import Activation
 from peft_dist.patches.forms import method_matches
 from peft_dist.patches.fusion import fusion_of, rows_of
-from peft_dist.patches.lora_layers import run_gated
-from peft_dist.patches.together import call_together
+from peft_dist.patches.lora_layers import run_before_sum, run_gated
 
 LLAMA = "transformers.models.llama.modeling_llama:LlamaMLP.forward"
 
@@ -32,11 +31,11 @@ class FusedMLP(nn.Module):
             output: torch.Tensor = super().forward(x)
             return output
         activation = fusion.options["activation"]
-        gated = run_gated(self.gate_proj, self.up_proj, x, activation)
+        gated = run_gated(self.gate_proj, self.up_proj, x, activation, glue)
         if gated is None:
             gate, up = self.gate_proj(x), self.up_proj(x)
             gated = glue.gated(rows_of(gate), rows_of(up), activation).view(gate.shape)
-        return call_together([self.down_proj], gated)[0]
+        return run_before_sum(self.down_proj, gated)
 
 
 def match_mlp(module: nn.Module) -> dict[str, Any] | None:

@@ -58,13 +58,20 @@ def norm_of(module: nn.Module, x: torch.Tensor) -> Norm | None:
 
 
 def add_and_norm(
-    context: ForwardContext, glue: Glue, x: torch.Tensor, residual: torch.Tensor, norm: nn.Module | None
+    context: ForwardContext,
+    glue: Glue,
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    norm: nn.Module | None,
+    part: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``residual + x``; the norm that reads the sum next finds its own output computed in the same pass."""
+    """``residual + x``, and ``part`` where that is still to be added to x; the norm that reads the sum next finds its
+    output computed in the same pass."""
     fits = norm is not None and is_fused(norm) and x.shape == residual.shape and x.dtype == residual.dtype
     spec = norm_of(norm, x) if norm is not None and fits else None
     if norm is None or spec is None:
-        return residual + x
-    normed, total = (out.view(x.shape) for out in glue.add_rms_norm(rows_of(x), rows_of(residual), spec))
+        return residual + (x if part is None else x + part)
+    added = None if part is None else rows_of(part)
+    normed, total = (out.view(x.shape) for out in glue.add_rms_norm(rows_of(x), rows_of(residual), spec, added))
     context.hand_over(norm, total, normed)
     return total

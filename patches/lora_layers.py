@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_dist.forward_context import ForwardContext, current
 from peft_dist.kernels import lora as kernels
-from peft_dist.kernels.glue import Activation
+from peft_dist.kernels.glue import Activation, Glue, implementation
 from peft_dist.kernels.lora_beside import ShrinkBeside
 from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
 from peft_dist.patches.rank_outputs import Combination
@@ -178,7 +178,9 @@ def _run(layers: Sequence[SelectiveLinear], x: torch.Tensor, context: ForwardCon
     return outputs
 
 
-def run_gated(gate: nn.Module, up: nn.Module, x: torch.Tensor, activation: Activation) -> torch.Tensor | None:
+def run_gated(
+    gate: nn.Module, up: nn.Module, x: torch.Tensor, activation: Activation, glue: Glue | None = None
+) -> torch.Tensor | None:
     """``activation(gate(x)) * up(x)`` with the adapters' parts added in the pass that the activation takes, or all of
     it in one launch.
 
@@ -187,6 +189,7 @@ def run_gated(gate: nn.Module, up: nn.Module, x: torch.Tensor, activation: Activ
 
     Args:
         activation: "silu" or "gelu_tanh".
+        glue: For an activation that is a pass of its own; None: Triton's.
     """
     context = current()
     if context is None:
@@ -200,19 +203,70 @@ def run_gated(gate: nn.Module, up: nn.Module, x: torch.Tensor, activation: Activ
     weights = _weights_of(layers, context) if plans else []
     if weights.count(None) == len(weights):
         return multiply_few(_multiplied(layers, context), x, activation)
-    if not kernels.has_gate(x, weights, plans[-1]):
+    beside = context.parts_beside
+    apart = beside if beside is not None and len(plans) == 1 and beside.takes(x, weights, plans[0]) else None
+    if apart is None and not kernels.has_gate(x, weights, plans[-1]):
         return None
     for plan in plans:
         _check_rows(gate, x.numel() // x.shape[-1], plan)
     fused = _try_fused(layers, x, weights, plans, context, activation)
     if fused is not None:
         return fused
+    if apart is not None:
+        below = _multiplied(layers, context)
+        wide, parts = apart.compute(x, weights, plans[0], lambda: call_as_made(below, x))
+        gate_rows, up_rows, *added = (t.reshape(-1, t.shape[-1]) for t in (*wide, *parts))
+        glue = glue or implementation("triton")
+        return glue.gated(gate_rows, up_rows, activation, added).view(wide[0].shape)
     begun = kernels.begin_lora(x, weights, plans[0])
     outputs = call_as_made(_multiplied(layers, context), x)
     if len(plans) > 1:
         _add(outputs, x, weights, plans[:-1], begun)
         begun = None
     return kernels.lora_gate(outputs[0], outputs[1], x, weights, plans[-1], activation, begun)
+
+
+def run_apart(
+    modules: Sequence[nn.Module], x: torch.Tensor
+) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor] | None] | None:
+    """Outputs of modules that read x, and the adapters' parts for the caller to add: None where the outputs have them.
+
+    None, with nothing computed, where the pass adds parts at once (``PartsBeside``), and for modules that are no
+    siblings, or whose outputs somebody else sees.
+    """
+    context = current()
+    if context is None or context.parts_beside is None:
+        return None
+    if any(type(module) is not SelectiveLinear for module in modules):
+        return None
+    layers = cast(Sequence[SelectiveLinear], modules)
+    siblings = layers[0].siblings or tuple(layers)
+    if len(siblings) != len(layers) or any(a is not b for a, b in zip(siblings, layers, strict=True)):
+        return None
+    plans = context.lora_plans(layers[0].is_output)
+    if len(plans) != 1 or any(map(_is_seen, layers)):
+        return None
+    weights = _weights_of(layers, context)
+    if not context.parts_beside.takes(x, weights, plans[0]):
+        return None
+    _check_rows(layers[0], x.numel() // x.shape[-1], plans[0])
+    fused = _try_fused(layers, x, weights, plans, context)
+    if fused is not None:
+        return fused.split([layer.out_features for layer in layers], dim=-1), None
+    below = _multiplied(layers, context)
+    return context.parts_beside.compute(x, weights, plans[0], lambda: call_as_made(below, x))
+
+
+def run_before_sum(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """A module's output, of which the adapters' part is handed to a caller that takes it (``takes_part``)."""
+    context = current()
+    found = run_apart([module], x) if context is not None and context.takes_part else None
+    if context is None or found is None:
+        return call_together([module], x)[0]
+    outputs, parts = found
+    if parts is not None:
+        context.hand_part(outputs[0], parts[0])
+    return outputs[0]
 
 
 def _try_fused(

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from peft_dist.kernels.few_rows import FewRows
+    from peft_dist.kernels.lora_parts_beside import PartsBeside
     from peft_dist.kernels.types import AttentionMetadata, KVCache, LoRALayerWeights, LoRAPlan
     from peft_dist.patches.merged_layers import MergedLayers
 
@@ -41,6 +42,9 @@ class ForwardContext:
             attention; None when every row does (always, in a packed forward).
         windowed: Layers whose attention must bring its sliding window, where that was not checked before.
         few_rows: For products of few rows, where it knows a faster way; None leaves them to torch.
+        parts_beside: Computes adapters' parts beside the products, for kernels that add them later; None: they are
+            added at once.
+        takes_part: Whoever gets the next layer's output adds a part to it: the layer may ``hand_part`` it.
         shared: Outputs that ``shared_output`` computed and nobody has taken yet.
     """
 
@@ -55,7 +59,10 @@ class ForwardContext:
     token_rows: torch.Tensor | None = None
     windowed: Collection[int] = ()
     few_rows: FewRows | None = None
+    parts_beside: PartsBeside | None = None
+    takes_part: bool = False
     shared: dict[object, tuple[torch.Tensor, list[torch.Tensor | None]]] = field(default_factory=dict)
+    _handed: tuple[torch.Tensor, torch.Tensor] | None = None
     _token: contextvars.Token[ForwardContext | None] | None = None
 
     def lora_plans(self, is_output: bool) -> list[LoRAPlan]:
@@ -93,6 +100,23 @@ class ForwardContext:
     def hand_over(self, group: object, x: torch.Tensor, output: torch.Tensor) -> None:
         """Give a layer that is called next what it will compute of x: it takes it by ``shared_output``."""
         self.shared[group] = (x, [output])
+
+    def hand_part(self, output: torch.Tensor, part: torch.Tensor) -> None:
+        """Leave what is still to be added to an output to whoever gets it."""
+        self._handed = (output, part)
+
+    def take_part(self, output: torch.Tensor) -> torch.Tensor | None:
+        """What is still to be added to an output; None: nothing is.
+
+        Raises:
+            RuntimeError: a part was left of another tensor.
+        """
+        handed, self._handed, self.takes_part = self._handed, None, False
+        if handed is None:
+            return None
+        if handed[0] is not output:
+            raise RuntimeError("a module changed an output before its adapters' part was added: run with --no-fuse")
+        return handed[1]
 
     def __enter__(self) -> ForwardContext:
         if _current.get() is not None:

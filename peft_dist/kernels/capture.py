@@ -25,7 +25,8 @@ class CudaCapture:
 
     def __init__(self, device: torch.device) -> None:
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)
+        # Before what runs beside it (``PartsBeside``), behind what comes first (``ShrinkBeside``).
+        self._stream = torch.cuda.Stream(device, priority=-1)
         self._is_checked = False
 
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:

@@ -6,6 +6,7 @@ Each function exists as a Triton kernel (``glue_triton``) and as its plain twin 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from typing import Literal, NamedTuple, Protocol, cast
@@ -40,11 +41,25 @@ class Glue(Protocol):
     def rms_norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
         """Norm of each row of ``[rows, columns]``, contiguous, in x's dtype."""
 
-    def add_rms_norm(self, x: torch.Tensor, residual: torch.Tensor, norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
-        """(norm, sum): the sum of two ``[rows, columns]``, rounded to their dtype, and the norm of that."""
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, norm: Norm, part: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(norm, sum): the sum of two ``[rows, columns]``, rounded to their dtype, and the norm of that.
 
-    def gated(self, gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
-        """``activation(gate) * up`` of two ``[rows, columns]``, rounded once."""
+        ``part``: A third one, of what is still to be added to x.
+        """
+
+    def gated(
+        self,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        activation: Activation,
+        parts: Sequence[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """``activation(gate) * up`` of two ``[rows, columns]``, rounded once.
+
+        ``parts``: Two more, columns of one tensor, of what is still to be added to each.
+        """
 
     def rotary_and_write(
         self,
@@ -57,6 +72,7 @@ class Glue(Protocol):
         slot_mapping: torch.Tensor,
         query_norm: Norm | None = None,
         key_norm: Norm | None = None,
+        parts: Sequence[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Rotary embedding of queries and keys, and this step's keys and values into the paged cache.
 
@@ -69,6 +85,7 @@ class Glue(Protocol):
             cache: Of the layer, ``[num_blocks, block_size, num_kv_heads, head_dim]`` each.
             slot_mapping: int64 ``[T]``, ``block * block_size + offset``; a negative one writes nothing.
             query_norm, key_norm: Of each head, before the rotation, without rounding in between; both or none.
+            parts: Of query, key and value each what is still to be added to it, in its shape, columns of one tensor.
 
         Returns:
             The rotated queries, ``[T, num_heads, head_dim]``, contiguous.

@@ -6,6 +6,7 @@ function computes is said in ``glue.Glue``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,14 +28,17 @@ _HEADS = 8
 def _norm_kernel(
     x,
     residual,
+    part,
     weight,
     out,
     total,
     x_stride,
     residual_stride,
+    part_stride,
     columns,
     eps,
     ADD: tl.constexpr,
+    PART: tl.constexpr,
     ADDS_ONE: tl.constexpr,
     ROUNDS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -46,6 +50,8 @@ def _norm_kernel(
     # Asked for first: it does not depend on the row, which another kernel may just have written.
     factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     values = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    if PART:
+        values += tl.load(part + row * part_stride + column, mask=inside, other=0.0).to(tl.float32)
     if ADD:
         values += tl.load(residual + row * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
         rounded = values.to(total.dtype.element_ty)
@@ -61,13 +67,19 @@ def _norm_kernel(
 
 
 @triton.jit
-def _gate_kernel(gate, up, out, gate_stride, up_stride, columns, SILU: tl.constexpr, BLOCK: tl.constexpr):
+def _gate_kernel(
+    gate, up, gate_part, up_part, out, gate_stride, up_stride, part_stride, columns,
+    SILU: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Program (row, block of columns)."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
     x = tl.load(gate + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
     factor = tl.load(up + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
+    if PARTS:
+        x += tl.load(gate_part + row * part_stride + column, mask=inside, other=0.0).to(tl.float32)
+        factor += tl.load(up_part + row * part_stride + column, mask=inside, other=0.0).to(tl.float32)
     if SILU:
         active = x * tl.sigmoid(x)
     else:
@@ -79,6 +91,7 @@ def _gate_kernel(gate, up, out, gate_stride, up_stride, columns, SILU: tl.conste
 @triton.jit
 def _turn_heads(
     source,
+    part,
     target,
     cos,
     sin,
@@ -92,11 +105,15 @@ def _turn_heads(
     WIDTH: tl.constexpr,
     NORM: tl.constexpr,
     ADDS_ONE: tl.constexpr,
+    PARTS: tl.constexpr,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
     REST: tl.constexpr,
 ):
-    """Heads of one token, from rows of ``source`` to rows of ``target``: norm, then rotation of the first WIDTH."""
+    """Heads of one token, from rows of ``source`` to rows of ``target``: norm, then rotation of the first WIDTH.
+
+    With PARTS the heads in ``part``, one behind the other, are added first.
+    """
     heads = (first_head + tl.arange(0, HEADS))[:, None]
     half = tl.arange(0, HALF)[None, :]
     in_half = half < WIDTH // 2
@@ -109,6 +126,12 @@ def _turn_heads(
     in_rest = (heads < num_heads) & (rest < HEAD_DIM - WIDTH)
     if WIDTH < HEAD_DIM:
         c = tl.load(read + WIDTH + rest, mask=in_rest, other=0.0).to(tl.float32)
+    if PARTS:
+        more = part + heads * HEAD_DIM
+        a += tl.load(more + half, mask=inside, other=0.0).to(tl.float32)
+        b += tl.load(more + WIDTH // 2 + half, mask=inside, other=0.0).to(tl.float32)
+        if WIDTH < HEAD_DIM:
+            c += tl.load(more + WIDTH + rest, mask=in_rest, other=0.0).to(tl.float32)
     if NORM:
         squares = tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)
         if WIDTH < HEAD_DIM:
@@ -134,6 +157,9 @@ def _rotary_kernel(
     query,
     key,
     value,
+    query_part,
+    key_part,
+    value_part,
     cos,
     sin,
     query_weight,
@@ -148,6 +174,7 @@ def _rotary_kernel(
     key_head,
     value_stride,
     value_head,
+    part_stride,
     cos_stride,
     sin_stride,
     key_cache_block,
@@ -166,6 +193,7 @@ def _rotary_kernel(
     WIDTH: tl.constexpr,
     NORM: tl.constexpr,
     ADDS_ONE: tl.constexpr,
+    PARTS: tl.constexpr,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
     REST: tl.constexpr,
@@ -178,9 +206,9 @@ def _rotary_kernel(
     key_groups = tl.cdiv(NUM_KV_HEADS, HEADS)
     if group < query_groups:
         _turn_heads(
-            query + token * query_stride, out + token * NUM_HEADS * HEAD_DIM, cos + token * cos_stride,
-            sin + token * sin_stride, query_weight, query_head, HEAD_DIM, group * HEADS, NUM_HEADS, query_eps,
-            HEAD_DIM, WIDTH, NORM, ADDS_ONE, HEADS, HALF, REST,
+            query + token * query_stride, query_part + token * part_stride, out + token * NUM_HEADS * HEAD_DIM,
+            cos + token * cos_stride, sin + token * sin_stride, query_weight, query_head, HEAD_DIM, group * HEADS,
+            NUM_HEADS, query_eps, HEAD_DIM, WIDTH, NORM, ADDS_ONE, PARTS, HEADS, HALF, REST,
         )  # fmt: skip
     else:
         slot = tl.load(slots + token).to(tl.int64)
@@ -189,10 +217,11 @@ def _rotary_kernel(
             offset = slot % block_size
             if group < query_groups + key_groups:
                 _turn_heads(
-                    key + token * key_stride, key_cache + block * key_cache_block + offset * key_cache_slot,
+                    key + token * key_stride, key_part + token * part_stride,
+                    key_cache + block * key_cache_block + offset * key_cache_slot,
                     cos + token * cos_stride, sin + token * sin_stride, key_weight, key_head, key_cache_head,
                     (group - query_groups) * HEADS, NUM_KV_HEADS, key_eps,
-                    HEAD_DIM, WIDTH, NORM, ADDS_ONE, HEADS, HALF, REST,
+                    HEAD_DIM, WIDTH, NORM, ADDS_ONE, PARTS, HEADS, HALF, REST,
                 )  # fmt: skip
             else:
                 heads = ((group - query_groups - key_groups) * HEADS + tl.arange(0, HEADS))[:, None]
@@ -200,20 +229,27 @@ def _rotary_kernel(
                 inside = (heads < NUM_KV_HEADS) & (column < VALUE_DIM)
                 target = value_cache + block * value_cache_block + offset * value_cache_slot
                 values = tl.load(value + token * value_stride + heads * value_head + column, mask=inside)
+                if PARTS:
+                    more = tl.load(value_part + token * part_stride + heads * VALUE_DIM + column, mask=inside)
+                    values = values.to(tl.float32) + more.to(tl.float32)
                 tl.store(target + heads * value_cache_head + column, values.to(target.dtype.element_ty), mask=inside)
 
 
 def rms_norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
     """See ``glue.Glue``."""
-    return _launch_norm(x, x, norm, adds=False)[0]
+    return _launch_norm(x, x, norm, None, adds=False)[0]
 
 
-def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, norm: Norm, part: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``glue.Glue``."""
-    return _launch_norm(x, residual, norm, adds=True)
+    return _launch_norm(x, residual, norm, part, adds=True)
 
 
-def _launch_norm(x: torch.Tensor, residual: torch.Tensor, norm: Norm, adds: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _launch_norm(
+    x: torch.Tensor, residual: torch.Tensor, norm: Norm, part: torch.Tensor | None, adds: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     rows, columns = x.shape
     out = x.new_empty(rows, columns)
     total = x.new_empty(rows, columns) if adds else out
@@ -221,23 +257,28 @@ def _launch_norm(x: torch.Tensor, residual: torch.Tensor, norm: Norm, adds: bool
     if rows:
         with device_of(x):
             _norm_kernel[(rows,)](
-                x, residual, norm.weight, out, total, x.stride(0), residual.stride(0), columns, norm.eps,
-                ADD=adds, ADDS_ONE=norm.adds_one, ROUNDS=norm.rounds, BLOCK=block,
+                x, residual, x if part is None else part, norm.weight, out, total, x.stride(0), residual.stride(0),
+                0 if part is None else part.stride(0), columns, norm.eps, ADD=adds, PART=part is not None,
+                ADDS_ONE=norm.adds_one, ROUNDS=norm.rounds, BLOCK=block,
                 num_warps=min(max(block // 512, 1), 16),
             )  # fmt: skip
     return out, total
 
 
-def gated(gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
+def gated(
+    gate: torch.Tensor, up: torch.Tensor, activation: Activation, parts: Sequence[torch.Tensor] | None = None
+) -> torch.Tensor:
     """See ``glue.Glue``."""
+    of_gate, of_up = parts or (gate, up)
     rows, columns = gate.shape
     out = gate.new_empty(rows, columns)
     block = min(_GATE_COLUMNS, triton.next_power_of_2(columns))
     if rows:
         with device_of(gate):
             _gate_kernel[(rows, triton.cdiv(columns, block))](
-                gate, up, out, gate.stride(0), up.stride(0), columns, SILU=activation == "silu", BLOCK=block
-            )
+                gate, up, of_gate, of_up, out, gate.stride(0), up.stride(0), of_gate.stride(0), columns,
+                SILU=activation == "silu", PARTS=parts is not None, BLOCK=block,
+            )  # fmt: skip
     return out
 
 
@@ -251,6 +292,7 @@ def rotary_and_write(
     slot_mapping: torch.Tensor,
     query_norm: Norm | None = None,
     key_norm: Norm | None = None,
+    parts: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """See ``glue.Glue``."""
     rows, num_heads, head_dim = query.shape
@@ -260,17 +302,18 @@ def rotary_and_write(
     grid = (rows, triton.cdiv(num_heads, heads) + 2 * triton.cdiv(num_kv_heads, heads))
     # Weights and eps are not read where there is no norm.
     of_query, of_key = query_norm or Norm(cos, 0.0), key_norm or Norm(cos, 0.0)
+    added = parts or (query, key, value)
     strides: tuple[Any, ...] = (
-        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], cos.stride(0), sin.stride(0),
+        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], added[0].stride(0), cos.stride(0), sin.stride(0),
         *cache.key.stride()[:3], *cache.value.stride()[:3],
     )  # fmt: skip
     if rows:
         with device_of(query):
             _rotary_kernel[grid](
-                query, key, value, cos, sin, of_query.weight, of_key.weight, slot_mapping, out, cache.key, cache.value,
-                *strides, cache.key.shape[1], of_query.eps, of_key.eps,
+                query, key, value, *added, cos, sin, of_query.weight, of_key.weight, slot_mapping, out,
+                cache.key, cache.value, *strides, cache.key.shape[1], of_query.eps, of_key.eps,
                 NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, VALUE_DIM=value_dim, WIDTH=width,
-                NORM=query_norm is not None, ADDS_ONE=of_query.adds_one, HEADS=heads,
+                NORM=query_norm is not None, ADDS_ONE=of_query.adds_one, PARTS=parts is not None, HEADS=heads,
                 HALF=triton.next_power_of_2(width // 2), REST=triton.next_power_of_2(max(head_dim - width, 1)),
                 VALUE=triton.next_power_of_2(value_dim), num_warps=1 if heads == 1 else 4,
             )  # fmt: skip

@@ -92,8 +92,10 @@ def expand_loop_kernel(
     PART_N: tl.constexpr,
     STAGES: tl.constexpr,
     BY_TILE: tl.constexpr,
+    ADDS: tl.constexpr,
 ):
-    """Program (tile, part of a layer's outputs), PART_N outputs at a time. For half precision."""
+    """Program (tile, part of a layer's outputs), PART_N outputs at a time. For half precision. Without ADDS y gets the
+    parts alone, zeros in the base's tiles."""
     tile = tl.program_id(0)
     part = tl.program_id(1)
     m = tl.arange(0, TILE)
@@ -125,7 +127,7 @@ def expand_loop_kernel(
         1 if BY_TILE else length,
         PAGE,
     )
-    if (rank == 0) | (count == 0):
+    if (rank == 0 if ADDS else length == 0) | (count == 0):
         return
     B = pick(layer, B0, B1, B2, GROUP)
     y_stride = pick(layer, Y_STRIDE0, Y_STRIDE1, Y_STRIDE2, GROUP)
@@ -142,7 +144,7 @@ def expand_loop_kernel(
             b = tl.load(b_row + n[None, :], mask=(r < rank)[:, None] & (n < width)[None, :], other=0.0)
             mask = is_row[:, None] & (n < end)[None, :]
             # As what the product starts from, so that it is among the loads that are made ahead.
-            acc = tl.load(y + n[None, :], mask=mask, other=0.0).to(tl.float32)
+            acc = tl.load(y + n[None, :], mask=mask & ADDS, other=0.0).to(tl.float32)
             acc = tl.dot(low, b, tl.dot(high, b, acc))
             tl.store(y + n[None, :], acc.to(y.dtype.element_ty), mask=mask)
     else:
@@ -150,7 +152,7 @@ def expand_loop_kernel(
             n = first + tl.arange(0, PART_N)
             mask = is_row[:, None] & (n < end)[None, :]
             b_part = load_b(B, load_pages(pages, r, columns, PAGE), r, rank, n, width, PAGE)
-            before = tl.load(y + n[None, :], mask=mask, other=0.0)
+            before = tl.load(y + n[None, :], mask=mask & ADDS, other=0.0)
             acc = expand_part(
                 source, B, b_part, pages, columns, rank, is_row, n, width, max_rank, PAGE, TILE, SPLIT, PART_N, False,
             )  # fmt: skip

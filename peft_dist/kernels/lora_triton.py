@@ -105,6 +105,7 @@ def lora_expand_group_(
     workspace: LoRAWorkspace | None = None,
     *,
     is_next: bool = False,
+    adds: bool = True,
     launch: GroupPlan | None = None,
 ) -> None:
     """Add the layers' parts, whose intermediates ``lora_shrink_group`` left in the workspace, to their outputs.
@@ -113,15 +114,20 @@ def lora_expand_group_(
         ys: ``[..., out_features]`` of each layer, R rows, all of one dtype; they may be columns of one wider tensor.
         weights, plan, workspace, launch: As in ``lora_shrink_group``.
         is_next: The shrink is what was queued last on this stream, so that the expand may be launched while it runs.
+        adds: False: the outputs become the parts, whatever they held; 0 in the base's rows. The plan's tiles hold those
+            too then (``has_base``); rows in no tile (padding) keep what they hold.
 
     Raises:
-        ValueError: an output does not fit its layer or the plan.
+        ValueError: an output does not fit its layer or the plan, or the plan's tiles lack the base's rows.
     """
     resident = [w for w in weights if w is not None]
     if not resident:
         return
     group = group_of(resident)
     tiles = tiles_of(plan, ys[0].device)
+    if not (adds or tiles.has_base):
+        raise ValueError("parts alone need tiles of all rows: make them with has_base=True")
+    num_tiles = tiles.added if adds else tiles.max_tiles
     widths = group.out_features
     adapted = [y for y, w in zip(ys, weights, strict=True) if w is not None]
     rows = [even_rows("y", y, plan.num_rows, n) for y, n in zip(adapted, widths, strict=True)]
@@ -135,12 +141,12 @@ def lora_expand_group_(
     n, strides = three(widths), [y.stride(0) for y in padded]
     known = {
         "PAGE": group.page_rows, "GROUP": group.size, "TILE": tiles.tile_rows, "SPLIT": launch.split,
-        "BY_TILE": lookup is not None, "num_warps": launch.expand_warps, **{f"N{i}": n[i] for i in range(3)},
-        **{f"Y_STRIDE{i}": strides[i] for i in range(3)},
+        "BY_TILE": lookup is not None, "ADDS": adds, "num_warps": launch.expand_warps,
+        **{f"N{i}": n[i] for i in range(3)}, **{f"Y_STRIDE{i}": strides[i] for i in range(3)},
     }  # fmt: skip
     with device_of(ys[0]):
         if launch.loop_n:
-            grid = tiles.added, 2 * sum(-(-n // launch.loop_n) for n in widths)
+            grid = num_tiles, 2 * sum(-(-n // launch.loop_n) for n in widths)
             expand_loop_kernel[grid](
                 *tensors, watched_tile(tiles), workspace.max_rank, BLOCK_N=launch.loop_n, PART_N=launch.loop_part,
                 STAGES=launch.loop_stages, **known,
@@ -148,7 +154,7 @@ def lora_expand_group_(
             return
         pdl = launch.pdl and is_next
         part_n = min(launch.block_n, launch.part_n)
-        expand_kernel[(sum(-(-n // part_n) for n in widths), tiles.added)](
+        expand_kernel[(sum(-(-n // part_n) for n in widths), num_tiles)](
             *tensors, workspace.max_rank, BLOCK_N=launch.block_n, PART_N=part_n, FEW=launch.few_rows, WIDE=wide,
             PDL=pdl, **known, **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip

@@ -180,8 +180,9 @@ def expand_kernel(
     WIDE: tl.constexpr,
     PDL: tl.constexpr,
     BY_TILE: tl.constexpr,
+    ADDS: tl.constexpr,
 ):
-    """Program (layer and part of its outputs, tile).
+    """Program (layer and part of its outputs, tile). Without ADDS y gets the parts alone, zeros in the base's tiles.
 
     A tile of up to FEW rows takes ``BLOCK_N`` outputs a program, and the programs of the parts within have nothing to
     do: it is short of bytes on their way, where a tile of many rows is short of programs.
@@ -194,7 +195,7 @@ def expand_kernel(
     row = tl.load(tile_rows + tile * TILE + m).to(tl.int64)
     if not (PDL or BY_TILE):  # noqa: SIM102
         # Tiles that are not used, and those of the base.
-        if (length == 0) | (slot < 0):
+        if (length == 0) | ((slot < 0) & ADDS):
             return
     blocks0: tl.constexpr = (N0 + PART_N - 1) // PART_N
     blocks1: tl.constexpr = (N1 + PART_N - 1) // PART_N if GROUP > 1 else 0
@@ -220,7 +221,7 @@ def expand_kernel(
     r = tl.arange(0, EXPAND_RANKS)
     n = block * PART_N + tl.arange(0, BLOCK_N)
     is_few = takes_rows(length, rank, FEW)
-    is_idle = (rank == 0) | (is_few & is_within)
+    is_idle = (rank == 0 if ADDS else length == 0) | (is_few & is_within)
     b = load_b(B, page, r, rank, n, tl.where(is_few & (not is_idle), width, 0), PAGE)
     if PDL:
         # What is above may run beside the shrink, what is below reads what the shrink and others wrote. No program ends
@@ -235,7 +236,7 @@ def expand_kernel(
     if is_few:
         add_rows(
             y, y_stride, tile_rows + tile * TILE, length, source, B, b, pages, columns, rank, n, width, max_rank,
-            PAGE, TILE, SPLIT,
+            PAGE, TILE, SPLIT, ADDS,
         )  # fmt: skip
         return
     part = block * PART_N + tl.arange(0, PART_N)
@@ -243,7 +244,7 @@ def expand_kernel(
     here = y + row[:, None] * y_stride + part[None, :]
     y_mask = is_row[:, None] & (part < width)[None, :]
     b_part = load_b(B, page, r, rank, part, width, PAGE)
-    before = tl.load(here, mask=y_mask, other=0.0)
+    before = tl.load(here, mask=y_mask & ADDS, other=0.0)
     acc = expand_part(
         source + m[:, None] * max_rank,
         B, b_part, pages, columns, rank, is_row, part, width, max_rank, PAGE, TILE, SPLIT, PART_N, WIDE,

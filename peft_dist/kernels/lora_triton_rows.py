@@ -16,15 +16,16 @@ def takes_rows(length, rank, FEW: tl.constexpr):
 
 @triton.jit
 def ask_row(
-    y, y_stride, rows, i, length, source, rank, n, width, max_rank, TILE: tl.constexpr, SPLIT: tl.constexpr
+    y, y_stride, rows, i, length, source, rank, n, width, max_rank, TILE: tl.constexpr, SPLIT: tl.constexpr,
+    ADDS: tl.constexpr = True,
 ):  # fmt: skip
     """Number, columns ``n`` and intermediate of row ``i`` of a tile, which reads nothing where it has no such row.
 
-    ``rows``: where the tile's numbers are; ``source``: its first partials.
+    ``rows``: where the tile's numbers are; ``source``: its first partials. The columns are 0 without ADDS.
     """
     is_there = i < length
     row = tl.load(rows + i, mask=is_there, other=0).to(tl.int64)
-    before = tl.load(y + row * y_stride + n, mask=(n < width) & is_there, other=0.0)
+    before = tl.load(y + row * y_stride + n, mask=(n < width) & is_there & ADDS, other=0.0)
     return row, before, row_sums(source + i * max_rank, is_there & (rank > 0), max_rank, 0, TILE, SPLIT)
 
 
@@ -60,15 +61,16 @@ def row_part(
 @triton.jit
 def add_rows(
     y, y_stride, rows, length, source, B, b, pages, columns, rank, n, width, max_rank,
-    PAGE: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr,
+    PAGE: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, ADDS: tl.constexpr,
 ):  # fmt: skip
-    """Add columns ``n`` of their parts to a tile's rows; ``b``, which ``load_b`` gave, stays for all of them."""
-    row, before, h = ask_row(y, y_stride, rows, 0, length, source, rank, n, width, max_rank, TILE, SPLIT)
+    """Add columns ``n`` of their parts to a tile's rows, or without ADDS put them there; ``b``, which ``load_b`` gave,
+    stays for all of them."""
+    row, before, h = ask_row(y, y_stride, rows, 0, length, source, rank, n, width, max_rank, TILE, SPLIT, ADDS)
     i = 0
     while i < length:
         # What the next row needs is asked for before this one's is waited for.
         next_row, next_before, next_h = ask_row(
-            y, y_stride, rows, i + 1, length, source, rank, n, width, max_rank, TILE, SPLIT
+            y, y_stride, rows, i + 1, length, source, rank, n, width, max_rank, TILE, SPLIT, ADDS
         )
         acc = row_part(
             h, b, source + i * max_rank, B, pages, columns, rank, n, width, max_rank, PAGE, TILE, SPLIT

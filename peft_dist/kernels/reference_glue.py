@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.nn import functional
 
@@ -14,17 +16,22 @@ def rms_norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
     return _normed(x.float(), norm, x.dtype if norm.rounds else None).to(x.dtype)
 
 
-def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, norm: Norm, part: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Twin of ``glue_triton.add_rms_norm``."""
-    total = (x.float() + residual.float()).to(x.dtype)
+    total = (_whole(x, part) + residual.float()).to(x.dtype)
     return rms_norm(total, norm), total
 
 
-def gated(gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
+def gated(
+    gate: torch.Tensor, up: torch.Tensor, activation: Activation, parts: Sequence[torch.Tensor] | None = None
+) -> torch.Tensor:
     """Twin of ``glue_triton.gated``."""
-    wide = gate.float()
+    of_gate, of_up = parts or (None, None)
+    wide = _whole(gate, of_gate)
     active = functional.silu(wide) if activation == "silu" else functional.gelu(wide, approximate="tanh")
-    return (active * up.float()).to(gate.dtype)
+    return (active * _whole(up, of_up)).to(gate.dtype)
 
 
 def rotary_and_write(
@@ -37,15 +44,23 @@ def rotary_and_write(
     slot_mapping: torch.Tensor,
     query_norm: Norm | None = None,
     key_norm: Norm | None = None,
+    parts: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Twin of ``glue_triton.rotary_and_write``."""
-    block_size = cache.key.shape[1]
+    block_size, dtype = cache.key.shape[1], query.dtype
+    if parts is not None:
+        query, key, value = (_whole(x, part) for x, part in zip((query, key, value), parts, strict=True))
     rotated = _rotated(key, cos, sin, key_norm)
     for row, slot in enumerate(slot_mapping.tolist()):
         if slot >= 0:
             cache.key[slot // block_size, slot % block_size] = rotated[row].to(cache.key.dtype)
             cache.value[slot // block_size, slot % block_size] = value[row]
-    return _rotated(query, cos, sin, query_norm).to(query.dtype)
+    return _rotated(query, cos, sin, query_norm).to(dtype)
+
+
+def _whole(x: torch.Tensor, part: torch.Tensor | None) -> torch.Tensor:
+    """float32."""
+    return x.float() if part is None else x.float() + part.float()
 
 
 def _normed(x: torch.Tensor, norm: Norm, rounded: torch.dtype | None = None) -> torch.Tensor:

@@ -12,6 +12,7 @@ from peft_dist.kernels.backend import has_triton
 from peft_dist.kernels.capture import CudaCapture
 from peft_dist.kernels.few_rows import FewRows
 from peft_dist.kernels.lora_fused_plans import chooser_for
+from peft_dist.kernels.lora_parts_beside import PartsBeside
 from peft_dist.runner.model_runner import ModelRunner
 from peft_dist.runner.step_graphs import MOST_MIXED_TOKENS, StepGraphs, decode_sizes, mixed_sizes
 
@@ -64,12 +65,21 @@ def make_graphs(config: EngineConfig, runner: ModelRunner, max_model_len: int) -
         lora_backend=runner.lora_backend,
         capture=CudaCapture(runner.device),
         few_rows=make_few_rows(config, runner.device),
+        parts_beside=make_parts_beside(runner.device),
     )
+
+
+def make_parts_beside(device: torch.device) -> PartsBeside | None:
+    """Adapters' parts are computed beside products on the cards that this was measured on."""
+    return PartsBeside(device) if _is_measured(device) else None
 
 
 def make_few_rows(config: EngineConfig, device: torch.device) -> FewRows | None:
     """Decode steps of few rows multiply by our kernel on the cards that it was measured on, of a whole model."""
-    is_known = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-    if not is_known or not has_triton() or config.tensor_parallel_size > 1:
+    if not _is_measured(device) or config.tensor_parallel_size > 1:
         return None
     return FewRows(device, chooser_for(torch.cuda.get_device_name(device)))
+
+
+def _is_measured(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0) and has_triton()

@@ -18,6 +18,7 @@ from peft_dist.forward_context import ForwardContext
 from peft_dist.kernels.capture import Capture
 from peft_dist.kernels.few_rows import FewRows
 from peft_dist.kernels.kv_pool import KVCachePool
+from peft_dist.kernels.lora_parts_beside import PartsBeside
 from peft_dist.kernels.lora_pool import LoRAPool
 from peft_dist.kernels.lora_tiles import LoRATiles
 from peft_dist.kernels.types import AttentionMetadata, LoRAPlan
@@ -96,6 +97,7 @@ class StepGraphs:
         lora_backend, attention_backend: Names for plans and metadata; theirs must read device tensors alone.
         capture: ``CudaCapture``, or a stand-in for tests.
         few_rows: For the products of decode steps; None leaves them to torch.
+        parts_beside: For adapters' parts; None adds them behind each product.
     """
 
     def __init__(
@@ -113,6 +115,7 @@ class StepGraphs:
         lora_backend: str,
         capture: Capture,
         few_rows: FewRows | None = None,
+        parts_beside: PartsBeside | None = None,
     ) -> None:
         slots = pool.num_slots or max_num_seqs
         self._decodes = [StepShape(rows, rows, max_blocks, slots) for rows in decode_sizes(max_num_seqs)]
@@ -121,7 +124,7 @@ class StepGraphs:
         self._model, self._kv, self._pool, self._drawn, self._merge = model, kv, pool, drawn, merge
         self._backends = attention_backend, lora_backend
         self._capture = capture
-        self._few_rows = few_rows
+        self._few_rows, self._parts_beside = few_rows, parts_beside
         num_bytes = max(StepBuffer.num_bytes(shape) for shape in self._decodes + self._mixed)
         self._memory = torch.zeros(num_bytes, dtype=torch.uint8, device=model.device)
         self._inputs = StepInputs(num_bytes, max_blocks, kv.block_size, model.device)
@@ -244,6 +247,7 @@ class StepGraphs:
             lora_logits=of_logits[0],
             lora_weights=self._pool.addressed_weights if variant.lora else (),
             few_rows=self._few_rows if variant.shape.decodes else None,
+            parts_beside=self._parts_beside,
             merged=merged,
             lora_correction=correction,
             lora_logits_correction=of_logits[1],

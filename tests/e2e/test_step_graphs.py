@@ -18,6 +18,7 @@ from peft_dist import LLM, SamplingParams
 from peft_dist.kernels import lora_gate_triton
 from peft_dist.kernels.capture import Capture, NotCapturableError
 from peft_dist.kernels.few_rows import FewRows
+from peft_dist.kernels.lora_parts_beside import PartsBeside
 from peft_dist.patches import fuse
 from peft_dist.runner import replica
 from peft_dist.runner.step_graphs import StepGraphs, decode_sizes, mixed_sizes
@@ -50,7 +51,12 @@ def count_gates(monkeypatch: pytest.MonkeyPatch) -> Counter[float]:
     return seen
 
 
-def use_graphs(llm: LLM, capture: Capture = run_again, few_rows: FewRows | None = None) -> Counter[str]:
+def use_graphs(
+    llm: LLM,
+    capture: Capture = run_again,
+    few_rows: FewRows | None = None,
+    parts_beside: PartsBeside | None = None,
+) -> Counter[str]:
     """Let an LLM on a CPU run captured steps; counts them by kind."""
     runner = llm._open.runner
     runner.lora_backend = "triton"
@@ -67,6 +73,7 @@ def use_graphs(llm: LLM, capture: Capture = run_again, few_rows: FewRows | None 
         lora_backend="triton",
         capture=capture,
         few_rows=few_rows,
+        parts_beside=parts_beside,
     )
     seen: Counter[str] = Counter()
     run = graphs.run
@@ -142,6 +149,55 @@ def test_tokens_are_pefts(
     assert (
         seen["decodes"] and seen["mixed"] and bool(seen["pending"]) == bool(depth) and bool(seen["corrected"]) == modes
     )
+
+
+class Beside(PartsBeside):
+    """Knows how many layers' parts it left to others."""
+
+    def __init__(self) -> None:
+        super().__init__("cpu")
+        self.groups: Counter[int] = Counter()
+
+    def compute(self, x, weights, plan, multiply):  # type: ignore[no-untyped-def]
+        self.groups[len(weights)] += 1
+        return super().compute(x, weights, plan, multiply)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "beside_all"),
+    [("llama", True), ("gemma2", False)],
+)
+def test_parts_that_norms_gates_and_rotations_add_are_pefts(
+    family: str, beside_all: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a norm stands between a projection and the sum, its adapters' part is added at once."""
+    triton_interpreter.mend()
+    monkeypatch.setattr(replica, "prepare_layers", lambda model, config: fuse(model, "reference"))
+    model = make_model(family, tmp_path / "base")
+    adapters = make_adapters(family, model, tmp_path)
+    oracle = PeftOracle(model, adapters)
+    options = {"num_blocks": 64, "max_num_seqs": 6, "max_num_batched_tokens": 24, "attention_backend": "triton"}
+    options |= {"pack_weights": False, "max_model_len": 64, "merge": "off"}
+    chosen = [NAMES.index("__base__"), *(i for i, name in enumerate(NAMES) if name != "__base__")][:3]
+    prompts, names = [PROMPTS[i] for i in chosen], [NAMES[i] for i in chosen]
+    with LLM(tmp_path / "base", adapters, device="cpu", dtype="float32", **options) as llm:
+        beside = Beside()
+        seen = use_graphs(llm, parts_beside=beside)
+        recorder = Recorder(llm)
+        greedy = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
+        outputs = llm.generate(prompts, greedy, names, use_tqdm=False)
+    for output, prompt, name in zip(outputs, prompts, names, strict=True):
+        adapter = None if name == "__base__" else name
+        answer = oracle.answer(prompt, adapter, 3)
+        tokens = output.outputs[0].token_ids
+        assert_identical(tokens, answer, oracle, prompt, adapter)
+        same = common_prefix(tokens, answer.tokens)
+        assert_close_logits(recorder.logits[output.request_id], answer, min(same + 1, 3))
+    assert seen["decodes"] and seen["mixed"]
+    # q/k/v, gate and up; o and down.
+    assert beside.groups[3] and beside.groups[2] == beside.groups[3]
+    assert beside.groups[1] == (2 * beside.groups[3] if beside_all else 0)
 
 
 class Asked(FewRows):

@@ -84,9 +84,13 @@ def compile_loops(
     group = {name: value for name, value in group.items() if name != "WIDE"}
     blocks = {"PART_N": plan.loop_part, "STAGES": plan.loop_stages}
     return {
-        "expand loop": compile_kernel(
-            expand_loop_kernel, dtype, plan.expand_warps, 3, **group, **ends, **blocks, BLOCK_N=plan.loop_n
-        ),
+        **{
+            f"expand loop{'' if adds else ', parts alone'}": compile_kernel(
+                expand_loop_kernel, dtype, plan.expand_warps, 3, **group, **ends, **blocks, BLOCK_N=plan.loop_n,
+                ADDS=adds,
+            )
+            for adds in (True, False)
+        },
         "gate loop": compile_kernel(
             gate_loop_kernel, dtype, plan.gate_warps, 3, **{**group, "GROUP": 2}, **strides, N=ends["N0"], SILU=True,
             BLOCK_N=plan.gate_loop_n, **{**blocks, "PART_N": plan.loop_part // 2},
@@ -111,7 +115,7 @@ def compile_all(shape: GroupShape, dtype: str, pdl: bool) -> dict[str, dict[str,
         ),
         "expand": compile_kernel(
             expand_kernel, dtype, plan.expand_warps, 3, **group, **ends,
-            BLOCK_N=plan.block_n, PART_N=min(plan.block_n, plan.part_n), FEW=plan.few_rows, PDL=pdl
+            BLOCK_N=plan.block_n, PART_N=min(plan.block_n, plan.part_n), FEW=plan.few_rows, PDL=pdl, ADDS=True,
         ),
         "gate": compile_kernel(
             _gate_kernel, dtype, plan.gate_warps, 3, **{**group, "GROUP": 2}, **strides, N=outs[0],

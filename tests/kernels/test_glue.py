@@ -79,6 +79,12 @@ def test_sum_and_norm(device: str, rows: int, dtype: torch.dtype) -> None:
     unit = 2.1 * torch.finfo(dtype).eps * roundings(x)
     torch.testing.assert_close(normed, reference.rms_norm(total, norm), rtol=unit, atol=1e-6)
     assert torch.equal(x, before[0]) and torch.equal(residual, before[1])
+    part, _ = columns_of(rows, [72, 5], dtype, device, rows + 1)
+    normed, total = glue.add_rms_norm(x, residual, norm, part)
+    assert_rounded_once(total, residual.double() + x.double() + part.double())
+    torch.testing.assert_close(normed, reference.rms_norm(total, norm), rtol=unit, atol=1e-6)
+    exact_sum = residual.double() + x.double() + part.double()
+    assert_rounded_once(reference.add_rms_norm(x, residual, norm, part)[1], exact_sum)
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
@@ -92,13 +98,19 @@ def test_gate(device: str, rows: int, dtype: torch.dtype, activation: str) -> No
         actual = glue.gated(gate, up, activation)
         assert actual.is_contiguous()
         assert_rounded_once(actual, reference.gated(gate.double(), up.double(), activation))
+        parts = columns_of(rows, [columns, columns], dtype, device, rows + 1)
+        actual = glue.gated(gate, up, activation, parts)
+        whole = [y.double() + part.double() for y, part in zip((gate, up), parts, strict=True)]
+        assert_rounded_once(actual, reference.gated(*whole, activation))
+        assert_rounded_once(reference.gated(gate, up, activation, parts), reference.gated(*whole, activation))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", ROTARY_ROWS)
 @pytest.mark.parametrize("style", [None, *STYLES])
+@pytest.mark.parametrize("adds", [False, True])
 def test_rotary_and_write(
-    device: str, style: str | None, rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    device: str, adds: bool, style: str | None, rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Few rows take a head to a program, many several."""
     if device == "cpu":
@@ -120,15 +132,25 @@ def test_rotary_and_write(
         pool = torch.full((2, 2, -(-3 * rows // 4), 4, kv_heads, head_dim), float("nan"), dtype=dtype, device=device)
         ours = KVCache(pool[0, 0], pool[0, 1, ..., :value_dim])
         theirs = KVCache(ours.key.clone(), ours.value.clone())
-        actual = glue.rotary_and_write(q, k, v, cos, sin, ours, slots, *norms)
-        expected = reference.rotary_and_write(q, k, v, cos, sin, theirs, slots, *norms)
+        more = [
+            part.view(rows, -1, width)
+            for part, width in zip(
+                columns_of(rows, sizes, dtype, device, rows + 1), (head_dim, head_dim, value_dim), strict=True
+            )
+        ]
+        parts = more if adds else None
+        actual = glue.rotary_and_write(q, k, v, cos, sin, ours, slots, *norms, parts=parts)
+        expected = reference.rotary_and_write(q, k, v, cos, sin, theirs, slots, *norms, parts=parts)
         assert actual.is_contiguous()
         tolerance = {"rtol": 1.01 * torch.finfo(dtype).eps * roundings(q), "atol": 2e-6, "equal_nan": True}
         torch.testing.assert_close(actual, expected, **tolerance)
         torch.testing.assert_close(ours.key, theirs.key, **tolerance)
-        assert torch.equal(ours.value.nan_to_num(9), theirs.value.nan_to_num(9))
+        torch.testing.assert_close(
+            ours.value, theirs.value, **tolerance if adds else {"rtol": 0, "atol": 0, "equal_nan": True}
+        )
         assert pool[1].isnan().all() and pool[0, 1, ..., value_dim:].isnan().all()
         wide = [t.double() if t is not None else None for t in (q, cos, sin)]
+        wide[0] = q.double() + more[0].double() if adds else q.double()
         assert_rounded_once(actual, reference._rotated(*wide, exact(norms[0]) if norms[0] else None))
 
 
