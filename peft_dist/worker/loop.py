@@ -152,6 +152,8 @@ class WorkerLoop:
         except Exception as error:  # No adapter, however broken, may end the serving of the others.
             if not isinstance(error, PeftDistError):
                 logger.exception("loading adapter %r failed", command.name)
+                # With a broken device there are no others to serve.
+                self._replica.check_device()
             is_final = isinstance(error, UnfitAdapterError)
             self._channel.send(AdapterResult(call_id=command.call_id, error=describe(error), is_final=is_final))
         else:

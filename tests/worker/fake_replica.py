@@ -193,6 +193,9 @@ class FakeReplica:
         self.engine.register_adapter(spec)
         self.engine.pin_adapter(spec.name, spec.content_hash if pinned else None)
 
+    def check_device(self) -> None:
+        """It has none."""
+
     def use_transport(self, transport: object) -> None:
         """It moves requests without any KV."""
 
