@@ -44,6 +44,7 @@ from peft_dist.orchestrator.records import (
     Replica,
     ReplicaDrained,
     ReplicaReady,
+    ReplicaState,
     RequestRecord,
     StartReplica,
 )
@@ -318,7 +319,8 @@ class Orchestrator:
 
     def _note_drained(self, now: float) -> list[Outgoing]:
         """Tell of replicas that have become empty, and let those go that are to be started again."""
-        empty = [replica for replica in self.lives.draining() if not self._requests.load(replica)]
+        draining = self.replicas.in_state(ReplicaState.DRAINING)
+        empty = [replica for replica in draining if not self._requests.load(replica)]
         for replica in empty:
             self.lives.drained(replica)
             self._events.append(ReplicaDrained(replica.replica_id, replica.leaves))

@@ -37,11 +37,15 @@ class Fault(NamedTuple):
 
 
 class ReplicaState(enum.Enum):
-    """Where an incarnation of a replica is in its life; DEAD is for good. A DRAINING one takes no new requests."""
+    """Where an incarnation of a replica is in its life; DEAD is for good.
+
+    A DRAINING one takes no new requests, and a DRAINED one has none left either.
+    """
 
     STARTING = "starting"
     READY = "ready"
     DRAINING = "draining"
+    DRAINED = "drained"
     DEAD = "dead"
 
 

@@ -149,9 +149,9 @@ def test_a_replica_that_was_drained_stays_drained_until_it_is_resumed() -> None:
     assert KeepDrained(is_drained=True) not in commands(core.drain_replica(0, 4.0, restart=True), 0)
     core = heir()
     come(core, 0, named("a"), 5, is_drained=True)
-    assert not core.replicas.ready() and core.health_error == "All replicas that serve are being drained."
+    assert not core.replicas.ready() and "drained" in (core.health_error or "")
     come(core, 1, named("a"), 5)
-    assert [replica.state for replica in core.replicas.all()] == [ReplicaState.DRAINING, ReplicaState.READY]
+    assert [replica.state for replica in core.replicas.all()] == [ReplicaState.DRAINED, ReplicaState.READY]
     assert any(isinstance(event, Notice) and "/admin/resume/0" in event.text for event in core.drain_events())
     [out] = core.submit(NewRequest("r", [5], SamplingParams(), "a"), 2.0)
     assert out.replica_id == 1
