@@ -24,7 +24,7 @@ from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.core.step_costs import StepCosts
 from peft_dist.core.succession import Adopt, Identify, Identity, KeepDrained, NameAdapters, NamedAdapter, NamesKept
 
-PROTOCOL_VERSION = 8
+PROTOCOL_VERSION = 9
 
 
 class AddRequest(Command, frozen=True, kw_only=True):
