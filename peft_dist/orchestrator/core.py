@@ -103,7 +103,7 @@ class Orchestrator:
             raise InvalidRequestError(f"request_id {new.request_id!r} is in use: ids are unique", param="request_id")
         self._check_open()
         self._check_ready()
-        self.room.check(params.n)
+        self.room.check(new.prompt_token_ids, params)
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
         record = RequestRecord(new.request_id, list(new.prompt_token_ids), params, seed, adapter, now)
         if self._placer.is_hopeless(record):

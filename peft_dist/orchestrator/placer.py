@@ -163,7 +163,7 @@ class Placer:
         cached = {next(iter(record.unfinished)): prefixes.cached(record, replica)}
         self._requests.place(record, replica.replica_id, self._lengths.expected(record), cached)
         self._note_sent(record, replica)
-        replica.num_sent += len(record.unfinished)
+        replica.was_sent(record)
         self._hosting.given(record, replica)
         return [to(replica, command) for command in add_commands(record, now)]
 

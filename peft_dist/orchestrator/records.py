@@ -16,6 +16,7 @@ from peft_dist.core.numbering import Inbox
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.core.step_costs import StepCosts
 from peft_dist.orchestrator.observation import ReplicaTotals
+from peft_dist.orchestrator.untaken import Untaken, most_bytes
 from peft_dist.placement.placer import Search
 from peft_dist.placement.triggers import Trigger
 
@@ -61,6 +62,7 @@ class Replica:
         last_heard: When it said anything last.
         inbox: The numbers of what it has said.
         num_sent, num_taken: Sequences that it was sent, and those of them that it said it has taken in.
+        untaken: The others.
         ready_since: When it became ready, None before.
         num_restarts: Incarnations of this replica before this one.
         num_failures: Incarnations of this replica that died early, one after another, up to now.
@@ -95,6 +97,7 @@ class Replica:
     inbox: Inbox = field(default_factory=Inbox)
     num_sent: int = 0
     num_taken: int = 0
+    untaken: Untaken = field(default_factory=Untaken)
     ready_since: float | None = None
     num_restarts: int = 0
     num_failures: int = 0
@@ -117,6 +120,18 @@ class Replica:
         if stats.resident_adapters != self.stats.resident_adapters:
             self.resident = frozenset(stats.resident_adapters)
         self.stats = stats
+
+    def was_sent(self, request: RequestRecord) -> None:
+        """It is on its way there, each of its sequences by itself."""
+        for sequence in request.unfinished.values():
+            num_tokens = len(request.prompt_token_ids) + len(sequence.output_token_ids)
+            self.untaken.add(most_bytes(num_tokens, request.params))
+        self.num_sent += len(request.unfinished)
+
+    def has_taken(self, number: int | None) -> None:
+        """So many sequences are no longer on their way; None: all that were sent."""
+        self.num_taken = self.num_sent if number is None else number
+        self.untaken.keep(self.num_sent - self.num_taken)
 
     @property
     def is_alive(self) -> bool:

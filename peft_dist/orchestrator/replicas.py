@@ -117,7 +117,7 @@ class ReplicaTable:
     def take_in(self, replica: Replica, report: Progress) -> None:
         """Remember what a replica says of itself; details come less often than its stats."""
         replica.tell(report.stats)
-        replica.num_taken = replica.num_sent if report.num_taken is None else report.num_taken
+        replica.has_taken(report.num_taken)
         if report.detail is not None:
             replica.detail = report.detail
             if report.detail.costs is not None and report.detail.costs != replica.costs:
