@@ -67,6 +67,7 @@ def admin_router(state: ServerState) -> APIRouter:
     async def resume(replica: int, body: ResumeRequest) -> Response:
         """Let a drained replica take requests again."""
         state.client.resume_replica(replica)
+        await state.client.drain_kept(replica)
         return json_response({"replica": replica, "state": "ready"})
 
     return router

@@ -22,7 +22,7 @@ from peft_dist.core.messages import (
     Shutdown,
     Started,
 )
-from peft_dist.core.succession import KeepDrained, NamesKept, life_of
+from peft_dist.core.succession import DrainKept, NamesKept, life_of
 from peft_dist.orchestrator.adapter_calls import AdapterCalls, to
 from peft_dist.orchestrator.adapters import AdapterRegistry
 from peft_dist.orchestrator.admission import check_prompt, check_token_parameters, resolve_max_tokens
@@ -158,7 +158,7 @@ class Orchestrator:
             UnknownReplicaError, ReplicaStateError: there is no such replica, or it cannot be spared.
         """
         replica = self.lives.drain(replica_id, leave=restart)
-        kept = [] if restart else [to(replica, KeepDrained(is_drained=True))]
+        kept = [] if restart else [self.lives.tell_drained(replica, is_drained=True)]
         return kept + self._placer.evacuate(now) + self._note_drained(now)
 
     def resume_replica(self, replica_id: int, now: float) -> list[Outgoing]:
@@ -168,7 +168,7 @@ class Orchestrator:
             UnknownReplicaError, ReplicaStateError: there is no such replica, or it does not drain (any more).
         """
         replica = self.lives.resume(replica_id)
-        kept = to(replica, KeepDrained(is_drained=False))
+        kept = self.lives.tell_drained(replica, is_drained=False)
         # What another one drains of may have waited for this one's adapters.
         moved = self._placer.evacuate(now) + self._note_drained(now)
         return [kept, *self._calls.welcome(replica), *self._losses.place_waiting(now), *moved]
@@ -231,6 +231,8 @@ class Orchestrator:
                 )
             case NamesKept(version=version):
                 replica.names_version = version
+            case DrainKept():
+                self.lives.hear_drained(replica, self._events)
             case Exported() | Imported():
                 out = self.handover.observe(replica, report, now)
             case Fatal():

@@ -8,7 +8,7 @@ from peft_dist.core.errors import ReplicaStateError, UnknownReplicaError
 from peft_dist.core.messages import Heartbeat, Ready
 from peft_dist.core.succession import KeepDrained
 from peft_dist.orchestrator.options import OrchestratorOptions
-from peft_dist.orchestrator.records import Event, Fault, Notice, Outgoing, Replica, ReplicaState
+from peft_dist.orchestrator.records import DrainIsKept, Event, Fault, Notice, Outgoing, Replica, ReplicaState
 from peft_dist.orchestrator.replicas import ReplicaTable
 
 _DRAINED = (ReplicaState.DRAINING, ReplicaState.DRAINED)
@@ -141,12 +141,23 @@ class Lifecycle:
             # What it was told last may be what was lost.
             if replica.was_drained:
                 self._replicas.enter(replica, ReplicaState.DRAINED)
-            return [Outgoing(replica.replica_id, replica.epoch, KeepDrained(is_drained=replica.was_drained))]
+            return [self.tell_drained(replica, is_drained=replica.was_drained)]
         if report.is_drained:
             self._replicas.enter(replica, ReplicaState.DRAINED)
             text = "was drained before this server started, and still is: POST /admin/resume/{} ends that"
             events.append(Notice(replica.replica_id, text.format(replica.replica_id)))
         return []
+
+    def tell_drained(self, replica: Replica, *, is_drained: bool) -> Outgoing:
+        """Have a replica remember that it is drained, or is not."""
+        replica.num_drains_told += 1
+        return Outgoing(replica.replica_id, replica.epoch, KeepDrained(is_drained=is_drained))
+
+    def hear_drained(self, replica: Replica, events: list[Event]) -> None:
+        """A replica said that it remembers what it was told."""
+        replica.num_drains_kept += 1
+        if replica.num_drains_kept == replica.num_drains_told:
+            events.append(DrainIsKept(replica.replica_id))
 
     def can_renew(self, replica: Replica) -> bool:
         """Whether a replica whose connection failed may go on as another incarnation: it is to stay, and so is this

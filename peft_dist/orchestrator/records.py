@@ -77,6 +77,7 @@ class Replica:
         keeps: Content hashes that it held; none before it is ready.
         coming: Content hashes of named adapters that are on their way to it.
         refused: Content hashes of named adapters that it did not take when they were brought to it, and why.
+        num_drains_told, num_drains_kept: How often it was told whether it is drained, and said that it remembers that.
         names_version: The last version of the names that it is known to remember.
         earlier: What the incarnations before this one counted.
     """
@@ -111,6 +112,8 @@ class Replica:
     keeps: frozenset[str] = frozenset()
     coming: set[str] = field(default_factory=set)
     refused: dict[str, str] = field(default_factory=dict)
+    num_drains_told: int = 0
+    num_drains_kept: int = 0
     names_version: int = 0
     earlier: ReplicaTotals = field(default_factory=ReplicaTotals)
     error: PeftDistError | None = None
@@ -250,6 +253,13 @@ class NamesAreKept:
 
 
 @dataclass(frozen=True, slots=True)
+class DrainIsKept:
+    """A replica remembers whether it is drained: that outlives this process."""
+
+    replica_id: int
+
+
+@dataclass(frozen=True, slots=True)
 class ReplicaReady:
     """A replica has loaded its model."""
 
@@ -323,6 +333,7 @@ Event = (
     | AdapterLoaded
     | AdapterRefused
     | NamesAreKept
+    | DrainIsKept
     | ReplicaReady
     | ReplicaLost
     | ReplicaRenewed

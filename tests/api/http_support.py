@@ -253,6 +253,7 @@ class ScriptedClient:
         self.pinned: set[str] = set()
         self.drains: list[bool] = []
         self.replica_state, self.drained_to = "ready", "drained"
+        self.kept: list[str] = []
         self.rolling = ScriptedRolling()
         self.migrated: MigrationView | None = None
 
@@ -343,6 +344,9 @@ class ScriptedClient:
             raise ReplicaStateError(f"replica {replica_id} is ready, not draining")
         self.drains.clear()
         self.replica_state = "ready"
+
+    async def drain_kept(self, replica_id: int) -> None:
+        self.kept.append(self.replica_state)
 
     def stats(self) -> ReplicaStats:
         return ReplicaStats(

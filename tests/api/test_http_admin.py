@@ -20,6 +20,7 @@ def test_a_replica_is_drained_and_resumed(engine: ScriptedClient, http: httpx.Cl
     assert http.post("/admin/drain/0", json={"restart": True}).json()["state"] == "restarting"
     assert engine.drains == [False, True]
     assert http.post("/admin/resume/0", json={}).json() == {"replica": 0, "state": "ready"}
+    assert engine.kept == ["ready"], "it was waited for"
     assert error_of(http.post("/admin/resume/0", json={}), 409)["code"] == "replica_state"
 
 
