@@ -184,6 +184,7 @@ class RequestRecord(msgspec.Struct):
         is_suspect: It, or another request beside it, made replicas die: until it draws a token, it runs without other
             suspects.
         prompt_hashes: Names of the blocks of its prompt, once somebody asked (``prefixes.py``).
+        prefix_uses: What its replica is to have found of them, until it has said what it did; None: nobody asks.
         num_import_deaths: Replicas that died while it was brought to them with its KV, one after another.
         unfinished: The sequences that still run, by index.
     """
@@ -199,6 +200,7 @@ class RequestRecord(msgspec.Struct):
     waits_since: float = 0.0
     is_suspect: bool = False
     prompt_hashes: list[bytes] | None = None
+    prefix_uses: list[int] | None = None
     num_import_deaths: int = 0
     unfinished: dict[int, SequenceRecord] = {}
 
