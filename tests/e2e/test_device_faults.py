@@ -14,13 +14,15 @@ from peft_dist.core.restarts import RestartPolicy
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.orchestrator.core import OrchestratorOptions
 from peft_dist.orchestrator.service import EngineService
-from peft_dist.worker.launcher import PlainLauncher
+from peft_dist.worker.launcher import AccelerateLauncher, PlainLauncher
 from tests.e2e.fault_scenario import Case, ThisHost, make_cases, run_alone, serve_with_faults
 from tests.e2e.test_processes import ROOT
 from tests.e2e.test_replicas import until
+from tests.e2e.test_serve import children
 from tests.tiny_models import make_model, random_adapter, target_modules
 from tests.worker.failing_device import DEAD, OUT_OF_MEMORY
 
+FACTORY = "tests.worker.failing_device:build"
 needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
@@ -33,7 +35,14 @@ class Launcher(PlainLauncher):
     """Of replicas with a device that can be told to fail."""
 
     def __init__(self, engine: EngineConfig, **options: object) -> None:
-        super().__init__(engine, replica_factory="tests.worker.failing_device:build", **options)  # type: ignore[arg-type]
+        super().__init__(engine, replica_factory=FACTORY, **options)  # type: ignore[arg-type]
+
+
+class SplitLauncher(AccelerateLauncher):
+    """The same, of several ranks, whose devices are told one by one."""
+
+    def __init__(self, engine: EngineConfig, **options: object) -> None:
+        super().__init__(engine, replica_factory=FACTORY, **options)  # type: ignore[arg-type]
 
 
 def make_adapters(folder: Path) -> dict[str, str | Path]:
@@ -94,3 +103,26 @@ def test_a_device_that_failed_is_noticed_by_who_loads_an_adapter(device: str, tm
             await service.stop()
 
     asyncio.run(work())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_whose_device_fails_takes_its_replica_and_no_stream(rank: int, tmp_path: Path) -> None:
+    adapters = make_adapters(tmp_path)
+    cases = make_cases(8, 100, 96, [None, *adapters])
+    options = {"dtype": "float32", "num_blocks": 128, "num_threads": 1}
+    run_alone(tmp_path / "model", adapters, cases, **options)
+    config = EngineConfig(model=str(tmp_path / "model"), device="cpu", tensor_parallel_size=2, **options)
+
+    async def break_rank(service: EngineService, replica_id: int) -> None:
+        [launcher] = [each for each in children(os.getpid()) if service.replica_pids()[replica_id] in children(each)]
+        ranks = {int(environment_of(each)["RANK"]): each for each in children(launcher)}
+        os.kill(ranks[rank], DEAD)
+
+    serve_with_faults(config, adapters, cases, [(200, break_rank)], ThisHost(SplitLauncher), num_replicas=1)
+
+
+def environment_of(process: int) -> dict[str, str]:
+    parts = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+    return dict(part.decode().split("=", 1) for part in parts if b"=" in part)
