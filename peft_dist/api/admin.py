@@ -38,9 +38,15 @@ def admin_router(state: ServerState) -> APIRouter:
 
     @router.post("/drain/{replica}")
     async def drain(replica: int, body: DrainRequest) -> Response:
-        """Move a replica's requests to others, and answer when it is empty; ``restart`` then starts it again."""
+        """Move a replica's requests to others, and answer when it is empty; ``restart`` then starts it again.
+
+        ``state``: "drained"; "restarting", or "left" if it had joined; or as in ``/health`` where it died meanwhile.
+        """
         await state.client.drain_replica(replica, restart=bool(body.restart))
-        return json_response({"replica": replica, "state": "restarting" if body.restart else "drained"})
+        now = next((view.state for view in state.client.replicas() if view.replica_id == replica), "left")
+        if body.restart and now != "left":
+            now = "restarting"
+        return json_response({"replica": replica, "state": now})
 
     @router.post("/rolling-restart")
     async def begin_rolling_restart(body: RollingRestartRequest) -> Response:
@@ -61,6 +67,7 @@ def admin_router(state: ServerState) -> APIRouter:
     async def resume(replica: int, body: ResumeRequest) -> Response:
         """Let a drained replica take requests again."""
         state.client.resume_replica(replica)
+        await state.client.drain_kept(replica)
         return json_response({"replica": replica, "state": "ready"})
 
     return router

@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from peft_dist.api.metric_labels import AdapterLabels
 from peft_dist.orchestrator.observation import ReplicaTotals, ReplicaView
 
-_STATES = ("starting", "ready", "draining", "unreached", "dead")
+_STATES = ("starting", "ready", "draining", "drained", "unreached", "dead")
 _TIERS = ("device", "host", "disk")
 
 _GAUGES: list[tuple[str, str, Callable[[ReplicaView], float]]] = [

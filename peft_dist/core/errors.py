@@ -50,6 +50,10 @@ class EngineDeadError(PeftDistError, RuntimeError):
     """The replica that owned the request is gone and nothing can continue it (HTTP 503)."""
 
 
+class DeviceLostError(PeftDistError, RuntimeError):
+    """A device can do nothing more for this process, whoever asks: only another process can use it again."""
+
+
 class UnknownReplicaError(PeftDistError, LookupError):
     """There is no replica of this number (HTTP 404)."""
 

@@ -26,11 +26,16 @@ def host_of_address(address: str, given: str, example: str) -> str:
 class Join(Report, frozen=True, kw_only=True):
     """Somebody has room for a replica; repeated until ``Welcome`` comes.
 
+    Who has heard nothing is answered by ``Ping``, and becomes a replica when it says that it did: of one whose link
+    works in one direction nobody waits for its start.
+
     ``attempt``: Counts the replicas that the sender has begun; a later one tells that the last one is over.
+    ``is_heard``: Something came from the orchestrator since it asked before.
     """
 
     host: str
     attempt: int
+    is_heard: bool = False
 
 
 class Leave(Report, frozen=True, kw_only=True):
@@ -40,7 +45,9 @@ class Leave(Report, frozen=True, kw_only=True):
 
 
 class Welcome(Command, frozen=True, kw_only=True):
-    """Answer to ``Join``: which incarnation of which replica the sender is from now on, and what it is to run."""
+    """Answer to a ``Join`` that ``is_heard``: which incarnation of which replica the sender is from now on, and what it
+    is to run.
+    """
 
     attempt: int
     replica_id: int

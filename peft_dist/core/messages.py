@@ -22,9 +22,18 @@ from peft_dist.core.replica_state import ReplicaDetail as ReplicaDetail
 from peft_dist.core.replica_state import ReplicaStats as ReplicaStats
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.core.step_costs import StepCosts
-from peft_dist.core.succession import Adopt, Identify, Identity, KeepDrained, NameAdapters, NamedAdapter, NamesKept
+from peft_dist.core.succession import (
+    Adopt,
+    DrainKept,
+    Identify,
+    Identity,
+    KeepDrained,
+    NameAdapters,
+    NamedAdapter,
+    NamesKept,
+)
 
-PROTOCOL_VERSION = 8
+PROTOCOL_VERSION = 9
 
 
 class AddRequest(Command, frozen=True, kw_only=True):
@@ -259,6 +268,7 @@ AnyReport = (
     | Progress
     | AdapterResult
     | NamesKept
+    | DrainKept
     | Exported
     | Imported
     | Fatal

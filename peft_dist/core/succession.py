@@ -54,9 +54,16 @@ class NamesKept(Report, frozen=True, kw_only=True):
 
 
 class KeepDrained(Command, frozen=True, kw_only=True):
-    """Remember whether this replica is drained, which is told by ``Ready`` to an orchestrator after this one."""
+    """Remember whether this replica is drained, which is told by ``Ready`` to an orchestrator after this one.
+
+    Answered by ``DrainKept``.
+    """
 
     is_drained: bool
+
+
+class DrainKept(Report, frozen=True, kw_only=True):
+    """The replica remembers it: one answer to each, in their order."""
 
 
 class Identify(Command, frozen=True, kw_only=True):

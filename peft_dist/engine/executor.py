@@ -100,7 +100,11 @@ class Executor(Protocol):
         ...
 
     def take_loaded(self) -> list[LoadOutcome]:
-        """Loads that have ended since the last call, without waiting."""
+        """Loads that have ended since the last call, without waiting.
+
+        Raises:
+            DeviceLostError: one failed because the device can do nothing more.
+        """
         ...
 
     def fileno(self) -> int:
@@ -139,7 +143,7 @@ class Executor(Protocol):
         ...
 
     def take_transfers(self) -> list[TransferOutcome]:
-        """Copies that have ended since the last call, without waiting."""
+        """Copies that have ended since the last call, without waiting. Raises as ``take_loaded``."""
         ...
 
     def end_export(self, key: int) -> None:

@@ -185,8 +185,8 @@ class EngineClient(Protocol):
     async def drain_replica(self, replica_id: int, *, restart: bool = False) -> None:
         """Move a replica's requests to others, give it no new ones, and return when it has none left.
 
-        With ``restart`` it is then ended and started again; without, it waits until ``resume_replica``. Returns
-        too when it dies.
+        With ``restart`` it is then ended and started again; without, it waits until ``resume_replica``, and has kept
+        that in mind (``drain_kept``). Returns too when it dies.
 
         Raises:
             UnknownReplicaError: there is no such replica.
@@ -200,6 +200,10 @@ class EngineClient(Protocol):
         Raises:
             UnknownReplicaError, ReplicaStateError: there is no such replica, or it was not drained.
         """
+        ...
+
+    async def drain_kept(self, replica_id: int) -> None:
+        """Return when a replica remembers whether it is drained, for a server after this one, or after two seconds."""
         ...
 
     async def stop(self) -> None:

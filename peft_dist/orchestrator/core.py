@@ -22,7 +22,7 @@ from peft_dist.core.messages import (
     Shutdown,
     Started,
 )
-from peft_dist.core.succession import KeepDrained, NamesKept, life_of
+from peft_dist.core.succession import DrainKept, NamesKept, life_of
 from peft_dist.orchestrator.adapter_calls import AdapterCalls, to
 from peft_dist.orchestrator.adapters import AdapterRegistry
 from peft_dist.orchestrator.admission import check_prompt, check_token_parameters, resolve_max_tokens
@@ -44,6 +44,7 @@ from peft_dist.orchestrator.records import (
     Replica,
     ReplicaDrained,
     ReplicaReady,
+    ReplicaState,
     RequestRecord,
     StartReplica,
 )
@@ -102,7 +103,7 @@ class Orchestrator:
             raise InvalidRequestError(f"request_id {new.request_id!r} is in use: ids are unique", param="request_id")
         self._check_open()
         self._check_ready()
-        self.room.check(params.n)
+        self.room.check(new.prompt_token_ids, params)
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
         record = RequestRecord(new.request_id, list(new.prompt_token_ids), params, seed, adapter, now)
         if self._placer.is_hopeless(record):
@@ -157,7 +158,7 @@ class Orchestrator:
             UnknownReplicaError, ReplicaStateError: there is no such replica, or it cannot be spared.
         """
         replica = self.lives.drain(replica_id, leave=restart)
-        kept = [] if restart else [to(replica, KeepDrained(is_drained=True))]
+        kept = [] if restart else [self.lives.tell_drained(replica, is_drained=True)]
         return kept + self._placer.evacuate(now) + self._note_drained(now)
 
     def resume_replica(self, replica_id: int, now: float) -> list[Outgoing]:
@@ -167,7 +168,7 @@ class Orchestrator:
             UnknownReplicaError, ReplicaStateError: there is no such replica, or it does not drain (any more).
         """
         replica = self.lives.resume(replica_id)
-        kept = to(replica, KeepDrained(is_drained=False))
+        kept = self.lives.tell_drained(replica, is_drained=False)
         # What another one drains of may have waited for this one's adapters.
         moved = self._placer.evacuate(now) + self._note_drained(now)
         return [kept, *self._calls.welcome(replica), *self._losses.place_waiting(now), *moved]
@@ -230,6 +231,8 @@ class Orchestrator:
                 )
             case NamesKept(version=version):
                 replica.names_version = version
+            case DrainKept():
+                self.lives.hear_drained(replica, self._events)
             case Exported() | Imported():
                 out = self.handover.observe(replica, report, now)
             case Fatal():
@@ -318,7 +321,8 @@ class Orchestrator:
 
     def _note_drained(self, now: float) -> list[Outgoing]:
         """Tell of replicas that have become empty, and let those go that are to be started again."""
-        empty = [replica for replica in self.lives.draining() if not self._requests.load(replica)]
+        draining = self.replicas.in_state(ReplicaState.DRAINING)
+        empty = [replica for replica in draining if not self._requests.load(replica)]
         for replica in empty:
             self.lives.drained(replica)
             self._events.append(ReplicaDrained(replica.replica_id, replica.leaves))

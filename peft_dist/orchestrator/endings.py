@@ -43,6 +43,8 @@ class Endings:
             except ValueError as error:
                 broken.append(owner)
                 new = ending(sequence, "error", str(error))
+            if record.prefix_uses is not None and new.token_ids:
+                self._requests.prefixes.found(record, each.num_cached_tokens)
             self._requests.advance(record, sequence, new.token_ids)
             if new.finish_reason is None:
                 self._events.append(SequenceEvent(record.request_id, sequence.index, new))

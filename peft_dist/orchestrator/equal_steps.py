@@ -91,7 +91,7 @@ class EqualSteps:
         """
         self._heard = now
         if num_taken is not None:
-            self._replica.num_taken = num_taken
+            self._replica.has_taken(num_taken)
         step, end = len(self._times), len(self._times) + len(times)
         self._times.extend(times)
         if not self._members:

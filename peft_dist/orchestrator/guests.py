@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 from peft_dist.core.cluster_keys import ClusterKeys
 from peft_dist.core.config import EngineConfig
@@ -16,7 +17,7 @@ from peft_dist.core.succession import Adopt, Identify, Identity, life_of
 from peft_dist.orchestrator.core import Orchestrator
 from peft_dist.orchestrator.link import Link, Received
 from peft_dist.orchestrator.records import Outgoing, Replica
-from peft_dist.orchestrator.renewals import Renewals
+from peft_dist.orchestrator.renewals import UNREACHED_SECONDS, Renewals
 
 logger = logging.getLogger(__name__)
 _START_TIMEOUT = 600.0
@@ -45,6 +46,14 @@ class Invitation:
     start_timeout: float = _START_TIMEOUT
 
 
+class _Joined(NamedTuple):
+    """Which attempt of somebody became which replica, and when."""
+
+    replica: Replica
+    attempt: int
+    since: float
+
+
 class Guests:
     """The socket that they join, and which replica each of them is."""
 
@@ -64,8 +73,8 @@ class Guests:
         self._invitation = invitation
         self._core, self._act, self._take, self._now = core, act, take, now
         self._link = Link.listening(invitation.listen, invitation.keys)
-        # By the socket that asked, which of its attempts became which replica.
-        self._joined: dict[bytes, tuple[Replica, int]] = {}
+        # By the socket that asked.
+        self._joined: dict[bytes, _Joined] = {}
         # By incarnation in another life, what came of it in this one; and when each was asked who it is.
         self._adopted: dict[bytes, Replica] = {}
         self._asked: dict[bytes, float] = {}
@@ -88,10 +97,9 @@ class Guests:
     def renew(self, replica: Replica, epoch: int) -> None:
         """The process of an incarnation that is over, for its connection failed, is to go on as ``replica``."""
         number = replica.replica_id
-        of_before = [
-            sender for sender, (one, _) in self._joined.items() if (one.replica_id, one.epoch) == (number, epoch)
-        ]
-        self._joined |= {sender: (replica, self._joined[sender][1]) for sender in of_before}
+        for sender, joined in list(self._joined.items()):
+            if (joined.replica.replica_id, joined.replica.epoch) == (number, epoch):
+                self._joined[sender] = joined._replace(replica=replica)
         self._renewals.begin(replica, epoch)
 
     async def run(self) -> None:
@@ -125,7 +133,7 @@ class Guests:
             await asyncio.sleep(min(self._invitation.heartbeat_seconds, _PING_SECONDS))
 
     def _forget_the_gone(self) -> None:
-        self._joined = {sender: (one, attempt) for sender, (one, attempt) in self._joined.items() if one.is_alive}
+        self._joined = {sender: joined for sender, joined in self._joined.items() if joined.replica.is_alive}
         self._adopted = {listener: one for listener, one in self._adopted.items() if one.is_alive}
         last = self._now() - _ASK_AGAIN_SECONDS
         self._asked = {listener: asked for listener, asked in self._asked.items() if asked > last}
@@ -137,37 +145,55 @@ class Guests:
             logger.warning("somebody who wants to join cannot be understood: %s", error)
             return
         match message:
-            case Join(host=host, attempt=attempt):
-                self._welcome(received.sender, host, attempt)
+            case Join():
+                self._link.answer(received.sender, self._answer(received.sender, message))
             case Leave(attempt=attempt):
-                replica, last = self._joined.get(received.sender, (None, None))
+                joined = self._joined.get(received.sender)
                 # It is repeated until the replica has ended, or nobody answers.
                 self._link.answer(received.sender, Ping())
-                if replica is not None and last == attempt and not replica.leaves:
-                    self._act(self._let_go(replica.replica_id, replica.epoch))
+                if joined is not None and joined.attempt == attempt and not joined.replica.leaves:
+                    self._act(self._let_go(joined.replica.replica_id, joined.replica.epoch))
 
-    def _welcome(self, sender: bytes, host: str, attempt: int) -> None:
-        replica, last = self._joined.get(sender, (None, None))
-        if replica is None or last != attempt:
-            if replica is not None:
-                reason = f"Replica {replica.replica_id} on {host} has ended."
-                self._act(self._core.lose_replica(replica.replica_id, replica.epoch, reason, self._now()))
-            replica = self._core.replicas.join(self._now() + self._invitation.start_timeout)
-            self._joined[sender] = replica, attempt
-            self._ids.add(replica.replica_id)
-            logger.info("replica %d joins from %s", replica.replica_id, host)
-            # So that somebody looks when its time to start is over.
-            self._act([])
+    def _answer(self, sender: bytes, join: Join) -> Welcome | Ping:
+        joined = self._joined.get(sender)
+        if joined is not None and not joined.replica.is_alive:
+            joined = None
+        if joined is not None and (reason := self._is_over(joined, join)) is not None:
+            replica = joined.replica
+            lost = f"Replica {replica.replica_id} on {join.host} {reason}."
+            self._act(self._core.lose_replica(replica.replica_id, replica.epoch, lost, self._now()))
+            joined = None
+        if joined is None:
+            if not join.is_heard:
+                return Ping()
+            joined = self._enter(sender, join)
         # Whoever asks twice, because the answer was late, is the same replica still.
-        welcome = Welcome(
-            attempt=attempt,
-            replica_id=replica.replica_id,
-            incarnation=replica.epoch,
+        return Welcome(
+            attempt=join.attempt,
+            replica_id=joined.replica.replica_id,
+            incarnation=joined.replica.epoch,
             engine=self._invitation.engine,
             replica_factory=self._invitation.replica_factory,
             heartbeat_seconds=self._invitation.heartbeat_seconds,
         )
-        self._link.answer(sender, welcome)
+
+    def _is_over(self, joined: _Joined, join: Join) -> str | None:
+        """Why what somebody joined as is not what it asks for again; None where it is."""
+        if joined.attempt != join.attempt:
+            return "has ended"
+        if not join.is_heard and self._now() >= joined.since + UNREACHED_SECONDS:
+            return "did not hear that it has joined: its link works in one direction"
+        return None
+
+    def _enter(self, sender: bytes, join: Join) -> _Joined:
+        now = self._now()
+        replica = self._core.replicas.join(now + self._invitation.start_timeout)
+        self._joined[sender] = joined = _Joined(replica, join.attempt, now)
+        self._ids.add(replica.replica_id)
+        logger.info("replica %d joins from %s", replica.replica_id, join.host)
+        # So that somebody looks when its time to start is over.
+        self._act([])
+        return joined
 
     def _hear_of_another_life(self, received: Received) -> None:
         """A replica outlived the orchestrator that it had joined: it is asked who it is, then adopted or sent away."""
@@ -194,7 +220,7 @@ class Guests:
             replica = self._core.replicas.join(self._now() + _ADOPTION_SECONDS, received.replica_id)
             replica.is_survivor = True
             self._adopted[received.listener] = replica
-            self._joined[f"join.{identity.guest}".encode()] = replica, identity.attempt
+            self._joined[f"join.{identity.guest}".encode()] = _Joined(replica, identity.attempt, self._now())
             self._ids.add(replica.replica_id)
             logger.info("replica %d on %s goes on from another life", replica.replica_id, identity.host)
             self._act([])

@@ -202,7 +202,7 @@ class Handover:
         move.ids = self._requests.new_ids(record)
         move.num_moves = record.num_moves
         requests = list(add_commands(record, now, move.ids))
-        move.target.num_sent += len(requests)
+        move.target.was_sent(record)
         return [to(move.target, ImportRequests(handover=move.number, requests=requests, states=wanted))]
 
     def _imported(self, move: _Move, report: Imported, now: float) -> list[Outgoing]:

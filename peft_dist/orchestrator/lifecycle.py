@@ -8,10 +8,11 @@ from peft_dist.core.errors import ReplicaStateError, UnknownReplicaError
 from peft_dist.core.messages import Heartbeat, Ready
 from peft_dist.core.succession import KeepDrained
 from peft_dist.orchestrator.options import OrchestratorOptions
-from peft_dist.orchestrator.records import Event, Fault, Notice, Outgoing, Replica, ReplicaState
+from peft_dist.orchestrator.records import DrainIsKept, Event, Fault, Notice, Outgoing, Replica, ReplicaState
 from peft_dist.orchestrator.replicas import ReplicaTable
 
-_SERVING = (ReplicaState.READY, ReplicaState.DRAINING)
+_DRAINED = (ReplicaState.DRAINING, ReplicaState.DRAINED)
+_SERVING = (ReplicaState.READY, *_DRAINED)
 _GUESTS_SILENCE = 10.0
 
 
@@ -28,8 +29,6 @@ class Lifecycle:
         self._restarts = options.restart
         self._is_over = False
         self.is_stopping = False
-        # Epochs of draining replicas that still have requests.
-        self._draining: set[int] = set()
 
     # Deadlines
 
@@ -129,7 +128,6 @@ class Lifecycle:
             self.check_restarts()
         self._replicas.enter(replica, ReplicaState.DRAINING)
         replica.leaves = leave
-        self._draining.add(replica.epoch)
         return replica
 
     def check_restarts(self) -> None:
@@ -142,13 +140,24 @@ class Lifecycle:
         if replica.is_renewed:
             # What it was told last may be what was lost.
             if replica.was_drained:
-                self._replicas.enter(replica, ReplicaState.DRAINING)
-            return [Outgoing(replica.replica_id, replica.epoch, KeepDrained(is_drained=replica.was_drained))]
+                self._replicas.enter(replica, ReplicaState.DRAINED)
+            return [self.tell_drained(replica, is_drained=replica.was_drained)]
         if report.is_drained:
-            self._replicas.enter(replica, ReplicaState.DRAINING)
+            self._replicas.enter(replica, ReplicaState.DRAINED)
             text = "was drained before this server started, and still is: POST /admin/resume/{} ends that"
             events.append(Notice(replica.replica_id, text.format(replica.replica_id)))
         return []
+
+    def tell_drained(self, replica: Replica, *, is_drained: bool) -> Outgoing:
+        """Have a replica remember that it is drained, or is not."""
+        replica.num_drains_told += 1
+        return Outgoing(replica.replica_id, replica.epoch, KeepDrained(is_drained=is_drained))
+
+    def hear_drained(self, replica: Replica, events: list[Event]) -> None:
+        """A replica said that it remembers what it was told."""
+        replica.num_drains_kept += 1
+        if replica.num_drains_kept == replica.num_drains_told:
+            events.append(DrainIsKept(replica.replica_id))
 
     def can_renew(self, replica: Replica) -> bool:
         """Whether a replica whose connection failed may go on as another incarnation: it is to stay, and so is this
@@ -161,29 +170,22 @@ class Lifecycle:
         Raises:
             UnknownReplicaError, ReplicaStateError: there is no such replica, or it does not drain (any more).
         """
-        replica = self._find(replica_id, ReplicaState.DRAINING)
+        replica = self._find(replica_id, *_DRAINED)
         self._replicas.enter(replica, ReplicaState.READY)
         replica.leaves = False
-        self._draining.discard(replica.epoch)
         return replica
 
     def was_told_to_end(self, replica: Replica) -> bool:
         """Whether it was drained and is on its way out; what ends before that has died."""
-        return replica.leaves and replica.epoch not in self._draining
+        return replica.leaves and replica.state is ReplicaState.DRAINED
 
-    def ended(self, replica: Replica) -> None:
-        """A replica is gone, drained or not."""
-        self._draining.discard(replica.epoch)
-
-    def draining(self) -> list[Replica]:
-        """Draining replicas of which ``drained`` was not said yet."""
-        if not self._draining:
-            return []
-        return [r for r in self._replicas.in_state(ReplicaState.DRAINING) if r.epoch in self._draining]
+    def was_drained(self, replica: Replica) -> bool:
+        """Whether it takes no requests because somebody said so."""
+        return replica.state in _DRAINED
 
     def drained(self, replica: Replica) -> None:
         """A draining replica has no request left."""
-        self._draining.discard(replica.epoch)
+        self._replicas.enter(replica, ReplicaState.DRAINED)
 
     def _find(self, replica_id: int, *states: ReplicaState) -> Replica:
         replica = self._replicas.get(replica_id)
@@ -193,6 +195,6 @@ class Lifecycle:
         if replica.state not in states:
             wanted = " or ".join(state.value for state in states)
             raise ReplicaStateError(f"replica {replica_id} is {replica.state.value}, not {wanted}")
-        if replica.leaves and replica.epoch not in self._draining:
+        if self.was_told_to_end(replica):
             raise ReplicaStateError(f"replica {replica_id} is being restarted: it serves again by itself")
         return replica

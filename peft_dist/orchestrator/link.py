@@ -173,7 +173,7 @@ class Link:
 def _router() -> tuple[zmq.asyncio.Context, zmq.asyncio.Socket]:
     context = zmq.asyncio.Context()
     socket = context.socket(SocketType.ROUTER)
-    # Without high-water marks sending never waits; the Orchestrator bounds what can be under way.
+    # Without high-water marks sending never waits; the Orchestrator bounds what can be under way (``Room``).
     socket.set(SocketOption.SNDHWM, 0)
     socket.set(SocketOption.RCVHWM, 0)
     socket.set(SocketOption.LINGER, 0)

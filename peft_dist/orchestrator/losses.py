@@ -9,7 +9,7 @@ from peft_dist.orchestrator.endings import Endings
 from peft_dist.orchestrator.handover import Handover
 from peft_dist.orchestrator.lifecycle import Lifecycle
 from peft_dist.orchestrator.placer import Placer
-from peft_dist.orchestrator.records import Event, Fault, Outgoing, Replica, ReplicaLost, ReplicaRenewed, ReplicaState
+from peft_dist.orchestrator.records import Event, Fault, Outgoing, Replica, ReplicaLost, ReplicaRenewed
 from peft_dist.orchestrator.replicas import ReplicaTable
 from peft_dist.orchestrator.requests import RequestTable
 
@@ -40,9 +40,8 @@ class Losses:
         error, was_asked = EngineDeadError(fault.reason), self._lives.was_told_to_end(replica)
         is_renewed = fault.by_link and self._lives.can_renew(replica)
         farewell = Fence() if replica.is_guest and not replica.leaves else Shutdown()
-        held, was_drained = self._calls.contents(replica), replica.state is ReplicaState.DRAINING
+        held, was_drained = self._calls.contents(replica), self._lives.was_drained(replica)
         self._replicas.mark_dead(replica, error)
-        self._lives.ended(replica)
         if is_renewed:
             # Before its requests are looked at: they may wait for it.
             self._replicas.renew(replica, held, was_drained=was_drained, start_deadline=now + _FIRST_WORD_SECONDS)

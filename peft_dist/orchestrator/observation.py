@@ -99,8 +99,8 @@ class ReplicaView:
     """One replica as it was last heard of.
 
     Attributes:
-        state: "starting", "ready", "draining", "dead", or "unreached": it is heard, and hears nothing. What ``stats``
-            and ``detail`` say of now is worth something only while it is ready or draining.
+        state: "starting", "ready", "draining", "drained" (it has no request left), "dead", or "unreached": it is heard,
+            and hears nothing. What ``stats`` and ``detail`` say of now is worth something only while ``is_ready``.
         model: None before it was ready for the first time.
         totals: Counts over all incarnations.
         num_restarts: Incarnations before this one.
@@ -122,8 +122,8 @@ class ReplicaView:
 
     @property
     def is_ready(self) -> bool:
-        """Whether it serves, new requests or the rest of those it has."""
-        return self.state in ("ready", "draining")
+        """Whether it could serve: new requests, the rest of those it has, or those that come once it is resumed."""
+        return self.state in ("ready", "draining", "drained")
 
     @property
     def can_serve(self) -> bool:

@@ -88,7 +88,7 @@ class Placer:
         """Note that another replica runs a request, its sequences known by ``ids``, from the KV that it was brought."""
         self._requests.take(record, now, ids)
         self._requests.place(record, replica.replica_id, self._lengths.expected(record), computed)
-        self._note_sent(record, replica)
+        self._note_sent(record, replica, computes=False)
 
     def flee(self, record: RequestRecord, now: float) -> list[Outgoing]:
         """Move a request from its replica to the best other one, if any can run it."""
@@ -162,12 +162,12 @@ class Placer:
         # The first one computes the prompt for all.
         cached = {next(iter(record.unfinished)): prefixes.cached(record, replica)}
         self._requests.place(record, replica.replica_id, self._lengths.expected(record), cached)
-        self._note_sent(record, replica)
-        replica.num_sent += len(record.unfinished)
+        self._note_sent(record, replica, computes=True)
+        replica.was_sent(record)
         self._hosting.given(record, replica)
         return [to(replica, command) for command in add_commands(record, now)]
 
-    def _note_sent(self, record: RequestRecord, replica: Replica) -> None:
+    def _note_sent(self, record: RequestRecord, replica: Replica, *, computes: bool) -> None:
         # With one replica there is nothing to choose, and hashing is not worth it.
         if self._requests.prefixes.is_on and len(self._replicas) > 1:
-            self._requests.prefixes.sent(record, replica)
+            self._requests.prefixes.sent(record, replica, computes=computes)

@@ -19,20 +19,49 @@ MOST_HASHED = 1024
 
 @dataclass(slots=True)
 class _Known:
-    """Names of the blocks of one replica, the ones used last at the end; at most ``most`` of them."""
+    """Names of the blocks of one replica, the ones used last at the end; at most ``most`` of them.
+
+    Attributes:
+        blocks: By name, which use was the last one.
+        unseen: Those that nobody is known to have computed yet.
+    """
 
     block_size: int
     most: int
-    blocks: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
+    blocks: OrderedDict[bytes, int] = field(default_factory=OrderedDict)
+    unseen: set[bytes] = field(default_factory=set)
+    num_uses: int = 0
 
     def use(self, hashes: Sequence[bytes]) -> None:
         """The start of a chain is used last, as in ``BlockManager``: no block outlives the ones before it."""
-        blocks = self.blocks
+        blocks, unseen = self.blocks, self.unseen
+        self.num_uses += 1
         for key in reversed(hashes):
-            blocks[key] = None
+            if key not in blocks:
+                unseen.add(key)
+            blocks[key] = self.num_uses
             blocks.move_to_end(key)
         while len(blocks) > self.most:
-            blocks.popitem(last=False)
+            self._drop_first()
+
+    def last_uses(self, hashes: Sequence[bytes]) -> list[int]:
+        """Of the blocks that a chain begins with and that were computed, as far as they are known."""
+        found = []
+        for key in hashes:
+            use = self.blocks.get(key)
+            if use is None or key in self.unseen:
+                break
+            found.append(use)
+        return found
+
+    def drop(self, last_use: int) -> None:
+        """What was used then for the last time has gone, and so has what was used before."""
+        while self.blocks and next(iter(self.blocks.values())) <= last_use:
+            self._drop_first()
+
+    def _drop_first(self) -> None:
+        key, _ = self.blocks.popitem(last=False)
+        self.unseen.discard(key)
 
     def find(self, hashes: Sequence[bytes]) -> int:
         """How many blocks of a chain are known: those after the first unknown one are unknown too."""
@@ -41,6 +70,9 @@ class _Known:
 
 class Prefixes:
     """Blocks by replica. A guess: replicas drop blocks when they need room, and tell of it to nobody.
+
+    It is corrected by what they find (``found``): they drop what was used the longest ago, so one block that is missing
+    tells of all that were used before it.
 
     Nothing is hashed where ``is_on`` is False, or before a second replica is in the table (``sent`` is not called).
     """
@@ -63,14 +95,30 @@ class Prefixes:
         found = known.find(_prompt_hashes(record, known.block_size)) * known.block_size
         return min(found, len(record.prompt_token_ids) - 1)
 
-    def sent(self, record: RequestRecord, replica: Replica) -> None:
-        """A replica, which has been ready, was given a request."""
+    def sent(self, record: RequestRecord, replica: Replica, *, computes: bool = True) -> None:
+        """A replica, which has been ready, was given a request; one with its KV ``computes`` nothing of it."""
         assert replica.model is not None
         model = replica.model
         known = self._known.get(replica.replica_id)
         if known is None:
             known = self._known[replica.replica_id] = _Known(model.block_size, min(model.num_blocks, MOST_BLOCKS))
-        known.use(_prompt_hashes(record, known.block_size))
+        hashes = _prompt_hashes(record, known.block_size)
+        # Scores of the prompt need all of it computed, so that nothing is looked for.
+        looks = computes and record.params.prompt_logprobs is None
+        usable = (len(record.prompt_token_ids) - 1) // known.block_size
+        record.prefix_uses = known.last_uses(hashes[:usable]) if looks else []
+        known.use(hashes)
+
+    def found(self, record: RequestRecord, num_cached_tokens: int) -> None:
+        """A replica has computed a request's prompt, but for so many tokens that it had."""
+        expected, record.prefix_uses = record.prefix_uses, None
+        known = None if record.replica_id is None else self._known.get(record.replica_id)
+        if expected is None or known is None:
+            return
+        known.unseen.difference_update(_prompt_hashes(record, known.block_size))
+        num_found = num_cached_tokens // known.block_size
+        if num_found < len(expected):
+            known.drop(expected[num_found])
 
     def ended(self, record: RequestRecord, sequence: SequenceRecord) -> None:
         """A sequence ended: what it drew may be the prefix of the next turn. Of its last token there is no KV."""
@@ -82,7 +130,9 @@ class Prefixes:
             return
         rest = record.prompt_token_ids[len(hashes) * size :] + sequence.output_token_ids[:-1]
         parent = hashes[-1] if hashes else record.content_hash.encode()
-        known.use(hashes + chain_hashes(parent, rest[: (MOST_HASHED - len(hashes)) * size], size))
+        chain = hashes + chain_hashes(parent, rest[: (MOST_HASHED - len(hashes)) * size], size)
+        known.use(chain)
+        known.unseen.difference_update(chain)
 
     def forget(self, replica_id: int) -> None:
         """A replica is gone, and its cache with it."""

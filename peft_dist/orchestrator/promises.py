@@ -19,6 +19,7 @@ class Promises:
         self._kept_version = 0
         self._waiting: list[tuple[int, asyncio.Future[None]]] = []
         self._drains: dict[int, list[asyncio.Future[None]]] = {}
+        self._told: dict[int, list[asyncio.Future[None]]] = {}
 
     def load(self, call_id: int) -> asyncio.Future[AdapterSpec]:
         """The outcome of a load."""
@@ -55,6 +56,17 @@ class Promises:
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._drains.setdefault(replica_id, []).append(future)
         return future
+
+    async def drain_kept(self, replica_id: int) -> None:
+        """Return when a replica, which was told whether it is drained, remembers that, or soon."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._told.setdefault(replica_id, []).append(future)
+        await asyncio.wait([future], timeout=_KEPT_SECONDS)
+
+    def keep_drain(self, replica_id: int) -> None:
+        """It does, or never will."""
+        for future in self._told.pop(replica_id, []):
+            future.set_result(None)
 
     def forget_drain(self, replica_id: int, drained: asyncio.Future[None]) -> None:
         """Nobody waits for it any more."""

@@ -16,6 +16,7 @@ from peft_dist.core.numbering import Inbox
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.core.step_costs import StepCosts
 from peft_dist.orchestrator.observation import ReplicaTotals
+from peft_dist.orchestrator.untaken import Untaken, most_bytes
 from peft_dist.placement.placer import Search
 from peft_dist.placement.triggers import Trigger
 
@@ -37,11 +38,15 @@ class Fault(NamedTuple):
 
 
 class ReplicaState(enum.Enum):
-    """Where an incarnation of a replica is in its life; DEAD is for good. A DRAINING one takes no new requests."""
+    """Where an incarnation of a replica is in its life; DEAD is for good.
+
+    A DRAINING one takes no new requests, and a DRAINED one has none left either.
+    """
 
     STARTING = "starting"
     READY = "ready"
     DRAINING = "draining"
+    DRAINED = "drained"
     DEAD = "dead"
 
 
@@ -57,6 +62,7 @@ class Replica:
         last_heard: When it said anything last.
         inbox: The numbers of what it has said.
         num_sent, num_taken: Sequences that it was sent, and those of them that it said it has taken in.
+        untaken: The others.
         ready_since: When it became ready, None before.
         num_restarts: Incarnations of this replica before this one.
         num_failures: Incarnations of this replica that died early, one after another, up to now.
@@ -71,6 +77,7 @@ class Replica:
         keeps: Content hashes that it held; none before it is ready.
         coming: Content hashes of named adapters that are on their way to it.
         refused: Content hashes of named adapters that it did not take when they were brought to it, and why.
+        num_drains_told, num_drains_kept: How often it was told whether it is drained, and said that it remembers that.
         names_version: The last version of the names that it is known to remember.
         earlier: What the incarnations before this one counted.
     """
@@ -91,6 +98,7 @@ class Replica:
     inbox: Inbox = field(default_factory=Inbox)
     num_sent: int = 0
     num_taken: int = 0
+    untaken: Untaken = field(default_factory=Untaken)
     ready_since: float | None = None
     num_restarts: int = 0
     num_failures: int = 0
@@ -104,6 +112,8 @@ class Replica:
     keeps: frozenset[str] = frozenset()
     coming: set[str] = field(default_factory=set)
     refused: dict[str, str] = field(default_factory=dict)
+    num_drains_told: int = 0
+    num_drains_kept: int = 0
     names_version: int = 0
     earlier: ReplicaTotals = field(default_factory=ReplicaTotals)
     error: PeftDistError | None = None
@@ -113,6 +123,18 @@ class Replica:
         if stats.resident_adapters != self.stats.resident_adapters:
             self.resident = frozenset(stats.resident_adapters)
         self.stats = stats
+
+    def was_sent(self, request: RequestRecord) -> None:
+        """It is on its way there, each of its sequences by itself."""
+        for sequence in request.unfinished.values():
+            num_tokens = len(request.prompt_token_ids) + len(sequence.output_token_ids)
+            self.untaken.add(most_bytes(num_tokens, request.params))
+        self.num_sent += len(request.unfinished)
+
+    def has_taken(self, number: int | None) -> None:
+        """So many sequences are no longer on their way; None: all that were sent."""
+        self.num_taken = self.num_sent if number is None else number
+        self.untaken.keep(self.num_sent - self.num_taken)
 
     @property
     def is_alive(self) -> bool:
@@ -162,6 +184,7 @@ class RequestRecord(msgspec.Struct):
         is_suspect: It, or another request beside it, made replicas die: until it draws a token, it runs without other
             suspects.
         prompt_hashes: Names of the blocks of its prompt, once somebody asked (``prefixes.py``).
+        prefix_uses: What its replica is to have found of them, until it has said what it did; None: nobody asks.
         num_import_deaths: Replicas that died while it was brought to them with its KV, one after another.
         unfinished: The sequences that still run, by index.
     """
@@ -177,6 +200,7 @@ class RequestRecord(msgspec.Struct):
     waits_since: float = 0.0
     is_suspect: bool = False
     prompt_hashes: list[bytes] | None = None
+    prefix_uses: list[int] | None = None
     num_import_deaths: int = 0
     unfinished: dict[int, SequenceRecord] = {}
 
@@ -228,6 +252,13 @@ class NamesAreKept:
     """Every replica that serves remembers the names of this version: they outlive this process."""
 
     version: int
+
+
+@dataclass(frozen=True, slots=True)
+class DrainIsKept:
+    """A replica remembers whether it is drained: that outlives this process."""
+
+    replica_id: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,6 +335,7 @@ Event = (
     | AdapterLoaded
     | AdapterRefused
     | NamesAreKept
+    | DrainIsKept
     | ReplicaReady
     | ReplicaLost
     | ReplicaRenewed

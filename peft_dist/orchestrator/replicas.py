@@ -1,4 +1,4 @@
-"""The table of replicas: who is starting, ready, draining or dead, and in which incarnation."""
+"""The table of replicas: who is starting, ready, draining, drained or dead, and in which incarnation."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class ReplicaTable:
     def __init__(self, first_epoch: int = 1) -> None:
         self._by_id: dict[int, Replica] = {}
         self._next_epoch = first_epoch
-        # What is asked for every request, until a replica changes its state.
-        self._ready: list[Replica] | None = None
+        # What is asked for every request and report, until a replica changes its state.
+        self._in_state: dict[ReplicaState, list[Replica]] = {}
         self._model: ModelInfo | None = None
 
     def __getitem__(self, replica_id: int) -> Replica:
@@ -41,7 +41,7 @@ class ReplicaTable:
             replica.num_restarts, replica.num_failures = lost.num_restarts + 1, lost.num_failures
         self._next_epoch += 1
         self._by_id[replica_id] = replica
-        self._ready = self._model = None
+        self._changed()
         return replica
 
     def join(self, start_deadline: float, wanted: int | None = None) -> Replica:
@@ -66,14 +66,14 @@ class ReplicaTable:
     def remove(self, replica: Replica) -> None:
         """Forget a dead replica that will not come back under its id."""
         del self._by_id[replica.replica_id]
-        self._ready = self._model = None
+        self._changed()
 
     def get(self, replica_id: int) -> Replica | None:
         """The replica with this id, dead or alive; None when there is none."""
         return self._by_id.get(replica_id)
 
     def alive(self, replica_id: int, epoch: int) -> Replica | None:
-        """The replica if this very incarnation of it is starting, ready or draining."""
+        """The replica if this very incarnation of it lives."""
         replica = self._by_id.get(replica_id)
         return replica if replica is not None and replica.epoch == epoch and replica.is_alive else None
 
@@ -82,22 +82,28 @@ class ReplicaTable:
         return list(self._by_id.values())
 
     def all_alive(self) -> list[Replica]:
-        """Replicas that start, serve or drain."""
+        """Replicas that live: they start, serve, or are drained."""
         return [replica for replica in self._by_id.values() if replica.state is not ReplicaState.DEAD]
 
     def ready(self) -> list[Replica]:
         """Replicas that take requests; not to be changed."""
-        if self._ready is None:
-            self._ready = self.in_state(ReplicaState.READY)
-        return self._ready
+        return self.in_state(ReplicaState.READY)
 
     def in_state(self, state: ReplicaState) -> list[Replica]:
-        return [replica for replica in self._by_id.values() if replica.state is state]
+        """Not to be changed."""
+        found = self._in_state.get(state)
+        if found is None:
+            found = self._in_state[state] = [replica for replica in self._by_id.values() if replica.state is state]
+        return found
 
     def enter(self, replica: Replica, state: ReplicaState) -> None:
         """Note where in its life a replica is."""
         replica.state = state
-        self._ready = self._model = None
+        self._changed()
+
+    def _changed(self) -> None:
+        # What was given out stays as it was.
+        self._in_state, self._model = {}, None
 
     def mark_ready(self, replica: Replica, report: Ready, now: float) -> None:
         """Note that a replica has loaded its model."""
@@ -111,7 +117,7 @@ class ReplicaTable:
     def take_in(self, replica: Replica, report: Progress) -> None:
         """Remember what a replica says of itself; details come less often than its stats."""
         replica.tell(report.stats)
-        replica.num_taken = replica.num_sent if report.num_taken is None else report.num_taken
+        replica.has_taken(report.num_taken)
         if report.detail is not None:
             replica.detail = report.detail
             if report.detail.costs is not None and report.detail.costs != replica.costs:
@@ -147,8 +153,8 @@ class ReplicaTable:
 
     def health_error(self) -> str:
         """Why no replica is ready, in the words of the last one that died."""
-        if self.in_state(ReplicaState.DRAINING):
-            return "All replicas that serve are being drained."
+        if self.in_state(ReplicaState.DRAINING) or self.in_state(ReplicaState.DRAINED):
+            return "All replicas that serve are drained, or are being drained: resume one, or wait for another."
         errors = [str(replica.error) for replica in self._by_id.values() if replica.error is not None]
         return errors[-1] if errors else "No replica is ready yet."
 

@@ -146,7 +146,7 @@ class RequestTable:
         ids = self.new_ids(record) if ids is None else ids
         for sequence in record.unfinished.values():
             self._settle(record, sequence)
-        record.replica_id, record.waits_since = None, now
+        record.replica_id, record.waits_since, record.prefix_uses = None, now, None
         self._unplaced[record.request_id] = record
         for sequence in record.unfinished.values():
             del self._owners[sequence.sequence_id]

@@ -95,7 +95,7 @@ class RollingRestart:
         others = [other for other in self._core.replicas.all() if other is not replica]
         if any(other.will_be_ready or other.coming for other in others):
             return False
-        return replica.state in (ReplicaState.READY, ReplicaState.DRAINING)
+        return replica.state is ReplicaState.READY or self._core.lives.was_drained(replica)
 
     def _can_be_spared(self, replica: Replica) -> bool:
         """Whether others hold every adapter that a replica does."""

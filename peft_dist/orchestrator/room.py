@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from peft_dist.core.errors import InvalidRequestError, QueueFullError
+from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.orchestrator.options import OrchestratorOptions
 from peft_dist.orchestrator.pace import Pace
 from peft_dist.orchestrator.replicas import ReplicaTable
 from peft_dist.orchestrator.requests import RequestTable
+from peft_dist.orchestrator.untaken import most_bytes
+
+UNTAKEN_BYTES = 256 << 20
 
 
 class Room:
@@ -41,8 +45,14 @@ class Room:
         """So many more of them, or fewer."""
         self._num_unread += change
 
-    def check(self, num_new: int) -> None:
-        """Raises InvalidRequestError or QueueFullError when so many new sequences are too many for ever, or now."""
+    @property
+    def untaken_bytes(self) -> int:
+        """What is on its way to replicas, or stands in the sockets of those that do not listen: no more than that."""
+        return sum(each.untaken.num_bytes for each in self._replicas.all() if each.is_alive)
+
+    def check(self, prompt: list[int], params: SamplingParams) -> None:
+        """Raises InvalidRequestError or QueueFullError when another request is too much for ever, or now."""
+        num_new = params.n
         numbers = len(self._replicas.all()), len(self._replicas.ready())
         most, room = (number * self._options.max_num_seqs + self._options.max_queue for number in numbers)
         if num_new > most:
@@ -56,6 +66,21 @@ class Room:
             raise QueueFullError(
                 f"The queue is full: {held} of {room} sequences wait, run or are not read. Try again later.",
                 retry_after=self._pace.seconds_for(excess),
+            )
+
+        self._check_bytes(num_new * most_bytes(len(prompt), params))
+
+    def _check_bytes(self, num_new: int) -> None:
+        """What replicas have not taken in has a bound of its own: few sequences may be long."""
+        held = self.untaken_bytes
+        if held + num_new > UNTAKEN_BYTES and self.refresh is not None:
+            self.refresh()
+            held = self.untaken_bytes
+        if held and held + num_new > UNTAKEN_BYTES:
+            raise QueueFullError(
+                f"The queue is full: replicas have not taken in {held / (1 << 20):.0f} MiB that they were sent. "
+                "Try again later.",
+                retry_after=self._pace.seconds_for(1),
             )
 
     def ended(self, now: float) -> None:

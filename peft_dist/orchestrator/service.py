@@ -29,6 +29,7 @@ from peft_dist.orchestrator.recorded import make_orchestrator
 from peft_dist.orchestrator.records import (
     AdapterLoaded,
     AdapterRefused,
+    DrainIsKept,
     Event,
     NamesAreKept,
     Notice,
@@ -227,6 +228,14 @@ class EngineService:
             await drained
         finally:
             self._promises.forget_drain(replica_id, drained)
+        if not restart:
+            await self.drain_kept(replica_id)
+
+    async def drain_kept(self, replica_id: int) -> None:
+        """As in ``EngineClient``."""
+        replica = self._core.replicas.get(replica_id)
+        if replica is not None and replica.is_alive and replica.num_drains_kept < replica.num_drains_told:
+            await self._promises.drain_kept(replica_id)
 
     def resume_replica(self, replica_id: int) -> None:
         """As in ``EngineClient``."""
@@ -316,6 +325,8 @@ class EngineService:
                 self._promises.answer(call_id, answer)
             case NamesAreKept(version):
                 self._promises.keep(version)
+            case DrainIsKept(replica_id):
+                self._promises.keep_drain(replica_id)
             case ReplicaReady(replica_id):
                 self._keeper.ready(replica_id)
             case ReplicaLost():

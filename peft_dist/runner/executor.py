@@ -17,6 +17,7 @@ from peft_dist.core.messages import AdapterResidency
 from peft_dist.engine.executor import LoadOutcome, TransferOutcome
 from peft_dist.kernels.capture import NotCapturableError
 from peft_dist.runner.adapter_loader import AdapterLoader
+from peft_dist.runner.device_health import check_device
 from peft_dist.runner.kv_transfers import KVTransfers
 from peft_dist.runner.memory import noting_memory
 from peft_dist.runner.merged_ratio import host_limit
@@ -220,6 +221,8 @@ class TorchExecutor:
 
     def take_loaded(self) -> list[LoadOutcome]:
         outcomes = self._loader.take()
+        if any(outcome.error is not None for outcome in outcomes):
+            self.check_device()
         self._slots.update({outcome.content_hash: outcome.slot for outcome in outcomes if outcome.error is None})
         return outcomes
 
@@ -249,13 +252,20 @@ class TorchExecutor:
         self.transfers.start_import(key, kv, blocks)
 
     def take_transfers(self) -> list[TransferOutcome]:
-        return self.transfers.take()
+        outcomes = self.transfers.take()
+        if any(outcome.error is not None for outcome in outcomes):
+            self.check_device()
+        return outcomes
 
     def end_export(self, key: int) -> None:
         self.transfers.end_export(key)
 
     def transfers_fileno(self) -> int:
         return self.transfers.fileno()
+
+    def check_device(self) -> None:
+        """Raises DeviceLostError when the device can do nothing more, so that no load or copy will ever succeed."""
+        check_device(self.runner.device)
 
     def clear(self) -> None:
         """Bring the base weights back and empty every slot. No batch and no load may be under way."""

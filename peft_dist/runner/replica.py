@@ -149,6 +149,10 @@ class Replica:
         self.executor.capture(progress=progress)
         self.kernels.finish(progress=progress)
 
+    def check_device(self) -> None:
+        """Raises DeviceLostError when the device can do nothing more for this process."""
+        self.executor.check_device()
+
     def use_transport(self, transport: Transport) -> None:
         """How KV gets to replicas of other hosts, from now on."""
         self.executor.transfers.transport = transport

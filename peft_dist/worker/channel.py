@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 import zmq
@@ -19,6 +20,7 @@ from peft_dist.core.messages import (
 from peft_dist.core.numbering import Inbox, Outbox
 
 _LAST_WORDS_MS = 5000
+_SIDE_MESSAGES = 16
 
 
 class Channel:
@@ -53,12 +55,14 @@ class Channel:
 
         What goes that way belongs to no order, and its loss is not noticed.
         """
-        return Sender(self._connect(f"{self._identity}.side"), self._epoch)
+        return Sender(self._connect(f"{self._identity}.side", most=_SIDE_MESSAGES), self._epoch)
 
-    def _connect(self, identity: str) -> zmq.Socket[bytes]:
+    def _connect(self, identity: str, most: int = 0) -> zmq.Socket[bytes]:
+        """``most``: Messages that wait until the orchestrator reads them. 0: Any number, of which it sees to that they
+        are few: reports are of sequences that it has sent, and a worker that hears nothing drops those."""
         socket = self._context.socket(zmq.SocketType.DEALER)
         socket.set(zmq.SocketOption.IDENTITY, identity.encode())
-        socket.set(zmq.SocketOption.SNDHWM, 0)
+        socket.set(zmq.SocketOption.SNDHWM, most)
         socket.set(zmq.SocketOption.RCVHWM, 0)
         if self._keys is not None:
             self._keys.connect(socket)
@@ -124,8 +128,9 @@ class Sender:
         self._epoch = epoch
 
     def send(self, report: AnyReport) -> None:
-        """Send a report under this replica's epoch."""
-        self._socket.send(encode_report(report, self._epoch))
+        """Send a report under this replica's epoch, unless many wait that nobody reads."""
+        with contextlib.suppress(zmq.Again):
+            self._socket.send(encode_report(report, self._epoch), zmq.Flag.NOBLOCK)
 
     def close(self) -> None:
         """Close; what was sent last need not arrive."""

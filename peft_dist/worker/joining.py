@@ -173,12 +173,17 @@ class _Door:
 
     async def ask(self, attempt: int) -> Welcome:
         """Ask until there is an answer, however long that takes."""
-        join = Join(host=socket.gethostname(), attempt=attempt)
+        host, message = socket.gethostname(), None
         while True:
+            join = Join(host=host, attempt=attempt, is_heard=message is not None)
             await self._socket.send(encode_report(join, 0))
+            message = None
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_ASK_SECONDS):
-                    return await self._welcome(attempt)
+                    message = await self._hear()
+            # An earlier one may have been repeated.
+            if isinstance(message, Welcome) and message.attempt == attempt:
+                return message
 
     async def leave(self, attempt: int) -> None:
         """Say that this replica goes, until somebody cancels it: the orchestrator may be another one by now."""
@@ -192,13 +197,6 @@ class _Door:
             while True:
                 async with asyncio.timeout(seconds):
                     await self._hear()
-
-    async def _welcome(self, attempt: int) -> Welcome:
-        while True:
-            message = await self._hear()
-            # An earlier one may have been repeated.
-            if isinstance(message, Welcome) and message.attempt == attempt:
-                return message
 
     async def _hear(self) -> AnyCommand:
         return decode_command(await self._socket.recv()).message

@@ -21,7 +21,7 @@ from peft_dist.core.messages import (
     Shutdown,
     UnloadAdapter,
 )
-from peft_dist.core.succession import Adopt, Identify, KeepDrained, NameAdapters, NamesKept
+from peft_dist.core.succession import Adopt, DrainKept, Identify, KeepDrained, NameAdapters, NamesKept
 from peft_dist.engine.driver import EngineDriver
 from peft_dist.worker.allegiance import Allegiance
 from peft_dist.worker.channel import Channel
@@ -125,6 +125,7 @@ class WorkerLoop:
                 self._channel.send(NamesKept(version=command.version))
             case KeepDrained():
                 self._allegiance.keep_drained(command)
+                self._channel.send(DrainKept())
             case Identify():
                 self._driver.drop_requests()
                 self._allegiance.identify()
@@ -152,6 +153,8 @@ class WorkerLoop:
         except Exception as error:  # No adapter, however broken, may end the serving of the others.
             if not isinstance(error, PeftDistError):
                 logger.exception("loading adapter %r failed", command.name)
+                # With a broken device there are no others to serve.
+                self._replica.check_device()
             is_final = isinstance(error, UnfitAdapterError)
             self._channel.send(AdapterResult(call_id=command.call_id, error=describe(error), is_final=is_final))
         else:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _LAST_WORDS_MS = 5000
+_FELLOWS_SECONDS = 1.0
 
 
 def run_worker(config: WorkerConfig, orphaned: Callable[[], None]) -> int:
@@ -70,20 +71,23 @@ def run_worker(config: WorkerConfig, orphaned: Callable[[], None]) -> int:
 
 def run_rank(config: WorkerConfig) -> int:
     """Do what rank 0 of the same launch does, until it is closed; returns the exit status."""
+    seconds = 2 * _LAST_WORDS_MS / 1000
     try:
         check_world(config.world_size)
         replica = _build(config)
         server = _serve_kv(config, replica)
+        # From now on rank 0 may be waiting for this one, with the streams of its requests.
+        seconds = _FELLOWS_SECONDS
         replica.follow()
         if server is not None:
             server.close()
         return 0
     except PeftDistError as error:
         logger.error("a rank of replica %d cannot go on: %s", config.replica_id, error)
-        return _await_end()
+        return _await_end(seconds)
     except Exception:
         logger.exception("a rank of replica %d cannot go on", config.replica_id)
-        return _await_end()
+        return _await_end(seconds)
 
 
 def _tell_end(config: WorkerConfig, channel: Channel, error: Exception) -> bool:
@@ -93,9 +97,10 @@ def _tell_end(config: WorkerConfig, channel: Channel, error: Exception) -> bool:
     return channel.await_farewell(_LAST_WORDS_MS)
 
 
-def _await_end() -> int:
-    # The launcher ends all ranks with the first: rank 0 gets the time to say what it knows. Its end is ours.
-    threading.Event().wait(2 * _LAST_WORDS_MS / 1000)
+def _await_end(seconds: float) -> int:
+    # The launcher ends all ranks with the first: rank 0, if it fails of the same, gets the time to say what it knows.
+    # Its end is ours.
+    threading.Event().wait(seconds)
     return 1
 
 
@@ -189,7 +194,9 @@ def main(argv: list[str]) -> int:
     # What all ranks do alike is told once.
     level = "WARNING" if rank and config.log_level.upper() == "INFO" else config.log_level.upper()
     logging.basicConfig(level=level, format=f"%(asctime)s %(levelname)s [{name}] %(message)s")
-    signal.signal(signal.SIGTERM, _terminate)
+    if config.world_size == 1:
+        # A rank may be waiting for others inside of a library, where no handler runs: the system ends it.
+        signal.signal(signal.SIGTERM, _terminate)
     folder = Path(argv[0]).parent
 
     def orphaned() -> None:

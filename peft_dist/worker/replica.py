@@ -125,6 +125,10 @@ class Replica(Protocol):
         """
         ...
 
+    def check_device(self) -> None:
+        """Raises DeviceLostError when the device can do nothing more for this process."""
+        ...
+
     def use_transport(self, transport: Transport) -> None:
         """How KV gets to replicas of other hosts, from now on."""
         ...

@@ -252,6 +252,8 @@ class ScriptedClient:
         self.load_calls: list[dict[str, Any]] = []
         self.pinned: set[str] = set()
         self.drains: list[bool] = []
+        self.replica_state, self.drained_to = "ready", "drained"
+        self.kept: list[str] = []
         self.rolling = ScriptedRolling()
         self.migrated: MigrationView | None = None
 
@@ -335,11 +337,16 @@ class ScriptedClient:
         if replica_id != 0:
             raise UnknownReplicaError(f"There is no replica {replica_id}: there are 0.")
         self.drains.append(restart)
+        self.replica_state = self.drained_to
 
     def resume_replica(self, replica_id: int) -> None:
         if not self.drains:
             raise ReplicaStateError(f"replica {replica_id} is ready, not draining")
         self.drains.clear()
+        self.replica_state = "ready"
+
+    async def drain_kept(self, replica_id: int) -> None:
+        self.kept.append(self.replica_state)
 
     def stats(self) -> ReplicaStats:
         return ReplicaStats(
@@ -356,9 +363,10 @@ class ScriptedClient:
         return self.migrated
 
     def replicas(self) -> list[ReplicaView]:
-        state = "ready" if self.is_healthy else "dead"
+        state = self.replica_state if self.is_healthy else "dead"
         totals = ReplicaTotals.of(self.stats(), self.detail)
-        return [ReplicaView(0, state, self.model, self.stats(), self.detail, totals)]
+        view = ReplicaView(0, state, self.model, self.stats(), self.detail, totals)
+        return [] if state == "left" else [view]
 
     async def stop(self) -> None:
         self.health_error = "stopped"

@@ -16,10 +16,21 @@ from tests.api.test_http_auth import ADMIN, KEYS, REMOTE, ask
 def test_a_replica_is_drained_and_resumed(engine: ScriptedClient, http: httpx.Client) -> None:
     drained = http.post("/admin/drain/0", json={})
     assert drained.status_code == 200 and drained.json() == {"replica": 0, "state": "drained"}
+    assert http.get("/health").json()["replicas"] == {"0": "drained"}
     assert http.post("/admin/drain/0", json={"restart": True}).json()["state"] == "restarting"
     assert engine.drains == [False, True]
     assert http.post("/admin/resume/0", json={}).json() == {"replica": 0, "state": "ready"}
+    assert engine.kept == ["ready"], "it was waited for"
     assert error_of(http.post("/admin/resume/0", json={}), 409)["code"] == "replica_state"
+
+
+def test_a_drain_tells_what_became_of_the_replica(engine: ScriptedClient, http: httpx.Client) -> None:
+    engine.drained_to = "dead"
+    answer = http.post("/admin/drain/0", json={})
+    assert answer.status_code == 200 and answer.json() == {"replica": 0, "state": "dead"}
+    # One that joined, and was told to end.
+    engine.drained_to = "left"
+    assert http.post("/admin/drain/0", json={"restart": True}).json() == {"replica": 0, "state": "left"}
 
 
 def test_a_rolling_restart_is_begun_and_followed(engine: ScriptedClient, http: httpx.Client) -> None:

@@ -31,7 +31,7 @@ BUSY = ReplicaDetail(
     num_adapter_loads=7,
     num_adapter_evictions=6,
 )
-STATES = ("starting", "ready", "draining", "unreached", "dead")
+STATES = ("starting", "ready", "draining", "drained", "unreached", "dead")
 FINISHED = "peft_dist:sequences_finished_total"
 ERRORS = "peft_dist:request_errors_total"
 NASTY = [

@@ -127,7 +127,7 @@ def test_replicas_have_series_of_their_own_but_are_one_to_a_router() -> None:
     queue = RequestMetrics(5).queue
     registry.register(StateCollector(replicas, [adapter(name) for name in "abc"], 1, [], 100, queue, 12.0))
     scrape = scraped(registry)
-    states = {"starting": 1, "ready": 2, "draining": 0, "unreached": 1, "dead": 1}
+    states = {"starting": 1, "ready": 2, "draining": 0, "drained": 0, "unreached": 1, "dead": 1}
     assert scrape.by("peft_dist:replicas", "state") == {(state,): count for state, count in states.items()}
     assert scrape.by("peft_dist:merged", "replica") == {("0",): 0, ("1",): 1}
     assert scrape.by("peft_dist:switches_total", "replica") == {("0",): 0, ("1",): 0, ("2",): 4, ("3",): 0, ("4",): 0}

@@ -140,7 +140,7 @@ def make_cases(number: int, num_tokens: int, vocab_size: int, adapters: Sequence
 
 
 def run_alone(model: Path | str, adapters: dict[str, str | Path], cases: list[Case], **options: Any) -> None:
-    with LLM(model, adapters, device="cpu", **options) as llm:
+    with LLM(model, adapters, **{"device": "cpu", **options}) as llm:
         for case in cases:
             [output] = llm.generate([case.prompt], case.params, case.adapter, use_tqdm=False)
             case.expected, case.text = output.outputs[0].token_ids, output.outputs[0].text

@@ -261,6 +261,20 @@ def test_a_link_that_is_cut_and_healed(directions: str) -> None:
     run(work())
 
 
+def test_whoever_asks_and_hears_no_answer_is_no_replica_yet() -> None:
+    async def work() -> None:
+        async with relayed() as (service, relay):
+            relay.cut(relay.down)
+            os.kill(service.replica_pids()[1], signal.SIGKILL)
+            # What ended there is over as soon as another attempt is heard of, and nothing is in its place.
+            await until(lambda: [view.replica_id for view in service.replicas()] == [0])
+            relay.heal()
+            await until(lambda: len(ids(service)) == 2)
+            await check(read_many(service, 12, "healed"))
+
+    run(work())
+
+
 @pytest.mark.parametrize(
     ("address", "words"),
     [

@@ -181,6 +181,26 @@ def test_what_is_due_once_a_replica_is_resumed_is_not_late() -> None:
     run(work())
 
 
+def test_whether_a_replica_is_drained_outlives_the_server_once_that_is_answered() -> None:
+    async def work() -> None:
+        async with started() as service:
+            replica = service._core.replicas[1]
+            await service.drain_replica(1)
+            assert replica.num_drains_kept == replica.num_drains_told == 1
+            service.resume_replica(1)
+            await service.drain_kept(1)
+            assert replica.num_drains_kept == replica.num_drains_told == 2
+            # One that is stopped may never say so, and its end is waited for no longer.
+            os.kill(service.replica_pids()[1], signal.SIGSTOP)
+            drained = asyncio.create_task(service.drain_replica(1))
+            await until(lambda: replica.num_drains_told == 3)
+            os.kill(replica.pid or 0, signal.SIGKILL)
+            await drained
+            assert replica.num_drains_kept == 2
+
+    run(work())
+
+
 def test_a_request_that_two_replicas_die_of_is_failed_alone() -> None:
     async def work() -> None:
         async with started() as service:

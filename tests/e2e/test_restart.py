@@ -169,7 +169,7 @@ def test_a_drained_replica_stays_drained_after_a_crash_of_the_server(tmp_path: P
         before = own.workers()
         kill(first)
         second = own.begin()
-        assert own.workers() == before and states(second) == ["draining", "ready"]
+        assert own.workers() == before and states(second) == ["drained", "ready"]
         assert "POST /admin/resume/0" in second.log and tokens(second, model="__base__", prompt=[5])
         assert second.post("/admin/resume/0", {}).status_code == 200
         kill(second)

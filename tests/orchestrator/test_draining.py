@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from peft_dist.core.messages import AddRequest, Exported, ExportRequests, ImportRequests
+from peft_dist.core.messages import AddRequest, Exported, ExportRequests, Imported, ImportRequests
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.core.step_costs import StepCosts
 from peft_dist.orchestrator.client import NewRequest
@@ -75,3 +75,25 @@ def test_one_that_is_resumed_takes_what_nobody_else_could_run() -> None:
     [add] = core.submit(NewRequest("r", [5], SamplingParams(max_tokens=9), "sql"), 1.0)
     assert add.replica_id == 0 and not targets(core, core.drain_replica(0, 2.0))
     assert targets(core, core.resume_replica(1, 3.0)) == {1: 1}
+
+
+def test_it_is_drained_once_it_has_nothing_left() -> None:
+    core = cluster(2)
+    [add] = core.submit(NewRequest("r", [5], SamplingParams(max_tokens=9)), 0.0)
+    used, other = add.replica_id, 1 - add.replica_id
+
+    def states() -> dict[int, str]:
+        return {view.replica_id: view.state for view in core.replicas.views()}
+
+    core.replicas[used].costs = core.replicas[other].costs = StepCosts(transfer=WITH_KV)
+    core.observe(used, core.replicas[used].epoch, tokens("r-0", [1], 0), 0.5)
+    [export] = core.drain_replica(used, 1.0)[1:]
+    assert states() == {used: "draining", other: "ready"}, "what it has is on its way"
+    number = export.command.handover  # type: ignore[union-attr]
+    core.observe(used, export.epoch, Exported(handover=number, sequences=[state("r-0", 1)]), 1.1)
+    assert states()[used] == "draining"
+    core.observe(other, core.replicas[other].epoch, Imported(handover=number), 1.2)
+    assert states() == {used: "drained", other: "ready"}
+    assert [view.is_ready for view in core.replicas.views()] == [True, True]
+    core.resume_replica(used, 2.0)
+    assert states() == {used: "ready", other: "ready"}

@@ -68,6 +68,60 @@ def test_what_was_drawn_is_part_of_the_next_turn() -> None:
     assert known.num_known(0) == 3
 
 
+def test_what_a_replica_did_not_find_has_gone_and_so_has_what_was_used_before_it() -> None:
+    known, one = Prefixes(True), replica(0, 100)
+    oldest, old, new = ([kind] * 16 for kind in (1, 2, 3))
+
+    def run(prompt: list[int], found: int) -> None:
+        asked = record(prompt, replica_id=0)
+        known.sent(asked, one)
+        known.found(asked, found)
+        known.ended(asked, SequenceRecord("r-0", 0, output_token_ids=[9]))
+
+    def expected() -> list[int]:
+        return [known.cached(record([*prompt, 0]), one) for prompt in (oldest, old, new)]
+
+    for prompt in (oldest, old, new):
+        run(prompt, 0)
+    assert expected() == [16, 16, 16]
+    # Two of its blocks are there: those before them in a chain go last. Now it has all of them again.
+    run([*old, 0], 8)
+    assert expected() == [0, 16, 16]
+    run([*new, 0], 16)
+    assert expected() == [0, 16, 16], "as it was thought to be"
+    # One that found more than was known tells nothing of others.
+    known.forget(0)
+    run(new, 0)
+    run(old, 12)
+    assert expected() == [0, 16, 16]
+
+
+def test_only_what_was_surely_computed_can_be_missed() -> None:
+    known, one = Prefixes(True), replica(0, 100)
+    other, shared = record([1] * 16, replica_id=0), [2] * 16
+    known.sent(other, one)
+    known.found(other, 0)
+    first, second = record([*shared, 3], replica_id=0), record([*shared, 4], replica_id=0)
+    # Both were sent before anybody had computed what they share.
+    known.sent(first, one)
+    known.sent(second, one)
+    known.found(first, 0)
+    known.found(second, 0)
+    assert known.cached(record([1] * 17), one) == 16
+    # Scores need all of a prompt, whatever is there; and what moved on with its KV was looked up elsewhere.
+    scored = record([1] * 17, replica_id=0, prompt_logprobs=1)
+    known.sent(scored, one)
+    known.found(scored, 0)
+    moved = record([*shared, 5], replica_id=0)
+    known.sent(moved, one, computes=False)
+    known.found(moved, 0)
+    # The last token of a prompt is always computed, and with it the block that it fills.
+    whole = record([1] * 16, replica_id=0)
+    known.sent(whole, one)
+    known.found(whole, 12)
+    assert known.cached(record([1] * 17), one) == known.cached(record([*shared, 6]), one) == 16
+
+
 CHAINS = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=40), max_size=30)
 
 
@@ -118,8 +172,8 @@ class Cluster:
         assert isinstance(out.command, AddRequest)
         return name, out.replica_id
 
-    def answer(self, name: str, replica_id: int, answer: list[int]) -> None:
-        self.core.observe(replica_id, self.core.replicas[replica_id].epoch, tokens(f"{name}-0", answer, 0, "stop"), 1.0)
+    def answer(self, name: str, replica_id: int, answer: list[int], finish: str | None = "stop") -> None:
+        self.core.observe(replica_id, self.core.replicas[replica_id].epoch, tokens(f"{name}-0", answer, 0, finish), 1.0)
 
     def turn(self, prompt: list[int], rng: random.Random) -> tuple[int, list[int]]:
         """A whole turn of a chat: who answered it, and the conversation so far."""
@@ -227,3 +281,57 @@ def test_with_room_for_all_it_is_what_the_engine_finds(asked: list[tuple[int, in
         drawn = [token for each in progress for token in each.token_ids]
         known.ended(mine, SequenceRecord(request.request_id, 0, output_token_ids=drawn))
         said.append(prompt + drawn)
+
+
+def believed_in_vain(seed: int, depth: int, *, corrected: bool) -> int:
+    """Tokens that a small engine, thought to have much room, was expected to have and had not, over some chats."""
+    engine = make_engine(num_blocks=24, depth=depth)
+    known, where, rng = Prefixes(True), replica(0, 1000), random.Random(seed)
+    said: list[list[int]] = []
+    in_vain = 0
+    for number in range(60):
+        old = rng.choice(said) if said and rng.random() < 0.6 else []
+        prompt = (old + [rng.randrange(90) for _ in range(rng.randrange(1, 30))])[:50]
+        request = make_request(f"r{number}", prompt, max_tokens=rng.randrange(1, 20), ignore_eos=True)
+        mine = RequestRecord(request.request_id, prompt, request.params, 1, None, 0.0, replica_id=0)
+        expected = known.cached(mine, where) // BLOCK * BLOCK
+        known.sent(mine, where)
+        engine.add_request(request)
+        got: dict[str, list[SequenceProgress]] = {}
+        drain(engine, got)
+        progress = got[request.request_id]
+        in_vain += max(expected - progress[0].num_cached_tokens, 0)
+        if corrected:
+            before = set(known._known[0].blocks)
+            known.found(mine, progress[0].num_cached_tokens)
+            # What this one has drawn since may be what had gone.
+            dropped = before - known._known[0].blocks.keys() - set(request.block_hashes)
+            assert not dropped & engine.scheduler.blocks._block_of.keys(), "it is there"
+        drawn = [token for each in progress for token in each.token_ids]
+        known.ended(mine, SequenceRecord(request.request_id, 0, output_token_ids=drawn))
+        said.append(prompt + drawn)
+    return in_vain
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_less_is_believed_in_vain_and_nothing_is_taken_back_that_is_there(depth: int) -> None:
+    without, corrected = (
+        sum(believed_in_vain(seed, depth, corrected=corrected) for seed in range(4)) for corrected in (False, True)
+    )
+    assert 0 < corrected < 0.6 * without
+
+
+def test_the_next_one_goes_by_what_the_last_one_found() -> None:
+    cluster, rng = Cluster(), random.Random(5)
+    prompts = [[rng.randrange(1000) for _ in range(400)] for _ in range(2)]
+    cluster.core.drain_replica(1, 0.0)
+    saids = [cluster.turn(prompt, rng)[1] for prompt in prompts]
+    name, home = cluster.ask([*saids[1], 1, 2, 3])
+    assert home == 0
+    cluster.core.resume_replica(1, 0.0)
+    backlog = cluster.core._requests.backlog(0)
+    assert backlog.prefill_tokens < 20, "it is thought to be there"
+    # It was not, so that the older conversation is not there either: it goes where there is less to do.
+    cluster.answer(name, home, [7], finish=None)
+    _, other = cluster.ask([*saids[0], 1, 2, 3], 200)
+    assert other == 1

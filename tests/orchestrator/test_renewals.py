@@ -100,7 +100,7 @@ def test_whether_it_is_drained_is_this_side_s_to_say(drained: bool) -> None:
         core.resume_replica(0, 1.0)
     replica, _ = fail_link(core, 0)
     out = comes(core, replica, is_drained=not drained)
-    assert replica.state.value == ("draining" if drained else "ready")
+    assert replica.state.value == ("drained" if drained else "ready")
     assert [command for _, _, command in sent(out, KeepDrained)] == [KeepDrained(is_drained=drained)]
 
 

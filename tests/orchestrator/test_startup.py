@@ -13,7 +13,7 @@ import zmq
 from peft_dist.core.config import EngineConfig
 from peft_dist.core.errors import EngineDeadError
 from peft_dist.core.joining import Join, Welcome
-from peft_dist.core.messages import AnyReport, Heartbeat, Shutdown, decode_command, encode_report
+from peft_dist.core.messages import AnyReport, Heartbeat, Ping, Shutdown, decode_command, encode_report
 from peft_dist.core.succession import Adopt, Identify, Identity, first_number
 from peft_dist.orchestrator.core import Orchestrator, OrchestratorOptions
 from peft_dist.orchestrator.guests import Invitation
@@ -206,18 +206,46 @@ def test_whoever_wants_to_join_at_the_start_takes_no_id_of_this_servers_own() ->
         service = EngineService(_Launcher(), OrchestratorOptions(), num_replicas=2, invitation=invitation)
         assert service.guests is not None
         with dealer("join.early", service.guests.endpoint) as guest, dealer("nobody", service.guests.endpoint) as odd:
-            guest.send(encode_report(Join(host="h", attempt=0), 0))
+            guest.send(encode_report(Join(host="h", attempt=0, is_heard=True), 0))
             starting = asyncio.create_task(service.start())
             welcome = await answer(guest)
             assert isinstance(welcome, Welcome) and welcome.replica_id == 2 and not starting.done()
             # What nobody can be answered by ends nobody.
             odd.send(b"hello")
             odd.send_multipart([b"more", b"than", b"one"])
-            guest.send(encode_report(Join(host="h", attempt=0), 0))
+            guest.send(encode_report(Join(host="h", attempt=0, is_heard=True), 0))
             assert await answer(guest) == welcome
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)
             await service.stop()
+
+    run(work())
+
+
+def test_one_that_was_answered_and_did_not_hear_it_is_no_replica(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work() -> None:
+        invitation = Invitation("tcp://127.0.0.1:0", EngineConfig(model="m"), "module:factory")
+        service = EngineService(_Launcher(), OrchestratorOptions(), num_replicas=0, invitation=invitation)
+        assert service.guests is not None
+        starting = asyncio.create_task(service.start())
+        with dealer("join.somebody", service.guests.endpoint) as guest:
+
+            async def ask(*, is_heard: bool) -> object:
+                guest.send(encode_report(Join(host="there", attempt=0, is_heard=is_heard), 0))
+                return await answer(guest)
+
+            assert await ask(is_heard=False) == Ping() and not service.replicas()
+            first = await ask(is_heard=True)
+            assert isinstance(first, Welcome) and [view.state for view in service.replicas()] == ["starting"]
+            # The answer may have been late: it is the same one.
+            assert await ask(is_heard=False) == await ask(is_heard=True) == first
+            monkeypatch.setattr("peft_dist.orchestrator.guests.UNREACHED_SECONDS", 0.0)
+            assert await ask(is_heard=False) == Ping() and not service.replicas()
+            again = await ask(is_heard=True)
+            assert isinstance(again, Welcome) and again.incarnation > first.incarnation
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        await service.stop()
 
     run(work())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import threading
@@ -193,6 +194,9 @@ class FakeReplica:
         self.engine.register_adapter(spec)
         self.engine.pin_adapter(spec.name, spec.content_hash if pinned else None)
 
+    def check_device(self) -> None:
+        """It has none."""
+
     def use_transport(self, transport: object) -> None:
         """It moves requests without any KV."""
 
@@ -248,6 +252,16 @@ def build_when_told(config: EngineConfig) -> FakeReplica:
 
 def build_hanging(config: EngineConfig) -> FakeReplica:
     threading.Event().wait()
+    raise AssertionError("unreachable")
+
+
+def build_stuck(config: EngineConfig) -> FakeReplica:
+    """Says so on its standard output, and never returns from a call into the system: no handler in Python ever runs."""
+    mutex = ctypes.create_string_buffer(64)
+    lock = ctypes.CDLL(None).pthread_mutex_lock
+    lock(mutex)
+    print("stuck", flush=True)
+    lock(mutex)
     raise AssertionError("unreachable")
 
 

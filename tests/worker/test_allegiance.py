@@ -25,6 +25,7 @@ from peft_dist.core.messages import (
 )
 from peft_dist.core.succession import (
     Adopt,
+    DrainKept,
     Identify,
     Identity,
     KeepDrained,
@@ -187,6 +188,7 @@ def test_that_it_is_drained_is_told_to_every_orchestrator_until_it_is_not(replic
     )
     run(replica, script)
     assert [ready.is_drained for ready in script.told(Ready)] == [False, True, True, False]  # type: ignore[union-attr]
+    assert script.told(DrainKept) == [DrainKept(), DrainKept()]
 
 
 def test_whoever_is_adopted_twice_is_adopted_once(replica: ModelReplica) -> None:

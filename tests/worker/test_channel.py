@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import zmq
 
-from peft_dist.core.messages import AnyCommand, Fatal, Fence, Ping, Shutdown, encode_command
+from peft_dist.core.messages import AnyCommand, Fatal, Fence, Heartbeat, Ping, Shutdown, decode_report, encode_command
 from peft_dist.core.numbering import Outbox
 from peft_dist.worker.channel import Channel
 
@@ -59,3 +59,28 @@ def test_what_was_said_before_is_no_farewell(server: Server) -> None:
 def test_a_server_of_another_version_says_none(server: Server) -> None:
     server.say_bytes(b"no message of ours")
     assert not server.channel.await_farewell(LONG_MS)
+
+
+def test_signs_of_life_that_nobody_hears_do_not_pile_up(tmp_path: Path) -> None:
+    """A server may be stopped for days."""
+    endpoint = f"ipc://{tmp_path}/server"
+    channel = Channel(endpoint, 0, EPOCH)
+    sender, last = channel.sender(), -1.0
+    for number in range(10_000):
+        sender.send(Heartbeat(busy_seconds=float(number)))
+    context = zmq.Context()
+    socket = context.socket(zmq.SocketType.ROUTER)
+    try:
+        socket.bind(endpoint)
+        heard: list[float] = []
+        while last not in heard:
+            sender.send(Heartbeat(busy_seconds=last))
+            while socket.poll(20):
+                message = decode_report(socket.recv_multipart()[1]).message
+                assert isinstance(message, Heartbeat)
+                heard.append(message.busy_seconds)
+        assert 0 < len([number for number in heard if number != last]) < 100
+    finally:
+        sender.close()
+        channel.close()
+        context.destroy(linger=0)

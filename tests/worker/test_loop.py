@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from peft_dist.core.adapter import AdapterSpec
-from peft_dist.core.errors import AdapterError, UnfitAdapterError
+from peft_dist.core.errors import AdapterError, DeviceLostError, UnfitAdapterError
 from peft_dist.core.handover import KVHandle, SequenceState
 from peft_dist.core.messages import (
     AbortRequest,
@@ -88,6 +88,7 @@ class EngineReplica:
         self.handovers = Handovers(self.engine)
         self._pipe = os.pipe()
         self.warm_ups: list[bool] = []
+        self.device_error: DeviceLostError | None = None
 
     def inspect_adapter(self, name: str, path: Path, *, allow_pickle: bool) -> AdapterSpec:
         return AdapterSpec(name, name, "", {"m": 4}, 10)
@@ -95,6 +96,10 @@ class EngineReplica:
     def register_adapter(self, spec: AdapterSpec, *, allow_pickle: bool, pinned: bool) -> None:
         self.engine.check_room(spec, pinned=pinned)
         self.engine.register_adapter(spec, pinned=pinned)
+
+    def check_device(self) -> None:
+        if self.device_error is not None:
+            raise self.device_error
 
     def warm_up_some(self) -> bool:
         self.warm_ups.append(self.engine.has_work)
@@ -171,6 +176,30 @@ def test_a_refusal_says_whether_trying_again_may_help(replica: EngineReplica, mo
     run(replica, script)
     assert sorted((one.call_id, one.is_final) for one in results()) == [(0, True), (1, False), (2, False)]
     assert all(one.error for one in results())
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_a_registration_that_fails_is_refused_unless_nothing_works_any_more(
+    is_lost: bool, replica: EngineReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def register(spec: AdapterSpec, *, allow_pickle: bool, pinned: bool) -> None:
+        replica.device_error = DeviceLostError("the device is lost") if is_lost else None
+        raise RuntimeError("CUDA error")
+
+    monkeypatch.setattr(replica, "register_adapter", register)
+    script = Script([LoadAdapter(call_id=1, name="new", path="/there")])
+
+    def told() -> list[str | None]:
+        return [report.error for report in script.sent if isinstance(report, AdapterResult)]
+
+    script.before_wait = lambda: not told() and not script.ready and len(script.batches) == 1
+    if is_lost:
+        with pytest.raises(DeviceLostError):
+            run(replica, script)
+        assert not told()
+    else:
+        run(replica, script)
+        assert told() == ["RuntimeError: CUDA error"]
 
 
 def test_a_registration_is_told_soon_and_many_of_them_together(replica: EngineReplica) -> None:

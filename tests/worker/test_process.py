@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import select
+import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -90,6 +93,41 @@ def test_a_worker_ends_when_its_standard_input_does(tmp_path: Path) -> None:
         assert worker.stdin is not None
         worker.stdin.close()
         assert worker.wait(timeout=100) == EXIT_ORPHANED
+
+
+def test_a_rank_that_waits_for_its_device_ends_at_once_when_it_is_told_to(tmp_path: Path) -> None:
+    """Torch's launcher tells it so when another rank has failed, and kills it half a minute later."""
+    factory = "tests.worker.fake_replica:build_stuck"
+    msgspec.structs.replace(CONFIG, replica_factory=factory, world_size=2).write(tmp_path / "worker.json")
+    command = [sys.executable, "-m", "peft_dist.worker", str(tmp_path / "worker.json")]
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "2"}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2], env=environment
+    ) as worker:
+        try:
+            assert worker.stdout is not None and worker.stdout.readline() == b"stuck\n"
+            worker.terminate()
+            assert worker.wait(timeout=60) == -signal.SIGTERM
+        finally:
+            worker.kill()
+
+
+@pytest.mark.parametrize("is_built", [False, True])
+def test_a_rank_that_fails_while_others_wait_for_it_does_not_keep_them_waiting(
+    is_built: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("CUDA error")
+
+    replica = SimpleNamespace(follow=fail)
+    monkeypatch.setattr(process, "_build", (lambda config: replica) if is_built else fail)
+    monkeypatch.setattr(process, "_await_end", lambda seconds: waits.append(seconds) or 1)
+    assert process.run_rank(CONFIG) == 1
+    # Where all fail of the same at the start, rank 0 has to be heard.
+    [seconds] = waits
+    assert seconds == (process._FELLOWS_SECONDS if is_built else 2 * process._LAST_WORDS_MS / 1000)
 
 
 def test_why_it_cannot_go_on_is_logged_where_nobody_hears_it(
