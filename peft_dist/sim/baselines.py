@@ -26,7 +26,7 @@ RESIDENT = {True: 4, False: 2}
 """Whole models on a device in the artifact's vLLM: of 7b, of anything larger."""
 GROUPED_RATIO = 1.245
 """A step of 32 rows with 32 adapters over one without: 8.156 and 6.551 ms, Llama-3.1-8B's shape on one H100 with our
-kernels (docs/results/gpu.json)."""
+kernels (docs/results/gpu_peft.json)."""
 _ANY_NUMBER = 1 << 16
 
 
@@ -114,6 +114,6 @@ BASELINES: Mapping[str, ExecType] = {
     "grouped": ExecType(
         grouped, source=
         f"grouped LoRA kernels: a step with adapters takes {GROUPED_RATIO} times one without (ours on an H100, 32 rows "
-        "of 32 adapters: docs/results/gpu.json)",
+        "of 32 adapters: docs/results/gpu_peft.json)",
     ),
 }  # fmt: skip

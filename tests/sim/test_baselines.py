@@ -89,7 +89,7 @@ def test_each_model_has_one_replica() -> None:
 
 
 def test_grouped_kernels_cost_what_ours_were_measured_to() -> None:
-    measured = json.loads((RESULTS / "gpu.json").read_text())["figures"]["measurements"]
+    measured = json.loads((RESULTS / "gpu_peft.json").read_text())["figures"]["measurements"]
     steps = {
         (row["mode"], row["adapters"]): row["step_ms"]
         for row in measured
