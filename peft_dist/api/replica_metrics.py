@@ -26,6 +26,11 @@ _GAUGES: list[tuple[str, str, Callable[[ReplicaView], float]]] = [
     ("adapters_refused", "Named adapters that the replica did not take when it started.", lambda r: len(r.refused)),
     ("kv_blocks", "KV blocks on the device.", lambda r: r.stats.num_blocks),
     ("kv_blocks_free", "KV blocks that no sequence holds.", lambda r: r.stats.num_free_blocks),
+    (
+        "memory_peak_bytes",
+        "Device memory that the replica has reserved at most (of its first rank; on a CPU host memory).",
+        lambda r: r.detail.peak_memory_bytes,
+    ),
     ("kv_cache_usage_ratio", "Share of the KV blocks in use, 0 to 1.", lambda r: kv_usage([r])),
 ]
 _COUNTERS: list[tuple[str, str, Callable[[ReplicaTotals], float]]] = [

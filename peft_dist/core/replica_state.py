@@ -34,7 +34,7 @@ class ReplicaDetail(msgspec.Struct, frozen=True):
     """What only people watching a replica want to know; sent about once a second while it works.
 
     Counts by adapter are keyed by content hash, "" for the base. ``policy`` are the batching policy's own numbers,
-    ``credits`` its credit of each adapter. Seconds as floats.
+    ``credits`` its credit of each adapter. Seconds as floats. ``peak_memory_bytes``: Of its device's memory, at most.
     """
 
     merged_adapter: str | None = None
@@ -49,4 +49,5 @@ class ReplicaDetail(msgspec.Struct, frozen=True):
     adapters: list[AdapterResidency] = []
     num_adapter_loads: int = 0
     num_adapter_evictions: int = 0
+    peak_memory_bytes: int = 0
     costs: StepCosts | None = None

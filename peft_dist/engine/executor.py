@@ -88,6 +88,10 @@ class Executor(Protocol):
         """Where the weights of the registered adapters are."""
         ...
 
+    def peak_memory_bytes(self) -> int:
+        """What the process has had of its device's memory at most; of the host's where there is no other."""
+        ...
+
     def forget(self, request_ids: Sequence[str]) -> None:
         """Drop what is kept of sequences that ended or were aborted."""
         ...

@@ -73,6 +73,7 @@ def detail_of(
         policy=policy.report(),
         credits=policy.credits,
         adapters=executor.residency(),
+        peak_memory_bytes=executor.peak_memory_bytes(),
         num_adapter_loads=adapters.loads,
         num_adapter_evictions=adapters.evictions,
         costs=StepCosts.of(cost, merges=merges),

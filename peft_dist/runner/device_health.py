@@ -1,6 +1,8 @@
-"""Whether a device can still do anything for this process."""
+"""Whether a device can still do anything for this process, and what it has given it."""
 
 from __future__ import annotations
+
+import resource
 
 import torch
 
@@ -22,3 +24,10 @@ def check_device(device: torch.device) -> None:
             f"{device} can do nothing more for this process ({error}): start the replica again, as --restart and "
             "several replicas do; CUDA_LAUNCH_BLOCKING=1 shows which call it was"
         ) from error
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """What torch has reserved on a GPU at most, captured steps included; on a CPU the largest resident set so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10

@@ -17,7 +17,7 @@ from peft_dist.core.messages import AdapterResidency
 from peft_dist.engine.executor import LoadOutcome, TransferOutcome
 from peft_dist.kernels.capture import NotCapturableError
 from peft_dist.runner.adapter_loader import AdapterLoader
-from peft_dist.runner.device_health import check_device
+from peft_dist.runner.device_health import check_device, peak_memory_bytes
 from peft_dist.runner.kv_transfers import KVTransfers
 from peft_dist.runner.memory import noting_memory
 from peft_dist.runner.merged_ratio import host_limit
@@ -211,6 +211,9 @@ class TorchExecutor:
             tier = "device" if key in self._slots else "host" if key in on_host else "disk"
             found.append(AdapterResidency(key, tier, spec.max_rank, spec.num_bytes))
         return found
+
+    def peak_memory_bytes(self) -> int:
+        return peak_memory_bytes(self.runner.device)
 
     def forget(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:

@@ -185,7 +185,9 @@ class StepGraphs:
         merged_kinds = [(False, False, layers), (True, True, layers)] if layers else []
         wanted = [(shape, *kind) for shape in reversed(self._mixed) for kind in kinds]
         wanted += [(shape, *kind) for shape in reversed(self._decodes) for kind in kinds + merged_kinds]
-        for shape, added, corrected, merged in tqdm(wanted, desc="CUDA graphs", unit="graph", disable=not progress):
+        # A bar in a terminal alone: in a worker's log its lines would be noise.
+        bar = tqdm(wanted, desc="CUDA graphs", unit="graph", disable=None if progress else True)
+        for shape, added, corrected, merged in bar:
             self._step(self._variant(shape, added, corrected, merged, shape.decodes and added), merged)
 
     def _variant(

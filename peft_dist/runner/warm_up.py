@@ -124,7 +124,9 @@ class KernelWarmUp:
         """All that are left."""
         if not self._todo:
             return
-        with tqdm(total=len(self._todo), desc="adapter kernels", unit="batch", disable=not progress) as bar:
+        with tqdm(
+            total=len(self._todo), desc="adapter kernels", unit="batch", disable=None if progress else True
+        ) as bar:
             while self.go_on():
                 bar.update()
 

@@ -140,6 +140,9 @@ class SimExecutor:
             for spec in self._slots.values()
         ]
 
+    def peak_memory_bytes(self) -> int:
+        return 0
+
     def forget(self, request_ids: Sequence[str]) -> None:
         """Nothing is kept."""
 

@@ -247,6 +247,9 @@ class ReplayExecutor:
     def residency(self) -> list[AdapterResidency]:
         return []
 
+    def peak_memory_bytes(self) -> int:
+        return 0
+
     def forget(self, request_ids: Sequence[str]) -> None:
         """Nothing is kept."""
 

@@ -14,6 +14,7 @@ REPLICA_GAUGES = (
     "requests_swapped",
     "kv_blocks",
     "kv_blocks_free",
+    "memory_peak_bytes",
     "kv_cache_usage_ratio",
 )
 REPLICA_COUNTERS = (

@@ -212,6 +212,7 @@ def test_a_client_that_goes_away_frees_its_blocks(server: ModelServer, api: open
     )
     next(chunks)
     assert gauge(server, "kv_blocks_free") < NUM_BLOCKS
+    assert gauge(server, "memory_peak_bytes") > 100 << 20
     chunks.close()
     deadline = time.monotonic() + 30
     # Nothing but the metrics tells a client what the server did with the requests of another one.

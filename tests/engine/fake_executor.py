@@ -136,6 +136,9 @@ class FakeExecutor:
     def residency(self) -> list[AdapterResidency]:
         return [AdapterResidency(content_hash, "device", 4, 10) for content_hash in self.slots.values()]
 
+    def peak_memory_bytes(self) -> int:
+        return 1 << 20
+
     def forget(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:
             self.states.pop(request_id, None)

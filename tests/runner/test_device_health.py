@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from peft_dist.engine.executor import LoadOutcome, TransferOutcome
-from peft_dist.runner.device_health import check_device
+from peft_dist.runner.device_health import check_device, peak_memory_bytes
 from peft_dist.runner.executor import TorchExecutor
 
 ON_A_GPU = """
@@ -77,3 +77,12 @@ def test_an_assertion_in_a_kernel_takes_the_device_and_too_little_memory_does_no
     run = subprocess.run([sys.executable, "-c", ON_A_GPU], capture_output=True, text=True, check=True)
     kind, told = run.stdout.splitlines()[:2]
     assert kind == "AcceleratorError" and told.startswith("cuda:0 can do nothing more"), run.stdout
+
+
+def test_peak_memory_is_kept_after_what_took_it_is_gone() -> None:
+    before = peak_memory_bytes(torch.device("cpu"))
+    held = bytearray(b"x" * (before + (64 << 20)))
+    high = peak_memory_bytes(torch.device("cpu"))
+    assert high >= before + (64 << 20)
+    del held
+    assert peak_memory_bytes(torch.device("cpu")) >= high
