@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -33,7 +32,6 @@ from experiments.systems import SYSTEMS, chosen
 
 from peft_dist.core.errors import ConfigError
 from peft_dist.workload.records import RequestRecord
-from peft_dist.workload.sending import ClientOptions
 from tests.e2e.test_serve import adapter, serving
 
 SCRIPTS = Path(__file__).parents[2] / "scripts" / "experiments"
@@ -132,23 +130,29 @@ def test_operators_are_measured_here(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert about["mode"] == "measured" and about["device"] == "cpu" and about["environment"]["torch"]
 
 
-def test_a_live_server_gives_its_systems_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_live_server_gives_its_systems_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Rows of one system replace those of that system, and stand beside the others'. What the server's
-    orchestrator decided meanwhile is decided again from its recording (its replicas have no engines)."""
+    orchestrator decided meanwhile is decided again from its recording (its replicas have no engines). Of a late client
+    nothing is kept."""
     (tmp_path / "recorded").mkdir()
     monkeypatch.setenv("PEFT_DIST_RECORD", str(tmp_path / "recorded"))
-    # Rows are looked at, not figures: on a busy machine the client may be late.
-    monkeypatch.setattr(live, "ClientOptions", partial(ClientOptions, max_lateness=60.0))
     options = ["--replicas", "2", "--served-model-name", "tiny"]
     for number in (10, 9, *range(8)):
         options += ["--adapter", f"adapter{number}={adapter(tmp_path / f'adapter{number}', f'{number}')}"]
     asked = ["--scale", "tiny", "--rate-factor", "40", "--max-total", "40", "--end-id", "900"]
-    asked += ["--output", str(tmp_path / "out")]
+    # Rows are looked at, not figures: on a busy machine the client may be late.
+    asked += ["--max-lateness", "60", "--output", str(tmp_path / "out")]
     with serving(tmp_path, *options) as server:
         assert live.adapters_of(server.url) == [f"adapter{number}" for number in (*range(8), 9, 10)]
         for system in ("fcfs", "dlora", "dlora"):
             run(monkeypatch, "fig10_policies", "--server", server.url, "--systems", system, *asked)
         run(monkeypatch, "fig02b_queueing", "--server", server.url, "--systems", "vllm", *asked)
+        with pytest.raises(SystemExit):
+            late = [*asked, "--max-lateness", "1e-9"]
+            run(monkeypatch, "fig10_policies", "--server", server.url, "--systems", "fcfs", *late)
+    assert "the client fell behind" in capsys.readouterr().err
     recordings = sorted((tmp_path / "recorded").iterdir())
     assert [path.name.partition("-")[0] for path in recordings] == ["orchestrator"]
     replay = [sys.executable, str(SCRIPTS.parent / "replay.py"), *map(str, recordings)]
@@ -163,6 +167,7 @@ def test_a_live_server_gives_its_systems_rows(tmp_path: Path, monkeypatch: pytes
     assert [row["replica_id"] for row in tables.read_csv(tmp_path / "out" / "fig2b.csv")] == [0, 1]
     about = json.loads((tmp_path / "out" / "fig10.json").read_text())
     assert about["mode"] == "live" and set(about["servers"]) == {"fcfs", "dlora"}
+    assert about["servers"]["fcfs"]["max_lateness"] == 60
     assert about["servers"]["fcfs"]["client"]["cpu"] and about["servers"]["fcfs"]["server"].startswith("http")
 
 
