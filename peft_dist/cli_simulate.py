@@ -34,6 +34,9 @@ def simulate(
     policy_profile: Annotated[
         str, typer.Option(help="default, or artifact: constants and rules of the paper's.")
     ] = "default",
+    max_adapter_wait: Annotated[
+        float | None, typer.Option(min=0, help="Seconds that a request may be overtaken: 5; inf: any.")
+    ] = None,
     migration: Annotated[str, typer.Option(help="rr, proactive or dlora.")] = "dlora",
     merge: Annotated[str, typer.Option(help="auto, host (in place) or off.")] = "auto",
     merged_minority: Annotated[bool, typer.Option("--merged-minority", help="Others may join merged batches.")] = False,

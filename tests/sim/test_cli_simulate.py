@@ -80,6 +80,19 @@ def test_it_generates_by_every_option_of_workload_write(tmp_path: Path) -> None:
     assert "correlated" in source["streams"] and "1 bad rows skipped, 1 of 3 pass" in source["lengths"]
 
 
+def test_the_bound_on_being_overtaken_can_be_chosen(tmp_path: Path) -> None:
+    """In overload it ends merged periods again and again, and everybody waits for longer."""
+    hot = ["--rate", "12", "--requests", "300", "--adapters", "6", "--popularity", "zipf", "--zipf", "2.5"]
+    merged, waited = [], []
+    for bound in ("1", "inf"):
+        call(*hot, "--max-adapter-wait", bound, "--output", str(tmp_path / bound))
+        run = records.read_json(tmp_path / bound)
+        assert float(run.source["options"]["max_adapter_wait"]) == float(bound)
+        merged.append(sum(replica["merged_steps"] for replica in run.source["found"]["replicas"]))
+        waited.append(sum(one.queueing or 0.0 for one in run.records))
+    assert merged[0] < merged[1] and waited[0] > waited[1]
+
+
 def test_requests_may_be_longer_than_a_profile_has_them() -> None:
     assert ", 0 failed" in call(*SMALL, "--fixed-lengths", "2000,49", "--max-model-len", "2049")
 
