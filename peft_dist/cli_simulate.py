@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from peft_dist import cli_options
+from peft_dist import cli_generate, cli_options
 from peft_dist.cli_bench import check_folders, report
+from peft_dist.cli_generate import WorkloadOptions
 from peft_dist.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -31,6 +34,9 @@ def simulate(
     policy_profile: Annotated[
         str, typer.Option(help="default, or artifact: constants and rules of the paper's.")
     ] = "default",
+    max_adapter_wait: Annotated[
+        float | None, typer.Option(min=0, help="Seconds that a request may be overtaken: 5; inf: any.")
+    ] = None,
     migration: Annotated[str, typer.Option(help="rr, proactive or dlora.")] = "dlora",
     merge: Annotated[str, typer.Option(help="auto, host (in place) or off.")] = "auto",
     merged_minority: Annotated[bool, typer.Option("--merged-minority", help="Others may join merged batches.")] = False,
@@ -39,27 +45,43 @@ def simulate(
         int | None, typer.Option(help="Adapters on a device at once; the profile's by default,")
     ] = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="and so most sequences in one step,")] = None,
-    num_blocks: Annotated[int | None, typer.Option(help="and KV blocks.")] = None,
+    num_blocks: Annotated[int | None, typer.Option(help="and KV blocks,")] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(min=1, help="and the longest prompt and output together, in tokens.")
+    ] = None,
     max_queue: Annotated[int, typer.Option(min=0, help="Sequences that may wait; more are refused.")] = 1 << 30,
     plan: Annotated[
         str, typer.Option(help="Of moves: solver (HiGHS, bounded by work), or greedy (faster).")
     ] = "solver",
     plan_seconds: Annotated[float, typer.Option(help="That a plan is assumed to take.")] = 0.2,
     no_kv_moves: Annotated[bool, typer.Option("--no-kv-moves", help="Requests move without their KV.")] = False,
-    seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
     rate: Annotated[float | None, typer.Option(help="Without WORKLOAD: requests a second, of all adapters.")] = None,
-    requests: Annotated[int | None, typer.Option(help="How many; the rest as of peft-dist workload write.")] = None,
-    adapters: Annotated[int, typer.Option(min=1, help="How many.")] = 8,
-    popularity: Annotated[str, typer.Option(help="trace, uniform or zipf.")] = "trace",
-    zipf: Annotated[float, typer.Option(help="Exponent of zipf.")] = 1.0,
-    maf1: Annotated[Path | None, typer.Option(help="Azure Functions 2019.")] = None,
-    maf2: Annotated[Path | None, typer.Option(help="Azure Functions 2021.")] = None,
-    window: Annotated[str, typer.Option(help="DAY.HOUR.MINUTE-DAY.HOUR.MINUTE of it.")] = "0.0.0-0.2.0",
-    need_sort: Annotated[bool, typer.Option("--need-sort", help="Number functions by popularity.")] = False,
-    stride: Annotated[int, typer.Option(min=1, help="Functions in a row that share an adapter.")] = 1,
-    cv: Annotated[float, typer.Option(help="Of the gaps of an adapter's requests.")] = 1.0,
-    lengths: Annotated[str, typer.Option(help="sharegpt, azure-conv or azure-code.")] = "sharegpt",
-    ratio: Annotated[float, typer.Option(help="Times as long, by longer outputs.")] = 1.0,
+    requests: Annotated[
+        int | None, typer.Option(help="How many; this and the rest as of peft-dist workload write.")
+    ] = None,
+    adapters: cli_generate.Adapters = WorkloadOptions.adapters,
+    adapter_name: cli_generate.AdapterName = WorkloadOptions.adapter_name,
+    popularity: cli_generate.Popularity = WorkloadOptions.popularity,
+    zipf: cli_generate.Zipf = WorkloadOptions.zipf,
+    maf1: cli_generate.Maf1 = WorkloadOptions.maf1,
+    maf2: cli_generate.Maf2 = WorkloadOptions.maf2,
+    functions: cli_generate.Functions = WorkloadOptions.functions,
+    window: cli_generate.Window = WorkloadOptions.window,
+    interval: cli_generate.Interval = WorkloadOptions.interval,
+    need_sort: cli_generate.NeedSort = WorkloadOptions.need_sort,
+    stride: cli_generate.Stride = WorkloadOptions.stride,
+    skip_bad_rows: cli_generate.SkipBadRows = WorkloadOptions.skip_bad_rows,
+    cv: cli_generate.Cv = WorkloadOptions.cv,
+    correlated: cli_generate.Correlated = WorkloadOptions.correlated,
+    seed: cli_generate.Seed = WorkloadOptions.seed,
+    lengths: cli_generate.SyntheticLengths = WorkloadOptions.lengths,
+    lengths_csv: cli_generate.LengthsCsv = WorkloadOptions.lengths_csv,
+    sharegpt: cli_generate.ShareGPT = WorkloadOptions.sharegpt,
+    tokenizer: cli_generate.Tokenizer = WorkloadOptions.tokenizer,
+    fixed_lengths: cli_generate.FixedLengths = WorkloadOptions.fixed_lengths,
+    max_prompt: cli_generate.MaxPrompt = WorkloadOptions.max_prompt,
+    max_total: cli_generate.MaxTotal = WorkloadOptions.max_total,
+    ratio: cli_generate.Ratio = WorkloadOptions.ratio,
     output: Annotated[Path | None, typer.Option(help="Source, summary and records as JSON.")] = None,
     csv: Annotated[Path | None, typer.Option(help="The records as CSV.")] = None,
     slo: Annotated[float, typer.Option(min=0, help="Objective: seconds a token of the answer; 0: none.")] = 0.5,
@@ -77,24 +99,17 @@ def simulate(
     check_folders(output, csv)
     objectives = records.Objectives(slo or None, slo_ttft, slo_tpot, slo_e2e)
     options = cli_options.of(SimulationOptions, given, adapters=(), moves_kv=not no_kv_moves)
-    asked = _workload(
-        workload,
-        rate,
-        requests,
-        adapters=adapters,
-        popularity=popularity,
-        zipf=zipf,
-        maf1=maf1,
-        maf2=maf2,
-        window=window,
-        need_sort=need_sort,
-        stride=stride,
-        cv=cv,
-        lengths=lengths,
-        ratio=ratio,
-        seed=seed,
-    )
-    result = experiment.simulate(asked.arrivals, CostProfile.load(profile), options)
+    costs = CostProfile.load(profile)
+    if max_model_len is not None:
+        costs = replace(costs, max_model_len=max_model_len)
+    asked = _workload(workload, given)
+    longest = max((one.prompt_tokens + one.output_tokens for one in asked.arrivals), default=0)
+    if longest > costs.max_model_len:
+        raise ConfigError(
+            f"a request has {longest} tokens, prompt and output together, profile {costs.name!r} takes "
+            f"{costs.max_model_len}: lower --max-total, or raise --max-model-len"
+        )
+    result = experiment.simulate(asked.arrivals, costs, options)
     run = result.run(asked.source, _versions())
     typer.echo(_told(result))
     typer.echo(report(records.summarize(run.records, objectives), run.source))
@@ -104,17 +119,17 @@ def simulate(
         records.write_csv(run, csv)
 
 
-def _workload(file: Path | None, rate: float | None, requests: int | None, **options: Any) -> Workload:
-    from peft_dist.cli_workload import make
+def _workload(file: Path | None, given: Mapping[str, Any]) -> Workload:
     from peft_dist.workload import files
 
     if file is not None:
-        if rate is not None or requests is not None:
-            raise ConfigError(f"{file} says when requests come: leave out --rate and --requests, or the file")
+        # The seed is the orchestrator's too.
+        if more := [option for option in WorkloadOptions.asked(given) if option != "--seed"]:
+            raise ConfigError(f"{file} says when which requests come: leave out {', '.join(more)}, or the file")
         return files.read(file)
-    if rate is None or requests is None:
+    if given["rate"] is None or given["requests"] is None:
         raise ConfigError("what is to be simulated? Name a workload, or give --rate and --requests")
-    return make(rate=rate, requests=requests, **options)
+    return cli_generate.make(cli_options.of(WorkloadOptions, given))
 
 
 def _told(result: SimulationResult) -> str:

@@ -56,7 +56,9 @@ class RequestMetrics:
             "time_to_first_token_seconds", "From admission to a sequence's first token.", _FIRST_BUCKETS
         )
         self.queue = self._histogram(
-            "request_queue_seconds", "From a sequence's arrival at its replica to its first step.", _FIRST_BUCKETS
+            "request_queue_seconds",
+            "From a sequence's admission, less its way to its replica, to its first step.",
+            _FIRST_BUCKETS,
         )
         self.inter_token = self._histogram(
             "inter_token_latency_seconds", "Between two tokens of a sequence.", _TOKEN_BUCKETS

@@ -156,8 +156,8 @@ class SequenceProgress(msgspec.Struct, frozen=True, array_like=True, forbid_unkn
     """New tokens of one sequence; ``first_index`` is the number of the first of them in its output.
 
     ``finish_reason`` is None while the sequence runs. ``prompt_logprobs`` starts at prompt position 1 and
-    comes whole, with the first tokens. ``queue_seconds`` is the time from its arrival at the replica to the first step
-    it was in, None while there was none.
+    comes whole, with the first tokens. ``queue_seconds`` is the time from its arrival at the server, less its way to
+    the replica, to the first step it was in there, None while there was none.
     """
 
     request_id: str

@@ -58,7 +58,7 @@ class Request(msgspec.Struct, eq=False):
 
     @property
     def queue_seconds(self) -> float | None:
-        """From its arrival here to the first step it was in; None before that."""
+        """From its arrival at the server, less its way here, to the first step it was in here; None before that."""
         if self.first_scheduled is None:
             return None
         waited = self.first_scheduled - self.arrival_time

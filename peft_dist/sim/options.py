@@ -31,7 +31,7 @@ class SimulationOptions:
         merged_minority: Let others join merged batches, corrected by the LoRA kernel.
         policy_profile: "artifact" for the constants and rules of the paper's, of batches and of the cluster
             (``artifact.py``).
-        max_adapter_wait: Seconds that a request may be overtaken.
+        max_adapter_wait: Seconds that a request may be overtaken; infinite for no bound.
         max_loras, max_num_seqs, max_num_batched_tokens, num_blocks, depth: As of the profile.
         host_blocks: KV blocks in host memory; with any, KV is preempted to them, else computed again.
         plan: Plans of moves by the "solver" (HiGHS, bounded by its work and not by time) or "greedy" alone.
@@ -89,7 +89,10 @@ class SimulationOptions:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is unknown: use {', '.join(known)}")
 
     def told(self) -> dict[str, object]:
-        """For results: what was given, without what the profile decides and what changes no answer."""
+        """For results: what was given, without what the profile decides and what changes no answer.
+
+        An infinite bound is "inf", because JSON has no such number.
+        """
         given = dataclasses.asdict(self)
         del given["advance"]
-        return {name: value for name, value in given.items() if value is not None}
+        return {name: "inf" if value == math.inf else value for name, value in given.items() if value is not None}

@@ -9,7 +9,7 @@ from functools import lru_cache, partial
 from typing import Protocol
 
 from peft_dist.core.adapter import AdapterSpec
-from peft_dist.core.messages import AddRequest, AnyReport, LoadAdapter, Progress, SequenceProgress, Started
+from peft_dist.core.messages import AnyReport, LoadAdapter, Progress, SequenceProgress, Started
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.orchestrator.client import NewRequest
 from peft_dist.orchestrator.core import Orchestrator, OrchestratorOptions
@@ -114,7 +114,6 @@ class Simulator:
         self._left = 0
         self._start = 0.0
         self._tick_at: float | None = None
-        self._there: dict[str, float] = {}
 
     @property
     def seconds(self) -> float:
@@ -230,8 +229,6 @@ class Simulator:
     def _act(self, commands: Iterable[Outgoing], reporter: int | None = None) -> None:
         """Send commands and hear what the orchestrator tells, because of a report of the replica ``reporter``."""
         for out in commands:
-            if isinstance(out.command, AddRequest):
-                self._note_sent(out.command.request_id)
             take, command = self.replicas[out.replica_id].take, out.command
             self._queue.at(self._queue.now + self._cluster.message_seconds, lambda take=take, c=command: take(c))  # type: ignore[misc]
         self._hear(reporter)
@@ -288,18 +285,13 @@ class Simulator:
 
         self._queue.at(self._queue.now + self._cluster.plan_seconds, carry_out)
 
-    def _note_sent(self, sequence_id: str) -> None:
-        """A request will be at a replica: the first, or one to which it moves without its KV."""
-        request_id = sequence_id.partition("-")[0]
-        if self._outcomes[request_id].first is None:
-            self._there[request_id] = self.seconds + self._cluster.message_seconds
-
     def _note(self, request_id: str, progress: SequenceProgress, reporter: int | None) -> None:
         outcome, now = self._outcomes[request_id], self._queue.now - self._start
         if progress.token_ids:
             if outcome.first is None:
                 outcome.first = now
-                outcome.queue = self._there.pop(request_id) - outcome.arrival.time + (progress.queue_seconds or 0.0)
+                # The replica counts from the arrival, wherever the request was meanwhile, less a message's way.
+                outcome.queue = self._cluster.message_seconds + (progress.queue_seconds or 0.0)
             outcome.last, outcome.replica = now, reporter
             if outcome.times is not None:
                 outcome.times.extend([now] * len(progress.token_ids))

@@ -130,7 +130,8 @@ def _add_live(
 
     assert chosen.server is not None
     own = {key: about[key] for key in ("scale", "seed", "data", "correlated", "loads")}
-    own |= {"server": chosen.server.url, "rate_factor": chosen.rate_factor, "client": environment()}
+    own |= {"server": chosen.server.url, "rate_factor": chosen.rate_factor}
+    own |= {"max_lateness": chosen.server.max_lateness, "client": environment()}
     own |= {"differs": SYSTEMS[chosen.systems[0]].live}
     return about | {"servers": {**before.get("servers", {}), **dict.fromkeys(runs, own)}}
 

@@ -23,6 +23,8 @@ from peft_dist.workload.sending import ClientOptions
 # Seconds between two looks at who waits and who runs.
 LOOK = 0.5
 TIMEOUT = 30.0
+# Of the client, by default; see Server.
+MAX_LATENESS = 0.05
 # Of a question: refused, cut off, too slow, no HTTP, no text.
 _FAILURES = (OSError, http.client.HTTPException, ValueError)
 _LINE = re.compile(r"^(peft_dist:\w+)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
@@ -36,10 +38,12 @@ class Server:
     Attributes:
         url: Without a path.
         end_id: Prompts are token ids below it; they must be in the vocabulary.
+        max_lateness: Seconds by which the client may be late (P99); a later one's figures are not told.
     """
 
     url: str
     end_id: int = 30_000
+    max_lateness: float = MAX_LATENESS
 
     @property
     def prompts(self) -> Prompts:
@@ -79,7 +83,9 @@ def run(workload: Workload, server: Server) -> Measured:
         LateClientError: the client fell behind its own schedule; what it measured is not told.
         ConfigError: the server does not answer.
     """
-    return asyncio.run(_run(workload, ClientOptions(server.url, prompts=server.prompts)))
+    return asyncio.run(
+        _run(workload, ClientOptions(server.url, prompts=server.prompts, max_lateness=server.max_lateness))
+    )
 
 
 async def _run(workload: Workload, options: ClientOptions) -> Measured:

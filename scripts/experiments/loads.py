@@ -131,6 +131,6 @@ def _all_lengths(data: Data) -> Lengths:
     assert data.sharegpt is not None
     if data.tokenizer is None:
         raise ConfigError(f"{data.sharegpt} has texts: name the model's --tokenizer to count their tokens")
-    from peft_dist.cli_workload import token_counter
+    from peft_dist.cli_generate import token_counter
 
     return lengths.read_sharegpt(data.sharegpt, token_counter(data.tokenizer), "skip")

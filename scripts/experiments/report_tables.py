@@ -15,8 +15,10 @@ Found = Mapping[str, Mapping[str, Any]]
 
 
 def tables(found: Found) -> dict[str, str]:
-    """By name of the CSV; ``fig9`` is one table of all panels."""
+    """By name of the CSV; ``fig5`` is one table of all devices, ``fig9`` of all panels."""
     made = {name: _TABLES[name](found[name]["rows"], found[name]["about"]) for name in _TABLES if name in found}
+    if devices := [one for name, one in found.items() if name == "fig5" or name.startswith("fig5_")]:
+        made["fig5"] = _fig5(devices)
     panels = {name.removeprefix("fig9_"): one for name, one in found.items() if name.startswith("fig9_")}
     if panels:
         made["fig9"] = _fig9(panels)
@@ -66,19 +68,31 @@ def _fig2b(rows: Sequence[Row], about: Mapping[str, Any]) -> str:
     return _curves(rows, about, "replica_id", "queueing_ratio", "% queueing, by replica", {"vLLM": authors.FIGURE2})
 
 
-def _fig5(rows: Sequence[Row], about: Mapping[str, Any]) -> str:
-    def span(name: str) -> str:
-        return f"{min(row[name] for row in rows):.4g} to {max(row[name] for row in rows):.4g}"
+_FIG5 = {
+    "Wx": "Wx", "BAx": "BAx", "grouped_one": "grouped kernel, one adapter", "grouped_each": "grouped kernel, one a row",
+}  # fmt: skip
 
-    environment = about.get("environment", {})
-    device = environment.get("gpu")
-    if about.get("device") == "cpu":
-        device = f"{environment.get('cpu')}, {environment.get('torch_threads')} threads"
-    lines = [[device, span("Wx"), span("BAx")]]
-    lines.append(
-        ["*authors*", *(f"{low:g} to {high:g}" for low, high in (authors.FIGURE5["Wx"], authors.FIGURE5["BAx"]))]
-    )
-    return "*measured*\n\n" + _table(["microseconds, batches of 2 to 16", "Wx", "BAx"], lines)
+
+def _fig5(devices: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each device, and one more for what was captured there."""
+    lines: list[list[str]] = []
+    for one in devices:
+        environment, rows = one["about"].get("environment", {}), one["rows"]
+        device = environment.get("gpu")
+        if one["about"].get("device") == "cpu":
+            device = f"{environment.get('cpu')}, {environment.get('torch_threads')} threads"
+        lines.append([str(device), *(_span(rows, name) for name in _FIG5)])
+        if "Wx_captured" in rows[0]:
+            lines.append([f"{device}, in a CUDA graph", *(_span(rows, f"{name}_captured") for name in _FIG5)])
+    known = authors.FIGURE5
+    spans = (f"{known[name][0]:g} to {known[name][1]:g}" if name in known else "" for name in _FIG5)
+    lines.append(["*authors*", *spans])
+    return "*measured*\n\n" + _table(["microseconds, batches of 2 to 16", *_FIG5.values()], lines)
+
+
+def _span(rows: Sequence[Row], name: str) -> str:
+    values = [row[name] for row in rows if name in row]
+    return f"{min(values):.4g} to {max(values):.4g}" if values else ""
 
 
 def _fig7(rows: Sequence[Row], about: Mapping[str, Any]) -> str:
@@ -168,22 +182,15 @@ def _fig12(rows: Sequence[Row], about: Mapping[str, Any]) -> str:
 
 
 def _fig13(rows: Sequence[Row], about: Mapping[str, Any]) -> str:
-    lines: list[list[Any]] = [
-        [f"{row['rate']:g}", f"{row['switching']:.2f}", f"{row['solver']:.2f}", *_authors13(row["rate"])]
-        for row in rows
-    ]
-    head = ["requests/s", "switching, %", "plans, %", "*authors: switching*", "*authors: solver*"]
-    return _what(about) + _table(head, lines)
-
-
-def _authors13(rate: float) -> tuple[str, str]:
-    if rate not in authors.FIGURE13:
-        return "", ""
-    switching, solver, total = authors.FIGURE13[rate]
-    return f"{100 * switching / total:.2f}", f"{100 * solver / total:.2f}"
+    parts: list[str] = []
+    for column, words, place in (("switching", "switching", 0), ("solver", "plans", 1)):
+        known = {rate: 100 * times[place] / times[2] for rate, times in authors.FIGURE13.items()}
+        head = f"{words}, % of the run, by requests/s"
+        parts.append(_curves(rows, about if not parts else {}, "rate", column, head, {"dlora": known}))
+    return "\n\n".join(parts)
 
 
 _TABLES = {
-    "fig2b": _fig2b, "fig5": _fig5, "fig7": _fig7, "fig10": _fig10, "fig11a": _fig11a, "fig11b": _fig11b,
+    "fig2b": _fig2b, "fig7": _fig7, "fig10": _fig10, "fig11a": _fig11a, "fig11b": _fig11b,
     "fig12": _fig12, "fig13": _fig13,
 }  # fmt: skip

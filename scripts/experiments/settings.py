@@ -107,6 +107,12 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument(
         "--end-id", type=int, default=30_000, help="prompts are token ids below it, for small vocabularies"
     )
+    made.add_argument(
+        "--max-lateness",
+        type=float,
+        default=live.MAX_LATENESS,
+        help="seconds; with a later client (P99) nothing is told",
+    )
     made.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     made.add_argument(
         "--output", type=Path, default=Path("figures"), metavar="DIR", help="folder for CSV, JSON, PDF, PNG"
@@ -137,7 +143,7 @@ def settings(options: argparse.Namespace) -> Settings:
         jobs=options.jobs,
         systems=tuple(options.systems.split(",")) if options.systems else (),
         correlated=options.correlated,
-        server=live.Server(options.server, options.end_id) if options.server else None,
+        server=live.Server(options.server, options.end_id, options.max_lateness) if options.server else None,
         replicas=live.replicas_of(options.server) if options.server else None,
         rate_factor=options.rate_factor,
         max_total=options.max_total,

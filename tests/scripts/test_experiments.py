@@ -11,14 +11,15 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import matplotlib
 import pytest
+import torch
 from experiments import (
     authors,
     experiment,
+    fig05_operators,
     fig10_policies,
     fig12_adapters,
     here,
@@ -33,7 +34,6 @@ from experiments.systems import SYSTEMS, chosen
 
 from peft_dist.core.errors import ConfigError
 from peft_dist.workload.records import RequestRecord
-from peft_dist.workload.sending import ClientOptions
 from tests.e2e.test_serve import adapter, serving
 
 SCRIPTS = Path(__file__).parents[2] / "scripts" / "experiments"
@@ -101,19 +101,27 @@ def test_other_processes_and_hash_seeds_change_nothing(tmp_path: Path, monkeypat
 
 
 def test_the_breakdown_is_drawn_from_figure_11a(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of dLoRA in both forms and of the modern systems, in this order."""
     common = {"tot_time": 200.0, "mode": "simulated"}
     rows = [
+        {"system": "grouped", "rate": 8, "adjust_time": 0.0, "solver_time": 0.0, **common},
         {"system": "dlora", "rate": 12, "adjust_time": 3.0, "solver_time": 1.0, **common},
         {"system": "dlora", "rate": 8, "adjust_time": 2.0, "solver_time": 0.5, **common},
         {"system": "rr", "rate": 8, "adjust_time": 9.0, "solver_time": 0.0, **common},
+        {"system": "dlora-artifact", "rate": 8, "adjust_time": 4.0, "solver_time": 2.0, **common},
+        {"system": "corrected", "rate": 8, "adjust_time": 1.0, "solver_time": 1.0, **common},
     ]
     tables.write_csv(tmp_path / "fig11a.csv", ["rate"], rows)
     tables.write_json(tmp_path / "fig11a.json", {"scale": "tiny", "seed": 3, "loads": []})
     run(monkeypatch, "fig13_breakdown", "--output", str(tmp_path))
-    found = tables.read_csv(tmp_path / "fig13.csv")
-    assert [(row["rate"], row["switching"], row["solver"], row["inference"]) for row in found] == [
-        (8, 1.0, 0.25, 98.75),
-        (12, 1.5, 0.5, 98.0),
+    assert (tmp_path / "fig13.csv").read_text().startswith("rate,solver,switching,inference,system,form,mode,units\n")
+    names = ("system", "form", "rate", "switching", "solver", "inference")
+    assert [tuple(row[name] for name in names) for row in tables.read_csv(tmp_path / "fig13.csv")] == [
+        ("dlora-artifact", "artifact", 8, 2.0, 1.0, 97.0),
+        ("dlora", "fair", 8, 1.0, 0.25, 98.75),
+        ("dlora", "fair", 12, 1.5, 0.5, 98.0),
+        ("corrected", "modern", 8, 0.5, 0.5, 99.0),
+        ("grouped", "modern", 8, 0.0, 0.0, 100.0),
     ]
     assert (tmp_path / "figure13.pdf").exists()
     about = tables.read_json(tmp_path / "fig13.json")
@@ -126,29 +134,51 @@ def test_operators_are_measured_here(tmp_path: Path, monkeypatch: pytest.MonkeyP
     numbers = ["--reps", "20", "--warm-up", "2", "--size", "256", "--device", "cpu"]
     run(monkeypatch, "fig05_operators", *numbers, "--output", str(tmp_path))
     rows = tables.read_csv(tmp_path / "fig5.csv")
-    assert [row["batch"] for row in rows] == list(range(2, 17, 2)) and all(row["Wx"] > 0 < row["BAx"] for row in rows)
+    assert (tmp_path / "fig5.csv").read_text().startswith("batch,Wx,BAx,grouped_one,grouped_each,mode,units\n")
+    assert [row["batch"] for row in rows] == list(range(2, 17, 2)) and {row["mode"] for row in rows} == {"measured"}
+    assert all(row[name] > 0 for row in rows for name in ("Wx", "BAx", "grouped_one", "grouped_each"))
     about = json.loads((tmp_path / "fig5.json").read_text())
-    assert {row["mode"] for row in rows} == {"measured"}
     assert about["mode"] == "measured" and about["device"] == "cpu" and about["environment"]["torch"]
+    assert about["units"]["grouped_each"] == "us" and (tmp_path / "figure5.pdf").exists()
+    run(monkeypatch, "fig05_operators", *numbers, "--name", "fig5_small", "--output", str(tmp_path))
+    assert (tmp_path / "fig5_small.csv").exists() and (tmp_path / "figure5_small.png").exists()
 
 
-def test_a_live_server_gives_its_systems_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_measured_of_the_grouped_kernel_is_the_pairs_product() -> None:
+    """Of the first adapter for all rows, and of each row's own."""
+    matrices = fig05_operators.Matrices("cpu", 64, 4, 6)
+    x, y, operators = matrices.operators(6)
+    operators["grouped_one"]()
+    torch.testing.assert_close(y, operators["BAx"]())
+    y.zero_()
+    operators["grouped_each"]()
+    each = [row @ down.T @ up.T for row, (down, up) in zip(x, matrices.pairs, strict=True)]
+    torch.testing.assert_close(y, torch.stack(each))
+
+
+def test_a_live_server_gives_its_systems_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Rows of one system replace those of that system, and stand beside the others'. What the server's
-    orchestrator decided meanwhile is decided again from its recording (its replicas have no engines)."""
+    orchestrator decided meanwhile is decided again from its recording (its replicas have no engines). Of a late client
+    nothing is kept."""
     (tmp_path / "recorded").mkdir()
     monkeypatch.setenv("PEFT_DIST_RECORD", str(tmp_path / "recorded"))
-    # Rows are looked at, not figures: on a busy machine the client may be late.
-    monkeypatch.setattr(live, "ClientOptions", partial(ClientOptions, max_lateness=60.0))
     options = ["--replicas", "2", "--served-model-name", "tiny"]
     for number in (10, 9, *range(8)):
         options += ["--adapter", f"adapter{number}={adapter(tmp_path / f'adapter{number}', f'{number}')}"]
     asked = ["--scale", "tiny", "--rate-factor", "40", "--max-total", "40", "--end-id", "900"]
-    asked += ["--output", str(tmp_path / "out")]
+    # Rows are looked at, not figures: on a busy machine the client may be late.
+    asked += ["--max-lateness", "60", "--output", str(tmp_path / "out")]
     with serving(tmp_path, *options) as server:
         assert live.adapters_of(server.url) == [f"adapter{number}" for number in (*range(8), 9, 10)]
         for system in ("fcfs", "dlora", "dlora"):
             run(monkeypatch, "fig10_policies", "--server", server.url, "--systems", system, *asked)
         run(monkeypatch, "fig02b_queueing", "--server", server.url, "--systems", "vllm", *asked)
+        with pytest.raises(SystemExit):
+            late = [*asked, "--max-lateness", "1e-9"]
+            run(monkeypatch, "fig10_policies", "--server", server.url, "--systems", "fcfs", *late)
+    assert "the client fell behind" in capsys.readouterr().err
     recordings = sorted((tmp_path / "recorded").iterdir())
     assert [path.name.partition("-")[0] for path in recordings] == ["orchestrator"]
     replay = [sys.executable, str(SCRIPTS.parent / "replay.py"), *map(str, recordings)]
@@ -163,6 +193,7 @@ def test_a_live_server_gives_its_systems_rows(tmp_path: Path, monkeypatch: pytes
     assert [row["replica_id"] for row in tables.read_csv(tmp_path / "out" / "fig2b.csv")] == [0, 1]
     about = json.loads((tmp_path / "out" / "fig10.json").read_text())
     assert about["mode"] == "live" and set(about["servers"]) == {"fcfs", "dlora"}
+    assert about["servers"]["fcfs"]["max_lateness"] == 60
     assert about["servers"]["fcfs"]["client"]["cpu"] and about["servers"]["fcfs"]["server"].startswith("http")
 
 

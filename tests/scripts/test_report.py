@@ -26,3 +26,35 @@ def test_the_report_puts_tables_between_their_marks() -> None:
     text = "x\n<!-- fig9 -->\nold\n<!-- end -->\n<!-- fig12 -->\nkept\n<!-- end -->\n"
     changed = report.insert(text, made)
     assert "old" not in changed and "kept" in changed and report.insert(changed, made) == changed
+
+
+def test_figure_5_has_a_line_for_each_device_and_one_for_what_was_captured() -> None:
+    columns = ("Wx", "BAx", "grouped_one", "grouped_each")
+    own: dict[str, float] = {name: 10.0 * place for place, name in enumerate(columns, 1)}
+    cpu = {"device": "cpu", "environment": {"cpu": "a processor", "torch_threads": 2}}
+    gpu = {"device": "cuda", "environment": {"cpu": "a processor", "gpu": "a GPU"}}
+    captured = {f"{name}_captured": value / 4 for name, value in own.items()}
+    found = {
+        "fig5": {"about": cpu, "rows": [own, {name: 2 * value for name, value in own.items()}]},
+        "fig5_gpu": {"about": gpu, "rows": [own | captured]},
+    }
+    lines = report_tables.tables(found)["fig5"].splitlines()
+    assert lines[-4:] == [
+        "| a processor, 2 threads | 10 to 20 | 20 to 40 | 30 to 60 | 40 to 80 |",
+        "| a GPU | 10 to 10 | 20 to 20 | 30 to 30 | 40 to 40 |",
+        "| a GPU, in a CUDA graph | 2.5 to 2.5 | 5 to 5 | 7.5 to 7.5 | 10 to 10 |",
+        "| *authors* | 91.4 to 92.3 | 35.3 to 36.9 |  |  |",
+    ]
+
+
+def test_figure_13_has_a_line_for_each_system_in_both_tables() -> None:
+    rows = [
+        {"system": name, "rate": rate, "switching": switching, "solver": 0.25}
+        for name, rate, switching in (("dlora", 8, 1.5), ("dlora", 20, 0.5), ("corrected", 8, 0.125))
+    ]
+    lines = report_tables.tables({"fig13": {"rows": rows, "about": {"mode": "simulated"}}})["fig13"].splitlines()
+    assert "| switching, % of the run, by requests/s | 8 | 12 | 16 | 20 | 24 | 28 | 32 |" in lines
+    assert "| dLoRA | 1.5 |  |  | 0.5 |  |  |  |" in lines
+    assert "| grouped kernel, merged with corrections | 0.125 |  |  |  |  |  |  |" in lines
+    assert "| *authors: dlora* | 1 | 1.84 | 0.765 | 1.29 | 1.01 | 0.843 | 1.22 |" in lines
+    assert "| *authors: dlora* | 0.16 | 0.236 | 0.678 | 2.01 | 2.28 | 1.82 | 2.04 |" in lines

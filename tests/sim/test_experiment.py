@@ -111,6 +111,16 @@ def test_kv_that_may_not_move_is_computed_again() -> None:
     assert set(again.moves) == {"recompute"} and not again.kv_bytes
 
 
+def test_a_request_that_moved_waited_once() -> None:
+    """Its wait where it came from was counted a second time with that where its first step was."""
+    burst = [arrivals.Arrival(0.01 * i, "a0" if i < 15 else "a1", 100, 200 if i % 2 else 10) for i in range(30)]
+    result = run(arrivals.Workload(tuple(burst)), moves_kv=False, max_num_seqs=4)
+    assert result.migration.moves["recompute"] > 0
+    for record in result.records:
+        assert record.first_token is not None and record.queueing is not None
+        assert record.first_token - record.sent >= record.queueing + 0.015, record.index
+
+
 def test_an_unknown_execution_type_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"exec_type='slora' is unknown.*dlora"):
         run(load(), exec_type="slora")
