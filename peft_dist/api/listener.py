@@ -18,6 +18,9 @@ from peft_dist.core.errors import ConfigError
 
 # What an answer that was failed at the end of the grace period gets for reaching its client.
 _FLUSH_SECONDS = 5
+# Longer than clients (5 s) and proxies (60 s) keep a connection that nothing goes over: whoever asks on one again must not
+# find it closed while the request is on its way.
+_KEEP_ALIVE_SECONDS = 75
 
 
 class _Server(uvicorn.Server):
@@ -77,6 +80,7 @@ class Listener:
             proxy_headers=False,
             access_log=False,
             log_config=None,
+            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=math.ceil(shutdown_timeout) + _FLUSH_SECONDS,
         )
         self._server = _Server(config)
