@@ -18,8 +18,8 @@ from peft_dist.core.errors import ConfigError
 
 # What an answer that was failed at the end of the grace period gets for reaching its client.
 _FLUSH_SECONDS = 5
-# Longer than clients (5 s) and proxies (60 s) keep a connection that nothing goes over: whoever asks on one again must not
-# find it closed while the request is on its way.
+# Longer than clients (5 s) and proxies (60 s) keep a connection that nothing goes over: whoever asks on one again must
+# not find it closed while the request is on its way.
 _KEEP_ALIVE_SECONDS = 75
 
 
