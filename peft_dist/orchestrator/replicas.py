@@ -12,6 +12,9 @@ from peft_dist.orchestrator.admission import token_limit
 from peft_dist.orchestrator.observation import ReplicaTotals, ReplicaView
 from peft_dist.orchestrator.records import Replica, ReplicaState
 
+# By then a cost model goes by what it has measured, and not by what it was begun with.
+_MEASURED_STEPS = 32
+
 
 class ReplicaTable:
     """Replicas by id. Epochs count over all replicas, so no two incarnations share one."""
@@ -113,6 +116,7 @@ class ReplicaTable:
         replica.capacity_tokens = report.model.num_blocks * report.model.block_size
         replica.ready_since = replica.last_heard = now
         replica.was_adopted, replica.is_survivor = replica.is_survivor, False
+        self._lend_costs()
 
     def take_in(self, replica: Replica, report: Progress) -> None:
         """Remember what a replica says of itself; details come less often than its stats."""
@@ -124,7 +128,19 @@ class ReplicaTable:
                 # Equal ones are one object, for whoever compares all of them for each request.
                 equal = next((r.costs for r in self._by_id.values() if r.costs == report.detail.costs), None)
                 replica.costs = equal or report.detail.costs
+            self._lend_costs()
             replica.on_host = frozenset(one.content_hash for one in report.detail.adapters if one.tier == "host")
+
+    def _lend_costs(self) -> None:
+        """Who has run few steps is taken to be like who has run most: what it says is a guess from its start, when
+        others may have had the machine. With one that is too high it would get no requests, and never learn better."""
+        ready = self.ready()
+        longest = max(ready, key=lambda one: one.detail.num_steps, default=None)
+        if longest is None or longest.costs is None or longest.detail.num_steps < _MEASURED_STEPS:
+            return
+        for replica in ready:
+            if replica.detail.num_steps < _MEASURED_STEPS:
+                replica.costs = longest.costs
 
     def mark_dead(self, replica: Replica, error: EngineDeadError) -> None:
         """Note that a replica is gone, and why."""

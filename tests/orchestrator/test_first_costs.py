@@ -1,0 +1,61 @@
+"""What a replica's work is taken to cost before it has done any."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+
+from peft_dist.core.messages import AddRequest, Progress, Ready, ReplicaDetail, ReplicaStats
+from peft_dist.core.sampling_params import SamplingParams
+from peft_dist.core.step_costs import StepCosts
+from peft_dist.orchestrator.client import NewRequest
+from peft_dist.orchestrator.core import Orchestrator, OrchestratorOptions
+from tests.worker.fake_replica import fake_model
+
+NAMES = itertools.count()
+USUAL = StepCosts()
+SLOW = StepCosts(step=tuple(50 * each for each in USUAL.step))
+
+
+def detail(core: Orchestrator, replica_id: int, steps: int, costs: StepCosts) -> None:
+    said = Progress(sequences=[], stats=ReplicaStats(), detail=ReplicaDetail(num_steps=steps, costs=costs))
+    core.observe(replica_id, core.replicas[replica_id].epoch, said, 1.0)
+
+
+def start(core: Orchestrator, replica_id: int, costs: StepCosts) -> None:
+    epoch = core.add_replica(replica_id, 0.0).epoch
+    core.observe(replica_id, epoch, Ready(model=fake_model(), pid=1, costs=costs), 0.0)
+
+
+def ask(core: Orchestrator, count: int) -> Counter[int]:
+    """How many requests each replica gets."""
+    found: Counter[int] = Counter()
+    for _ in range(count):
+        name = f"r{next(NAMES)}"
+        [out] = core.submit(NewRequest(name, [1, 2, 3], SamplingParams(max_tokens=8)), 0.0)
+        assert isinstance(out.command, AddRequest)
+        found[out.replica_id] += 1
+    return found
+
+
+def test_a_new_replica_gets_its_share_whatever_it_guessed_at_its_start() -> None:
+    """One that was started beside busy ones guessed so high that it got none of 200 requests, and so never measured."""
+    core = Orchestrator(OrchestratorOptions(64, 4096, seed=0))
+    start(core, 0, USUAL)
+    detail(core, 0, 1000, USUAL)
+    start(core, 1, SLOW)
+    assert ask(core, 40) == {0: 20, 1: 20}
+    detail(core, 1, 3, SLOW)
+    assert ask(core, 40) == {0: 20, 1: 20}
+    detail(core, 1, 100, SLOW)
+    assert ask(core, 40)[0] > 30, "what it has measured counts"
+
+
+def test_who_has_measured_first_is_believed_of_those_that_have_not() -> None:
+    core = Orchestrator(OrchestratorOptions(64, 4096, seed=0))
+    start(core, 0, SLOW)
+    start(core, 1, USUAL)
+    assert ask(core, 20)[0] < 2, "all have guessed"
+    detail(core, 1, 100, USUAL)
+    assert core.replicas[0].costs == USUAL
+    assert ask(core, 40)[0] >= 20
