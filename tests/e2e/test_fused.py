@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import pytest
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from peft_dist import LLM, SamplingParams
 from peft_dist.core.config import EngineConfig
+from peft_dist.core.outputs import RequestOutput
 from peft_dist.forward_context import ForwardContext
 from peft_dist.kernels import reference
 from peft_dist.kernels.lora_parts_beside import PartsBeside
@@ -25,6 +26,16 @@ from tests.tiny_models import FAMILIES
 
 torch.set_num_threads(1)
 FUSED = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "mixtral", "gpt_oss")
+
+
+def assert_pefts(outputs: Sequence[RequestOutput], names: Sequence[str | None], of: Known, recorder: Recorder) -> None:
+    """Tokens, without a tie, and logits."""
+    for output, prompt, name in zip(outputs, PROMPTS, names, strict=True):
+        adapter = None if name == "__base__" else name
+        answer = of.answer(prompt, adapter, NUM_TOKENS)
+        assert assert_identical(output.outputs[0].token_ids, answer, of.oracle, prompt, adapter) == 0
+        same = common_prefix(output.outputs[0].token_ids, answer.tokens)
+        assert_close_logits(recorder.logits[output.request_id], answer, min(same + 1, NUM_TOKENS))
 
 
 @pytest.mark.parametrize("merge", ["off", "shadow", "host"])
@@ -50,12 +61,7 @@ def test_tokens_and_logits_are_pefts(
         recorder = Recorder(llm)
         outputs = llm.generate(PROMPTS, greedy, names, use_tqdm=False)
         assert fused_of(served).modules["norms"] and (fused_of(served).joined or family == "phi3")
-    for output, prompt, name in zip(outputs, PROMPTS, names, strict=True):
-        adapter = None if name == "__base__" else name
-        answer = of.answer(prompt, adapter, NUM_TOKENS)
-        assert assert_identical(output.outputs[0].token_ids, answer, of.oracle, prompt, adapter) == 0
-        same = common_prefix(output.outputs[0].token_ids, answer.tokens)
-        assert_close_logits(recorder.logits[output.request_id], answer, min(same + 1, NUM_TOKENS))
+    assert_pefts(outputs, names, of, recorder)
 
 
 class Beside(PartsBeside):
@@ -89,12 +95,7 @@ def test_parts_that_norms_gates_and_rotations_add_are_pefts(
     with LLM(of.base, of.adapters, device="cpu", dtype="float32", **options) as llm:
         recorder = Recorder(llm)
         outputs = llm.generate(PROMPTS, greedy, NAMES, use_tqdm=False)
-    for output, prompt, name in zip(outputs, PROMPTS, NAMES, strict=True):
-        adapter = None if name == "__base__" else name
-        answer = of.answer(prompt, adapter, NUM_TOKENS)
-        assert assert_identical(output.outputs[0].token_ids, answer, of.oracle, prompt, adapter) == 0
-        same = common_prefix(output.outputs[0].token_ids, answer.tokens)
-        assert_close_logits(recorder.logits[output.request_id], answer, min(same + 1, NUM_TOKENS))
+    assert_pefts(outputs, NAMES, of, recorder)
     # q/k/v; gate and up; o, and down.
     layers = beside.groups[3]
     assert layers and beside.groups[2] == (0 if family == "mixtral" else layers)
