@@ -43,14 +43,15 @@ class FusedLayer(nn.Module):
         between, last = fusion.options["between"], fusion.options["next_norm"]
         x = inner["input_layernorm"](hidden_states)
         # Where the sum comes next, its kernel adds what the adapters' part of a projection is, too.
-        context.takes_part = between == "post_attention_layernorm" and _is_plain(inner["self_attn"])
+        sums_next = between == "post_attention_layernorm"
+        context.takes_part = sums_next and _is_plain(inner["self_attn"])
         x, _ = inner["self_attn"](hidden_states=x, **_OPTIONAL | kwargs)
         part = context.take_part(x)
         if between == "pre_feedforward_layernorm":
             x = inner["post_attention_layernorm"](x)
         total = add_and_norm(context, glue, x, hidden_states, inner[between], part)
         x = inner[between](total)
-        context.takes_part = between == "post_attention_layernorm" and _is_plain(inner["mlp"])
+        context.takes_part = sums_next and _is_plain(inner["mlp"])
         x = inner["mlp"](x)
         part = context.take_part(x)
         if between == "pre_feedforward_layernorm":

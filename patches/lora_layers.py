@@ -19,6 +19,7 @@ from peft_dist.forward_context import ForwardContext, current
 from peft_dist.kernels import lora as kernels
 from peft_dist.kernels.glue import Activation, Glue, implementation
 from peft_dist.kernels.lora_beside import ShrinkBeside
+from peft_dist.kernels.lora_parts_beside import PartsBeside
 from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
 from peft_dist.patches.rank_outputs import Combination
 from peft_dist.patches.siblings import find_siblings
@@ -203,18 +204,17 @@ def run_gated(
     weights = _weights_of(layers, context) if plans else []
     if weights.count(None) == len(weights):
         return multiply_few(_multiplied(layers, context), x, activation)
-    beside = context.parts_beside
-    apart = beside if beside is not None and len(plans) == 1 and beside.takes(x, weights, plans[0]) else None
-    if apart is None and not kernels.has_gate(x, weights, plans[-1]):
+    beside = _parts_beside(x, weights, plans, context)
+    if beside is None and not kernels.has_gate(x, weights, plans[-1]):
         return None
     for plan in plans:
         _check_rows(gate, x.numel() // x.shape[-1], plan)
     fused = _try_fused(layers, x, weights, plans, context, activation)
     if fused is not None:
         return fused
-    if apart is not None:
+    if beside is not None:
         below = _multiplied(layers, context)
-        wide, parts = apart.compute(x, weights, plans[0], lambda: call_as_made(below, x))
+        wide, parts = beside.compute(x, weights, plans[0], lambda: call_as_made(below, x))
         gate_rows, up_rows, *added = (t.reshape(-1, t.shape[-1]) for t in (*wide, *parts))
         glue = glue or implementation("triton")
         return glue.gated(gate_rows, up_rows, activation, added).view(wide[0].shape)
@@ -244,17 +244,26 @@ def run_apart(
     if len(siblings) != len(layers) or any(a is not b for a, b in zip(siblings, layers, strict=True)):
         return None
     plans = context.lora_plans(layers[0].is_output)
-    if len(plans) != 1 or any(map(_is_seen, layers)):
+    if any(map(_is_seen, layers)):
         return None
     weights = _weights_of(layers, context)
-    if not context.parts_beside.takes(x, weights, plans[0]):
+    beside = _parts_beside(x, weights, plans, context)
+    if beside is None:
         return None
     _check_rows(layers[0], x.numel() // x.shape[-1], plans[0])
     fused = _try_fused(layers, x, weights, plans, context)
     if fused is not None:
         return fused.split([layer.out_features for layer in layers], dim=-1), None
     below = _multiplied(layers, context)
-    return context.parts_beside.compute(x, weights, plans[0], lambda: call_as_made(below, x))
+    return beside.compute(x, weights, plans[0], lambda: call_as_made(below, x))
+
+
+def _parts_beside(
+    x: torch.Tensor, weights: Sequence[LoRALayerWeights | None], plans: Sequence[LoRAPlan], context: ForwardContext
+) -> PartsBeside | None:
+    """What computes the parts of layers that read x beside their products; None where parts are added at once."""
+    beside = context.parts_beside
+    return beside if beside is not None and len(plans) == 1 and beside.takes(x, weights, plans[0]) else None
 
 
 def run_before_sum(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
