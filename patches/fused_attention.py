@@ -14,7 +14,7 @@ from peft_dist.patches.attention import ATTENTION_NAME, changes_nothing
 from peft_dist.patches.forms import global_matches, method_matches
 from peft_dist.patches.fused_norm import match_norm
 from peft_dist.patches.fusion import fusion_of, has_hooks
-from peft_dist.patches.lora_layers import run_apart, run_before_sum
+from peft_dist.patches.lora_apart import run_apart, run_before_sum
 
 _MODELS = "transformers.models"
 ROTARY = {

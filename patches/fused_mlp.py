@@ -11,7 +11,7 @@ from transformers.activations import ACT2FN
 from peft_dist.kernels.glue import Activation
 from peft_dist.patches.forms import method_matches
 from peft_dist.patches.fusion import fusion_of, rows_of
-from peft_dist.patches.lora_layers import run_before_sum, run_gated
+from peft_dist.patches.lora_apart import run_before_sum, run_gated
 
 LLAMA = "transformers.models.llama.modeling_llama:LlamaMLP.forward"
 

@@ -17,13 +17,12 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_dist.forward_context import ForwardContext, current
 from peft_dist.kernels import lora as kernels
-from peft_dist.kernels.glue import Activation, Glue, implementation
 from peft_dist.kernels.lora_beside import ShrinkBeside
-from peft_dist.kernels.lora_parts_beside import PartsBeside
 from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
+from peft_dist.patches.lora_ways import inside, planned, tries_inside
 from peft_dist.patches.rank_outputs import Combination
 from peft_dist.patches.siblings import find_siblings
-from peft_dist.patches.together import call_as_made, call_together, multiply_few, plain_weight
+from peft_dist.patches.together import call_planned, call_together
 
 
 class SelectiveLinear(LoraLinear):
@@ -105,7 +104,7 @@ class SelectiveEmbedding(LoraEmbedding):
             return super().forward(x, *args, **kwargs)
         # PEFT's hooks pass names; they outlive a call that failed, and the context knows better.
         kwargs.pop("adapter_names", None)
-        [base_layer] = _multiplied([self], context)
+        [base_layer] = multiplied([self], context)
         y: torch.Tensor = base_layer(x, *args, **kwargs)
         plans = context.lora_plans(self.is_output)
         weights = context.lora_weights[self.lora_index] if plans and self.lora_index >= 0 else None
@@ -114,7 +113,7 @@ class SelectiveEmbedding(LoraEmbedding):
         ids = x.reshape(-1)
         out = y.reshape(-1, y.shape[-1])
         for plan in plans:
-            _check_rows(self, len(ids), plan)
+            check_rows(self, len(ids), plan)
             kernels.add_embedding_lora_(out, ids, weights, plan, self._embed_factor())
         return out.view(y.shape)
 
@@ -164,148 +163,35 @@ def _run(layers: Sequence[SelectiveLinear], x: torch.Tensor, context: ForwardCon
     # Only the head sees other rows than the rest, and nothing in it has siblings outside of it.
     plans = context.lora_plans(layers[0].is_output)
     if not plans:
-        return call_together(_multiplied(layers, context), x)
-    weights = _weights_of(layers, context)
+        return call_together(multiplied(layers, context), x)
+    weights = weights_of(layers, context)
     if weights.count(None) == len(weights):
-        return call_together(_multiplied(layers, context), x)
+        return call_together(multiplied(layers, context), x)
     for plan in plans:
-        _check_rows(layers[0], x.numel() // x.shape[-1], plan)
-    fused = _try_fused(layers, x, weights, plans, context)
+        check_rows(layers[0], x.numel() // x.shape[-1], plan)
+    below = multiplied(layers, context)
+    fused = inside(below, x, weights, plans, context) if tries_inside(planned(x, weights, plans, context)) else None
     if fused is not None:
         return fused.split([layer.out_features for layer in layers], dim=-1)
     begun = kernels.begin_lora(x, weights, plans[0])
-    outputs = call_as_made(_multiplied(layers, context), x)
-    _add(outputs, x, weights, plans, begun)
+    outputs = call_planned(below, x, with_adapters=True)
+    add_parts(outputs, x, weights, plans, begun)
     return outputs
 
 
-def run_gated(
-    gate: nn.Module, up: nn.Module, x: torch.Tensor, activation: Activation, glue: Glue | None = None
-) -> torch.Tensor | None:
-    """``activation(gate(x)) * up(x)`` with the adapters' parts added in the pass that the activation takes, or all of
-    it in one launch.
-
-    None, with nothing computed, where neither is to be had: without kernels of Triton, for many rows without adapters,
-    and for modules that are no siblings, or whose outputs somebody else sees.
-
-    Args:
-        activation: "silu" or "gelu_tanh".
-        glue: For an activation that is a pass of its own; None: Triton's.
-    """
-    context = current()
-    if context is None:
-        return None
-    if type(gate) is not SelectiveLinear or type(up) is not SelectiveLinear:
-        return multiply_few([gate, up], x, activation)
-    layers = gate.siblings
-    if len(layers) != 2 or layers[0] is not gate or layers[1] is not up or any(map(_is_seen, layers)):
-        return None
-    plans = context.lora_plans(gate.is_output)
-    weights = _weights_of(layers, context) if plans else []
-    if weights.count(None) == len(weights):
-        return multiply_few(_multiplied(layers, context), x, activation)
-    beside = _parts_beside(x, weights, plans, context)
-    if beside is None and not kernels.has_gate(x, weights, plans[-1]):
-        return None
-    for plan in plans:
-        _check_rows(gate, x.numel() // x.shape[-1], plan)
-    fused = _try_fused(layers, x, weights, plans, context, activation)
-    if fused is not None:
-        return fused
-    if beside is not None:
-        below = _multiplied(layers, context)
-        wide, parts = beside.compute(x, weights, plans[0], lambda: call_as_made(below, x))
-        gate_rows, up_rows, *added = (t.reshape(-1, t.shape[-1]) for t in (*wide, *parts))
-        glue = glue or implementation("triton")
-        return glue.gated(gate_rows, up_rows, activation, added).view(wide[0].shape)
-    begun = kernels.begin_lora(x, weights, plans[0])
-    outputs = call_as_made(_multiplied(layers, context), x)
-    if len(plans) > 1:
-        _add(outputs, x, weights, plans[:-1], begun)
-        begun = None
-    return kernels.lora_gate(outputs[0], outputs[1], x, weights, plans[-1], activation, begun)
-
-
-def run_apart(
-    modules: Sequence[nn.Module], x: torch.Tensor
-) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor] | None] | None:
-    """Outputs of modules that read x, and the adapters' parts for the caller to add: None where the outputs have them.
-
-    None, with nothing computed, where the pass adds parts at once (``PartsBeside``), and for modules that are no
-    siblings, or whose outputs somebody else sees.
-    """
-    context = current()
-    if context is None or context.parts_beside is None:
-        return None
-    if any(type(module) is not SelectiveLinear for module in modules):
-        return None
-    layers = cast(Sequence[SelectiveLinear], modules)
-    siblings = layers[0].siblings or tuple(layers)
-    if len(siblings) != len(layers) or any(a is not b for a, b in zip(siblings, layers, strict=True)):
-        return None
-    plans = context.lora_plans(layers[0].is_output)
-    if any(map(_is_seen, layers)):
-        return None
-    weights = _weights_of(layers, context)
-    beside = _parts_beside(x, weights, plans, context)
-    if beside is None:
-        return None
-    _check_rows(layers[0], x.numel() // x.shape[-1], plans[0])
-    fused = _try_fused(layers, x, weights, plans, context)
-    if fused is not None:
-        return fused.split([layer.out_features for layer in layers], dim=-1), None
-    below = _multiplied(layers, context)
-    return beside.compute(x, weights, plans[0], lambda: call_as_made(below, x))
-
-
-def _parts_beside(
-    x: torch.Tensor, weights: Sequence[LoRALayerWeights | None], plans: Sequence[LoRAPlan], context: ForwardContext
-) -> PartsBeside | None:
-    """What computes the parts of layers that read x beside their products; None where parts are added at once."""
-    beside = context.parts_beside
-    return beside if beside is not None and len(plans) == 1 and beside.takes(x, weights, plans[0]) else None
-
-
-def run_before_sum(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """A module's output, of which the adapters' part is handed to a caller that takes it (``takes_part``)."""
-    context = current()
-    found = run_apart([module], x) if context is not None and context.takes_part else None
-    if context is None or found is None:
-        return call_together([module], x)[0]
-    outputs, parts = found
-    if parts is not None:
-        context.hand_part(outputs[0], parts[0])
-    return outputs[0]
-
-
-def _try_fused(
-    layers: Sequence[SelectiveLinear],
-    x: torch.Tensor,
-    weights: Sequence[LoRALayerWeights | None],
-    plans: Sequence[LoRAPlan],
-    context: ForwardContext,
-    activation: Activation | None = None,
-) -> torch.Tensor | None:
-    """The layers with their adapters in one launch, where the pass has few rows (``FewRows.add_lora``)."""
-    if context.few_rows is None or len(plans) > 1 or not plans[0].fuses:
-        return None
-    weight = plain_weight(_multiplied(layers, context), context)
-    return None if weight is None else context.few_rows.add_lora(x, weight, weights, plans[0], activation)
-
-
-def _is_seen(layer: SelectiveLinear) -> bool:
+def is_seen(layer: SelectiveLinear) -> bool:
     """Whether the layer's own output has to be there, not only what becomes of it."""
     return (
         layer.combination is not None or bool(layer._forward_hooks) or "forward" in layer.__dict__ or _has_hooks(layer)
     )
 
 
-def _weights_of(layers: Sequence[SelectiveLinear], context: ForwardContext) -> list[LoRALayerWeights | None]:
+def weights_of(layers: Sequence[SelectiveLinear], context: ForwardContext) -> list[LoRALayerWeights | None]:
     resident = context.lora_weights
     return [resident[layer.lora_index] if layer.lora_index >= 0 else None for layer in layers]
 
 
-def _add(
+def add_parts(
     outputs: Sequence[torch.Tensor],
     x: torch.Tensor,
     weights: Sequence[LoRALayerWeights | None],
@@ -319,7 +205,7 @@ def _add(
         kernels.add_lora_group_(outputs, x, weights, plan)
 
 
-def _multiplied(layers: Sequence[SelectiveLayer], context: ForwardContext) -> list[nn.Module]:
+def multiplied(layers: Sequence[SelectiveLayer], context: ForwardContext) -> list[nn.Module]:
     """The modules that a pass runs below these layers: the base layers, or their twins with merged weights."""
     # Past nn.Module.__getattr__, which costs more than the rest of this function.
     modules = [cast(nn.Module, layer._modules["base_layer"]) for layer in layers]
@@ -329,7 +215,7 @@ def _multiplied(layers: Sequence[SelectiveLayer], context: ForwardContext) -> li
     return [twins.get(module, module) for module in modules]
 
 
-def _check_rows(layer: SelectiveLayer, rows: int, plan: LoRAPlan) -> None:
+def check_rows(layer: SelectiveLayer, rows: int, plan: LoRAPlan) -> None:
     if rows != plan.num_rows:
         raise RuntimeError(
             f"{type(layer).__name__} {layer.lora_index} ({layer.in_features} to {layer.out_features}) got {rows} rows, "

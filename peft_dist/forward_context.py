@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from peft_dist.kernels.few_rows import FewRows
     from peft_dist.kernels.lora_parts_beside import PartsBeside
+    from peft_dist.kernels.products import Products
     from peft_dist.kernels.types import AttentionMetadata, KVCache, LoRALayerWeights, LoRAPlan
     from peft_dist.patches.merged_layers import MergedLayers
 
@@ -44,6 +45,7 @@ class ForwardContext:
         few_rows: For products of few rows, where it knows a faster way; None leaves them to torch.
         parts_beside: Computes adapters' parts beside the products, for kernels that add them later; None: they are
             added at once.
+        products: Which way a product takes, where that is known; None: as is usual.
         takes_part: Whoever gets the next layer's output adds a part to it: the layer may ``hand_part`` it.
         shared: Outputs that ``shared_output`` computed and nobody has taken yet.
     """
@@ -60,6 +62,7 @@ class ForwardContext:
     windowed: Collection[int] = ()
     few_rows: FewRows | None = None
     parts_beside: PartsBeside | None = None
+    products: Products | None = None
     takes_part: bool = False
     shared: dict[object, tuple[torch.Tensor, list[torch.Tensor | None]]] = field(default_factory=dict)
     _handed: tuple[torch.Tensor, torch.Tensor] | None = None

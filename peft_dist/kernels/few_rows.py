@@ -35,6 +35,18 @@ class FewRows:
             weight: ``[out_features, in_features]``.
             activation: Of the weight's two halves, ``activation(first) * second`` is wanted.
         """
+        launch = self._launch_of(x, weight, activation)
+        if launch is None:
+            return None
+        from peft_dist.kernels import lora_fused
+
+        return lora_fused.plain_linear(x, weight, self._workspace, launch=launch, activation=activation)
+
+    def takes(self, x: torch.Tensor, weight: torch.Tensor, activation: Activation | None = None) -> bool:
+        """Whether ``multiply`` computes these."""
+        return self._launch_of(x, weight, activation) is not None
+
+    def _launch_of(self, x: torch.Tensor, weight: torch.Tensor, activation: Activation | None) -> FusedPlan | None:
         outputs, inputs = weight.shape
         widths = [outputs] if activation is None else [outputs // 2] * 2
         launch = self._choose(x.numel() // inputs, inputs, widths, gated=activation is not None, has_adapters=False)
@@ -42,9 +54,7 @@ class FewRows:
             return None
         from peft_dist.kernels import lora_fused
 
-        if not lora_fused.can_multiply(x, weight, widths, launch):
-            return None
-        return lora_fused.plain_linear(x, weight, self._workspace, launch=launch, activation=activation)
+        return launch if lora_fused.can_multiply(x, weight, widths, launch) else None
 
     def add_lora(
         self,
@@ -65,8 +75,7 @@ class FewRows:
             return None
         widths = [w.B.shape[1] for w in resident]
         rows, inputs = plan.num_rows, weight.shape[1]
-        gated = None if activation is None else self._choose(rows, inputs, widths, gated=True, has_adapters=True)
-        launch = gated or self._choose(rows, inputs, widths, gated=False, has_adapters=True)
+        gated, launch = self._launches(rows, inputs, widths, activation)
         if launch is None:
             return None
         from peft_dist.kernels import lora_fused
@@ -79,3 +88,16 @@ class FewRows:
             return y
         gate, up = y.view(rows, -1).split(widths, dim=1)
         return glue.implementation("triton").gated(gate, up, activation).view(*x.shape[:-1], -1)
+
+    def adds(self, rows: int, in_features: int, widths: Sequence[int], activation: Activation | None = None) -> bool:
+        """Whether ``add_lora`` knows how to launch layers of these sizes."""
+        return self._launches(rows, in_features, widths, activation)[1] is not None
+
+    def _launches(
+        self, rows: int, in_features: int, widths: Sequence[int], activation: Activation | None
+    ) -> tuple[FusedPlan | None, FusedPlan | None]:
+        """(with the activation in the same launch, the one to take)."""
+        gated = None
+        if activation is not None:
+            gated = self._choose(rows, in_features, widths, gated=True, has_adapters=True)
+        return gated, gated or self._choose(rows, in_features, widths, gated=False, has_adapters=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from itertools import pairwise
 
 import numpy as np
 import torch
 
+from peft_dist.kernels.graph_timing import graph_milliseconds
 from peft_dist.kernels.lora_gate_triton import lora_expand_gate
 from peft_dist.kernels.lora_group import make_tiles
 from peft_dist.kernels.lora_plans import GroupPlan, GroupShape
@@ -145,23 +145,3 @@ def _plan_of(tiles: LoRATiles, num_rows: int, pool: LoRAPool) -> LoRAPlan:
     starts = np.array([0, num_rows], np.int32)
     layers = pool.addressed_weights if tiles.tile_rows == 16 else ()
     return LoRAPlan(np.zeros(1, np.int32), starts, backend="triton", tiles=tiles, layers=layers)
-
-
-def graph_milliseconds(run: Callable[[], None], rounds: int = 10) -> float:
-    """Median time of replaying what ``run`` queues, in a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    graph.replay()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(rounds + 1)]
-    for mark in marks:
-        mark.record()
-        if mark is not marks[-1]:
-            graph.replay()
-    torch.cuda.synchronize()
-    return float(np.median([a.elapsed_time(b) for a, b in pairwise(marks)]))

@@ -28,8 +28,8 @@ class PartsBeside:
     """The parts of layers that read one x, in captured steps.
 
     Args:
-        most_rows: Of the steps that it takes.
-        spared: Multiprocessors that the products leave alone.
+        most_rows: Of the steps that it takes where nothing was measured (``Products``).
+        spared: Multiprocessors that the products leave alone there.
     """
 
     def __init__(self, device: torch.device | str, most_rows: int = MOST_ROWS, spared: int = SPARED) -> None:
@@ -38,8 +38,12 @@ class PartsBeside:
         self._most_rows, self._spared = most_rows, spared
 
     def takes(self, x: torch.Tensor, weights: Sequence[LoRALayerWeights | None], plan: LoRAPlan) -> bool:
-        """Whether ``compute`` takes layers that read x: few enough rows, every layer adapted, in one launch each."""
-        if plan.num_rows > self._most_rows or plan.backend != "triton" or None in weights:
+        """Whether ``compute`` is to take layers that read x, where nothing was measured: ``fits``, and few rows."""
+        return plan.num_rows <= self._most_rows and self.fits(x, weights, plan)
+
+    def fits(self, x: torch.Tensor, weights: Sequence[LoRALayerWeights | None], plan: LoRAPlan) -> bool:
+        """Whether ``compute`` can take layers that read x: every one adapted, in one launch each."""
+        if plan.backend != "triton" or None in weights:
             return False
         from peft_dist.kernels import lora_triton
 
@@ -47,13 +51,19 @@ class PartsBeside:
         return (plan.tiles is None or plan.tiles.has_base) and lora_triton.is_one_launch(x, resident)
 
     def compute(
-        self, x: torch.Tensor, weights: Sequence[LoRALayerWeights | None], plan: LoRAPlan, multiply: Multiply
+        self,
+        x: torch.Tensor,
+        weights: Sequence[LoRALayerWeights | None],
+        plan: LoRAPlan,
+        multiply: Multiply,
+        spared: int | None = None,
     ) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
         """(outputs without the parts, parts): each ``[..., out_features]`` of a layer, in x's dtype.
 
         Args:
-            x: ``[..., in_features]``, R rows, for which ``takes`` holds.
+            x: ``[..., in_features]``, R rows, for which ``fits`` holds.
             multiply: Computes the outputs.
+            spared: As measured for this size; None: as for all.
 
         The parts are columns of one tensor; 0 in rows of the base, anything in rows of no tile (padding).
         """
@@ -67,7 +77,7 @@ class PartsBeside:
             return multiply(), parts
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
-        with spare_multiprocessors(self._spared):
+        with spare_multiprocessors(self._spared if spared is None else spared):
             outputs = multiply()
         with torch.cuda.stream(self._stream):
             lora_triton.lora_shrink_group(x, weights, plan)

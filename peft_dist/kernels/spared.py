@@ -13,11 +13,11 @@ import torch
 def spare_multiprocessors(count: int) -> Iterator[None]:
     """While entered, cuBLASLt plans torch's products for so many multiprocessors less than the device has.
 
-    For the whole process, so only where one thread multiplies. Without torch's switch for it (it is experimental)
-    products are planned as ever.
+    For the whole process, so only where one thread multiplies. Without torch's switch for it (it is experimental), and
+    without a GPU, products are planned as ever.
     """
     set_spared = getattr(torch._C, "_set_sm_carveout_experimental", None)
-    if set_spared is None or not count:
+    if set_spared is None or not count or not torch.cuda.is_available():
         yield
         return
     library = torch.backends.cuda.preferred_blas_library()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 import torch
 
@@ -10,9 +11,14 @@ from peft_dist.core.config import EngineConfig
 from peft_dist.kernels import attention_backends
 from peft_dist.kernels.backend import has_triton
 from peft_dist.kernels.capture import CudaCapture
+from peft_dist.kernels.cpu_build import cache_dir
 from peft_dist.kernels.few_rows import FewRows
+from peft_dist.kernels.graph_timing import graph_milliseconds
 from peft_dist.kernels.lora_fused_plans import chooser_for
 from peft_dist.kernels.lora_parts_beside import PartsBeside
+from peft_dist.kernels.lora_plans import table_name
+from peft_dist.kernels.product_plans import ProductPlans
+from peft_dist.kernels.products import Products
 from peft_dist.runner.model_runner import ModelRunner
 from peft_dist.runner.step_graphs import MOST_MIXED_TOKENS, StepGraphs, decode_sizes, mixed_sizes
 
@@ -22,6 +28,8 @@ logger = logging.getLogger(__name__)
 # all-reduces, each of which NCCL keeps more for.
 _BYTES_PER_LAYER, _BYTES_PER_SPLIT_LAYER = 200 << 10, 800 << 10
 _KINDS_OF_DECODES, _KINDS_OF_MIXED = 4, 2
+# Replays of a product's way.
+_ROUNDS = 3
 
 
 def are_captured(config: EngineConfig, device: torch.device, attention_backend: str) -> bool:
@@ -52,6 +60,7 @@ def graph_bytes(config: EngineConfig, vocab_size: int, num_layers: int, activati
 
 def make_graphs(config: EngineConfig, runner: ModelRunner, max_model_len: int) -> StepGraphs:
     """Nothing is captured yet."""
+    few_rows, parts_beside = make_few_rows(config, runner.device), make_parts_beside(runner.device)
     return StepGraphs(
         runner.model,
         runner.kv,
@@ -64,8 +73,9 @@ def make_graphs(config: EngineConfig, runner: ModelRunner, max_model_len: int) -
         attention_backend=runner.attention_backend,
         lora_backend=runner.lora_backend,
         capture=CudaCapture(runner.device),
-        few_rows=make_few_rows(config, runner.device),
-        parts_beside=make_parts_beside(runner.device),
+        few_rows=few_rows,
+        parts_beside=parts_beside,
+        products=make_products(runner.device, few_rows, parts_beside),
     )
 
 
@@ -79,6 +89,16 @@ def make_few_rows(config: EngineConfig, device: torch.device) -> FewRows | None:
     if not _is_measured(device) or config.tensor_parallel_size > 1:
         return None
     return FewRows(device, chooser_for(torch.cuda.get_device_name(device)))
+
+
+def make_products(device: torch.device, few_rows: FewRows | None, parts_beside: PartsBeside | None) -> Products | None:
+    """Products are measured on the cards whose ways these are; what was found is kept in the user's cache."""
+    if not _is_measured(device):
+        return None
+    name = torch.cuda.get_device_name(device)
+    about = {"device": name, "torch": torch.__version__, "cuda": torch.version.cuda}
+    plans = ProductPlans(cache_dir() / "products" / table_name(name), about)
+    return Products(plans, few_rows, parts_beside, partial(graph_milliseconds, rounds=_ROUNDS))
 
 
 def _is_measured(device: torch.device) -> bool:

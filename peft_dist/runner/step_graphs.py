@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from peft_dist.kernels.kv_pool import KVCachePool
 from peft_dist.kernels.lora_parts_beside import PartsBeside
 from peft_dist.kernels.lora_pool import LoRAPool
 from peft_dist.kernels.lora_tiles import LoRATiles
+from peft_dist.kernels.products import Products
 from peft_dist.kernels.types import AttentionMetadata, LoRAPlan
 from peft_dist.patches.merged_layers import MergedLayers
 from peft_dist.runner.drawn_tokens import DrawnTokens
@@ -32,7 +34,9 @@ from peft_dist.runner.swapped_models import SwappedModels
 
 logger = logging.getLogger(__name__)
 
-MOST_MIXED_TOKENS = 1024
+MOST_MIXED_TOKENS = 2048
+# Beyond these, sizes are twice as far apart.
+_FINE_TOKENS = 1024
 _FEW_ROWS = 16
 
 
@@ -85,7 +89,8 @@ def mixed_sizes(max_num_seqs: int, max_num_batched_tokens: int) -> list[tuple[in
     """
     most = min(max_num_batched_tokens, MOST_MIXED_TOKENS)
     rows = sorted({min(_FEW_ROWS, max_num_seqs), max_num_seqs})
-    return [(tokens, few) for tokens in sorted({*range(64, most + 1, 64), most}) for few in rows if tokens != few]
+    sizes = {*range(64, min(most, _FINE_TOKENS) + 1, 64), *range(_FINE_TOKENS, most + 1, 128), most}
+    return [(tokens, few) for tokens in sorted(sizes) for few in rows if tokens != few]
 
 
 class StepGraphs:
@@ -98,6 +103,7 @@ class StepGraphs:
         capture: ``CudaCapture``, or a stand-in for tests.
         few_rows: For the products of decode steps; None leaves them to torch.
         parts_beside: For adapters' parts; None adds them behind each product.
+        products: Which way products take, measured by ``capture``; None: as is usual.
     """
 
     def __init__(
@@ -116,6 +122,7 @@ class StepGraphs:
         capture: Capture,
         few_rows: FewRows | None = None,
         parts_beside: PartsBeside | None = None,
+        products: Products | None = None,
     ) -> None:
         slots = pool.num_slots or max_num_seqs
         self._decodes = [StepShape(rows, rows, max_blocks, slots) for rows in decode_sizes(max_num_seqs)]
@@ -124,7 +131,7 @@ class StepGraphs:
         self._model, self._kv, self._pool, self._drawn, self._merge = model, kv, pool, drawn, merge
         self._backends = attention_backend, lora_backend
         self._capture = capture
-        self._few_rows, self._parts_beside = few_rows, parts_beside
+        self._few_rows, self._parts_beside, self._products = few_rows, parts_beside, products
         num_bytes = max(StepBuffer.num_bytes(shape) for shape in self._decodes + self._mixed)
         self._memory = torch.zeros(num_bytes, dtype=torch.uint8, device=model.device)
         self._inputs = StepInputs(num_bytes, max_blocks, kv.block_size, model.device)
@@ -187,8 +194,9 @@ class StepGraphs:
         wanted += [(shape, *kind) for shape in reversed(self._decodes) for kind in kinds + merged_kinds]
         # A bar in a terminal alone: in a worker's log its lines would be noise.
         bar = tqdm(wanted, desc="CUDA graphs", unit="graph", disable=None if progress else True)
-        for shape, added, corrected, merged in bar:
-            self._step(self._variant(shape, added, corrected, merged, shape.decodes and added), merged)
+        with self._products.measuring() if self._products is not None else nullcontext():
+            for shape, added, corrected, merged in bar:
+                self._step(self._variant(shape, added, corrected, merged, shape.decodes and added), merged)
 
     def _variant(
         self, shape: StepShape, lora: bool, corrected: bool, merged: MergedLayers | None, fuses: bool
@@ -250,6 +258,7 @@ class StepGraphs:
             lora_weights=self._pool.addressed_weights if variant.lora else (),
             few_rows=self._few_rows if variant.shape.decodes else None,
             parts_beside=self._parts_beside,
+            products=self._products,
             merged=merged,
             lora_correction=correction,
             lora_logits_correction=of_logits[1],

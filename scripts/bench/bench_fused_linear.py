@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.report import write_result
 from peft_dist.kernels import glue, reference
-from peft_dist.kernels.lora_bench import graph_milliseconds
+from peft_dist.kernels.graph_timing import graph_milliseconds
 from peft_dist.kernels.lora_fused import fused_linear, plain_linear
 from peft_dist.kernels.lora_fused_plans import FusedPlan
 from peft_dist.kernels.lora_gate_triton import lora_expand_gate

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.report import write_result
 from peft_dist.kernels import reference
-from peft_dist.kernels.lora_bench import graph_milliseconds
+from peft_dist.kernels.graph_timing import graph_milliseconds
 from peft_dist.kernels.lora_plans import GroupPlan, GroupShape, default_plan, plan_for, tile_count
 from peft_dist.kernels.lora_pool import LoRAPool
 from peft_dist.kernels.lora_tiles import LoRATiles, choose_tile_rows, max_tiles, write_tiles

@@ -119,7 +119,7 @@ def _pair(x: Any, down: Any, up: Any) -> Any:
 
 def _captured(work: Callable[[], Any], reps: int) -> float:
     """Microseconds in a CUDA graph of some calls."""
-    from peft_dist.kernels.lora_bench import graph_milliseconds
+    from peft_dist.kernels.graph_timing import graph_milliseconds
 
     def some() -> None:
         for _ in range(_TOGETHER):

@@ -71,7 +71,7 @@ class Beside(PartsBeside):
         super().__init__("cpu")
         self.groups: Counter[int] = Counter()
 
-    def takes(self, x, weights, plan):  # type: ignore[no-untyped-def]
+    def fits(self, x, weights, plan):  # type: ignore[no-untyped-def]
         return None not in weights
 
     def compute(self, x, weights, plan, multiply):  # type: ignore[no-untyped-def]

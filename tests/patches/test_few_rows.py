@@ -13,7 +13,8 @@ from torch import nn
 from peft_dist.forward_context import ForwardContext
 from peft_dist.kernels.few_rows import FewRows
 from peft_dist.patches.joined_linear import join_linears, joint_of
-from peft_dist.patches.lora_layers import SelectiveLinear, join_siblings, run_gated
+from peft_dist.patches.lora_apart import run_gated
+from peft_dist.patches.lora_layers import SelectiveLinear, join_siblings
 from peft_dist.patches.merged_layers import MergedLayers, twin_of
 from peft_dist.patches.together import call_together
 from tests import triton_interpreter

@@ -14,7 +14,8 @@ from peft_dist.kernels import reference
 from peft_dist.kernels.lora_group import make_tiles
 from peft_dist.kernels.types import LoRAPlan
 from peft_dist.patches import lora_layers
-from peft_dist.patches.lora_layers import SelectiveLinear, join_siblings, run_gated
+from peft_dist.patches.lora_apart import run_gated
+from peft_dist.patches.lora_layers import SelectiveLinear, join_siblings
 from tests import triton_interpreter
 from tests.kernels.lora_cases import DEVICES, layers_of, plan_of_rows, random_rows
 

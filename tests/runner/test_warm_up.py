@@ -19,6 +19,7 @@ from peft_dist.kernels.lora_plans import GroupShape, default_plan, tile_count
 from peft_dist.kernels.lora_tiles import TILE_ROWS
 from peft_dist.patches import fuse
 from peft_dist.runner import replica as replicas
+from peft_dist.runner import warm_up
 from peft_dist.runner.model_runner import ModelRunner
 from peft_dist.runner.step_graphs import MOST_MIXED_TOKENS
 from peft_dist.runner.warm_up import KernelWarmUp, rehearsals
@@ -90,9 +91,10 @@ def any_batch(runner: ModelRunner, random: np.random.Generator, least: int, mino
 
 @pytest.mark.parametrize(("captured", "minority"), [(True, False), (True, True), (False, True)])
 def test_no_batch_launches_what_the_rehearsals_did_not(
-    captured: bool, minority: bool, noted: tuple[LLM, list[Key]]
+    captured: bool, minority: bool, noted: tuple[LLM, list[Key]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """``captured``: batches of up to MOST_MIXED_TOKENS are not run, and attention's kernels had their graphs."""
+    monkeypatch.setattr(warm_up, "MOST_MIXED_TOKENS", 1024)
     llm, seen = noted
     runner = llm._open.runner
     kernels = KernelWarmUp(runner, replace(llm._open.config, merged_minority=minority), LONGEST)
@@ -108,7 +110,7 @@ def test_no_batch_launches_what_the_rehearsals_did_not(
     random = np.random.default_rng(3)
     for _ in range(60):
         seen.clear()
-        any_batch(runner, random, MOST_MIXED_TOKENS + 1 if captured else 1, minority)
+        any_batch(runner, random, 1025 if captured else 1, minority)
         launched = {key for key in seen if "lora" in key.kernel or not captured}
         assert {key for key in launched if "lora" in key.kernel}
         assert launched <= known, Counter(key.kernel for key in launched - known)

@@ -1,0 +1,139 @@
+"""How products of captured steps are computed, measured once for each size on this very device and kept on disk.
+
+A library chooses a product's kernel by rules of thumb, which fail at single sizes (on an H100 448 rows by gate and up
+of an 8B Llama took 291 µs, 512 rows 162), and chooses another one when it shall leave multiprocessors alone. Which of
+all that is fast is known by trying.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+logger = logging.getLogger(__name__)
+
+Way = Literal["library", "kernel", "beside", "behind", "inside"]
+WAYS: tuple[Way, ...] = ("library", "kernel", "beside", "behind", "inside")
+
+
+class ProductKey(NamedTuple):
+    """A size.
+
+    Attributes:
+        rows: Of the step.
+        in_features, out_features: Of the layers that read one input.
+        dtype: Of the activations.
+        gated: The layers' outputs are only used as ``activation(first) * second``.
+        few: Our kernel for few rows may be taken (``FewRows``).
+        slots: Adapters that may be on the device; 0: the layers have none.
+        max_rank: Room for their ranks.
+    """
+
+    rows: int
+    in_features: int
+    out_features: tuple[int, ...]
+    dtype: str
+    gated: bool
+    few: bool
+    slots: int = 0
+    max_rank: int = 0
+
+
+class ProductPlan(NamedTuple):
+    """Attributes:
+    way: Without adapters "library" (torch's) or "kernel" (``FewRows.multiply``). With them "beside" (``PartsBeside``),
+        "behind" the product, or "inside" of it (``FewRows.add_lora``).
+    spared: Multiprocessors that a library's product is planned without.
+    """
+
+    way: Way
+    spared: int = 0
+
+
+class ProductPlans:
+    """Plans by size, which measure what they lack while they are told to.
+
+    Args:
+        path: A file to keep them in; None: nowhere.
+        about: What they were measured on and with. A file of another thing is not read, and written over.
+    """
+
+    def __init__(self, path: Path | None = None, about: Mapping[str, Any] | None = None) -> None:
+        self._path, self._about = path, dict(about or {})
+        self._plans: dict[ProductKey, ProductPlan] = self._read()
+        # A pass that is captured asks what the one before it asked: nothing must be measured, or even tried, in it.
+        self._tried: set[ProductKey] = set()
+        self._measures = self._is_changed = False
+
+    def find(self, key: ProductKey, measure: Callable[[], ProductPlan | None]) -> ProductPlan | None:
+        """The plan of a size; None where it is not known and is not to be measured now, or cannot be."""
+        found = self._plans.get(key)
+        if found is None and self._measures and key not in self._tried:
+            self._tried.add(key)
+            found = measure()
+            if found is not None:
+                self._plans[key] = found
+                self._is_changed = True
+        return found
+
+    def known(self, key: ProductKey) -> ProductPlan | None:
+        """The plan of a size, as far as it is known."""
+        return self._plans.get(key)
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """While entered, what is asked for is measured; what is known then is on disk afterwards."""
+        self._measures = True
+        self._tried.clear()
+        try:
+            yield
+        finally:
+            self._measures = False
+            self._write()
+
+    def stop_measuring(self) -> None:
+        """What is not known by now stays so."""
+        self._measures = False
+
+    def _read(self) -> dict[ProductKey, ProductPlan]:
+        if self._path is None or not self._path.is_file():
+            return {}
+        try:
+            content = json.loads(self._path.read_text())
+            if content["about"] != self._about:
+                return {}
+            return dict(_plan_of(entry) for entry in content["plans"])
+        except (ValueError, TypeError, LookupError, OSError) as error:
+            logger.warning("plans of products in %s are measured anew: %s", self._path, error)
+            return {}
+
+    def _write(self) -> None:
+        """Other processes may do the same: each renames a file of its own into place, with what it finds there."""
+        if self._path is None or not self._is_changed:
+            return
+        plans = self._read() | self._plans
+        entries = ",\n  ".join(json.dumps({**key._asdict(), **plan._asdict()}) for key, plan in sorted(plans.items()))
+        text = f'{{"about": {json.dumps(self._about)},\n "plans": [\n  {entries}\n]}}\n'
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor, name = tempfile.mkstemp(dir=self._path.parent, suffix=".tmp")
+            with os.fdopen(descriptor, "w") as file:
+                file.write(text)
+            Path(name).replace(self._path)
+        except OSError as error:
+            logger.warning("plans of products are measured at every start: %s cannot be written: %s", self._path, error)
+        self._is_changed = False
+
+
+def _plan_of(entry: Mapping[str, Any]) -> tuple[ProductKey, ProductPlan]:
+    plan = ProductPlan(entry["way"], int(entry["spared"]))
+    if plan.way not in WAYS or plan.spared < 0:
+        raise ValueError(f"no plan: {entry}")
+    named = {name: entry[name] for name in ProductKey._fields}
+    return ProductKey(**{**named, "out_features": tuple(entry["out_features"])}), plan
