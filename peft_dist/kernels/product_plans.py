@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+
+from peft_dist.kernels.lora_plans import table_name
 
 logger = logging.getLogger(__name__)
 
@@ -62,11 +65,18 @@ class ProductPlans:
     Args:
         path: A file to keep them in; None: nowhere.
         about: What they were measured on and with. A file of another thing is not read, and written over.
+        shipped: A file that came with the program; None: there is none. Where it is about the same, what is in it is
+            known; about another version of the libraries, it is the best guess for what is not measured.
     """
 
-    def __init__(self, path: Path | None = None, about: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, path: Path | None = None, about: Mapping[str, Any] | None = None, shipped: Path | None = None
+    ) -> None:
         self._path, self._about = path, dict(about or {})
-        self._plans: dict[ProductKey, ProductPlan] = self._read()
+        of_others, guesses = _read(shipped)
+        same = of_others == self._about
+        self._guesses = {} if same else guesses
+        self._plans: dict[ProductKey, ProductPlan] = (guesses if same else {}) | self._own()
         # A pass that is captured asks what the one before it asked: nothing must be measured, or even tried, in it.
         self._tried: set[ProductKey] = set()
         self._measures = self._is_changed = False
@@ -86,6 +96,18 @@ class ProductPlans:
         """The plan of a size, as far as it is known."""
         return self._plans.get(key)
 
+    def guess(self, key: ProductKey) -> ProductPlan | None:
+        """That of a pool of another size, the nearest, or of other versions; None where nothing is like it."""
+        for plans in (self._plans, self._guesses):
+            alike = [
+                other
+                for other in plans
+                if _of_any_pool(other) == _of_any_pool(key) and bool(other.slots) == bool(key.slots)
+            ]
+            if alike:
+                return plans[min(alike, key=lambda other: abs(math.log(max(other.slots, 1) / max(key.slots, 1))))]
+        return None
+
     @contextmanager
     def measuring(self) -> Iterator[None]:
         """While entered, what is asked for is measured; what is known then is on disk afterwards."""
@@ -101,23 +123,15 @@ class ProductPlans:
         """What is not known by now stays so."""
         self._measures = False
 
-    def _read(self) -> dict[ProductKey, ProductPlan]:
-        if self._path is None or not self._path.is_file():
-            return {}
-        try:
-            content = json.loads(self._path.read_text())
-            if content["about"] != self._about:
-                return {}
-            return dict(_plan_of(entry) for entry in content["plans"])
-        except (ValueError, TypeError, LookupError, OSError) as error:
-            logger.warning("plans of products in %s are measured anew: %s", self._path, error)
-            return {}
+    def _own(self) -> dict[ProductKey, ProductPlan]:
+        about, plans = _read(self._path)
+        return plans if about == self._about else {}
 
     def _write(self) -> None:
         """Other processes may do the same: each renames a file of its own into place, with what it finds there."""
         if self._path is None or not self._is_changed:
             return
-        plans = self._read() | self._plans
+        plans = self._own() | self._plans
         entries = ",\n  ".join(json.dumps({**key._asdict(), **plan._asdict()}) for key, plan in sorted(plans.items()))
         text = f'{{"about": {json.dumps(self._about)},\n "plans": [\n  {entries}\n]}}\n'
         try:
@@ -129,6 +143,27 @@ class ProductPlans:
         except OSError as error:
             logger.warning("plans of products are measured at every start: %s cannot be written: %s", self._path, error)
         self._is_changed = False
+
+
+def shipped_plans(device_name: str) -> Path:
+    """Where those are that came with the program, of a card that has some."""
+    return Path(__file__).parent / "tuned" / f"products-{table_name(device_name)}"
+
+
+def _read(path: Path | None) -> tuple[dict[str, Any] | None, dict[ProductKey, ProductPlan]]:
+    """(what it is about, plans); None and nothing where there is no such file."""
+    if path is None or not path.is_file():
+        return None, {}
+    try:
+        content = json.loads(path.read_text())
+        return content["about"], dict(_plan_of(entry) for entry in content["plans"])
+    except (ValueError, TypeError, LookupError, OSError) as error:
+        logger.warning("plans of products in %s are left out: %s", path, error)
+        return None, {}
+
+
+def _of_any_pool(key: ProductKey) -> ProductKey:
+    return key._replace(slots=0, max_rank=0)
 
 
 def _plan_of(entry: Mapping[str, Any]) -> tuple[ProductKey, ProductPlan]:

@@ -100,7 +100,7 @@ class Products:
         found = self._find(key, measure)
         if found is None and not few:
             # An adapter that is not finite is never inside.
-            other = self._known(key._replace(few=True))
+            other = self._find(key._replace(few=True), lambda: None)
             found = other if other is not None and other.way != "inside" else None
         return found
 
@@ -113,7 +113,7 @@ class Products:
                 self._plans.stop_measuring()
                 return None
 
-        return self._known(key) or self._plans.find(key, tried)
+        return self._known(key) or self._plans.find(key, tried) or self._plans.guess(key)
 
     def _known(self, key: ProductKey) -> ProductPlan | None:
         """Also of a size beside it, which takes as many tiles of rows."""

@@ -17,7 +17,7 @@ from peft_dist.kernels.graph_timing import graph_milliseconds
 from peft_dist.kernels.lora_fused_plans import chooser_for
 from peft_dist.kernels.lora_parts_beside import PartsBeside
 from peft_dist.kernels.lora_plans import table_name
-from peft_dist.kernels.product_plans import ProductPlans
+from peft_dist.kernels.product_plans import ProductPlans, shipped_plans
 from peft_dist.kernels.products import Products
 from peft_dist.runner.model_runner import ModelRunner
 from peft_dist.runner.step_graphs import MOST_MIXED_TOKENS, StepGraphs, decode_sizes, mixed_sizes
@@ -97,7 +97,7 @@ def make_products(device: torch.device, few_rows: FewRows | None, parts_beside: 
         return None
     name = torch.cuda.get_device_name(device)
     about = {"device": name, "torch": torch.__version__, "cuda": torch.version.cuda}
-    plans = ProductPlans(cache_dir() / "products" / table_name(name), about)
+    plans = ProductPlans(cache_dir() / "products" / table_name(name), about, shipped_plans(name))
     return Products(plans, few_rows, parts_beside, partial(graph_milliseconds, rounds=_ROUNDS))
 
 

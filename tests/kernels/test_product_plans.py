@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from peft_dist.kernels.product_plans import ProductKey, ProductPlan, ProductPlans
+from peft_dist.kernels.product_plans import ProductKey, ProductPlan, ProductPlans, shipped_plans
 
 KEY = ProductKey(32, 64, (16, 16), "bfloat16", gated=True, few=False)
 ADAPTED = KEY._replace(slots=7, max_rank=64)
@@ -98,3 +98,38 @@ def test_a_folder_that_cannot_be_written_costs_nothing_but_time(
     with caplog.at_level(logging.WARNING, logger="peft_dist"):
         plans = measured(tmp_path / "file" / "card.json")
     assert "cannot be written" in caplog.text and plans.find(KEY, never) == ("library", 24)
+
+
+def test_those_that_came_with_the_program_are_known_where_they_are_about_the_same(tmp_path: Path) -> None:
+    shipped, own = tmp_path / "shipped.json", tmp_path / "own.json"
+    measured(shipped)
+    same = ProductPlans(own, ABOUT, shipped)
+    with same.measuring():
+        assert same.find(KEY, never) == ("library", 24)
+    other = ProductPlans(own, {**ABOUT, "torch": "3"}, shipped)
+    assert other.known(KEY) is None and other.guess(KEY) == ("library", 24)
+    with other.measuring():
+        assert other.find(KEY, lambda: ProductPlan("library", 8)) == ("library", 8)
+    assert other.guess(KEY) == ("library", 8)
+    assert ProductPlans(own, {**ABOUT, "torch": "3"}, shipped).known(KEY) == ("library", 8)
+
+
+def test_a_pool_of_another_size_takes_the_nearest(tmp_path: Path) -> None:
+    plans = ProductPlans()
+    with plans.measuring():
+        for slots in (4, 32, 128):
+            plans.find(ADAPTED._replace(slots=slots), lambda slots=slots: ProductPlan("beside", slots))  # type: ignore[misc]
+    assert plans.guess(ADAPTED._replace(slots=40, max_rank=16)) == ("beside", 32)
+    assert plans.guess(ADAPTED._replace(slots=1000)) == ("beside", 128)
+    assert plans.guess(ADAPTED._replace(rows=1)) is None and plans.guess(KEY) is None
+
+
+def test_what_is_shipped_can_be_read() -> None:
+    found = sorted(shipped_plans("").parent.glob("products-*.json"))
+    assert found
+    for path in found:
+        about = json.loads(path.read_text())["about"]
+        assert path == shipped_plans(about["device"])
+        plans = ProductPlans(None, about, path)
+        key = ProductKey(256, 4096, (4096,), "bfloat16", gated=False, few=False)
+        assert plans.known(key) is not None and plans.guess(key._replace(slots=16, max_rank=64)) is not None
