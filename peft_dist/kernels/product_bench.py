@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -18,6 +19,8 @@ from peft_dist.kernels.lora_tiles import LoRATiles, write_tiles
 from peft_dist.kernels.product_plans import ProductPlan
 from peft_dist.kernels.spared import spare_multiprocessors
 from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
+
+logger = logging.getLogger(__name__)
 
 # As one plan for all, and as what changes the choice of a kernel, to more than half of an H100's 132.
 SPARED = (0, 8, 16, 24, 32, 40, 52, 64, 76)
@@ -226,4 +229,5 @@ def _add_beside(
 
 def _best(times: dict[ProductPlan, float], usual: ProductPlan) -> ProductPlan:
     found = min(times, key=lambda plan: times[plan])
+    logger.debug("%s", {f"{plan.way} {plan.spared}": f"{ms * 1e3 / LAYERS:.1f} us" for plan, ms in times.items()})
     return found if times[found] < _BETTER * times[usual] else usual
