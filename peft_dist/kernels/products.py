@@ -41,7 +41,7 @@ class Products:
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """While entered, what is not known yet is measured; no other work may be on the device."""
+        """While entered, what is not known yet is measured; other work on the device makes the times wrong."""
         try:
             with self._plans.measuring():
                 yield

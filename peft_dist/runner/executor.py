@@ -22,6 +22,7 @@ from peft_dist.runner.kv_transfers import KVTransfers
 from peft_dist.runner.memory import noting_memory
 from peft_dist.runner.merged_ratio import host_limit
 from peft_dist.runner.model_runner import ModelRunner, PendingStep
+from peft_dist.runner.step_graphs import StepGraphs
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +140,17 @@ class TorchExecutor:
         except NotCapturableError as error:
             logger.warning("steps are not captured as CUDA graphs but run operator by operator: %s", error)
             self.runner.graphs = None
+
+    def capture_some(self) -> bool:
+        """A step that the registered adapters need; False: there is none left to capture. For when there is no work."""
+        graphs = self.runner.graphs
+        if graphs is None or not self.runner.store.registered or not graphs.lacks_steps:
+            return False
+        self._capture_next(graphs)
+        return True
+
+    def _capture_next(self, graphs: StepGraphs) -> None:
+        graphs.capture_next()
 
     def rehearse(self, lengths: Sequence[int], tile_rows: int, *, corrected: bool = False) -> None:
         """As ``ModelRunner.rehearse``."""

@@ -22,6 +22,7 @@ from peft_dist.runner.executor import Submitted, TorchExecutor
 from peft_dist.runner.model_runner import ModelRunner
 from peft_dist.runner.rank_group import RankGroup, leave_ranks
 from peft_dist.runner.rank_messages import RankChannel, RankMessage
+from peft_dist.runner.step_graphs import StepGraphs
 
 
 class _RankExecutor(TorchExecutor):
@@ -97,6 +98,11 @@ class LeadingExecutor(_RankExecutor):
     def capture(self, *, progress: bool = False) -> None:
         self._channel.tell(messages.Capture())
         super().capture(progress=progress)
+
+    def _capture_next(self, graphs: StepGraphs) -> None:
+        # All ranks have captured the same steps.
+        self._channel.tell(messages.CaptureNext())
+        super()._capture_next(graphs)
 
     def rehearse(self, lengths: Sequence[int], tile_rows: int, *, corrected: bool = False) -> None:
         self._channel.tell(messages.Rehearse(list(lengths), tile_rows, corrected))
@@ -202,6 +208,8 @@ class FollowingExecutor(_RankExecutor):
                 self.register(spec, allow_pickle=allow_pickle)
             case messages.Capture():
                 self.capture()
+            case messages.CaptureNext():
+                self.capture_some()
             case messages.Rehearse(lengths=lengths, tile_rows=tile_rows, corrected=corrected):
                 self.rehearse(lengths, tile_rows, corrected=corrected)
             case messages.PrepareMerge(spec=spec):

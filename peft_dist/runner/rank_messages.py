@@ -48,6 +48,10 @@ class Capture(msgspec.Struct, frozen=True, tag=True):
     """Capture the steps that registered adapters need."""
 
 
+class CaptureNext(msgspec.Struct, frozen=True, tag=True):
+    """Capture one more of those steps."""
+
+
 class Rehearse(msgspec.Struct, frozen=True, tag=True):
     """Run a batch that has kernels compiled."""
 
@@ -142,6 +146,7 @@ RankMessage = (
     | Forget
     | Register
     | Capture
+    | CaptureNext
     | Rehearse
     | PrepareMerge
     | StartLoad

@@ -158,8 +158,8 @@ class Replica:
         self.executor.transfers.transport = transport
 
     def warm_up_some(self) -> bool:
-        """A little of what compiles kernels that registered adapters need; False: nothing is left of that to do."""
-        return self.kernels.go_on()
+        """A little of what registered adapters need, kernels and then captured steps; False: nothing is left to do."""
+        return self.kernels.go_on() or self.executor.capture_some()
 
     def fileno(self) -> int:
         """A file descriptor that is readable when an adapter's load has ended and ``engine.step`` should be called."""

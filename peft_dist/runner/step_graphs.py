@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -103,7 +103,7 @@ class StepGraphs:
         capture: ``CudaCapture``, or a stand-in for tests.
         few_rows: For the products of decode steps; None leaves them to torch.
         parts_beside: For adapters' parts; None adds them behind each product.
-        products: Which way products take, measured by ``capture``; None: as is usual.
+        products: Which way products take, measured by ``capture`` and ``capture_next``; None: as is usual.
     """
 
     def __init__(
@@ -194,9 +194,30 @@ class StepGraphs:
         wanted += [(shape, *kind) for shape in reversed(self._decodes) for kind in kinds + merged_kinds]
         # A bar in a terminal alone: in a worker's log its lines would be noise.
         bar = tqdm(wanted, desc="CUDA graphs", unit="graph", disable=None if progress else True)
-        with self._products.measuring() if self._products is not None else nullcontext():
+        with self._measuring():
             for shape, added, corrected, merged in bar:
                 self._step(self._variant(shape, added, corrected, merged, shape.decodes and added), merged)
+
+    @property
+    def lacks_steps(self) -> bool:
+        """Whether there is anything for ``capture_next`` to do."""
+        return self._next_missing() is not None
+
+    def capture_next(self) -> None:
+        """Make one of the steps that adapters need unmerged, before it comes."""
+        variant = self._next_missing()
+        if variant is not None:
+            with self._measuring():
+                self._step(variant, None)
+
+    def _next_missing(self) -> Variant | None:
+        wanted = (
+            self._variant(shape, True, False, None, shape.decodes) for shape in reversed(self._mixed + self._decodes)
+        )
+        return next((variant for variant in wanted if variant not in self._steps), None)
+
+    def _measuring(self) -> AbstractContextManager[None]:
+        return self._products.measuring() if self._products is not None else nullcontext()
 
     def _variant(
         self, shape: StepShape, lora: bool, corrected: bool, merged: MergedLayers | None, fuses: bool

@@ -30,7 +30,7 @@ from tests import triton_interpreter
 from tests.e2e.test_exactness import NAMES, PROMPTS, make_adapters
 from tests.e2e.test_policies import AnyMode
 from tests.oracle import PeftOracle, Recorder, assert_close_logits, assert_identical, common_prefix
-from tests.tiny_models import make_model
+from tests.tiny_models import make_model, random_adapter
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py captures for real")
 NUM_TOKENS = 4
@@ -280,6 +280,34 @@ def test_no_captured_step_outlives_its_model(tmp_path: Path) -> None:
     # Without the collector's help: while the model is still held, as by a rank that is about to leave.
     assert executor.runner.graphs is not None and len(captured) == 2
     assert all(step() is None for step in captured)
+
+
+def test_steps_that_adapters_need_are_captured_when_there_is_no_work(tmp_path: Path) -> None:
+    """One at a time, and none is left for a request to wait for; again when adapters target further layers."""
+    model = make_model("llama", tmp_path / "base")
+    adapter = random_adapter(model, tmp_path / "a", 4, 8.0, ["q_proj"], seed=1)
+    options = {"num_blocks": 8, "max_num_seqs": 6, "max_num_batched_tokens": 24, "attention_backend": "triton"}
+    captured: list[Callable[[], None]] = []
+
+    def noted(run: Callable[[], None]) -> Callable[[], None]:
+        captured.append(run)
+        return run
+
+    with LLM(tmp_path / "base", device="cpu", dtype="float32", max_model_len=64, **options) as llm:
+        use_graphs(llm, noted)
+        replica = llm._open
+        graphs = replica.runner.graphs
+        assert graphs is not None and not replica.warm_up_some(), "nobody needs them"
+        llm.load_adapter(adapter, "a")
+        sizes = len(decode_sizes(6)) + len(mixed_sizes(6, 24))
+        for count in range(1, sizes + 1):
+            assert replica.warm_up_some() and len(captured) == count
+        assert not replica.warm_up_some() and len(captured) == sizes
+        variants = set(graphs._steps)
+        assert {variant.shape for variant in variants} == {*graphs._decodes, *graphs._mixed}
+        assert all(variant.lora and variant.merged is None for variant in variants)
+        llm.load_adapter(random_adapter(model, tmp_path / "b", 4, 8.0, ["o_proj"], seed=2), "b")
+        assert replica.warm_up_some() and len(captured) == sizes + 1
 
 
 def test_sizes_cover_every_batch_with_little_padding() -> None:
