@@ -26,6 +26,7 @@ from peft_dist.kernels.products import Products
 from peft_dist.patches import fuse
 from peft_dist.runner import replica
 from peft_dist.runner.step_graphs import StepGraphs, decode_sizes, mixed_sizes
+from peft_dist.runner.warm_up import KernelWarmUp
 from tests import triton_interpreter
 from tests.e2e.test_exactness import NAMES, PROMPTS, make_adapters
 from tests.e2e.test_policies import AnyMode
@@ -282,8 +283,11 @@ def test_no_captured_step_outlives_its_model(tmp_path: Path) -> None:
     assert all(step() is None for step in captured)
 
 
-def test_steps_that_adapters_need_are_captured_when_there_is_no_work(tmp_path: Path) -> None:
+def test_steps_that_adapters_need_are_captured_when_there_is_no_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One at a time, and none is left for a request to wait for; again when adapters target further layers."""
+    monkeypatch.setattr(KernelWarmUp, "begin", lambda self: None)
     model = make_model("llama", tmp_path / "base")
     adapter = random_adapter(model, tmp_path / "a", 4, 8.0, ["q_proj"], seed=1)
     options = {"num_blocks": 8, "max_num_seqs": 6, "max_num_batched_tokens": 24, "attention_backend": "triton"}

@@ -28,8 +28,8 @@ ROWS = np.array([0, 1, -1, 2, 3], np.int32)
 
 
 @pytest.fixture(autouse=True)
-def two_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(product_bench, "LAYERS", 2)
+def one_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product_bench, "LAYERS", 1)
     monkeypatch.setattr(product_bench, "_COLD_BYTES", 1 << 13)
 
 
