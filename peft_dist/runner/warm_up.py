@@ -109,7 +109,7 @@ class KernelWarmUp:
 
     def begin(self) -> None:
         """Other layers have adapters from now on: start over."""
-        if self._is_of_use:
+        if self.is_of_use:
             captured = self._runner.graphs is not None
             self._todo = deque(rehearsals(self._config, self._max_model_len, captured=captured))
 
@@ -131,7 +131,8 @@ class KernelWarmUp:
                 bar.update()
 
     @property
-    def _is_of_use(self) -> bool:
+    def is_of_use(self) -> bool:
+        """Whether this replica has kernels of Triton for adapters, and runs batches that use them."""
         runner, config = self._runner, self._config
         if runner.lora_backend != "triton" or config.exec_type != "dlora" or config.policy == "merge":
             return False
