@@ -15,6 +15,7 @@ from peft_dist.patches.forms import global_matches, method_matches
 from peft_dist.patches.fused_norm import match_norm
 from peft_dist.patches.fusion import fusion_of, has_hooks
 from peft_dist.patches.lora_apart import run_apart, run_before_sum
+from peft_dist.patches.together import call_each
 
 _MODELS = "transformers.models"
 ROTARY = {
@@ -96,7 +97,7 @@ def _attend(
     assert meta is not None
     projections = module.q_proj, module.k_proj, module.v_proj
     apart = run_apart(projections, hidden_states)
-    outputs, parts = apart or ([projection(hidden_states) for projection in projections], None)
+    outputs, parts = apart or (call_each(projections, hidden_states), None)
     query, key, value = (output.view(rows, -1, head_dim) for output in outputs)
     added = None if parts is None else [part.view(rows, -1, head_dim) for part in parts]
     cos, sin = (table.reshape(rows, -1) for table in position_embeddings)

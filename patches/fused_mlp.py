@@ -12,6 +12,7 @@ from peft_dist.kernels.glue import Activation
 from peft_dist.patches.forms import method_matches
 from peft_dist.patches.fusion import fusion_of, rows_of
 from peft_dist.patches.lora_apart import run_before_sum, run_gated
+from peft_dist.patches.together import call_each
 
 LLAMA = "transformers.models.llama.modeling_llama:LlamaMLP.forward"
 
@@ -33,7 +34,7 @@ class FusedMLP(nn.Module):
         activation = fusion.options["activation"]
         gated = run_gated(self.gate_proj, self.up_proj, x, activation, glue)
         if gated is None:
-            gate, up = self.gate_proj(x), self.up_proj(x)
+            gate, up = call_each([self.gate_proj, self.up_proj], x)
             gated = glue.gated(rows_of(gate), rows_of(up), activation).view(gate.shape)
         return run_before_sum(self.down_proj, gated)
 

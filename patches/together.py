@@ -42,6 +42,15 @@ def call_planned(
         return call_as_made(modules, x)
 
 
+def call_each(modules: Sequence[nn.Module], x: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Outputs of modules that a model calls with x one after another: by ``call_together`` where that is all they do,
+    and products are planned."""
+    context = current()
+    if context is not None and context.products is not None and plain_weight(modules, context) is not None:
+        return call_together(modules, x)
+    return [module(x) for module in modules]
+
+
 def call_as_made(modules: Sequence[nn.Module], x: torch.Tensor) -> Sequence[torch.Tensor]:
     """The same by torch's libraries in any case, as beside adapters' kernels."""
     group = _group_of(modules[0])

@@ -12,6 +12,7 @@ import msgspec
 from peft_dist.core.cost_model import STEP_TERMS, CostModel, CostPrior, StepFeatures
 
 _PREFILL_TOKEN = STEP_TERMS.index("prefill_token")
+_LEAST_RATIO = 0.01
 
 
 class StepCosts(msgspec.Struct, frozen=True):
@@ -72,6 +73,13 @@ class StepCosts(msgspec.Struct, frozen=True):
     def merged_seconds(self, num_sequences: int) -> float:
         """One step that draws a token for each of so many sequences of the adapter that is merged."""
         return _merged_seconds(self.step, num_sequences)
+
+    def merged_ratio(self, num_sequences: int, unmerged_seconds: float) -> float:
+        """``merged_seconds`` as a part of an unmerged step's seconds, above 0: a model that has seen few steps may put
+        all that they took to the adapters, or to nothing."""
+        if unmerged_seconds <= 0.0:
+            return 1.0
+        return max(self.merged_seconds(num_sequences) / unmerged_seconds, _LEAST_RATIO)
 
     def switch_seconds(self, rank_rows: int) -> float:
         """Merge an adapter and bring the base back; infinite for a replica that does not."""

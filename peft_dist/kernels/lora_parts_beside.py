@@ -76,9 +76,11 @@ class PartsBeside:
             lora_triton.lora_expand_group_(parts, weights, plan, adds=False)
             return multiply(), parts
         current = torch.cuda.current_stream()
-        self._stream.wait_stream(current)
+        # Not waited for until the outputs are queued: a fork that an error leaves unjoined would break a capture.
+        begun = current.record_event()
         with spare_multiprocessors(self._spared if spared is None else spared):
             outputs = multiply()
+        self._stream.wait_event(begun)
         with torch.cuda.stream(self._stream):
             lora_triton.lora_shrink_group(x, weights, plan)
             lora_triton.lora_expand_group_(parts, weights, plan, adds=False)

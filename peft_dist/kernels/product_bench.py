@@ -119,7 +119,12 @@ class ProductBench:
             for c in self._counts(x):
                 ways[ProductPlan("beside", c)] = partial(_add_beside, beside, x, c, activation)
         if few and few_rows is not None:
-            ways[ProductPlan("inside")] = lambda layer, plan: few_rows.add_lora(x, layer[0], layer[1], plan, activation)
+
+            def inside(layer: Layer, plan: LoRAPlan) -> torch.Tensor | None:
+                return few_rows.add_lora(x, layer[0], layer[1], plan, activation)
+
+            if _is_computed(inside, layers, plan):
+                ways[ProductPlan("inside")] = inside
         rows, behind = np.arange(len(x)), ProductPlan("behind")
         read = 0.0
         if activation is None:
@@ -202,6 +207,14 @@ def _run(way: Callable[[Layer, LoRAPlan], object], layers: Sequence[Layer], plan
     fresh = LoRAPlan(plan.slots, plan.starts, backend=plan.backend, tiles=tiles, layers=weights, fuses=plan.fuses)
     for layer in layers:
         way(layer, fresh)
+
+
+def _is_computed(way: Callable[[Layer, LoRAPlan], object], layers: Sequence[Layer], plan: LoRAPlan) -> bool:
+    """Whether it computes anything, of a pass of one layer."""
+    found: list[object] = []
+    assert plan.tiles is not None
+    _run(lambda layer, fresh: found.append(way(layer, fresh)), layers[:1], plan, plan.tiles)
+    return found[0] is not None
 
 
 def _add_behind(x: torch.Tensor, layer: Layer, plan: LoRAPlan, spared: int, activation: Activation | None) -> None:

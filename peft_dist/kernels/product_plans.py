@@ -22,6 +22,8 @@ from peft_dist.kernels.lora_plans import table_name
 logger = logging.getLogger(__name__)
 
 Way = Literal["library", "kernel", "beside", "behind", "inside"]
+# Of our own kernels that the ways are made of, and of how they are timed: raised when one becomes faster.
+WAYS_VERSION = 1
 WAYS: tuple[Way, ...] = ("library", "kernel", "beside", "behind", "inside")
 
 
@@ -67,6 +69,9 @@ class ProductPlans:
         about: What they were measured on and with. A file of another thing is not read, and written over.
         shipped: A file that came with the program; None: there is none. Where it is about the same, what is in it is
             known; about another version of the libraries, it is the best guess for what is not measured.
+
+    Attributes:
+        measures: Whether what is asked for is measured.
     """
 
     def __init__(
@@ -79,17 +84,17 @@ class ProductPlans:
         self._plans: dict[ProductKey, ProductPlan] = (guesses if same else {}) | self._own()
         # A pass that is captured asks what the one before it asked: nothing must be measured, or even tried, in it.
         self._tried: set[ProductKey] = set()
-        self._measures = self._is_changed = False
+        self._measured: dict[ProductKey, ProductPlan] = {}
+        self.measures = False
 
     def find(self, key: ProductKey, measure: Callable[[], ProductPlan | None]) -> ProductPlan | None:
         """The plan of a size; None where it is not known and is not to be measured now, or cannot be."""
         found = self._plans.get(key)
-        if found is None and self._measures and key not in self._tried:
+        if found is None and self.measures and key not in self._tried:
             self._tried.add(key)
             found = measure()
             if found is not None:
-                self._plans[key] = found
-                self._is_changed = True
+                self._plans[key] = self._measured[key] = found
         return found
 
     def known(self, key: ProductKey) -> ProductPlan | None:
@@ -111,17 +116,17 @@ class ProductPlans:
     @contextmanager
     def measuring(self) -> Iterator[None]:
         """While entered, what is asked for is measured; what is known then is on disk afterwards."""
-        self._measures = True
+        self.measures = True
         self._tried.clear()
         try:
             yield
         finally:
-            self._measures = False
+            self.measures = False
             self._write()
 
     def stop_measuring(self) -> None:
         """What is not known by now stays so."""
-        self._measures = False
+        self.measures = False
 
     def _own(self) -> dict[ProductKey, ProductPlan]:
         about, plans = _read(self._path)
@@ -129,9 +134,9 @@ class ProductPlans:
 
     def _write(self) -> None:
         """Other processes may do the same: each renames a file of its own into place, with what it finds there."""
-        if self._path is None or not self._is_changed:
+        if self._path is None or not self._measured:
             return
-        plans = self._own() | self._plans
+        plans = self._own() | self._measured
         entries = ",\n  ".join(json.dumps({**key._asdict(), **plan._asdict()}) for key, plan in sorted(plans.items()))
         text = f'{{"about": {json.dumps(self._about)},\n "plans": [\n  {entries}\n]}}\n'
         try:
@@ -142,7 +147,7 @@ class ProductPlans:
             Path(name).replace(self._path)
         except OSError as error:
             logger.warning("plans of products are measured at every start: %s cannot be written: %s", self._path, error)
-        self._is_changed = False
+        self._measured = {}
 
 
 def shipped_plans(device_name: str) -> Path:
@@ -152,9 +157,9 @@ def shipped_plans(device_name: str) -> Path:
 
 def _read(path: Path | None) -> tuple[dict[str, Any] | None, dict[ProductKey, ProductPlan]]:
     """(what it is about, plans); None and nothing where there is no such file."""
-    if path is None or not path.is_file():
-        return None, {}
     try:
+        if path is None or not path.is_file():
+            return None, {}
         content = json.loads(path.read_text())
         return content["about"], dict(_plan_of(entry) for entry in content["plans"])
     except (ValueError, TypeError, LookupError, OSError) as error:

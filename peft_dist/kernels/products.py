@@ -39,6 +39,11 @@ class Products:
         self._plans, self._few_rows = plans, few_rows
         self._bench = ProductBench(few_rows, beside, time, spared)
 
+    @property
+    def measures(self) -> bool:
+        """Whether ``measuring`` is entered."""
+        return self._plans.measures
+
     @contextmanager
     def measuring(self) -> Iterator[None]:
         """While entered, what is not known yet is measured; other work on the device makes the times wrong."""
@@ -113,11 +118,14 @@ class Products:
                 self._plans.stop_measuring()
                 return None
 
-        return self._known(key) or self._plans.find(key, tried) or self._plans.guess(key)
+        return self._known(key) or self._plans.find(key, tried) or self._guess(key)
 
     def _known(self, key: ProductKey) -> ProductPlan | None:
         """Also of a size beside it, which takes as many tiles of rows."""
-        return self._plans.known(key._replace(rows=_padded(key.rows))) or self._plans.known(key)
+        return self._plans.known(key) or self._plans.known(key._replace(rows=_padded(key.rows)))
+
+    def _guess(self, key: ProductKey) -> ProductPlan | None:
+        return self._plans.guess(key) or self._plans.guess(key._replace(rows=_padded(key.rows)))
 
 
 def _padded(rows: int) -> int:

@@ -202,7 +202,7 @@ class Views:
         total, seats = self._seated(backlog)
         num_base = total - sum(number for number, _ in backlog.adapters.values())
         step = costs.decode_seconds(num_base, backlog.adapters, min(1.0, seats / total))
-        return step, costs.merged_seconds(min(total, seats)) / step
+        return step, costs.merged_ratio(min(total, seats), step)
 
     def _usual_step(self, replicas: list[Replica]) -> tuple[int, dict[str, tuple[int, int]]]:
         """Sequences of the base, and those and the rank rows of each adapter, in a full step of what these replicas

@@ -64,7 +64,7 @@ class ReplicaCosts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             fetch=costs.fetch,
             transfer=transfer or NEVER,
             swap_block=prefill * block_size,
-            merged=1.0 if costs.switch is None else min(1.0, costs.merged_seconds(batch) / max(step, 1e-9)),
+            merged=1.0 if costs.switch is None else min(1.0, costs.merged_ratio(batch, step)),
         )
 
 

@@ -195,7 +195,7 @@ class Estimates:
         work, backlog, costs = self._work, target.backlog, target.costs
         before = backlog.num_sequences
         total = before + work.num_sequences
-        ratio = costs.merged_seconds(min(total, slots)) / step
+        ratio = costs.merged_ratio(min(total, slots), step)
         # The steps that merging lasts, if the adapter had the replica for itself.
         if (1.0 - ratio) * step * max(work.output_tokens, 1.0) <= costs.switch_seconds(work.rank_rows):
             return 1.0, 1.0, 0.0

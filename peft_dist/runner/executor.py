@@ -146,11 +146,15 @@ class TorchExecutor:
         graphs = self.runner.graphs
         if graphs is None or not self.runner.store.registered or not graphs.lacks_steps:
             return False
-        self._capture_next(graphs)
-        return True
+        return self._capture_next(graphs)
 
-    def _capture_next(self, graphs: StepGraphs) -> None:
-        graphs.capture_next()
+    def _capture_next(self, graphs: StepGraphs) -> bool:
+        try:
+            graphs.capture_next()
+        except torch.OutOfMemoryError as error:
+            logger.warning("no memory left to capture steps ahead; others are captured when they come: %s", error)
+            graphs.gives_up = True
+        return not graphs.gives_up
 
     def rehearse(self, lengths: Sequence[int], tile_rows: int, *, corrected: bool = False) -> None:
         """As ``ModelRunner.rehearse``."""

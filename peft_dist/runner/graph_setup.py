@@ -17,7 +17,8 @@ from peft_dist.kernels.graph_timing import graph_milliseconds
 from peft_dist.kernels.lora_fused_plans import chooser_for
 from peft_dist.kernels.lora_parts_beside import PartsBeside
 from peft_dist.kernels.lora_plans import table_name
-from peft_dist.kernels.product_plans import ProductPlans, shipped_plans
+from peft_dist.kernels.product_bench import SPARED
+from peft_dist.kernels.product_plans import WAYS_VERSION, ProductPlans, shipped_plans
 from peft_dist.kernels.products import Products
 from peft_dist.runner.model_runner import ModelRunner
 from peft_dist.runner.step_graphs import MOST_MIXED_TOKENS, StepGraphs, decode_sizes, mixed_sizes
@@ -30,6 +31,8 @@ _BYTES_PER_LAYER, _BYTES_PER_SPLIT_LAYER = 200 << 10, 800 << 10
 _KINDS_OF_DECODES, _KINDS_OF_MIXED = 4, 2
 # Replays of a product's way.
 _ROUNDS = 3
+# Of a device's multiprocessors.
+_MOST_SPARED = 0.6
 
 
 def are_captured(config: EngineConfig, device: torch.device, attention_backend: str) -> bool:
@@ -96,9 +99,11 @@ def make_products(device: torch.device, few_rows: FewRows | None, parts_beside: 
     if not _is_measured(device):
         return None
     name = torch.cuda.get_device_name(device)
-    about = {"device": name, "torch": torch.__version__, "cuda": torch.version.cuda}
+    about = {"device": name, "torch": torch.__version__, "cuda": torch.version.cuda, "ways": WAYS_VERSION}
     plans = ProductPlans(cache_dir() / "products" / table_name(name), about, shipped_plans(name))
-    return Products(plans, few_rows, parts_beside, partial(graph_milliseconds, rounds=_ROUNDS))
+    most = _MOST_SPARED * torch.cuda.get_device_properties(device).multi_processor_count
+    spared = [count for count in SPARED if count <= most]
+    return Products(plans, few_rows, parts_beside, partial(graph_milliseconds, rounds=_ROUNDS), spared)
 
 
 def _is_measured(device: torch.device) -> bool:

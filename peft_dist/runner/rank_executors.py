@@ -74,6 +74,11 @@ class _RankExecutor(TorchExecutor):
         kv = msgspec.structs.replace(outcome.kv, others=parts[1:], seconds=seconds)
         return replace(outcome, kv=kv, seconds=seconds)
 
+    def _capture_next(self, graphs: StepGraphs) -> bool:
+        # A rank that gives up alone would leave the others waiting for it in the step: it ends, and they with it.
+        graphs.capture_next()
+        return True
+
     def close(self) -> None:
         super().close()
         self._channel.close()
@@ -99,10 +104,10 @@ class LeadingExecutor(_RankExecutor):
         self._channel.tell(messages.Capture())
         super().capture(progress=progress)
 
-    def _capture_next(self, graphs: StepGraphs) -> None:
+    def _capture_next(self, graphs: StepGraphs) -> bool:
         # All ranks have captured the same steps.
         self._channel.tell(messages.CaptureNext())
-        super()._capture_next(graphs)
+        return super()._capture_next(graphs)
 
     def rehearse(self, lengths: Sequence[int], tile_rows: int, *, corrected: bool = False) -> None:
         self._channel.tell(messages.Rehearse(list(lengths), tile_rows, corrected))

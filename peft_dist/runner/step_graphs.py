@@ -104,6 +104,9 @@ class StepGraphs:
         few_rows: For the products of decode steps; None leaves them to torch.
         parts_beside: For adapters' parts; None adds them behind each product.
         products: Which way products take, measured by ``capture`` and ``capture_next``; None: as is usual.
+
+    Attributes:
+        gives_up: There is no memory for ``capture_next``, until ``clear``.
     """
 
     def __init__(
@@ -136,6 +139,9 @@ class StepGraphs:
         self._memory = torch.zeros(num_bytes, dtype=torch.uint8, device=model.device)
         self._inputs = StepInputs(num_bytes, max_blocks, kv.block_size, model.device)
         self._steps: dict[Variant, CapturedStep] = {}
+        # Captured when a batch came, with products as is usual.
+        self._unmeasured: set[Variant] = set()
+        self.gives_up = False
 
     def shape_for(self, batch: Batch) -> StepShape | None:
         """The smallest captured size that takes a batch; None when it has to run operator by operator."""
@@ -174,6 +180,7 @@ class StepGraphs:
     def clear(self) -> None:
         """Drop the captured steps with adapters, because other layers have adapters now."""
         self._steps = {variant: step for variant, step in self._steps.items() if not variant.lora}
+        self.gives_up = False
 
     def close(self) -> None:
         """Drop all captured steps: NCCL waits for those that use a group of ranks before it ends the group."""
@@ -201,20 +208,21 @@ class StepGraphs:
     @property
     def lacks_steps(self) -> bool:
         """Whether there is anything for ``capture_next`` to do."""
-        return self._next_missing() is not None
+        return not self.gives_up and self._next_missing() is not None
 
     def capture_next(self) -> None:
-        """Make one of the steps that adapters need unmerged, before it comes."""
+        """Make a step that adapters need unmerged, before it comes; or again, where it came before it was measured."""
         variant = self._next_missing()
         if variant is not None:
+            self._unmeasured.discard(variant)
             with self._measuring():
-                self._step(variant, None)
+                self._steps[variant] = self._build(variant, None)
 
     def _next_missing(self) -> Variant | None:
         wanted = (
             self._variant(shape, True, False, None, shape.decodes) for shape in reversed(self._mixed + self._decodes)
         )
-        return next((variant for variant in wanted if variant not in self._steps), None)
+        return next((v for v in wanted if v not in self._steps or v in self._unmeasured), None)
 
     def _measuring(self) -> AbstractContextManager[None]:
         return self._products.measuring() if self._products is not None else nullcontext()
@@ -229,6 +237,8 @@ class StepGraphs:
     def _step(self, variant: Variant, merged: MergedLayers | None) -> CapturedStep:
         if variant not in self._steps:
             self._steps[variant] = self._build(variant, merged)
+            if self._products is not None and not self._products.measures:
+                self._unmeasured.add(variant)
         return self._steps[variant]
 
     @torch.inference_mode()

@@ -167,6 +167,7 @@ class Steps:
             chosen = partial(choose_fused, rows, case.vary or (lambda plan: plan), case.name == GATE)
             self._graphs._few_rows = self._few_rows and FewRows(DEVICE, chosen)
             # The others keep the memory that all of them share.
+            self._graphs._products = None
             self._graphs._steps = {v: step for v, step in self._graphs._steps.items() if not v.shape.decodes}
 
     def milliseconds(self, loads: Sequence[Load]) -> dict[str, float]:

@@ -288,6 +288,10 @@ def test_steps_that_adapters_need_are_captured_when_there_is_no_work(
 ) -> None:
     """One at a time, and none is left for a request to wait for; again when adapters target further layers."""
     monkeypatch.setattr(KernelWarmUp, "begin", lambda self: None)
+
+    def full(run: Callable[[], None]) -> Callable[[], None]:
+        raise torch.OutOfMemoryError("no memory")
+
     model = make_model("llama", tmp_path / "base")
     adapter = random_adapter(model, tmp_path / "a", 4, 8.0, ["q_proj"], seed=1)
     options = {"num_blocks": 8, "max_num_seqs": 6, "max_num_batched_tokens": 24, "attention_backend": "triton"}
@@ -312,6 +316,20 @@ def test_steps_that_adapters_need_are_captured_when_there_is_no_work(
         assert all(variant.lora and variant.merged is None for variant in variants)
         llm.load_adapter(random_adapter(model, tmp_path / "b", 4, 8.0, ["o_proj"], seed=2), "b")
         assert replica.warm_up_some() and len(captured) == sizes + 1
+        # What came before it was measured is captured again.
+        while replica.warm_up_some():
+            pass
+        graphs._products = Products(ProductPlans(), None, None, lambda run: 1.0)
+        variant = next(iter(graphs._steps))
+        del graphs._steps[variant]
+        graphs._step(variant, None)
+        before, count = graphs._steps[variant], len(captured)
+        assert replica.warm_up_some() and len(captured) == count + 1 and graphs._steps[variant] is not before
+        assert not replica.warm_up_some()
+        # Without memory it stops, and the replica goes on.
+        del graphs._steps[variant]
+        graphs._capture = full
+        assert not replica.warm_up_some() and not graphs.lacks_steps
 
 
 def test_sizes_cover_every_batch_with_little_padding() -> None:

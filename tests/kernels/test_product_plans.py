@@ -91,6 +91,14 @@ def test_a_broken_file_is_named_and_measured_anew(
     assert ProductPlans(path, ABOUT).find(KEY, never) == ("library", 24)
 
 
+def test_a_folder_that_cannot_be_entered_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", refused)
+    assert ProductPlans(tmp_path / "card.json", ABOUT).known(KEY) is None
+
+
 def test_a_folder_that_cannot_be_written_costs_nothing_but_time(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -112,6 +120,17 @@ def test_those_that_came_with_the_program_are_known_where_they_are_about_the_sam
         assert other.find(KEY, lambda: ProductPlan("library", 8)) == ("library", 8)
     assert other.guess(KEY) == ("library", 8)
     assert ProductPlans(own, {**ABOUT, "torch": "3"}, shipped).known(KEY) == ("library", 8)
+
+
+def test_what_came_with_the_program_is_not_kept_as_measured_here(tmp_path: Path) -> None:
+    """A later version's may be better."""
+    shipped, own = tmp_path / "shipped.json", tmp_path / "own.json"
+    measured(shipped)
+    plans, other = ProductPlans(own, ABOUT, shipped), KEY._replace(rows=1)
+    with plans.measuring():
+        plans.find(other, lambda: ProductPlan("kernel"))
+    alone = ProductPlans(own, ABOUT)
+    assert alone.known(other) == ("kernel", 0) and alone.known(KEY) is None
 
 
 def test_a_pool_of_another_size_takes_the_nearest(tmp_path: Path) -> None:

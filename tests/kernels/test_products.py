@@ -12,7 +12,7 @@ import torch
 from peft_dist.kernels import product_bench
 from peft_dist.kernels.few_rows import FewRows
 from peft_dist.kernels.lora_parts_beside import PartsBeside
-from peft_dist.kernels.product_plans import ProductPlan, ProductPlans
+from peft_dist.kernels.product_plans import ProductKey, ProductPlan, ProductPlans
 from peft_dist.kernels.products import Products
 from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
 from tests import triton_interpreter
@@ -92,6 +92,30 @@ def test_a_size_beside_a_known_one_is_not_measured(device: str) -> None:
         for n in (7, 33):
             assert case.products.alone(rows[n], OUTS, few=False) is not None
         assert case.clock.count == 4 * len(SPARED)
+
+
+def test_a_guess_is_made_for_sizes_beside_measured_ones_too(device: str) -> None:
+    case = Case(device, {})
+    key = ProductKey(16, IN, tuple(OUTS), "float16", gated=False, few=False, slots=400, max_rank=64)
+    with case.plans.measuring():
+        case.plans.find(key, lambda: ProductPlan("beside", 40))
+    case.plan = plan_of(device, np.zeros(12, np.int32), case.layers)
+    case.x = random_rows(device, 12, IN, dtype=torch.float16)
+    assert case.adapted(few=False) == ("beside", 40) and case.clock.count == 0
+
+
+def test_a_way_that_computes_nothing_is_not_the_fastest(device: str) -> None:
+    """As that of a kernel for half precision, asked for float32."""
+
+    class Refusing(FewRows):
+        def add_lora(self, *args: Any) -> None:
+            return None
+
+    case = Case(device, {})
+    case.products = Products(case.plans, Refusing(device, small), None, case.clock, SPARED)
+    with case.products.measuring():
+        assert case.adapted(few=True) == ("behind", 0)
+    assert case.clock.count == len(SPARED) + 2
 
 
 def test_what_is_as_good_within_the_noise_is_planned_as_ever(device: str) -> None:

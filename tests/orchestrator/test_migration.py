@@ -277,6 +277,20 @@ def test_nobody_moves_where_merging_gains_nothing(red: int, blue: int, switch: t
     assert greedy_plan(surveyed(core).view).moves == [], "seats are free, and nobody would be sooner elsewhere"
 
 
+@pytest.mark.parametrize("lora_step", [12e-3, 0.0])
+def test_costs_that_were_learnt_from_few_steps_stop_nobody(lora_step: float) -> None:
+    """A replica that has merged little may put all of a step to the adapters: what is merged takes no time then."""
+    core = mixed(red=6, blue=1)
+    prior = CostPrior(
+        step=0.0, decode_sequence=0.0, prefill_token=0.0, lora_step=lora_step, lora_token=0.0, adapter=0.0
+    )
+    for replica in core.replicas.all():
+        replica.costs = StepCosts(step=prior.step_coefficients(), switch=(0.04, 0.0))
+    assert due(core, 2.0) == (["mixed"] if lora_step else [])
+    core.submit(NewRequest("more", [5] * 20, SamplingParams(max_tokens=100), "blue"), 2.0)
+    greedy_plan(surveyed(core).view)
+
+
 def test_those_that_wait_go_where_seats_are_free_and_no_further() -> None:
     core = mixed(red=10, blue=9, switch=None)
     assert due(core, 2.0) == ["imbalance"]

@@ -129,6 +129,27 @@ def test_outputs_whose_parts_somebody_may_add(device: str, way: Way | None, apar
     assert few.count == inside
 
 
+def test_layers_without_anything_around_them_are_planned_together(device: str, spared: list[int]) -> None:
+    """As all of a model's before its first adapter; a hooked one is called."""
+    layers, x = Layers(device, wrapped=False), random_rows(device, 1, len(SLOTS), IN, dtype=torch.float16)
+    modules = [layers.gate_proj, layers.up_proj]
+    usual = layers.outputs(x, context_of(device, None, adapted=False))
+    hooked: list[nn.Module] = []
+
+    def outputs() -> Any:
+        context = context_of(device, None, adapted=False)
+        context.products = Told(ProductPlan("library", 24), None)
+        with torch.inference_mode(), context:
+            return together.call_each(modules, x)
+
+    for found, wanted in zip(outputs(), usual, strict=True):
+        torch.testing.assert_close(found, wanted, **HALF)
+    assert spared == [24]
+    layers.up_proj.register_forward_hook(lambda module, args, output: hooked.append(module))
+    outputs()
+    assert spared == [24] and hooked == [layers.up_proj]
+
+
 def test_two_plans_are_never_measured(device: str) -> None:
     context = context_of(device, Counted(device))
     context.products = told = Told(None, ProductPlan("inside"))
