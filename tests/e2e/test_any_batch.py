@@ -175,6 +175,7 @@ def test_a_shared_prefix_changes_nothing(llms: dict[tuple[int, str], LLM], depth
         assert output.num_cached_tokens == cached
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama"], indirect=True)
 def test_a_thousand_mixed_requests_leave_nothing_behind(llms: dict[tuple[int, str], LLM]) -> None:
     llm = llms[1, "swap"]

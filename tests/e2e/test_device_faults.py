@@ -73,6 +73,7 @@ def test_a_step_that_fails_ends_its_replica_and_no_stream(device: str, tmp_path:
     serve_with_faults(config, adapters, cases, faults, ThisHost(Launcher))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_a_gpu])])
 def test_a_device_that_failed_is_noticed_by_who_loads_an_adapter(device: str, tmp_path: Path) -> None:

@@ -103,6 +103,7 @@ def expected(folder: Path) -> dict[str, list[int]]:
     return {"v1": v1, "main": main}
 
 
+@pytest.mark.slow
 def test_the_offline_interface(folder: Path, environment: dict[str, str], expected: dict[str, list[int]]) -> None:
     names = {"v1": "org/x@v1", "main": "org/x", "local": str(folder / "a0")}
     done = subprocess.run(

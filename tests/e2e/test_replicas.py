@@ -117,8 +117,15 @@ def busiest(service: EngineService) -> int:
     return max(service.replicas(), key=lambda view: view.stats.num_running).replica_id
 
 
-@pytest.mark.parametrize("kind", [PlainLauncher, AccelerateLauncher])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    ("kind", "number"),
+    [
+        (PlainLauncher, signal.SIGSTOP),
+        (AccelerateLauncher, signal.SIGKILL),
+        pytest.param(PlainLauncher, signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param(AccelerateLauncher, signal.SIGSTOP, marks=pytest.mark.slow),
+    ],
+)
 def test_streams_go_on_when_a_replica_dies_or_hangs(
     kind: type[PlainLauncher], number: signal.Signals, tmp_path: Path
 ) -> None:

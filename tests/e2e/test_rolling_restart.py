@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import pytest
 
 from tests.e2e.test_serve import COMMAND, ROOT, Server, adapter, events, serving
 from tests.worker.fake_replica import SLOW, expected_token
@@ -91,6 +92,7 @@ def test_every_replica_is_renewed_and_no_stream_notices(tmp_path: Path) -> None:
         assert server.stop() == 0 and "Traceback" not in server.log
 
 
+@pytest.mark.slow
 def test_it_stops_with_the_reason_where_one_does_not_come_back(tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     factory = ["--replica-factory", "tests.worker.fake_replica:build_unless_broken"]

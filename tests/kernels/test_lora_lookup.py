@@ -108,7 +108,9 @@ def test_expands(device: str, launch: GroupPlan) -> None:
         assert_added(got, was, x, weights, plan_of_rows(SLOTS))
 
 
-@pytest.mark.parametrize("launch", LAUNCHES)
+@pytest.mark.parametrize(
+    "launch", [LAUNCHES[0], *(pytest.param(launch, marks=pytest.mark.slow) for launch in LAUNCHES[1:])]
+)
 def test_gates(device: str, launch: GroupPlan) -> None:
     triton_interpreter.mend()
     from peft_dist.kernels.lora_gate_triton import lora_expand_gate

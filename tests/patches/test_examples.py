@@ -49,7 +49,8 @@ TWO = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2
 ONE = [sys.executable, str(EXAMPLE), "--processes", "1"]
 
 
-@pytest.mark.parametrize("command", [TWO, pytest.param(ONE, marks=pytest.mark.slow)], ids=["two", "one"])
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [TWO, ONE], ids=["two", "one"])
 def test_any_number_of_processes_gives_pefts_answers_in_order(
     command: list[str], options: list[str], adapters: dict[str, dict[str, Path]]
 ) -> None:

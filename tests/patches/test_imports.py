@@ -48,12 +48,14 @@ def install(checkout: Path, target: Path, *options: str) -> None:
     python("-m", "pip", "install", *common, "--target", str(target), *options, cwd=checkout)
 
 
+@pytest.mark.slow
 def test_bare_checkout(checkout: Path, tmp_path: Path) -> None:
     assert python("-c", PROBE, cwd=tmp_path, path=str(checkout)) == str(checkout / "peft_dist/patches/__init__.py")
     assert (ROOT / "peft_dist" / "patches").is_symlink()
     assert (ROOT / "peft_dist" / "patches").readlink() == Path("../patches")
 
 
+@pytest.mark.slow
 def test_editable_install(checkout: Path, tmp_path: Path) -> None:
     pytest.importorskip("setuptools", minversion="77")
     install(checkout, tmp_path / "site", "--editable", ".")

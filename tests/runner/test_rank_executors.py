@@ -15,6 +15,7 @@ from peft_dist.core.config import EngineConfig
 from peft_dist.core.errors import ConfigError
 from peft_dist.core.handover import KVHandle
 from peft_dist.engine.executor import LoadOutcome, TransferOutcome
+from peft_dist.runner import rank_messages as messages
 from peft_dist.runner.executor import TorchExecutor
 from peft_dist.runner.rank_executors import LeadingExecutor
 from peft_dist.runner.rank_group import RankGroup, join_ranks
@@ -106,9 +107,29 @@ def test_whatever_changes_a_rank_is_told_to_the_others() -> None:
     changes_nothing = {
         *("can_merge", "can_host", "merged_adapter", "holds_merged", "residency", "fileno", "captured_for"),
         *("transfers_fileno", "check_device", "peak_memory_bytes"),
+        # Told where there is something to capture, below.
+        "capture_some",
     }
     public = {name for name in vars(TorchExecutor) if not name.startswith("_")}
     assert public - changes_nothing == {name for name in vars(LeadingExecutor) if not name.startswith("_")}
+
+
+def test_a_step_to_capture_is_told_where_there_is_one(leader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    monkeypatch.setattr(leader._channel, "tell", told.append)
+    captured: list[int] = []
+    graphs = SimpleNamespace(lacks_steps=False, gives_up=False, capture_next=lambda: captured.append(1), close=list)
+    leader.runner.graphs, leader.runner.store.registered = graphs, {"a": SPEC}
+    assert not leader.capture_some() and told == []
+    graphs.lacks_steps = True
+    assert leader.capture_some() and told == [messages.CaptureNext()] and captured == [1]
+
+    def full() -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    graphs.capture_next = full
+    with pytest.raises(torch.OutOfMemoryError):
+        leader.capture_some()
 
 
 def part(token: str, num_bytes: int = 64) -> KVHandle:
