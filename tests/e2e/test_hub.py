@@ -120,6 +120,7 @@ def test_the_offline_interface(folder: Path, environment: dict[str, str], expect
     assert answers == {**expected, "local": expected["v1"]}
 
 
+@pytest.mark.slow
 def test_the_command_and_loads_over_http(
     folder: Path, hub: Hub, environment: dict[str, str], expected: dict[str, list[int]], tmp_path: Path
 ) -> None:

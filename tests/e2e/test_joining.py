@@ -238,7 +238,8 @@ def test_whoever_leaves_a_server_that_is_gone_does_not_wait_for_it() -> None:
     run(work())
 
 
-@pytest.mark.parametrize("directions", ["down", *(pytest.param(d, marks=pytest.mark.slow) for d in ("both", "up"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("directions", ["down", "both", "up"])
 def test_a_link_that_is_cut_and_healed(directions: str) -> None:
     """``up`` is what the replica says, ``down`` what it is told."""
 

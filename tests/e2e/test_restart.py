@@ -271,6 +271,7 @@ def guest(folder: Path, address: str, *options: str) -> Iterator[Guest]:
         one.process.wait()
 
 
+@pytest.mark.slow
 def test_a_replica_that_joined_outlives_the_server_and_leaves_the_next_one(tmp_path: Path) -> None:
     sql, address = adapter(tmp_path / "sql", "two"), free_address()
     options = ["--replicas", "0", "--listen", address, "--heartbeat-timeout", "5"]

@@ -72,7 +72,8 @@ class SlowReader(threading.Thread):
         return [token for event in events for token in json.loads(event)["choices"][0]["token_ids"]]
 
 
-@pytest.mark.parametrize("prompts", ["one", pytest.param("several", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("prompts", ["one", "several"])
 def test_clients_that_read_nothing_fill_the_queue_and_no_more(prompts: str, tmp_path: Path) -> None:
     """Each prompt of a body is a sequence of its own, whose tokens come by another way than those of one alone."""
     with serving(tmp_path, *FACTORY, *OPTIONS) as server, ExitStack() as stack:

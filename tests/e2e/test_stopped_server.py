@@ -73,7 +73,7 @@ def stop_for(server: Server, num_workers: int) -> None:
 @pytest.mark.parametrize(
     ("num_replicas", "state"),
     [
-        pytest.param(1, True, id="one"),
+        pytest.param(1, True, id="one", marks=pytest.mark.slow),
         pytest.param(2, False, id="two that would end with it", marks=pytest.mark.slow),
         pytest.param(2, True, id="two", marks=pytest.mark.slow),
     ],

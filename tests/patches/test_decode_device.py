@@ -76,6 +76,7 @@ def test_captured_passes_read_the_device_alone(device: str, monkeypatch: pytest.
     assert (recorder.captured, recorder.replayed) == (1, 6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_adapters_that_make_the_pool_grow(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Buffers and tables move, which earlier captures know nothing of; then they stay."""

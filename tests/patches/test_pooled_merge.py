@@ -123,7 +123,7 @@ def test_it_is_what_layer_by_layer_gives(family: str, layout: str, dtype: torch.
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("layout", ["plain", "joined"])
+@pytest.mark.parametrize("layout", ["plain", pytest.param("joined", marks=pytest.mark.slow)])
 def test_what_is_merged_does_not_depend_on_the_past(layout: str, device: str) -> None:
     """Whichever way the switches before took."""
     case = Case(device=device, dtype=torch.bfloat16, layout=layout)
