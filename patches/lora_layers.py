@@ -19,10 +19,10 @@ from peft_dist.forward_context import ForwardContext, current
 from peft_dist.kernels import lora as kernels
 from peft_dist.kernels.lora_beside import ShrinkBeside
 from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
-from peft_dist.patches.lora_ways import inside, planned, tries_inside
+from peft_dist.patches.lora_ways import beside, inside, planned, tries_inside
 from peft_dist.patches.rank_outputs import Combination
 from peft_dist.patches.siblings import find_siblings
-from peft_dist.patches.together import call_planned, call_together
+from peft_dist.patches.together import call_as_made, call_planned, call_together
 
 
 class SelectiveLinear(LoraLinear):
@@ -170,9 +170,16 @@ def _run(layers: Sequence[SelectiveLinear], x: torch.Tensor, context: ForwardCon
     for plan in plans:
         check_rows(layers[0], x.numel() // x.shape[-1], plan)
     below = multiplied(layers, context)
-    fused = inside(below, x, weights, plans, context) if tries_inside(planned(x, weights, plans, context)) else None
+    best = planned(x, weights, plans, context)
+    fused = inside(below, x, weights, plans, context) if tries_inside(best) else None
     if fused is not None:
         return fused.split([layer.out_features for layer in layers], dim=-1)
+    if best is not None and len(layers) == 1:
+        # As where ranks add up their outputs, which nothing that adds parts follows: that is one launch more.
+        compute = beside(x, weights, plans, context, best)
+        if compute is not None:
+            outputs, parts = compute(lambda: call_as_made(below, x))
+            return [outputs[0].add_(parts[0])]
     begun = kernels.begin_lora(x, weights, plans[0])
     outputs = call_planned(below, x, with_adapters=True)
     add_parts(outputs, x, weights, plans, begun)

@@ -16,7 +16,7 @@ from peft_dist.kernels.glue import Activation
 from peft_dist.kernels.graph_timing import Timer
 from peft_dist.kernels.lora_parts_beside import PartsBeside
 from peft_dist.kernels.lora_tiles import LoRATiles, write_tiles
-from peft_dist.kernels.product_plans import ProductPlan
+from peft_dist.kernels.product_plans import TIMED_ADAPTERS, ProductPlan
 from peft_dist.kernels.spared import spare_multiprocessors
 from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
 
@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 SPARED = (0, 8, 16, 24, 32, 40, 52, 64, 76)
 # Layers in a row, whose weights together are more than a second-level cache holds.
 LAYERS, _COLD_BYTES = 4, 130 << 20
-# The adapters of a batch where each is another's, and their rank.
-_ADAPTERS, _RANK = 32, 16
+# Of adapters.
+_RANK = 16
 # What is as good within the noise is planned as ever.
 _BETTER, _CLOSE = 0.98, 1.1
 _MANY_ROWS, _FEW_SPARED = 512, 24
@@ -171,11 +171,11 @@ def _pages(weights: Sequence[LoRALayerWeights]) -> int:
 
 
 def _adapters(weights: Sequence[LoRALayerWeights]) -> int:
-    """How many of those there is room for, up to ``_ADAPTERS``."""
+    """How many of those there is room for, up to ``TIMED_ADAPTERS``."""
     pages = _pages(weights)
     if not pages:
         return 0
-    return min(_ADAPTERS, *(min(slots_of(w), len(w.A) // w.page_rows // pages) for w in weights))
+    return min(TIMED_ADAPTERS, *(min(slots_of(w), len(w.A) // w.page_rows // pages) for w in weights))
 
 
 def slots_of(w: LoRALayerWeights) -> int:

@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 Way = Literal["library", "kernel", "beside", "behind", "inside"]
 # Of our own kernels that the ways are made of, and of how they are timed: raised when one becomes faster.
 WAYS_VERSION = 1
+# The adapters of a batch where each is another's.
+TIMED_ADAPTERS = 32
 WAYS: tuple[Way, ...] = get_args(Way)
 
 
@@ -80,8 +82,8 @@ class ProductPlans:
         self._path, self._about = path, dict(about or {})
         of_others, guesses = _read(shipped)
         same = of_others == self._about
-        self._guesses = {} if same else guesses
-        self._plans: dict[ProductKey, ProductPlan] = (guesses if same else {}) | self._own()
+        self._guesses = _BySize({} if same else guesses)
+        self._plans = _BySize((guesses if same else {}) | self._own())
         # A pass that is captured asks what the one before it asked: nothing must be measured, or even tried, in it.
         self._tried: set[ProductKey] = set()
         self._measured: dict[ProductKey, ProductPlan] = {}
@@ -89,29 +91,26 @@ class ProductPlans:
 
     def find(self, key: ProductKey, measure: Callable[[], ProductPlan | None]) -> ProductPlan | None:
         """The plan of a size; None where it is not known and is not to be measured now, or cannot be."""
-        found = self._plans.get(key)
+        found = self.known(key)
         if found is None and self.measures and key not in self._tried:
             self._tried.add(key)
             found = measure()
             if found is not None:
-                self._plans[key] = self._measured[key] = found
+                self._plans.add(key, found)
+                self._measured[key] = found
         return found
 
     def known(self, key: ProductKey) -> ProductPlan | None:
-        """The plan of a size, as far as it is known."""
-        return self._plans.get(key)
+        """The plan of a size, as far as it is known.
+
+        Also that of another pool with as many adapters in the batches that were timed: room for more of them, or for
+        higher ranks, is not in these.
+        """
+        return self._plans.nearest(key, min(key.slots, TIMED_ADAPTERS))
 
     def guess(self, key: ProductKey) -> ProductPlan | None:
         """That of a pool of another size, the nearest, or of other versions; None where nothing is like it."""
-        for plans in (self._plans, self._guesses):
-            alike = [
-                other
-                for other in plans
-                if _of_any_pool(other) == _of_any_pool(key) and bool(other.slots) == bool(key.slots)
-            ]
-            if alike:
-                return plans[min(alike, key=lambda other: abs(math.log(max(other.slots, 1) / max(key.slots, 1))))]
-        return None
+        return self._plans.nearest(key) or self._guesses.nearest(key)
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
@@ -150,6 +149,28 @@ class ProductPlans:
         self._measured = {}
 
 
+class _BySize:
+    """Plans that are found by what is multiplied, whatever the pool."""
+
+    def __init__(self, plans: Mapping[ProductKey, ProductPlan]) -> None:
+        self._plans: dict[ProductKey, dict[ProductKey, ProductPlan]] = {}
+        for key, plan in plans.items():
+            self.add(key, plan)
+
+    def add(self, key: ProductKey, plan: ProductPlan) -> None:
+        self._plans.setdefault(_of_any_pool(key), {})[key] = plan
+
+    def nearest(self, key: ProductKey, least_slots: int = 0) -> ProductPlan | None:
+        """Of a pool of so many slots or more, those of this number if there are some."""
+        alike = self._plans.get(_of_any_pool(key), {})
+        if key in alike:
+            return alike[key]
+        pools = [other for other in alike if other.slots >= least_slots]
+        if not pools:
+            return None
+        return alike[min(pools, key=lambda other: abs(math.log(max(other.slots, 1) / max(key.slots, 1))))]
+
+
 def shipped_plans(device_name: str) -> Path:
     """Where those are that came with the program, of a card that has some."""
     return Path(__file__).parent / "tuned" / f"products-{table_name(device_name)}"
@@ -168,7 +189,8 @@ def _read(path: Path | None) -> tuple[dict[str, Any] | None, dict[ProductKey, Pr
 
 
 def _of_any_pool(key: ProductKey) -> ProductKey:
-    return key._replace(slots=0, max_rank=0)
+    """One key for all pools, another one for none."""
+    return key._replace(slots=min(key.slots, 1), max_rank=0)
 
 
 def _plan_of(entry: Mapping[str, Any]) -> tuple[ProductKey, ProductPlan]:

@@ -2,11 +2,14 @@
 
     make bench-gpu [VLLM_PYTHON=...] or
     python scripts/bench/bench_gpu.py [--vllm-python PATH] [--vllm-path FOLDER] [--only RUN ...] [--budget SECONDS]
-                                      [--lines run.jsonl] [--join earlier.jsonl ...] [--tables] [--tiny]
+                                      [--devices 0 1 2 3] [--lines run.jsonl] [--join earlier.jsonl ...]
+                                      [--tables] [--tiny]
 
-Every run is a process of its own, so that engines never share the device. Measurements are appended to ``--lines`` as
-they come. Where a command may only take so long, give ``--budget``: no run goes on beyond it, and what had been
-finished in the files of ``--join`` (made on the same machine) is not run again. ``--tables`` runs nothing: it joins.
+Every run is a process of its own, so that engines never share a device; of several (``--devices``) each takes the next
+run when it is free, and what is compared may come from two cards of the machine: a line says from which. Measurements
+are appended to ``--lines`` as they come. Where a command may only take so long, give ``--budget``: no run goes on
+beyond it, and what had been finished in the files of ``--join`` (made on the same machine) is not run again.
+``--tables`` runs nothing: it joins.
 Writes docs/results/gpu.json and prints the tables, with every target and whether it was met.
 """
 
@@ -14,19 +17,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import signal
 import subprocess
 import sys
 import tempfile
-import threading
-import time
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.gpu_checks import Lines, checks
+from bench.gpu_runs import Runs
 from bench.gpu_tables import tables
 from bench.gpu_workload import read_lines
 from bench.report import write_result
@@ -59,73 +58,11 @@ RUNS: dict[str, list[str]] = {
 }  # fmt: skip
 
 
-def environment_of(options: argparse.Namespace) -> dict[str, str]:
-    """vLLM may live in a folder of packages rather than in a Python of its own."""
-    found = dict(os.environ)
-    if options.vllm_path:
-        found["PYTHONPATH"] = os.pathsep.join([str(options.vllm_path), *filter(None, [found.get("PYTHONPATH")])])
-    return found
-
-
-def execute(name: str, options: argparse.Namespace, seconds: float | None, lines: TextIO) -> bool:
-    """Run one; its lines go to ``lines`` at once. Whether it ended well and in time."""
-    script, *arguments = RUNS[name]
-    is_vllm = script == "peer_vllm.py"
-    python = options.vllm_python if is_vllm and options.vllm_python else sys.executable
-    command = [python, str(Path(__file__).parent / script), *arguments, *(["--tiny"] if options.tiny else [])]
-    if options.folder:
-        command += ["--folder", str(options.folder)]
-    if options.set and not script.startswith("peer"):
-        command += ["--set", *options.set]
-    print(f"== {name}: {' '.join(command[1:])}", flush=True)
-    # A session of its own: an engine's own processes hold the device, and have to end with it.
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, start_new_session=True,
-        env=environment_of(options) if is_vllm else None,
-    )  # fmt: skip
-    assert process.stdout is not None
-    alarm = threading.Timer(seconds or threading.TIMEOUT_MAX, end, [process])
-    alarm.daemon = True
-    alarm.start()
-    try:
-        for text in process.stdout:
-            print(text, end="", flush=True)
-            for line in read_lines(text):
-                lines.write(json.dumps({**line, "run": name}) + "\n")
-                lines.flush()
-        return process.wait() == 0
-    finally:
-        alarm.cancel()
-        if process.poll() is None:
-            end(process)
-
-
-def end(process: subprocess.Popen[str]) -> None:
-    """Kill a process and those that it started."""
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
 def environment() -> dict[str, Any]:
     """Of this machine, asked in another process: the one that starts engines must not hold a CUDA context."""
     told = subprocess.run([sys.executable, str(Path(__file__).with_name("report.py"))], capture_output=True, check=True)
     found: dict[str, Any] = json.loads(told.stdout)
     return found
-
-
-def run_all(names: Iterable[str], options: argparse.Namespace, lines: TextIO) -> list[str]:
-    """Those that failed or were not reached."""
-    start, left = time.monotonic(), []
-    for name in names:
-        seconds = options.budget - (time.monotonic() - start) if options.budget else None
-        if seconds is not None and seconds < 30:
-            left.append(name)
-        elif execute(name, options, seconds, lines):
-            lines.write(json.dumps({"part": "done", "run": name}) + "\n")
-            lines.flush()
-        else:
-            left.append(name)
-    return left
 
 
 def machine(found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -149,6 +86,7 @@ def main() -> None:
     parser.add_argument("--vllm-python", help="Python of an environment that has vLLM; without one it is left out")
     parser.add_argument("--vllm-path", type=Path, help="folder with vLLM's packages, for PYTHONPATH")
     parser.add_argument("--only", nargs="+", choices=tuple(RUNS), default=list(RUNS))
+    parser.add_argument("--devices", nargs="+", default=[], metavar="GPU", help="GPUs that take runs side by side")
     parser.add_argument("--budget", type=float, help="seconds for all runs of this call")
     parser.add_argument("--lines", type=Path, help="where measurements are appended (default: a new file)")
     parser.add_argument("--join", nargs="*", type=Path, default=[], help="files of earlier calls")
@@ -164,9 +102,14 @@ def main() -> None:
         done = {line["run"] for line in found if line.get("part") == "done"}
         with_vllm = options.vllm_python or options.vllm_path
         names = [n for n in options.only if n not in done and (with_vllm or not n.startswith("vllm"))]
+        shared = ["--tiny"] * options.tiny + (["--folder", str(options.folder)] if options.folder else [])
+        runs = Runs(
+            RUNS, options.vllm_python, options.vllm_path, shared, ["--set", *options.set] if options.set else [],
+            options.devices,
+        )  # fmt: skip
         with path.open("a") as lines:
             lines.write(json.dumps({"part": "environment", **environment()}) + "\n")
-            left = run_all(names, options, lines)
+            left = runs.run_all(names, options.budget, lines)
         print(f"\nlines in {path}", f"not finished: {' '.join(left)}" if left else "all runs finished", sep="\n")
         found += read_lines(path.read_text())
     lines_found = Lines(found)

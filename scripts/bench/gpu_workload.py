@@ -7,8 +7,11 @@ because it also runs in environments that have nothing else of this project.
 
 from __future__ import annotations
 
+import errno
 import json
 import random
+import shutil
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +23,8 @@ BATCHES = (1, 8, 32, 64, 128, 256)
 KINDS = ("none", "same", "zipf", "distinct", "eight")
 PROMPT_TOKENS, NEW_TOKENS = 128, 129
 REQUESTS = 512
+PREFILL = 32, 512
+"""Prompts, and tokens of each, of ``time_prefill``."""
 MIXED_RANKS = (8, 16, 64, 128)
 SHAPES: dict[str, dict[str, Any]] = {
     "8b": {
@@ -121,15 +126,24 @@ def write_adapter(
             key = f"base_model.model.model.layers.{layer}.{name}"
             tensors[f"{key}.lora_A.weight"] = draw(rank, inputs)
             tensors[f"{key}.lora_B.weight"] = draw(outputs, rank)
-    path.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, str(path / "adapter_model.safetensors"))
+    # Put in place whole: another run may write the same one, or read it.
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{path.name}."))
+    save_file(tensors, str(made / "adapter_model.safetensors"))
     settings = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.0,
         "bias": "none", "target_modules": [name.split(".")[1] for name in linears], "inference_mode": True,
         "base_model_name_or_path": "",
     }  # fmt: skip
-    # Written last: it says that the folder is whole.
-    (path / "adapter_config.json").write_text(json.dumps(settings))
+    (made / "adapter_config.json").write_text(json.dumps(settings))
+    try:
+        made.rename(path)
+    except FileExistsError:
+        shutil.rmtree(made)
+    except OSError as error:
+        if error.errno != errno.ENOTEMPTY:
+            raise
+        shutil.rmtree(made)
 
 
 def lengths(requests: int = REQUESTS) -> Lengths:

@@ -32,6 +32,7 @@ from bench.gpu_engine import DEVICE, add_engine_options, engine_options, follow,
 from bench.gpu_options import kinds_of, make_parser, parse, sizes_of
 from bench.gpu_workload import (
     NEW_TOKENS,
+    PREFILL,
     SHAPES,
     clocked,
     emit,
@@ -44,8 +45,6 @@ from bench.gpu_workload import (
     write_base,
 )
 
-PREFILL = 32, 512
-"""Prompts, and tokens of each."""
 KINDS = {"base": ("none",), "lora": ("none", "same", "zipf", "distinct", "eight"), "merged": ("same",)}
 
 

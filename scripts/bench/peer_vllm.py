@@ -21,11 +21,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.gpu_options import kinds_of, make_parser, parse, sizes_of
 from bench.gpu_workload import (
     NEW_TOKENS,
+    PREFILL,
     Run,
     clocked,
     emit,
     ranks_of,
     time_decode,
+    time_prefill,
     time_throughput,
     write_adapters,
     write_base,
@@ -46,8 +48,9 @@ def start(mode: str, options: Namespace) -> Any:
 
     arguments: dict[str, Any] = {
         "model": str(write_base(options.shape, options.folder)), "load_format": "dummy", "skip_tokenizer_init": True,
-        "dtype": "bfloat16", "max_model_len": 4096, "gpu_memory_utilization": 0.6, "enable_prefix_caching": False,
-        "max_num_seqs": 256, "disable_log_stats": True,
+        "dtype": "bfloat16", "max_model_len": 4096, "gpu_memory_utilization": options.memory,
+        "enable_prefix_caching": False, "max_num_seqs": 256 if options.ranks == 1 else 128, "disable_log_stats": True,
+        "tensor_parallel_size": options.ranks,
     }  # fmt: skip
     if mode != "base":
         highest = max(ranks_of(options.rank, options.adapters))
@@ -81,13 +84,17 @@ def runner(llm: Any, paths: dict[str, Path]) -> Run:
 
 
 def main() -> None:
-    parser = make_parser(__doc__, ("decode", "throughput"))
+    parser = make_parser(__doc__, ("decode", "throughput", "prefill"))
     parser.add_argument("mode", choices=("base", "lora", "tuned"))
+    parser.add_argument("--memory", type=float, default=0.6, help="share of each device's memory")
+    parser.add_argument("--ranks", type=int, default=1, help="GPUs of the engine")
     options = parse(parser)
     os.environ.update(_ENVIRONMENT)
     if options.mode == "tuned":
         os.environ["VLLM_LORA_ENABLE_DUAL_STREAM"] = "1"
-    label = {"engine": "vllm", "mode": options.mode}
+    label: dict[str, Any] = {"engine": "vllm", "mode": options.mode}
+    if options.ranks > 1:
+        label |= {"shape": options.shape, "tensor_parallel_size": options.ranks}
     began = time.perf_counter()
     ranks = ranks_of(options.rank, options.adapters) if options.mode != "base" else []
     # In a process of their own, so that this one's CUDA context does not exist when vLLM starts its engine.
@@ -108,6 +115,9 @@ def main() -> None:
         for batch in options.batches:
             figures = time_decode(run, options.shape, kind, batch, options.adapters, options.new_tokens or NEW_TOKENS)
             emit(**label, part="decode", **figures)
+    for kind in kinds if "prefill" in options.part else ():
+        figures = time_prefill(run, options.shape, kind, *(4, 16) if options.tiny else PREFILL, options.adapters)
+        emit(**label, part="prefill", **figures)
     for kind in kinds if "throughput" in options.part else ():
         emit(**label, part="throughput",
              **time_throughput(run, options.shape, kind, sizes_of(options), options.adapters))  # fmt: skip

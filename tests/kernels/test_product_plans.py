@@ -133,14 +133,27 @@ def test_what_came_with_the_program_is_not_kept_as_measured_here(tmp_path: Path)
     assert alone.known(other) == ("kernel", 0) and alone.known(KEY) is None
 
 
-def test_a_pool_of_another_size_takes_the_nearest(tmp_path: Path) -> None:
+def test_a_pool_of_another_size_takes_the_nearest() -> None:
     plans = ProductPlans()
     with plans.measuring():
-        for slots in (4, 32, 128):
+        for slots in (1, 4):
             plans.find(ADAPTED._replace(slots=slots), lambda slots=slots: ProductPlan("beside", slots))  # type: ignore[misc]
-    assert plans.guess(ADAPTED._replace(slots=40, max_rank=16)) == ("beside", 32)
-    assert plans.guess(ADAPTED._replace(slots=1000)) == ("beside", 128)
+    assert plans.guess(ADAPTED._replace(slots=2, max_rank=16)) == ("beside", 1)
+    assert plans.guess(ADAPTED._replace(slots=1000)) == ("beside", 4)
     assert plans.guess(ADAPTED._replace(rows=1)) is None and plans.guess(KEY) is None
+
+
+def test_a_pool_is_measured_once_for_all_whose_batches_hold_no_more_adapters() -> None:
+    """Any two pools of 32 adapters and more are timed alike; one of fewer says nothing about 32 in a batch."""
+    plans = ProductPlans()
+    with plans.measuring():
+        plans.find(ADAPTED._replace(slots=4), lambda: ProductPlan("inside"))
+        assert plans.known(ADAPTED._replace(slots=32)) is None
+        plans.find(ADAPTED._replace(slots=32), lambda: ProductPlan("beside", 32))
+        for slots in (8, 40, 1000):
+            assert plans.find(ADAPTED._replace(slots=slots, max_rank=16), never) == ("beside", 32)
+        for slots in (3, 4):
+            assert plans.find(ADAPTED._replace(slots=slots), never) == ("inside", 0)
 
 
 def test_what_is_shipped_can_be_read() -> None:

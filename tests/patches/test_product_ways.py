@@ -47,6 +47,20 @@ class Beside(PartsBeside):
         return super().compute(x, weights, plan, multiply, spared)
 
 
+class Leaving:
+    """A combination of one rank, which notes what it was given."""
+
+    def __init__(self) -> None:
+        self.outputs: list[int] = []
+
+    def enter(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def leave(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        self.outputs.append(y.data_ptr())
+        return y
+
+
 @pytest.fixture
 def spared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """What products without parts beside them were told to spare."""
@@ -127,6 +141,23 @@ def test_outputs_whose_parts_somebody_may_add(device: str, way: Way | None, apar
     for output, wanted in zip(layers.outputs(x, context()), usual, strict=True):
         torch.testing.assert_close(output, wanted, **HALF)
     assert few.count == inside
+
+
+@pytest.mark.parametrize("way", ["beside", "behind"])
+def test_a_layer_whose_output_ranks_add_up(device: str, way: Way) -> None:
+    """Its part is in the output that it leaves, whichever way that was computed."""
+    layers, x = Layers(device), random_rows(device, 1, len(SLOTS), IN, dtype=torch.float16)
+    usual = layers.outputs(x, context_of(device, None))[0]
+    lone, left = layers.gate_proj, Leaving()
+    lone.__dict__.update(siblings=(), combination=left)
+    context, parts = context_of(device, None), Beside(device)
+    context.parts_beside, context.products = parts, Told(ProductPlan("library", 8), ProductPlan(way, 16))
+    with torch.inference_mode(), context:
+        assert run_apart([lone], x) is None
+        found = lone(x)
+    assert left.outputs == [found.data_ptr()]
+    torch.testing.assert_close(found, usual, **HALF)
+    assert parts.spared == ([16] if way == "beside" else [])
 
 
 def test_layers_without_anything_around_them_are_planned_together(device: str, spared: list[int]) -> None:
