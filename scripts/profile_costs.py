@@ -3,6 +3,7 @@
     python scripts/profile_costs.py --output cpu.json                      # SmolLM2-135M-Instruct on the CPU
     python scripts/profile_costs.py --shape 8b --load-format dummy --dtype bfloat16 --output gpu.json
     python scripts/profile_costs.py --beside 1 --output cpu.json           # while another such replica computes too
+    torchrun --nproc-per-node 4 scripts/profile_costs.py --shape 70b ...   # one replica on four GPUs
 
 Drives a real engine: unmerged decode steps over batch sizes and numbers of distinct adapters, prompts, merged steps,
 switches, loads of adapters, and KV moved to other blocks; each batch once unmeasured, and then `--rounds` times. Fits
@@ -31,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 from bench.cluster_engine import add_engine_options, prepare
 from bench.cost_runs import CostRuns, Measured
+from bench.gpu_engine import is_first_rank, world_size
 from bench.report import environment
 
 from peft_dist.core.cost_model import STEP_TERMS, CostPrior, StepFeatures
@@ -40,8 +42,8 @@ from peft_dist.sim.profile import CostProfile
 READY = "ready"
 
 
-def build(options: argparse.Namespace, folder: Path) -> CostRuns:
-    """A replica with its adapters registered, ready to be driven."""
+def build(options: argparse.Namespace, folder: Path) -> CostRuns | None:
+    """A replica with its adapters registered, ready to be driven; None of a rank that has followed one to its end."""
     from peft_dist.runner.replica import build_replica
 
     more: dict[str, Any] = {"max_num_seqs": max(options.sizes), "enable_prefix_caching": False}
@@ -50,8 +52,12 @@ def build(options: argparse.Namespace, folder: Path) -> CostRuns:
             more[name] = getattr(options, name)
     if options.threads and not options.shape:
         more["num_threads"] = options.threads
+    more["tensor_parallel_size"] = world_size()
     config, paths = prepare(options, folder, options.adapters, **more)
     replica = build_replica(config)
+    if not is_first_rank():
+        replica.follow()
+        return None
     specs = [replica.load_adapter(name, path) for name, path in paths.items()]
     replica.warm_up()
     return CostRuns(replica, specs)
@@ -215,6 +221,8 @@ def main() -> None:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         runs = build(options, Path(folder))
+        if runs is None:
+            return
         if options.as_load:
             compute_for_ever(options, runs)
         print(f"ready after {time.perf_counter() - began:.1f} s", flush=True)

@@ -7,7 +7,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from bench.gpu_engine import room_for
+from bench.gpu_engine import is_first_rank, room_for
 from bench.gpu_workload import write_adapters, write_base
 from bench.workload import write_adapters as write_small_adapters
 from peft_dist.core.config import EngineConfig
@@ -25,7 +25,8 @@ def prepare(
     """What every replica runs, and adapters written to ``folder``, of which ``resident`` fit a device (None: all)."""
     ranks = [options.rank] * num_adapters
     if options.shape:
-        base, adapters = write_base(options.shape, folder), write_adapters(options.shape, folder, ranks, "auto")
+        base = write_base(options.shape, folder)
+        adapters = write_adapters(options.shape, folder, ranks, "auto") if is_first_rank() else {}
         more = {"load_format": "dummy", "dtype": "bfloat16", **more}
     else:
         from demo_model import ensure_demo_model

@@ -64,12 +64,17 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_first_rank() -> bool:
+    """Whether this process drives the replica: others ``follow``."""
+    return not int(os.environ.get("RANK", "0"))
+
+
 def follow(model: str, **options: Any) -> bool:
     """Of every rank but the first: do what that does, until it ends. False for the first, or for one alone.
 
     ``options``: Of ``EngineConfig``, as the first one's.
     """
-    if not int(os.environ.get("RANK", "0")):
+    if is_first_rank():
         return False
     from peft_dist.core.config import EngineConfig
     from peft_dist.runner.replica import build_replica

@@ -39,6 +39,8 @@ _ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
     "VLLM_LOGGING_LEVEL": "WARNING",
+    # All-reduces by multicast, which not every host allows: its own, and NCCL's, stay.
+    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
 }
 
 
