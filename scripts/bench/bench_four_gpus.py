@@ -32,7 +32,7 @@ _OURS, _SEQUENCES = ["torchrun", str(RANKS), "ours_gpu.py"], ["--set", "max_num_
 _KINDS = ["--kinds", "none", "same", "distinct"]
 RUNS: dict[str, list[str]] = {
     "ours-lora": [*_OURS, "lora", *_70B, "--part", "decode", "prefill", *_KINDS, *_SEQUENCES],
-    "ours-merged": [*_OURS, "merged", *_70B, "--part", "decode", "merge", *_SEQUENCES, 'merge="host"'],
+    "ours-merged": [*_OURS, "merged", *_70B, "--part", "decode", "merge", *_SEQUENCES],
     "vllm-base": ["peer_vllm.py", "base", *_70B, "--part", "decode", "prefill", "--ranks", str(RANKS)],
     "vllm-lora": ["peer_vllm.py", "lora", *_70B, "--part", "decode", "prefill", "--ranks", str(RANKS),
                   "--kinds", "same", "distinct"],
