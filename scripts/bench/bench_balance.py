@@ -82,11 +82,12 @@ async def measure(
                 plans.append((options.loads[-1], options.seeds, True))
             for load, seed, kills in plans:
                 planned = asked.over_time(load * rate, options.warm + options.seconds, seed)
-                moves, run = Moves(service), {"migration": kind, "load": load, "seed": seed}
+                moves = Moves(service)
+                run: dict[str, Any] = {"migration": kind, "load": load, "seed": seed}
                 dies = asyncio.create_task(kill_one(service, options.warm + options.seconds / 2)) if kills else None
                 got = await serve(service, planned, options.warm, f"{kind}.{seed}.{load}")
                 if dies is not None:
-                    run["killed"] = await dies
+                    run |= await dies
                 runs.append({**run, **summary(got, idle), **moves.since()})
                 print(json.dumps(runs[-1]), flush=True)
                 write({"requests_per_second_at_load_1": rate, "runs": runs})
@@ -102,12 +103,12 @@ async def warm_up(options: argparse.Namespace, service: EngineService, asked: Of
     return await answer(service, asked.even(count, seed=0), turns)
 
 
-async def kill_one(service: EngineService, after: float) -> int:
-    """Kill the last replica, in so many seconds; which one it was."""
+async def kill_one(service: EngineService, after: float) -> dict[str, int]:
+    """Kill the last replica, in so many seconds; which one it was, and how many requests it had."""
     await asyncio.sleep(after)
     replica, pid = max(service.replica_pids().items())
     os.kill(pid, signal.SIGKILL)
-    return replica
+    return {"killed": replica, "requests_it_had": len(service._core._requests.on_replica(replica))}
 
 
 def summary(found: Results, idle: float) -> dict[str, Any]:

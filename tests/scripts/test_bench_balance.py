@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from bench import bench_balance
 from bench.balance_load import Load, Offered, Results
+from bench.balance_report import table
 from bench.balance_settings import of_result, to_keep
 from bench.balance_simulated import as_table, counted, simulated
 from bench.balance_trace import TraceLoad
@@ -117,12 +118,29 @@ def test_tiny_replicas_are_measured_and_simulated(tmp_path: Path) -> None:
     run(*tiny, *load, *more, "--kill", "--output", str(tmp_path))
     result = tmp_path / "balance.json"
     live, killed = json.loads(result.read_text())["figures"]["runs"]
-    assert live["lost"] == killed["lost"] == 0 and killed["killed"] == 1 and "killed" not in live
+    assert live["lost"] == killed["lost"] == 0 and "killed" not in live
+    assert killed["killed"] == 1 and killed["requests_it_had"] >= 0
     assert live["requests"] > 5 and {"moved_with_kv", "moved_computed_again", "moved_bytes"} <= set(live)
     assert "| 1 | dlora |" in run("--simulate", str(result), "--profile", "cpu-smollm2")
     [told] = json.loads(result.read_text())["figures"]["simulated"]["runs"]
     assert told["simulated"]["requests"] == live["requests"] and told["live"]["requests"] == live["requests"]
     assert "dlora" in run("--plot", str(result)) and (tmp_path / "balance.svg").exists()
+
+
+def test_the_table_tells_pace_and_moves() -> None:
+    figures = {"queueing_mean_ms": 10.0, "queueing_p90_ms": 40.0, "mean_s_per_token": 0.02, "p90_s_per_token": 0.03}
+    runs: list[dict[str, Any]] = [
+        {"migration": "rr", "load": 0.6, "seed": 0, **figures},
+        {"migration": "dlora", "load": 0.6, "seed": 0, "moved_with_kv": 2, "moved_computed_again": 1, **figures},
+        {"migration": "dlora", "load": 0.8, "seed": 0, "moved_with_kv": 0, "moved_computed_again": 0, **figures},
+        {"migration": "dlora", "load": 0.8, "seed": 1, "killed": 1, **figures},
+    ]
+    assert table(runs).splitlines()[2:] == [
+        "| 0.6 | rr | 10, 40 | 20.0, 30.0 | not told |",
+        "| 0.6 | dlora | 10, 40 | 20.0, 30.0 | 2, 1 |",
+        "| 0.8 | dlora | 10, 40 | 20.0, 30.0 | 0, 0 |",
+        "| 0.8, one killed | dlora | 10, 40 | 20.0, 30.0 | not told |",
+    ]
 
 
 def test_results_and_what_runs_printed_are_joined(tmp_path: Path) -> None:
