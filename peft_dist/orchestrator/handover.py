@@ -93,6 +93,10 @@ class Handover:
         ends = self._counts.view().ends
         return sum(number for (_, way, end), number in ends.items() if way == "kv" and end not in ("moved", "ended"))
 
+    def latest_seconds(self, number: int) -> list[float]:
+        """As ``MoveCounts.latest``: from when the source was asked to when the target said that it has the request."""
+        return self._counts.latest(number)
+
     def move(self, request_id: str, replica_id: int, now: float, *, with_kv: bool | None = None) -> list[Outgoing]:
         """Have another replica go on with a running request, in the cheaper way; ``with_kv`` says which one.
 

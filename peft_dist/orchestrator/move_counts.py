@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import bisect
-from collections import Counter
+import itertools
+from collections import Counter, deque
 from collections.abc import Mapping
 
 from peft_dist.orchestrator.observation import MOVE_SECONDS, MovesView
 
+# Moves whose seconds are kept one by one.
+NUM_KEPT = 4096
 PLAN, DRAIN, CALL = "plan", "drain", "call"
 """Why a request moves."""
 
@@ -24,6 +27,7 @@ class MoveCounts:
         self._num_bytes: Counter[str] = Counter()
         self._seconds = [0] * (len(MOVE_SECONDS) + 1)
         self._sum_seconds = 0.0
+        self._latest: deque[float] = deque(maxlen=NUM_KEPT)
 
     def recompute(self, cause: str) -> None:
         """A request was sent elsewhere without its KV, as was meant."""
@@ -35,10 +39,15 @@ class MoveCounts:
         self._num_bytes.update(num_bytes)
         self._seconds[bisect.bisect_left(MOVE_SECONDS, seconds)] += 1
         self._sum_seconds += seconds
+        self._latest.append(seconds)
 
     def fail(self, cause: str, outcome: str) -> None:
         """A request that was to move with its KV did not."""
         self._ends[cause, "kv", outcome] += 1
+
+    def latest(self, number: int) -> list[float]:
+        """Seconds of the last so many requests that moved with their KV, oldest first; not more than ``NUM_KEPT``."""
+        return list(itertools.islice(self._latest, max(0, len(self._latest) - number), None))
 
     def view(self) -> MovesView:
         return MovesView(dict(self._ends), dict(self._num_bytes), tuple(self._seconds), self._sum_seconds)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.orchestrator.service import EngineService
@@ -27,6 +27,25 @@ class Arrival(NamedTuple):
     tokens: int
 
 
+class Offered(Protocol):
+    """Requests as a benchmark makes them; the same ones whenever it is asked for the same."""
+
+    @property
+    def adapters(self) -> Sequence[str]: ...
+
+    def request(self, rng: random.Random, at: float, adapter: str) -> Arrival:
+        """One of the lengths that all have."""
+        ...
+
+    def even(self, number: int, seed: int) -> list[Arrival]:
+        """So many at once, evenly over the adapters."""
+        ...
+
+    def over_time(self, rate: float, seconds: float, seed: int) -> list[Arrival]:
+        """In the order of their times, of all adapters together ``rate`` a second."""
+        ...
+
+
 @dataclass(frozen=True)
 class Load:
     """Which adapters are asked for how often, and for how much.
@@ -35,23 +54,29 @@ class Load:
         skew: The n-th adapter's share is in proportion to n^-skew.
         cv: Coefficient of variation of the gaps between an adapter's arrivals; 1 is Poisson.
         longest: Tokens of a prompt and of an answer at most; both are log-normal, with a median of 100.
+        end_id: Prompts are random ids from 1000 to below it.
     """
 
     adapters: Sequence[str]
     skew: float
     cv: float
     longest: int
+    end_id: int = 30_000
 
     def request(self, rng: random.Random, at: float, adapter: str) -> Arrival:
         def draw() -> int:
             return max(4, min(self.longest, int(rng.lognormvariate(math.log(100), 0.8))))
 
-        return Arrival(at, adapter, [rng.randrange(1000, 30_000) for _ in range(draw())], draw())
+        return Arrival(at, adapter, [rng.randrange(1000, self.end_id) for _ in range(draw())], draw())
 
     def even(self, number: int, seed: int) -> list[Arrival]:
         """So many at once, evenly over the adapters."""
         rng = random.Random(f"even {seed}")
         return [self.request(rng, 0.0, self.adapters[i % len(self.adapters)]) for i in range(number)]
+
+    def over_time(self, rate: float, seconds: float, seed: int) -> list[Arrival]:
+        """As ``arrivals``."""
+        return arrivals(self, rate, seconds, seed)
 
 
 def arrivals(load: Load, rate: float, seconds: float, seed: int) -> list[Arrival]:
@@ -79,12 +104,15 @@ class Results:
         per_token: From its time of arrival to its last token, by its tokens.
         behind: From its time of arrival to when it was really asked.
         longest_gap: Between two of its tokens.
+        asked: How many were asked for, answered or not.
+        tokens: Of all; ``seconds`` from the first time that counts to the end of the last request.
     """
 
     first: list[float] = field(default_factory=list)
     per_token: list[float] = field(default_factory=list)
     behind: list[float] = field(default_factory=list)
     longest_gap: list[float] = field(default_factory=list)
+    asked: int = 0
     tokens: int = 0
     seconds: float = 0.0
 
@@ -96,6 +124,7 @@ class Results:
         queueing = [max(0.0, first - idle) for first in self.first]
         return {
             "requests": len(self.first),
+            "lost": self.asked - len(self.first),
             "queueing_mean_ms": round(1e3 * statistics.fmean(queueing), 2),
             "queueing_p90_ms": round(1e3 * quantile(queueing, 0.9), 2),
             "queueing_p99_ms": round(1e3 * quantile(queueing, 0.99), 2),
@@ -118,27 +147,64 @@ async def serve(service: EngineService, planned: Sequence[Arrival], warm: float,
         for number, arrival in enumerate(planned):
             await asyncio.sleep(max(0.0, start + arrival.at - time.perf_counter()))
             into = found if arrival.at >= warm else Results()
+            into.asked += 1
             tasks.create_task(_ask(service, f"{label}.{number}", arrival, start + arrival.at, into))
     found.seconds = time.perf_counter() - start - warm
     return found
 
 
-async def answer_all(service: EngineService, planned: Sequence[Arrival]) -> float:
-    """Requests per second when all are asked for at once: the better of two runs, as the first has much to set up."""
+async def answer_all(service: EngineService, planned: Sequence[Arrival], turns: int = 2) -> float:
+    """Requests per second when all are asked for at once: the best of the runs, as the first has much to set up."""
     best = 0.0
-    for turn in range(2):
+    for turn in range(turns):
         start = time.perf_counter()
         await serve(service, planned, 0.0, f"at once {turn}")
         best = max(best, len(planned) / (time.perf_counter() - start))
     return best
 
 
-async def idle_first_token(service: EngineService, load: Load) -> float:
+async def answer_most(service: EngineService, planned: Sequence[Arrival], turns: int = 2) -> float:
+    """As ``answer_all``, from the end of the first quarter to that of the third; then the others are aborted.
+
+    For lengths with a long tail: at the end few seats are taken, for as long as the longest answer is.
+    """
+    return max([await _answer_most(service, planned, f"at once {turn}") for turn in range(turns)])
+
+
+async def _answer_most(service: EngineService, planned: Sequence[Arrival], label: str) -> float:
+    start, ends = time.perf_counter(), []
+    # Requests by their task.
+    names = {
+        asyncio.create_task(_ask(service, f"{label}.{number}", arrival, start, Results())): f"{label}.{number}"
+        for number, arrival in enumerate(planned)
+    }
+    first, last = max(1, len(planned) // 4), max(2, 3 * len(planned) // 4)
+    try:
+        for ended in asyncio.as_completed(names):
+            await ended
+            ends.append(time.perf_counter())
+            if len(ends) >= last:
+                break
+    finally:
+        left = [task for task in names if not task.done()]
+        for task in left:
+            service.abort(names[task])
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+    return (len(ends) - first) / (ends[-1] - ends[first - 1])
+
+
+def lone(load: Offered) -> list[Arrival]:
+    """Requests to be asked one after another."""
+    rng = random.Random("alone")
+    return [load.request(rng, 0.0, load.adapters[0])._replace(tokens=4) for _ in range(_LONE)]
+
+
+async def idle_first_token(service: EngineService, load: Offered) -> float:
     """Median seconds to the first token of requests that are alone."""
-    rng, found = random.Random("alone"), Results()
-    for number in range(_LONE):
-        arrival = load.request(rng, 0.0, load.adapters[0])
-        await _ask(service, f"alone.{number}", arrival._replace(tokens=4), time.perf_counter(), found)
+    found = Results()
+    for number, arrival in enumerate(lone(load)):
+        await _ask(service, f"alone.{number}", arrival, time.perf_counter(), found)
     return statistics.median(found.first)
 
 

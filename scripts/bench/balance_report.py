@@ -26,19 +26,29 @@ def table(runs: list[Run]) -> str:
     """Markdown; runs in which a replica died are apart."""
     died = [run for run in runs if "killed" in run]
     runs = [run for run in runs if "killed" not in run]
-    queueing, tail, pace = (means(runs, m) for m in ("queueing_mean_ms", "queueing_p90_ms", "mean_s_per_token"))
-    lines = ["| load | migration | queueing: mean, P90 (ms) | mean ms/token |", "|---|---|---|---|"]
+    keys = ("queueing_mean_ms", "queueing_p90_ms", "mean_s_per_token", "p90_s_per_token")
+    queueing, *others = (means(runs, key) for key in keys)
+    lines = [
+        "| load | migration | queueing: mean, P90 (ms) | ms/token: mean, P90 | moved: with KV, computed again |",
+        "|---|---|---|---|---|",
+    ]
     for load in sorted({r["load"] for r in runs}):
         for kind, found in queueing.items():
-            lines.append(
-                f"| {load:g} | {kind} | {found[load]:.0f}, {tail[kind][load]:.0f} | {1e3 * pace[kind][load]:.1f} |"
-            )
-    lines += [
-        f"| {run['load']:g}, one killed | {run['migration']} "
-        f"| {run['queueing_mean_ms']:.0f}, {run['queueing_p90_ms']:.0f} | {1e3 * run['mean_s_per_token']:.1f} |"
-        for run in died
-    ]
+            same = [run for run in runs if run["migration"] == kind and run["load"] == load]
+            if same:
+                figures = [found[load], *(other[kind][load] for other in others)]
+                lines.append(_line(f"{load:g}", kind, figures, same))
+    for run in died:
+        lines.append(_line(f"{run['load']:g}, one killed", run["migration"], [run[key] for key in keys], [run]))
     return "\n".join(lines)
+
+
+def _line(load: str, kind: str, figures: list[float], runs: list[Run]) -> str:
+    queueing, tail, pace, slow = figures
+    # Older results count from the start of the service.
+    moved = [sum(run[key] for run in runs if key in run) for key in ("moved_with_kv", "moved_computed_again")]
+    told = "{}, {}".format(*moved) if all("moved_with_kv" in run for run in runs) else "not told"
+    return f"| {load} | {kind} | {queueing:.0f}, {tail:.0f} | {1e3 * pace:.1f}, {1e3 * slow:.1f} | {told} |"
 
 
 def plot(runs: list[Run], path: Path) -> None:

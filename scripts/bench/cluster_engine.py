@@ -24,6 +24,7 @@ def prepare(
 ) -> tuple[EngineConfig, dict[str, Path]]:
     """What every replica runs, and adapters written to ``folder``, of which ``resident`` fit a device (None: all)."""
     ranks = [options.rank] * num_adapters
+    folder.mkdir(parents=True, exist_ok=True)
     if options.shape:
         base = write_base(options.shape, folder)
         adapters = write_adapters(options.shape, folder, ranks, "auto") if is_first_rank() else {}

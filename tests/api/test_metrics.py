@@ -79,6 +79,7 @@ def test_several_replicas_tell_of_plans_and_moves() -> None:
     for outcome in ("recomputed", "stayed"):
         counts.fail(PLAN, outcome)
     live = counts.view()
+    assert (counts.latest(2), counts.latest(0), len(counts.latest(9))) == ([0.05, 30.0], [], 3)
     plans = {("solver", "memory"): 2, ("stay", "period"): 5}
     migrated = MigrationView("dlora", plans, live.by_way(PLAN), 3, 1.5, 4, live)
     queue = RequestMetrics(5).queue
