@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 # What the driver keeps of each of a model's layers in a captured step: of some ten kernels; and where ranks add up, of
 # all-reduces, each of which NCCL keeps more for.
 _BYTES_PER_LAYER, _BYTES_PER_SPLIT_LAYER = 200 << 10, 800 << 10
-_KINDS_OF_DECODES, _KINDS_OF_MIXED = 4, 2
+_KINDS_OF_DECODES, _KINDS_OF_MIXED, _KINDS_OF_MERGED_MIXED = 4, 2, 1
 # Replays of a product's way.
 _ROUNDS = 3
 # Of a device's multiprocessors.
@@ -56,7 +56,8 @@ def graph_bytes(config: EngineConfig, vocab_size: int, num_layers: int, activati
     share = min(MOST_MIXED_TOKENS / config.max_num_batched_tokens, 1.0)
     logits = 4 * config.max_num_seqs * vocab_size
     mixed = mixed_sizes(config.max_num_seqs, config.max_num_batched_tokens)
-    graphs = _KINDS_OF_DECODES * len(decode_sizes(config.max_num_seqs)) + _KINDS_OF_MIXED * len(mixed)
+    of_mixed = _KINDS_OF_MIXED + _KINDS_OF_MERGED_MIXED * (config.merge in ("auto", "shadow"))
+    graphs = _KINDS_OF_DECODES * len(decode_sizes(config.max_num_seqs)) + of_mixed * len(mixed)
     of_layer = _BYTES_PER_SPLIT_LAYER if config.tensor_parallel_size > 1 else _BYTES_PER_LAYER
     return int(activation_bytes * share) + logits + graphs * num_layers * of_layer
 
@@ -79,6 +80,7 @@ def make_graphs(config: EngineConfig, runner: ModelRunner, max_model_len: int) -
         few_rows=few_rows,
         parts_beside=parts_beside,
         products=make_products(runner.device, few_rows, parts_beside),
+        merges_prompts=config.policy == "merge",
     )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -104,6 +105,7 @@ class StepGraphs:
         few_rows: For the products of decode steps; None leaves them to torch.
         parts_beside: For adapters' parts; None adds them behind each product.
         products: Which way products take, measured by ``capture`` and ``capture_next``; None: as is usual.
+        merges_prompts: ``capture`` makes mixed steps under merged weights too, not ``capture_next`` alone.
 
     Attributes:
         gives_up: There is no memory for ``capture_next``, until ``clear``.
@@ -126,6 +128,7 @@ class StepGraphs:
         few_rows: FewRows | None = None,
         parts_beside: PartsBeside | None = None,
         products: Products | None = None,
+        merges_prompts: bool = False,
     ) -> None:
         slots = pool.num_slots or max_num_seqs
         self._decodes = [StepShape(rows, rows, max_blocks, slots) for rows in decode_sizes(max_num_seqs)]
@@ -139,6 +142,7 @@ class StepGraphs:
         self._memory = torch.zeros(num_bytes, dtype=torch.uint8, device=model.device)
         self._inputs = StepInputs(num_bytes, max_blocks, kv.block_size, model.device)
         self._steps: dict[Variant, CapturedStep] = {}
+        self._merges_prompts = merges_prompts
         # Captured when a batch came, with products as is usual.
         self._unmeasured: set[Variant] = set()
         self.gives_up = False
@@ -189,21 +193,18 @@ class StepGraphs:
     def capture(self, *, lora: bool, progress: bool = False) -> None:
         """Make steps ahead of time, the largest first, so that the smaller ones find memory in its pool.
 
-        Mixed steps with a merged adapter are left until they come: few are ever needed.
-
         Args:
             lora: With those that adapters need, unmerged and merged.
         """
-        layers = self._merge.layers_for_capture() if lora and self._merge else None
-        kinds: list[tuple[bool, bool, MergedLayers | None]] = [(False, False, None)] + [(True, False, None)] * lora
-        merged_kinds = [(False, False, layers), (True, True, layers)] if layers else []
-        wanted = [(shape, *kind) for shape in reversed(self._mixed) for kind in kinds]
-        wanted += [(shape, *kind) for shape in reversed(self._decodes) for kind in kinds + merged_kinds]
+        wanted = [(self._variant(shape, False, False, None, False), None) for shape in self._largest_first()]
+        if lora:
+            wanted += [*self._unmerged(), *self._merged(self._merges_prompts)]
+        wanted.sort(key=lambda one: (one[0].shape.decodes, -one[0].shape.tokens))
         # A bar in a terminal alone: in a worker's log its lines would be noise.
         bar = tqdm(wanted, desc="CUDA graphs", unit="graph", disable=None if progress else True)
         with self._measuring():
-            for shape, added, corrected, merged in bar:
-                self._step(self._variant(shape, added, corrected, merged, shape.decodes and added), merged)
+            for variant, merged in bar:
+                self._step(variant, merged)
 
     @property
     def lacks_steps(self) -> bool:
@@ -211,18 +212,37 @@ class StepGraphs:
         return not self.gives_up and self._next_missing() is not None
 
     def capture_next(self) -> None:
-        """Make a step that adapters need unmerged, before it comes; or again, where it came before it was measured."""
-        variant = self._next_missing()
-        if variant is not None:
+        """Make a step that adapters need, before it comes; or again, where it came before it was measured."""
+        if (found := self._next_missing()) is not None:
+            variant, merged = found
             self._unmeasured.discard(variant)
             with self._measuring():
-                self._steps[variant] = self._build(variant, None)
+                self._steps[variant] = self._build(variant, merged)
 
-    def _next_missing(self) -> Variant | None:
-        wanted = (
-            self._variant(shape, True, False, None, shape.decodes) for shape in reversed(self._mixed + self._decodes)
-        )
-        return next((v for v in wanted if v not in self._steps or v in self._unmeasured), None)
+    def _next_missing(self) -> tuple[Variant, MergedLayers | None] | None:
+        wanted = itertools.chain(self._unmerged(), self._merged(with_prompts=True))
+        return next((one for one in wanted if one[0] not in self._steps or one[0] in self._unmeasured), None)
+
+    def _largest_first(self) -> Iterator[StepShape]:
+        """Decodes before mixed steps."""
+        return reversed(self._mixed + self._decodes)
+
+    def _unmerged(self) -> Iterator[tuple[Variant, None]]:
+        """Steps that adapters need where none is merged."""
+        return ((self._variant(shape, True, False, None, shape.decodes), None) for shape in self._largest_first())
+
+    def _merged(self, with_prompts: bool) -> Iterator[tuple[Variant, MergedLayers]]:
+        """Steps under merged weights, those of the merged adapter alone first; none where weights are merged in place.
+
+        ``with_prompts``: Also the mixed ones, of the merged adapter alone: others join few of them.
+        """
+        layers = self._merge.layers_for_capture() if self._merge else None
+        if layers is None:
+            return
+        for shape in self._largest_first() if with_prompts else reversed(self._decodes):
+            yield self._variant(shape, False, False, layers, False), layers
+        for shape in reversed(self._decodes):
+            yield self._variant(shape, True, True, layers, False), layers
 
     def _measuring(self) -> AbstractContextManager[None]:
         return self._products.measuring() if self._products is not None else nullcontext()
