@@ -42,6 +42,7 @@ POINTS = {
 }
 
 
+@pytest.mark.slow
 def test_two_replicas_give_points_of_figures_10_and_11a(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -100,7 +100,7 @@ def use_graphs(
     ("depth", "modes", "count", "fused"),
     [
         pytest.param(1, True, 4, False, marks=pytest.mark.slow),
-        (1, True, 3, True),
+        (1, True, 2, True),
         *(
             pytest.param(depth, modes, 8, fused, marks=pytest.mark.slow)
             for depth, modes, fused in ((0, False, False), (1, False, True), (1, True, False), (1, True, True))
