@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from peft_dist import LLM
 from peft_dist.core.batch import Batch, ScheduledSequence
 from peft_dist.runner.inputs import PackedInputs
-from peft_dist.runner.step_graphs import CapturedStep
+from peft_dist.runner.step_variants import CapturedStep
 
 # Two logits closer than this share of their scale may change places with the order of summation.
 TIE = 2e-5

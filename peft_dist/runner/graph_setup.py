@@ -21,7 +21,8 @@ from peft_dist.kernels.product_bench import SPARED
 from peft_dist.kernels.product_plans import WAYS_VERSION, ProductPlans, shipped_plans
 from peft_dist.kernels.products import Products
 from peft_dist.runner.model_runner import ModelRunner
-from peft_dist.runner.step_graphs import MOST_MIXED_TOKENS, StepGraphs, decode_sizes, mixed_sizes
+from peft_dist.runner.step_graphs import StepGraphs
+from peft_dist.runner.step_variants import MOST_MIXED_TOKENS, decode_sizes, mixed_sizes
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ def make_graphs(config: EngineConfig, runner: ModelRunner, max_model_len: int) -
         few_rows=few_rows,
         parts_beside=parts_beside,
         products=make_products(runner.device, few_rows, parts_beside),
-        merges_prompts=config.policy == "merge",
+        merges_prompts=config.policy == "merge" or config.exec_type == "peft",
     )
 
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import logging
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,67 +29,11 @@ from peft_dist.runner.merge_state import MergeState
 from peft_dist.runner.sampler import best_tokens
 from peft_dist.runner.step_buffer import TILE_ROWS, PlanBuffers, StepBuffer, StepShape, TileBuffers
 from peft_dist.runner.step_inputs import FindDraw, StepInputs
+from peft_dist.runner.step_variants import CapturedStep, Variant, decode_sizes, mixed_sizes
 from peft_dist.runner.swapped_models import SwappedModels
 
-logger = logging.getLogger(__name__)
-
-MOST_MIXED_TOKENS = 2048
-# Beyond these, sizes are twice as far apart.
-_FINE_TOKENS = 1024
-_FEW_ROWS = 16
-
-
-class Variant(NamedTuple):
-    """What a captured step was captured for.
-
-    Attributes:
-        shape: Padding included.
-        lora: Rows have adapters' parts added.
-        corrected: Rows have the merged adapter's part taken away.
-        merged: ``MergedLayers.key`` of the weights that stand in for the modules' own.
-        fuses: Layers may be one launch with their adapters, all of which are finite.
-    """
-
-    shape: StepShape
-    lora: bool
-    corrected: bool
-    merged: tuple[int, ...] | None
-    fuses: bool = False
-
-
-@dataclass(slots=True)
-class CapturedStep:
-    """One graph, what it reads, and what it leaves."""
-
-    inputs: StepBuffer
-    replay: Callable[[], None]
-    outputs: list[torch.Tensor]
-
-    @property
-    def logits(self) -> torch.Tensor:
-        """``[rows, vocab]``."""
-        return self.outputs[0]
-
-    def best(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """int64 tokens and uint8 status of the first rows, as ``sampler.best_tokens`` gives them."""
-        return self.outputs[1][:count], self.outputs[2][:count]
-
-
-def decode_sizes(max_num_seqs: int) -> list[int]:
-    """Sequences of captured decode steps: up to four apart, and beyond 64 at most an eighth."""
-    sizes = {1, 2, 3, 4, 6, *range(8, 65, 4), *range(72, 129, 8), *range(144, 513, 16)}
-    return sorted(size for size in {*sizes, max_num_seqs} if size <= max_num_seqs)
-
-
-def mixed_sizes(max_num_seqs: int, max_num_batched_tokens: int) -> list[tuple[int, int]]:
-    """(tokens, sequences) of captured steps with prompts in them.
-
-    Beyond the largest, a step takes the device longer than Python needs to launch it.
-    """
-    most = min(max_num_batched_tokens, MOST_MIXED_TOKENS)
-    rows = sorted({min(_FEW_ROWS, max_num_seqs), max_num_seqs})
-    sizes = {*range(64, min(most, _FINE_TOKENS) + 1, 64), *range(_FINE_TOKENS, most + 1, 128), most}
-    return [(tokens, few) for tokens in sorted(sizes) for few in rows if tokens != few]
+# How often a size is computed in a larger one before it is captured by itself.
+_STAND_INS = 16
 
 
 class StepGraphs:
@@ -145,6 +87,7 @@ class StepGraphs:
         self._merges_prompts = merges_prompts
         # Captured when a batch came, with products as is usual.
         self._unmeasured: set[Variant] = set()
+        self._stood_in: Counter[Variant] = Counter()
         self.gives_up = False
 
     def shape_for(self, batch: Batch) -> StepShape | None:
@@ -158,9 +101,9 @@ class StepGraphs:
         return next((shape for shape in shapes[first:] if len(sequences) <= shape.rows), None)
 
     def run(self, batch: Batch, shape: StepShape, find_draw: FindDraw, first: int) -> CapturedStep:
-        """Queue a batch in the size that ``shape_for`` gave; row i of the outputs is the i-th sequence that draws.
+        """Queue a batch in the size that ``shape_for`` gave, or a larger one.
 
-        The outputs stand until the next run.
+        Row i of the outputs is the i-th sequence that draws. They stand until the next run.
 
         Args:
             find_draw: As in ``StepInputs.send``.
@@ -171,9 +114,10 @@ class StepGraphs:
         corrected = batch.merged_slot >= 0 and slots != {batch.merged_slot}
         lora = corrected or (batch.merged_slot < 0 and slots != {NO_ADAPTER})
         fuses = shape.decodes and lora and all(self._pool.is_finite(slot) for slot in slots if slot != NO_ADAPTER)
-        step = self._step(self._variant(shape, lora, corrected, layers, fuses), layers)
+        variant = self._stand_in(self._variant(shape, lora, corrected, layers, fuses))
+        step = self._step(variant, layers)
         destinations = first, self._drawn.dump
-        self._inputs.send(step.inputs, shape, batch.sequences, batch.merged_slot, find_draw, destinations)
+        self._inputs.send(step.inputs, variant.shape, batch.sequences, batch.merged_slot, find_draw, destinations)
         step.replay()
         return step
 
@@ -184,6 +128,7 @@ class StepGraphs:
     def clear(self) -> None:
         """Drop the captured steps with adapters, because other layers have adapters now."""
         self._steps = {variant: step for variant, step in self._steps.items() if not variant.lora}
+        self._stood_in.clear()
         self.gives_up = False
 
     def close(self) -> None:
@@ -253,6 +198,22 @@ class StepGraphs:
         key = merged.key if merged is not None else None
         fuses = fuses and self._few_rows is not None and not corrected and merged is None
         return Variant(shape, lora, corrected, key, fuses)
+
+    def _stand_in(self, variant: Variant) -> Variant:
+        """What a batch is to run in: capturing takes some dozen times a step, while everybody waits.
+
+        So a variant that is not there is computed in one of up to twice its tokens that is, unless it comes often.
+        """
+        if variant in self._steps or self._stood_in[variant] >= _STAND_INS:
+            return variant
+        least = variant.shape
+        for shape in self._decodes if least.decodes else self._mixed:
+            if least.tokens <= shape.tokens <= 2 * least.tokens and least.rows <= shape.rows:
+                larger = variant._replace(shape=shape)
+                if larger in self._steps:
+                    self._stood_in[variant] += 1
+                    return larger
+        return variant
 
     def _step(self, variant: Variant, merged: MergedLayers | None) -> CapturedStep:
         if variant not in self._steps:

@@ -17,7 +17,7 @@ from peft_dist.kernels.kv_pool import KVCachePool
 from peft_dist.kernels.lora_tiles import DECODE_TILE_ROWS, TILE_ROWS
 from peft_dist.runner.adapter_store import AdapterStore
 from peft_dist.runner.model_runner import ModelRunner
-from peft_dist.runner.step_graphs import MOST_MIXED_TOKENS
+from peft_dist.runner.step_variants import MOST_MIXED_TOKENS
 
 _CHUNK = 128
 # Kernels of fewer decodes are the same ones.

@@ -21,7 +21,7 @@ from peft_dist.patches import fuse
 from peft_dist.runner import replica as replicas
 from peft_dist.runner import warm_up
 from peft_dist.runner.model_runner import ModelRunner
-from peft_dist.runner.step_graphs import MOST_MIXED_TOKENS
+from peft_dist.runner.step_variants import MOST_MIXED_TOKENS
 from peft_dist.runner.warm_up import KernelWarmUp, rehearsals
 from tests.launches import Key, note_launches
 from tests.tiny_models import make_model, random_adapter

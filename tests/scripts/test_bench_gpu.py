@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench import bench_four_gpus, bench_gpu, gpu_runs
+from bench import bench_gpu
 from bench.gpu_checks import Check, Lines, checks
-from bench.gpu_runs import Runs
 from bench.gpu_tables import tables
 from bench.gpu_workload import (
     SHAPES,
@@ -238,66 +237,6 @@ def test_the_others_run_small(script: str, tmp_path: Path) -> None:
         assert all(line["ours_over_peft_autocast"] < 1.05 for line in found)
     if script == "ttft_gpu.py":
         assert found[0]["loads"]["without_loads"] == 0 and found[0]["loads"]["with_loads"] >= 100
-
-
-def test_a_run_that_takes_too_long_ends_with_what_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_runs, "LEAST_SECONDS", 0)
-    script = tmp_path / "long.py"
-    script.write_text(
-        "import subprocess, sys\n"
-        'print(\'{"part": "before"}\', flush=True)\n'
-        "subprocess.run([sys.executable, '-c', 'import signal; signal.pause()'])\n"
-    )
-    runs = Runs({"long": [str(script)]})
-    with (tmp_path / "lines").open("w") as lines:
-        # The child holds our pipe open: the call only returns because it ended too.
-        assert runs.run_all(["long"], 2.0, lines) == ["long"]
-    assert [line["run"] for line in read_lines((tmp_path / "lines").read_text())] == ["long"]
-
-
-def test_each_gpu_takes_the_next_run_when_it_is_free(tmp_path: Path) -> None:
-    """The second run goes on until all others, which the other GPU has to take, are there."""
-    script = tmp_path / "run.py"
-    script.write_text(
-        "import json, os, sys, time\n"
-        "from pathlib import Path\n"
-        "name, folder = sys.argv[1], Path(sys.argv[2])\n"
-        "while name == 'b' and len(list(folder.iterdir())) < 3:\n"
-        "    time.sleep(0.01)\n"
-        "(folder / name).write_text('')\n"
-        "print(json.dumps({'part': 'seen', 'device': os.environ['CUDA_VISIBLE_DEVICES']}))\n"
-        "sys.exit(name == 'd')\n"
-    )
-    folder = tmp_path / "ended"
-    folder.mkdir()
-    commands = {name: [str(script), name, str(folder), "--discard"] for name in "abcd"}
-    runs = Runs(commands, devices=["4", "7"])
-    assert "--discard" not in runs.command("a") and "--discard" in Runs(commands).command("a")
-    with (tmp_path / "lines").open("w") as lines:
-        assert runs.run_all("abcd", None, lines) == ["d"]
-    found = list(read_lines((tmp_path / "lines").read_text()))
-    seen = {line["run"]: (line["device"], line["gpu"]) for line in found if line["part"] == "seen"}
-    assert sorted(seen) == ["a", "b", "c", "d"] and all(device == gpu for device, gpu in seen.values())
-    [other] = {"4", "7"} - {seen["b"][0]}
-    assert {seen[name][0] for name in "acd"} == {other}
-    assert sorted(line["run"] for line in found if line["part"] == "done") == ["a", "b", "c"]
-
-
-def test_ranks_are_started_by_torchrun() -> None:
-    runs = Runs(bench_four_gpus.RUNS, vllm_python="other")
-    ours, vllm = runs.command("ours-lora"), runs.command("vllm-lora")
-    assert ours[1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-    assert ours[6].endswith("ours_gpu.py") and vllm[0] == "other" and vllm[1].endswith("peer_vllm.py")
-
-
-def test_the_table_of_four_gpus() -> None:
-    def line(kind: str, mode: str, step: float) -> dict[str, Any]:
-        return decode_line("ours", mode, kind, 8, step, shape="70b")
-
-    lines = Lines([line("none", "lora", 10.0), line("distinct", "lora", 11.0), line("same", "merged", 10.2)])
-    told = {check.what.split(",")[0]: check.met for check in bench_four_gpus.checks(lines)}
-    assert told == {"32 distinct ≤ 1.20 × our base": True, "merged ≤ 1.01 × our base": False}
-    assert "| ours, merged | 10.20 |" in bench_four_gpus.table(lines)
 
 
 FAKE_VLLM = {

@@ -26,7 +26,7 @@ from peft_dist.kernels.lora_fused_plans import FusedPlan
 from peft_dist.kernels.lora_plans import GroupShape, default_plan, plan_for
 from peft_dist.kernels.types import LoRAPlan
 from peft_dist.runner.step_buffer import StepShape
-from peft_dist.runner.step_graphs import Variant
+from peft_dist.runner.step_variants import Variant
 
 SHAPES = {
     "qkv": GroupShape(16, 64, 4096, (4096, 1024, 1024)),

@@ -1,0 +1,147 @@
+"""When steps are captured: ahead, when there is no work, and when they come often."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from peft_dist import LLM, SamplingParams
+from peft_dist.kernels.product_plans import ProductPlans
+from peft_dist.kernels.products import Products
+from peft_dist.runner import step_graphs
+from peft_dist.runner.step_variants import decode_sizes, mixed_sizes
+from peft_dist.runner.warm_up import KernelWarmUp
+from tests import triton_interpreter
+from tests.e2e.test_step_graphs import use_graphs
+from tests.oracle import PeftOracle, assert_identical
+from tests.tiny_models import make_model, random_adapter
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py captures for real")
+
+
+@pytest.mark.parametrize("merge", ["off", "shadow"])
+def test_steps_that_adapters_need_are_captured_when_there_is_no_work(
+    merge: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One at a time, and none is left for a request to wait for; again when adapters target further layers."""
+    monkeypatch.setattr(KernelWarmUp, "begin", lambda self: None)
+
+    def full(run: Callable[[], None]) -> Callable[[], None]:
+        raise torch.OutOfMemoryError("no memory")
+
+    model = make_model("llama", tmp_path / "base")
+    adapter = random_adapter(model, tmp_path / "a", 4, 8.0, ["q_proj"], seed=1)
+    options = {"num_blocks": 8, "max_num_seqs": 6, "max_num_batched_tokens": 24, "attention_backend": "triton"}
+    captured: list[Callable[[], None]] = []
+
+    def noted(run: Callable[[], None]) -> Callable[[], None]:
+        captured.append(run)
+        return run
+
+    with LLM(tmp_path / "base", device="cpu", dtype="float32", max_model_len=64, merge=merge, **options) as llm:
+        use_graphs(llm, noted)
+        replica = llm._open
+        graphs = replica.runner.graphs
+        assert graphs is not None and not replica.warm_up_some(), "nobody needs them"
+        llm.load_adapter(adapter, "a")
+        decodes, mixed = len(decode_sizes(6)), len(mixed_sizes(6, 24))
+        shapes, sizes = {*graphs._decodes, *graphs._mixed}, decodes + mixed
+        for count in range(1, sizes + 1):
+            assert replica.warm_up_some() and len(captured) == count
+        variants = set(graphs._steps)
+        assert {variant.shape for variant in variants} == shapes
+        assert all(variant.lora and variant.merged is None for variant in variants)
+        if merge == "shadow":
+            # Of the merged adapter alone, and decodes in which others join it.
+            while replica.warm_up_some():
+                sizes += 1
+            found = [variant for variant in graphs._steps if variant.merged is not None]
+            assert {variant.shape for variant in found if not variant.corrected} == shapes
+            assert {variant.shape for variant in found if variant.corrected} == {*graphs._decodes}
+            assert len(found) == sizes - decodes - mixed == 2 * decodes + mixed
+        assert not replica.warm_up_some() and len(captured) == sizes
+        llm.load_adapter(random_adapter(model, tmp_path / "b", 4, 8.0, ["o_proj"], seed=2), "b")
+        assert replica.warm_up_some() and len(captured) == sizes + 1
+        # What came before it was measured is captured again.
+        while replica.warm_up_some():
+            pass
+        graphs._products = Products(ProductPlans(), None, None, lambda run: 1.0)
+        variant = next(iter(graphs._steps))
+        del graphs._steps[variant]
+        graphs._step(variant, None)
+        before, count = graphs._steps[variant], len(captured)
+        assert replica.warm_up_some() and len(captured) == count + 1 and graphs._steps[variant] is not before
+        assert not replica.warm_up_some()
+        # Without memory it stops, and the replica goes on.
+        del graphs._steps[variant]
+        graphs._capture = full
+        assert not replica.warm_up_some() and not graphs.lacks_steps
+
+
+def test_a_size_that_is_not_there_runs_in_a_larger_one_until_it_comes_often(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Captured at once, it makes everybody wait; up to twice its rows cost little more."""
+    triton_interpreter.mend()
+    monkeypatch.setattr(step_graphs, "_STAND_INS", 5)
+    model = make_model("llama", tmp_path / "base")
+    # All of them fit into one step.
+    prompts = [[5, 6], [7, 8, 9], [10], [11, 12]]
+    greedy = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)
+    options = {"num_blocks": 64, "max_num_seqs": 6, "max_num_batched_tokens": 24, "attention_backend": "triton"}
+    with LLM(tmp_path / "base", device="cpu", dtype="float32", max_model_len=64, **options) as llm:
+        use_graphs(llm)
+        graphs = llm._open.runner.graphs
+        assert graphs is not None
+
+        def sizes() -> set[int]:
+            return {variant.shape.rows for variant in graphs._steps if variant.shape.decodes}
+
+        def answers(count: int) -> list[list[int]]:
+            outputs = llm.generate(prompts[:count], greedy, use_tqdm=False)
+            return [output.outputs[0].token_ids for output in outputs]
+
+        answers(4)
+        assert sizes() == {4}
+        # A decode step for each token but the first.
+        found = answers(2)
+        assert sizes() == {4}, "one of two rows was captured though there is one of four"
+        answers(1)
+        assert sizes() == {1, 4}, "one of four rows is too much for one"
+        answers(2)
+        assert sizes() == {1, 2, 4}
+    oracle = PeftOracle(model, {})
+    for prompt, tokens in zip(prompts[:2], found, strict=True):
+        assert_identical(tokens, oracle.answer(prompt, None, 5), oracle, prompt, None)
+
+
+@pytest.mark.parametrize(("policy", "with_prompts"), [("merge", True), ("credit", False)])
+def test_steps_that_a_policy_merges_are_captured_ahead(policy: str, with_prompts: bool, tmp_path: Path) -> None:
+    """Each that is not makes somebody wait who needs it first: 0.4 s of a model of 80 layers."""
+    model = make_model("llama", tmp_path / "base")
+    adapter = random_adapter(model, tmp_path / "a", 4, 8.0, ["q_proj"], seed=1)
+    options = {"num_blocks": 8, "max_num_seqs": 6, "max_num_batched_tokens": 24, "attention_backend": "triton"}
+    more = {"device": "cpu", "dtype": "float32", "max_model_len": 64, "merge": "shadow", "policy": policy}
+    with LLM(tmp_path / "base", **options, **more) as llm:
+        use_graphs(llm, lambda run: run)
+        graphs = llm._open.runner.graphs
+        assert graphs is not None
+        llm.load_adapter(adapter, "a")
+        graphs.capture(lora=True)
+        merged = {variant.shape for variant in graphs._steps if variant.merged is not None}
+        assert merged == {*graphs._decodes, *(graphs._mixed if with_prompts else ())}
+
+
+def test_sizes_cover_every_batch_with_little_padding() -> None:
+    sizes = decode_sizes(256)
+    assert sizes[0] == 1 and sizes[-1] == 256
+    for smaller, larger in itertools.pairwise(sizes):
+        assert larger - smaller <= max(4, larger // 8)
+    assert decode_sizes(5) == [1, 2, 3, 4, 5]
+    mixed = mixed_sizes(256, 8192)
+    assert max(mixed) == (2048, 256) and all(tokens != rows for tokens, rows in mixed)
+    assert mixed_sizes(4, 24) == [(24, 4)]
