@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from peft_dist.core.config import ModelInfo
 from peft_dist.core.errors import ConfigError, EngineDeadError
 from peft_dist.core.messages import Progress, Ready, ReplicaStats
+from peft_dist.core.step_costs import StepCosts
 from peft_dist.orchestrator.admission import token_limit
 from peft_dist.orchestrator.observation import ReplicaTotals, ReplicaView
 from peft_dist.orchestrator.records import Replica, ReplicaState
@@ -133,14 +134,17 @@ class ReplicaTable:
 
     def _lend_costs(self) -> None:
         """Who has run few steps is taken to be like who has run most: what it says is a guess from its start, when
-        others may have had the machine. With one that is too high it would get no requests, and never learn better."""
-        ready = self.ready()
-        longest = max(ready, key=lambda one: one.detail.num_steps, default=None)
-        if longest is None or longest.costs is None or longest.detail.num_steps < _MEASURED_STEPS:
-            return
+        others may have had the machine. With one that is too high it would get no requests, and never learn better.
+        While nobody has run many, all are taken to be like who guessed least."""
+        ready = [replica for replica in self.ready() if replica.costs is not None]
+        measured = [replica for replica in ready if replica.detail.num_steps >= _MEASURED_STEPS]
+        if measured:
+            costs = max(measured, key=lambda one: one.detail.num_steps).costs
+        else:
+            costs = min((replica.costs for replica in ready if replica.costs), key=_some_work, default=None)
         for replica in ready:
             if replica.detail.num_steps < _MEASURED_STEPS:
-                replica.costs = longest.costs
+                replica.costs = costs
 
     def mark_dead(self, replica: Replica, error: EngineDeadError) -> None:
         """Note that a replica is gone, and why."""
@@ -182,6 +186,11 @@ class ReplicaTable:
     def views(self) -> list[ReplicaView]:
         """Every replica as it was last heard of, the dead ones too."""
         return [_view(replica) for replica in self._by_id.values()]
+
+
+def _some_work(costs: StepCosts) -> float:
+    """Seconds of a prompt and of steps of a few sequences, to compare guesses by."""
+    return costs.prefill_seconds(256) + 64 * costs.decode_seconds(8, {})
 
 
 def _view(replica: Replica) -> ReplicaView:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from peft_dist.core.cost_model import CostModel, CostPrior, StepFeatures
 from peft_dist.core.errors import ConfigError
 from peft_dist.core.request import Request
 from peft_dist.core.sampling_params import SamplingParams
+from peft_dist.runner import cost_prior
 from peft_dist.runner.cost_prior import DeviceSpeed, ModelSize, device_prior, measure_speed
 from peft_dist.runner.cost_profile import read_profile, write_profile
 from peft_dist.runner.replica import Replica, build_replica
@@ -68,6 +70,22 @@ def test_the_prior_is_that_of_the_device() -> None:
     assert models.merge == (in_place.unmerge[0], 0.0) and models.unmerge == (0.0, 0.0)
     slower = DeviceSpeed(2.6e10, 1e11, 1.3e10)
     assert CostModel(device_prior(slower, LLAMA_8B, 5_000_000, "shadow")).step_seconds(DECODES) > 0.9
+
+
+def test_what_interrupts_one_measurement_is_not_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a replica that loads its model every second one may take a hundred times as long."""
+    ticks, clock = itertools.count(), [0.0]
+
+    def told() -> float:
+        number = next(ticks)
+        # Each measurement asks twice.
+        clock[0] += 0.001 * (100.0 if number % 4 == 3 else 1.0)
+        return clock[0]
+
+    monkeypatch.setattr(cost_prior.time, "perf_counter", told)
+    speed = measure_speed(torch.device("cpu"), torch.float32)
+    assert speed.bytes_per_second == pytest.approx(2 * (32 << 20) / 0.001)
+    assert speed.flops_per_second == pytest.approx(2 * 64 * 512 * 512 / 0.001)
 
 
 def test_a_replica_measures_its_device_and_starts_from_that(root: Path) -> None:
