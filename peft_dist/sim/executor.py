@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
+
+import msgspec
 
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.batch import NO_ADAPTER, Batch, SequenceResult, StepResult
@@ -40,6 +43,7 @@ class SimExecutor:
         block_bytes: Of one KV block.
         num_held: Merged copies that are kept beside the base ("shadow"); 0: weights are merged in place.
         held: Contents whose merged copies are there from the start, ``num_held`` at most.
+        prompt_sizes: As of ``CostProfile``. The engine's own model knows nothing of them, as in the live system.
     """
 
     def __init__(
@@ -51,12 +55,14 @@ class SimExecutor:
         *,
         can_merge: bool = True,
         held: Sequence[str] = (),
+        prompt_sizes: Sequence[int] = (),
     ) -> None:
         self._can_merge = can_merge
         self._truth = truth
         self._clock = clock
         self._block_bytes = block_bytes
         self._num_held = num_held
+        self._prompt_sizes = prompt_sizes
         self._slots: dict[int, AdapterSpec] = {}
         self._loading: dict[int, _Ending] = {}
         self._copies: list[tuple[float, TransferOutcome]] = []
@@ -81,7 +87,7 @@ class SimExecutor:
     def submit(self, batch: Batch) -> _Handle:
         swapped = (len(batch.swap_outs) + len(batch.swap_ins)) * self._block_bytes
         swap_seconds = self._truth.swap_seconds(swapped) if swapped else None
-        seconds = self._truth.step_seconds(self._features(batch)) if batch.sequences else 0.0
+        seconds = self.step_seconds(self._features(batch)) if batch.sequences else 0.0
         self._free_at = max(self._free_at, self._clock()) + (swap_seconds or 0.0) + seconds
         self.busy_seconds += seconds
         results = [SequenceResult(s.request_id, [TOKEN] if s.samples else [], s.draw) for s in batch.sequences]
@@ -90,7 +96,7 @@ class SimExecutor:
 
     def step_seconds(self, features: StepFeatures) -> float:
         """Of a step without copies."""
-        return self._truth.step_seconds(features)
+        return self._truth.step_seconds(self._padded(features))
 
     @property
     def free_at(self) -> float:
@@ -196,6 +202,17 @@ class SimExecutor:
 
     def transfers_fileno(self) -> int:
         return -1
+
+    def _padded(self, features: StepFeatures) -> StepFeatures:
+        """With the tokens of the captured step that takes it. Padding has no adapter."""
+        if not features.prefill_tokens or not self._prompt_sizes:
+            return features
+        tokens = features.decode_sequences + features.prefill_tokens
+        found = bisect.bisect_left(self._prompt_sizes, tokens)
+        if found == len(self._prompt_sizes):
+            return features
+        more = self._prompt_sizes[found] - tokens
+        return msgspec.structs.replace(features, prefill_tokens=features.prefill_tokens + more)
 
     def _features(self, batch: Batch) -> StepFeatures:
         rows = []

@@ -82,6 +82,7 @@ def make_hardware(
         "num_held": 0 if options.merge == "host" else profile.num_held,
         "host_seconds": profile.host_seconds,
         "can_merge": config.merge != "off",
+        "prompt_sizes": profile.prompt_sizes,
     }
     return SimHardware(
         config,

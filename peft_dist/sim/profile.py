@@ -43,6 +43,8 @@ class CostProfile:
         depth: Steps in flight while the next one is scheduled.
         weight_bytes: Of the base's weights on all devices; 0: not told.
         num_held: Merged copies that are kept beside the base's weights; 0: weights are merged in place.
+        prompt_sizes: Tokens of the captured steps with prompts in them, the smallest first: a step of fewer computes
+            as many as the next one has. Larger steps are not captured. Empty: none is.
     """
 
     name: str
@@ -66,6 +68,7 @@ class CostProfile:
     depth: int = 0
     num_held: int = 0
     weight_bytes: int = 0
+    prompt_sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for option in fields(self):
@@ -75,6 +78,9 @@ class CostProfile:
                 raise ConfigError(f"{option.name}={value!r} of profile {self.name!r} must be {least} or more")
             if option.type == "float" and not (math.isfinite(value) and value >= 0):
                 raise ConfigError(f"{option.name}={value!r} of profile {self.name!r} must be seconds of 0 or more")
+        sizes = self.prompt_sizes
+        if not all(type(size) is int and size > 0 for size in sizes) or list(sizes) != sorted(set(sizes)):
+            raise ConfigError(f"prompt_sizes={sizes!r} of profile {self.name!r} must be tokens, the smallest first")
 
     def truth(self) -> CostModel:
         """What everything takes: a model that learns nothing."""
@@ -87,7 +93,10 @@ class CostProfile:
 
     def dump(self, path: Path) -> None:
         """Write a file that ``load`` reads; the same profile gives the same bytes. Raises ConfigError."""
-        text = json.dumps({"peft_dist_profile": FORMAT, **asdict(self)}, indent=1) + "\n"
+        told = asdict(self)
+        if not self.prompt_sizes:  # So that files from before there were any stay what they are.
+            del told["prompt_sizes"]
+        text = json.dumps({"peft_dist_profile": FORMAT, **told}, indent=1) + "\n"
         try:
             path.write_text(text, encoding="utf-8")
         except OSError as error:
@@ -110,7 +119,8 @@ class CostProfile:
             pairs: dict[str, Any] = {
                 key: tuple(value) if isinstance(value, list) else value for key, value in costs.items()
             }
-            return cls(costs=CostPrior(**pairs), **document)
+            sizes = tuple(document.pop("prompt_sizes", ()))
+            return cls(costs=CostPrior(**pairs), prompt_sizes=sizes, **document)
         except (KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"profile {path} is broken ({error!r}): measure it again") from error
 

@@ -47,6 +47,7 @@ class SimHardware:
         host_seconds: That scheduling and reporting add to a step where none is in flight.
         can_merge: Whether any adapter can be.
         held: Contents whose merged copies are there from the start.
+        prompt_sizes: As of ``CostProfile``.
     """
 
     config: EngineConfig
@@ -58,6 +59,7 @@ class SimHardware:
     host_seconds: float = 0.0
     can_merge: bool = True
     held: tuple[str, ...] = ()
+    prompt_sizes: tuple[int, ...] = ()
 
     def model(self) -> ModelInfo:
         """What such a replica says of its model."""
@@ -135,6 +137,7 @@ class SimReplica:
             hardware.num_held,
             can_merge=hardware.can_merge,
             held=hardware.held,
+            prompt_sizes=hardware.prompt_sizes,
         )
         self.engine = assemble(hardware.config, info, self.executor, hardware.prior(), page_rows=1, num_rows=None)
         # What is still learnt of costs is told when it is due.
