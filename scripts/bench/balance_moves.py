@@ -1,4 +1,4 @@
-"""What moved while a run of bench_balance.py went on."""
+"""What moved, and how steps ran, while a run of bench_balance.py went on."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ class Moves:
     def __init__(self, service: EngineService) -> None:
         self._service = service
         self._before, self._placements = self._look()
+        self._counts = self._steps()
 
     def since(self) -> dict[str, Any]:
         """For results. A move with KV takes from when the source was asked to when the target runs the request."""
@@ -31,11 +32,21 @@ class Moves:
                 memory: number - self._before.num_bytes.get(memory, 0) for memory, number in live.num_bytes.items()
             },
             "placements": placements - self._placements,
+            **{name: count - self._counts[name] for name, count in self._steps().items()},
         }
         if seconds:
             told["move_mean_ms"] = round(1e3 * statistics.fmean(seconds), 2)
             told["move_p90_ms"] = round(1e3 * quantile(seconds, 0.9), 2)
         return told
+
+    def _steps(self) -> dict[str, int]:
+        """Of all replicas, as they last told: a few of the latest steps may be missing."""
+        totals = [replica.totals for replica in self._service.replicas()]
+        return {
+            "steps": sum(one.num_merged_steps + one.num_unmerged_steps for one in totals),
+            "merged_steps": sum(one.num_merged_steps for one in totals),
+            "switches": sum(one.num_switches for one in totals),
+        }
 
     def _look(self) -> tuple[MovesView, int]:
         view = self._service.migration()

@@ -57,7 +57,12 @@ def simulated(figures: Mapping[str, Any], settings: argparse.Namespace, profile:
             )
         runs.append({
             **{key: run[key] for key in ("migration", "load", "seed")},
-            "simulated": told | {"moves": result.migration.moves, "placements": result.migration.placements},
+            "simulated": {
+                **told, "moves": result.migration.moves, "placements": result.migration.placements,
+                "steps": sum(replica.steps for replica in result.replicas),
+                "merged_steps": sum(replica.merged_steps for replica in result.replicas),
+                "switches": sum(replica.switches for replica in result.replicas),
+            },
             "live": {key: run[key] for key in told if key in run},
             "simulated_over_live": {key: _ratio(told[key], run[key]) for key in RATIOS},
         })  # fmt: skip

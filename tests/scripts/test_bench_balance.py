@@ -121,6 +121,7 @@ def test_tiny_replicas_are_measured_and_simulated(tmp_path: Path) -> None:
     assert live["lost"] == killed["lost"] == 0 and "killed" not in live
     assert killed["killed"] == 1 and killed["requests_it_had"] >= 0
     assert live["requests"] > 5 and {"moved_with_kv", "moved_computed_again", "moved_bytes"} <= set(live)
+    assert 0 <= live["merged_steps"] <= live["steps"] and live["steps"] > 5
     assert "| 1 | dlora |" in run("--simulate", str(result), "--profile", "cpu-smollm2")
     [told] = json.loads(result.read_text())["figures"]["simulated"]["runs"]
     assert told["simulated"]["requests"] == live["requests"] and told["live"]["requests"] == live["requests"]
