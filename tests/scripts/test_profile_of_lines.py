@@ -34,6 +34,7 @@ def lines() -> list[dict[str, Any]]:
         found.append({
             **USUAL, "mode": "lora", "adapters": kind, "batch": batch, "distinct": distinct,
             "step_ms": 1e3 * seconds(batch, 0, distinct), "prefill_ms": prefill, "prefills_ms": [prefill] * 2,
+            "new_tokens": 129,
         })  # fmt: skip
     # Something disturbed this one, and this one is of another rank.
     found.append({**found[0], "step_ms": 900.0, "prefills_ms": [1.0, 2.0]})
@@ -44,13 +45,17 @@ def lines() -> list[dict[str, Any]]:
     return found
 
 
-def test_terms_are_found_again(tmp_path: Path) -> None:
+def made_of(tmp_path: Path, found: list[dict[str, Any]], *more: str) -> CostProfile:
     result, output = tmp_path / "result.json", tmp_path / "made.json"
     environment = {"date": "a day", "gpu": "a card", "torch": "2"}
-    result.write_text(json.dumps({"environment": environment, "figures": {"measurements": lines()}}))
-    command = [sys.executable, str(SCRIPT), str(result), "--like", "h200-8b", "--shape", "70b", "--output", str(output)]
+    result.write_text(json.dumps({"environment": environment, "figures": {"measurements": found}}))
+    command = [sys.executable, str(SCRIPT), str(result), "--like", "h200-8b", "--output", str(output), *more]
     subprocess.run(command, check=True, capture_output=True)
-    made, like = CostProfile.load(output), CostProfile.load("h200-8b")
+    return CostProfile.load(output)
+
+
+def test_terms_are_found_again(tmp_path: Path) -> None:
+    made, like = made_of(tmp_path, lines(), "--shape", "70b"), CostProfile.load("h200-8b")
     for decodes, prompts, adapters in [(1, 0, 0), (64, 0, 32), (16, 0, 1), (0, 1000, 4)]:
         features = StepFeatures(False, decodes, prompts, (decodes + prompts) * bool(adapters), adapters, 16 * adapters)
         weights = {
@@ -64,3 +69,37 @@ def test_terms_are_found_again(tmp_path: Path) -> None:
     # A token's KV, and an adapter's row, of 80 layers.
     assert made.block_bytes == 16 * 2 * 80 * 2 * 8 * 128 and made.rank_bytes == 2 * 80 * 161_792
     assert "made by scripts/profile_of_lines.py of result.json" in made.source and like.source in made.source
+    assert made.prompt_sizes[:2] == (64, 128) and made.prompt_sizes[-1] == like.max_num_batched_tokens
+
+
+def test_lines_that_are_known_to_be_wrong_are_left_out_by_name(tmp_path: Path) -> None:
+    wrong = {**USUAL, "mode": "merged", "adapters": "same", "batch": 128, "distinct": 1,
+             "step_ms": 1.5e3 * seconds(128, 0, 0), "prefill_ms": 1.0, "prefills_ms": [1.0, 1.0]}  # fmt: skip
+    with_it = made_of(tmp_path, [*lines(), wrong])
+    without = made_of(tmp_path, [*lines(), wrong], "--leave-out", "merged:128")
+    assert with_it.costs.merged_token > 1e-5 and without.costs.merged_token < 1e-6
+    assert "Left out: merged:128." in without.source
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        made_of(tmp_path, lines(), "--leave-out", "merged:127")
+    assert b"there are no steps merged:127 to leave out" in caught.value.stderr
+
+
+def test_merged_steps_that_were_not_measured_are_the_bases(tmp_path: Path) -> None:
+    made = made_of(tmp_path, [line for line in lines() if line.get("mode") != "merged"])
+    assert made.costs.merged_step == made.costs.merged_token == 0.0
+    assert "Merged steps were not measured" in made.source
+
+
+def test_moves_and_context_are_added_and_told(tmp_path: Path) -> None:
+    gaps = {"100": 90.0, "1000": 30.0, "4000": 34.0}
+    gap = {tokens: {"kv": {"p50_ms": ms, "beside": {"p50_ms": 6.0}}} for tokens, ms in gaps.items()}
+    moves = tmp_path / "migration.json"
+    moves.write_text(json.dumps({"environment": {"date": "another day"}, "figures": {"added_gap": gap}}))
+    found = [line for line in lines() if line.get("mode") != "merged"]
+    plain = made_of(tmp_path, found)
+    more = made_of(tmp_path, found, "--moves", str(moves), "--context", "392.5", "--kv-bandwidth", "1e12")
+    assert more.costs.transfer == (pytest.approx(0.026), 0.0)
+    # 200 tokens more than the 128 + 129 / 2 of the lines, on each of four ranks a quarter of their bytes.
+    longer = 200 * plain.block_bytes / plain.block_size / 4 / 1e12
+    assert more.costs.decode_sequence - plain.costs.decode_sequence == pytest.approx(longer)
+    assert "of migration.json, measured on another day" in more.source and "was not measured" in more.source
