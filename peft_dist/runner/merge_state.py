@@ -86,24 +86,30 @@ class MergeState:
         Returns:
             Why an adapter of these layers has to run unmerged; None when it can be merged, now and later.
         """
-        if self._merger.knows(paths):
-            return None
-        if reason := self._merger.reason_against(paths):
+        if reason := self.reason_against(paths):
             return reason
-        needed = self.more_bytes(paths)
-        if not needed:
+        if self._merger.knows(paths) or not self.more_bytes(paths):
             return None
-        left = self._room(self.on_device)
-        if left is not None and needed > left:
-            return (
-                f"second copies of its layers would need {needed} bytes more, {max(left, 0)} are left: {self.remedy}, "
-                "or ask for fewer KV blocks (--num-blocks)"
-            )
         try:
             self._merger.expect(paths)
         except (torch.OutOfMemoryError, MemoryError) as error:
             return f"there is no memory for second copies of its layers ({error}): {self.remedy}"
         return None
+
+    def reason_against(self, paths: Collection[str]) -> str | None:
+        """What ``reserve`` would say, as far as that is known before any memory is taken."""
+        if self._merger.knows(paths):
+            return None
+        if reason := self._merger.reason_against(paths):
+            return reason
+        needed = self.more_bytes(paths)
+        left = self._room(self.on_device) if needed else None
+        if left is None or needed <= left:
+            return None
+        return (
+            f"second copies of its layers would need {needed} bytes more, {max(left, 0)} are left: {self.remedy}, "
+            "or ask for fewer KV blocks (--num-blocks)"
+        )
 
     def base_weight(self, path: str) -> torch.Tensor:
         """The weight of a layer that can be merged into, as it is without adapters. For any thread."""

@@ -6,6 +6,7 @@ them and of the request's seed. Sending rank 0's draws would put another meeting
 
 from __future__ import annotations
 
+import logging
 import select
 from collections import deque
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ from peft_dist.runner.rank_group import RankGroup, leave_ranks
 from peft_dist.runner.rank_messages import RankChannel, RankMessage
 from peft_dist.runner.step_graphs import StepGraphs
 
+logger = logging.getLogger(__name__)
+
 
 class _RankExecutor(TorchExecutor):
     """What all ranks do alike."""
@@ -35,7 +38,14 @@ class _RankExecutor(TorchExecutor):
         self._channel = RankChannel(ranks)
 
     def _meet_for_merge(self, spec: AdapterSpec) -> str | None:
-        reasons = self._ranks.agree(TorchExecutor.prepare_merge(self, spec))
+        # Before one takes memory that another lacks: with merged weights of other layers, ranks would capture other
+        # steps than each other.
+        merge = self.runner.merge
+        reasons = self._ranks.agree(None if merge is None else merge.reason_against(spec.ranks.keys()))
+        if reasons.count(None) == len(reasons):
+            reasons = self._ranks.agree(TorchExecutor.prepare_merge(self, spec))
+        elif self._ranks.rank == 0:
+            logger.warning("adapter %r cannot be merged on all ranks: %s", spec.name, reasons)
         reason = next((reason for reason in reasons if reason is not None), None)
         self._mergeable[spec.content_hash] = reason is None
         return reason

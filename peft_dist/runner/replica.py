@@ -159,7 +159,7 @@ class Replica:
 
     def warm_up_some(self) -> bool:
         """A little of what registered adapters need, kernels and then captured steps; False: nothing is left to do."""
-        return self.kernels.go_on() or (self.kernels.is_of_use and self.executor.capture_some())
+        return self.kernels.go_on() or (self.kernels.are_steps_of_use and self.executor.capture_some())
 
     def fileno(self) -> int:
         """A file descriptor that is readable when an adapter's load has ended and ``engine.step`` should be called."""

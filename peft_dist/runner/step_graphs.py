@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import operator
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -47,7 +48,8 @@ class StepGraphs:
         few_rows: For the products of decode steps; None leaves them to torch.
         parts_beside: For adapters' parts; None adds them behind each product.
         products: Which way products take, measured by ``capture`` and ``capture_next``; None: as is usual.
-        merges_prompts: ``capture`` makes mixed steps under merged weights too, not ``capture_next`` alone.
+        merges_prompts: Adapters run merged: ``capture`` makes mixed steps under merged weights too, not
+            ``capture_next`` alone, which makes no others.
 
     Attributes:
         gives_up: There is no memory for ``capture_next``, until ``clear``.
@@ -149,7 +151,10 @@ class StepGraphs:
         bar = tqdm(wanted, desc="CUDA graphs", unit="graph", disable=None if progress else True)
         with self._measuring():
             for variant, merged in bar:
-                self._step(variant, merged)
+                # Where memory to measure ended, the rest keep usual plans: made again by one rank alone, they would
+                # leave it and the others waiting for each other.
+                if variant not in self._steps:
+                    self._steps[variant] = self._build(variant, merged)
 
     @property
     def lacks_steps(self) -> bool:
@@ -165,7 +170,8 @@ class StepGraphs:
                 self._steps[variant] = self._build(variant, merged)
 
     def _next_missing(self) -> tuple[Variant, MergedLayers | None] | None:
-        wanted = itertools.chain(self._unmerged(), self._merged(with_prompts=True))
+        unmerged = () if self._merges_prompts else self._unmerged()
+        wanted = itertools.chain(unmerged, self._merged(with_prompts=True))
         return next((one for one in wanted if one[0] not in self._steps or one[0] in self._unmeasured), None)
 
     def _largest_first(self) -> Iterator[StepShape]:
@@ -216,15 +222,22 @@ class StepGraphs:
         return variant
 
     def _step(self, variant: Variant, merged: MergedLayers | None) -> CapturedStep:
+        """For a batch that is there."""
         if variant not in self._steps:
             self._steps[variant] = self._build(variant, merged)
-            if self._products is not None and not self._products.measures:
+            if self._products is not None:
                 self._unmeasured.add(variant)
         return self._steps[variant]
+
+    def _drop_outgrown(self, layers: MergedLayers) -> None:
+        """Steps of these weights from when they were of fewer layers: no batch asks for them again."""
+        self._steps = {v: step for v, step in self._steps.items() if not _is_older(v.merged, layers.key)}
 
     @torch.inference_mode()
     def _build(self, variant: Variant, merged: MergedLayers | None) -> CapturedStep:
         shape = variant.shape
+        if merged is not None:
+            self._drop_outgrown(merged)
         inputs = StepBuffer.over(self._memory, shape)
         # Until the first real batch arrives, nothing is written anywhere: no row has a place in the KV cache.
         inputs.memory.zero_()
@@ -309,3 +322,8 @@ class StepGraphs:
             max_context_len=longest,
             backend=self._backends[0],
         )
+
+
+def _is_older(key: tuple[int, ...] | None, than: tuple[int, ...]) -> bool:
+    """Of two ``MergedLayers.key``."""
+    return key is not None and key != than and key[0] == than[0] and all(map(operator.le, key[1:], than[1:]))

@@ -84,20 +84,26 @@ class SwappedModels:
 
     def reserve(self, paths: Collection[str]) -> str | None:
         """Make room for an adapter of these layers; why it cannot be made a model, None when it can."""
-        if reason := self._mergers[0].reason_against(paths):
+        if reason := self.reason_against(paths):
             return reason
-        needed, left = self.more_bytes(paths), self._room(self.on_device)
-        if needed and left is not None and needed > left:
-            return (
-                f"{len(self._mergers)} merged models would need {needed} bytes more, {max(left, 0)} are left: "
-                f"{self.remedy}, or ask for fewer KV blocks (--num-blocks)"
-            )
         try:
             for merger in self._mergers:
                 merger.expect(paths)
         except (torch.OutOfMemoryError, MemoryError) as error:
             return f"there is no memory for merged models of it ({error}): {self.remedy}"
         return None
+
+    def reason_against(self, paths: Collection[str]) -> str | None:
+        """What ``reserve`` would say, as far as that is known before any memory is taken."""
+        if reason := self._mergers[0].reason_against(paths):
+            return reason
+        needed, left = self.more_bytes(paths), self._room(self.on_device)
+        if not needed or left is None or needed <= left:
+            return None
+        return (
+            f"{len(self._mergers)} merged models would need {needed} bytes more, {max(left, 0)} are left: "
+            f"{self.remedy}, or ask for fewer KV blocks (--num-blocks)"
+        )
 
     def base_weight(self, path: str) -> torch.Tensor:
         """The weight of a layer that can be merged into; the base's are never written."""

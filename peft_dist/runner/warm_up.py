@@ -133,8 +133,14 @@ class KernelWarmUp:
     @property
     def is_of_use(self) -> bool:
         """Whether this replica has kernels of Triton for adapters, and runs batches that use them."""
+        config = self._config
+        return self.are_steps_of_use and config.exec_type == "dlora" and config.policy != "merge"
+
+    @property
+    def are_steps_of_use(self) -> bool:
+        """Whether steps that adapters need can be captured before they come, unmerged ones or merged ones alone."""
         runner, config = self._runner, self._config
-        if runner.lora_backend != "triton" or config.exec_type != "dlora" or config.policy == "merge":
+        if runner.lora_backend != "triton" or config.exec_type == "vllm":
             return False
         found = attention_backends.load(runner.attention_backend, runner.device)
         # Those that captured steps may have know padding, which is what a rehearsal's rows are to the cache.

@@ -3,9 +3,8 @@
     python scripts/bench/bench_four_gpus.py [--vllm-path FOLDER] [--only RUN ...] [--budget SECONDS]
                                             [--lines run.jsonl] [--join earlier.jsonl ...] [--tables] [--tiny]
 
-As bench_gpu.py, whose options these are. The merged rows come from weights merged in place, which leaves the memory of
-a second copy to KV (``merged_way`` of their lines: "host"). Writes docs/results/four_gpus.json and prints the table
-with every target and whether it was met.
+As bench_gpu.py, most of whose options these are. The merged rows come from a second copy of the weights. Writes
+docs/results/four_gpus.json and prints the table with every target and whether it was met.
 """
 
 from __future__ import annotations

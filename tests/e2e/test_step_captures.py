@@ -12,6 +12,7 @@ import torch
 from peft_dist import LLM, SamplingParams
 from peft_dist.kernels.product_plans import ProductPlans
 from peft_dist.kernels.products import Products
+from peft_dist.patches.merged_layers import MergedLayers
 from peft_dist.runner import step_graphs
 from peft_dist.runner.step_variants import decode_sizes, mixed_sizes
 from peft_dist.runner.warm_up import KernelWarmUp
@@ -134,6 +135,71 @@ def test_steps_that_a_policy_merges_are_captured_ahead(policy: str, with_prompts
         graphs.capture(lora=True)
         merged = {variant.shape for variant in graphs._steps if variant.merged is not None}
         assert merged == {*graphs._decodes, *(graphs._mixed if with_prompts else ())}
+
+
+@pytest.mark.parametrize("policy", ["merge", "credit"])
+def test_a_server_that_only_merges_captures_merged_steps_when_there_is_no_work(policy: str, tmp_path: Path) -> None:
+    """It starts before its adapters are there, so nothing else makes them ahead; it runs no others."""
+    model = make_model("llama", tmp_path / "base")
+    adapter = random_adapter(model, tmp_path / "a", 4, 8.0, ["q_proj"], seed=1)
+    options = {"num_blocks": 8, "max_num_seqs": 6, "max_num_batched_tokens": 24, "attention_backend": "triton"}
+    more = {"device": "cpu", "dtype": "float32", "max_model_len": 64, "merge": "shadow", "policy": policy}
+    with LLM(tmp_path / "base", **options, **more) as llm:
+        use_graphs(llm, lambda run: run)
+        replica = llm._open
+        graphs = replica.runner.graphs
+        assert graphs is not None
+        llm.load_adapter(adapter, "a")
+        replica.kernels._todo.clear()
+        while replica.warm_up_some():
+            pass
+        merged = {variant.shape for variant in graphs._steps if variant.merged is not None}
+        assert merged == {*graphs._decodes, *graphs._mixed}
+        assert any(variant.lora and variant.merged is None for variant in graphs._steps) == (policy == "credit")
+
+
+def test_steps_of_merged_weights_that_have_grown_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No batch asks for them again, and their memory is what those of all layers need."""
+    monkeypatch.setattr(KernelWarmUp, "begin", lambda self: None)
+    model = make_model("llama", tmp_path / "base")
+    adapter = random_adapter(model, tmp_path / "a", 4, 8.0, ["q_proj"], seed=1)
+    options = {"num_blocks": 8, "max_num_seqs": 6, "max_num_batched_tokens": 24, "attention_backend": "triton"}
+    more = {"device": "cpu", "dtype": "float32", "max_model_len": 64, "merge": "shadow"}
+    with LLM(tmp_path / "base", **options, **more) as llm:
+        use_graphs(llm, lambda run: run)
+        replica, layers = llm._open, MergedLayers()
+        graphs = replica.runner.graphs
+        assert graphs is not None
+        monkeypatch.setattr(replica.runner.merge, "layers_for_capture", lambda: layers)
+        llm.load_adapter(adapter, "a")
+        while replica.warm_up_some():
+            pass
+        before = {variant for variant in graphs._steps if variant.merged == layers.key}
+        layers.twins[torch.nn.Linear(1, 1)] = torch.nn.Linear(1, 1)
+        while replica.warm_up_some():
+            pass
+        found = {variant for variant in graphs._steps if variant.merged is not None}
+        assert found == {variant._replace(merged=layers.key) for variant in before}
+
+
+def test_what_could_not_be_measured_ahead_is_not_captured_again(tmp_path: Path) -> None:
+    """One rank may lack the memory alone: it has to go on with the steps that the others go on with."""
+    model = make_model("llama", tmp_path / "base")
+    adapter = random_adapter(model, tmp_path / "a", 4, 8.0, ["q_proj"], seed=1)
+    options = {"num_blocks": 8, "max_num_seqs": 6, "max_num_batched_tokens": 24, "attention_backend": "triton"}
+    plans = ProductPlans()
+
+    def without_memory(run: Callable[[], None]) -> Callable[[], None]:
+        plans.stop_measuring()
+        return run
+
+    with LLM(tmp_path / "base", device="cpu", dtype="float32", max_model_len=64, merge="off", **options) as llm:
+        use_graphs(llm, without_memory, products=Products(plans, None, None, lambda run: 1.0))
+        graphs = llm._open.runner.graphs
+        assert graphs is not None
+        llm.load_adapter(adapter, "a")
+        graphs.capture(lora=True)
+        assert not graphs.lacks_steps
 
 
 def test_sizes_cover_every_batch_with_little_padding() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import select
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,7 +40,14 @@ class Weights:
 
     current: str | None = None
 
-    def reserve(self, paths: object) -> str | None:
+    def __init__(self) -> None:
+        self.reserved: list[set[str]] = []
+
+    def reason_against(self, paths: Iterable[str]) -> str | None:
+        return None
+
+    def reserve(self, paths: Iterable[str]) -> str | None:
+        self.reserved.append(set(paths))
         return None
 
     def holds(self, content_hash: str | None) -> bool:
@@ -75,8 +83,11 @@ def test_what_one_rank_cannot_merge_is_not_merged(leader: Any) -> None:
     leader._ranks.other = "no memory"
     assert leader.prepare_merge(SPEC) == "no memory"
     assert not leader.can_merge(SPEC)
+    # Ranks whose merged weights are of other layers would capture other steps, and wait for each other in them.
+    assert leader.runner.merge.reserved == []
     leader._ranks.other = None
     assert leader.prepare_merge(SPEC) is None and leader.can_merge(SPEC)
+    assert leader.runner.merge.reserved == [{"m"}]
 
 
 def test_a_switch_that_failed_on_one_rank_leaves_all_at_the_base(leader: Any) -> None:
