@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -41,6 +42,8 @@ class Runs:
     ours: Sequence[str] = ()
     devices: Sequence[str] = ()
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _running: list[subprocess.Popen[str]] = field(default_factory=list)
+    _is_over: bool = False
 
     def run_all(self, names: Iterable[str], budget: float | None, lines: TextIO) -> list[str]:
         """Those that failed or were not reached within so many seconds; measurements are written to ``lines``."""
@@ -61,9 +64,18 @@ class Runs:
                     left.append(name)
 
         lanes: Sequence[str | None] = self.devices or [None]
+        self._is_over = False
         with ThreadPoolExecutor(len(lanes)) as pool:
-            for _ in pool.map(work, lanes):
-                pass
+            try:
+                for _ in pool.map(work, lanes):
+                    pass
+            finally:
+                # Nothing is left to end, but where this was interrupted: the threads would go on with all runs.
+                waiting.clear()
+                with self._lock:
+                    self._is_over = True
+                    for process in self._running:
+                        end(process)
         return left
 
     def _execute(self, name: str, seconds: float | None, device: str | None, lines: TextIO) -> bool:
@@ -71,11 +83,14 @@ class Runs:
         command = self.command(name)
         with self._lock:
             on = "" if device is None else f" on GPU {device}"
+            if self._is_over:
+                return False
             print(f"== {name}{on}: {' '.join(command[1:])}", flush=True)
-        # A session of its own: an engine's own processes hold the device, and have to end with it.
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True, start_new_session=True, env=self._environment(name, device)
-        )
+            # A session of its own: an engine's own processes hold the device, and have to end with it.
+            process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, text=True, start_new_session=True, env=self._environment(name, device)
+            )
+            self._running.append(process)
         assert process.stdout is not None
         alarm = threading.Timer(seconds or threading.TIMEOUT_MAX, end, [process])
         alarm.daemon = True
@@ -93,6 +108,7 @@ class Runs:
             if process.poll() is None:
                 end(process)
             with self._lock:
+                self._running.remove(process)
                 print(f"== {name}: ended after {time.monotonic() - began:.0f} s ({process.returncode})", flush=True)
 
     def command(self, name: str) -> list[str]:
@@ -129,6 +145,7 @@ class Runs:
 
 
 def end(process: subprocess.Popen[str]) -> None:
-    """Kill a process and those that it started."""
-    os.killpg(process.pid, signal.SIGKILL)
+    """Kill a process and those that it started, which may outlive it."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -57,6 +57,22 @@ def test_each_gpu_takes_the_next_run_when_it_is_free(tmp_path: Path) -> None:
     assert sorted(line["run"] for line in found if line["part"] == "done") == ["a", "b", "c"]
 
 
+def test_an_interrupted_call_ends_its_runs(tmp_path: Path) -> None:
+    """Those that run as well as those that wait; threads of their own would go on with them."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import os, pathlib, signal, sys, time\n"
+        "pathlib.Path(sys.argv[1]).write_text('')\n"
+        "os.kill(os.getppid(), signal.SIGINT)\n"
+        "time.sleep(30)\n"
+    )
+    commands = {name: [str(script), str(tmp_path / name)] for name in "ab"}
+    with (tmp_path / "lines").open("w") as lines, pytest.raises(KeyboardInterrupt):
+        Runs(commands).run_all("ab", None, lines)
+    assert (tmp_path / "a").exists() and not (tmp_path / "b").exists()
+    assert not (tmp_path / "lines").read_text()
+
+
 def test_ranks_are_started_by_torchrun() -> None:
     runs = Runs(bench_four_gpus.RUNS, vllm_python="other")
     ours, vllm = runs.command("ours-lora"), runs.command("vllm-lora")
