@@ -57,7 +57,8 @@ def graph_bytes(config: EngineConfig, vocab_size: int, num_layers: int, activati
     share = min(MOST_MIXED_TOKENS / config.max_num_batched_tokens, 1.0)
     logits = 4 * config.max_num_seqs * vocab_size
     mixed = mixed_sizes(config.max_num_seqs, config.max_num_batched_tokens)
-    of_mixed = _KINDS_OF_MIXED + _KINDS_OF_MERGED_MIXED * (config.merge in ("auto", "shadow"))
+    merges = config.merge in ("auto", "shadow") and config.policy != "fcfs"
+    of_mixed = _KINDS_OF_MIXED + _KINDS_OF_MERGED_MIXED * merges
     graphs = _KINDS_OF_DECODES * len(decode_sizes(config.max_num_seqs)) + of_mixed * len(mixed)
     of_layer = _BYTES_PER_SPLIT_LAYER if config.tensor_parallel_size > 1 else _BYTES_PER_LAYER
     return int(activation_bytes * share) + logits + graphs * num_layers * of_layer

@@ -87,3 +87,11 @@ def test_captured_steps_take_more_of_deeper_models_and_of_split_ones() -> None:
     assert taken(0, 1) == taken(0, 4) > 0
     whole, split = ([taken(n, size) - taken(0, size) for n in (32, 80)] for size in (1, 4))
     assert whole[1] == pytest.approx(80 / 32 * whole[0]) and split[0] > 2 * whole[0]
+
+
+@pytest.mark.parametrize("more", [{"policy": "fcfs"}, {"merge": "host"}])
+def test_nothing_is_left_for_merged_steps_where_there_are_none(more: dict[str, str]) -> None:
+    def taken(**more: str) -> int:
+        return graph_bytes(options(device="cuda", **more), 1000, 32, 1 << 20)
+
+    assert taken(**more) == taken(merge="off") < taken()
