@@ -5,11 +5,12 @@
     python scripts/profile_costs.py --beside 1 --output cpu.json           # while another such replica computes too
     torchrun --nproc-per-node 4 scripts/profile_costs.py --shape 70b ...   # one replica on four GPUs
 
-Drives a real engine: unmerged decode steps over batch sizes and numbers of distinct adapters, prompts, merged steps,
-switches, loads of adapters, and KV moved to other blocks; each batch once unmeasured, and then `--rounds` times. Fits
-the terms of the cost model to the medians of equal steps (least relative errors, none below 0) and writes one file that
-`peft-dist simulate --profile FILE` takes, with the hardware, the versions and how far the fit is from what was
-measured. Adapters have one rank on all linear layers: for another rank measure again.
+Drives a real engine: unmerged decode steps over batch sizes and numbers of distinct adapters, decodes behind prompts of
+other lengths, prompts, merged steps, switches, loads of adapters, and KV moved to other blocks; each batch once
+unmeasured, and then `--rounds` times. Fits the terms of the cost model to the medians of equal steps (least relative
+errors, none below 0) and writes one file that `peft-dist simulate --profile FILE` takes, with the hardware, the
+versions and how far the fit is from what was measured. Adapters have one rank on all linear layers: for another rank
+measure again.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ def measure(options: argparse.Namespace, runs: CostRuns) -> None:
     sizes = options.sizes, options.prompt, options.tokens
     steps = [
         ("decode", lambda: runs.decodes(*sizes, options.distinct, options.rounds)),
+        ("contexts", lambda: runs.contexts(middle(options.sizes), options.contexts, options.tokens, options.rounds)),
         ("prompts", lambda: runs.prefills(options.prompts, options.rounds)),
         ("moves of KV", runs.transfers),
         ("merged", lambda: runs.merged(*sizes, options.switches, options.rounds)),
@@ -78,6 +80,19 @@ def measure(options: argparse.Namespace, runs: CostRuns) -> None:
         began = time.perf_counter()
         step()
         print(f"{name}: {time.perf_counter() - began:.1f} s", flush=True)
+
+
+def middle(sizes: Sequence[int]) -> int:
+    return sizes[len(sizes) // 2]
+
+
+def context_token(measured: Measured, *, in_flight: bool) -> float:
+    """Seconds of a decode for each token of its sequence in the KV cache."""
+    found = [
+        (tokens, between if in_flight and between is not None else seconds)
+        for tokens, seconds, between in measured.contexts
+    ]
+    return fit_line(found)[1] if len({tokens for tokens, _ in found}) > 1 else 0.0
 
 
 def seconds_of(measured: Measured, *, in_flight: bool) -> list[tuple[StepFeatures, float]]:
@@ -153,6 +168,9 @@ def profile(options: argparse.Namespace, runs: CostRuns, seconds: float) -> Cost
         depth=info.depth,
         num_held=1 if info.merge_way == "shadow" else 0,
         weight_bytes=info.tensor_parallel_size * ModelSize.of(runs.replica.runner.model).num_bytes,
+        context_token=context_token(runs.measured, in_flight=info.depth > 0),
+        # The first token of a sequence is no decode's.
+        context=options.prompt + options.tokens / 2 - 1,
     )
 
 
@@ -179,7 +197,7 @@ def others(number: int) -> Iterator[None]:
 def compute_for_ever(options: argparse.Namespace, runs: CostRuns) -> None:
     """What a replica beside the measured one does: batches of middling size, one after another."""
     runs.use(policy="fcfs")
-    size = options.sizes[len(options.sizes) // 2]
+    size = middle(options.sizes)
     print(READY, flush=True)
     while True:
         runs.batch([i % len(runs.specs) for i in range(size)], options.prompt, options.tokens)
@@ -199,6 +217,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompts of decode steps")
     parser.add_argument("--tokens", type=int, help="decode steps of each batch")
     parser.add_argument("--prompts", type=int, nargs="+", help="lengths of prompts that are measured alone")
+    parser.add_argument("--contexts", type=int, nargs="+", help="lengths of prompts of which decodes are compared")
     parser.add_argument("--rounds", type=int, default=3, help="of each batch, after one that is not measured")
     parser.add_argument("--steps", type=Path, metavar="FILE", help="write every kind of step there, and its fit")
     parser.add_argument("--switches", type=int, default=6)
@@ -206,10 +225,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--as-load", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     usual: dict[str, Any] = {"adapters": 8, "sizes": [1, 2, 4, 8, 16], "distinct": [0, 1, 4, 8], "tokens": 12,
-                             "prompts": [32, 128, 384]}  # fmt: skip
+                             "prompts": [32, 128, 384], "contexts": [32, 384]}  # fmt: skip
     if options.shape:
         usual = {"adapters": 32, "sizes": [1, 4, 16, 32, 64, 128, 256], "distinct": [0, 1, 8, 32], "tokens": 24,
-                 "prompts": [128, 512, 2048]}  # fmt: skip
+                 "prompts": [128, 512, 2048], "contexts": [128, 1024]}  # fmt: skip
     for name, value in usual.items():
         if getattr(options, name) is None:
             setattr(options, name, value)

@@ -1,7 +1,7 @@
 """A profile for the simulator from what GPU benchmarks measured, without a device.
 
     python scripts/profile_of_lines.py docs/results/gpu_h200.json --like earlier.json --output h200-8b.json \
-        --moves docs/results/migration_gpu.json --context 342 --kv-bandwidth 4.45e12
+        --moves docs/results/migration_gpu.json --kv-bandwidth 4.45e12
     python scripts/profile_of_lines.py docs/results/four_gpus.json --like h200-8b --shape 70b --leave-out merged:128 \
         --output h200-70b-tp4.json
 
@@ -13,9 +13,8 @@ base's do, as they do where both were measured. ``--leave-out`` names lines that
 
 Steps with prompts take the sizes that a server captures. ``--moves``: a result of bench_migration.py on the same kind
 of device, of which a move takes what the longest gap of a stream that moves with 1,000 tokens or more is above that of
-one beside it. A simulated sequence has no context; measured ones had that of a decode of bench_gpu.py, and
-``--context`` is the mean of those that are to be simulated: a decode takes longer by the KV of the difference at
-``--kv-bandwidth``.
+one beside it. The measured decodes had some 200 tokens of context each. With ``--kv-bandwidth`` a simulated one takes
+longer for every token more, and less for every token fewer: the token's KV at that bandwidth.
 """
 
 from __future__ import annotations
@@ -149,11 +148,8 @@ def main() -> None:
         "--leave-out", nargs="+", default=[], metavar="MODE:BATCH", help="lines of steps, as merged:128"
     )
     parser.add_argument("--moves", type=Path, metavar="RESULT", help="of bench_migration.py")
-    parser.add_argument("--context", type=float, metavar="TOKENS", help="mean context of the sequences to simulate")
     parser.add_argument("--kv-bandwidth", type=float, metavar="BYTES", help="read in a second by attention, a device")
     options = parser.parse_args()
-    if (options.context is None) != (options.kv_bandwidth is None):
-        parser.error("--context and --kv-bandwidth belong together: give both or neither")
     result, like = json.loads(options.result.read_text()), CostProfile.load(options.like)
     lines = without_disturbed(result["figures"]["measurements"], options.undisturbed)
     lines = without(lines, options.leave_out)
@@ -170,15 +166,14 @@ def main() -> None:
         moves = json.loads(options.moves.read_text())
         costs = replace(costs, transfer=(move_seconds(moves["figures"]["added_gap"]), 0.0))
         more += f"Moves of KV are of {options.moves.name}, measured on {moves['environment']['date']}. "
-    if options.context is not None:
+    contexts = {"context_token": 0.0, "context": 0.0}
+    if options.kv_bandwidth is not None:
         token_bytes = sizes.get("block_bytes", like.block_bytes) / like.block_size / ranks
-        before = measured_context(lines)
-        longer = (options.context - before) * token_bytes / options.kv_bandwidth
-        costs = replace(costs, decode_sequence=max(0.0, costs.decode_sequence + longer))
+        contexts = {"context_token": token_bytes / options.kv_bandwidth, "context": measured_context(lines)}
         more += (
-            f"A decode is of {options.context:.0f} tokens of context and not of the measured {before:.0f}, at "
-            f"{options.kv_bandwidth:.3g} bytes of KV a second, which is computed and was not measured: "
-            f"{1e6 * longer:+.1f} µs. "
+            f"A token of context beyond the measured {contexts['context']:.0f} takes a decode "
+            f"{1e9 * contexts['context_token']:.1f} ns, by {options.kv_bandwidth:.3g} bytes of KV a second, which was "
+            "not measured here. "
         )
     made = replace(
         like,
@@ -197,6 +192,7 @@ def main() -> None:
         prompt_sizes=tuple(
             sorted({tokens for tokens, _ in mixed_sizes(like.max_num_seqs, like.max_num_batched_tokens)})
         ),
+        **contexts,
         **sizes,
     )
     made.dump(options.output)

@@ -25,11 +25,13 @@ class Stretch(msgspec.Struct):
         order: All requests, as the policy chose them.
         begin: Of these, the ones whose whole prompt is computed; there is one step then.
         features: Of each step.
-        seconds: That each takes.
+        seconds: That the first one takes.
         most: How many there may be, 1 at least.
         until_end: How many it takes until a request ends, ``most`` at least.
         num_free: Free blocks when the stretch begins.
         failed: Ends of requests whose adapter could not be loaded, to be told with the only step.
+        num_cached: Tokens that all requests together have in the KV cache when the stretch begins; whoever plans by
+            them counts them.
     """
 
     order: list[Request]
@@ -40,6 +42,7 @@ class Stretch(msgspec.Struct):
     until_end: int
     num_free: int
     failed: list[SequenceProgress] = []
+    num_cached: int = 0
 
 
 class Advance:
@@ -61,10 +64,11 @@ class Advance:
         self._are_here: Sequence[Candidate] = ()
         self._may = not engine.depth and not engine.scheduler.limits.enable_prefix_caching
 
-    def plan(self, now: float, step_seconds: Callable[[StepFeatures], float]) -> Stretch | None:
+    def plan(self, now: float, step_seconds: Callable[[Stretch, int], float]) -> Stretch | None:
         """The steps from now on, or None where the next one is to be taken by itself; ``Engine.step`` may follow.
 
-        What adapters' loads that have ended change is changed now. ``step_seconds``: What a step will take.
+        What adapters' loads that have ended change is changed now. ``step_seconds``: What a step after so many others
+        of its stretch will take, never less than what those before it do.
         """
         engine, scheduler = self._engine, self._scheduler
         if not self._may or engine.on_decision is not None or not scheduler.queue or not scheduler.is_settled:
@@ -77,11 +81,12 @@ class Advance:
         stretch = self._drafted(choice)
         if stretch is None:
             return None
-        stretch.seconds = step_seconds(stretch.features)
+        stretch.seconds = step_seconds(stretch, 0)
         if stretch.most > 1 and (scheduler.adapters.is_busy or self._lacks_adapter(state.candidates)):
             stretch.most = 1
         if stretch.most > 1:
-            stable = scheduler.policy.stable_steps(stretch.seconds)
+            # By the longest of them nobody's time comes later than it does.
+            stable = scheduler.policy.stable_steps(step_seconds(stretch, stretch.most - 1))
             stretch.most = min(stretch.most, 1 + int(min(stable, MAX_STEPS)))
         while stretch.most and not self._fits(stretch, stretch.most):
             stretch.most //= 2
@@ -108,11 +113,18 @@ class Advance:
         return sorted(stretch.order, key=self._slot)
 
     def carry_out(
-        self, stretch: Stretch, starts: Sequence[float], *, tell: bool, new: Collection[str] = _NOBODY
+        self,
+        stretch: Stretch,
+        starts: Sequence[float],
+        seconds: Sequence[float],
+        *,
+        tell: bool,
+        new: Collection[str] = _NOBODY,
     ) -> list[SequenceProgress]:
         """Take the steps of a plan that began at these times, the first when it was made; at most all of them.
 
         Args:
+            seconds: What each took.
             tell: Return what the last of them drew, as ``Engine.step`` does, for those that begin or end with it and
                 for the requests ``new``. Where there are any, it must be told.
         """
@@ -136,8 +148,8 @@ class Advance:
             self._last = self._last[0], stretch.order, self._last[2] - count
         engine.repeated(stretch.order, count)
         if not engine.cost.fixed:
-            for _ in starts:
-                engine.cost.observe_step(stretch.features, stretch.seconds)
+            for took in seconds:
+                engine.cost.observe_step(stretch.features, took)
         return self._told(stretch, count, new) if tell else []
 
     def _told(self, stretch: Stretch, count: int, new: Collection[str]) -> list[SequenceProgress]:

@@ -36,6 +36,8 @@ class EqualRun:
         self._new: set[str] = set()
         self._starts: list[float] = []
         self._ends: list[float] = []
+        # What each step takes of the device's time.
+        self._seconds: list[float] = []
         self._reports = EqualReports((), [], None, 0)
         self._tells = False
         self.number = 0
@@ -88,7 +90,7 @@ class EqualRun:
         later, if adapters have moved since ``told_version`` of them, or for requests that have told of nothing yet.
         ``num_taken``: As of ``Progress``.
         """
-        stretch = self.advance.plan(now, self._executor.step_seconds) if until > -math.inf else None
+        stretch = self.advance.plan(now, self._step_seconds) if until > -math.inf else None
         if stretch is None:
             return None
         self._stretch = stretch
@@ -101,7 +103,7 @@ class EqualRun:
             self._new.update(request_id for request_id in ids if request_id not in self._told)
             ids = [request_id for request_id in ids if request_id in self._told]
         is_news = bool(stretch.begin or self._new or stretch.failed or self._engine.residency_version != told_version)
-        self._set_times(now, until, 1 if is_news else stretch.most, stretch.seconds)
+        self._set_times(now, until, 1 if is_news else stretch.most)
         count = len(self._starts)
         self._tells = is_news or count == stretch.until_end or self._starts[-1] >= until
         self._reports = EqualReports(ids, self._ends[: count - self._tells], self._stats_after(stretch), num_taken)
@@ -125,9 +127,10 @@ class EqualRun:
         stretch, self._stretch = self._stretch, None
         assert stretch is not None, "it was begun"
         starts, reports = self._starts, self._reports
+        seconds = self._seconds[: len(starts)]
         self.num_steps += len(starts)
-        progress = self.advance.carry_out(stretch, starts, tell=self._tells, new=self._new)
-        self._executor.stepped(self._free_at(stretch.seconds), len(starts), stretch.seconds)
+        progress = self.advance.carry_out(stretch, starts, seconds, tell=self._tells, new=self._new)
+        self._executor.stepped(self._free_at(), seconds)
         if not self._tells:
             return None
         ids = reports.sequence_ids
@@ -161,24 +164,41 @@ class EqualRun:
 
         return stats_after
 
-    def _set_times(self, now: float, until: float, most: int, seconds: float) -> None:
+    def _step_seconds(self, stretch: Stretch, number: int) -> float:
+        """What the step after so many others of a stretch takes."""
+        executor, features = self._executor, stretch.features
+        if not executor.counts_context:
+            return executor.step_seconds(features)
+        if not number:
+            # Of those that begin, nothing is computed: there is one step then.
+            stretch.num_cached = sum(request.num_computed_tokens for request in stretch.order)
+        return executor.step_seconds(features, stretch.num_cached + number * features.decode_sequences)
+
+    def _set_times(self, now: float, until: float, most: int) -> None:
         """When the steps begin, and when their rounds end."""
-        end = max(max(self._executor.free_at, now) + seconds + self._host, now + self._least)
-        self._starts, self._ends = starts, ends = [now], [end]
+        assert self._stretch is not None, "it was begun"
+        first = self._stretch.seconds
+        end = max(max(self._executor.free_at, now) + first + self._host, now + self._least)
+        self._starts, self._ends, self._seconds = starts, ends, seconds = [now], [end], [first]
         if most == 1 or now >= until:
             return
-        if self._host or seconds < 2 * self._least:
+        grows = self._executor.counts_context
+        if grows or self._host or first < 2 * self._least:
             while len(starts) < most and starts[-1] < until:
                 starts.append(end)
-                end = max(end + seconds + self._host, end + self._least)
+                took = self._step_seconds(self._stretch, len(seconds)) if grows else first
+                seconds.append(took)
+                end = max(end + took + self._host, end + self._least)
                 ends.append(end)
             return
-        self._ends = ends = list(accumulate(repeat(seconds, most - 1), initial=end))
+        self._ends = ends = list(accumulate(repeat(first, most - 1), initial=end))
         starts += ends[:-1]
         count = bisect_left(starts, until) + 1
         del starts[count:], ends[count:]
+        seconds += repeat(first, len(starts) - 1)
 
-    def _free_at(self, seconds: float) -> float:
+    def _free_at(self) -> float:
         """When the device has done the last step."""
         began = self._starts[-1]
-        return (max(self._executor.free_at, began) if len(self._starts) == 1 else began) + seconds
+        free_at = max(self._executor.free_at, began) if len(self._starts) == 1 else began
+        return free_at + self._seconds[len(self._starts) - 1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -43,7 +43,8 @@ class SimExecutor:
         block_bytes: Of one KV block.
         num_held: Merged copies that are kept beside the base ("shadow"); 0: weights are merged in place.
         held: Contents whose merged copies are there from the start, ``num_held`` at most.
-        prompt_sizes: As of ``CostProfile``. The engine's own model knows nothing of them, as in the live system.
+        prompt_sizes, context_token, context: As of ``CostProfile``. The engine's own model knows nothing of
+            them, as in the live system.
     """
 
     def __init__(
@@ -56,6 +57,8 @@ class SimExecutor:
         can_merge: bool = True,
         held: Sequence[str] = (),
         prompt_sizes: Sequence[int] = (),
+        context_token: float = 0.0,
+        context: float = 0.0,
     ) -> None:
         self._can_merge = can_merge
         self._truth = truth
@@ -63,6 +66,8 @@ class SimExecutor:
         self._block_bytes = block_bytes
         self._num_held = num_held
         self._prompt_sizes = prompt_sizes
+        self._context_token = context_token
+        self._context = context
         self._slots: dict[int, AdapterSpec] = {}
         self._loading: dict[int, _Ending] = {}
         self._copies: list[tuple[float, TransferOutcome]] = []
@@ -87,27 +92,37 @@ class SimExecutor:
     def submit(self, batch: Batch) -> _Handle:
         swapped = (len(batch.swap_outs) + len(batch.swap_ins)) * self._block_bytes
         swap_seconds = self._truth.swap_seconds(swapped) if swapped else None
-        seconds = self.step_seconds(self._features(batch)) if batch.sequences else 0.0
+        cached = sum(s.start for s in batch.sequences if len(s.token_ids) == 1) if self._context_token else 0
+        seconds = self.step_seconds(self._features(batch), cached) if batch.sequences else 0.0
         self._free_at = max(self._free_at, self._clock()) + (swap_seconds or 0.0) + seconds
         self.busy_seconds += seconds
         results = [SequenceResult(s.request_id, [TOKEN] if s.samples else [], s.draw) for s in batch.sequences]
         result = StepResult(batch.step, results, seconds, swap_bytes=swapped, swap_seconds=swap_seconds)
         return _Handle(result, self._free_at)
 
-    def step_seconds(self, features: StepFeatures) -> float:
-        """Of a step without copies."""
-        return self._truth.step_seconds(self._padded(features))
+    @property
+    def counts_context(self) -> bool:
+        """Whether decodes take longer the more tokens their sequences have."""
+        return self._context_token > 0.0
+
+    def step_seconds(self, features: StepFeatures, num_cached: int = 0) -> float:
+        """Of a step without copies. ``num_cached``: Tokens in the KV cache before it, of all its decodes together."""
+        seconds = self._truth.step_seconds(self._padded(features))
+        if not self._context_token:
+            return seconds
+        beyond = num_cached - self._context * features.decode_sequences
+        return max(seconds + self._context_token * beyond, 0.0)
 
     @property
     def free_at(self) -> float:
         """When all that was submitted has ended."""
         return self._free_at
 
-    def stepped(self, free_at: float, count: int, seconds: float) -> None:
-        """So many steps of so many seconds each were taken beside ``submit``; the last one ended then."""
+    def stepped(self, free_at: float, seconds: Iterable[float]) -> None:
+        """Steps of so many seconds each were taken beside ``submit``; the last one ended then."""
         self._free_at = free_at
-        for _ in range(count):  # Not multiplied: the sum is what it is when they are taken one by one.
-            self.busy_seconds += seconds
+        for one in seconds:  # Not multiplied: the sum is what it is when they are taken one by one.
+            self.busy_seconds += one
 
     def collect(self, handle: _Handle) -> StepResult:
         self.collected_at = handle.ends

@@ -83,6 +83,8 @@ def make_hardware(
         "host_seconds": profile.host_seconds,
         "can_merge": config.merge != "off",
         "prompt_sizes": profile.prompt_sizes,
+        "context_token": profile.context_token,
+        "context": profile.context,
     }
     return SimHardware(
         config,

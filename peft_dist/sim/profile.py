@@ -45,6 +45,9 @@ class CostProfile:
         num_held: Merged copies that are kept beside the base's weights; 0: weights are merged in place.
         prompt_sizes: Tokens of the captured steps with prompts in them, the smallest first: a step of fewer computes
             as many as the next one has. Larger steps are not captured. Empty: none is.
+        context_token: Seconds that a decode takes for each token of its sequence that is in the KV cache, beyond the
+            ``context`` tokens at which ``costs`` were measured; as much less for each token short of them.
+        context: Mean tokens in the KV cache of a decode in what ``costs`` were fitted to.
     """
 
     name: str
@@ -69,6 +72,8 @@ class CostProfile:
     num_held: int = 0
     weight_bytes: int = 0
     prompt_sizes: tuple[int, ...] = ()
+    context_token: float = 0.0
+    context: float = 0.0
 
     def __post_init__(self) -> None:
         for option in fields(self):
@@ -77,7 +82,7 @@ class CostProfile:
             if option.type == "int" and not (type(value) is int and value >= least):
                 raise ConfigError(f"{option.name}={value!r} of profile {self.name!r} must be {least} or more")
             if option.type == "float" and not (math.isfinite(value) and value >= 0):
-                raise ConfigError(f"{option.name}={value!r} of profile {self.name!r} must be seconds of 0 or more")
+                raise ConfigError(f"{option.name}={value!r} of profile {self.name!r} must be 0 or more, and finite")
         sizes = self.prompt_sizes
         if not all(type(size) is int and size > 0 for size in sizes) or list(sizes) != sorted(set(sizes)):
             raise ConfigError(f"prompt_sizes={sizes!r} of profile {self.name!r} must be tokens, the smallest first")
@@ -94,8 +99,9 @@ class CostProfile:
     def dump(self, path: Path) -> None:
         """Write a file that ``load`` reads; the same profile gives the same bytes. Raises ConfigError."""
         told = asdict(self)
-        if not self.prompt_sizes:  # So that files from before there were any stay what they are.
-            del told["prompt_sizes"]
+        for name in ("prompt_sizes", "context_token", "context"):
+            if not told[name]:  # So that files from before there were any stay what they are.
+                del told[name]
         text = json.dumps({"peft_dist_profile": FORMAT, **told}, indent=1) + "\n"
         try:
             path.write_text(text, encoding="utf-8")

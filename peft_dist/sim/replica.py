@@ -47,7 +47,7 @@ class SimHardware:
         host_seconds: That scheduling and reporting add to a step where none is in flight.
         can_merge: Whether any adapter can be.
         held: Contents whose merged copies are there from the start.
-        prompt_sizes: As of ``CostProfile``.
+        prompt_sizes, context_token, context: As of ``CostProfile``.
     """
 
     config: EngineConfig
@@ -60,6 +60,8 @@ class SimHardware:
     can_merge: bool = True
     held: tuple[str, ...] = ()
     prompt_sizes: tuple[int, ...] = ()
+    context_token: float = 0.0
+    context: float = 0.0
 
     def model(self) -> ModelInfo:
         """What such a replica says of its model."""
@@ -138,6 +140,8 @@ class SimReplica:
             can_merge=hardware.can_merge,
             held=hardware.held,
             prompt_sizes=hardware.prompt_sizes,
+            context_token=hardware.context_token,
+            context=hardware.context,
         )
         self.engine = assemble(hardware.config, info, self.executor, hardware.prior(), page_rows=1, num_rows=None)
         # What is still learnt of costs is told when it is due.

@@ -25,10 +25,12 @@ class Measured:
     Attributes:
         steps: Features; what the step took; from the end of the one before it to its own, None for the first.
         others: By kind ("merge", "unmerge", "load", "transfer"): size and seconds.
+        contexts: Of one kind of decode step: tokens in the KV cache, of all sequences together; seconds as of a step.
     """
 
     steps: list[tuple[StepFeatures, float, float | None]] = field(default_factory=list)
     others: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    contexts: list[tuple[int, float, float | None]] = field(default_factory=list)
 
 
 class Recorder(CostModel):
@@ -121,6 +123,20 @@ class CostRuns:
         for size in sizes:
             for count in sorted({min(count, size, len(self.specs)) for count in counts}):
                 self.repeated([i % count if count else None for i in range(size)], prompt, output, rounds)
+
+    def contexts(self, size: int, lengths: Sequence[int], output: int, rounds: int) -> None:
+        """Unmerged decodes of the base behind prompts of each length. Steps are not kept as others are."""
+        self.use(policy="fcfs")
+        before = len(self.measured.steps)
+        for length in lengths:
+            self.repeated([None] * size, length, output, rounds)
+            own = [step for step in self.measured.steps[before:] if step[0] == StepFeatures(False, size)]
+            del self.measured.steps[before:]
+            # From one round to the next: the n-th step of each has the same tokens in the cache.
+            count = len(own) // rounds
+            self.measured.contexts += [
+                (size * (length + number % count), seconds, between) for number, (_, seconds, between) in enumerate(own)
+            ]
 
     def prefills(self, lengths: Sequence[int], rounds: int) -> None:
         """Prompts of each length alone, of the base and of an adapter."""

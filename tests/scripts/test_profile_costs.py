@@ -9,7 +9,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import profile_costs
 import pytest
+from bench.cost_runs import Measured
 from experiments import live_vs_sim
 
 from peft_dist.core.config import EngineConfig
@@ -33,7 +35,7 @@ def test_a_small_model_is_measured_and_simulated(tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
     sizes = ["--adapters", "4", "--sizes", "1", "2", "8", "--distinct", "0", "1", "4", "--tokens", "6", "--rounds", "2"]
     steps = tmp_path / "steps.json"
-    more = ["--prompts", "32", "128", "--switches", "3", "--steps", str(steps)]
+    more = ["--prompts", "32", "128", "--switches", "3", "--steps", str(steps), "--contexts", "32", "400"]
     run("profile_costs.py", *sizes, *more, "--output", str(file))
     profile = CostProfile.load(file)
     costs = profile.costs
@@ -42,6 +44,8 @@ def test_a_small_model_is_measured_and_simulated(tmp_path: Path) -> None:
     # Two layers of width 64: a step takes some ms, as tokens of prompts, merging, loads and copies take something.
     assert 1e-4 < costs.step + costs.decode_sequence < 1.0
     assert costs.prefill_token > 0 and costs.merge[0] > 0 and costs.load[1] > 0 and costs.transfer[1] > 0
+    # Of so small a model what a token of context takes may be lost in noise.
+    assert 0 <= profile.context_token < 1e-4 and profile.context == 128 + 6 / 2 - 1
     assert profile.num_held == 1 and profile.host_seconds > 0
     assert profile.weight_bytes > 2 * profile.num_held * 4 * 64 * 64
     assert all(kind in profile.source for kind in ("base decode", "unmerged prompts", "merged decode"))
@@ -50,6 +54,15 @@ def test_a_small_model_is_measured_and_simulated(tmp_path: Path) -> None:
     assert {row["adapters"] for row in told} == {0, 1, 2, 4} and all(row["fitted"] > 0 < row["seconds"] for row in told)
     [record] = simulate([Arrival(0.0, "a", 32, 5)], profile).records
     assert record.error is None and 5 * costs.step < record.e2e < 5.0
+
+
+@pytest.mark.parametrize("in_flight", [True, False])
+def test_what_a_token_of_context_takes_is_the_slope(in_flight: bool) -> None:
+    usual = [(tokens, 5e-3 + 2e-8 * tokens, None) for tokens in (4000, 4032, 32000, 32032)]
+    measured = Measured(contexts=[*usual, (4000, 1.0, 5e-3 + 2e-8 * 4000), (4000, 5e-3 + 2e-8 * 4000, 1.0)])
+    measured.contexts += [(tokens, seconds, seconds) for tokens, seconds, _ in usual]
+    assert profile_costs.context_token(measured, in_flight=in_flight) == pytest.approx(2e-8)
+    assert profile_costs.context_token(Measured(contexts=usual[:1]), in_flight=in_flight) == 0.0
 
 
 @pytest.mark.slow

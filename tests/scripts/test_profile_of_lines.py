@@ -97,9 +97,9 @@ def test_moves_and_context_are_added_and_told(tmp_path: Path) -> None:
     moves.write_text(json.dumps({"environment": {"date": "another day"}, "figures": {"added_gap": gap}}))
     found = [line for line in lines() if line.get("mode") != "merged"]
     plain = made_of(tmp_path, found)
-    more = made_of(tmp_path, found, "--moves", str(moves), "--context", "392.5", "--kv-bandwidth", "1e12")
+    more = made_of(tmp_path, found, "--moves", str(moves), "--kv-bandwidth", "1e12")
     assert more.costs.transfer == (pytest.approx(0.026), 0.0)
-    # 200 tokens more than the 128 + 129 / 2 of the lines, on each of four ranks a quarter of their bytes.
-    longer = 200 * plain.block_bytes / plain.block_size / 4 / 1e12
-    assert more.costs.decode_sequence - plain.costs.decode_sequence == pytest.approx(longer)
+    # On each of four ranks a quarter of a token's bytes; lines are of 128 + 129 / 2 tokens.
+    assert more.context_token == pytest.approx(plain.block_bytes / plain.block_size / 4 / 1e12)
+    assert more.context == 192.5 and plain.context == plain.context_token == 0.0
     assert "of migration.json, measured on another day" in more.source and "was not measured" in more.source

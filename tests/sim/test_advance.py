@@ -65,12 +65,12 @@ def record(replica: SimReplica) -> list[Step]:
         steps.append((replica.now, batch.merged_adapter, who))
         return submit(batch)
 
-    def recorded_stretch(stretch: Stretch, starts: Sequence[float], **options: Any) -> Any:
+    def recorded_stretch(stretch: Stretch, starts: Sequence[float], *more: Any, **options: Any) -> Any:
         begin = set(stretch.begin)
         order = advance.requests(stretch)
         who = [(one.request_id, len(one.prompt_token_ids) if one in begin else 1) for one in order]
         steps.extend((start, executor.merged_adapter(), who) for start in starts)
-        return carry_out(stretch, starts, **options)
+        return carry_out(stretch, starts, *more, **options)
 
     executor.submit = recorded_submit  # type: ignore[method-assign, assignment]
     advance.carry_out = recorded_stretch  # type: ignore[method-assign]
@@ -117,7 +117,12 @@ def workload(seed: int, sizes: Sequence[int]) -> tuple[SimCluster, list[Coming]]
     config = engine_config(rng)
     prior = rng.choice([CostModel, CostModel.paper, CostModel.paper])
     blocks, held, host = rng.choice([400, 400, 24]), rng.randint(0, 1), rng.choice([0.0, 1e-3])
-    hardware = SimHardware(config, CostModel.paper(), prior, blocks, 1 << 20, held, host)
+    # Of their own, so that the rest of a seed's workload stays what it is.
+    own = random.Random(f"context {seed}")
+    token, context = own.choice([0.0, 0.0, 1e-6, 3e-4]), own.choice([0.0, 40.5])
+    hardware = SimHardware(
+        config, CostModel.paper(), prior, blocks, 1 << 20, held, host, context_token=token, context=context
+    )
     names = [f"a{i}" for i in range(rng.randint(1, 6))]
     num_bytes = 1 << rng.choice([20, 28])
     specs = {name: AdapterSpec(name, f"{i:064d}", name, {"q": 8}, num_bytes) for i, name in enumerate(names)}
