@@ -26,6 +26,7 @@ from peft_dist.engine.driver import EngineDriver
 from peft_dist.worker.allegiance import Allegiance
 from peft_dist.worker.channel import Channel
 from peft_dist.worker.fetcher import AdapterFetcher
+from peft_dist.worker.idle_work import IdleWork
 from peft_dist.worker.replica import Replica
 
 logger = logging.getLogger(__name__)
@@ -35,8 +36,8 @@ class WorkerLoop:
     """Runs one replica for an orchestrator until it says Shutdown.
 
     While the engine has work, commands are taken between two steps without waiting; without work the loop
-    waits for the next command or the end of a load, or until what changed last is to be told. Before it waits without
-    any work it lets the replica warm up, a little at a time.
+    waits for the next command or the end of a load, or until what changed last is to be told. Where it would wait
+    without any work it lets the replica warm up, as ``IdleWork`` says.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class WorkerLoop:
         self._replica = replica
         self._engine = replica.engine
         self._driver = EngineDriver(replica.engine, replica.handovers, channel.send, clock)
+        self._idle_work = IdleWork(replica.warm_up_some, clock)
         self._channel = channel
         self._find = find_adapter
         self._fetcher = AdapterFetcher(self._inspect, replica.load_timeout)
@@ -68,7 +70,7 @@ class WorkerLoop:
         gc.collect()
         gc.freeze()
         while True:
-            if self._driver.is_idle and (self._engine.has_work or not self._replica.warm_up_some()):
+            if self._driver.is_idle and (self._engine.has_work or not self._idle_work.go_on()):
                 self._rest()
             if self._allegiance is not None:
                 self._allegiance.begin_round()
@@ -82,10 +84,14 @@ class WorkerLoop:
                 self._finish_load(*load)
             if self._stopped:
                 return
+            worked = self._engine.has_work
             self._driver.step(report=bool(commands or found))
+            self._idle_work.note(worked=worked, changed=bool(commands or found))
 
     def _rest(self) -> None:
         timeout_ms = self._driver.timeout_ms()
+        if not self._engine.has_work:
+            timeout_ms = self._idle_work.limit(timeout_ms)
         if self._allegiance is not None:
             self._allegiance.rest()
             timeout_ms = self._allegiance.limit(timeout_ms)

@@ -34,6 +34,7 @@ from peft_dist.core.messages import (
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.engine.detail_schedule import CHANGE_SECONDS
 from peft_dist.engine.handovers import Handovers
+from peft_dist.worker.idle_work import QUIET_SECONDS
 from peft_dist.worker.loop import WorkerLoop
 from tests.engine.test_engine import make_engine
 
@@ -221,7 +222,7 @@ def test_while_nothing_changes_nothing_is_told(replica: EngineReplica) -> None:
     script = Script([add("a", None)], [], [], [])
     run(replica, script)
     told = script.details()
-    assert script.now <= 100.0 + CHANGE_SECONDS and told <= 2
+    assert script.now <= 100.0 + QUIET_SECONDS + CHANGE_SECONDS and told <= 2
 
 
 def test_a_replica_warms_up_while_there_is_no_work_and_commands_come_in_between(replica: EngineReplica) -> None:
@@ -237,8 +238,27 @@ def test_a_replica_warms_up_while_there_is_no_work_and_commands_come_in_between(
     script.receive = arriving  # type: ignore[method-assign]
     run(replica, script)
     assert received[:2] == [1, 2] and replica.engine.num_steps == 2
-    # Three times there was something to do, and every wait asks again.
-    assert len(replica.warm_ups) >= 4 and not any(replica.warm_ups)
+    # Three times there was something to do, and then it is not asked again without a reason.
+    assert len(replica.warm_ups) == 4 and not any(replica.warm_ups)
+
+
+def test_after_a_request_a_replica_warms_up_once_it_was_quiet_for_a_while(
+    replica: EngineReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = Script([add("a", None)], [add("b", None)], [LoadAdapter(call_id=1, name="new", path="/there")])
+    did: list[tuple[float, int, int]] = []
+
+    def warm_up_some() -> bool:
+        did.append((script.now, replica.engine.num_steps, len(replica.engine.adapters)))
+        return False
+
+    monkeypatch.setattr(replica, "warm_up_some", warm_up_some)
+    # Real threads look for the adapter.
+    script.before_wait = lambda: len(script.batches) == 1 and not script.ready and len(replica.engine.adapters) == 4
+    run(replica, script)
+    # Before the first request at once, then behind each one in the first quiet second, and for what came.
+    assert did[:3] == [(100.0, 0, 4), (100.0 + QUIET_SECONDS, 1, 4), (100.0 + 2 * QUIET_SECONDS, 2, 4)]
+    assert did[-1] == (100.0 + 2 * QUIET_SECONDS, 2, 5) and len(did) <= 5
 
 
 class Interrupted(Script):

@@ -1,0 +1,44 @@
+"""When a replica without work does what would hold up requests later."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+QUIET_SECONDS = 1.0
+"""Without requests, before there is no hurry."""
+
+
+class IdleWork:
+    """A little at a time: at once before the first request, and after others once none came for ``QUIET_SECONDS``.
+
+    A little takes 0.1 to 1 s (a captured step, a measured product), for which a request that comes meanwhile waits. In
+    the short gaps of a load that leaves some every request would meet one, until nothing is left to do.
+    """
+
+    def __init__(self, do_some: Callable[[], bool], clock: Callable[[], float]) -> None:
+        """``do_some``: Whether something was done; False: nothing is left. ``clock``: Seconds."""
+        self._do_some = do_some
+        self._clock = clock
+        self._quiet_at = -math.inf
+        self._may_be_left = True
+
+    def note(self, *, worked: bool, changed: bool) -> None:
+        """A round is over: whether requests ran in it, and whether commands or adapters came, which may bring work."""
+        if worked:
+            self._quiet_at = self._clock() + QUIET_SECONDS
+        self._may_be_left |= worked or changed
+
+    def go_on(self) -> bool:
+        """Do some of it, if it is time; whether something was done. For when there is no request."""
+        if not self._may_be_left or self._clock() < self._quiet_at:
+            return False
+        self._may_be_left = self._do_some()
+        return self._may_be_left
+
+    def limit(self, timeout_ms: int | None) -> int | None:
+        """For how long to wait, after ``go_on``, where without this it would be ``timeout_ms``; None is without end."""
+        if not self._may_be_left:
+            return timeout_ms
+        left = max(0, math.ceil(1e3 * (self._quiet_at - self._clock())))
+        return left if timeout_ms is None else min(timeout_ms, left)
