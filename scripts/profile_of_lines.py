@@ -23,7 +23,7 @@ import argparse
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from statistics import fmean
@@ -135,7 +135,7 @@ def sizes_of(shape: str, block_size: int) -> dict[str, int]:
     }
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("result", type=Path, help="of bench_gpu.py or bench_four_gpus.py")
     parser.add_argument("--like", required=True, help="profile that has the rest: a name of the package's, or a file")
@@ -149,7 +149,7 @@ def main() -> None:
     )
     parser.add_argument("--moves", type=Path, metavar="RESULT", help="of bench_migration.py")
     parser.add_argument("--kv-bandwidth", type=float, metavar="BYTES", help="read in a second by attention, a device")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     result, like = json.loads(options.result.read_text()), CostProfile.load(options.like)
     lines = without_disturbed(result["figures"]["measurements"], options.undisturbed)
     lines = without(lines, options.leave_out)

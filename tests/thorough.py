@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import pytest
@@ -17,3 +17,8 @@ def examples(few: int, many: int, **options: Any) -> Callable[[Test], Test]:
     """Hypothesis's settings for a test whose examples cost a lot. ``options``: More of them."""
     chosen = settings(max_examples=many if IS_THOROUGH else few, deadline=None, **options)
     return lambda test: pytest.mark.thorough(chosen(test))
+
+
+def some_of(values: Sequence[Any], every: int = 2) -> list[Any]:
+    """For ``parametrize``: the first of so many in ``make test``, the others in ``make test-slow`` (and on a GPU)."""
+    return [value if i % every == 0 else pytest.param(value, marks=pytest.mark.slow) for i, value in enumerate(values)]

@@ -77,12 +77,13 @@ def _product_speed(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * rows * width * width / _seconds(device, lambda: torch.mm(left, right))
 
 
-def device_prior(speed: DeviceSpeed, model: ModelSize, row_bytes: int, merge_way: str) -> CostPrior:
+def device_prior(speed: DeviceSpeed, model: ModelSize, row_bytes: int, num_modules: int, merge_way: str) -> CostPrior:
     """From what the work moves and computes: a step reads all weights, a token multiplies with each of them.
 
     Args:
         model: The base.
-        row_bytes: Of one rank row of A and B in every module.
+        row_bytes: Of one rank row of A and B in every module, together.
+        num_modules: How many these are. An adapter's rank rows are counted in each (``AdapterSpec.num_rank_rows``).
         merge_way: As in ``ModelInfo``.
     """
     step = OVERHEAD + model.num_bytes / speed.bytes_per_second
@@ -97,9 +98,9 @@ def device_prior(speed: DeviceSpeed, model: ModelSize, row_bytes: int, merge_way
         lora_step=LORA_SHARE * step,
         lora_token=LORA_SHARE * token,
         adapter=0.0,
-        rank_row=row_bytes / speed.bytes_per_second,
-        # The product B A computes with a rank row what a step does with a token.
-        merge=(from_host, 0.0) if merge_way == "models" else (OVERHEAD + rewriting, token),
+        rank_row=row_bytes / num_modules / speed.bytes_per_second,
+        # The products B A compute with a rank row in every module what a step does with a token.
+        merge=(from_host, 0.0) if merge_way == "models" else (OVERHEAD + rewriting, token / num_modules),
         # Beside merged weights in memory of their own, the base's are still there.
         unmerge=(from_host, 0.0) if merge_way == "host" else (0.0, 0.0),
         load=copy,

@@ -260,7 +260,7 @@ def build_replica(config: EngineConfig) -> Replica:
     identity = identify(info, shapes_hash, device)
     cost = read_profile(Path(config.cost_profile), identity) if config.cost_profile else None
     if cost is None:
-        prior = device_prior(speed, size, row_bytes(modules, model.dtype), info.merge_way)
+        prior = device_prior(speed, size, row_bytes(modules, model.dtype), len(modules), info.merge_way)
         cost = CostModel(prior)
     engine = new_engine(config, info, executor, cost)
     kernels = KernelWarmUp(runner, config, longest, executor.rehearse)

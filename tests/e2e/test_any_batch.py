@@ -100,7 +100,7 @@ def alone(llm: LLM, prompt: list[int], adapter: int, options: dict[str, object])
     return output.outputs[0].token_ids
 
 
-@examples(7, 14, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@examples(5, 14, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     asked=requests,
     aborts=st.dictionaries(st.integers(0, 6), st.integers(0, 12), max_size=2),

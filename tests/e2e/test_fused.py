@@ -38,7 +38,7 @@ def assert_pefts(outputs: Sequence[RequestOutput], names: Sequence[str | None], 
         assert_close_logits(recorder.logits[output.request_id], answer, min(same + 1, NUM_TOKENS))
 
 
-@pytest.mark.parametrize("merge", ["off", "shadow", "host"])
+@pytest.mark.parametrize("merge", ["off", "shadow", pytest.param("host", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", FUSED)
 def test_tokens_and_logits_are_pefts(
     family: str, merge: str, known: Callable[[str], Known], monkeypatch: pytest.MonkeyPatch

@@ -116,7 +116,7 @@ kinds = st.sampled_from(
 )
 
 
-@examples(8, 15, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@examples(5, 15, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     prompt=prompts,
     params=kinds,

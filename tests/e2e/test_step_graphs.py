@@ -32,7 +32,7 @@ from tests.oracle import PeftOracle, Recorder, assert_close_logits, assert_ident
 from tests.tiny_models import make_model
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py captures for real")
-NUM_TOKENS = 4
+NUM_TOKENS = 3
 
 
 def run_again(run: Callable[[], None]) -> Callable[[], None]:
@@ -135,7 +135,7 @@ def test_tokens_are_pefts(
             llm._open.engine.scheduler.policy = AnyMode(5)
         greedy = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
         outputs = llm.generate(PROMPTS[:count], greedy, NAMES[:count], use_tqdm=False)
-        drawn = [SamplingParams(temperature=0.8, seed=i, max_tokens=3, ignore_eos=True) for i in range(count // 2)]
+        drawn = [SamplingParams(temperature=0.8, seed=i, max_tokens=2, ignore_eos=True) for i in range(count // 2)]
         asked = PROMPTS[: count // 2], drawn, NAMES[: count // 2]
         captured = [output.outputs[0].token_ids for output in llm.generate(*asked, use_tqdm=False)]
         in_graphs = gates.total()

@@ -9,6 +9,7 @@ from peft_dist.kernels import reference_glue as reference
 from peft_dist.kernels.glue import Norm, implementation
 from peft_dist.kernels.types import KVCache
 from tests.kernels.device_cases import DEVICES
+from tests.thorough import some_of
 
 pytest.importorskip("triton")
 glue = implementation("triton")
@@ -105,7 +106,7 @@ def test_gate(device: str, rows: int, dtype: torch.dtype, activation: str) -> No
         assert_rounded_once(reference.gated(gate, up, activation, parts), reference.gated(*whole, activation))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", some_of(DTYPES))
 @pytest.mark.parametrize("rows", ROTARY_ROWS)
 @pytest.mark.parametrize("style", [None, *STYLES])
 @pytest.mark.parametrize("adds", [False, True])

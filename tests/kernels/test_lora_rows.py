@@ -47,7 +47,7 @@ def plan_of_counts(counts: list[int], device: str) -> LoRAPlan:
     return plan
 
 
-@examples(5, 15)
+@examples(3, 15)
 @given(counts=COUNTS, launch=LAUNCHES, dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 def test_expands_of_any_numbers_of_rows(device: str, counts: list[int], launch: GroupPlan, dtype: torch.dtype) -> None:
     plan = plan_of_counts(counts, device)
@@ -62,7 +62,7 @@ def test_expands_of_any_numbers_of_rows(device: str, counts: list[int], launch: 
 
 
 @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
-@examples(5, 15)
+@examples(3, 15)
 @given(
     counts=COUNTS,
     launch=LAUNCHES,

@@ -17,6 +17,7 @@ from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
 from tests import triton_interpreter
 from tests.kernels.lora_cases import DEVICES, LIMIT, POPULARITIES, layers_of, plan_of_rows, popularity, random_rows
 from tests.kernels.test_lora_fused import plan_of
+from tests.thorough import some_of
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.parametrize("device", DEVICES)
@@ -40,7 +41,7 @@ def assert_parts(parts: list[torch.Tensor], x: torch.Tensor, layers: list[LoRALa
         assert (part.float() - exact).norm() <= limit
 
 
-@pytest.mark.parametrize("kind", POPULARITIES)
+@pytest.mark.parametrize("kind", some_of(POPULARITIES))
 @pytest.mark.parametrize("launch", [LOOP, ROWS, None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_outputs_become_the_parts_whatever_they_held(

@@ -19,6 +19,7 @@ from tests import triton_interpreter
 from tests.kernels.lora_cases import DEVICES, layers_of, random_rows
 from tests.kernels.test_few_rows import small
 from tests.kernels.test_lora_fused import plan_of
+from tests.thorough import some_of
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.parametrize("device", DEVICES)
@@ -124,7 +125,7 @@ def test_what_is_as_good_within_the_noise_is_planned_as_ever(device: str) -> Non
         assert case.alone(few=False) == ("library", 0)
 
 
-@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("activation", some_of([None, "silu"]))
 @pytest.mark.parametrize(("best", "wanted"), [(0, "behind"), (3, "beside"), (len(SPARED) + 1, "inside")])
 def test_with_adapters_batches_of_all_and_of_one_count(
     device: str, best: int, wanted: str, activation: str | None

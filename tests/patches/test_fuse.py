@@ -24,6 +24,7 @@ from peft_dist.patches.registry import Patch
 from peft_dist.runner.kv_probe import probe_kv_shapes
 from tests.patches.merge_cases import digest
 from tests.patches.test_joined_linear import files
+from tests.thorough import some_of
 from tests.tiny_models import FAMILIES, NUM_LAYERS, VOCAB_SIZE
 
 # Norms, MLPs, attention modules, layers.
@@ -123,7 +124,7 @@ def test_logits_are_those_of_the_original_code(family: str, counted: dict[str, i
 
 
 # Not those with experts: one choice that rounding turns outweighs everything else.
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3"])
+@pytest.mark.parametrize("family", some_of(["llama", "qwen2", "gemma3", "mistral", "phi3", "gemma2", "qwen3"]))
 def test_bfloat16_is_as_near_to_float32_as_the_original_code(family: str) -> None:
     """Over several random models: of one, either may be nearer by chance."""
     plain, fused = [], []

@@ -21,6 +21,7 @@ from peft_dist.patches.shadow_merger import ShadowMerger
 from peft_dist.runner.packing import pack_weights
 from tests.patches import oracle
 from tests.patches.merge_cases import WAYS, digest, random_tensors, wrap_all
+from tests.thorough import some_of
 from tests.tiny_models import FAMILIES, target_modules
 
 DEVICES = [
@@ -57,7 +58,7 @@ def logits(model: PreTrainedModel, merger: Merger | None = None) -> torch.Tensor
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", some_of([torch.float32, torch.bfloat16]))
 def test_a_thousand_switches_leave_every_weight_as_it_was(way: str, dtype: torch.dtype, device: str) -> None:
     model = FAMILIES["llama"]().to(device, dtype)
     pack_weights(model, device == "cpu")

@@ -23,6 +23,7 @@ from peft_dist.runner.pooled_weights import PooledWeights
 from tests import triton_interpreter
 from tests.kernels.lora_cases import DEVICES, HAS_GPU
 from tests.patches.merge_cases import digest, random_tensors, run, wrap_all
+from tests.thorough import some_of
 from tests.tiny_models import FAMILIES, target_modules
 
 pytest.importorskip("triton")
@@ -102,7 +103,7 @@ def assert_same_weights(got: dict[str, torch.Tensor], expected: dict[str, torch.
     ("family", "layout"),
     [("llama", "plain"), ("llama", "joined"), ("gpt2", "plain"), ("qwen2", "joined"), ("gemma2", "plain")],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", some_of([torch.float32, torch.bfloat16]))
 def test_it_is_what_layer_by_layer_gives(family: str, layout: str, dtype: torch.dtype, device: str) -> None:
     case = Case(family, device, dtype, layout)
     before, base = digest(case.model), case.logits()

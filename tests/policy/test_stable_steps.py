@@ -42,7 +42,7 @@ def step(policy: BatchingPolicy, state: QueueState) -> Choice:
     return choice
 
 
-@examples(20, 60)
+@examples(12, 60)
 @given(
     st.sampled_from(["fcfs", "merge", "credit", "credit"]),
     st.sampled_from(sorted(PROFILES)),

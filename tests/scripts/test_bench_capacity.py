@@ -17,6 +17,7 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
+@pytest.mark.slow
 def test_streams_of_real_processes_are_right(tokenizer: Tokenizer) -> None:
     figures = bench_capacity.run(num_streams=8, rate=2000, num_tokens=40)
     assert figures["streams_compared_whole"] == 1 and figures["events"] > 8 * 30

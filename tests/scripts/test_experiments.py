@@ -156,6 +156,7 @@ def test_what_is_measured_of_the_grouped_kernel_is_the_pairs_product() -> None:
     torch.testing.assert_close(y, torch.stack(each))
 
 
+@pytest.mark.slow
 def test_a_live_server_gives_its_systems_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

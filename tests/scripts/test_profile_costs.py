@@ -31,6 +31,7 @@ def run(script: str, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_small_model_is_measured_and_simulated(tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
     sizes = ["--adapters", "4", "--sizes", "1", "2", "8", "--distinct", "0", "1", "4", "--tokens", "6", "--rounds", "2"]

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import profile_of_lines
 import pytest
 
 from peft_dist.core.cost_model import StepFeatures
 from peft_dist.sim.fitting import predicted
 from peft_dist.sim.profile import CostProfile
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "profile_of_lines.py"
 COSTS = {"step": 4e-3, "decode_sequence": 2e-5, "prefill_token": 1e-5, "lora_step": 3e-4, "adapter": 1e-5}
 USUAL = {"engine": "ours", "part": "decode", "rank": "16", "shape": "70b", "tensor_parallel_size": 4}
 
@@ -49,8 +47,7 @@ def made_of(tmp_path: Path, found: list[dict[str, Any]], *more: str) -> CostProf
     result, output = tmp_path / "result.json", tmp_path / "made.json"
     environment = {"date": "a day", "gpu": "a card", "torch": "2"}
     result.write_text(json.dumps({"environment": environment, "figures": {"measurements": found}}))
-    command = [sys.executable, str(SCRIPT), str(result), "--like", "h200-8b", "--output", str(output), *more]
-    subprocess.run(command, check=True, capture_output=True)
+    profile_of_lines.main([str(result), "--like", "h200-8b", "--output", str(output), *more])
     return CostProfile.load(output)
 
 
@@ -79,9 +76,8 @@ def test_lines_that_are_known_to_be_wrong_are_left_out_by_name(tmp_path: Path) -
     without = made_of(tmp_path, [*lines(), wrong], "--leave-out", "merged:128")
     assert with_it.costs.merged_token > 1e-5 and without.costs.merged_token < 1e-6
     assert "Left out: merged:128." in without.source
-    with pytest.raises(subprocess.CalledProcessError) as caught:
+    with pytest.raises(SystemExit, match="there are no steps merged:127 to leave out"):
         made_of(tmp_path, lines(), "--leave-out", "merged:127")
-    assert b"there are no steps merged:127 to leave out" in caught.value.stderr
 
 
 def test_merged_steps_that_were_not_measured_are_the_bases(tmp_path: Path) -> None:

@@ -185,6 +185,7 @@ def test_without_the_package_it_says_what_to_install(desk: Desk) -> None:
     assert answer.returncode == 2 and "pip install 'peft-dist[server]'" in answer.stderr
 
 
+@pytest.mark.slow
 def test_random_adapters_for_a_model_of_ones_own(desk: Desk) -> None:
     model = desk.folder / "model"
     make_model("llama", model)
