@@ -23,9 +23,9 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -41,6 +41,7 @@ from peft_dist.sim.fitting import fit_line, fit_steps, mean_error, medians, pred
 from peft_dist.sim.profile import CostProfile
 
 READY = "ready"
+Kind = TypeVar("Kind")
 
 
 def build(options: argparse.Namespace, folder: Path) -> CostRuns | None:
@@ -88,25 +89,19 @@ def middle(sizes: Sequence[int]) -> int:
 
 def context_token(measured: Measured, *, in_flight: bool) -> float:
     """Seconds of a decode for each token of its sequence in the KV cache."""
-    found = [
-        (tokens, between if in_flight and between is not None else seconds)
-        for tokens, seconds, between in measured.contexts
-    ]
+    found = seconds_of(measured.contexts, in_flight=in_flight)
     return fit_line(found)[1] if len({tokens for tokens, _ in found}) > 1 else 0.0
 
 
-def seconds_of(measured: Measured, *, in_flight: bool) -> list[tuple[StepFeatures, float]]:
+def seconds_of(steps: Iterable[tuple[Kind, float, float | None]], *, in_flight: bool) -> list[tuple[Kind, float]]:
     """With a step in flight it lasts from the end of the one before it to its own, whatever the device says of it,
     unless there was none right before."""
-    return [
-        (features, between if in_flight and between is not None else seconds)
-        for features, seconds, between in measured.steps
-    ]
+    return [(kind, between if in_flight and between is not None else seconds) for kind, seconds, between in steps]
 
 
 def fitted(measured: Measured, *, in_flight: bool) -> tuple[CostPrior, dict[str, float]]:
     """Costs, and the mean relative error of the fit by regime and by whether there are prompts in a step."""
-    known = seconds_of(measured, in_flight=in_flight)
+    known = seconds_of(measured.steps, in_flight=in_flight)
     step = fit_steps(known)
     lines = {name: fit_line(found) for name, found in measured.others.items()}
     # Of one rank: a switch's seconds have no part that grows with it.
@@ -126,7 +121,7 @@ def write_steps(path: Path, measured: Measured, costs: CostPrior, *, in_flight: 
     rows = [
         {**msgspec.structs.asdict(one.features), "measured": one.number, "seconds": one.seconds,
          "fitted": predicted(weights, one.features)}
-        for one in medians(seconds_of(measured, in_flight=in_flight))
+        for one in medians(seconds_of(measured.steps, in_flight=in_flight))
     ]  # fmt: skip
     path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 

@@ -31,15 +31,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
-from bench.gpu_workload import PROMPT_TOKENS, SHAPES, linear_shapes
+from bench.gpu_workload import PROMPT_TOKENS, SHAPES, STEP_TOKENS, linear_shapes
 
 from peft_dist.core.cost_model import STEP_TERMS, CostPrior, StepFeatures
 from peft_dist.runner.step_variants import mixed_sizes
 from peft_dist.sim.fitting import fit_steps, mean_error
 from peft_dist.sim.profile import CostProfile
 
-# Of ours in bench_gpu.py: an LLM's.
-STEP_TOKENS = 8192
 _MERGED = ("merged_step", "merged_token")
 # Moves of less are not told from the steps around them.
 _LEAST_MOVED = 1000

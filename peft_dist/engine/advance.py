@@ -30,8 +30,6 @@ class Stretch(msgspec.Struct):
         until_end: How many it takes until a request ends, ``most`` at least.
         num_free: Free blocks when the stretch begins.
         failed: Ends of requests whose adapter could not be loaded, to be told with the only step.
-        num_cached: Tokens that all requests together have in the KV cache when the stretch begins; whoever plans by
-            them counts them.
     """
 
     order: list[Request]
@@ -42,7 +40,6 @@ class Stretch(msgspec.Struct):
     until_end: int
     num_free: int
     failed: list[SequenceProgress] = []
-    num_cached: int = 0
 
 
 class Advance:

@@ -23,6 +23,17 @@ def no_limit(on_device: bool) -> None:
     """Room where nobody counts."""
 
 
+def reason_against(needed: int, room: Room, what: str, remedy: str, *, on_device: bool) -> str | None:
+    """Why ``what`` (plural) cannot have so many bytes more, with what may help; None where there is room."""
+    left = room(on_device) if needed else None
+    if left is None or needed <= left:
+        return None
+    return (
+        f"{what} would need {needed} bytes more, {max(left, 0)} are left: {remedy}, or ask for fewer KV blocks "
+        "(--num-blocks)"
+    )
+
+
 class MemoryLeft:
     """What is left of a replica's share of its device, and of the host's memory. A ``Room``.
 

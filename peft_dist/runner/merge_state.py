@@ -15,7 +15,7 @@ from peft_dist.patches.merged_layers import MergedLayers
 from peft_dist.patches.merging import Merger
 from peft_dist.patches.shadow_merger import ShadowMerger
 from peft_dist.runner.adapter_tensors import ModuleWeights
-from peft_dist.runner.memory import Room, no_limit
+from peft_dist.runner.memory import Room, no_limit, reason_against
 from peft_dist.runner.pooled_weights import PooledWeights
 
 MergeWay = Literal["auto", "shadow", "host"]
@@ -102,14 +102,8 @@ class MergeState:
             return None
         if reason := self._merger.reason_against(paths):
             return reason
-        needed = self.more_bytes(paths)
-        left = self._room(self.on_device) if needed else None
-        if left is None or needed <= left:
-            return None
-        return (
-            f"second copies of its layers would need {needed} bytes more, {max(left, 0)} are left: {self.remedy}, "
-            "or ask for fewer KV blocks (--num-blocks)"
-        )
+        needed, what = self.more_bytes(paths), "second copies of its layers"
+        return reason_against(needed, self._room, what, self.remedy, on_device=self.on_device)
 
     def base_weight(self, path: str) -> torch.Tensor:
         """The weight of a layer that can be merged into, as it is without adapters. For any thread."""

@@ -15,7 +15,7 @@ from torch import nn
 from peft_dist.patches.merged_layers import MergedLayers
 from peft_dist.patches.shadow_merger import ShadowMerger
 from peft_dist.runner.adapter_tensors import ModuleWeights
-from peft_dist.runner.memory import Room, no_limit
+from peft_dist.runner.memory import Room, no_limit, reason_against
 
 
 class SwappedModels:
@@ -97,13 +97,8 @@ class SwappedModels:
         """What ``reserve`` would say, as far as that is known before any memory is taken."""
         if reason := self._mergers[0].reason_against(paths):
             return reason
-        needed, left = self.more_bytes(paths), self._room(self.on_device)
-        if not needed or left is None or needed <= left:
-            return None
-        return (
-            f"{len(self._mergers)} merged models would need {needed} bytes more, {max(left, 0)} are left: "
-            f"{self.remedy}, or ask for fewer KV blocks (--num-blocks)"
-        )
+        needed, what = self.more_bytes(paths), f"{len(self._mergers)} merged models"
+        return reason_against(needed, self._room, what, self.remedy, on_device=self.on_device)
 
     def base_weight(self, path: str) -> torch.Tensor:
         """The weight of a layer that can be merged into; the base's are never written."""

@@ -38,6 +38,8 @@ class EqualRun:
         self._ends: list[float] = []
         # What each step takes of the device's time.
         self._seconds: list[float] = []
+        # Tokens that all its requests have in the KV cache when a stretch begins.
+        self._num_cached = 0
         self._reports = EqualReports((), [], None, 0)
         self._tells = False
         self.number = 0
@@ -116,7 +118,7 @@ class EqualRun:
         begun = max(bisect_left(self._starts, now), 1)
         if begun == len(self._starts):
             return False
-        del self._starts[begun:], self._ends[begun:], self._reports.times[begun:]
+        del self._starts[begun:], self._ends[begun:], self._seconds[begun:], self._reports.times[begun:]
         self._tells = False
         self.number += 1
         return True
@@ -127,10 +129,9 @@ class EqualRun:
         stretch, self._stretch = self._stretch, None
         assert stretch is not None, "it was begun"
         starts, reports = self._starts, self._reports
-        seconds = self._seconds[: len(starts)]
         self.num_steps += len(starts)
-        progress = self.advance.carry_out(stretch, starts, seconds, tell=self._tells, new=self._new)
-        self._executor.stepped(self._free_at(), seconds)
+        progress = self.advance.carry_out(stretch, starts, self._seconds, tell=self._tells, new=self._new)
+        self._executor.stepped(self._free_at(), self._seconds)
         if not self._tells:
             return None
         ids = reports.sequence_ids
@@ -171,8 +172,8 @@ class EqualRun:
             return executor.step_seconds(features)
         if not number:
             # Of those that begin, nothing is computed: there is one step then.
-            stretch.num_cached = sum(request.num_computed_tokens for request in stretch.order)
-        return executor.step_seconds(features, stretch.num_cached + number * features.decode_sequences)
+            self._num_cached = sum(request.num_computed_tokens for request in stretch.order)
+        return executor.step_seconds(features, self._num_cached + number * features.decode_sequences)
 
     def _set_times(self, now: float, until: float, most: int) -> None:
         """When the steps begin, and when their rounds end."""
@@ -201,4 +202,4 @@ class EqualRun:
         """When the device has done the last step."""
         began = self._starts[-1]
         free_at = max(self._executor.free_at, began) if len(self._starts) == 1 else began
-        return free_at + self._seconds[len(self._starts) - 1]
+        return free_at + self._seconds[-1]

@@ -84,9 +84,9 @@ class WorkerLoop:
                 self._finish_load(*load)
             if self._stopped:
                 return
-            worked = self._engine.has_work
-            self._driver.step(report=bool(commands or found))
-            self._idle_work.note(worked=worked, changed=bool(commands or found))
+            has_news, has_work = bool(commands or found), self._engine.has_work
+            self._driver.step(report=has_news)
+            self._idle_work.note(worked=has_work, changed=has_news)
 
     def _rest(self) -> None:
         timeout_ms = self._driver.timeout_ms()

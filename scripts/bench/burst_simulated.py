@@ -19,14 +19,11 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from bench.gpu_workload import ADAPTERS, choose_for_throughput, lengths
+from bench.gpu_workload import ADAPTERS, MAX_MODEL_LEN, SEATS, STEP_TOKENS, choose_for_throughput, lengths
 from peft_dist.sim.experiment import simulate
 from peft_dist.sim.options import SimulationOptions
 from peft_dist.sim.profile import CostProfile
 from peft_dist.workload.arrivals import Arrival
-
-# As ours_gpu.py starts its engine.
-STEP_TOKENS, SEATS, MAX_MODEL_LEN = 8192, 256, 4096
 
 
 class Burst(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bench.gpu_workload import SHAPES, Run, clocked, linear_shapes, write_base
+from bench.gpu_workload import MAX_MODEL_LEN, SEATS, SHAPES, STEP_TOKENS, Run, clocked, linear_shapes, write_base
 
 PAGE_ROWS = 8
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -44,14 +44,14 @@ def room_for(shape: str, ranks: Sequence[int]) -> int:
 def engine_options(options: Namespace, ranks: Sequence[int], **more: Any) -> dict[str, Any]:
     """Fields of ``EngineConfig``: vLLM's settings in peer_vllm.py, room for adapters of ``ranks``, nothing merged."""
     found: dict[str, Any] = {
-        "load_format": "dummy", "dtype": "bfloat16", "max_num_seqs": 256, "enable_prefix_caching": False,
-        "max_model_len": 4096, "gpu_memory_utilization": options.memory, "policy": "fcfs", "merge": "off",
+        "load_format": "dummy", "dtype": "bfloat16", "max_num_seqs": SEATS, "enable_prefix_caching": False,
+        "max_model_len": MAX_MODEL_LEN, "gpu_memory_utilization": options.memory, "policy": "fcfs", "merge": "off",
     }  # fmt: skip
     if ranks:
         found |= {"max_loras": len(ranks), "adapter_device_memory": room_for(options.shape, ranks)}
     if DEVICE == "cuda":
-        # As of an LLM, said here for the other ranks.
-        found["max_num_batched_tokens"] = 8192
+        # Said here for the other ranks.
+        found["max_num_batched_tokens"] = STEP_TOKENS
     if world_size() > 1:
         found["tensor_parallel_size"] = world_size()
     if options.tiny:

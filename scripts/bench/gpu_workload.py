@@ -23,6 +23,9 @@ BATCHES = (1, 8, 32, 64, 128, 256)
 KINDS = ("none", "same", "zipf", "distinct", "eight")
 PROMPT_TOKENS, NEW_TOKENS = 128, 129
 REQUESTS = 512
+# Of every engine; and of ours the tokens of a step, as of an LLM.
+SEATS, MAX_MODEL_LEN = 256, 4096
+STEP_TOKENS = 8192
 PREFILL = 32, 512
 """Prompts, and tokens of each, of ``time_prefill``."""
 MIXED_RANKS = (8, 16, 64, 128)

@@ -20,8 +20,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.gpu_options import kinds_of, make_parser, parse, sizes_of
 from bench.gpu_workload import (
+    MAX_MODEL_LEN,
     NEW_TOKENS,
     PREFILL,
+    SEATS,
     Run,
     clocked,
     emit,
@@ -50,8 +52,8 @@ def start(mode: str, options: Namespace) -> Any:
 
     arguments: dict[str, Any] = {
         "model": str(write_base(options.shape, options.folder)), "load_format": "dummy", "skip_tokenizer_init": True,
-        "dtype": "bfloat16", "max_model_len": 4096, "gpu_memory_utilization": options.memory,
-        "enable_prefix_caching": False, "max_num_seqs": 256 if options.ranks == 1 else 128, "disable_log_stats": True,
+        "dtype": "bfloat16", "max_model_len": MAX_MODEL_LEN, "gpu_memory_utilization": options.memory,
+        "enable_prefix_caching": False, "max_num_seqs": SEATS if options.ranks == 1 else 128, "disable_log_stats": True,
         "tensor_parallel_size": options.ranks,
     }  # fmt: skip
     if mode != "base":

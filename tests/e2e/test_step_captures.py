@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +21,20 @@ from peft_dist.runner.warm_up import KernelWarmUp
 from tests import triton_interpreter
 from tests.e2e.test_step_graphs import use_graphs
 from tests.oracle import PeftOracle, assert_identical
-from tests.tiny_models import make_model, random_adapter
+from tests.tiny_models import FAMILIES, make_model, random_adapter
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py captures for real")
+
+
+@contextmanager
+def opened(folder: Path, **options: Any) -> Iterator[tuple[LLM, Path]]:
+    """A small model, and an adapter of one of its layers that is not loaded yet."""
+    model = make_model("llama", folder / "base")
+    adapter = random_adapter(model, folder / "a", 4, 8.0, ["q_proj"], seed=1)
+    sizes = {"num_blocks": 8, "max_num_seqs": 6, "max_num_batched_tokens": 24, "max_model_len": 64}
+    usual = {"device": "cpu", "dtype": "float32", "attention_backend": "triton", **sizes}
+    with LLM(folder / "base", **{**usual, **options}) as llm:
+        yield llm, adapter
 
 
 @pytest.mark.parametrize("merge", ["off", "shadow"])
@@ -34,16 +47,13 @@ def test_steps_that_adapters_need_are_captured_when_there_is_no_work(
     def full(run: Callable[[], None]) -> Callable[[], None]:
         raise torch.OutOfMemoryError("no memory")
 
-    model = make_model("llama", tmp_path / "base")
-    adapter = random_adapter(model, tmp_path / "a", 4, 8.0, ["q_proj"], seed=1)
-    options = {"num_blocks": 8, "max_num_seqs": 6, "max_num_batched_tokens": 24, "attention_backend": "triton"}
     captured: list[Callable[[], None]] = []
 
     def noted(run: Callable[[], None]) -> Callable[[], None]:
         captured.append(run)
         return run
 
-    with LLM(tmp_path / "base", device="cpu", dtype="float32", max_model_len=64, merge=merge, **options) as llm:
+    with opened(tmp_path, merge=merge) as (llm, adapter):
         use_graphs(llm, noted)
         replica = llm._open
         graphs = replica.runner.graphs
@@ -65,7 +75,7 @@ def test_steps_that_adapters_need_are_captured_when_there_is_no_work(
             assert {variant.shape for variant in found if variant.corrected} == {*graphs._decodes}
             assert len(found) == sizes - decodes - mixed == 2 * decodes + mixed
         assert not replica.warm_up_some() and len(captured) == sizes
-        llm.load_adapter(random_adapter(model, tmp_path / "b", 4, 8.0, ["o_proj"], seed=2), "b")
+        llm.load_adapter(random_adapter(FAMILIES["llama"](), tmp_path / "b", 4, 8.0, ["o_proj"], seed=2), "b")
         assert replica.warm_up_some() and len(captured) == sizes + 1
         # What came before it was measured is captured again.
         while replica.warm_up_some():
@@ -123,11 +133,7 @@ def test_a_size_that_is_not_there_runs_in_a_larger_one_until_it_comes_often(
 @pytest.mark.parametrize(("policy", "with_prompts"), [("merge", True), ("credit", False)])
 def test_steps_that_a_policy_merges_are_captured_ahead(policy: str, with_prompts: bool, tmp_path: Path) -> None:
     """Each that is not makes somebody wait who needs it first: 0.4 s of a model of 80 layers."""
-    model = make_model("llama", tmp_path / "base")
-    adapter = random_adapter(model, tmp_path / "a", 4, 8.0, ["q_proj"], seed=1)
-    options = {"num_blocks": 8, "max_num_seqs": 6, "max_num_batched_tokens": 24, "attention_backend": "triton"}
-    more = {"device": "cpu", "dtype": "float32", "max_model_len": 64, "merge": "shadow", "policy": policy}
-    with LLM(tmp_path / "base", **options, **more) as llm:
+    with opened(tmp_path, merge="shadow", policy=policy) as (llm, adapter):
         use_graphs(llm, lambda run: run)
         graphs = llm._open.runner.graphs
         assert graphs is not None
@@ -140,11 +146,7 @@ def test_steps_that_a_policy_merges_are_captured_ahead(policy: str, with_prompts
 @pytest.mark.parametrize("policy", ["merge", "credit"])
 def test_a_server_that_only_merges_captures_merged_steps_when_there_is_no_work(policy: str, tmp_path: Path) -> None:
     """It starts before its adapters are there, so nothing else makes them ahead; it runs no others."""
-    model = make_model("llama", tmp_path / "base")
-    adapter = random_adapter(model, tmp_path / "a", 4, 8.0, ["q_proj"], seed=1)
-    options = {"num_blocks": 8, "max_num_seqs": 6, "max_num_batched_tokens": 24, "attention_backend": "triton"}
-    more = {"device": "cpu", "dtype": "float32", "max_model_len": 64, "merge": "shadow", "policy": policy}
-    with LLM(tmp_path / "base", **options, **more) as llm:
+    with opened(tmp_path, merge="shadow", policy=policy) as (llm, adapter):
         use_graphs(llm, lambda run: run)
         replica = llm._open
         graphs = replica.runner.graphs
@@ -161,11 +163,7 @@ def test_a_server_that_only_merges_captures_merged_steps_when_there_is_no_work(p
 def test_steps_of_merged_weights_that_have_grown_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No batch asks for them again, and their memory is what those of all layers need."""
     monkeypatch.setattr(KernelWarmUp, "begin", lambda self: None)
-    model = make_model("llama", tmp_path / "base")
-    adapter = random_adapter(model, tmp_path / "a", 4, 8.0, ["q_proj"], seed=1)
-    options = {"num_blocks": 8, "max_num_seqs": 6, "max_num_batched_tokens": 24, "attention_backend": "triton"}
-    more = {"device": "cpu", "dtype": "float32", "max_model_len": 64, "merge": "shadow"}
-    with LLM(tmp_path / "base", **options, **more) as llm:
+    with opened(tmp_path, merge="shadow") as (llm, adapter):
         use_graphs(llm, lambda run: run)
         replica, layers = llm._open, MergedLayers()
         graphs = replica.runner.graphs
@@ -184,16 +182,13 @@ def test_steps_of_merged_weights_that_have_grown_are_not_kept(tmp_path: Path, mo
 
 def test_what_could_not_be_measured_ahead_is_not_captured_again(tmp_path: Path) -> None:
     """One rank may lack the memory alone: it has to go on with the steps that the others go on with."""
-    model = make_model("llama", tmp_path / "base")
-    adapter = random_adapter(model, tmp_path / "a", 4, 8.0, ["q_proj"], seed=1)
-    options = {"num_blocks": 8, "max_num_seqs": 6, "max_num_batched_tokens": 24, "attention_backend": "triton"}
     plans = ProductPlans()
 
     def without_memory(run: Callable[[], None]) -> Callable[[], None]:
         plans.stop_measuring()
         return run
 
-    with LLM(tmp_path / "base", device="cpu", dtype="float32", max_model_len=64, merge="off", **options) as llm:
+    with opened(tmp_path, merge="off") as (llm, adapter):
         use_graphs(llm, without_memory, products=Products(plans, None, None, lambda run: 1.0))
         graphs = llm._open.runner.graphs
         assert graphs is not None

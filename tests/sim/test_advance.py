@@ -25,6 +25,7 @@ from tests.thorough import some_of
 
 Step = tuple[float, str | None, list[tuple[str, int]]]
 WORKLOADS = 200
+FIRSTS = range(0, WORKLOADS, 20)
 SMALL, LARGE = (5, 15, 25), (40, 80, 120)
 INTERRUPTIONS = ("switches", "preemptions", "evictions", "moves")
 
@@ -187,7 +188,7 @@ def counts(simulator: Recorded) -> Counter[str]:
     return seen
 
 
-@pytest.mark.parametrize("first", some_of(range(0, WORKLOADS, 20)))
+@pytest.mark.parametrize("first", some_of(FIRSTS))
 def test_many_steps_at_once_are_the_same_steps(first: int) -> None:
     seen = sum((check(seed, SMALL) for seed in range(first, first + 20)), Counter[str]())
     assert 0.1 * seen["steps"] < seen["together"] < seen["steps"]
@@ -202,7 +203,7 @@ def test_so_they_are_under_more_requests(first: int) -> None:
 
 def test_the_workloads_have_what_interrupts_equal_steps() -> None:
     """Or the tests above, which have run them already, would say little."""
-    fast = [seed for first in range(0, WORKLOADS, 40) for seed in range(first, first + 20)]
+    fast = [seed for first in FIRSTS[::2] for seed in range(first, first + 20)]
     seen = sum((check(seed, SMALL) for seed in fast), Counter[str]())
     assert min(seen[each] for each in INTERRUPTIONS) >= 5, seen
 
