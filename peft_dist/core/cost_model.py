@@ -10,7 +10,7 @@ from typing import Any, Literal
 import msgspec
 
 from peft_dist.core.errors import ConfigError
-from peft_dist.core.regression import OnlineRegression
+from peft_dist.core.regression import RESOLUTION, OnlineRegression
 
 SwitchKind = Literal["merge", "unmerge"]
 Row = tuple[str, int, int]
@@ -19,6 +19,8 @@ Row = tuple[str, int, int]
 FORMAT = 1
 # Predictions that a fixed model remembers.
 MAX_TOLD = 1 << 14
+# Times what was expected, beyond which a switch or a copy is not believed at once.
+OUTLIER = 4.0
 # Sizes at which an unknown coefficient of a step may amount to a tenth of the step. Those of the merged terms are
 # larger: unless shown otherwise, merged weights are as fast as the base's.
 TYPICAL = (1.0, 16.0, 128.0, 10.0, 320.0, 1.0, 32.0, 4.0, 64.0, 512.0)
@@ -138,6 +140,8 @@ class CostModel:
         self.prior = prior or CostPrior()
         self.fixed = fixed
         self.num_steps = 0
+        # What the last of it took was so much more than expected that it is believed only when it happens again.
+        self._in_doubt: set[str] = set()
         # Of a fixed model, what it predicts.
         self._told: dict[StepFeatures, float] = {}
         self._told_others: dict[tuple[str, int], float] = {}
@@ -236,8 +240,15 @@ class CostModel:
         return seconds
 
     def _observe(self, name: str, size: int, seconds: float) -> None:
-        if not self.fixed:
-            self._others[name].observe((1.0, size), seconds, name)
+        if self.fixed:
+            return
+        # Few are seen, so that one counts for much; the first of its kind, which compiles kernels, is an outlier.
+        is_outlier = math.isfinite(seconds) and seconds > OUTLIER * max(self._predict(name, size), RESOLUTION)
+        if is_outlier and name not in self._in_doubt:
+            self._in_doubt.add(name)
+            return
+        self._in_doubt.discard(name)
+        self._others[name].observe((1.0, size), seconds, name)
 
     def to_dict(self) -> dict[str, Any]:
         """The whole state in JSON's types: a profile that a simulator, or the next start, continues from."""

@@ -67,13 +67,8 @@ class PooledLayer:
         self.pages.grow(num_pages)
         self.moves += 1
 
-    def add_device_tables(self, num_slots: int) -> None:
-        """Twins of the host tables at fixed addresses: one row a slot, so that a change is one copy."""
-        width = TABLE_HEAD + self.pages.capacity
-        self._use_table(torch.zeros(num_slots, width, dtype=torch.int32, device=self.weights.A.device))
-
-    def _use_table(self, table: torch.Tensor) -> None:
-        self._table = table
+    def use_table(self, table: torch.Tensor) -> None:
+        """Have kernels read int32 ``[slots, TABLE_HEAD + pages]``, which somebody else keeps up to date."""
         self.moves += 1
         self.weights.rank_t = table[:, 0]
         self.weights.scaling_t = table.view(torch.float32)[:, 1]
@@ -84,9 +79,6 @@ class PooledLayer:
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """(to, from) of the copies that bring A ``[r, in]`` and B ``[out, r]``, of any float type, into these pages."""
         held = self.weights
-        if held.A.is_cuda:
-            # Whole and contiguous over the bus; turned and cast over there.
-            A, B = (tensor.to(held.A.device, non_blocking=True) for tensor in (A, B))
         for first, count, done in _segments(pages, held.page_rows, len(A)):
             for target, source in ((held.A, A), (held.B, B.T)):
                 yield target[first : first + count], source[done : done + count]
@@ -105,14 +97,19 @@ class PooledLayer:
         held = self.weights
         self._fit_tables(slot, len(pages))
         entry = (rank, np.float32(scaling), list(pages))
-        is_new = (held.rank[slot], held.scaling[slot], held.pages[slot, : len(pages)].tolist()) != entry
+        is_new = self._grows_tables and entry != (
+            held.rank[slot], held.scaling[slot], held.pages[slot, : len(pages)].tolist()
+        )  # fmt: skip
         held.rank[slot], held.scaling[slot], held.pages[slot, : len(pages)] = entry
         held.finite[slot] = finite
         held.version += 1
         wanted = (len(held.rank), TABLE_HEAD + held.pages.shape[1])
-        if self._grows_tables and (self._table is None or self._table.shape != wanted):
-            self._use_table(self._table_of_all())
-        elif self._table is not None and is_new:
+        if not self._grows_tables:
+            return
+        if self._table is None or self._table.shape != wanted:
+            self._table = self._table_of_all()
+            self.use_table(self._table)
+        elif is_new:
             row = torch.tensor([rank, int(np.float32(scaling).view(np.int32)), *pages], dtype=torch.int32)
             self._table[slot, : len(row)].copy_(row.pin_memory() if self._table.is_cuda else row, non_blocking=True)
 

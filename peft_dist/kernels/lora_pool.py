@@ -9,6 +9,8 @@ import torch
 
 from peft_dist.kernels.lora_layer import PooledLayer
 from peft_dist.kernels.lora_workspace import LoRAWorkspace
+from peft_dist.kernels.slot_tables import SlotTables
+from peft_dist.kernels.transfer import move_together
 from peft_dist.kernels.types import LoRALayerWeights
 
 LayerTensors = tuple[torch.Tensor, torch.Tensor, float]
@@ -64,7 +66,7 @@ class LoRAPool:
 
     Args:
         grows_tables: A pool that grows has tables on its device too, which move when they or the buffers grow
-            (``layout`` tells).
+            (``layout`` tells); a sized one has its tables on a CPU too.
     """
 
     def __init__(
@@ -82,7 +84,11 @@ class LoRAPool:
         self.page_rows = page_rows or default_page_rows(self.device)
         self.num_rows = None if num_rows is None else num_rows // self.page_rows * self.page_rows
         self.num_slots = num_slots
-        self._grows_tables = grows_tables
+        has_tables = grows_tables or self.device.type != "cpu"
+        self._tables: SlotTables | None = None
+        if self.num_rows is not None and num_slots is not None and has_tables:
+            self._tables = SlotTables(num_slots, self.num_rows // self.page_rows, self.device)
+        self._grows_tables = grows_tables and self._tables is None
         self.workspace = LoRAWorkspace(self.device)
         self.weights: list[LoRALayerWeights | None] = []
         self._layers: list[PooledLayer] = []
@@ -101,8 +107,8 @@ class LoRAPool:
         layer.weights.workspace = self.workspace
         if self.num_rows is not None:
             layer.grow(self.num_rows // self.page_rows)
-            if self.num_slots is not None and self.device.type != "cpu":
-                layer.add_device_tables(self.num_slots)
+            if self._tables is not None:
+                layer.use_table(self._tables.add_layer())
         self._layers.append(layer)
         self.weights.append(None)
         return len(self._layers) - 1
@@ -183,10 +189,15 @@ class LoRAPool:
             if self._rank_of(index, tensors) != reservation.ranks[index]:
                 raise ValueError(f"LoRA layer {index}: pages were reserved for rank {reservation.ranks[index]}")
         with torch.no_grad():
+            parts = [part for A, B, _ in weights.values() for part in (A, B)]
+            if self.device.type != "cpu":
+                # As they lie over the bus; turned and cast over there.
+                parts = move_together(parts, lambda part: part.to(self.device, non_blocking=True))
+            moved = iter(parts)
             copies = [
                 copy
-                for index, (A, B, _) in weights.items()
-                for copy in self._layers[index].copies(reservation.pages[index], A, B)
+                for index in weights
+                for copy in self._layers[index].copies(reservation.pages[index], next(moved), next(moved))
             ]
             # One call: copy by copy, this thread would ask for the interpreter, which the model's thread needs, anew.
             if copies:
@@ -238,6 +249,8 @@ class LoRAPool:
         held = self._resident.pop(slot, None)
         if held is None:
             return
+        if self._tables is not None:
+            self._tables.hide(slot)
         for index in held.ranks:
             layer = self._layers[index]
             layer.hide(slot)
@@ -263,6 +276,12 @@ class LoRAPool:
             layer, pages = self._layers[index], reservation.pages[index]
             layer.show(reservation.slot, rank, pages, reservation.scaling[index], reservation.finite)
             self.weights[index] = layer.weights
+        if self._tables is not None:
+            entries = {
+                index: (reservation.scaling[index], rank, reservation.pages[index])
+                for index, rank in reservation.ranks.items()
+            }
+            self._tables.show(reservation.slot, entries)
 
     def _give_back(self, reservation: Reservation) -> None:
         for index, pages in reservation.pages.items():

@@ -124,7 +124,7 @@ def soak(driver: Driver, traffic: Traffic, options: Namespace) -> dict[str, Any]
 def main() -> None:
     parser = make_parser(__doc__, ("soak",))
     add_engine_options(parser)
-    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--minutes", type=float, default=10.0)
     parser.set_defaults(memory=0.9, requests=20_000, rank="mix")
     options = parse(parser)
     files = options.adapters * 3 // 2

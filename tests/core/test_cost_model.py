@@ -156,6 +156,24 @@ class TestOtherWork:
         assert model.switch_seconds("a", None) < 1e-4
         assert model.switch_seconds(None, "a", 64) == pytest.approx(0.05, rel=0.05)
 
+    def test_one_merge_that_compiled_its_kernels_is_not_believed(self) -> None:
+        """On a GPU without compiled kernels the first takes 0.9 s, and a replica that believes it merges no more."""
+        model = CostModel(CostPrior(merge=(0.0115, 0.0)))
+        model.observe_switch("merge", 0.9)
+        assert model.switch_seconds(None, "a") == pytest.approx(0.0115)
+        for _ in range(3):
+            model.observe_switch("merge", 0.0118)
+        model.observe_switch("merge", 0.5)
+        assert model.switch_seconds(None, "a") == pytest.approx(0.0118, rel=0.02)
+
+    def test_what_takes_long_twice_running_takes_long(self) -> None:
+        model = CostModel(CostPrior(merge=(0.0115, 0.0)))
+        model.observe_switch("merge", 0.3)
+        model.observe_switch("merge", 0.3)
+        assert model.switch_seconds(None, "a") > 0.1
+        model.observe_switch("merge", 0.3)
+        assert model.switch_seconds(None, "a") == pytest.approx(0.3, rel=0.25)
+
     @pytest.mark.parametrize("name", ["load", "swap", "transfer"])
     def test_copies_are_affine_in_their_bytes(self, name: str) -> None:
         model, rng = CostModel(), random.Random(1)
