@@ -10,6 +10,7 @@ import torch
 
 from peft_dist.kernels.lora_tables import TABLE_HEAD
 from peft_dist.kernels.page_allocator import PageAllocator
+from peft_dist.kernels.slot_tables import SlotTables
 from peft_dist.kernels.types import LoRALayerWeights
 
 
@@ -67,8 +68,13 @@ class PooledLayer:
         self.pages.grow(num_pages)
         self.moves += 1
 
-    def use_table(self, table: torch.Tensor) -> None:
-        """Have kernels read int32 ``[slots, TABLE_HEAD + pages]``, which somebody else keeps up to date."""
+    def share_tables(self, tables: SlotTables) -> None:
+        """Have the tables among those of other layers, where ``tables`` keeps them: ``show`` and ``hide`` are its."""
+        tables.add_layer(self.weights)
+        self.moves += 1
+
+    def _use_table(self, table: torch.Tensor) -> None:
+        self._table = table
         self.moves += 1
         self.weights.rank_t = table[:, 0]
         self.weights.scaling_t = table.view(torch.float32)[:, 1]
@@ -107,8 +113,7 @@ class PooledLayer:
         if not self._grows_tables:
             return
         if self._table is None or self._table.shape != wanted:
-            self._table = self._table_of_all()
-            self.use_table(self._table)
+            self._use_table(self._table_of_all())
         elif is_new:
             row = torch.tensor([rank, int(np.float32(scaling).view(np.int32)), *pages], dtype=torch.int32)
             self._table[slot, : len(row)].copy_(row.pin_memory() if self._table.is_cuda else row, non_blocking=True)

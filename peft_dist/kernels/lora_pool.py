@@ -108,7 +108,7 @@ class LoRAPool:
         if self.num_rows is not None:
             layer.grow(self.num_rows // self.page_rows)
             if self._tables is not None:
-                layer.use_table(self._tables.add_layer())
+                layer.share_tables(self._tables)
         self._layers.append(layer)
         self.weights.append(None)
         return len(self._layers) - 1
@@ -249,13 +249,16 @@ class LoRAPool:
         held = self._resident.pop(slot, None)
         if held is None:
             return
-        if self._tables is not None:
+        if self._tables is None:
+            for index in held.ranks:
+                self._layers[index].hide(slot)
+            unadapted = [index for index in held.ranks if not self._layers[index].num_resident]
+        else:
             self._tables.hide(slot)
-        for index in held.ranks:
-            layer = self._layers[index]
-            layer.hide(slot)
-            if not layer.num_resident:
-                self.weights[index] = None
+            unadapted = self._tables.unadapted(held.ranks)
+            self._count_change(held)
+        for index in unadapted:
+            self.weights[index] = None
         self._give_back(held)
 
     def check(self) -> None:
@@ -272,16 +275,19 @@ class LoRAPool:
 
     def _show(self, reservation: Reservation) -> None:
         self._resident[reservation.slot] = reservation
-        for index, rank in reservation.ranks.items():
-            layer, pages = self._layers[index], reservation.pages[index]
-            layer.show(reservation.slot, rank, pages, reservation.scaling[index], reservation.finite)
-            self.weights[index] = layer.weights
-        if self._tables is not None:
-            entries = {
-                index: (reservation.scaling[index], rank, reservation.pages[index])
-                for index, rank in reservation.ranks.items()
-            }
-            self._tables.show(reservation.slot, entries)
+        slot, ranks, pages, scaling = reservation.slot, reservation.ranks, reservation.pages, reservation.scaling
+        if self._tables is None:
+            for index, rank in ranks.items():
+                self._layers[index].show(slot, rank, pages[index], scaling[index], reservation.finite)
+        else:
+            self._tables.show(slot, ranks, scaling, pages, finite=reservation.finite)
+            self._count_change(reservation)
+        for index in ranks:
+            self.weights[index] = self._layers[index].weights
+
+    def _count_change(self, reservation: Reservation) -> None:
+        for index in reservation.ranks:
+            self._layers[index].weights.version += 1
 
     def _give_back(self, reservation: Reservation) -> None:
         for index, pages in reservation.pages.items():

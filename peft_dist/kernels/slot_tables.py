@@ -1,21 +1,31 @@
-"""The tables of many LoRA layers on a device, where a slot changes in all of them at once."""
+"""The tables of many LoRA layers, on the host and on a device, where a slot changes in all of them at once."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from peft_dist.kernels.lora_tables import TABLE_HEAD
 from peft_dist.kernels.transfer import to_device
+from peft_dist.kernels.types import LoRALayerWeights
 
 # Layers in one allocation. A model's layers come one by one, and those that have come must stay where they are.
 BLOCK_LAYERS = 128
 
 
+class _Block(NamedTuple):
+    """Tables of some layers: int32 ``[layers, slots, TABLE_HEAD + pages]`` twice, and bool ``[layers, slots]``."""
+
+    host: np.ndarray
+    device: torch.Tensor
+    finite: np.ndarray
+
+
 class SlotTables:
-    """Twins of the host tables of a sized pool's layers, at fixed addresses.
+    """The tables of a sized pool's layers, at fixed addresses.
 
     Layer by layer a load would be hundreds of small copies, on the thread that launches the steps: here it is two a
     block of layers, whatever their number.
@@ -27,34 +37,58 @@ class SlotTables:
     def __init__(self, num_slots: int, num_pages: int, device: torch.device) -> None:
         self._size = num_slots, TABLE_HEAD + num_pages
         self._device = device
-        self._blocks: list[torch.Tensor] = []
+        self._blocks: list[_Block] = []
         self._num_layers = 0
 
-    def add_layer(self) -> torch.Tensor:
-        """The next layer's table: int32 ``[slots, TABLE_HEAD + pages]``, all zero, as ``LayerTables`` describes it."""
+    def add_layer(self, weights: LoRALayerWeights) -> None:
+        """Have the next layer's weights read these tables, in which no slot adapts it yet."""
         block, row = divmod(self._num_layers, BLOCK_LAYERS)
         if block == len(self._blocks):
-            self._blocks.append(torch.zeros(BLOCK_LAYERS, *self._size, dtype=torch.int32, device=self._device))
+            size = BLOCK_LAYERS, *self._size
+            device = torch.zeros(size, dtype=torch.int32, device=self._device)
+            self._blocks.append(_Block(np.zeros(size, np.int32), device, np.zeros(size[:2], bool)))
         self._num_layers += 1
-        return self._blocks[block][row]
+        host, device, finite = (part[row] for part in self._blocks[block])
+        weights.rank, weights.pages, weights.finite = host[:, 0], host[:, TABLE_HEAD:], finite
+        weights.scaling = host.view(np.float32)[:, 1]
+        weights.rank_t, weights.pages_t = device[:, 0], device[:, TABLE_HEAD:]
+        weights.scaling_t = device.view(torch.float32)[:, 1]
 
-    def show(self, slot: int, entries: Mapping[int, tuple[float, int, Sequence[int]]]) -> None:
-        """Enter a slot into the tables of these layers (scaling, rank, pages), and into no other.
+    def show(
+        self,
+        slot: int,
+        ranks: Mapping[int, int],
+        scaling: Mapping[int, float],
+        pages: Mapping[int, Sequence[int]],
+        *,
+        finite: bool,
+    ) -> None:
+        """Enter a slot into the tables of the layers that the three have, and into no other.
 
         A GPU copies behind what is queued on its current stream.
         """
-        width = TABLE_HEAD + max((len(pages) for _, _, pages in entries.values()), default=0)
-        rows = np.zeros((self._num_layers, width), np.int32)
-        for layer, (scaling, rank, pages) in entries.items():
-            row = rows[layer]
-            row[0] = rank
-            row[1] = np.float32(scaling).view(np.int32)
-            row[TABLE_HEAD : TABLE_HEAD + len(pages)] = pages
+        layers = list(ranks)
+        longest = max((len(pages[layer]) for layer in layers), default=0)
+        rows = np.zeros((self._num_layers, TABLE_HEAD + longest), np.int32)
+        rows[layers, 0] = [ranks[layer] for layer in layers]
+        rows[layers, 1] = np.array([scaling[layer] for layer in layers], np.float32).view(np.int32)
+        rows[layers, TABLE_HEAD:] = [[*pages[layer], *[0] * (longest - len(pages[layer]))] for layer in layers]
         there = to_device(torch.from_numpy(rows), self._device)
-        for block, part in zip(self._blocks, there.split(BLOCK_LAYERS), strict=True):
-            block[: len(part), slot, :width].copy_(part)
+        for number, block in enumerate(self._blocks):
+            part = slice(number * BLOCK_LAYERS, (number + 1) * BLOCK_LAYERS)
+            count = len(rows[part])
+            block.host[:count, slot, : rows.shape[1]] = rows[part]
+            block.finite[:count, slot] = finite & (rows[part, 0] > 0)
+            block.device[:count, slot, : rows.shape[1]].copy_(there[part])
 
     def hide(self, slot: int) -> None:
         """Have no layer adapted by a slot."""
         for block in self._blocks:
-            block[:, slot, :TABLE_HEAD].zero_()
+            block.host[:, slot] = 0
+            block.finite[:, slot] = False
+            block.device[:, slot, :TABLE_HEAD].zero_()
+
+    def unadapted(self, layers: Iterable[int]) -> list[int]:
+        """Of these layers those that no slot adapts."""
+        adapted = np.concatenate([block.host[:, :, 0].any(axis=1) for block in self._blocks])
+        return [layer for layer in layers if not adapted[layer]]
