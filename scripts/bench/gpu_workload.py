@@ -89,7 +89,11 @@ def write_base(shape: str, folder: Path) -> Path:
     """``folder``/base-SHAPE with config.json and nothing else."""
     path = folder / f"base-{shape}"
     path.mkdir(parents=True, exist_ok=True)
-    (path / "config.json").write_text(json.dumps(model_config(shape)))
+    # Put in place whole: another run may be reading it.
+    with tempfile.TemporaryDirectory(dir=folder, prefix=f"{path.name}.") as made:
+        config = Path(made, "config.json")
+        config.write_text(json.dumps(model_config(shape)))
+        config.replace(path / "config.json")
     return path
 
 

@@ -111,6 +111,14 @@ def test_adapters_are_pefts_files(tmp_path: Path) -> None:
     assert [path.name for path in write_base("tiny", tmp_path).iterdir()] == ["config.json"]
 
 
+def test_who_reads_a_base_that_is_written_again_finds_it_whole(tmp_path: Path) -> None:
+    config = write_base("tiny", tmp_path) / "config.json"
+    with config.open() as reading:
+        write_base("tiny", tmp_path)
+        assert json.load(reading) == json.loads(config.read_text())
+        assert os.fstat(reading.fileno()).st_ino != config.stat().st_ino, "another file was put in its place"
+
+
 def decode_line(engine: str, mode: str, kind: str, batch: int, step: float, **more: Any) -> dict[str, Any]:
     usual = {"rank": "16", "resident": 32, "shape": "8b", "steps": 9, "merged_steps": 9}
     figures = {"engine": engine, "mode": mode, "part": "decode", "adapters": kind, "batch": batch, "step_ms": step}
