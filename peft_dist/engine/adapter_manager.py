@@ -14,6 +14,10 @@ from peft_dist.engine.adapter_space import AdapterSpace, Lease
 
 logger = logging.getLogger(__name__)
 
+# As many as are read at once: a load that a request waits for begins behind these, and not behind all that a placement
+# wishes for.
+MAX_LOADS_WITH_AHEAD = 2
+
 
 class AdapterManager:
     """Decides which adapters, identified by content hash, are on the device.
@@ -38,6 +42,8 @@ class AdapterManager:
         self._changes: list[tuple[int, AdapterSpec | None]] = []
         self._discards: list[str] = []
         self._loading: dict[str, Lease] = {}
+        # To be loaded for requests that may come, when fewer loads are under way.
+        self._ahead: OrderedDict[str, AdapterSpec] = OrderedDict()
         self._resident: dict[str, Lease] = {}
         self._idle: OrderedDict[str, None] = OrderedDict()
         # Whose adapters were used since, in this order.
@@ -100,6 +106,7 @@ class AdapterManager:
         if not self._users[spec.content_hash]:
             self._release_weights(spec.content_hash)
         self._drop_if_unneeded(spec.content_hash)
+        self._start_ahead()
 
     # What the scheduler asks
 
@@ -188,17 +195,17 @@ class AdapterManager:
     def prefetch(self, spec: AdapterSpec) -> bool:
         """Load an adapter for requests that may come, in room that is free or that no request uses, if there is any.
 
-        Returns whether it is on the device or on its way. Where a request, or a pin, still waits for its own load, none
-        begins: it could only take what that one waits for.
+        Returns whether it is on the device or on its way; few are at once, others begin when these have ended. Where a
+        request, or a pin, still waits for its own load, none begins: it could only take what that one waits for.
         """
         key = spec.content_hash
         self._age()
         if key in self._idle:
             self._idle.move_to_end(key)
-        if self.is_held(key):
-            return True
-        is_awaited = bool(self.pins.unmet) or not all(map(self.is_held, self._users))
-        return not is_awaited and self._start_load(spec, self._users)
+        if not self.is_held(key) and not self._is_any_awaited():
+            self._ahead.setdefault(key, spec)
+            self._start_ahead()
+        return self.is_held(key)
 
     def want_pinned(self) -> None:
         """Load what is pinned and on no device; for each, nothing that a request uses leaves if others are enough."""
@@ -222,6 +229,7 @@ class AdapterManager:
     def forget(self, content_hash: str) -> None:
         """Drop an adapter once no request needs it any more and no load of it is under way."""
         self.pins.forget(content_hash)
+        self._ahead.pop(content_hash, None)
         self._leaving.add(content_hash)
         self._drop_if_unneeded(content_hash)
 
@@ -234,6 +242,7 @@ class AdapterManager:
         self._release_weights(content_hash)
         self.loads += 1
         self._drop_if_unneeded(content_hash)
+        self._start_ahead()
         return lease.spec
 
     def load_failed(self, content_hash: str, error: str) -> None:
@@ -243,6 +252,7 @@ class AdapterManager:
         self.load_failures += 1
         logger.warning("adapter %r was not loaded: %s", lease.spec.name, error)
         self._drop_if_unneeded(content_hash)
+        self._start_ahead()
 
     def take_changes(self) -> list[tuple[int, AdapterSpec | None]]:
         """Slots to load an adapter into or, where it is None, to clear; in order, each given out once."""
@@ -273,6 +283,17 @@ class AdapterManager:
         assert all(self._users[key] >= count > 0 for key, count in self._running.items()), "users"
         self.pins.check()
         assert self._kept <= self._users.keys() - self._resident.keys(), "weights kept for nobody"
+
+    def _is_any_awaited(self) -> bool:
+        """Whether a request, or a pin, waits for an adapter that is neither on the device nor on its way there."""
+        return bool(self.pins.unmet) or not all(map(self.is_held, self._users))
+
+    def _start_ahead(self) -> None:
+        """Begin what was wished for, as far as few loads are under way; for what there is no room is passed over."""
+        while self._ahead and len(self._loading) < MAX_LOADS_WITH_AHEAD and not self._is_any_awaited():
+            key, spec = self._ahead.popitem(last=False)
+            if not self.is_held(key):
+                self._start_load(spec, self._users)
 
     def _start_load(self, spec: AdapterSpec, queued: Collection[str]) -> bool:
         """Whether there was room, or could be made."""
