@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def use_one_thread() -> None:
@@ -13,9 +15,35 @@ def use_one_thread() -> None:
     longer lets them spin between two operators, and every small operator of the main thread waits for the kernel to
     wake its team: three times slower on two cores. ``torch.set_num_threads`` would change all threads to come.
     """
+    runtime = _runtime()
+    if runtime is not None:
+        runtime.omp_set_num_threads(1)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """``use_one_thread`` while entered, for a thread that has a team otherwise.
+
+    Work of many small operators gains nothing by a team, and where other programs want the same processors each of them
+    waits until the system has let all threads of the team run.
+    """
+    runtime = _runtime()
+    if runtime is None:
+        yield
+        return
+    before = runtime.omp_get_max_threads()
+    runtime.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        runtime.omp_set_num_threads(before)
+
+
+def _runtime() -> ctypes.CDLL | None:
+    """What starts the teams; None where no operators run, or where another one starts them, which cannot be told."""
     # Where nobody has imported it yet, no operators run: replicas without a model do not wait for it.
     if "torch" not in sys.modules:
-        return
+        return None
     import torch
 
     from peft_dist.kernels.cpu_build import BuildError, openmp_runtime
@@ -23,6 +51,8 @@ def use_one_thread() -> None:
     # torch gives a thread its own number at the first look; ours has to come after.
     torch.get_num_threads()
     try:
-        ctypes.CDLL(openmp_runtime()).omp_set_num_threads(1)
+        runtime = ctypes.CDLL(openmp_runtime())
+        _ = runtime.omp_set_num_threads, runtime.omp_get_max_threads
     except (BuildError, OSError, AttributeError):
-        return  # Another runtime, which has no such teams or cannot be told.
+        return None
+    return runtime

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from peft_dist.kernels.threads import use_one_thread
+from peft_dist.kernels.threads import one_thread, use_one_thread
 
 
 def tasks() -> set[str]:
@@ -38,3 +38,17 @@ def test_a_thread_on_one_thread_starts_no_team() -> None:
         torch.set_num_threads(before)
     assert found["threads"] == 1
     assert not began
+
+
+def test_one_thread_for_a_while() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with one_thread():
+            assert torch.get_num_threads() == 1
+            with one_thread():
+                pass
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
