@@ -7,6 +7,7 @@ is independent of torch's version. It runs on the thread pool that torch uses (t
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import logging
 import os
@@ -115,6 +116,7 @@ def _find_compiler() -> str:
     return found
 
 
+@functools.cache
 def openmp_runtime() -> str:
     """File of the OpenMP runtime that torch's operators run on, whatever it is called and wherever it lies."""
     torch_library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"

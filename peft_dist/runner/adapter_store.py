@@ -13,6 +13,7 @@ from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.errors import AdapterError
 from peft_dist.kernels.lora_pool import LayerTensors, LoRAPool
 from peft_dist.kernels.pooled_adapter import PooledAdapter
+from peft_dist.kernels.threads import one_thread
 from peft_dist.patches.lora_layers import SelectiveLayer, join_siblings
 from peft_dist.patches.lora_wrapping import make_layer, wrap_module
 from peft_dist.runner.adapter_modules import ModuleShape
@@ -79,7 +80,8 @@ class AdapterStore:
         Raises:
             AdapterError: it cannot be served.
         """
-        spec = inspect_adapter(name, path, self._modules, allow_pickle=allow_pickle)
+        with one_thread():
+            spec = inspect_adapter(name, path, self._modules, allow_pickle=allow_pickle)
         for module_path in spec.ranks:
             if module_path not in self._layers and module_path not in self._made:
                 self._made[module_path] = make_layer(self._model, module_path)

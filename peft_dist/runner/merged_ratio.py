@@ -17,6 +17,10 @@ ROUNDING_GROWTH = 8.0
 # Share of the logits' scale below which two answers are one (docs/architecture.md, "Identical").
 IDENTICAL = 2e-5
 PIECE_ROWS = 64
+# What stays in a cache, as float32.
+_PIECE_ELEMENTS = 1 << 16
+# Within these float32 loses nothing that counts of a square.
+_LEAST_NORM, _MOST_NORM = 1e-12, 1e12
 
 
 def host_limit(dtype: torch.dtype) -> float:
@@ -49,6 +53,9 @@ def ratio_to_weight(rows: torch.Tensor, columns: torch.Tensor, scaling: float, r
         columns: ``[inputs, r]``, A transposed (of an embedding: ``[embedding_dim, r]``, B). Finite.
         row_rms: Of the weight: of each output's row, or each token's.
     """
+    bound = _quick_bound(rows, columns, abs(scaling), row_rms)
+    if bound is not None and bound <= ROUNDING_GROWTH - 1.0:
+        return bound
     # Each rank by itself is brought to the order of one, so that no square over- or underflows.
     rows, row_sizes = _unit(rows)
     columns, column_sizes = _unit(columns)
@@ -64,7 +71,7 @@ def ratio_to_weight(rows: torch.Tensor, columns: torch.Tensor, scaling: float, r
         found = size / row_rms if row_rms else math.inf
         return found if math.isfinite(found) else math.inf
 
-    bound = ratio(float((rows.abs() @ torch.linalg.vector_norm(columns, dim=0)).max()))
+    bound = ratio(_largest_sum(rows, torch.linalg.vector_norm(columns, dim=0)))
     if bound <= ROUNDING_GROWTH - 1.0:
         return bound
     products = columns.T @ columns
@@ -73,7 +80,23 @@ def ratio_to_weight(rows: torch.Tensor, columns: torch.Tensor, scaling: float, r
     return ratio(float(torch.maximum(exact, orthogonal).sqrt()))
 
 
+def _quick_bound(rows: torch.Tensor, columns: torch.Tensor, scaling: float, row_rms: float) -> float | None:
+    """The cruder bound of the numbers as they stand, in a pass over each; None where float32 may be too narrow."""
+    norms = torch.linalg.vector_norm(columns, dim=0, dtype=torch.float32)
+    least, most = (float(norm) for norm in norms.aminmax())
+    # What underflows by the rows is less than 1e-37, so the factor must not make anything of it.
+    if not (least >= _LEAST_NORM and most <= _MOST_NORM and row_rms > 0.0 and scaling <= row_rms * 1e12):
+        return None
+    return scaling * _largest_sum(rows, norms) / row_rms
+
+
+def _largest_sum(rows: torch.Tensor, weights: torch.Tensor) -> float:
+    """The largest of a matrix's rows, as the sum of its absolute elements by their columns' weights (float32)."""
+    pieces = rows.split(max(1, _PIECE_ELEMENTS // rows.shape[1]))
+    return max(float((piece.float().abs() @ weights).max()) for piece in pieces)
+
+
 def _unit(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Columns divided by their largest elements: float32 ``[n, r]``; and these: float64 ``[r]``."""
-    sizes = matrix.abs().amax(0).double()
-    return (matrix / sizes.where(sizes > 0, 1.0)).float(), sizes
+    sizes = matrix.abs().amax(0).float()
+    return matrix.float() / sizes.where(sizes > 0, 1.0), sizes.double()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import select
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,15 @@ def start_replica(options: Namespace, ranks: list[int], **more: Any) -> Any:
     return build_replica(EngineConfig(str(base), **engine_options(options, ranks, **more)))
 
 
-def register(replica: Any, paths: dict[str, Path]) -> list[Any]:
-    """Have requests be able to name these adapters, and steps captured; their specs, in order."""
+def register(replica: Any, paths: dict[str, Path], started: Callable[[str], None] = lambda what: None) -> list[Any]:
+    """Have requests be able to name these adapters, and steps captured; their specs, in order.
+
+    ``started`` hears what is there: "adapters", then "steps".
+    """
     specs = [replica.load_adapter(name, path) for name, path in paths.items()]
+    started("adapters")
     replica.warm_up()
+    started("steps")
     return specs
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import signal
-import subprocess
 import sys
 import threading
 import time
@@ -18,6 +15,7 @@ from pathlib import Path
 from typing import TextIO
 
 from bench.gpu_workload import read_lines
+from bench.kept_process import KeptProcess
 
 # Not worth a start with fewer seconds left.
 LEAST_SECONDS = 30
@@ -42,7 +40,7 @@ class Runs:
     ours: Sequence[str] = ()
     devices: Sequence[str] = ()
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _running: list[subprocess.Popen[str]] = field(default_factory=list)
+    _running: list[KeptProcess] = field(default_factory=list)
     _is_over: bool = False
 
     def run_all(self, names: Iterable[str], budget: float | None, lines: TextIO) -> list[str]:
@@ -75,7 +73,7 @@ class Runs:
                 with self._lock:
                     self._is_over = True
                     for process in self._running:
-                        end(process)
+                        process.end()
         return left
 
     def _execute(self, name: str, seconds: float | None, device: str | None, lines: TextIO) -> bool:
@@ -86,13 +84,10 @@ class Runs:
             if self._is_over:
                 return False
             print(f"== {name}{on}: {' '.join(command[1:])}", flush=True)
-            # A session of its own: an engine's own processes hold the device, and have to end with it.
-            process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, text=True, start_new_session=True, env=self._environment(name, device)
-            )
+            # An engine's own processes hold the device, and have to end with it, also where this one is killed.
+            process = KeptProcess(command, self._environment(name, device))
             self._running.append(process)
-        assert process.stdout is not None
-        alarm = threading.Timer(seconds or threading.TIMEOUT_MAX, end, [process])
+        alarm = threading.Timer(seconds or threading.TIMEOUT_MAX, process.end)
         alarm.daemon = True
         alarm.start()
         began = time.monotonic()
@@ -105,8 +100,7 @@ class Runs:
             return process.wait() == 0
         finally:
             alarm.cancel()
-            if process.poll() is None:
-                end(process)
+            process.end()
             with self._lock:
                 self._running.remove(process)
                 print(f"== {name}: ended after {time.monotonic() - began:.0f} s ({process.returncode})", flush=True)
@@ -142,10 +136,3 @@ class Runs:
         with self._lock:
             lines.write(json.dumps(line) + "\n")
             lines.flush()
-
-
-def end(process: subprocess.Popen[str]) -> None:
-    """Kill a process and those that it started, which may outlive it."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()

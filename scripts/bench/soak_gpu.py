@@ -5,11 +5,13 @@
 More requests than seats at all times, with log-normal lengths, half of them behind shared prefixes (prefix cache on),
 for half as many adapters again as fit, greedy and sampled; some are aborted. Adapters may be merged (the engine's own
 policy). Ends after the minutes or the requests, whichever comes first; then every KV block must be free again. Prints
-a line of JSON every half minute, and at the end the peak of reserved and allocated memory.
+a line of JSON when the model, the adapters and the captured steps are there, then every half minute, and at the end the
+peak of reserved and allocated memory. Where no line comes for five minutes, it tells where it stands (on stderr).
 """
 
 from __future__ import annotations
 
+import faulthandler
 import random
 import sys
 import time
@@ -29,6 +31,7 @@ from bench.gpu_workload import Stream, emit, ranks_of, write_adapters
 SHARED_PREFIXES, PREFIX_TOKENS = 16, 200
 ABORT_CHANCE = 0.02
 REPORT_SECONDS = 30.0
+SILENT_SECONDS = 300.0
 
 
 class Traffic:
@@ -58,6 +61,12 @@ class Traffic:
     def victim(self, running: dict[str, float]) -> str | None:
         """A request to abort now, if any."""
         return self._chance.choice(list(running)) if running and self._chance.random() < ABORT_CHANCE else None
+
+
+def tell(**figures: Any) -> None:
+    """A line; until the next one, threads' stacks are told whenever none came for ``SILENT_SECONDS``."""
+    emit(engine="ours", **figures)
+    faulthandler.dump_traceback_later(SILENT_SECONDS, repeat=True)
 
 
 def memory() -> dict[str, float]:
@@ -109,7 +118,7 @@ def soak(driver: Driver, traffic: Traffic, options: Namespace) -> dict[str, Any]
         now = time.perf_counter()
         if now - reported > REPORT_SECONDS:
             reported = now
-            emit(engine="ours", part="soak so far", **counts(driver, now - start))
+            tell(part="soak so far", **counts(driver, now - start))
     seconds, tokens = now - start, driver.tokens
     driver.drain()
     blocks = driver.replica.engine.scheduler.blocks
@@ -133,13 +142,20 @@ def main() -> None:
     if options.tiny:
         merging |= {"max_num_seqs": 16, "num_blocks": 256}
         options.requests = 200
+    began = time.perf_counter()
+
+    def started(what: str) -> None:
+        tell(part="start", mode="soak", started=what, seconds=round(time.perf_counter() - began, 1))
+
+    started("nothing")
     replica = start_replica(options, ranks_of(options.rank, options.adapters), **merging)
+    started("model")
     driver = Driver(replica)
-    specs = register(replica, paths)
+    specs = register(replica, paths, started)
     longest = replica.model_info.max_model_len
     figures = soak(driver, Traffic(options.shape, specs, longest), options)
     replica.close()
-    emit(engine="ours", part="soak", rank=options.rank, memory_share=options.memory,
+    tell(part="soak", rank=options.rank, memory_share=options.memory,
          kv_blocks=replica.model_info.num_blocks, merge=replica.model_info.merge_way, **figures)  # fmt: skip
 
 

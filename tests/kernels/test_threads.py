@@ -7,12 +7,19 @@ from pathlib import Path
 
 import torch
 
-from peft_dist.kernels.threads import use_one_thread
+from peft_dist.kernels.threads import one_thread, use_one_thread
 
 
 def tasks() -> set[str]:
     """Threads of this process; those of other tests may end at any moment."""
     return {task.name for task in Path("/proc/self/task").iterdir()}
+
+
+def operate() -> None:
+    """What a team would be for: torch's own loops, and the products of a library that counts its threads itself."""
+    torch.zeros(1000, 1000).add_(1)
+    torch.ones(1000, 1000) @ torch.ones(1000, 1000)
+    torch.ones(4000, 1000) @ torch.ones(1000)
 
 
 def test_a_thread_on_one_thread_starts_no_team() -> None:
@@ -25,7 +32,7 @@ def test_a_thread_on_one_thread_starts_no_team() -> None:
         use_one_thread()
         found["threads"] = torch.get_num_threads()
         before_work = tasks()
-        torch.zeros(1000, 1000).add_(1)
+        operate()
         began.update(tasks() - before_work)
 
     try:
@@ -38,3 +45,29 @@ def test_a_thread_on_one_thread_starts_no_team() -> None:
         torch.set_num_threads(before)
     assert found["threads"] == 1
     assert not began
+
+
+def test_one_thread_for_a_while() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    alone: set[str] = set()
+    together: set[str] = set()
+
+    def work() -> None:
+        at_first = tasks()
+        with one_thread():
+            operate()
+            with one_thread():
+                pass
+            operate()
+            alone.update(tasks() - at_first)
+        operate()
+        together.update(tasks() - at_first)
+
+    try:
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    finally:
+        torch.set_num_threads(before)
+    assert not alone and together

@@ -21,6 +21,8 @@ from peft_dist.core.errors import AdapterError, ConfigError
 from peft_dist.core.messages import SequenceProgress
 from peft_dist.core.request import Request
 from peft_dist.patches.lora_layers import SelectiveLinear
+from peft_dist.runner import adapter_store
+from peft_dist.runner.adapter_tensors import inspect_adapter
 from peft_dist.runner.replica import Replica, build_replica
 from tests.tiny_models import make_model, random_adapter, target_modules
 
@@ -127,6 +129,25 @@ def test_a_registration_has_only_to_put_in_what_the_inspection_made(root, expect
             for spec in specs:
                 made.register_adapter(spec)
         assert ask(made, *specs) == [(expected["a0"], None), (expected["a1"], None)]
+
+
+def test_an_inspection_starts_no_team_of_threads(root, monkeypatch) -> None:
+    """Whoever asks: beside other programs on the same cores each of its thousands of small operators waited for one."""
+    found: list[int] = []
+
+    def noting(*arguments, **options):
+        found.append(torch.get_num_threads())
+        return inspect_adapter(*arguments, **options)
+
+    monkeypatch.setattr(adapter_store, "inspect_adapter", noting)
+    before = torch.get_num_threads()
+    with replica(root) as made:
+        torch.set_num_threads(2)
+        try:
+            made.load_adapter("a0", root / "a0")
+            assert found == [1] and torch.get_num_threads() == 2
+        finally:
+            torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("depth", [0, 1])

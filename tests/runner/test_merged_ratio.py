@@ -6,9 +6,11 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.messages import AdapterResult, decode_report, encode_report
@@ -77,6 +79,30 @@ def test_beyond_numbers_it_is_infinite() -> None:
     assert ratio_to_weight(rows, columns, 1.0, math.nan) == INF
     assert ratio_to_weight(rows, columns * 0, 1.0, 0.0) == 0.0
     assert ratio_to_weight(rows, columns, 0.0, 1.0) == 0.0
+
+
+class Written(TorchDispatchMode):
+    """Counts the elements that torch's operators give out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor) and not func.is_view:
+            self.elements += found.numel()
+        return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_of_a_usual_adapter_it_is_told_without_copies_of_it(dtype: torch.dtype) -> None:
+    """All adapters of a replica that merges wait for this, one after another: a pass over each matrix, in pieces."""
+    rows, columns = normal(4096, 64).to(dtype) / 100, normal(64, 4096, seed=1).to(dtype).T / 100
+    with Written() as written:
+        found = ratio_to_weight(rows, columns, 2.0, 1.28)
+    assert measured(rows, columns, 2.0, 1.28) <= found < 7
+    assert written.elements < 1.25 * (rows.numel() + columns.numel())
 
 
 def test_half_precision_leaves_room_for_less() -> None:

@@ -245,6 +245,10 @@ def test_the_others_run_small(script: str, tmp_path: Path) -> None:
         assert all(line["ours_over_peft_autocast"] < 1.05 for line in found)
     if script == "ttft_gpu.py":
         assert found[0]["loads"]["without_loads"] == 0 and found[0]["loads"]["with_loads"] >= 100
+    if script == "soak_gpu.py":
+        # A run that ends nowhere tells how far it came.
+        started = [line["started"] for line in found if line["part"] == "start"]
+        assert started == ["nothing", "model", "adapters", "steps"] and found[-1]["part"] == "soak"
 
 
 FAKE_VLLM = {

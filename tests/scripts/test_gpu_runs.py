@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import select
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +14,9 @@ from bench import bench_four_gpus, gpu_runs
 from bench.gpu_checks import Lines
 from bench.gpu_runs import Runs
 from bench.gpu_workload import read_lines
+from bench.kept_process import KeptProcess
 
-from tests.scripts.test_bench_gpu import decode_line
+from tests.scripts.test_bench_gpu import SCRIPTS, decode_line
 
 
 def test_a_run_that_takes_too_long_ends_with_what_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,14 +68,100 @@ def test_an_interrupted_call_ends_its_runs(tmp_path: Path) -> None:
     script.write_text(
         "import os, pathlib, signal, sys, time\n"
         "pathlib.Path(sys.argv[1]).write_text('')\n"
-        "os.kill(os.getppid(), signal.SIGINT)\n"
+        "os.kill(int(sys.argv[2]), signal.SIGINT)\n"
         "time.sleep(30)\n"
     )
-    commands = {name: [str(script), str(tmp_path / name)] for name in "ab"}
+    commands = {name: [str(script), str(tmp_path / name), str(os.getpid())] for name in "ab"}
     with (tmp_path / "lines").open("w") as lines, pytest.raises(KeyboardInterrupt):
         Runs(commands).run_all("ab", None, lines)
     assert (tmp_path / "a").exists() and not (tmp_path / "b").exists()
     assert not (tmp_path / "lines").read_text()
+
+
+@pytest.fixture
+def ranks(tmp_path: Path) -> Path:
+    """A run that starts another process in a session of its own, as torchrun does; both hold the FIFO."""
+    os.mkfifo(tmp_path / "held")
+    script = tmp_path / "ranks.py"
+    script.write_text(
+        "import signal, subprocess, sys\n"
+        "held = open(sys.argv[1], 'w')\n"
+        "if len(sys.argv) == 2:\n"
+        "    rank = subprocess.Popen([sys.executable, *sys.argv, 'rank'], start_new_session=True)\n"
+        "    rank.wait()\n"
+        "held.write('here'), held.flush()\n"
+        "signal.pause()\n"
+    )
+    return script
+
+
+def hear(held: int) -> bytes:
+    """What comes next from a FIFO's writers; nothing when the last of them has ended."""
+    assert select.select([held], [], [], 60)[0], "a process lives on"
+    return os.read(held, 100)
+
+
+def test_a_killed_call_takes_its_runs_along(ranks: Path) -> None:
+    """By a signal that it cannot see, whatever sessions its runs' own processes have."""
+    fifo = ranks.parent / "held"
+    code = (
+        "import sys\n"
+        "from bench.gpu_runs import Runs\n"
+        f"Runs({{'ranks': [{str(ranks)!r}, {str(fifo)!r}]}}).run_all(['ranks'], None, sys.stdout)\n"
+    )
+    call = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(SCRIPTS)})
+    held = os.open(fifo, os.O_RDONLY)
+    try:
+        assert hear(held) == b"here"
+        call.kill()
+        assert hear(held) == b""
+    finally:
+        os.close(held)
+        call.kill()
+        call.wait()
+
+
+def test_a_run_is_ended_with_the_other_sessions_that_it_has(ranks: Path) -> None:
+    fifo = ranks.parent / "held"
+    process = KeptProcess([sys.executable, str(ranks), str(fifo)], os.environ)
+    held = os.open(fifo, os.O_RDONLY)
+    try:
+        assert hear(held) == b"here" and process.returncode is None
+        process.end()
+        assert hear(held) == b""
+        # It did not end well.
+        assert process.wait() == process.returncode == 1
+    finally:
+        os.close(held)
+        process.end()
+
+
+def test_a_keeper_that_is_killed_itself_takes_the_command_along(ranks: Path) -> None:
+    fifo = ranks.parent / "held"
+    process = KeptProcess([sys.executable, str(ranks), str(fifo), "alone"], os.environ)
+    held = os.open(fifo, os.O_RDONLY)
+    try:
+        assert hear(held) == b"here"
+        process._process.kill()
+        assert hear(held) == b""
+    finally:
+        os.close(held)
+        process.end()
+
+
+def test_a_run_that_ends_takes_along_what_it_leaves_behind(tmp_path: Path) -> None:
+    """The status is its own."""
+    script = tmp_path / "leaves.py"
+    script.write_text(
+        "import subprocess, sys\n"
+        "sleeps = [sys.executable, '-c', 'import signal; signal.pause()']\n"
+        "subprocess.Popen(sleeps, start_new_session=True)\n"
+        "sys.exit(int(sys.argv[1]))\n"
+    )
+    with (tmp_path / "lines").open("w") as lines:
+        # What was left behind holds our pipe open.
+        runs = Runs({"good": [str(script), "0"], "bad": [str(script), "3"]})
+        assert runs.run_all(["good", "bad"], None, lines) == ["bad"]
 
 
 def test_ranks_are_started_by_torchrun() -> None:
