@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import bisect
+import heapq
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -32,6 +34,7 @@ class _Ending(NamedTuple):
     ends: float
     spec: AdapterSpec
     began: float
+    copy_seconds: float
 
 
 class SimExecutor:
@@ -43,8 +46,8 @@ class SimExecutor:
         block_bytes: Of one KV block.
         num_held: Merged copies that are kept beside the base ("shadow"); 0: weights are merged in place.
         held: Contents whose merged copies are there from the start, ``num_held`` at most.
-        prompt_sizes, context_token, context: As of ``CostProfile``. The engine's own model knows nothing of
-            them, as in the live system.
+        prompt_sizes, context_token, context, loads_at_once: As of ``CostProfile``. The engine's own model knows
+            nothing of them, as in the live system.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class SimExecutor:
         prompt_sizes: Sequence[int] = (),
         context_token: float = 0.0,
         context: float = 0.0,
+        loads_at_once: int = 0,
     ) -> None:
         self._can_merge = can_merge
         self._truth = truth
@@ -70,6 +74,8 @@ class SimExecutor:
         self._context = context
         self._slots: dict[int, AdapterSpec] = {}
         self._loading: dict[int, _Ending] = {}
+        # When each of those that load is free for the next one; empty where all loads run at once.
+        self._loaders = [-math.inf] * loads_at_once
         self._copies: list[tuple[float, TransferOutcome]] = []
         self._merged: AdapterSpec | None = None
         self._held: OrderedDict[str, None] = OrderedDict.fromkeys(held)
@@ -107,7 +113,7 @@ class SimExecutor:
 
     def step_seconds(self, features: StepFeatures, num_cached: int = 0) -> float:
         """Of a step without copies. ``num_cached``: Tokens in the KV cache before it, of all its decodes together."""
-        seconds = self._truth.step_seconds(self._padded(features))
+        seconds = self._truth.step_seconds(padded(features, self._prompt_sizes))
         if not self._context_token:
             return seconds
         beyond = num_cached - self._context * features.decode_sequences
@@ -169,7 +175,12 @@ class SimExecutor:
 
     def start_load(self, spec: AdapterSpec, slot: int) -> None:
         now = self._clock()
-        self._loading[slot] = _Ending(now + self._truth.load_seconds(spec.num_bytes), spec, now)
+        seconds = self._truth.load_seconds(spec.num_bytes)
+        ends = now + seconds
+        if self._loaders:
+            ends = max(now, self._loaders[0]) + seconds
+            heapq.heapreplace(self._loaders, ends)
+        self._loading[slot] = _Ending(ends, spec, now, seconds)
 
     def take_loaded(self) -> list[LoadOutcome]:
         now, outcomes = self._clock(), []
@@ -177,7 +188,7 @@ class SimExecutor:
             del self._loading[slot]
             self._slots[slot] = load.spec
             seconds = load.ends - load.began
-            outcomes.append(LoadOutcome(load.spec.content_hash, slot, None, seconds, seconds))
+            outcomes.append(LoadOutcome(load.spec.content_hash, slot, None, seconds, load.copy_seconds))
         return outcomes
 
     def fileno(self) -> int:
@@ -218,17 +229,6 @@ class SimExecutor:
     def transfers_fileno(self) -> int:
         return -1
 
-    def _padded(self, features: StepFeatures) -> StepFeatures:
-        """With the tokens of the captured step that takes it. Padding has no adapter."""
-        if not features.prefill_tokens or not self._prompt_sizes:
-            return features
-        tokens = features.decode_sequences + features.prefill_tokens
-        found = bisect.bisect_left(self._prompt_sizes, tokens)
-        if found == len(self._prompt_sizes):
-            return features
-        more = self._prompt_sizes[found] - tokens
-        return msgspec.structs.replace(features, prefill_tokens=features.prefill_tokens + more)
-
     def _features(self, batch: Batch) -> StepFeatures:
         rows = []
         for sequence in batch.sequences:
@@ -241,3 +241,15 @@ class SimExecutor:
         present = any(adapter == merged for adapter, _, _ in rows)
         rank = self._merged.num_rank_rows if merged is not None and present and self._merged is not None else 0
         return StepFeatures.of(rows, merged, rank)
+
+
+def padded(features: StepFeatures, prompt_sizes: Sequence[int]) -> StepFeatures:
+    """With the tokens of the captured step that takes it, of these sizes. Padding has no adapter."""
+    if not features.prefill_tokens or not prompt_sizes:
+        return features
+    tokens = features.decode_sequences + features.prefill_tokens
+    found = bisect.bisect_left(prompt_sizes, tokens)
+    if found == len(prompt_sizes):
+        return features
+    more = prompt_sizes[found] - tokens
+    return msgspec.structs.replace(features, prefill_tokens=features.prefill_tokens + more)

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from peft_dist.core.cost_model import STEP_TERMS, StepFeatures
+from peft_dist.core.cost_model import STEP_TERMS, CostPrior, StepFeatures
 
 # With adapters of one rank they cannot be told from the costs of an adapter and of a token.
 RANK_TERMS = ("rank_row", "rank_row_token")
@@ -49,6 +49,47 @@ def fit_steps(measured: Iterable[tuple[StepFeatures, float]], *, one_rank: bool 
     left_out = {STEP_TERMS.index(name) for name in RANK_TERMS} if one_rank else set()
     rows = [[0.0 if i in left_out else x for i, x in enumerate(one.features.vector())] for one in found]
     return dict(zip(STEP_TERMS, nonnegative(rows, [one.seconds for one in found]), strict=True))
+
+
+class WithContext(NamedTuple):
+    """Costs of a step with decodes of ``context`` tokens, by the names of ``CostPrior``; all as in ``CostProfile``."""
+
+    step: dict[str, float]
+    context_token: float
+    context: float
+
+    def predicted(self, features: StepFeatures, num_cached: int) -> float:
+        """Seconds of a step. ``num_cached``: Tokens in the KV cache before it, of all its decodes together."""
+        beyond = num_cached - self.context * features.decode_sequences
+        return predicted(self.step, features) + self.context_token * beyond
+
+    def scaled(self, factor: float) -> WithContext:
+        """All seconds times a factor."""
+        step = {name: factor * seconds for name, seconds in self.step.items()}
+        return WithContext(step, factor * self.context_token, self.context)
+
+
+def fit_with_context(measured: Sequence[tuple[StepFeatures, int, float]], like: CostPrior) -> WithContext:
+    """Coefficients of steps of adapters of one rank, each measured once and of decodes with contexts of their own.
+
+    Args:
+        measured: Features; tokens in the KV cache before the step, of all its decodes together; seconds.
+        like: Each of its terms counts as one measurement more: it decides between terms that none of the others tells
+            apart, as where no step was of the base alone.
+    """
+    left_out = {STEP_TERMS.index(name) for name in RANK_TERMS}
+    rows = [
+        [*(0.0 if i in left_out else x for i, x in enumerate(features.vector())), float(cached)]
+        for features, cached, _ in measured
+    ]
+    believed = like.step_coefficients()
+    rows += [[float(i == j and i not in left_out) for j in range(len(believed) + 1)] for i in range(len(believed))]
+    *found, token = nonnegative(rows, [*(seconds for _, _, seconds in measured), *believed])
+    step = dict(zip(STEP_TERMS, found, strict=True))
+    decodes = sum(features.decode_sequences for features, _, _ in measured)
+    context = sum(cached for _, cached, _ in measured) / decodes if decodes else 0.0
+    step["decode_sequence"] += token * context
+    return WithContext(step, token, context)
 
 
 def fit_line(measured: Sequence[tuple[int, float]]) -> tuple[float, float]:

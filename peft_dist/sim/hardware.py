@@ -85,6 +85,7 @@ def make_hardware(
         "prompt_sizes": profile.prompt_sizes,
         "context_token": profile.context_token,
         "context": profile.context,
+        "loads_at_once": profile.loads_at_once,
     }
     return SimHardware(
         config,

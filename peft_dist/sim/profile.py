@@ -48,6 +48,8 @@ class CostProfile:
         context_token: Seconds that a decode takes for each token of its sequence that is in the KV cache, beyond the
             ``context`` tokens at which ``costs`` were measured; as much less for each token short of them.
         context: Mean tokens in the KV cache of a decode in what ``costs`` were fitted to.
+        loads_at_once: Loads of adapters that run at the same time, each as long as ``costs`` say; others wait for
+            their turn, in order. 0: all run at once.
     """
 
     name: str
@@ -74,11 +76,12 @@ class CostProfile:
     prompt_sizes: tuple[int, ...] = ()
     context_token: float = 0.0
     context: float = 0.0
+    loads_at_once: int = 0
 
     def __post_init__(self) -> None:
         for option in fields(self):
             value = getattr(self, option.name)
-            least = 0 if option.name in ("depth", "num_held", "weight_bytes") else 1
+            least = 0 if option.name in ("depth", "num_held", "weight_bytes", "loads_at_once") else 1
             if option.type == "int" and not (type(value) is int and value >= least):
                 raise ConfigError(f"{option.name}={value!r} of profile {self.name!r} must be {least} or more")
             if option.type == "float" and not (math.isfinite(value) and value >= 0):
@@ -99,7 +102,7 @@ class CostProfile:
     def dump(self, path: Path) -> None:
         """Write a file that ``load`` reads; the same profile gives the same bytes. Raises ConfigError."""
         told = asdict(self)
-        for name in ("prompt_sizes", "context_token", "context"):
+        for name in ("prompt_sizes", "context_token", "context", "loads_at_once"):
             if not told[name]:  # So that files from before there were any stay what they are.
                 del told[name]
         text = json.dumps({"peft_dist_profile": FORMAT, **told}, indent=1) + "\n"

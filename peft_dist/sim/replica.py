@@ -47,7 +47,7 @@ class SimHardware:
         host_seconds: That scheduling and reporting add to a step where none is in flight.
         can_merge: Whether any adapter can be.
         held: Contents whose merged copies are there from the start.
-        prompt_sizes, context_token, context: As of ``CostProfile``.
+        prompt_sizes, context_token, context, loads_at_once: As of ``CostProfile``.
     """
 
     config: EngineConfig
@@ -62,6 +62,7 @@ class SimHardware:
     prompt_sizes: tuple[int, ...] = ()
     context_token: float = 0.0
     context: float = 0.0
+    loads_at_once: int = 0
 
     def model(self) -> ModelInfo:
         """What such a replica says of its model."""
@@ -142,6 +143,7 @@ class SimReplica:
             prompt_sizes=hardware.prompt_sizes,
             context_token=hardware.context_token,
             context=hardware.context,
+            loads_at_once=hardware.loads_at_once,
         )
         self.engine = assemble(hardware.config, info, self.executor, hardware.prior(), page_rows=1, num_rows=None)
         # What is still learnt of costs is told when it is due.

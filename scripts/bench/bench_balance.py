@@ -127,7 +127,9 @@ def join(options: argparse.Namespace) -> Path:
     for path in others:
         for run in _runs(path.read_text()):
             runs.setdefault(_key(run), run)
-    figures = result["figures"] | {"runs": list(runs.values())}
+    kinds = list(dict.fromkeys(kind for kind, *_ in runs))
+    settings = result["figures"]["settings"] | {"kinds": kinds, "name": options.name}
+    figures = result["figures"] | {"settings": settings, "runs": list(runs.values())}
     return write_result(_name(options), figures, options.output, result["environment"])
 
 

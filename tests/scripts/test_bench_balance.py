@@ -165,3 +165,4 @@ def test_results_and_what_runs_printed_are_joined(tmp_path: Path) -> None:
     assert joined["environment"] == {"cpu": "one"}
     told = [(one["migration"], one["requests"]) for one in joined["figures"]["runs"]]
     assert told == [("rr", 1), ("dlora", 2), ("proactive", 3)]
+    assert joined["figures"]["settings"] == {"kinds": ["rr", "dlora", "proactive"], "name": "all"}
