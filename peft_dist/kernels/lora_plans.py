@@ -40,8 +40,9 @@ _LONG_TILES, _MOST_TILES = 16, 256
 RANKS, MOST_RANKS = 16, 128
 # Of these an expand that loops has a block less under way.
 _MANY_RANKS, _MANY_STAGES = 128, 3
-# Blocks of inputs that a shrink's program goes through: more would be a long way for an adapter of few ranks.
-_MOST_CHUNKS = 8
+# Of shrinks whose ranks are shared out: parts of a sum, which are as many programs again as _DECODE_PARTS, and blocks
+# of inputs of a program, where more would be a long way for an adapter of few ranks.
+_RANK_SUMS, _MOST_CHUNKS = 8, 8
 # The most programs whose work one of them takes in a tile of fewer ranks.
 _MOST_SHARES = 4
 # In octaves, summed over tiles, K and N: beyond that a measured shape says nothing.
@@ -172,7 +173,7 @@ def _with_ranks(plan: GroupPlan, shape: GroupShape) -> GroupPlan:
     max_tiles, rank_parts = max(1, shape.max_tiles // 2), shape.ranks // RANKS
     chunks = -(-shape.in_features // plan.block_k)
     programs = max_tiles * len(shape.out_features) * rank_parts
-    fewest = -(-chunks // _DECODE_PARTS)
+    fewest = -(-chunks // _RANK_SUMS)
     chunks_each = max(fewest, min(round(chunks * programs / _DECODE_PROGRAMS), _MOST_CHUNKS))
     # Of the same length, where there is such a number.
     chunks_each = next((n for n in range(chunks_each, fewest - 1, -1) if chunks % n == 0), chunks_each)
@@ -185,9 +186,7 @@ def _with_ranks(plan: GroupPlan, shape: GroupShape) -> GroupPlan:
     )
     outputs = sum(shape.out_features), shape.out_features[0]
     (loop_n, shares), (gate_loop_n, gate_shares) = (_loop_of_ranks(n, max_tiles, shape.ranks) for n in outputs)
-    return replace(
-        plan, loop_n=loop_n, loop_shares=shares, gate_loop_n=gate_loop_n, gate_loop_shares=gate_shares
-    )  # fmt: skip
+    return replace(plan, loop_n=loop_n, loop_shares=shares, gate_loop_n=gate_loop_n, gate_loop_shares=gate_shares)
 
 
 def _loop_of_ranks(outputs: int, max_tiles: int, ranks: int) -> tuple[int, int]:
