@@ -12,7 +12,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from peft_dist.kernels.lora_gate_loop import gate_loop_kernel
 from peft_dist.kernels.lora_group import even_rows, group_of, is_wide, tiles_of, watched_tile
-from peft_dist.kernels.lora_lookup_triton import Lookup, lookup_of
+from peft_dist.kernels.lora_lookup_triton import Lookup, lookup_of, ranks_of
 from peft_dist.kernels.lora_plans import GroupPlan
 from peft_dist.kernels.lora_tables import layer_tables
 from peft_dist.kernels.lora_triton_parts import EXPAND_RANKS, expand_part, find_adapter, gated, load_b
@@ -187,9 +187,9 @@ def lora_expand_gate(
     rows = [even_rows("y", tensor, plan.num_rows, width) for tensor in (gate, up, out)]
     workspace = workspace or group.workspace()
     wide = is_wide(group.dtype)
-    launch = group.plan(tiles, wide, launch)
-    pdl = launch.pdl and is_next
     lookup = lookup_of(plan, tiles, resident, workspace.max_rank)
+    launch = group.plan(tiles, wide, launch, ranks_of(workspace, lookup))
+    pdl = launch.pdl and is_next
     tensors = (
         *rows, workspace.take(0), tiles.rows, tiles.slots, tiles.lens, *_tables(weights[0], resident[0], lookup),
         *_tables(weights[1], resident[0], lookup),
@@ -204,7 +204,8 @@ def lora_expand_gate(
             grid = tiles.max_tiles, 2 * -(-width // launch.gate_loop_n)
             gate_loop_kernel[grid](
                 *tensors, watched_tile(tiles), workspace.max_rank, BLOCK_N=launch.gate_loop_n,
-                PART_N=launch.loop_part // 2, STAGES=launch.loop_stages, **known,
+                PART_N=launch.loop_part // 2, STAGES=launch.loop_stages, RANKS=launch.ranks,
+                SHARES=launch.gate_loop_shares, **known,
             )  # fmt: skip
             return out
         part_n = min(launch.gate_n, launch.gate_part_n)

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 
-from peft_dist.kernels.lora_plans import GroupPlan, GroupShape, plan_for, tile_count
+from peft_dist.kernels.lora_plans import RANKS, GroupPlan, GroupShape, plan_for, tile_count
 from peft_dist.kernels.lora_tables import LayerTables, layer_tables
-from peft_dist.kernels.lora_tiles import LoRATiles, choose_tile_rows, max_tiles, write_tiles
+from peft_dist.kernels.lora_tiles import DECODE_TILE_ROWS, LoRATiles, choose_tile_rows, max_tiles, write_tiles
 from peft_dist.kernels.lora_workspace import LoRAWorkspace
 from peft_dist.kernels.transfer import to_device
 from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
@@ -63,12 +63,14 @@ class Group:
             held = self._arguments = _arguments([layer_tables(weights) for weights in self.weights], versions)
         return held
 
-    def plan(self, tiles: LoRATiles, wide: bool, given: GroupPlan | None = None) -> GroupPlan:
+    def plan(self, tiles: LoRATiles, wide: bool, given: GroupPlan | None = None, ranks: int = RANKS) -> GroupPlan:
         """How to launch it. Tiles are counted coarsely, so that many batch sizes share a compiled kernel."""
         if given is not None:
             return given.in_float32() if wide else given
         count = tile_count(tiles.max_tiles, tiles.tile_rows)
-        return plan_for(GroupShape(tiles.tile_rows, count, self.in_features, self.out_features), self.device_name, wide)
+        ranks = ranks if tiles.tile_rows == DECODE_TILE_ROWS else RANKS
+        shape = GroupShape(tiles.tile_rows, count, self.in_features, self.out_features, ranks)
+        return plan_for(shape, self.device_name, wide)
 
     def workspace(self) -> LoRAWorkspace:
         """That of the pool; weights without one have their own."""

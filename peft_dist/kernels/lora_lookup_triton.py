@@ -14,8 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
+from peft_dist.kernels.lora_plans import RANKS
 from peft_dist.kernels.lora_tables import TABLE_HEAD, LayerTables, layer_tables
 from peft_dist.kernels.lora_tiles import LoRATiles
+from peft_dist.kernels.lora_workspace import LoRAWorkspace
 from peft_dist.kernels.transfer import to_device
 from peft_dist.kernels.triton_device import device_of
 from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
@@ -100,6 +102,12 @@ def lookup_of(plan: LoRAPlan, tiles: LoRATiles, weights: Sequence[LoRALayerWeigh
     if not isinstance(found, Lookup) or any(id(w) not in found.places for w in weights):
         return None
     return found
+
+
+def ranks_of(workspace: LoRAWorkspace, lookup: Lookup | None) -> int:
+    """What a launch is made for (``GroupShape.ranks``): other launches than captured steps', whose tables were looked
+    up, keep one plan whatever adapters come, since each plan is a kernel to compile."""
+    return RANKS if lookup is None else workspace.ranks
 
 
 def _look_up(layers: Sequence[LoRALayerWeights], tiles: LoRATiles, max_rank: int, num_rows: int) -> Lookup:

@@ -35,6 +35,16 @@ _MUCH_SHARED = re.compile(r"\bG?H[12]00\b")
 _LOOP_TILES = 4
 # What tiles of more than 16 rows are counted as, whatever their number, and the most that others are.
 _LONG_TILES, _MOST_TILES = 16, 256
+# Ranks that shrinks and expands have in work at once, unless an adapter is known to have more; and the most that an
+# expand has, whose intermediates stay in registers.
+RANKS, MOST_RANKS = 16, 128
+# Of these an expand that loops has a block less under way.
+_MANY_RANKS, _MANY_STAGES = 128, 3
+# Of shrinks whose ranks are shared out: parts of a sum, which are as many programs again as _DECODE_PARTS, and blocks
+# of inputs of a program, where more would be a long way for an adapter of few ranks.
+_RANK_SUMS, _MOST_CHUNKS = 8, 8
+# The most programs whose work one of them takes in a tile of fewer ranks.
+_MOST_SHARES = 4
 # In octaves, summed over tiles, K and N: beyond that a measured shape says nothing.
 _FARTHEST = 4.0
 
@@ -46,12 +56,14 @@ class GroupShape(NamedTuple):
         tile_rows, max_tiles: Of the ``LoRATiles``; the latter as ``tile_count`` gives it.
         in_features: K of all layers of the group.
         out_features: N of each.
+        ranks: What ``rank_room`` says of the highest rank; of tiles of 16 rows alone.
     """
 
     tile_rows: int
     max_tiles: int
     in_features: int
     out_features: tuple[int, ...]
+    ranks: int = RANKS
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +83,11 @@ class GroupPlan:
             (``lora_expand_loop``), twice ``loop_part`` or a multiple of that; 0: programs of one block, as above.
         loop_part, loop_stages: Outputs of such a block, half of which a gate takes of its two layers, and how many
             are under way.
+        ranks: Ranks that a program which loops has in work at once, in tiles of more than 16. In those of more than
+            this it adds the intermediates up again for each block of outputs, which are not pipelined.
+        rank_parts: Programs that share the ranks of a tile out in the shrink, ``shrink_r`` at a time.
+        loop_shares, gate_loop_shares: Times as many outputs that a program which loops takes, of tiles of so many times
+            fewer ranks than ``ranks``: 1, 2 or 4.
         pdl: The expand starts while the shrink still runs, and reads what does not depend on it (programmatic dependent
             launch, from sm_90 on). Both have to be queued one after the other on one stream.
     """
@@ -91,6 +108,10 @@ class GroupPlan:
     gate_loop_n: int = 0
     loop_part: int = _LOOP_PART
     loop_stages: int = 4
+    ranks: int = RANKS
+    rank_parts: int = 1
+    loop_shares: int = 1
+    gate_loop_shares: int = 1
     pdl: bool = False
 
     def in_float32(self) -> GroupPlan:
@@ -106,6 +127,7 @@ class GroupPlan:
             gate_warps=8,
             loop_n=0,
             gate_loop_n=0,
+            ranks=RANKS,
             # In a pipeline such products are slower, and as TF32 were miscompiled for sm_90.
             shrink_stages=1,
         )
@@ -122,6 +144,14 @@ def tile_count(max_tiles: int, tile_rows: int) -> int:
     return min(1 << (max(max_tiles - 1, 0).bit_length() + 1) // 2 * 2, _MOST_TILES)
 
 
+def rank_room(rank: int) -> int:
+    """Ranks that launches of decode steps are made for where no adapter has more than ``rank``: 16, 32, 64 or 128.
+
+    Higher ranks are computed as well, by more turns of the same programs.
+    """
+    return min(max(RANKS, 1 << (rank - 1).bit_length()), MOST_RANKS)
+
+
 def default_plan(shape: GroupShape, *, much_shared: bool = False) -> GroupPlan:
     """From the shape alone: as many programs as the card runs at once, and loads of 512 bytes a row at decode.
 
@@ -129,6 +159,45 @@ def default_plan(shape: GroupShape, *, much_shared: bool = False) -> GroupPlan:
 
     A decode step has one row in most tiles, or few tiles: then partial sums are few however many parts there are.
     """
+    plan = _plan_of_few_ranks(shape, much_shared)
+    return _with_ranks(plan, shape) if shape.ranks > RANKS and shape.tile_rows == 16 else plan
+
+
+def _with_ranks(plan: GroupPlan, shape: GroupShape) -> GroupPlan:
+    """What goes by ranks in a decode step: every program's bytes stay about those of a step of low ranks.
+
+    Programs that share the ranks of a shrink out need fewer parts of the inputs, so that an expand has less to add up;
+    and each goes through several blocks of inputs, the next of which are on their way. Expands have all ranks in work,
+    so that their outputs are one pipeline and their intermediates are added up once.
+    """
+    max_tiles, rank_parts = max(1, shape.max_tiles // 2), shape.ranks // RANKS
+    chunks = -(-shape.in_features // plan.block_k)
+    programs = max_tiles * len(shape.out_features) * rank_parts
+    fewest = -(-chunks // _RANK_SUMS)
+    chunks_each = max(fewest, min(round(chunks * programs / _DECODE_PROGRAMS), _MOST_CHUNKS))
+    # Of the same length, where there is such a number.
+    chunks_each = next((n for n in range(chunks_each, fewest - 1, -1) if chunks % n == 0), chunks_each)
+    plan = replace(
+        plan,
+        split=-(-chunks // chunks_each),
+        rank_parts=rank_parts,
+        ranks=shape.ranks,
+        loop_stages=_MANY_STAGES if shape.ranks >= _MANY_RANKS else plan.loop_stages,
+    )
+    outputs = sum(shape.out_features), shape.out_features[0]
+    (loop_n, shares), (gate_loop_n, gate_shares) = (_loop_of_ranks(n, max_tiles, shape.ranks) for n in outputs)
+    return replace(plan, loop_n=loop_n, loop_shares=shares, gate_loop_n=gate_loop_n, gate_loop_shares=gate_shares)
+
+
+def _loop_of_ranks(outputs: int, max_tiles: int, ranks: int) -> tuple[int, int]:
+    """(outputs of each program that loops, times as many of tiles of few ranks): of 32 ranks as many as of 16."""
+    step = 2 * _LOOP_PART
+    of_few = _loop_of(outputs, max_tiles)
+    each = max(of_few * 2 * RANKS // ranks // step, 1) * step
+    return each, min(1 << (of_few // each).bit_length() - 1, _MOST_SHARES)
+
+
+def _plan_of_few_ranks(shape: GroupShape, much_shared: bool) -> GroupPlan:
     is_decode = shape.tile_rows == 16
     # What a shape counts is up to four times what is there.
     max_tiles = max(1, shape.max_tiles // 2)
@@ -215,7 +284,7 @@ def fit_plan(plan: GroupPlan, shape: GroupShape) -> GroupPlan:
 
 
 def _distance(a: GroupShape, b: GroupShape) -> float:
-    if a.tile_rows != b.tile_rows or len(a.out_features) != len(b.out_features):
+    if (a.tile_rows, len(a.out_features), a.ranks) != (b.tile_rows, len(b.out_features), b.ranks):
         return math.inf
     pairs = ((a[1], b[1]), (a[2], b[2]), (sum(a[3]), sum(b[3])))
     return sum(abs(math.log2(max(p, 1) / max(q, 1))) for p, q in pairs)
@@ -263,12 +332,17 @@ def tables_of(device_name: str) -> tuple[tuple[GroupShape, GroupPlan], ...]:
 def read_table(path: Path) -> dict[GroupShape, GroupPlan]:
     """Inverse of ``write_table``."""
     entries: Iterable[Mapping[str, Any]] = json.loads(path.read_text())["lora"]
-    return {GroupShape(*entry["shape"][:3], tuple(entry["shape"][3])): GroupPlan(**entry["plan"]) for entry in entries}
+    return {_shape_of(*entry["shape"]): GroupPlan(**entry["plan"]) for entry in entries}
+
+
+def _shape_of(tile_rows: int, max_tiles: int, in_features: int, out_features: Sequence[int], *ranks: int) -> GroupShape:
+    """Tables from before plans went by ranks say none."""
+    return GroupShape(tile_rows, max_tiles, in_features, tuple(out_features), *ranks)
 
 
 def write_table(path: Path, plans: Sequence[tuple[GroupShape, GroupPlan]], about: Mapping[str, Any]) -> None:
     """Write measured plans as JSON, with what they were measured on."""
-    entries = [{"shape": [*shape[:3], list(shape[3])], "plan": asdict(plan)} for shape, plan in plans]
+    entries = [{"shape": [*shape[:3], list(shape[3]), shape.ranks], "plan": asdict(plan)} for shape, plan in plans]
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n  ".join(json.dumps(entry) for entry in entries)
     path.write_text(f'{{"about": {json.dumps(dict(about))},\n "lora": [\n  {lines}\n]}}\n')

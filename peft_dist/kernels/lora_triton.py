@@ -11,7 +11,7 @@ import torch
 
 from peft_dist.kernels.lora_expand_loop import expand_loop_kernel
 from peft_dist.kernels.lora_group import MOST_LAYERS, even_rows, group_of, is_wide, three, tiles_of, watched_tile
-from peft_dist.kernels.lora_lookup_triton import lookup_of
+from peft_dist.kernels.lora_lookup_triton import lookup_of, ranks_of
 from peft_dist.kernels.lora_plans import GroupPlan
 from peft_dist.kernels.lora_triton_kernels import expand_kernel, shrink_kernel
 from peft_dist.kernels.lora_workspace import LoRAWorkspace
@@ -69,11 +69,11 @@ def lora_shrink_group(
     rows = even_rows("x", x, plan.num_rows, group.in_features)
     workspace = workspace or group.workspace()
     wide = is_wide(x.dtype, group.dtype)
-    launch = group.plan(tiles, wide, launch)
-    partials = workspace.take(tiles.added * group.size * launch.split * tiles.tile_rows * workspace.max_rank)
     lookup = lookup_of(plan, tiles, resident, workspace.max_rank)
+    launch = group.plan(tiles, wide, launch, ranks_of(workspace, lookup))
+    partials = workspace.take(tiles.added * group.size * launch.split * tiles.tile_rows * workspace.max_rank)
     with device_of(x):
-        shrink_kernel[(group.size * launch.split, tiles.added)](
+        shrink_kernel[(group.size * launch.split * launch.rank_parts, tiles.added)](
             rows,
             partials,
             tiles.rows,
@@ -93,6 +93,7 @@ def lora_shrink_group(
             WIDE=wide,
             PDL=False,
             BY_TILE=lookup is not None,
+            RANK_PARTS=launch.rank_parts,
             num_warps=launch.shrink_warps,
             num_stages=launch.shrink_stages,
         )
@@ -133,10 +134,10 @@ def lora_expand_group_(
     rows = [even_rows("y", y, plan.num_rows, n) for y, n in zip(adapted, widths, strict=True)]
     workspace = workspace or group.workspace()
     wide = is_wide(group.dtype)
-    launch = group.plan(tiles, wide, launch)
+    lookup = lookup_of(plan, tiles, resident, workspace.max_rank)
+    launch = group.plan(tiles, wide, launch, ranks_of(workspace, lookup))
     partials = workspace.take(0)
     padded = three(rows)
-    lookup = lookup_of(plan, tiles, resident, workspace.max_rank)
     tensors = *padded, partials, tiles.rows, tiles.slots, tiles.lens, *group.arguments(lookup).expand
     n, strides = three(widths), [y.stride(0) for y in padded]
     known = {
@@ -149,7 +150,7 @@ def lora_expand_group_(
             grid = num_tiles, 2 * sum(-(-n // launch.loop_n) for n in widths)
             expand_loop_kernel[grid](
                 *tensors, watched_tile(tiles), workspace.max_rank, BLOCK_N=launch.loop_n, PART_N=launch.loop_part,
-                STAGES=launch.loop_stages, **known,
+                STAGES=launch.loop_stages, RANKS=launch.ranks, SHARES=launch.loop_shares, **known,
             )  # fmt: skip
             return
         pdl = launch.pdl and is_next

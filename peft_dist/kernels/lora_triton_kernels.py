@@ -79,10 +79,17 @@ def shrink_kernel(
     WIDE: tl.constexpr,
     PDL: tl.constexpr,
     BY_TILE: tl.constexpr,
+    RANK_PARTS: tl.constexpr,
 ):
-    """Program (layer and part of the inputs, tile)."""
-    layer = tl.program_id(0) // SPLIT
+    """Program (layer, part of its ranks and part of the inputs, tile).
+
+    RANK_PARTS programs take a tile's ranks in turn, BLOCK_R each: those behind its own rank have nothing to do.
+    """
+    layer = tl.program_id(0) // (SPLIT * RANK_PARTS)
     split = tl.program_id(0) % SPLIT
+    first = 0
+    if RANK_PARTS > 1:
+        first = tl.program_id(0) // SPLIT % RANK_PARTS * BLOCK_R
     tile = tl.program_id(1)
     if PDL:
         gdc_launch_dependents()
@@ -104,8 +111,8 @@ def shrink_kernel(
     pages = pick(layer, pages0, pages1, pages2, GROUP) + slot * table
     rank = tl.load(pick(layer, ranks0, ranks1, ranks2, GROUP) + slot * table, mask=is_known, other=0)
     scaling = tl.load(pick(layer, scalings0, scalings1, scalings2, GROUP) + slot * table, mask=is_known, other=0.0)
-    page = load_pages(pages, tl.arange(0, BLOCK_R), tl.where(is_known, columns, 0), PAGE)
-    if rank == 0:
+    page = load_pages(pages, first + tl.arange(0, BLOCK_R), tl.where(is_known, columns, 0), PAGE)
+    if rank <= first:
         return
     A = pick(layer, A0, A1, A2, GROUP)
     is_row = m < length
@@ -113,7 +120,6 @@ def shrink_kernel(
     part: tl.constexpr = (K + SPLIT * BLOCK_K - 1) // (SPLIT * BLOCK_K) * BLOCK_K
     out = partials + (((tile * GROUP + layer) * SPLIT + split).to(tl.int64) * TILE + m[:, None]) * max_rank
     stored = (rank + EXPAND_RANKS - 1) // EXPAND_RANKS * EXPAND_RANKS
-    first = 0
     while first < rank:
         r = first + tl.arange(0, BLOCK_R)
         a_row = (page * PAGE + r % PAGE).to(tl.int64) * K
@@ -128,8 +134,8 @@ def shrink_kernel(
             acc = multiply(xs, a, acc, WIDE)
         # Zeros where the rank ends, so that the expand reads whole blocks.
         tl.store(out + r[None, :], acc * (scaling * factor), mask=is_row[:, None] & (r < stored)[None, :])
-        first += BLOCK_R
-        page = load_pages(pages, r + BLOCK_R, columns, PAGE)
+        first += RANK_PARTS * BLOCK_R
+        page = load_pages(pages, r + RANK_PARTS * BLOCK_R, columns, PAGE)
 
 
 @triton.jit(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from peft_dist.kernels.lora_plans import GroupPlan, GroupShape, default_plan, fit_plan, tile_count
+from peft_dist.kernels.lora_plans import GroupPlan, GroupShape, default_plan, fit_plan, rank_room, tile_count
 from peft_dist.kernels.lora_tiles import max_tiles
 
 Measure = Callable[[GroupPlan], float]
@@ -69,11 +69,11 @@ def descend(
 
 
 def shapes_of(
-    in_features: int, out_features: tuple[int, ...], max_num_seqs: int, max_loras: int, max_tokens: int
+    in_features: int, out_features: tuple[int, ...], max_num_seqs: int, max_loras: int, max_tokens: int, rank: int
 ) -> Iterator[GroupShape]:
     """Shapes worth measuring for a group of layers: all counts of tiles at decode, and the one of long tiles."""
     counts = sorted({tile_count(tiles, 16) for tiles in range(1, max_tiles(max_num_seqs, max_loras, 16) + 1)})
-    yield from (GroupShape(16, count, in_features, out_features) for count in counts)
+    yield from (GroupShape(16, count, in_features, out_features, rank_room(rank)) for count in counts)
     for tile_rows in (32, 64, 128):
         if (count := tile_count(1, tile_rows)) * tile_rows <= 2 * max_tokens:
             yield GroupShape(tile_rows, count, in_features, out_features)

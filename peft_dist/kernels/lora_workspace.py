@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from peft_dist.kernels.lora_plans import rank_room
+
 # Torch takes the highest priority that there is.
 _FIRST = -5
 
@@ -14,18 +16,20 @@ class LoRAWorkspace:
     Attributes:
         max_rank: Room for each row's rank intermediate, a power of two; kernels are launched for it. When an adapter of
             a higher rank comes it grows, and graphs that were captured before must be captured again.
+        ranks: What launches of captured steps are made for (``lora_plans.rank_room``). When it grows, steps that were
+            captured before are right, but slow.
         stream: For the first half beside a layer's own product; None on a CPU, or to have no such half.
     """
 
     def __init__(self, device: torch.device | str, max_rank: int = 64) -> None:
         self.device = torch.device(device)
-        self.max_rank = 16
+        self.max_rank, self.ranks = 16, rank_room(1)
         # First: both halves become ready together, and the layer's own product, begun first, would leave no room.
         self.stream = torch.cuda.Stream(self.device, priority=_FIRST) if self.device.type == "cuda" else None
         self._buffer = torch.empty(0, dtype=torch.float32, device=self.device)
         self._counters = torch.empty(0, dtype=torch.int32, device=self.device)
         self._outgrown: list[torch.Tensor] = []
-        self.admit(max_rank)
+        self._make_room(max_rank)
 
     @property
     def num_bytes(self) -> int:
@@ -33,7 +37,11 @@ class LoRAWorkspace:
         return sum(4 * buffer.numel() for buffer in (self._buffer, self._counters, *self._outgrown))
 
     def admit(self, rank: int) -> None:
-        """Make sure that ``max_rank`` is at least this."""
+        """Make sure that ``max_rank`` is at least this, and that launches are made for it."""
+        self._make_room(rank)
+        self.ranks = max(self.ranks, rank_room(rank))
+
+    def _make_room(self, rank: int) -> None:
         while self.max_rank < rank:
             self.max_rank *= 2
 

@@ -126,9 +126,10 @@ class TorchExecutor:
             self.runner.graphs.clear()
 
     @property
-    def captured_for(self) -> tuple[int, int]:
+    def captured_for(self) -> tuple[int, int, int]:
         """What captured steps with adapters take for granted."""
-        return self.runner.store.num_layers, self.runner.store.pool.workspace.max_rank
+        workspace = self.runner.store.pool.workspace
+        return self.runner.store.num_layers, workspace.max_rank, workspace.ranks
 
     def capture(self, *, progress: bool = False) -> None:
         """Where steps are captured, make those that the adapters registered so far need."""

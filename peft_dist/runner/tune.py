@@ -90,7 +90,7 @@ def tune(
     path = (folder or user_folder()) / table_name(name)
     plans: dict[GroupShape, GroupPlan] = dict(read_table(path)) if path.is_file() else {}
     about = {"device": name, "torch": torch.__version__, "rank": rank, "dtype": str(dtype).removeprefix("torch.")}
-    every = [shape for size in sizes for shape in lora_tune.shapes_of(*size, max_num_seqs, max_loras, max_tokens)]
+    every = [shape for size in sizes for shape in lora_tune.shapes_of(*size, max_num_seqs, max_loras, max_tokens, rank)]
     work = lora_tune.in_order([shape for shape in every if shape.tile_rows in tile_rows])
     benches: dict[Sizes, GroupBench] = {}
     end = time.monotonic() + seconds
@@ -102,7 +102,7 @@ def tune(
                 break
             until = time.monotonic() + left * lora_tune.share_of(shape) / sum(map(lora_tune.share_of, work[index:]))
             progress.set_postfix_str(f"{shape.max_tiles} tiles of {shape.tile_rows} rows, {left:.0f} s left")
-            bench = benches.get(shape[2:]) or benches.setdefault(shape[2:], GroupBench(*shape[2:], rank, dtype))
+            bench = benches.get(shape[2:4]) or benches.setdefault(shape[2:4], GroupBench(*shape[2:4], rank, dtype))
             plans[shape] = find_plan(bench, shape, until)
             write_table(path, list(plans.items()), about)
             logger.info("%s: %s", shape, plans[shape])

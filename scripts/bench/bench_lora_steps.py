@@ -1,17 +1,20 @@
 """Launch plans and switches of the LoRA kernels tried in whole captured decode steps, all in one process.
 
-    python scripts/bench/bench_lora_steps.py [--part fused streams lookup table shrink gate expand] [--seconds 235]
-                                             [--batches 32 128 8] [--kinds distinct same] [--output FOLDER]
+    python scripts/bench/bench_lora_steps.py [--part fused streams lookup table ranks shrink gate expand]
+                                             [--ranks 64 mix] [--seconds 235] [--batches 32 128 8]
+                                             [--kinds distinct same] [--output FOLDER]
 
 What kernels take alone says little: in a step the weights of all layers stream between two launches, and a shrink runs
 beside its layer's product. Each case has the steps captured anew. fused: steps of few rows without our products, which
 have the adapters inside, 64 rows with them, and other plans of theirs (``--kinds none same distinct``); ``--apart``:
 all other parts without them, since what they change is not run in their place. streams: the shrinks' stream as urgent
 as others, or none. lookup: each launch looks its tables up. table: the plans of the card's measured table (peft-dist
-tune), where there is one, in place of the usual ones. shrink, gate, expand: one field of the plans of some layers
-changed, with the first of ``--batches`` alone. A part ends with the default again: what differs there is noise. No case
-is begun that would end after ``--seconds``. One JSON line a case, and docs/results/lora_steps.json. On a CPU nothing is
-captured, so that all cases are alike (``--tiny`` tries the script).
+tune), where there is one, in place of the usual ones. ranks: adapters beside and behind their products, each with the
+plans of their ranks and with those of rank 16, then one field of the former changed for all layers; give ``--ranks``,
+for each of which an engine starts in turn, and ``--kinds distinct``. shrink, gate, expand: one field of the plans of
+some layers changed, with the first of ``--batches`` alone. A part ends with the default again: what differs there is
+noise. No case is begun that would end after ``--seconds``. One JSON line a case, and docs/results/lora_steps.json. On a
+CPU nothing is captured, so that all cases are alike (``--tiny`` tries the script).
 """
 
 from __future__ import annotations
@@ -37,7 +40,8 @@ from peft_dist.kernels import lora_plans
 from peft_dist.kernels.backend import has_triton
 from peft_dist.kernels.few_rows import FewRows
 from peft_dist.kernels.lora_fused_plans import MOST_ADDED_ROWS, FusedPlan, choose_plan
-from peft_dist.kernels.lora_plans import GroupPlan, GroupShape, default_plan, fit_plan
+from peft_dist.kernels.lora_plans import RANKS, GroupPlan, GroupShape, default_plan, fit_plan
+from peft_dist.kernels.product_plans import ProductPlan
 from peft_dist.kernels.types import LoRAPlan
 
 Change = Callable[[GroupPlan], GroupPlan]
@@ -79,6 +83,23 @@ PLANS: dict[str, tuple[tuple[str, ...], dict[str, Change]]] = {
 }  # fmt: skip
 
 
+# How layers with adapters are multiplied; of other parts' cases as is usual where nothing was measured.
+MEASURED = "as measured"
+WAYS: dict[str, ProductPlan | None] = {
+    MEASURED: None,
+    **{f"beside, {spared} left": ProductPlan("beside", spared) for spared in (32, 64)},
+    "behind": ProductPlan("behind"),
+}
+RANK_PLANS: dict[str, Change] = {
+    "ranks not shared out": become(rank_parts=1),
+    "expands of 16 ranks at once": become(ranks=RANKS, loop_shares=1, gate_loop_shares=1),
+    "no outputs of others": become(loop_shares=1, gate_loop_shares=1),
+    "twice the outputs": times(loop_n=2, gate_loop_n=2),
+    "twice the parts": times(split=2),
+    "3 stages": become(loop_stages=3),
+    "4 stages": become(loop_stages=4),
+    "8 warps": become(expand_warps=8, gate_warps=8),
+}
 GATE = "the other place of the activation"
 FUSED: dict[str, Vary] = {
     "ahead or not": lambda plan: replace(plan, ahead=not plan.ahead),
@@ -91,13 +112,15 @@ FUSED: dict[str, Vary] = {
 
 
 class Case(NamedTuple):
-    """What is other than usual; of ``change`` in the plans of ``group``, a kind of layers.
+    """What is other than usual; of ``change`` in the plans of ``group``, a kind of layers, or of all where it is "".
 
     Attributes:
         few_rows: Most rows of steps that multiply by our kernel; None: as usual.
         vary: Changes the plans of those that have adapters inside.
         stream: Of the shrinks: "first" in line, "usual" (as urgent as any), "none" (no stream of their own).
         table: Whether plans come from the card's table first.
+        way: One of ``WAYS``.
+        low: Plans are those of rank 16, whatever the ranks.
     """
 
     part: str
@@ -109,6 +132,8 @@ class Case(NamedTuple):
     few_rows: int | None = None
     vary: Vary | None = None
     table: bool = False
+    way: str = ""
+    low: bool = False
 
 
 def cases_of(part: str) -> Iterator[Case]:
@@ -122,6 +147,12 @@ def cases_of(part: str) -> Iterator[Case]:
         yield Case(part, "no lookup", lookup=False)
     elif part == "table":
         yield Case(part, "measured table", table=True)
+    elif part == "ranks":
+        for way in WAYS:
+            yield Case(part, way, way=way)
+            yield Case(part, f"{way}, plans of rank {RANKS}", way=way, low=True)
+        yield from (Case(part, name, change=change, way=MEASURED) for name, change in RANK_PLANS.items())
+        yield Case(part, f"{MEASURED} again", way=MEASURED)
     else:
         groups, changes = PLANS[part]
         yield from (Case(part, f"{group}: {name}", group, changes[name]) for group in groups for name in changes)
@@ -136,20 +167,34 @@ def group_of(shape: GroupShape) -> str:
 
 def choose(case: Case, shape: GroupShape) -> GroupPlan:
     """A shape's plan; prefills keep theirs."""
-    plan = default_plan(shape)
-    if case.change is None or shape.tile_rows != 16 or group_of(shape) != case.group:
+    plan = default_plan(shape._replace(ranks=RANKS) if case.low else shape)
+    if case.change is None or shape.tile_rows != 16 or case.group not in ("", group_of(shape)):
         return plan
     return fit_plan(case.change(plan), shape)
 
 
+class OneWay:
+    """``Products`` of which those with adapters take one way; others that which was measured."""
+
+    def __init__(self, products: Any, plan: ProductPlan) -> None:
+        self._products, self._plan = products, plan
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._products, name)
+
+    def adapted(self, *_: Any, **__: Any) -> ProductPlan:
+        return self._plan
+
+
 class Steps:
-    """An engine that takes cases."""
+    """An engine that takes cases, until it is left."""
 
     def __init__(self, llm: Any, options: Namespace) -> None:
         self._find_plan = lora_plans._find_plan
         self._run, self._options = runner(llm), options
         self._graphs = llm._open.runner.graphs
         self._few_rows = self._graphs and self._graphs._few_rows
+        self._products = self._graphs and self._graphs._products
         self._workspace = llm._open.runner.store.pool.workspace
         self._streams: dict[str, Any] = {"none": None, "first": self._workspace.stream}
         self._streams["usual"] = torch.cuda.Stream() if DEVICE == "cuda" else None
@@ -167,8 +212,15 @@ class Steps:
             chosen = partial(choose_fused, rows, case.vary or (lambda plan: plan), case.name == GATE)
             self._graphs._few_rows = self._few_rows and FewRows(DEVICE, chosen)
             # The others keep the memory that all of them share.
-            self._graphs._products = None
+            plan = WAYS.get(case.way)
+            measured = self._products if case.way else None
+            self._graphs._products = OneWay(measured, plan) if measured is not None and plan is not None else measured
             self._graphs._steps = {v: step for v, step in self._graphs._steps.items() if not v.shape.decodes}
+
+    def leave(self) -> None:
+        """Plans are as usual again, for the next engine."""
+        lora_plans._find_plan = self._find_plan
+        lora_plans.plan_for.cache_clear()
 
     def milliseconds(self, loads: Sequence[Load]) -> dict[str, float]:
         """Of a step, by load."""
@@ -238,34 +290,44 @@ def measure(steps: Steps, cases: Sequence[Case], loads: Sequence[Load], seconds:
         yield record | {"step_ms": found, "more_ms": {key: round(found[key] - usual[key], 3) for key in found}}
 
 
+def run(options: Namespace, rank: str) -> Iterator[dict[str, Any]]:
+    """All cases with adapters of this rank: a record each."""
+    ranks = ranks_of(rank, options.adapters)
+    paths = write_adapters(options.shape, options.folder, ranks, DEVICE)
+    with start(options, paths, ranks, max_num_seqs=max(options.batches)) as llm:
+        steps = Steps(llm, options)
+        cases = [Case("default"), *(case for part in options.part for case in cases_of(part))]
+        loads = [(kind, batch) for batch in options.batches for kind in options.kinds]
+        try:
+            if "none" not in options.kinds:
+                # Without adapters there is little to change.
+                yield {"part": "base", "step_ms": steps.milliseconds([("none", batch) for batch in options.batches])}
+            yield from measure(steps, cases, loads, options.seconds)
+        finally:
+            steps.leave()
+            # With the captured steps that it knows, which the next engine needs the memory of.
+            del steps
+
+
 def main() -> None:
-    parts = ("fused", "streams", "lookup", "table", *PLANS)
+    parts = ("fused", "streams", "lookup", "table", "ranks", *PLANS)
     parser = make_parser(__doc__, parts)
     add_engine_options(parser)
-    parser.add_argument("--seconds", type=float, default=235, help="for all cases, without the engine's start")
+    parser.add_argument("--seconds", type=float, default=235, help="for all cases of an engine, without its start")
     parser.add_argument("--apart", action="store_true", help="all steps without our products")
     parser.add_argument("--output", type=Path, help="folder for lora_steps.json (default: docs/results)")
-    parser.set_defaults(part=list(parts), batches=[32, 128, 8], kinds=["distinct", "same"])
+    parser.add_argument("--ranks", nargs="+", help="an engine for each in turn: numbers, or mix (default: --rank)")
+    usual = [part for part in parts if part != "ranks"]
+    parser.set_defaults(part=usual, batches=[32, 128, 8], kinds=["distinct", "same"])
     options = parse(parser)
-    ranks = ranks_of(options.rank, options.adapters)
-    paths = write_adapters(options.shape, options.folder, ranks, DEVICE)
-    llm = start(options, paths, ranks, max_num_seqs=max(options.batches))
-    steps = Steps(llm, options)
     records: list[dict[str, Any]] = []
-    cases = [Case("default"), *(case for part in options.part for case in cases_of(part))]
-    loads = [(kind, batch) for batch in options.batches for kind in options.kinds]
     try:
-        if "none" not in options.kinds:
-            # Without adapters there is little to change.
-            base = steps.milliseconds([("none", batch) for batch in options.batches])
-            records.append({"part": "base", "step_ms": base})
-            emit(**records[0])
-        for record in measure(steps, cases, loads, options.seconds):
-            records.append(record)
-            emit(**record)
+        for rank in options.ranks or [options.rank]:
+            for record in run(options, rank):
+                records.append({"rank": rank, **record})
+                emit(**records[-1])
     finally:
         print("written to", write_result("lora_steps", records, options.output))
-    llm.close()
 
 
 if __name__ == "__main__":

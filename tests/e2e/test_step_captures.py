@@ -93,6 +93,30 @@ def test_steps_that_adapters_need_are_captured_when_there_is_no_work(
         assert not replica.warm_up_some() and not graphs.lacks_steps
 
 
+def test_steps_are_captured_again_for_ranks_that_they_were_not_made_for(tmp_path: Path) -> None:
+    """They would be right, but slow: launches go by the highest rank so far, in a few steps."""
+    captured: list[Callable[[], None]] = []
+
+    def noted(run: Callable[[], None]) -> Callable[[], None]:
+        captured.append(run)
+        return run
+
+    with opened(tmp_path, merge="off") as (llm, _):
+        use_graphs(llm, noted)
+        replica = llm._open
+        graphs, model = replica.runner.graphs, FAMILIES["llama"]()
+        assert graphs is not None
+        counts = []
+        for rank in (4, 16, 20, 32, 8):
+            folder = random_adapter(model, tmp_path / f"rank-{rank}", rank, 8.0, ["q_proj"], seed=rank)
+            llm.load_adapter(folder, f"rank-{rank}")
+            assert graphs.lacks_steps == (rank in (4, 20)), rank
+            while replica.warm_up_some():
+                pass
+            counts.append(len(captured))
+        assert counts == [counts[0]] * 2 + [2 * counts[0]] * 3
+
+
 def test_a_size_that_is_not_there_runs_in_a_larger_one_until_it_comes_often(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -82,18 +82,18 @@ def compile_loops(
     dtype: str, plan: GroupPlan, group: dict[str, Any], ends: dict[str, int], strides: dict[str, int]
 ) -> dict[str, dict[str, Any]]:
     group = {name: value for name, value in group.items() if name != "WIDE"}
-    blocks = {"PART_N": plan.loop_part, "STAGES": plan.loop_stages}
+    blocks = {"PART_N": plan.loop_part, "STAGES": plan.loop_stages, "RANKS": plan.ranks}
     return {
         **{
             f"expand loop{'' if adds else ', parts alone'}": compile_kernel(
                 expand_loop_kernel, dtype, plan.expand_warps, 3, **group, **ends, **blocks, BLOCK_N=plan.loop_n,
-                ADDS=adds,
+                SHARES=plan.loop_shares, ADDS=adds,
             )
             for adds in (True, False)
         },
         "gate loop": compile_kernel(
             gate_loop_kernel, dtype, plan.gate_warps, 3, **{**group, "GROUP": 2}, **strides, N=ends["N0"], SILU=True,
-            BLOCK_N=plan.gate_loop_n, **{**blocks, "PART_N": plan.loop_part // 2},
+            BLOCK_N=plan.gate_loop_n, SHARES=plan.gate_loop_shares, **{**blocks, "PART_N": plan.loop_part // 2},
         ),
     }  # fmt: skip
 
@@ -112,6 +112,7 @@ def compile_all(shape: GroupShape, dtype: str, pdl: bool) -> dict[str, dict[str,
         "shrink": compile_kernel(
             shrink_kernel, dtype, plan.shrink_warps, plan.shrink_stages, **group, K=shape.in_features,
             X_STRIDE=shape.in_features, BLOCK_K=plan.block_k, BLOCK_R=plan.shrink_r, PDL=False,
+            RANK_PARTS=plan.rank_parts,
         ),
         "expand": compile_kernel(
             expand_kernel, dtype, plan.expand_warps, 3, **group, **ends,
@@ -141,6 +142,12 @@ def main() -> None:
         f"{name}, {dtype}": compile_all(shape, dtype, pdl=name == "decode of one")
         for name, shape in shapes.items()
         for dtype in sys.argv[1:] or ("bf16", "fp16", "fp32")
+    }
+    # Of higher ranks, whose expands keep more in registers and in shared memory.
+    gate = shapes["decode"]
+    results |= {
+        f"decode of rank {ranks}, bf16": compile_all(gate._replace(max_tiles=64, ranks=ranks), "bf16", pdl=False)
+        for ranks in (64, 128)
     }
     print(json.dumps(results))
 

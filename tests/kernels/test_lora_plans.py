@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from peft_dist.kernels import lora_plans
-from peft_dist.kernels.lora_plans import GroupPlan, GroupShape, default_plan, fit_plan, plan_for
+from peft_dist.kernels.lora_plans import GroupPlan, GroupShape, default_plan, fit_plan, plan_for, rank_room
 
 CARD = "Imaginary GPU (80 GB)"
 SHAPE = GroupShape(16, 32, 4096, (4096, 1024, 1024))
@@ -40,6 +40,77 @@ def test_default_plans_cover_the_inputs_once(tile_rows: int, tiles: int, sizes: 
     plan = default_plan(shape)
     part = -(-shape.in_features // (plan.split * plan.block_k)) * plan.block_k
     assert part * (plan.split - 1) < shape.in_features, "a part of the sum is empty"
+
+
+LLAMA = {
+    "qkv": (4096, (4096, 1024, 1024)), "gate": (4096, (14336, 14336)), "o": (4096, (4096,)), "down": (14336, (4096,)),
+}  # fmt: skip
+
+
+def test_decode_steps_of_low_ranks_keep_the_plans_that_were_measured() -> None:
+    """Of 32 adapters of ranks 8 and 16 on an H100: (parts of the inputs, outputs of the expand and of the gate)."""
+    known = {
+        16: {"qkv": (16, 256, 256), "gate": (16, 512, 256), "o": (16, 256, 256), "down": (14, 256, 256)},
+        64: {"qkv": (8, 512, 256), "gate": (16, 2304, 1280), "o": (16, 256, 256), "down": (14, 256, 256)},
+        256: {"qkv": (2, 512, 256), "gate": (4, 2304, 1280), "o": (6, 256, 256), "down": (7, 256, 256)},
+    }
+    for tiles, groups in known.items():
+        for group, sizes in groups.items():
+            plan = default_plan(GroupShape(16, tiles, *LLAMA[group], rank_room(16)))
+            assert (plan.split, plan.loop_n, plan.gate_loop_n) == sizes, (tiles, group)
+            assert (plan.block_k, plan.shrink_r, plan.shrink_warps, plan.shrink_stages) == (256, 16, 2, 3)
+            assert (plan.loop_part, plan.loop_stages, plan.expand_warps, plan.gate_warps) == (128, 4, 4, 4)
+            assert (plan.ranks, plan.rank_parts, plan.loop_shares, plan.gate_loop_shares) == (16, 1, 1, 1)
+
+
+@pytest.mark.parametrize("tiles", [1, 4, 16, 64, 256])
+@pytest.mark.parametrize("sizes", [*LLAMA.values(), (40, (24, 33)), (4352, (4352,))])
+@pytest.mark.parametrize("ranks", [32, 64, 128])
+def test_programs_of_higher_ranks_read_about_as_much_each(
+    tiles: int, sizes: tuple[int, tuple[int, ...]], ranks: int
+) -> None:
+    shape = GroupShape(16, tiles, *sizes, ranks)
+    plan, few = default_plan(shape), default_plan(shape._replace(ranks=16))
+    assert (plan.ranks, plan.rank_parts) == (ranks, ranks // 16) and plan.block_k == few.block_k
+    part = -(-shape.in_features // (plan.split * plan.block_k)) * plan.block_k
+    assert part * plan.split >= shape.in_features > part * (plan.split - 1), "the inputs are not covered once"
+    assert plan.split <= min(few.split, 8)
+    assert part <= max(8 * plan.block_k, -(-shape.in_features // 8) + plan.block_k)
+    # No program reads more than two of 16 ranks do, or two blocks of outputs of the most ranks.
+    for new, old, shares in (
+        (plan.loop_n, few.loop_n, plan.loop_shares), (plan.gate_loop_n, few.gate_loop_n, plan.gate_loop_shares)
+    ):  # fmt: skip
+        assert new % (2 * plan.loop_part) == 0 and new * shares <= max(old, 2 * plan.loop_part)
+        for rank in (16, ranks // 2, ranks):
+            times = max(n for n in (1, 2, 4) if n <= shares and n * rank <= ranks)
+            assert new * times * rank <= max(2 * old * 16, 2 * plan.loop_part * ranks)
+    assert plan.in_float32().loop_n == 0 and plan.in_float32().split == plan.split
+
+
+def test_launches_are_made_for_ranks_in_a_few_steps() -> None:
+    assert [rank_room(rank) for rank in (1, 8, 16, 17, 32, 33, 64, 65, 128, 129, 512)] == [
+        16, 16, 16, 32, 32, 64, 64, 128, 128, 128, 128,
+    ]  # fmt: skip
+
+
+def test_tiles_of_many_rows_know_no_ranks() -> None:
+    prefill = SHAPE._replace(tile_rows=64)
+    assert default_plan(prefill._replace(ranks=128)) == default_plan(prefill)
+
+
+def test_a_table_of_other_ranks_says_nothing(folder: Path) -> None:
+    high = SHAPE._replace(ranks=64)
+    plans = {shape: replace(default_plan(shape), shrink_warps=1) for shape in (SHAPE, high)}
+    path = folder / lora_plans.table_name(CARD)
+    for measured, other in ((SHAPE, high), (high, SHAPE)):
+        for cache in (lora_plans.tables_of, lora_plans.plan_for):
+            cache.cache_clear()
+        lora_plans.write_table(path, [(measured, plans[measured])], {})
+        assert lora_plans.read_table(path) == {measured: plans[measured]}
+        assert plan_for(measured, CARD) == plans[measured] and plan_for(other, CARD) == default_plan(other)
+    # Tables from before plans went by ranks.
+    path.write_text(path.read_text().replace("[4096, 1024, 1024], 64]", "[4096, 1024, 1024]]"))
+    assert [*lora_plans.read_table(path)] == [SHAPE]
 
 
 def test_a_plan_of_a_similar_shape_is_fitted() -> None:
@@ -113,6 +184,14 @@ def test_descending_finds_the_best_value_of_each_field(tiles: int, tile_rows: in
     few: list[GroupPlan] = []
     found = descend(shape, start, fields, lambda plan: (few.append(plan), measure(plan))[1], lambda: len(few) > 3)
     assert few == measured[:4] and found in few
+
+
+def test_plans_are_tuned_for_the_ranks_that_are_timed() -> None:
+    from peft_dist.kernels.lora_tune import fields_of, shapes_of
+
+    first, *others = shapes_of(4096, (4096,), 8, 8, 8192, 40)
+    assert {(shape.tile_rows, shape.ranks) for shape in [first, *others]} == {(16, 64), (32, 16), (64, 16), (128, 16)}
+    assert "loop_n" in fields_of(first, gate=False), "high ranks loop with one tile too"
 
 
 class Bench:

@@ -57,9 +57,36 @@ def test_a_plans_case_changes_the_decodes_of_its_layers_alone() -> None:
         assert {case.name for case in cases} - changed <= usual
 
 
+def test_ranks_are_tried_with_both_plans_in_every_way_of_a_product() -> None:
+    cases = list(cases_of("ranks"))
+    assert {(case.way, case.low) for case in cases if case.change is None} >= {
+        (way, low) for way in bench.WAYS for low in (False, True)
+    }
+    for group, shape in SHAPES.items():
+        for ranks in (64, 128):
+            high = shape._replace(ranks=ranks)
+            for case in cases:
+                plan = choose(case, high)
+                if case.low:
+                    assert plan == default_plan(shape), "as before plans went by ranks"
+                elif case.change is None:
+                    assert plan == default_plan(high)
+                assert plan.loop_n % (2 * plan.loop_part) == plan.gate_loop_n % (2 * plan.loop_part) == 0
+                assert plan.split * plan.block_k < shape.in_features + plan.block_k, (group, case.name)
+    high_shapes = [shape._replace(ranks=ranks) for shape in SHAPES.values() for ranks in (64, 128)]
+    changed = {case.name for case in cases for s in high_shapes if case.change and choose(case, s) != default_plan(s)}
+    assert changed == {*bench.RANK_PLANS}
+
+
+def test_one_way_leaves_products_without_adapters_alone() -> None:
+    found = bench.OneWay(SimpleNamespace(alone=lambda x: x + 1, adapted=None), bench.ProductPlan("behind"))
+    assert found.alone(1) == 2 and found.adapted("x", few=True) == ("behind", 0)
+
+
 def test_switches_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     class Graphs:
         _few_rows: FewRows | None = FewRows("cpu")
+        _products: object = "of the engine"
         _steps: dict[Any, object]
 
         def _plan(self, rows: int) -> LoRAPlan:
@@ -78,6 +105,13 @@ def test_switches_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
         assert bool(graphs._plan(3).layers) == case.lookup and graphs._plan(3).num_rows == 3
         assert (workspace.stream == "of the pool") == (case.stream == "first")
         assert plan_for(SHAPES["gate"], "a card") == choose(case, SHAPES["gate"])
+    *cases, _ = cases_of("ranks")
+    for case in cases:
+        steps.take(case)
+        plan = bench.WAYS[case.way]
+        assert graphs._products == "of the engine" if plan is None else graphs._products.adapted() == plan
+    steps.take(Case("default"))
+    assert graphs._products is None, "the others keep the memory that all of them share"
     measured = replace(default_plan(SHAPES["gate"]), split=2)
     monkeypatch.setattr(lora_plans, "tables_of", lambda name: [(SHAPES["gate"], measured)])
     with_table, without = cases_of("table")
@@ -85,6 +119,8 @@ def test_switches_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plan_for(SHAPES["gate"], "a card") == measured
     steps.take(without)
     assert plan_for(SHAPES["gate"], "a card") == default_plan(SHAPES["gate"])
+    steps.leave()
+    assert plan_for(SHAPES["gate"], "a card") == measured
     plan_for.cache_clear()
 
 
@@ -158,12 +194,13 @@ def test_a_plan_that_the_card_cannot_run_ends_nothing(monkeypatch: pytest.Monkey
 @pytest.mark.slow
 def test_it_runs_small(tmp_path: Path) -> None:
     folders = ("--folder", str(tmp_path), "--output", str(tmp_path))
-    command = [sys.executable, str(SCRIPT), "--tiny", "--part", "lookup", "expand", *folders]
+    command = [sys.executable, str(SCRIPT), "--tiny", "--part", "lookup", "expand", "--ranks", "8", "mix", *folders]
     told = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
     )
     assert told.returncode == 0, told.stderr[-2000:]
     lines = list(read_lines(told.stdout))
     assert lines == json.loads((tmp_path / "lora_steps.json").read_text())["figures"]
-    assert [line["part"] for line in lines] == ["base", "default", "lookup", "lookup", *["expand"] * 16]
-    assert all(set(line["step_ms"]) == {"distinct 8", "same 8"} for line in lines[1:])
+    parts = ["base", "default", "lookup", "lookup", *["expand"] * 16]
+    assert [(line["rank"], line["part"]) for line in lines] == [(rank, part) for rank in ("8", "mix") for part in parts]
+    assert all(set(line["step_ms"]) == {"distinct 8", "same 8"} for line in lines if line["part"] != "base")
