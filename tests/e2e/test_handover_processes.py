@@ -49,7 +49,9 @@ async def started(folder: Path) -> AsyncIterator[EngineService]:
     )
     launcher = PlainLauncher(config, log_level="error", heartbeat_seconds=0.5, num_replicas=2)
     restart = RestartPolicy(first=0.01, longest=0.1)
-    service = EngineService(launcher, OrchestratorOptions(64, 64, 1, restart=restart), num_replicas=2, stop_grace=5.0)
+    # No moves but those that are asked for: on busy cores a plan may find some too.
+    options = OrchestratorOptions(64, 64, 1, restart=restart, migration="proactive")
+    service = EngineService(launcher, options, num_replicas=2, stop_grace=5.0)
     try:
         await service.start()
         await service.load_adapter("a", str(folder / "a"))
