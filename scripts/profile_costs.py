@@ -38,7 +38,7 @@ from bench.report import environment
 
 from peft_dist.core.cost_model import STEP_TERMS, CostPrior, StepFeatures
 from peft_dist.sim.fitting import fit_line, fit_steps, mean_error, medians, predicted
-from peft_dist.sim.profile import CostProfile
+from peft_dist.sim.profile import CostProfile, options_of
 
 READY = "ready"
 Kind = TypeVar("Kind")
@@ -148,20 +148,11 @@ def profile(options: argparse.Namespace, runs: CostRuns, seconds: float) -> Cost
         hardware=str(hardware),
         model=f"{options.shape or 'SmolLM2-135M-Instruct'}, {info.dtype}, rank {options.rank} on all linear layers",
         costs=costs,
-        num_blocks=info.num_blocks,
-        block_bytes=info.block_bytes,
+        **options_of(info, config),
         modules=len(spec.ranks),
         rank_bytes=spec.num_bytes // options.rank,
         versions={k: str(v) for k, v in found.items() if k not in ("date", "cpu", "cores", "torch_threads", "gpu")},
-        block_size=info.block_size,
-        max_model_len=info.max_model_len,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        max_loras=config.max_loras,
-        tensor_parallel_size=info.tensor_parallel_size,
         host_seconds=runs.host_seconds() if info.depth == 0 else 0.0,
-        depth=info.depth,
-        num_held=1 if info.merge_way == "shadow" else 0,
         weight_bytes=info.tensor_parallel_size * ModelSize.of(runs.replica.runner.model).num_bytes,
         context_token=context_token(runs.measured, in_flight=info.depth > 0),
         # The first token of a sequence is no decode's.

@@ -39,7 +39,7 @@ from peft_dist.runner.adapter_loader import NUM_THREADS
 from peft_dist.runner.step_variants import mixed_sizes
 from peft_dist.sim.executor import padded
 from peft_dist.sim.fitting import WithContext, fit_line, fit_with_context
-from peft_dist.sim.profile import CostProfile
+from peft_dist.sim.profile import CostProfile, options_of
 from peft_dist.sim.replay import read
 
 _LEAST_STEPS = 100
@@ -151,17 +151,8 @@ def made(found: Sequence[Recording], like: CostProfile, name: str, disturbed: fl
         ),
         model=f"{Path(info.model).name}, {info.dtype}",
         costs=costs,
-        num_blocks=info.num_blocks,
-        block_bytes=info.block_bytes,
+        **options_of(info, config),
         versions=dict(info.versions),
-        block_size=info.block_size,
-        max_model_len=info.max_model_len,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        max_loras=config.max_loras,
-        tensor_parallel_size=info.tensor_parallel_size,
-        depth=info.depth,
-        num_held=1 if info.merge_way == "shadow" else 0,
         prompt_sizes=prompt_sizes(first),
         context_token=fit.context_token,
         context=fit.context,

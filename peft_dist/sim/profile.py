@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_dist.core.adapter import AdapterSpec
+from peft_dist.core.config import EngineConfig, ModelInfo
 from peft_dist.core.cost_model import CostModel, CostPrior
 from peft_dist.core.errors import ConfigError
 
@@ -147,3 +148,19 @@ def _find(name_or_path: str | Path) -> Path:
     if not path.is_file():
         raise ConfigError(f"there is no profile {str(name_or_path)!r}: give a file, or one of {', '.join(names())}")
     return path
+
+
+def options_of(info: ModelInfo, config: EngineConfig) -> dict[str, Any]:
+    """What a replica that was measured says of itself, as arguments of ``CostProfile``."""
+    return {
+        "num_blocks": info.num_blocks,
+        "block_bytes": info.block_bytes,
+        "block_size": info.block_size,
+        "max_model_len": info.max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        "max_num_batched_tokens": config.max_num_batched_tokens,
+        "max_loras": config.max_loras,
+        "tensor_parallel_size": info.tensor_parallel_size,
+        "depth": info.depth,
+        "num_held": 1 if info.merge_way == "shadow" else 0,
+    }
