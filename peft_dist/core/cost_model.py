@@ -19,8 +19,9 @@ Row = tuple[str, int, int]
 FORMAT = 1
 # Predictions that a fixed model remembers.
 MAX_TOLD = 1 << 14
-# Times what was expected, beyond which a switch or a copy is not believed at once.
-OUTLIER = 4.0
+# Times what was expected, beyond which a switch or a copy is not believed at once; and how many that took what was
+# expected, of about the same size, it takes until another such one is not believed again.
+OUTLIER, NORMAL_AGAIN = 4.0, 3
 # Sizes at which an unknown coefficient of a step may amount to a tenth of the step. Those of the merged terms are
 # larger: unless shown otherwise, merged weights are as fast as the base's.
 TYPICAL = (1.0, 16.0, 128.0, 10.0, 320.0, 1.0, 32.0, 4.0, 64.0, 512.0)
@@ -140,8 +141,9 @@ class CostModel:
         self.prior = prior or CostPrior()
         self.fixed = fixed
         self.num_steps = 0
-        # What the last of it took was so much more than expected that it is believed only when it happens again.
-        self._in_doubt: set[str] = set()
+        # By what and the octave of its size: one took so much more than expected that it is believed only when it
+        # happens again, before so many have taken what was expected.
+        self._in_doubt: dict[tuple[str, int], int] = {}
         # Of a fixed model, what it predicts.
         self._told: dict[StepFeatures, float] = {}
         self._told_others: dict[tuple[str, int], float] = {}
@@ -243,11 +245,14 @@ class CostModel:
         if self.fixed:
             return
         # Few are seen, so that one counts for much; the first of its kind, which compiles kernels, is an outlier.
-        is_outlier = math.isfinite(seconds) and seconds > OUTLIER * max(self._predict(name, size), RESOLUTION)
-        if is_outlier and name not in self._in_doubt:
-            self._in_doubt.add(name)
-            return
-        self._in_doubt.discard(name)
+        key, expected = (name, size.bit_length()), max(self._predict(name, size), RESOLUTION)
+        doubt = self._in_doubt.pop(key, 0)
+        if math.isfinite(seconds) and seconds > OUTLIER * expected:
+            if not doubt:
+                self._in_doubt[key] = NORMAL_AGAIN
+                return
+        elif doubt > 1:
+            self._in_doubt[key] = doubt - 1
         self._others[name].observe((1.0, size), seconds, name)
 
     def to_dict(self) -> dict[str, Any]:
@@ -258,6 +263,7 @@ class CostModel:
             "num_steps": self.num_steps,
             "prior": asdict(self.prior),
             "step": self._step.state(),
+            "in_doubt": [[*key, left] for key, left in self._in_doubt.items()],
             **{name: regression.state() for name, regression in self._others.items()},
         }
 
@@ -273,6 +279,8 @@ class CostModel:
             model = cls(CostPrior(**prior), fixed=bool(state["fixed"]))
             model.num_steps = int(state["num_steps"])
             model._step.restore(state["step"])
+            # Files from before it was kept have none.
+            model._in_doubt = {(str(name), int(octave)): int(left) for name, octave, left in state.get("in_doubt", [])}
             for name, regression in model._others.items():
                 regression.restore(state[name])
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -44,6 +44,8 @@ class AdapterManager:
         self._loading: dict[str, Lease] = {}
         # To be loaded for requests that may come, when fewer loads are under way.
         self._ahead: OrderedDict[str, AdapterSpec] = OrderedDict()
+        # Those of the wishes of the moment whose loads have begun: no later one of them takes their room.
+        self._ahead_begun: set[str] = set()
         self._resident: dict[str, Lease] = {}
         self._idle: OrderedDict[str, None] = OrderedDict()
         # Whose adapters were used since, in this order.
@@ -191,6 +193,7 @@ class AdapterManager:
     def unpin(self, name: str) -> None:
         """Let what the name pinned leave when its room is needed."""
         self.pins.remove(name)
+        self._start_ahead()
 
     def prefetch(self, spec: AdapterSpec) -> bool:
         """Load an adapter for requests that may come, in room that is free or that no request uses, if there is any.
@@ -202,9 +205,11 @@ class AdapterManager:
         self._age()
         if key in self._idle:
             self._idle.move_to_end(key)
+        if not self._ahead and self._ahead_begun.isdisjoint(self._loading):
+            self._ahead_begun.clear()
         if not self.is_held(key) and not self._is_any_awaited():
             self._ahead.setdefault(key, spec)
-            self._start_ahead()
+        self._start_ahead()
         return self.is_held(key)
 
     def want_pinned(self) -> None:
@@ -213,6 +218,7 @@ class AdapterManager:
             key = spec.content_hash
             if self.is_held(key) or self._start_load(spec, self._users) or self._start_load(spec, ()):
                 self.pins.settle(key)
+        self._start_ahead()
 
     # What becomes of registrations and loads
 
@@ -232,6 +238,7 @@ class AdapterManager:
         self._ahead.pop(content_hash, None)
         self._leaving.add(content_hash)
         self._drop_if_unneeded(content_hash)
+        self._start_ahead()
 
     def loaded(self, content_hash: str) -> AdapterSpec:
         """A load has ended: the adapter, which is returned, can run."""
@@ -292,8 +299,8 @@ class AdapterManager:
         """Begin what was wished for, as far as few loads are under way; for what there is no room is passed over."""
         while self._ahead and len(self._loading) < MAX_LOADS_WITH_AHEAD and not self._is_any_awaited():
             key, spec = self._ahead.popitem(last=False)
-            if not self.is_held(key):
-                self._start_load(spec, self._users)
+            if not self.is_held(key) and self._start_load(spec, self._users.keys() | self._ahead_begun):
+                self._ahead_begun.add(key)
 
     def _start_load(self, spec: AdapterSpec, queued: Collection[str]) -> bool:
         """Whether there was room, or could be made."""

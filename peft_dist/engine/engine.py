@@ -136,8 +136,8 @@ class Engine:
 
     def prefetch_adapter(self, content_hash: str) -> None:
         """Bring an adapter to the device if there is room that no request uses; passed over once it was forgotten."""
-        spec = self.adapters.get(content_hash)
-        if spec is not None and self.scheduler.adapters.prefetch(spec):
+        if (spec := self.adapters.get(content_hash)) is not None:
+            self.scheduler.adapters.prefetch(spec)
             self.apply_adapter_changes()
 
     def forget_adapter(self, content_hash: str) -> None:

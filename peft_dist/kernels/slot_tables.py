@@ -90,5 +90,5 @@ class SlotTables:
 
     def unadapted(self, layers: Iterable[int]) -> list[int]:
         """Of these layers those that no slot adapts."""
-        adapted = np.concatenate([block.host[:, :, 0].any(axis=1) for block in self._blocks])
+        adapted = [adapted for block in self._blocks for adapted in block.host[:, :, 0].any(axis=1)]
         return [layer for layer in layers if not adapted[layer]]

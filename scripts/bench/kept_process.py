@@ -78,7 +78,7 @@ def descendants(ancestor: int) -> list[int]:
         # It may have ended meanwhile.
         with contextlib.suppress(OSError):
             # The name in parentheses may hold anything.
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            parent = int(stat.read_bytes().rpartition(b")")[2].split()[1])
             children.setdefault(parent, []).append(int(stat.parent.name))
     found = children.get(ancestor, [])
     for process in found:

@@ -166,6 +166,21 @@ class TestOtherWork:
         model.observe_switch("merge", 0.5)
         assert model.switch_seconds(None, "a") == pytest.approx(0.0118, rel=0.02)
 
+    def test_large_loads_between_small_ones_are_learnt(self) -> None:
+        model = CostModel()
+        for _ in range(20):
+            model.observe_load(2 << 20, (2 << 20) * 1.7e-9)
+            model.observe_load(168 << 20, (168 << 20) * 1.7e-9)
+        assert model.load_seconds(168 << 20) == pytest.approx((168 << 20) * 1.7e-9, rel=0.1)
+
+    def test_a_model_that_goes_on_elsewhere_doubts_what_it_doubted(self) -> None:
+        model = CostModel(CostPrior(merge=(0.0115, 0.0)))
+        model.observe_switch("merge", 0.9, 64)
+        copy = CostModel.from_dict(json.loads(json.dumps(model.to_dict())))
+        for each in (model, copy):
+            each.observe_switch("merge", 0.9, 64)
+        assert copy.to_dict() == model.to_dict() and copy.switch_seconds(None, "a", 64) > 0.1
+
     def test_what_takes_long_twice_running_takes_long(self) -> None:
         model = CostModel(CostPrior(merge=(0.0115, 0.0)))
         model.observe_switch("merge", 0.3)

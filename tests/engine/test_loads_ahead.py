@@ -80,7 +80,7 @@ def test_one_that_failed_or_is_forgotten_holds_up_no_other() -> None:
 
 def test_wishes_wait_while_a_request_does() -> None:
     *ahead, wanted = specs(4)
-    manager = AdapterManager(FEW)
+    manager = AdapterManager(FEW + 2)
     for spec in ahead:
         manager.prefetch(spec)
     manager.add_user(wanted)
@@ -94,3 +94,39 @@ def test_wishes_wait_while_a_request_does() -> None:
     manager.loaded(manager.loading[0])
     assert wanted.content_hash in manager.resident
     manager.check()
+
+
+def test_no_wish_takes_the_room_of_another() -> None:
+    """As many as there is room for, the first ones: those that have come meanwhile are idle, and older."""
+    running, wished = specs(14)[:4], specs(14)[4:]
+    manager = AdapterManager(10)
+    for spec in running:
+        manager.add_user(spec)
+    manager.want(running)
+    for spec in running:
+        manager.loaded(spec.content_hash)
+        manager.acquire(spec)
+    for spec in wished:
+        manager.prefetch(spec)
+    while manager.loading:
+        manager.loaded(manager.loading[0])
+    assert manager.evictions == 0 and names(manager.resident[4:], wished) == [spec.name for spec in wished[:6]]
+    # What is wished for later may: the placement is another one then.
+    manager.prefetch(wished[8])
+    assert names(manager.loading, wished) == [wished[8].name] and manager.evictions == 1
+    manager.check()
+
+
+def test_a_wish_is_passed_over_when_what_was_pinned_waits_no_more() -> None:
+    *ahead, pinned = specs(4)
+    manager = AdapterManager(FEW)
+    for spec in ahead:
+        manager.prefetch(spec)
+    manager.pin("name", pinned)
+    for spec in ahead[:FEW]:
+        manager.loaded(spec.content_hash)
+    assert names(manager.loading, ahead) == []
+    manager.unpin("name")
+    assert not manager.loading, "its wish had room but in place of what came with it, and is passed over"
+    manager.prefetch(ahead[2])
+    assert names(manager.loading, ahead) == ["2"]

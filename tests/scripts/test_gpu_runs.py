@@ -14,7 +14,7 @@ from bench import bench_four_gpus, gpu_runs
 from bench.gpu_checks import Lines
 from bench.gpu_runs import Runs
 from bench.gpu_workload import read_lines
-from bench.kept_process import KeptProcess
+from bench.kept_process import KeptProcess, descendants
 
 from tests.scripts.test_bench_gpu import SCRIPTS, decode_line
 
@@ -162,6 +162,17 @@ def test_a_run_that_ends_takes_along_what_it_leaves_behind(tmp_path: Path) -> No
         # What was left behind holds our pipe open.
         runs = Runs({"good": [str(script), "0"], "bad": [str(script), "3"]})
         assert runs.run_all(["good", "bad"], None, lines) == ["bad"]
+
+
+def test_a_process_may_have_any_name() -> None:
+    """Fifteen bytes, which may end within a letter; whoever looks through all processes meets it."""
+    rename = "import ctypes, sys; ctypes.CDLL(None).prctl(15, b'\\xe4bad) (', 0, 0, 0)"
+    odd = f"{rename}; print('named', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", odd], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as named:
+        assert named.stdout is not None and named.stdout.readline() == "named\n"
+        assert named.pid in descendants(os.getpid())
 
 
 def test_ranks_are_started_by_torchrun() -> None:
