@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import torch
 
-from peft_dist.kernels.lora_tables import TABLE_HEAD
+from peft_dist.kernels.lora_tables import TABLE_HEAD, use_table
 from peft_dist.kernels.page_allocator import PageAllocator
 from peft_dist.kernels.slot_tables import SlotTables
 from peft_dist.kernels.types import LoRALayerWeights
@@ -76,9 +76,7 @@ class PooledLayer:
     def _use_table(self, table: torch.Tensor) -> None:
         self._table = table
         self.moves += 1
-        self.weights.rank_t = table[:, 0]
-        self.weights.scaling_t = table.view(torch.float32)[:, 1]
-        self.weights.pages_t = table[:, TABLE_HEAD:]
+        use_table(self.weights, table)
 
     def copies(
         self, pages: Sequence[int], A: torch.Tensor, B: torch.Tensor

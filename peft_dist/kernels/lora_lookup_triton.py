@@ -53,9 +53,7 @@ class Lookup(NamedTuple):
 
     def tables_of(self, weights: LoRALayerWeights) -> LayerTables:
         """A layer's tables with tiles in the place of slots."""
-        table = self.entries[self.places[id(weights)]]
-        scaling = table.view(torch.float32)[:, 1]
-        return LayerTables(weights.A, weights.B, table[:, TABLE_HEAD:], table[:, 0], scaling)
+        return LayerTables.of(weights, self.entries[self.places[id(weights)]])
 
 
 @triton.jit

@@ -23,6 +23,12 @@ class LayerTables(NamedTuple):
     rank: torch.Tensor
     scaling: torch.Tensor
 
+    @classmethod
+    def of(cls, weights: LoRALayerWeights, table: torch.Tensor) -> LayerTables:
+        """A layer with int32 ``[slots, TABLE_HEAD + pages]`` of its device."""
+        scaling = table.view(torch.float32)[:, 1]
+        return cls(weights.A, weights.B, table[:, TABLE_HEAD:], table[:, 0], scaling)
+
     def of_shrink(self) -> tuple[Any, ...]:
         """Its arguments of ``shrink_kernel``."""
         return self.A, self.pages, self.rank, self.scaling, *self.sizes()
@@ -36,6 +42,11 @@ class LayerTables(NamedTuple):
         return self.rank.stride(0), *self.pages.shape
 
 
+def use_table(weights: LoRALayerWeights, table: torch.Tensor) -> None:
+    """Have kernels read int32 ``[slots, TABLE_HEAD + pages]`` of the device of ``weights``, which has to stay there."""
+    _, _, weights.pages_t, weights.rank_t, weights.scaling_t = LayerTables.of(weights, table)
+
+
 def layer_tables(weights: LoRALayerWeights) -> LayerTables:
     """The pool's tables on the device; where it has none, copies of the host's, made once a version."""
     if weights.pages_t is not None and weights.rank_t is not None and weights.scaling_t is not None:
@@ -46,4 +57,4 @@ def layer_tables(weights: LoRALayerWeights) -> LayerTables:
         table = to_device(torch.from_numpy(np.concatenate([head, weights.pages], axis=1)), weights.A.device)
         held = weights.scratch["triton_tables"] = (weights.version, table)
     table = held[1]  # type: ignore[index]
-    return LayerTables(weights.A, weights.B, table[:, TABLE_HEAD:], table[:, 0], table.view(torch.float32)[:, 1])
+    return LayerTables.of(weights, table)

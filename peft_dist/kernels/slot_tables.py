@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from peft_dist.kernels.lora_tables import TABLE_HEAD
+from peft_dist.kernels.lora_tables import TABLE_HEAD, use_table
 from peft_dist.kernels.transfer import to_device
 from peft_dist.kernels.types import LoRALayerWeights
 
@@ -51,8 +51,7 @@ class SlotTables:
         host, device, finite = (part[row] for part in self._blocks[block])
         weights.rank, weights.pages, weights.finite = host[:, 0], host[:, TABLE_HEAD:], finite
         weights.scaling = host.view(np.float32)[:, 1]
-        weights.rank_t, weights.pages_t = device[:, 0], device[:, TABLE_HEAD:]
-        weights.scaling_t = device.view(torch.float32)[:, 1]
+        use_table(weights, device)
 
     def show(
         self,

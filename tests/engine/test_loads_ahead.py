@@ -18,6 +18,15 @@ def names(content_hashes: list[str], of: list[AdapterSpec]) -> list[str]:
     return [by_hash[content_hash] for content_hash in content_hashes]
 
 
+def bring(manager: AdapterManager, some: list[AdapterSpec]) -> None:
+    """To the device, each for a request that has not run yet."""
+    for spec in some:
+        manager.add_user(spec)
+    manager.want(some)
+    for spec in some:
+        manager.loaded(spec.content_hash)
+
+
 def test_few_are_under_way_and_the_others_follow_in_order() -> None:
     some = specs(6)
     manager = AdapterManager(8)
@@ -53,11 +62,8 @@ def test_a_load_that_a_request_waits_for_begins_at_once() -> None:
 def test_nothing_leaves_before_its_room_is_needed() -> None:
     old, new = specs(8)[:4], specs(8)[4:]
     manager = AdapterManager(4)
+    bring(manager, old)
     for spec in old:
-        manager.add_user(spec)
-    manager.want(old)
-    for spec in old:
-        manager.loaded(spec.content_hash)
         manager.remove_user(spec)
     for spec in new:
         manager.prefetch(spec)
@@ -100,11 +106,8 @@ def test_no_wish_takes_the_room_of_another() -> None:
     """As many as there is room for, the first ones: those that have come meanwhile are idle, and older."""
     running, wished = specs(14)[:4], specs(14)[4:]
     manager = AdapterManager(10)
+    bring(manager, running)
     for spec in running:
-        manager.add_user(spec)
-    manager.want(running)
-    for spec in running:
-        manager.loaded(spec.content_hash)
         manager.acquire(spec)
     for spec in wished:
         manager.prefetch(spec)
