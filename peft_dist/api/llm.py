@@ -28,6 +28,7 @@ from peft_dist.api.offline_inputs import (
 from peft_dist.api.output_processor import RequestOutputs
 from peft_dist.api.tokenizing import apply_template, check_unicode, load_tokenizer
 from peft_dist.core.adapter import AdapterSpec
+from peft_dist.core.collector import frozen_heap
 from peft_dist.core.config import EngineConfig, ModelInfo, check_pinned
 from peft_dist.core.errors import ConfigError, EngineDeadError, InvalidRequestError
 from peft_dist.core.messages import (
@@ -298,7 +299,10 @@ class LLM:
                     request_id, self.tokenizer, prompt.text, new.prompt_token_ids, own, spec.name if spec else None
                 )
                 self._send(commands)
-            with tqdm(total=len(outputs), disable=not use_tqdm, desc="prompts", unit="prompt") as bar:
+            with (
+                frozen_heap(),
+                tqdm(total=len(outputs), disable=not use_tqdm, desc="prompts", unit="prompt") as bar,
+            ):
                 while self._orchestrator.num_unfinished:
                     progress = replica.engine.step(time.monotonic())
                     self._observe(Progress(sequences=progress, stats=replica.engine.stats()))

@@ -57,7 +57,7 @@ class Reading:
 
 
 def random_prompt(rng: random.Random, length: int) -> list[int]:
-    return [rng.randrange(100, 40_000) for _ in range(length)]
+    return [rng.randrange(100, 30_000) for _ in range(length)]
 
 
 def owner(service: EngineService, name: str) -> int | None:

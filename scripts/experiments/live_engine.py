@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import random
 import select
@@ -68,6 +69,9 @@ def engine_records(runs: CostRuns, asked: Workload) -> list[RequestRecord]:
     live = _Live()
     driver = EngineDriver(engine, runs.replica.handovers, live.hear, time.perf_counter)
     driver.adapters = {spec.content_hash: spec for spec in runs.specs}
+    # As a worker does.
+    gc.collect()
+    gc.freeze()
     commands = [_command(index, arrival, by_name) for index, arrival in enumerate(asked.arrivals)]
     sent: list[float] = []
     live.start = time.perf_counter()

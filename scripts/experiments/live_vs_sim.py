@@ -85,7 +85,9 @@ def saturation(
     options: argparse.Namespace, names: Sequence[str], zipf: float, profile: CostProfile, sim: SimulationOptions
 ) -> float:
     """Requests a second that the simulator answers when so many are there at once."""
-    asked = workload(options, names, zipf, 1.0, options.burst, options.seeds[0])
+    # With fewer than there are seats for, prompts would have been computed before the time that is counted.
+    burst = options.burst or max(200, 4 * sim.replicas * profile.max_num_seqs)
+    asked = workload(options, names, zipf, 1.0, burst, options.seeds[0])
     at_once = [replace(arrival, time=0.0) for arrival in asked.arrivals]
     return pace(simulate(at_once, profile, replace(sim, token_times=False)).records)
 
@@ -297,7 +299,7 @@ def main() -> None:
         metavar="SHARE[:ZIPF]", help="shares of saturation",
     )  # fmt: skip
     parser.add_argument("--seconds", type=float, default=40.0, help="of arrivals in each run")
-    parser.add_argument("--burst", type=int, default=200, help="requests at once, of which saturation is told")
+    parser.add_argument("--burst", type=int, help="requests at once, of which saturation is told (4 for each seat)")
     parser.add_argument("--max-prompt", type=int, default=200, help="tokens; longer ones are left out")
     parser.add_argument("--max-total", type=int, default=260)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a run of each at each load")
