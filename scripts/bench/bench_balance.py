@@ -10,11 +10,11 @@ A service for each kind of migration, one after another, in real processes. The 
 to n^-skew, by arrivals of its own with Gamma gaps (bursts: `--cv`); with `--trace` as Figure 11a asks for them: MAF2's
 functions, the most popular first, and ShareGPT's lengths up to `--max-total` (synthetic without `--data`). `--loads`
 are shares of the requests per second that the first service answers when as many are there at once, evenly over the
-adapters (with `--trace` between the end of the first and the third quarter, and the last one is aborted); that run also
-warms each service up. The first `--warm` seconds of arrivals are served and not counted: placements are made from them.
-Queueing is a request's time to its first token less that of a lone one. A run whose client fell behind its schedule is
-refused. ``--kill``: one more run of each kind, in the middle of which a replica is killed (kill -9); like all others it
-fails when a request is lost, or a token is missing or comes twice.
+adapters (with `--trace` between the end of the first and the third quarter, and the last one is aborted); such a run,
+twice, also warms each service up. The first `--warm` seconds of arrivals are served and not counted: placements are
+made from them. Queueing is a request's time to its first token less that of a lone one. A run whose client fell behind
+its schedule is refused. ``--kill``: one more run of each kind, in the middle of which a replica is killed (kill -9);
+like all others it fails when a request is lost, or a token is missing or comes twice.
 ``--simulate``: each run without a death again in the simulator, counted in the same way, from the arrivals that the
 settings give; written into the result, with simulated over live.
 Writes docs/results/balance[_NAME].json and .svg.
@@ -73,7 +73,7 @@ async def measure(
             await service.start()
             for name, path in adapters.items():
                 await service.load_adapter(name, str(path))
-            found = await warm_up(options, service, asked, turns=2 if rate is None else 1)
+            found = await warm_up(options, service, asked)
             rate = found if rate is None else rate
             idle = await idle_first_token(service, asked)
             print(f"{kind}: {found:.2f} requests/s at once, first token of a lone one {1e3 * idle:.1f} ms", flush=True)
@@ -95,12 +95,12 @@ async def measure(
             await service.stop()
 
 
-async def warm_up(options: argparse.Namespace, service: EngineService, asked: Offered, turns: int) -> float:
+async def warm_up(options: argparse.Namespace, service: EngineService, asked: Offered) -> float:
     """Requests per second that are answered at once."""
     # Of a tail of long answers enough are asked for that no seat is empty before the third quarter has ended.
     count = options.burst or (4 * options.replicas * options.max_num_seqs if options.trace else 256)
     answer = answer_most if options.trace else answer_all
-    return await answer(service, asked.even(count, seed=0), turns)
+    return await answer(service, asked.even(count, seed=0))
 
 
 async def kill_one(service: EngineService, after: float) -> dict[str, int]:

@@ -145,7 +145,7 @@ def main() -> None:
     began = time.perf_counter()
 
     def started(what: str) -> None:
-        tell(part="start", mode="soak", started=what, seconds=round(time.perf_counter() - began, 1))
+        tell(part="start", mode="soak", started=what, seconds=round(time.perf_counter() - began, 1), **memory())
 
     started("nothing")
     replica = start_replica(options, ranks_of(options.rank, options.adapters), **merging)
