@@ -85,6 +85,8 @@ class StepGraphs:
         num_bytes = max(StepBuffer.num_bytes(shape) for shape in self._decodes + self._mixed)
         self._memory = torch.zeros(num_bytes, dtype=torch.uint8, device=model.device)
         self._inputs = StepInputs(num_bytes, max_blocks, kv.block_size, model.device)
+        self._most_rows = max(shape.rows for shape in self._decodes + self._mixed)
+        self._logits: torch.Tensor | None = None
         self._steps: dict[Variant, CapturedStep] = {}
         self._merges_prompts = merges_prompts
         # Captured when a batch came, with products as is usual.
@@ -265,10 +267,17 @@ class StepGraphs:
                 use_cache=False,
                 logits_to_keep=0 if shape.decodes else inputs.logits_rows,
             )
-        logits = output.logits[0]
+        logits = self._kept(output.logits[0])
         tokens, status = best_tokens(logits)
         self._drawn.tokens.index_copy_(0, inputs.destinations, tokens)
         return logits, tokens, status
+
+    def _kept(self, logits: torch.Tensor) -> torch.Tensor:
+        """In memory that all steps share. Each step's own would stay as long as its graph: 6 GB for those of an 8B
+        Llama with adapters, and who counts KV blocks knows nothing of it."""
+        if self._logits is None:  # In the first run, which is no capture: what is made in one belongs to its graph.
+            self._logits = logits.new_empty(self._most_rows, logits.shape[1])
+        return self._logits[: len(logits)].copy_(logits)
 
     def _context(self, inputs: StepBuffer, variant: Variant, merged: MergedLayers | None) -> ForwardContext:
         """Fresh for each pass: what back ends derive once a pass must be derived inside of the graph."""
