@@ -12,6 +12,7 @@ from peft_dist.kernels.few_rows import FewRows
 from peft_dist.kernels.glue import Activation
 from peft_dist.kernels.graph_timing import Timer
 from peft_dist.kernels.lora_parts_beside import PartsBeside
+from peft_dist.kernels.lora_plans import RANKS
 from peft_dist.kernels.product_bench import SPARED, ProductBench, slots_of
 from peft_dist.kernels.product_plans import ProductKey, ProductPlan, ProductPlans
 from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
@@ -107,6 +108,10 @@ class Products:
             # An adapter that is not finite is never inside.
             other = self._find(key._replace(few=True), lambda: None)
             found = other if other is not None and other.way != "inside" else None
+        if found is not None and found.way == "inside" and workspace.ranks > RANKS:
+            # It was measured with few ranks; inside, every tile is multiplied for the highest of all.
+            other = self._find(key._replace(few=False), lambda: None)
+            found = other if other is not None and other.way != "inside" else ProductPlan("beside")
         return found
 
     def _find(self, key: ProductKey, measure: Callable[[], ProductPlan | None]) -> ProductPlan | None:

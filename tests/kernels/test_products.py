@@ -12,6 +12,7 @@ import torch
 from peft_dist.kernels import product_bench
 from peft_dist.kernels.few_rows import FewRows
 from peft_dist.kernels.lora_parts_beside import PartsBeside
+from peft_dist.kernels.product_bench import slots_of
 from peft_dist.kernels.product_plans import ProductKey, ProductPlan, ProductPlans
 from peft_dist.kernels.products import Products
 from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
@@ -196,3 +197,20 @@ def test_without_memory_to_measure_in_plans_are_the_usual_ones(
     assert "no memory left to measure products in" in caplog.text
     with case.products.measuring():
         assert case.alone(few=False) == ("library", 0)
+
+
+@pytest.mark.parametrize("other", [None, ProductPlan("behind")])
+def test_adapters_of_many_ranks_are_not_inside_whatever_was_measured(device: str, other: ProductPlan | None) -> None:
+    """Ways are measured with rank 16; there a product multiplies every tile for the highest rank of all."""
+    case = Case(device, {})
+    workspace = case.layers[0].workspace
+    assert workspace is not None
+    key = ProductKey(len(ROWS), IN, tuple(OUTS), "float16", False, True, slots_of(case.layers[0]), workspace.max_rank)
+    with case.plans.measuring():
+        case.plans.find(key, lambda: ProductPlan("inside"))
+        if other is not None:
+            case.plans.find(key._replace(few=False), lambda: other)
+    workspace.admit(16)
+    assert case.adapted(few=True) == ("inside", 0)
+    workspace.admit(17)
+    assert case.adapted(few=True) == (other or ("beside", 0))
