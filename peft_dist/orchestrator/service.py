@@ -103,9 +103,9 @@ class EngineService:
         self._startup = Startup(num_replicas, left or {}, stop_grace)
         parts = self._processes, self._renewals, self.guests, self._promises, self._startup
         self._keeper = Keeper(self._core, *parts, self._act, self._spawn, self._now)
-        self._timer = Timer(self._tick)
         # Others may have spoken while this process did not listen.
         self._pulse = Pulse(lambda: self._core.lives.excuse_silence(self._now()))
+        self._timer = Timer(self._tick, self._pulse)
         self._stopping: asyncio.Task[None] | None = None
 
     async def start(self) -> None:

@@ -8,10 +8,14 @@ from collections.abc import Callable
 
 
 class Timer:
-    """Calls back once at the earliest time that it was armed for, in seconds of the loop's clock."""
+    """Calls back once at the earliest time that it was armed for, in seconds of the loop's clock.
 
-    def __init__(self, callback: Callable[[], None]) -> None:
+    What ``pulse`` has to tell, it tells before.
+    """
+
+    def __init__(self, callback: Callable[[], None], pulse: Pulse | None = None) -> None:
         self._callback = callback
+        self._pulse = pulse
         self._loop = asyncio.get_running_loop()
         self._handle: asyncio.Handle | None = None
         # uvloop's handles do not tell it where it is due already.
@@ -41,12 +45,14 @@ class Timer:
 
     def _fire(self) -> None:
         self._handle = None
+        if self._pulse is not None:
+            self._pulse.look()
         self._callback()
 
 
 class Pulse:
-    """Tells that this process was not running (it was stopped, or something held up the loop) before anything else
-    that is due by then happens: whatever came meanwhile is not read yet."""
+    """Tells that this process was not running (it was stopped, or something held up the loop): whatever came meanwhile
+    is not read yet. Whoever acts on time that has passed looks first; a beat looks for all others."""
 
     SECONDS = 0.1
     # What a busy loop may be late without anything being wrong with it.
@@ -55,13 +61,20 @@ class Pulse:
     def __init__(self, paused: Callable[[], None]) -> None:
         self._paused = paused
         self._loop = asyncio.get_running_loop()
-        self._handle = self._loop.call_later(self.SECONDS, self._beat, self._loop.time() + self.SECONDS)
+        self._due = self._loop.time() + self.SECONDS
+        self._handle = self._loop.call_at(self._due, self._beat)
 
     def stop(self) -> None:
         self._handle.cancel()
 
-    def _beat(self, due: float) -> None:
+    def look(self) -> None:
+        """Tell now, if it is so and was not told yet."""
         now = self._loop.time()
-        if now > due + self.PAUSE:
+        if now > self._due + self.PAUSE:
+            self._due = now
             self._paused()
-        self._handle = self._loop.call_at(now + self.SECONDS, self._beat, now + self.SECONDS)
+
+    def _beat(self) -> None:
+        self.look()
+        self._due = self._loop.time() + self.SECONDS
+        self._handle = self._loop.call_at(self._due, self._beat)

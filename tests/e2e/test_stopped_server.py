@@ -36,6 +36,7 @@ def asked(server: Server, number: int) -> Future[list[int]]:
         body = {"model": model, "prompt": [SLOW, number], **sampling}
         with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=200) as stream:
             for event in events(stream):
+                assert "choices" in event, event
                 tokens += event["choices"][0]["token_ids"]  # type: ignore[index]
                 if not begun.done():
                     begun.set_result(None)

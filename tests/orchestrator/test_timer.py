@@ -62,3 +62,21 @@ def test_a_pause_is_told_before_a_deadline_that_passed_in_it(run: Run) -> None:
         assert len(told) == 2
 
     run(work())
+
+
+def test_a_pause_is_told_before_a_deadline_that_was_due_before_the_next_beat(run: Run) -> None:
+    """A timer that was armed for an earlier reason found that all replicas had been silent: their streams were lost."""
+
+    async def work() -> None:
+        loop, told, fired = asyncio.get_running_loop(), [], asyncio.Event()
+        pulse = Pulse(lambda: told.append("pause"))
+        timer = Timer(lambda: (told.append("deadline"), fired.set()), pulse)  # type: ignore[func-returns-value]
+        told.clear()
+        timer.arm(loop.time())
+        time.sleep(Pulse.PAUSE + 2 * Pulse.SECONDS)
+        await asyncio.wait_for(fired.wait(), 60)
+        pulse.look()
+        assert told == ["pause", "deadline"]
+        pulse.stop()
+
+    run(work())
