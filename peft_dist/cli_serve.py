@@ -105,7 +105,7 @@ async def _serve(settings: ServeSettings, cluster: _Cluster | None) -> None:
         if cluster is None and settings.num_replicas and not left:
             # Those of other hosts may have other folders, those that are left what is no longer there.
             check_adapters(settings.adapters)
-        logger.info("Loading   %s", settings.engine.model)
+        _tell_of_the_start(service, settings)
         unread = UnreadWatch(settings.http.unread_timeout)
         http_app = await unless(signals.stop, _prepare(settings, service, unread))
         if http_app is None:
@@ -312,17 +312,24 @@ def _for_launcher(settings: ServeSettings) -> dict[str, Any]:
     }
 
 
+def _tell_of_the_start(service: EngineService, settings: ServeSettings) -> None:
+    """Nobody can join at an address that is told only once somebody has joined."""
+    if settings.num_replicas:
+        logger.info("Loading   %s", settings.engine.model)
+    if service.guests is not None:
+        reach = "" if settings.cluster_key else " (this machine only)"
+        waits = "" if settings.num_replicas else ": waiting for peft-dist worker --join"
+        logger.info("Joining   %s%s%s", service.guests.endpoint, reach, waits)
+
+
 def _announce(service: EngineService, settings: ServeSettings, url: str, state: StateFolder | None) -> None:
     model = service.model
     adapters = ", ".join(f"{spec.name} (rank {spec.max_rank})" for spec in service.adapters()) or "none"
     tokens = model.num_blocks * model.block_size
-    logger.info(
-        "Replicas  %d, %sstarted again when they die", settings.num_replicas, "" if settings.restart else "not "
-    )
+    again = "" if settings.restart else "not "
+    logger.info("Replicas  %d, %sstarted again when they die", settings.num_replicas, again)
     if state is not None:
         logger.info("State     %s: workers wait %g s for the next server", state.path, settings.orphan_timeout)
-    if service.guests is not None:
-        logger.info("Joining   %s%s", service.guests.endpoint, "" if settings.cluster_key else " (this machine only)")
     if settings.num_replicas > 1 or settings.listen is not None:
         logger.info("Migration %s, plans within %.0f ms", settings.migration, 1e3 * settings.planner_limit)
     logger.info("Model     %s as %r, %s in %s", model.model, model.served_model_name, model.device, model.dtype)

@@ -61,8 +61,16 @@ def read_config(model: str) -> dict[str, Any]:
     path = Path(model) / "config.json"
     if not path.exists():
         from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-        path = Path(hf_hub_download(model, "config.json"))
+        try:
+            path = Path(hf_hub_download(model, "config.json"))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+            raise SystemExit(
+                f"{model} is no folder with a config.json, and the hub gives none ({str(error).splitlines()[0]}): name "
+                "a model that is here (PEFT_DIST_MODEL), or give PEFT_DIST_WEIGHTS=random without one, which fetches "
+                "nothing"
+            ) from error
     config: dict[str, Any] = json.loads(path.read_text())
     if config.get("model_type") not in FAMILIES:
         raise SystemExit(

@@ -79,13 +79,31 @@ if [[ $baseline_migration != "$migration" ]]; then
     migration=$baseline_migration
 fi
 
+[[ $exec_type != 1 ]] || ((tp == 1)) || fail "EXEC_TYPE 1 keeps whole merged models, which are not split: TP is $tp, give 1"
+
+# Whether it can run at all, before anything is drawn or fetched for it.
+nodes=()
+case $machines in
+    localhost | 127.0.0.1 | "$(hostname)" | "$(hostname -s)") ;;
+    *)
+        [[ -n ${SLURM_JOB_ID:-} ]] ||
+            fail "MACHINES is $machines, and this is no SLURM allocation: run scripts/alloc.sh first, give localhost, or use Ray (docs/cluster.md)"
+        for tool in srun scontrol; do
+            command -v $tool >/dev/null || fail "SLURM_JOB_ID is set, and there is no $tool: run this where SLURM's commands are"
+        done
+        mapfile -t nodes < <(scontrol show hostnames "$machines")
+        ((${#nodes[@]} > 0)) || fail "MACHINES is $machines: scontrol knows no such machines"
+        ((replicas >= ${#nodes[@]})) || fail "$replicas replicas leave some of ${#nodes[@]} machines without any: name fewer machines"
+        ;;
+esac
+
 peft_dist=${PEFT_DIST:-$(command -v peft-dist || true)}
 [[ -n $peft_dist ]] || peft_dist=$here/../.venv/bin/peft-dist
 command -v "$peft_dist" >/dev/null || fail "there is no peft-dist: pip install 'peft-dist[server]', or name it in PEFT_DIST"
 python=${PEFT_DIST_PYTHON:-$(dirname "$(command -v "$peft_dist")")/python}
 
 make_random() {
-    "$python" "$here/make_random.py" "$@" || fail "make_random.py $* failed: PEFT_DIST_PYTHON names the Python that runs it"
+    "$python" "$here/make_random.py" "$@" || fail "make_random.py $* failed, see above; PEFT_DIST_PYTHON names the Python that runs it"
 }
 
 model=${PEFT_DIST_MODEL:-NousResearch/Llama-2-${size}b-hf}
@@ -121,20 +139,9 @@ fi
 serve=("$peft_dist" serve "$model" --host "$master" --port "$port" --tensor-parallel-size "$tp"
     --migration "$migration" "${execution[@]}")
 
-case $machines in
-    localhost | 127.0.0.1 | "$(hostname)" | "$(hostname -s)")
-        exec "${serve[@]}" --replicas "$replicas" "${more[@]}"
-        ;;
-esac
-
-[[ -n ${SLURM_JOB_ID:-} ]] ||
-    fail "MACHINES is $machines, and this is no SLURM allocation: run scripts/alloc.sh first, give localhost, or use Ray (docs/cluster.md)"
-for tool in srun scontrol; do
-    command -v $tool >/dev/null || fail "SLURM_JOB_ID is set, and there is no $tool: run this where SLURM's commands are"
-done
-mapfile -t nodes < <(scontrol show hostnames "$machines")
-((${#nodes[@]} > 0)) || fail "MACHINES is $machines: scontrol knows no such machines"
-((replicas >= ${#nodes[@]})) || fail "$replicas replicas leave some of ${#nodes[@]} machines without any: name fewer machines"
+if ((${#nodes[@]} == 0)); then
+    exec "${serve[@]}" --replicas "$replicas" "${more[@]}"
+fi
 
 # NAME: its first address; nothing if it has none.
 address_of() {

@@ -61,8 +61,12 @@ class AdapterCalls:
     def is_coming(self, replica: Replica, content_hash: str) -> bool:
         """Whether a content is on its way to a replica, or will be once the replica is ready."""
         if replica.will_be_ready:
-            return not content_hash or content_hash in replica.keeps or self._registry.is_named(content_hash)
+            return content_hash in replica.keeps or self.is_brought(content_hash)
         return content_hash in replica.coming
+
+    def is_brought(self, content_hash: str) -> bool:
+        """Whether any replica that comes is brought a content; the base ("") it has."""
+        return not content_hash or self._registry.is_named(content_hash)
 
     def load(self, name: str, path: str, pinned: bool | None, **source: Any) -> tuple[int, list[Outgoing]]:
         """Ask every ready replica; ``pinned`` None: if what it replaces is. ``source`` are fields of LoadAdapter."""

@@ -256,12 +256,13 @@ class Orchestrator:
         self._endings.fail(
             waited, EngineDeadError(f"No replica could go on with this in time. {self.replicas.health_error()}")
         )
-        return out + self.migration.tick(now) + self._calls.tidy()
+        return out + self._losses.tick(now) + self.migration.tick(now) + self._calls.tidy()
 
     def next_deadline(self) -> float:
         """When ``tick`` has something to do, if nothing happens before; infinity for never."""
         waiting = (record.waits_since + self._options.max_wait for record in self._requests.unplaced())
-        deadlines = (part.next_deadline() for part in (self.lives, self.handover, self.migration, self._calls))
+        parts = self.lives, self.handover, self.migration, self._calls, self._losses
+        deadlines = (part.next_deadline() for part in parts)
         return min(*deadlines, min(waiting, default=math.inf))
 
     def drain_events(self) -> list[Event]:

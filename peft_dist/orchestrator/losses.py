@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from peft_dist.core.errors import EngineDeadError
 from peft_dist.core.messages import Fence, Shutdown
 from peft_dist.orchestrator.adapter_calls import AdapterCalls, to
@@ -15,6 +17,8 @@ from peft_dist.orchestrator.requests import RequestTable
 
 # Until somebody has told it what it is.
 _FIRST_WORD_SECONDS = 10.0
+# After one that had joined was lost: for whoever started it to let it join again, or for another one.
+_JOIN_SECONDS = 30.0
 
 
 class Losses:
@@ -34,6 +38,9 @@ class Losses:
         self._requests, self._replicas, self._calls = requests, replicas, calls
         self._placer, self._handover, self._lives = placer, handover, lives
         self._endings, self._events = endings, events
+        # Until when what no replica can go on with waits for one to join, and what became of the last one.
+        self._joins_until = -math.inf
+        self._last_guest: EngineDeadError | None = None
 
     def lose(self, replica: Replica, fault: Fault, now: float) -> list[Outgoing]:
         """Give a replica up. One whose connection alone failed goes on as another incarnation, with what it holds."""
@@ -55,6 +62,8 @@ class Losses:
             out += self._placer.stop(guilty, *guilty.unfinished.values())
             twice = f"{fault.reason.rstrip('.')}. So did another replica with this request: it is not tried again."
             self._endings.fail([guilty], EngineDeadError(twice))
+        if replica.is_guest and not is_renewed:
+            self._joins_until, self._last_guest = now + _JOIN_SECONDS, error
         out += self.place_waiting(now, error)
         if is_renewed:
             self._events.append(ReplicaRenewed(replica.replica_id, replica.epoch, error))
@@ -65,10 +74,26 @@ class Losses:
         return out
 
     def place_waiting(self, now: float, error: EngineDeadError | None = None) -> list[Outgoing]:
-        """Place what waits, and fail what waits in vain: with ``error``, or why no replica serves."""
+        """Place what waits, and fail what waits in vain: with ``error``, or why no replica serves.
+
+        Soon after one that had joined was lost, what another one could go on with is not in vain."""
         if not self._requests.has_unplaced:
             return []
         out = self._placer.place_waiting(now)
         hopeless = [record for record in self._requests.unplaced() if self._placer.is_hopeless(record)]
+        if now < self._joins_until:
+            hopeless = [record for record in hopeless if not self._calls.is_brought(record.content_hash)]
         self._endings.fail(hopeless, error or EngineDeadError(self._replicas.health_error()))
         return out
+
+    def tick(self, now: float) -> list[Outgoing]:
+        """Fail what has waited in vain for a replica to join."""
+        if self._last_guest is None or now < self._joins_until:
+            return []
+        error = EngineDeadError(f"{self._last_guest} No other one joined within {_JOIN_SECONDS:g} s.")
+        self._last_guest = None
+        return self.place_waiting(now, error)
+
+    def next_deadline(self) -> float:
+        """When ``tick`` has something to do; infinity for never."""
+        return self._joins_until if self._last_guest is not None and self._requests.has_unplaced else math.inf

@@ -44,6 +44,9 @@ class Processes:
             return f"has no process: {error}"
         if code is None:
             return "has ended"
+        if code == 1:
+            # That of accelerate, too, for a worker that was killed.
+            return "exited with status 1 (if it logged nothing, it was killed, perhaps for want of memory: see dmesg)"
         return f"exited with status {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
 
     async def stop(self, replica_id: int, grace: float) -> None:

@@ -176,7 +176,7 @@ class _Door:
         host, message = socket.gethostname(), None
         while True:
             join = Join(host=host, attempt=attempt, is_heard=message is not None)
-            await self._socket.send(encode_report(join, 0))
+            await self._say(join)
             message = None
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_ASK_SECONDS):
@@ -188,7 +188,7 @@ class _Door:
     async def leave(self, attempt: int) -> None:
         """Say that this replica goes, until somebody cancels it: the orchestrator may be another one by now."""
         while True:
-            await self._socket.send(encode_report(Leave(attempt=attempt), 0))
+            await self._say(Leave(attempt=attempt))
             await asyncio.sleep(_ASK_SECONDS)
 
     async def silence(self, seconds: float) -> None:
@@ -197,6 +197,11 @@ class _Door:
             while True:
                 async with asyncio.timeout(seconds):
                     await self._hear()
+
+    async def _say(self, message: Join | Leave) -> None:
+        # A connection can go between being there and being used. What is said here is said again until it is answered.
+        with contextlib.suppress(zmq.Again):
+            await self._socket.send(encode_report(message, 0))
 
     async def _hear(self) -> AnyCommand:
         return decode_command(await self._socket.recv()).message

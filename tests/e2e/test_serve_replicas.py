@@ -60,3 +60,14 @@ def busy(server: Server) -> int:
 def busy_child(server: Server) -> int:
     """Children are started in the order of their numbers."""
     return sorted(server.children())[busy(server)]
+
+
+def test_a_server_of_replicas_that_join_says_where_before_any_has(tmp_path: Path) -> None:
+    """Of a port that the system chooses nobody could know."""
+    server = Server(tmp_path, "--replicas", "0", "--listen", "tcp://127.0.0.1:0")
+    try:
+        server.until(lambda: re.search(r"tcp://127\.0\.0\.1:[1-9]\d*.*peft-dist worker --join", server.log))
+        assert "Loading" not in server.log and server.stop() == 0
+    finally:
+        server.process.kill()
+        server.process.wait()
