@@ -306,7 +306,7 @@ class Orchestrator:
             raise EngineDeadError(error)
 
     def _observe_progress(self, replica: Replica, report: Progress, now: float) -> list[Outgoing]:
-        self.replicas.take_in(replica, report)
+        self.replicas.take_in(replica, report, now)
         broken = self._endings.advance(report.sequences, replica, now)
         return [out for each in broken for out in self._placer.stop(*each)] + self._losses.place_waiting(now)
 

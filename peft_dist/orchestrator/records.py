@@ -58,6 +58,7 @@ class Replica:
         start_deadline: The time by which a starting replica must be ready, None for no limit.
         capacity_tokens: That its KV blocks hold.
         resident: Content hashes on its device by its ``stats``.
+        measured_steps, measured_at: How many steps it had run, and when, when its costs last were of many new ones.
         on_host: Content hashes whose weights were in its host memory when it told details last.
         last_heard: When it said anything last.
         inbox: The numbers of what it has said.
@@ -93,6 +94,8 @@ class Replica:
     resident: frozenset[str] = frozenset()
     detail: ReplicaDetail = field(default_factory=ReplicaDetail)
     costs: StepCosts | None = None
+    measured_steps: int = 0
+    measured_at: float = 0.0
     on_host: frozenset[str] = frozenset()
     last_heard: float = 0.0
     inbox: Inbox = field(default_factory=Inbox)

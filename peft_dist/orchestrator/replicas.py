@@ -15,6 +15,8 @@ from peft_dist.orchestrator.records import Replica, ReplicaState
 
 # By then a cost model goes by what it has measured, and not by what it was begun with.
 _MEASURED_STEPS = 32
+# Seconds after which costs that no such number of steps has borne out count for less than those of others.
+_OUTDATED_SECONDS = 10.0
 
 
 class ReplicaTable:
@@ -117,25 +119,30 @@ class ReplicaTable:
         replica.capacity_tokens = report.model.num_blocks * report.model.block_size
         replica.ready_since = replica.last_heard = now
         replica.was_adopted, replica.is_survivor = replica.is_survivor, False
-        self._lend_costs()
+        self._lend_costs(now)
 
-    def take_in(self, replica: Replica, report: Progress) -> None:
+    def take_in(self, replica: Replica, report: Progress, now: float) -> None:
         """Remember what a replica says of itself; details come less often than its stats."""
         replica.tell(report.stats)
         replica.has_taken(report.num_taken)
         if report.detail is not None:
             replica.detail = report.detail
+            if report.detail.num_steps >= replica.measured_steps + _MEASURED_STEPS:
+                replica.measured_steps, replica.measured_at = report.detail.num_steps, now
             if report.detail.costs is not None and report.detail.costs != replica.costs:
                 # Equal ones are one object, for whoever compares all of them for each request.
                 equal = next((r.costs for r in self._by_id.values() if r.costs == report.detail.costs), None)
                 replica.costs = equal or report.detail.costs
-            self._lend_costs()
+            self._lend_costs(now)
             replica.on_host = frozenset(one.content_hash for one in report.detail.adapters if one.tier == "host")
 
-    def _lend_costs(self) -> None:
+    def _lend_costs(self, now: float) -> None:
         """Who has run few steps is taken to be like who has run most: what it says is a guess from its start, when
         others may have had the machine. With one that is too high it would get no requests, and never learn better.
-        While nobody has run many, all are taken to be like who guessed least."""
+        While nobody has run many, all are taken to be like who guessed least.
+
+        In the same way who has run few of late is taken to cost no more than the least that one of its kind does.
+        """
         ready = [replica for replica in self.ready() if replica.costs is not None]
         measured = [replica for replica in ready if replica.detail.num_steps >= _MEASURED_STEPS]
         if measured:
@@ -145,6 +152,17 @@ class ReplicaTable:
         for replica in ready:
             if replica.detail.num_steps < _MEASURED_STEPS:
                 replica.costs = costs
+        outdated = [replica for replica in measured if replica.measured_at + _OUTDATED_SECONDS < now]
+        if not outdated:
+            return
+        least: dict[object, StepCosts] = {}
+        for one in measured:
+            known = least.get(kind := _kind(one))
+            # Equal ones are one object.
+            if one.costs is not None and one.costs is not known:
+                least[kind] = one.costs if known is None else min(known, one.costs, key=_some_work)
+        for replica in outdated:
+            replica.costs = least[_kind(replica)]
 
     def mark_dead(self, replica: Replica, error: EngineDeadError) -> None:
         """Note that a replica is gone, and why."""
@@ -186,6 +204,11 @@ class ReplicaTable:
     def views(self) -> list[ReplicaView]:
         """Every replica as it was last heard of, the dead ones too."""
         return [_view(replica) for replica in self._by_id.values()]
+
+
+def _kind(replica: Replica) -> tuple[str, str] | None:
+    """What replicas of which the same may be expected have in common."""
+    return None if replica.model is None else (replica.model.device, replica.model.dtype)
 
 
 def _some_work(costs: StepCosts) -> float:

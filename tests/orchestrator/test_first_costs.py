@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections import Counter
 
@@ -17,9 +18,9 @@ USUAL = StepCosts()
 SLOW = StepCosts(step=tuple(50 * each for each in USUAL.step))
 
 
-def detail(core: Orchestrator, replica_id: int, steps: int, costs: StepCosts) -> None:
+def detail(core: Orchestrator, replica_id: int, steps: int, costs: StepCosts, now: float = 1.0) -> None:
     said = Progress(sequences=[], stats=ReplicaStats(), detail=ReplicaDetail(num_steps=steps, costs=costs))
-    core.observe(replica_id, core.replicas[replica_id].epoch, said, 1.0)
+    core.observe(replica_id, core.replicas[replica_id].epoch, said, now)
 
 
 def start(core: Orchestrator, replica_id: int, costs: StepCosts) -> None:
@@ -70,3 +71,41 @@ def test_who_has_measured_first_is_believed_of_those_that_have_not() -> None:
     detail(core, 1, 100, USUAL)
     assert core.replicas[0].costs == USUAL
     assert ask(core, 40)[0] >= 20
+
+
+def test_what_was_measured_long_ago_is_not_held_against_a_replica() -> None:
+    """On a busy machine one replica measured high, got nothing from then on, and so never measured again."""
+    core = Orchestrator(OrchestratorOptions(64, 4096, seed=0))
+    for replica_id, costs in enumerate((USUAL, SLOW)):
+        start(core, replica_id, costs)
+        detail(core, replica_id, 100, costs)
+    assert ask(core, 40)[0] > 30
+    detail(core, 1, 110, SLOW, now=8.0)
+    detail(core, 0, 1000, USUAL, now=8.0)
+    assert core.replicas[1].costs == SLOW, "it was measured a moment ago"
+    detail(core, 1, 120, SLOW, now=16.0)
+    detail(core, 0, 2000, USUAL, now=16.0)
+    assert core.replicas[1].costs == USUAL, "of some steps since nobody is sure"
+    detail(core, 1, 200, SLOW, now=17.0)
+    assert core.replicas[1].costs == SLOW, "it has measured again"
+
+
+def test_when_all_have_been_idle_the_least_is_believed_of_all_alike() -> None:
+    core = Orchestrator(OrchestratorOptions(64, 4096, seed=0))
+    for replica_id, costs in enumerate((SLOW, USUAL)):
+        start(core, replica_id, costs)
+        detail(core, replica_id, 100, costs)
+    detail(core, 0, 100, SLOW, now=30.0)
+    assert ask(core, 40) == {0: 20, 1: 20}
+
+
+def test_costs_of_another_device_are_nobody_s() -> None:
+    core = Orchestrator(OrchestratorOptions(64, 4096, seed=0))
+    for replica_id, costs in enumerate((SLOW, USUAL)):
+        start(core, replica_id, costs)
+        detail(core, replica_id, 100, costs)
+    replica = core.replicas[0]
+    assert replica.model is not None
+    replica.model = dataclasses.replace(replica.model, device="cuda")
+    detail(core, 0, 100, SLOW, now=30.0)
+    assert replica.costs == SLOW
