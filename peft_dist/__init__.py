@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from peft_dist.core.outputs import CompletionOutput as CompletionOutput
     from peft_dist.core.outputs import RequestOutput as RequestOutput
     from peft_dist.core.sampling_params import SamplingParams as SamplingParams
+    from peft_dist.core.structured_output import StructuredOutput as StructuredOutput
     from peft_dist.patches import patch as patch
     from peft_dist.patches import unpatch as unpatch
 
@@ -23,6 +24,7 @@ _EXPORTS = {
     "CompletionOutput": "peft_dist.core.outputs",
     "RequestOutput": "peft_dist.core.outputs",
     "SamplingParams": "peft_dist.core.sampling_params",
+    "StructuredOutput": "peft_dist.core.structured_output",
     "patch": "peft_dist.patches",
     "unpatch": "peft_dist.patches",
 }

@@ -29,6 +29,7 @@ def chat_router(state: ServerState) -> APIRouter:
         _check(body)
         state.check_alive()
         state.target(body.model)
+        await state.structures.check_asked(body.structured())
         prompt = await state.prompts.read_chat(body.messages, body)
         limit_name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         names = {"prompt": "messages", "max_tokens": limit_name}

@@ -31,6 +31,7 @@ def completions_router(state: ServerState) -> APIRouter:
         check_combinations(body)
         state.check_alive()
         state.target(body.model)
+        await state.structures.check_asked(body.structured())
         prompts = await state.prompts.read_completion(body)
         params = [_params(body, prompt, state.model) for prompt in prompts]
         return await serve_generation(state, http, body, prompts, params, {}, "cmpl", CompletionFormat(state, body))

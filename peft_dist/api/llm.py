@@ -22,10 +22,12 @@ from peft_dist.api.offline_inputs import (
     check_adapter,
     check_adapters,
     check_options,
+    check_params,
     split_conversations,
     split_prompts,
 )
 from peft_dist.api.output_processor import RequestOutputs
+from peft_dist.api.structured import StructureChecks
 from peft_dist.api.tokenizing import apply_template, check_unicode, load_tokenizer
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.collector import frozen_heap
@@ -106,6 +108,8 @@ class LLM:
             self._observe(Ready(model=self._info, pid=0))
             self._ids = itertools.count()
             self.tokenizer: Any | None = tokenizer if tokenizer is not None else self._load_tokenizer(config)
+            self._structures = StructureChecks(self.tokenizer, self._info.eos_token_ids)
+            self._replica.runner.grammars = self._structures.grammars(self._info.vocab_size)
             for name, path in (adapters or {}).items():
                 self._load_adapter(path, name, pin=name in config.pinned_adapters)
             self._replica.warm_up(progress=True)
@@ -151,10 +155,6 @@ class LLM:
         requests = [self._tokenize(prompt) for prompt in split_prompts(prompts)]
         params = align_params(sampling_params, len(requests))
         names = align_adapter_names(adapter_names, len(requests))
-        if self.tokenizer is None and any(own.stop for own in params):
-            raise InvalidRequestError(
-                "stop strings need a tokenizer, which this model lacks: use stop_token_ids", "stop"
-            )
         return self._run(requests, params, names, use_tqdm)
 
     def chat(
@@ -284,6 +284,7 @@ class LLM:
     def _run(
         self, prompts: list[Prompt], params: list[SamplingParams], names: list[str | None], use_tqdm: bool
     ) -> list[RequestOutput]:
+        check_params(params, self.tokenizer, self._structures)
         replica = self._open
         admitted: list[str] = []
         outputs: dict[str, RequestOutputs] = {}

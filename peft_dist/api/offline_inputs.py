@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
+from peft_dist.api.structured import StructureChecks
 from peft_dist.core.errors import AdapterError, ConfigError, InvalidRequestError
 from peft_dist.core.sampling_params import SamplingParams
 
@@ -69,6 +70,17 @@ def align_params(params: SamplingParams | Sequence[SamplingParams] | None, count
         if not isinstance(own, SamplingParams):
             raise _no(f"sampling_params[{i}]", own, "SamplingParams(temperature=...)", "sampling_params")
     return listed
+
+
+def check_params(params: Iterable[SamplingParams], tokenizer: Any | None, structures: StructureChecks) -> None:
+    """Raises InvalidRequestError for stop strings without a tokenizer, and structured outputs that cannot be had."""
+    for own in params:
+        if own.stop and tokenizer is None:
+            raise InvalidRequestError(
+                "stop strings need a tokenizer, which this model lacks: use stop_token_ids", "stop"
+            )
+        if own.structured is not None:
+            structures.check_now(own.structured)
 
 
 def align_adapter_names(names: str | Sequence[str | None] | None, count: int) -> list[str | None]:

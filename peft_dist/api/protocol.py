@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
+from peft_dist.api.protocol_structured import StructuredFields
+from peft_dist.api.strict import Strict
 from peft_dist.core.sampling_params import MAX_LOGPROBS, MAX_N, SamplingParams
 
 _MAX_INT = 2**31 - 1
@@ -29,12 +31,6 @@ _SAMPLING_FIELDS = (
     "skip_special_tokens",
     "include_stop_str_in_output",
 )
-
-
-class Strict(BaseModel):
-    """Unknown fields are kept in ``model_extra``, where those that are known elsewhere are looked for."""
-
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
 
 def _parse_stop(value: object) -> object:
@@ -95,7 +91,7 @@ class StreamOptions(Strict):
     continuous_usage_stats: bool | None = None
 
 
-class GenerationRequest(Strict):
+class GenerationRequest(StructuredFields):
     """What completions and chat share; null stands for a field's default everywhere."""
 
     model: str = Field(description="The base model, an adapter, or `base:adapter`.")
@@ -144,4 +140,11 @@ class GenerationRequest(Strict):
         """Raises InvalidRequestError when a value lies outside its range."""
         given: dict[str, Any] = {name: getattr(self, name) for name in _SAMPLING_FIELDS}
         chosen = {name: value for name, value in given.items() if value is not None}
-        return SamplingParams(**chosen, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+        asked = self.structured()
+        return SamplingParams(
+            **chosen,
+            max_tokens=max_tokens,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            structured=None if asked is None else asked.spec,
+        )

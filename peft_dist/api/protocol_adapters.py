@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
-from peft_dist.api.protocol import Strict
+from peft_dist.api.strict import Strict
 
 
 def _printable(value: str) -> str:

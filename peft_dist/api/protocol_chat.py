@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from peft_dist.api.protocol import Count, GenerationRequest, NumLogprobs, Strict
+from peft_dist.api.protocol import Count, GenerationRequest, NumLogprobs
+from peft_dist.api.strict import Strict
 
 
 def _parse_content(value: object) -> str:

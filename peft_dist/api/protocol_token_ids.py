@@ -6,9 +6,10 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from peft_dist.api.protocol import Count, Strict
+from peft_dist.api.protocol import Count
 from peft_dist.api.protocol_chat import ChatCompletionRequest, ChatMessage, ChatWriting
 from peft_dist.api.protocol_completions import CompletionRequest
+from peft_dist.api.strict import Strict
 
 _OF_ANSWERS = CompletionRequest.model_fields.keys() | ChatCompletionRequest.model_fields.keys()
 Model = Annotated[str | None, Field(description="The base model (as null), an adapter, or `base:adapter`.")]

@@ -9,6 +9,7 @@ from peft_dist.api.detokenizer import Decoders
 from peft_dist.api.metrics import ServerMetrics
 from peft_dist.api.options import ServerOptions
 from peft_dist.api.prompts import PromptReader
+from peft_dist.api.structured import StructureChecks
 from peft_dist.api.token_bytes import TokenBytes
 from peft_dist.api.unread import UnreadWatch
 from peft_dist.core.config import ModelInfo
@@ -27,6 +28,7 @@ class ServerState:
         self.options = options
         self.metrics = ServerMetrics(client, options.metrics_max_adapters, unread)
         self.prompts = PromptReader(tokenizer, options)
+        self.structures = StructureChecks(tokenizer, client.model.eos_token_ids)
         self.texts = TokenBytes(tokenizer)
         self.decoders = None if tokenizer is None else Decoders(tokenizer)
         self.started = int(time.time())

@@ -23,11 +23,7 @@ _COMMON: dict[str, tuple[Any, ...]] = {
     "early_stopping": (False,),
     "ebnf": (),
     "grammar": (),
-    "guided_choice": ([],),
     "guided_decoding_backend": ("auto",),
-    "guided_grammar": ("",),
-    "guided_json_object": (False,),
-    "guided_regex": ("",),
     "guided_whitespace_pattern": ("",),
     "json_schema": (),
     "kv_transfer_params": ({},),
@@ -39,10 +35,8 @@ _COMMON: dict[str, tuple[Any, ...]] = {
     "priority": (0,),
     "regex": (),
     "repetition_detection": (),
-    "response_format": ({"type": "text"},),
     "return_tokens_as_token_ids": (False,),
     "spaces_between_special_tokens": (True,),
-    "structured_outputs": ({},),
     "truncate_prompt_tokens": (),
     "typical_p": (1, 1.0),
     "use_beam_search": (False,),
@@ -101,6 +95,29 @@ _WITHOUT_EFFECT = frozenset(
 _MOST_TOLD = 100
 _told: set[str] = set()
 _MESSAGE: dict[str, tuple[Any, ...]] = {"audio": (), "function_call": (), "tool_calls": ([],), "tool_call_id": ()}
+# Within structured_outputs, and within response_format.
+_STRUCTURED: dict[str, tuple[Any, ...]] = {
+    "_backend": ("auto",),
+    "_backend_was_auto": (True, False),
+    "backend": ("auto",),
+    "disable_additional_properties": (False,),
+    "disable_any_whitespace": (False,),
+    "disable_fallback": (False,),
+    "ebnf": (),
+    "structural_tag": (),
+    "whitespace_pattern": ("",),
+}
+_RESPONSE_FORMAT: dict[str, tuple[Any, ...]] = {
+    "format": (),
+    "grammar": (),
+    "pattern": (),
+    "regex": (),
+    "schema": (),
+    "structures": ([],),
+    "triggers": ([],),
+    "value": (),
+}
+_RESPONSE_TYPES = ("text", "json_object", "json_schema")
 _LOAD: dict[str, tuple[Any, ...]] = {"is_3d_lora_weight": (False,), "trust_remote_code": (False,)}
 
 
@@ -127,6 +144,24 @@ def refuse_in_message(extra: Mapping[str, Any], index: int) -> None:
     _refuse(_MESSAGE, extra, f"messages[{index}].")
 
 
+def refuse_in_response_format(kind: str, extra: Mapping[str, Any]) -> None:
+    """Raises ApiError (400) for another ``type`` than those implemented; see ``refuse_in_completion``."""
+    if kind not in _RESPONSE_TYPES:
+        raise ApiError(
+            400,
+            f"response_format.type={shorten(kind)} is not implemented by this server: use one of "
+            + ", ".join(_RESPONSE_TYPES),
+            param="response_format",
+            code="unsupported_parameter",
+        )
+    _refuse(_RESPONSE_FORMAT, extra, "response_format.", is_told=True)
+
+
+def refuse_in_structured_outputs(extra: Mapping[str, Any]) -> None:
+    """Raises ApiError (400), see ``refuse_in_completion``."""
+    _refuse(_STRUCTURED, extra, "structured_outputs.", is_told=True)
+
+
 def refuse_in_load(extra: Mapping[str, Any]) -> None:
     """Raises ApiError (400), see ``refuse_in_completion``."""
     _refuse(_LOAD, extra)
@@ -144,7 +179,7 @@ def _refuse(
 ) -> None:
     """``is_told``: Names outside the table are told to the log."""
     for name, value in extra.items():
-        # Also those not in the table, such as guided_json, where {} is a schema too.
+        # Also those not in the table: what others guide by may be anything.
         neutral = table.get(name, () if name.startswith("guided_") else None)
         if neutral is None and value is not None and is_told:
             _tell(name)

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from peft_dist.core.errors import InvalidRequestError
+from peft_dist.core.structured_output import StructuredOutput
 
 MAX_LOGPROBS = 20
 MAX_N = 128
@@ -71,6 +72,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         prompt_logprobs: The same for the tokens of the prompt.
         skip_special_tokens: Leave special tokens out of the text.
         include_stop_str_in_output: Keep the stop string at the end of the text.
+        structured: What the answer must match; an end of sequence may then be drawn exactly where the answer is whole.
+            Stops, ``max_tokens`` and bans by ``logit_bias`` hold too, and may end it earlier or leave nothing to draw.
     """
 
     n: int = 1
@@ -92,6 +95,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    structured: StructuredOutput | None = None
 
     def __post_init__(self) -> None:
         stop: Any = self.stop
@@ -155,3 +159,5 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
             if not isinstance(getattr(self, name), bool):
                 _fail(name, getattr(self, name), "True or False")
+        if self.structured is not None and not isinstance(self.structured, StructuredOutput):
+            _fail("structured", self.structured, "StructuredOutput(json_schema=...), or of another form, or None")

@@ -15,6 +15,8 @@ _CHARACTER_BYTES = 4
 def most_bytes(num_tokens: int, params: SamplingParams) -> int:
     """That what can be long of a sequence takes in a message. ``num_tokens``: Of its prompt and its output so far."""
     words = _CHARACTER_BYTES * sum(map(len, params.stop))
+    if params.structured is not None:
+        words += _CHARACTER_BYTES * len(params.structured.text)
     return _TOKEN_BYTES * (num_tokens + len(params.stop_token_ids)) + _BIAS_BYTES * len(params.logit_bias or ()) + words
 
 

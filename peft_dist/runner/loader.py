@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from peft_dist.core.config import EngineConfig
 from peft_dist.core.errors import ConfigError
@@ -159,6 +159,15 @@ def end_of_sequence_ids(model: PreTrainedModel) -> tuple[int, ...]:
         value = getattr(config, "eos_token_id", None)
         ids.update([value] if isinstance(value, int) else value or [])
     return tuple(sorted(ids))
+
+
+def load_tokenizer(options: EngineConfig) -> Any | None:
+    """The model's Hugging Face tokenizer; None where it has none. Over a damaged one the library raises anything."""
+    if not has_tokenizer(options.model):
+        return None
+    return AutoTokenizer.from_pretrained(
+        options.model, revision=options.revision, trust_remote_code=options.trust_remote_code
+    )
 
 
 def has_tokenizer(folder: str) -> bool:

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from peft_dist.core.batch import NO_ADAPTER, Batch, ScheduledSequence, SequenceResult, SequenceStart, StepResult
+from peft_dist.core.grammars import Grammars
 from peft_dist.core.outputs import PositionLogprobs
 from peft_dist.forward_context import ForwardContext
 from peft_dist.kernels.kv_pool import KVCachePool
@@ -25,6 +26,8 @@ from peft_dist.runner.host_copy import HostCopy
 from peft_dist.runner.inputs import PackedInputs, pack
 from peft_dist.runner.merge_state import MergeState
 from peft_dist.runner.sampler import SampledTokens, SamplerState, sample
+from peft_dist.runner.sampler_edits import AllowedTokens
+from peft_dist.runner.sampler_grammar import allowed_tokens
 from peft_dist.runner.sampler_logprobs import NonFiniteLogitsError, prompt_logprobs
 from peft_dist.runner.step_graphs import StepGraphs
 from peft_dist.runner.swapped_models import SwappedModels
@@ -64,7 +67,10 @@ class ModelRunner:
     """Packed forwards of one model, and the sampling state of its sequences.
 
     Draws stay on the device until ``finish``: the next step takes the ids it needs from there, unless a
-    sequence's sampling depends on the values of earlier draws (penalties), which must then be known first.
+    sequence's sampling depends on the values of earlier draws (penalties, grammars), which must then be known first.
+
+    Attributes:
+        grammars: What reads structured outputs for this model's tokens; whoever knows the tokenizer puts it here.
     """
 
     def __init__(
@@ -96,6 +102,7 @@ class ModelRunner:
         self.records: dict[str, SequenceRecord] = {}
         self.drawn = DrawnTokens(max_num_seqs, depth + 2, self.device)
         self.graphs: StepGraphs | None = None
+        self.grammars = Grammars(lambda: None, self.vocab_size, eos_token_ids)
         self._unfinished: deque[PendingStep] = deque()
 
     @torch.inference_mode()
@@ -152,10 +159,12 @@ class ModelRunner:
             self.graphs.forget(request_id)
 
     def _record(self, begin: SequenceStart) -> SequenceRecord:
+        spec = begin.params.structured
+        grammar = self.grammars.state(spec, begin.output_token_ids) if spec is not None else None
         return SequenceRecord(
             prompt_token_ids=begin.prompt_token_ids,
             scored_top=begin.params.prompt_logprobs or 0,
-            sampler=SamplerState(begin, self.vocab_size, self.eos_token_ids),
+            sampler=SamplerState(begin, self.vocab_size, self.eos_token_ids, grammar),
             last_token=begin.output_token_ids[-1] if begin.output_token_ids else None,
         )
 
@@ -186,10 +195,13 @@ class ModelRunner:
     ) -> None:
         """Draw for these rows; ``best`` is known, and its tokens are in ``drawn``, where the step was captured."""
         states = [self.records[sequence.request_id].sampler for sequence in sequences]
-        if any(state.tokens is not None for state in states):
+        allowed: AllowedTokens | None = None
+        if any(state.needs_tokens for state in states):
             self._resolve_all()
+            allowed, failed = allowed_tokens(states, self.grammars)
+            step.errors |= {sequences[row].request_id: str(error) for row, error in failed.items()}
         draws = [sequence.draw for sequence in sequences]
-        step.sampled = sample(logits, states, draws, best=best)
+        step.sampled = sample(logits, states, draws, allowed, best)
         if best is None or not all(state.greedy for state in states) or any(map(SamplerState.is_edited, states, draws)):
             self.drawn.write(step.first, step.sampled.token_ids)
         step.rows = {sequence.request_id: row for row, sequence in enumerate(sequences)}

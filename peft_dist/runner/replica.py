@@ -16,6 +16,7 @@ from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.config import EngineConfig, ModelInfo
 from peft_dist.core.cost_model import CostModel
 from peft_dist.core.errors import AdapterError, ConfigError, UnfitAdapterError
+from peft_dist.core.grammars import Grammars
 from peft_dist.core.record_file import FULL, End, RecordFile, recording_folder
 from peft_dist.engine.assembly import assemble
 from peft_dist.engine.engine import Engine
@@ -37,7 +38,14 @@ from peft_dist.runner.executor import TorchExecutor
 from peft_dist.runner.graph_setup import are_captured, graph_bytes, make_graphs
 from peft_dist.runner.kv_probe import probe_kv_shapes
 from peft_dist.runner.kv_transfers import Transport
-from peft_dist.runner.loader import end_of_sequence_ids, has_tokenizer, load_model, max_positions, resolve_device
+from peft_dist.runner.loader import (
+    end_of_sequence_ids,
+    has_tokenizer,
+    load_model,
+    load_tokenizer,
+    max_positions,
+    resolve_device,
+)
 from peft_dist.runner.memory import MemoryLeft, count_blocks
 from peft_dist.runner.merge_setup import as_in_the_base, later_device_bytes, make_merging
 from peft_dist.runner.model_runner import ModelRunner
@@ -247,6 +255,7 @@ def build_replica(config: EngineConfig) -> Replica:
     left.promised = 0
     depth = config.depth if config.depth is not None else int(device.type == "cuda")
     runner = ModelRunner(model, kv, store, eos, lora, attention, merge, config.max_num_seqs, depth)
+    runner.grammars = Grammars(partial(load_tokenizer, config), runner.vocab_size, eos)
     if captured:
         runner.graphs = make_graphs(config, runner, longest)
     info = _describe(config, runner, longest, depth, adapter_bytes)

@@ -18,7 +18,7 @@ from torch import Tensor
 from peft_dist.core.outputs import PositionLogprobs
 from peft_dist.runner.host_copy import HostCopy
 from peft_dist.runner.sampler_dense import draw_tokens
-from peft_dist.runner.sampler_edits import edit_logits
+from peft_dist.runner.sampler_edits import AllowedTokens, edit_logits
 from peft_dist.runner.sampler_host import draw_token
 from peft_dist.runner.sampler_logprobs import TokenLogprobs, token_logprobs
 from peft_dist.runner.sampler_state import SamplerState
@@ -29,7 +29,8 @@ _OK, _NOT_FINITE, _NOTHING_LEFT = range(3)
 _ERRORS = {
     _NOT_FINITE: "the model's logits are not finite (NaN or infinity): check the weights of the base model and of "
     "the adapter, or serve in a wider dtype",
-    _NOTHING_LEFT: "no token is left to draw: the request's allowed tokens and its min_tokens exclude each other",
+    _NOTHING_LEFT: "no token is left to draw: what the request's structured output allows next, and its min_tokens or "
+    "logit_bias, exclude each other",
 }
 
 
@@ -82,7 +83,7 @@ def sample(
     logits: Tensor,
     states: Sequence[SamplerState],
     draws: Sequence[int],
-    allowed: Tensor | None = None,
+    allowed: AllowedTokens | None = None,
     best: tuple[Tensor, Tensor] | None = None,
 ) -> SampledTokens:
     """Draw one token for each row.
@@ -93,12 +94,11 @@ def sample(
         logits: ``[S, V]`` of any floating type, on any device; not changed.
         states: The sequence of each row.
         draws: The number of each row's draw, 0 for the first token of a sequence's output.
-        allowed: int32 ``[S, ceil(V / 32)]`` on the host: bit ``t % 32`` of word ``t // 32`` lets token ``t`` of a
-            row pass; rows of all ones (-1) cost nothing.
+        allowed: What some of the rows may draw; the others cost nothing.
         best: What ``best_tokens(logits)`` gave, where it is known; it is changed in place.
     """
     tokens, status = best or best_tokens(logits)
-    limited: set[int] = set() if allowed is None else set((allowed != -1).any(1).nonzero().flatten().tolist())
+    limited: set[int] = set() if allowed is None else set(allowed.rows)
     edited = [row for row, state in enumerate(states) if row in limited or state.is_edited(draws[row])]
     touched = set(edited)
     drawn = [row for row, state in enumerate(states) if not state.greedy and row not in touched]
@@ -109,7 +109,7 @@ def sample(
             values = (logits if rows is drawn and len(rows) == len(states) else logits[index]).float()
             part, part_draws = [states[row] for row in rows], [draws[row] for row in rows]
             if rows is edited:
-                edit_logits(values, part, part_draws, allowed[rows] if allowed is not None and limited else None)
+                edit_logits(values, part, part_draws, allowed.among(rows) if allowed is not None else None)
             tokens[index], left = _draw(values, part, part_draws)
             status[index] = torch.where(status[index] == _OK, left, status[index])
     if edited or drawn:

@@ -7,19 +7,37 @@ batch, from the tokens that are touched. Rows and tokens that nobody asked to ch
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from peft_dist.kernels.transfer import to_device
 from peft_dist.runner.sampler_state import SamplerState
 
 _BITS = 32
 
 
+class AllowedTokens(NamedTuple):
+    """What some rows may draw; the others may draw everything.
+
+    ``words``: int32 ``[len(rows), ceil(V / 32)]`` on the host; bit ``t % 32`` of word ``t // 32`` lets token
+    ``t`` pass.
+    """
+
+    rows: Sequence[int]
+    words: Tensor
+
+    def among(self, rows: Sequence[int]) -> AllowedTokens:
+        """The same, where ``rows`` are all that there is; those of ``self.rows`` are among them."""
+        places = {row: place for place, row in enumerate(rows)}
+        return AllowedTokens([places[row] for row in self.rows], self.words)
+
+
 def edit_logits(
-    rows: Tensor, states: Sequence[SamplerState], draws: Sequence[int], allowed: Tensor | None = None
+    rows: Tensor, states: Sequence[SamplerState], draws: Sequence[int], allowed: AllowedTokens | None = None
 ) -> None:
     """Edit ``rows`` in place, in the order the module names.
 
@@ -27,10 +45,10 @@ def edit_logits(
         rows: float32 ``[R, V]``, contiguous.
         states: The sequence of each row.
         draws: The number of each row's draw.
-        allowed: int32 ``[R, ceil(V / 32)]`` on the host; bit ``t % 32`` of word ``t // 32`` lets token ``t`` pass.
+        allowed: What some of the rows may draw.
     """
     if allowed is not None:
-        rows.masked_fill_(~unpack_bits(allowed.to(rows.device), rows.shape[1]), -torch.inf)
+        _mask_others(rows, allowed)
     _add_biases(rows, states)
     _mask_ends(rows, states, draws)
     _apply_penalties(rows, states)
@@ -38,8 +56,21 @@ def edit_logits(
 
 def unpack_bits(words: Tensor, count: int) -> Tensor:
     """Return the first ``count`` bits of each row of int32 ``[R, W]`` as bool ``[R, count]``, lowest bit first."""
+    if words.device.type == "cpu":
+        # A hundredth of what the shifts below take there.
+        bits_of_bytes = np.unpackbits(words.numpy().view(np.uint8), axis=1, count=count, bitorder="little")
+        return torch.from_numpy(bits_of_bytes).view(torch.bool)
     bits = (words.unsqueeze(-1) >> torch.arange(_BITS, dtype=torch.int32, device=words.device)) & 1
     return bits.flatten(1)[:, :count].bool()
+
+
+def _mask_others(rows: Tensor, allowed: AllowedTokens) -> None:
+    banned = ~unpack_bits(to_device(allowed.words, rows.device), rows.shape[1])
+    if len(allowed.rows) == len(rows):
+        rows.masked_fill_(banned, -torch.inf)
+    else:
+        index = to_device(torch.tensor(allowed.rows), rows.device)
+        rows[index] = rows[index].masked_fill_(banned, -torch.inf)
 
 
 def _flat(places: list[tuple[int, NDArray[np.int64]]], rows: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peft_dist.core.batch import SequenceStart
+from peft_dist.core.grammars import GrammarState
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.runner.draws import uniforms
 
@@ -68,9 +69,16 @@ class SamplerState:
         vocab_size: Columns of the logits. Ids beyond them, in ``logit_bias`` or a stop list, have no effect
             (admission refuses what a user should hear of).
         eos_token_ids: The model's end-of-sequence ids, held back until ``min_tokens`` are drawn.
+        grammar: What its answer must match, at ``start.output_token_ids``; None: nothing.
     """
 
-    def __init__(self, start: SequenceStart, vocab_size: int, eos_token_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        start: SequenceStart,
+        vocab_size: int,
+        eos_token_ids: Sequence[int] = (),
+        grammar: GrammarState | None = None,
+    ) -> None:
         params = start.params
         self.params: SamplingParams = params
         self.greedy = params.temperature < GREEDY_TEMPERATURE
@@ -85,12 +93,20 @@ class SamplerState:
         ends = {token for token in (*eos_token_ids, *params.stop_token_ids) if 0 <= token < vocab_size}
         self.end_ids = np.array(sorted(ends), dtype=np.int64)
         self.tokens = _penalised_tokens(start, vocab_size)
+        self.grammar = grammar
         self._always_edited = bool(len(bias)) or self.tokens is not None
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether a draw depends on the values of the draws before it."""
+        return self.tokens is not None or self.grammar is not None
 
     def append(self, token_ids: Sequence[int]) -> None:
         """Note newly drawn tokens; call it before the draw that follows them."""
         if self.tokens is not None:
             self.tokens.count(token_ids)
+        if self.grammar is not None:
+            self.grammar.append(token_ids)
 
     def ends_are_masked(self, draw: int) -> bool:
         """Whether draw ``draw`` must not end the sequence."""
@@ -98,7 +114,8 @@ class SamplerState:
 
     def is_edited(self, draw: int) -> bool:
         """Whether the logits of draw ``draw`` are changed before temperature and filters."""
-        return self._always_edited or self.ends_are_masked(draw)
+        is_bound = self.grammar is not None and not self.grammar.ended
+        return self._always_edited or is_bound or self.ends_are_masked(draw)
 
     def uniform(self, draw: int) -> float:
         """The number in [0, 1) that decides draw ``draw``, whatever was asked before."""

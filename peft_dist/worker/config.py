@@ -13,7 +13,7 @@ from peft_dist.core.cluster_keys import ClusterKeys
 from peft_dist.core.config import EngineConfig
 from peft_dist.core.errors import ConfigError
 
-DEFAULT_REPLICA_FACTORY = "peft_dist.runner.replica:build_replica"
+DEFAULT_REPLICA_FACTORY = "peft_dist.runner.worker_replica:build_worker_replica"
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -150,19 +150,11 @@ def test_the_templates_own_words_are_passed_on(shared: httpx.Client) -> None:
 
 
 UNIMPLEMENTED: list[tuple[str, Any, list[Any]]] = [
-    ("response_format", {"type": "json_object"}, [{"type": "text"}]),
     ("best_of", 3, [1]),
     ("suffix", "end", [""]),
-    ("guided_json", {"type": "object"}, []),
-    ("guided_json", {}, []),
-    ("guided_regex", "a+", [""]),
-    ("guided_choice", ["a"], [[]]),
-    ("guided_grammar", "root", [""]),
-    ("guided_json_object", True, [False]),
     ("guided_whitespace_pattern", " ", [""]),
     ("guided_decoding_backend", "x", ["auto"]),
     ("guided_by_something_new", [], []),
-    ("structured_outputs", {"json": {}}, [{}]),
     ("use_beam_search", True, [False]),
     ("length_penalty", 2, [1, 1.0]),
     ("logits_processors", ["x"], [[]]),

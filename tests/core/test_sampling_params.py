@@ -12,6 +12,7 @@ from hypothesis import given
 
 from peft_dist.core.errors import InvalidRequestError
 from peft_dist.core.sampling_params import MAX_LOGPROBS, MAX_N, MAX_STOP_STRINGS, SamplingParams
+from peft_dist.core.structured_output import StructuredOutput
 
 HUGE = 10**400
 NOT_INTEGERS = ["1", 1.0, True, [1], math.nan]
@@ -43,6 +44,7 @@ REFUSED: dict[str, list[Any]] = {
     "prompt_logprobs": [*NOT_INTEGERS, -1, MAX_LOGPROBS + 1],
     "skip_special_tokens": NOT_FLAGS,
     "include_stop_str_in_output": NOT_FLAGS,
+    "structured": [{"regex": "a"}, "a", 5, False],
 }  # fmt: skip
 TAKEN: dict[str, list[Any]] = {
     "n": [1, MAX_N],
@@ -64,6 +66,7 @@ TAKEN: dict[str, list[Any]] = {
     "prompt_logprobs": [None, 0, MAX_LOGPROBS],
     "skip_special_tokens": [True, False],
     "include_stop_str_in_output": [True, False],
+    "structured": [None, StructuredOutput(regex="a+")],
 }
 
 

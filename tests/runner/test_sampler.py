@@ -16,7 +16,7 @@ from peft_dist.core.batch import SequenceStart
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.runner.draws import uniforms
 from peft_dist.runner.sampler import SamplerState, sample
-from peft_dist.runner.sampler_edits import edit_logits
+from peft_dist.runner.sampler_edits import AllowedTokens, edit_logits
 
 VOCAB = 70
 EOS = (3, 64)
@@ -99,16 +99,15 @@ def token_by_hand(row: Row) -> int:
     raise AssertionError("probabilities add up to less than the draw")
 
 
-def pack(rows: list[Row]) -> torch.Tensor | None:
-    if all(row.allowed is None for row in rows):
+def pack(rows: list[Row]) -> AllowedTokens | None:
+    limited = [r for r, row in enumerate(rows) if row.allowed is not None]
+    if not limited:
         return None
-    words = np.zeros((len(rows), (VOCAB + 31) // 32), dtype=np.uint32)
-    for r, row in enumerate(rows):
-        for token in range(VOCAB) if row.allowed is None else row.allowed:
-            words[r, token // 32] |= np.uint32(1 << (token % 32))
-        if row.allowed is None:
-            words[r] = 0xFFFFFFFF
-    return torch.from_numpy(words.view(np.int32))
+    words = np.zeros((len(limited), (VOCAB + 31) // 32), dtype=np.uint32)
+    for place, r in enumerate(limited):
+        for token in rows[r].allowed or ():
+            words[place, token // 32] |= np.uint32(1 << (token % 32))
+    return AllowedTokens(limited, torch.from_numpy(words.view(np.int32)))
 
 
 def draw(rows: list[Row]) -> list[int]:

@@ -10,6 +10,7 @@ from peft_dist.core.batch import SequenceStart
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.runner import sampler
 from peft_dist.runner.sampler import SampledToken, SamplerState, sample
+from peft_dist.runner.sampler_edits import AllowedTokens
 
 VOCAB = 1009
 PARAMS = (
@@ -33,8 +34,9 @@ def draw(device: str, seed: int, *, limited: bool, poisoned: bool) -> list[Sampl
     logits[-1, 1] = 0.0
     allowed = None
     if limited:
-        allowed = torch.full((len(PARAMS), (VOCAB + 31) // 32), -1, dtype=torch.int32)
-        allowed[::3] = 0x33333333
+        rows = range(0, len(PARAMS), 3)
+        words = torch.full((len(rows), (VOCAB + 31) // 32), 0x33333333, dtype=torch.int32)
+        allowed = AllowedTokens(rows, words)
     states = [SamplerState(SequenceStart("r", [1, 2, 3], [4, 5, 4], p, seed, 0), VOCAB, (7,)) for p in PARAMS]
     return sample(logits.to(device), states, [3] * len(PARAMS), allowed).collect()
 
