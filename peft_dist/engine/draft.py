@@ -6,7 +6,9 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from peft_dist.core.batch import ScheduledSequence
+from peft_dist.core.cost_model import StepFeatures
 from peft_dist.core.request import Request, RequestStatus
+from peft_dist.policy.batching import Choice
 
 
 @dataclass(slots=True)
@@ -16,6 +18,7 @@ class Draft:
         chosen: Ids that the policy named.
         urgent: Ids of those of them who must not be overtaken any longer.
         settled: Ids of those that are in the batch, or lost their blocks while it was made.
+        goes_on: Whether all that are in the batch were decoding before.
         may_start: Whether a request without blocks may still join; nobody smaller takes those that an older one lacks.
     """
 
@@ -23,7 +26,16 @@ class Draft:
     urgent: frozenset[str] = frozenset()
     sequences: list[ScheduledSequence] = field(default_factory=list)
     settled: set[str] = field(default_factory=set)
+    goes_on: bool = True
     may_start: bool = True
+
+    def foreseen(self, choice: Choice) -> StepFeatures | None:
+        """What the policy says of its choice, if the batch has one token of each in it, unmerged; else None."""
+        features = choice.features
+        if features is None or features.merged or features.prefill_tokens or not self.goes_on:
+            return None
+        is_whole = len(self.sequences) == len(choice.candidates) == features.decode_sequences
+        return features if is_whole else None
 
     def victim_to_grow(self, queue: dict[str, Request]) -> Request:
         """Who gives up blocks for the next tokens of a running request; perhaps that request itself.

@@ -55,10 +55,11 @@ def test_who_was_used_last_leaves_last_however_late_it_is_noted(script: list[lis
         requests = [request_of(f"r{number}-{i}", adapter) for i, adapter in enumerate(entry)]
         late.touch(requests)
         for request in requests:
-            if request.adapter is not None and at_once.acquire(request.adapter) is not None:
-                at_once.release(request.adapter)
             if request.adapter is not None:
-                assert (at_once.use(request.adapter) is None) == (request.adapter.content_hash not in late.on_device)
+                slot = at_once.acquire(request.adapter)
+                assert (slot is None) == (request.adapter.content_hash not in late.on_device)
+                if slot is not None:
+                    at_once.release(request.adapter)
     for number in range(6):
         assert loads(at_once, number) == loads(late, number)
 
