@@ -25,6 +25,8 @@ class Candidates:
         # has ended.
         self._left = 0
         self._has_late = False
+        # Whether all adapters are on the device.
+        self._are_here = False
 
     def of(self, requests: Iterable[Request], adapters: AdapterManager) -> list[Candidate]:
         """One for each request, in their order."""
@@ -32,7 +34,8 @@ class Candidates:
             # Written out: it is asked of every request whenever one has come or gone.
             known, longest, on_device = self._known, self._limits.max_model_len, adapters.on_device
             found: list[Candidate] = []
-            self._list, self._version, self._has_late, left = found, adapters.version, False, longest
+            self._list, self._version, self._has_late, self._are_here = found, adapters.version, False, True
+            left = longest
             for request in requests:
                 adapter = request.adapter
                 num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
@@ -45,12 +48,17 @@ class Candidates:
                     num_drawn = len(request.output_token_ids) + pending
                     left = min(left, request.max_output_tokens - num_drawn, longest - num_tokens - pending)
                 is_here = adapter is None or adapter.content_hash in on_device
+                self._are_here &= is_here
                 candidate = known.get(request.request_id)
                 if candidate is None or candidate.num_new_tokens != num_new or candidate.is_resident is not is_here:
                     candidate = known[request.request_id] = _candidate(request, num_new, is_here)
                 found.append(candidate)
             self._left = left
         return self._list
+
+    def are_here(self, adapters: AdapterManager) -> bool:
+        """Whether their adapters are all known to be on the device."""
+        return self._are_here and self._list is not None and self._version == adapters.version
 
     def look_again(self) -> None:
         """Anything may have changed."""
@@ -71,6 +79,7 @@ class Candidates:
             candidate = _candidate(request, num_runnable(request, self._limits.max_model_len), is_here)
             self._known[request.request_id] = candidate
             self._list = [*self._list, candidate]
+            self._are_here &= is_here
 
     def decode(self, request_ids: Collection[str]) -> None:
         """The prompts of these have been computed, and nothing else has changed."""

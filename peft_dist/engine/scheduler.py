@@ -138,7 +138,8 @@ class Scheduler:
 
     def propose(self, now: float) -> tuple[QueueState, Choice]:
         """What is seen, and what ``schedule`` carries out if it comes at the same time, with no change before."""
-        want_adapters(self.queue.values(), self.adapters, self.limits.max_adapter_wait, now)
+        if self.adapters.pins.unmet or not self._candidates.are_here(self.adapters):
+            want_adapters(self.queue.values(), self.adapters, self.limits.max_adapter_wait, now)
         self._state = self._look(now)
         self.choice = self.policy.choose(self._state)
         return self._state, self.choice
@@ -214,8 +215,7 @@ class Scheduler:
         budget = self.limits.max_num_batched_tokens
         # Every decode behind a prompt keeps its token, so that no prompt makes all others wait for a step.
         decodes = sum([candidate.num_new_tokens == 1 for candidate in choice.candidates])
-        chosen = frozenset([candidate.request_id for candidate in choice.candidates])
-        draft = Draft(chosen, choice.urgent)
+        draft = Draft(choice.candidates, choice.urgent)
         leases, used = self.adapters.on_device, []
         for candidate in choice.candidates:
             is_decode = candidate.num_new_tokens == 1

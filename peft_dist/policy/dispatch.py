@@ -170,6 +170,8 @@ class Estimates:
     def __init__(self, work: Work) -> None:
         self._work = work
         self._size = max(work.prompt_tokens + work.output_tokens, 1.0)
+        # Those that merging lasts, if the adapter had the replica for itself.
+        self._steps = max(work.output_tokens, 1.0)
         # With so many slots, the key of what has no request of its adapter.
         self._slots = -1
         self._key: tuple[object, ...] = ()
@@ -179,14 +181,11 @@ class Estimates:
 
     def finish_seconds(self, target: Target) -> float:
         """If it is sent there now, and nothing is merged there."""
-        return self._seconds(target, merges=False)
+        return self.total_seconds(target, merges=False)
 
-    def total_seconds(self, target: Target) -> float:
+    def total_seconds(self, target: Target, *, merges: bool = True) -> float:
         """If it is sent there now; with what it adds to the seconds of all others there, where it keeps their adapter
         from being merged, or lets it be merged for more."""
-        return self._seconds(target, merges=True)
-
-    def _seconds(self, target: Target, *, merges: bool) -> float:
         work, backlog, costs = self._work, target.backlog, target.costs
         if costs is not self._costs:
             self._use(costs)
@@ -204,8 +203,7 @@ class Estimates:
         step, saved, queue, own, change, wait = outlook
         ahead = work.output_tokens
         is_queue = backlog.num_sequences + work.num_sequences > slots
-        # Over the steps that merging lasts.
-        if merges and saved * max(ahead, 1.0) > self._switch:
+        if merges and saved * self._steps > self._switch:
             ahead = ahead * own + (backlog.tokens_left * change * wait if change else 0.0)
             if is_queue:
                 ahead += backlog.tokens_left / slots * queue
