@@ -29,7 +29,7 @@ class Request(msgspec.Struct, eq=False):
     ``num_computed_tokens`` tokens have their KV in the cache once every submitted step has run.
     ``first_scheduled`` and ``last_scheduled`` are when it first and last ran, in seconds of the engine's clock; None
     before the first time.
-    ``plain_end`` is for ``engine/advance.py``: Tokens that it draws in all, where nothing but its length ends it; -1
+    ``plain_end`` is for ``engine/stopping.py``: Tokens that it draws in all, where nothing but its length ends it; -1
     where something may, 0 until somebody has looked.
     ``num_in_flight`` draws were scheduled and are not known yet (placeholders behind ``output_token_ids``).
     """

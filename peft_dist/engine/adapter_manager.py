@@ -149,17 +149,6 @@ class AdapterManager:
         if not self._running[key]:
             self._idle[key] = None
 
-    def use(self, spec: AdapterSpec) -> int | None:
-        """Slot for a step, as by ``acquire`` and ``release``; None while the adapter is not resident."""
-        lease = self._resident.get(spec.content_hash)
-        if lease is None:
-            return None
-        if self._touched:
-            self._age()
-        if spec.content_hash in self._idle:
-            self._idle.move_to_end(spec.content_hash)
-        return lease.slot
-
     def touch(self, requests: list[Request]) -> None:
         """As ``acquire`` and ``release`` of the adapter of each: it was used last. The list is not to be changed."""
         before, self._touched = self._touched, requests

@@ -11,6 +11,7 @@ from peft_dist.core.cost_model import StepFeatures
 from peft_dist.core.messages import SequenceProgress
 from peft_dist.core.request import Request, RequestStatus
 from peft_dist.engine.engine import Engine
+from peft_dist.engine.stopping import find_plain_end
 from peft_dist.policy.batching import Candidate, Choice
 
 # More are planned again: arrivals cut most plans short.
@@ -176,13 +177,14 @@ class Advance:
         order: list[Request] = []
         begin: list[Request] = []
         until_end = 1 << 40
+        ends = self._engine.eos_token_ids, self._scheduler.limits.max_model_len
         if last is not None and last[0] is choice.candidates:
             _, order, until_end = last
         else:
             for candidate in choice.candidates:
                 request = queue[candidate.request_id]
                 num_drawn = len(request.output_token_ids)
-                left = (request.plain_end or self._plain_end(request)) - num_drawn
+                left = (request.plain_end or find_plain_end(request, *ends)) - num_drawn
                 if left < 1 or request.num_in_flight:
                     return None
                 if num_drawn:
@@ -204,14 +206,6 @@ class Advance:
         most = 1 if begin else min(until_end, MAX_STEPS)
         self._last = None if begin else (choice.candidates, order, until_end)
         return Stretch(order, begin, features, 0.0, most, until_end, self._scheduler.blocks.num_free)
-
-    def _plain_end(self, request: Request) -> int:
-        params = request.params
-        assert params.max_tokens is not None, "admission resolves max_tokens"
-        end = min(params.max_tokens, self._scheduler.limits.max_model_len - len(request.prompt_token_ids))
-        by_token = params.stop_token_ids or (self._engine.eos_token_ids and not params.ignore_eos)
-        request.plain_end = -1 if by_token or params.prompt_logprobs is not None else end or -1
-        return request.plain_end
 
     def _fits(self, stretch: Stretch, count: int) -> bool:
         """Whether there are blocks for so many steps."""

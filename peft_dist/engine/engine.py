@@ -194,7 +194,7 @@ class Engine:
         requests = [self.requests[sequence.request_id] for sequence in batch.sequences]
         try:
             batch, switch = self._switch(batch) if batch.sequences else (batch, None)
-            features = features_of(batch, requests)
+            features = self.scheduler.features or features_of(batch, requests)
             self.num_steps += 1
             self.num_merged_steps += batch.merged_adapter is not None
             if self.on_decision is not None:
@@ -222,8 +222,7 @@ class Engine:
         return batch, switch
 
     def _spec(self, content_hash: str) -> AdapterSpec:
-        spec = self.adapters.get(content_hash)
-        if spec is None:
+        if (spec := self.adapters.get(content_hash)) is None:
             # Unregistered, but its last requests are running out.
             spec = next(r.adapter for r in self.requests.values() if r.adapter and r.content_hash == content_hash)
         return spec
@@ -297,6 +296,7 @@ class Engine:
     def _update_request(
         self, request: Request, sequence: ScheduledSequence, outcome: SequenceResult
     ) -> list[SequenceProgress]:
+        self.scheduler.look_again()
         request.num_in_flight -= sequence.samples
         if outcome.error is not None:
             return [self._finish(request, "error", error=outcome.error)]

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
+from operator import attrgetter
 
-from peft_dist.core.batch import NO_ADAPTER, PLACEHOLDER, Batch, ScheduledSequence, SequenceStart
+from peft_dist.core.batch import NO_ADAPTER, Batch, ScheduledSequence, SequenceStart
 from peft_dist.core.block_hash import extend_block_hashes
 from peft_dist.core.block_manager import BlockManager
+from peft_dist.core.cost_model import StepFeatures
 from peft_dist.core.request import Request, RequestStatus
 from peft_dist.engine.adapter_manager import AdapterManager
 from peft_dist.engine.adapter_wants import want_adapters
 from peft_dist.engine.candidates import Candidates, num_runnable
 from peft_dist.engine.draft import Draft
 from peft_dist.engine.limits import SchedulerLimits
-from peft_dist.engine.sequences import decode_of, start_of
+from peft_dist.engine.sequences import decode_of, part_of, start_of
 from peft_dist.policy.batching import BatchingPolicy, Choice, QueueState
+
+_SLOT = attrgetter("adapter_slot")
 
 
 class Scheduler:
@@ -29,6 +33,7 @@ class Scheduler:
     Attributes:
         mergeable: Whether the adapter with this content hash can be merged into the base; the engine tells.
         can_host: Whether others may join its merged batches.
+        features: Of the last batch, where it is known without a look at it.
         held: Requests that no step takes and nobody takes blocks from: they are about to go to another replica.
         merged_adapter, holds_merged: What the weights hold, and whether an adapter comes back into them at no cost.
     """
@@ -51,6 +56,7 @@ class Scheduler:
         self.queue: dict[str, Request] = {}
         self.held: dict[str, Request] = {}
         self.choice = Choice(None, [], "idle")
+        self.features: StepFeatures | None = None
         self.num_preemptions = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
@@ -119,7 +125,8 @@ class Scheduler:
         state, self._state = self._state, None
         assert state is not None, "propose() sets it"
         draft = self._take(self.choice)
-        self._candidates.look_again()
+        self._candidates.stepped(goes_on=draft.goes_on)
+        self.features = draft.foreseen(self.choice)
         scheduled = [sequence.request_id for sequence in draft.sequences]
         for request_id in scheduled:
             request = self.queue[request_id]
@@ -131,7 +138,8 @@ class Scheduler:
 
     def propose(self, now: float) -> tuple[QueueState, Choice]:
         """What is seen, and what ``schedule`` carries out if it comes at the same time, with no change before."""
-        want_adapters(self.queue.values(), self.adapters, self.limits.max_adapter_wait, now)
+        if self.adapters.pins.unmet or not self._candidates.are_here(self.adapters):
+            want_adapters(self.queue.values(), self.adapters, self.limits.max_adapter_wait, now)
         self._state = self._look(now)
         self.choice = self.policy.choose(self._state)
         return self._state, self.choice
@@ -161,6 +169,10 @@ class Scheduler:
         request.finish_reason = reason
         request.stop_reason = stop_reason
 
+    def look_again(self) -> None:
+        """A request has other tokens to compute than could be foreseen."""
+        self._candidates.look_again()
+
     def publish(self, requests: Iterable[Request]) -> None:
         """Offer the full blocks of running requests, as far as their tokens are known, to later prompts."""
         if not self.limits.enable_prefix_caching:
@@ -171,6 +183,7 @@ class Scheduler:
 
     def preempt(self, request: Request) -> None:
         """Take a running request's blocks."""
+        self._candidates.look_again()
         request.num_preemptions += 1
         self.num_preemptions += 1
         # Copies out come before copies in: a host block that a copy in reads in this step must not be overwritten.
@@ -202,8 +215,8 @@ class Scheduler:
         budget = self.limits.max_num_batched_tokens
         # Every decode behind a prompt keeps its token, so that no prompt makes all others wait for a step.
         decodes = sum([candidate.num_new_tokens == 1 for candidate in choice.candidates])
-        chosen = frozenset([candidate.request_id for candidate in choice.candidates])
-        draft = Draft(chosen, choice.urgent)
+        draft = Draft(choice.candidates, choice.urgent)
+        leases, used = self.adapters.on_device, []
         for candidate in choice.candidates:
             is_decode = candidate.num_new_tokens == 1
             decodes -= is_decode
@@ -211,30 +224,40 @@ class Scheduler:
                 break
             if candidate.request_id in draft.settled:
                 continue
+            request, slot = self.queue[candidate.request_id], NO_ADAPTER
+            if request.adapter is not None:
+                # The executor runs everything in order: once this batch is submitted, the slot may go to another
+                # adapter.
+                lease = leases.get(request.adapter.content_hash)
+                if lease is None:
+                    continue
+                slot = lease.slot
+                used.append(request)
             room = budget if is_decode else min(budget, max(1, budget - decodes))
-            sequence = self._place(self.queue[candidate.request_id], room, draft)
+            sequence = self._place(request, slot, room, draft)
             if sequence is not None:
                 draft.sequences.append(sequence)
                 draft.settled.add(candidate.request_id)
                 budget -= len(sequence.token_ids)
+                draft.goes_on &= is_decode
+        self.adapters.touch(used)
         return draft
 
-    def _place(self, request: Request, room: int, draft: Draft) -> ScheduledSequence | None:
+    def _place(self, request: Request, slot: int, room: int, draft: Draft) -> ScheduledSequence | None:
         """Up to ``room`` tokens of a request, if there are blocks for them."""
-        slot = NO_ADAPTER
-        if request.adapter is not None:
-            # The executor runs everything in order: once this batch is submitted, the slot may go to another adapter.
-            held = self.adapters.use(request.adapter)
-            if held is None:
+        sequence = decode_of(request, slot, self.blocks)
+        if sequence is None:
+            is_running = request.status is RequestStatus.RUNNING
+            draft.goes_on &= is_running
+            num_new = self._grow(request, room, draft) if is_running else self._admit(request, room, draft)
+            if not num_new:
                 return None
-            slot = held
-        if (decode := decode_of(request, slot, self.blocks)) is not None:
-            if self.limits.enable_prefix_caching:
-                self._publish(request)
-            return decode
-        is_running = request.status is RequestStatus.RUNNING
-        num_new = self._grow(request, room, draft) if is_running else self._admit(request, room, draft)
-        return self._advance(request, num_new, slot) if num_new else None
+            sequence = part_of(request, num_new, slot, self.blocks)
+        if self.limits.enable_prefix_caching:
+            # Already now: every layer writes all keys and values of a batch before it reads any, so that
+            # twins in the same batch share blocks.
+            self._publish(request)
+        return sequence
 
     def _grow(self, request: Request, room: int, draft: Draft) -> int:
         """Blocks for the next tokens of a running request; 0 when it had to give up those it had."""
@@ -303,36 +326,11 @@ class Scheduler:
             self.blocks.publish(request.request_id, index, request.block_hashes[index])
         request.num_published_blocks = full
 
-    def _advance(self, request: Request, num_new: int, slot: int) -> ScheduledSequence:
-        start = request.num_computed_tokens
-        stop = start + num_new
-        num_draws = request.num_output_tokens
-        tokens = request.tokens(start, min(stop, request.num_known_tokens))
-        wants_scores = request.wants_prompt_logprobs and start < len(request.prompt_token_ids) - 1
-        samples = stop == len(request.prompt_token_ids) + num_draws and num_draws < request.max_output_tokens
-        sequence = ScheduledSequence(
-            request_id=request.request_id,
-            token_ids=tokens if len(tokens) == num_new else tokens + [PLACEHOLDER] * (num_new - len(tokens)),
-            start=start,
-            block_table=list(self.blocks.table(request.request_id)),
-            adapter_slot=slot,
-            samples=samples,
-            draw=num_draws,
-            wants_prompt_logprobs=wants_scores,
-        )
-        request.num_computed_tokens = stop
-        request.num_in_flight += samples
-        if self.limits.enable_prefix_caching:
-            # Already now: every layer writes all keys and values of a batch before it reads any, so that
-            # twins in the same batch share blocks.
-            self._publish(request)
-        return sequence
-
     def _batch(self, scheduled: list[ScheduledSequence]) -> Batch | None:
         if not scheduled and not self._swap_outs:
             return None
         # Rows of one adapter stand together, so that its weights are read once per layer.
-        scheduled.sort(key=lambda sequence: sequence.adapter_slot)
+        scheduled.sort(key=_SLOT)
         merged = self.choice.merged_adapter if scheduled else self.merged_adapter()
         batch = Batch(
             self._step,

@@ -145,9 +145,10 @@ class AdapterCalls:
         """
         alive = {r.replica_id: r for r in self._replicas.all_alive() if r.ready_since is not None}
         for replica in alive.values():
-            # What nobody can ask for is not missed.
-            replica.refused = {each: why for each, why in replica.refused.items() if self._registry.is_named(each)}
-            self._retries.keep(replica, replica.refused)
+            if replica.refused or self._retries.has_some:
+                # What nobody can ask for is not missed.
+                replica.refused = {each: why for each, why in replica.refused.items() if self._registry.is_named(each)}
+                self._retries.keep(replica, replica.refused)
         out: list[Outgoing] = []
         if (renamed := self._registry.take_renamed()) is not None:
             out += [to(replica, renamed) for replica in alive.values()]

@@ -237,8 +237,8 @@ class Orchestrator:
                 out = self.handover.observe(replica, report, now)
             case Fatal():
                 out = self.lose_replica(replica_id, epoch, report.error, now)
-        # Progress leaves nothing else to be tidied up.
-        is_tidy = isinstance(report, Progress) and not self.adapters.has_unneeded
+        # Progress leaves nothing else to be tidied up, and a start nothing at all.
+        is_tidy = isinstance(report, Progress | Started) and not self.adapters.has_unneeded
         return out + self._note_drained(now) + ([] if is_tidy else self._calls.tidy())
 
     def tick(self, now: float) -> list[Outgoing]:

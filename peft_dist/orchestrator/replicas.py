@@ -27,6 +27,7 @@ class ReplicaTable:
         self._next_epoch = first_epoch
         # What is asked for every request and report, until a replica changes its state.
         self._in_state: dict[ReplicaState, list[Replica]] = {}
+        self._alive: list[Replica] | None = None
         self._model: ModelInfo | None = None
 
     def __getitem__(self, replica_id: int) -> Replica:
@@ -88,8 +89,10 @@ class ReplicaTable:
         return list(self._by_id.values())
 
     def all_alive(self) -> list[Replica]:
-        """Replicas that live: they start, serve, or are drained."""
-        return [replica for replica in self._by_id.values() if replica.state is not ReplicaState.DEAD]
+        """Replicas that live: they start, serve, or are drained. Not to be changed."""
+        if self._alive is None:
+            self._alive = [replica for replica in self._by_id.values() if replica.state is not ReplicaState.DEAD]
+        return self._alive
 
     def ready(self) -> list[Replica]:
         """Replicas that take requests; not to be changed."""
@@ -109,7 +112,7 @@ class ReplicaTable:
 
     def _changed(self) -> None:
         # What was given out stays as it was.
-        self._in_state, self._model = {}, None
+        self._in_state, self._alive, self._model = {}, None, None
 
     def mark_ready(self, replica: Replica, report: Ready, now: float) -> None:
         """Note that a replica has loaded its model."""

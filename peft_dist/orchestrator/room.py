@@ -32,7 +32,7 @@ class Room:
     def num_held(self) -> int:
         """Sequences that wait or run, those that have ended and are not read, and those that have ended before their
         replica, which is not listening, took them in."""
-        late = [each for each in self._replicas.all() if each.num_sent != each.num_taken and each.is_alive]
+        late = [each for each in self._replicas.all_alive() if each.num_sent != each.num_taken]
         ended = (each.num_sent - each.num_taken - self._requests.load(each) for each in late)
         return self._requests.num_sequences + self._num_unread + sum(number for number in ended if number > 0)
 
@@ -48,7 +48,7 @@ class Room:
     @property
     def untaken_bytes(self) -> int:
         """What is on its way to replicas, or stands in the sockets of those that do not listen: no more than that."""
-        return sum(each.untaken.num_bytes for each in self._replicas.all() if each.is_alive)
+        return sum([each.untaken.num_bytes for each in self._replicas.all_alive()])
 
     def check(self, prompt: list[int], params: SamplingParams) -> None:
         """Raises InvalidRequestError or QueueFullError when another request is too much for ever, or now."""

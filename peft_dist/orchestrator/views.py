@@ -226,7 +226,7 @@ class Views:
         known = {one.adapter for one in adapters}
         names = self._registry.pinned
         pinned = {spec.content_hash for spec in self._registry.specs() if spec.name in names} if names else set()
-        costs = self._costs(replicas)
+        costs, total_bytes = self._costs(replicas), sum(one.num_bytes for one in adapters)
         loads = []
         for replica in replicas:
             blocks, free = _kv_blocks(replica)
@@ -239,7 +239,7 @@ class Views:
                     costs=costs[replica.replica_id],
                     kv_blocks=blocks,
                     free_kv_blocks=free,
-                    adapter_bytes=_adapter_room(replica, adapters),
+                    adapter_bytes=_adapter_room(replica, len(adapters), total_bytes),
                     device=[content for content in replica.stats.resident_adapters if content in known],
                     host=sorted(replica.on_host & known),
                     pinned=sorted(kept & known),
@@ -274,11 +274,10 @@ def _kv_blocks(replica: Replica) -> tuple[int, int]:
     return blocks, blocks
 
 
-def _adapter_room(replica: Replica, adapters: list[AdapterLoad]) -> int:
+def _adapter_room(replica: Replica, num_adapters: int, total: int) -> int:
     """Bytes for adapters: as many of the mean size as there are slots, but no more than the device has memory for."""
-    total = sum(one.num_bytes for one in adapters)
     model = replica.model
-    if model is None or not adapters or not model.max_loras:
+    if model is None or not num_adapters or not model.max_loras:
         return total
-    slots = model.max_loras * total // len(adapters)
+    slots = model.max_loras * total // num_adapters
     return min(slots, model.adapter_bytes) if model.adapter_bytes else slots

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import msgspec
 
@@ -38,6 +39,25 @@ class Work(msgspec.Struct, frozen=True):
     num_bytes: int = 0
 
 
+class Outlook(NamedTuple):
+    """What a replica's steps are once it has a request more.
+
+    Attributes:
+        step: Seconds of an unmerged one of so many sequences of each kind, in proportion.
+        saved: What merging saves of them, if the adapter had the replica for itself.
+        queue, own: What is left of the steps for which a queue waits, and of those of the request, once merged: a part.
+        change: How much larger that part is for the others than without the request.
+        wait: For how many steps each of them waits besides its own, as a multiple of these: half a queue.
+    """
+
+    step: float
+    saved: float = 0.0
+    queue: float = 1.0
+    own: float = 1.0
+    change: float = 0.0
+    wait: float = 1.0
+
+
 # Whatever a quotient is rounded to.
 CERTAINLY = 1.0 + 1e-9
 # Of a second, by which replicas are compared.
@@ -54,7 +74,7 @@ class Backlog:
         output_tokens: Tokens that all of them are expected to draw.
         adapters: Unfinished sequences and rank rows of each adapter, without the base.
         refresh: Brings ``output_tokens`` up to date, where somebody is late with it; to be called before it is read.
-        costs, steps: What ``decode_seconds`` has answered, by ``key``, with these costs.
+        costs, outlooks: What ``outlook`` has answered, by ``key``, with these costs.
     """
 
     num_sequences: int = 0
@@ -63,7 +83,7 @@ class Backlog:
     adapters: dict[str, tuple[int, int]] = field(default_factory=dict)
     refresh: Callable[[], None] | None = field(default=None, repr=False, compare=False)
     costs: StepCosts | None = field(default=None, repr=False, compare=False)
-    steps: dict[tuple[object, ...], float] = field(default_factory=dict, repr=False, compare=False)
+    outlooks: dict[tuple[object, ...], Outlook] = field(default_factory=dict, repr=False, compare=False)
     _leading: int | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -80,33 +100,43 @@ class Backlog:
             self.refresh()
         return self.output_tokens
 
-    def decode_seconds(self, work: Work, costs: StepCosts, slots: int) -> float:
-        """A step of so many sequences of these and a request's, in proportion."""
+    def outlook(self, work: Work, costs: StepCosts, slots: int) -> Outlook:
+        """What comes of sending a request here; ``slots``: Sequences that run at once."""
         before = self.adapters.get(work.adapter) if work.adapter else None
         if costs is not self.costs:
-            self.steps.clear()
+            self.outlooks.clear()
             self.costs = costs
         key = self.key(work, slots, before)
-        known = self.steps.get(key)
+        known = self.outlooks.get(key)
         if known is None:
-            adapters = self.adapters
-            if work.adapter:
-                number = before[0] if before else 0
-                adapters = {**adapters, work.adapter: (number + work.num_sequences, work.rank_rows)}
-            total = self.num_sequences + work.num_sequences
-            num_base = total - sum([number for number, _ in adapters.values()])
-            known = self.steps[key] = costs.decode_seconds(num_base, adapters, min(1.0, slots / total))
+            known = self.outlooks[key] = self._outlook(work, costs, slots)
         return known
+
+    def _outlook(self, work: Work, costs: StepCosts, slots: int) -> Outlook:
+        adapters, same = self.adapters, 0
+        if work.adapter:
+            same = adapters.get(work.adapter, (0, 0))[0] + work.num_sequences
+            adapters = {**adapters, work.adapter: (same, work.rank_rows)}
+        before, total = self.num_sequences, self.num_sequences + work.num_sequences
+        num_base = total - sum([number for number, _ in adapters.values()])
+        step = costs.decode_seconds(num_base, adapters, min(1.0, slots / total))
+        if costs.switch is None:
+            return Outlook(step)
+        ratio, leading = costs.merged_ratio(min(total, slots), step), max(self.leading, same)
+        now = slowdown(leading, total, slots, ratio)
+        own = own_slowdown(leading, total, ratio, leads=same == leading)
+        change = now - slowdown(self.leading, before, slots, ratio) if before else 0.0
+        return Outlook(step, (1.0 - ratio) * step, now, own, change, max(1.0, total / (2 * slots)))
 
     @staticmethod
     def key(work: Work, slots: int, before: tuple[int, int] | None) -> tuple[object, ...]:
-        """Of a request, as far as ``decode_seconds`` depends on it; ``before``: What is there of its adapter."""
+        """Of a request, as far as ``outlook`` depends on it; ``before``: What is there of its adapter."""
         return before, work.rank_rows if work.adapter else -1, work.num_sequences, slots
 
     def count(self, adapter: str, rank_rows: int, change: int) -> None:
         """Note that ``change`` sequences came (or went, if it is negative)."""
         self.num_sequences += change
-        self.steps.clear()
+        self.outlooks.clear()
         self._leading = None
         if not adapter:
             return
@@ -140,23 +170,22 @@ class Estimates:
     def __init__(self, work: Work) -> None:
         self._work = work
         self._size = max(work.prompt_tokens + work.output_tokens, 1.0)
+        # Those that merging lasts, if the adapter had the replica for itself.
+        self._steps = max(work.output_tokens, 1.0)
         # With so many slots, the key of what has no request of its adapter.
         self._slots = -1
         self._key: tuple[object, ...] = ()
-        # Of the prompt on an idle replica with these costs, and of bringing the adapter to its device.
+        # Of the prompt on an idle replica with these costs, of bringing the adapter to its device, and of merging it.
         self._costs: StepCosts | None = None
-        self._prefill = self._from_host = self._from_disk = 0.0
+        self._prefill = self._from_host = self._from_disk = self._switch = 0.0
 
     def finish_seconds(self, target: Target) -> float:
         """If it is sent there now, and nothing is merged there."""
-        return self._seconds(target, merges=False)
+        return self.total_seconds(target, merges=False)
 
-    def total_seconds(self, target: Target) -> float:
+    def total_seconds(self, target: Target, *, merges: bool = True) -> float:
         """If it is sent there now; with what it adds to the seconds of all others there, where it keeps their adapter
         from being merged, or lets it be merged for more."""
-        return self._seconds(target, merges=target.costs.switch is not None)
-
-    def _seconds(self, target: Target, *, merges: bool) -> float:
         work, backlog, costs = self._work, target.backlog, target.costs
         if costs is not self._costs:
             self._use(costs)
@@ -165,21 +194,21 @@ class Estimates:
         if target.capacity_tokens < CERTAINLY * slots * size:
             slots = max(1, min(slots, int(target.capacity_tokens / size)))
         # Most have no other request of its adapter.
-        step = None
+        outlook = None
         if slots == self._slots and costs is backlog.costs and work.adapter not in backlog.adapters:
-            step = backlog.steps.get(self._key)
-        if step is None:
-            step = backlog.decode_seconds(work, costs, slots)
+            outlook = backlog.outlooks.get(self._key)
+        if outlook is None:
+            outlook = backlog.outlook(work, costs, slots)
             self._slots, self._key = slots, backlog.key(work, slots, None)
+        step, saved, queue, own, change, wait = outlook
         ahead = work.output_tokens
         is_queue = backlog.num_sequences + work.num_sequences > slots
-        if merges:
-            queue, own, others = self._by_merging(target, slots, step)
-            ahead = ahead * own + others
+        if merges and saved * self._steps > self._switch:
+            ahead = ahead * own + (backlog.tokens_left * change * wait if change else 0.0)
             if is_queue:
                 ahead += backlog.tokens_left / slots * queue
         elif is_queue:
-            ahead = backlog.tokens_left / slots + ahead
+            ahead += backlog.tokens_left / slots
         if work.adapter in target.resident or not work.adapter:
             load = 0.0
         else:
@@ -190,29 +219,12 @@ class Estimates:
             prefill = costs.prefill_seconds(backlog.prefill_tokens + prompt)
         return load + prefill + ahead * step
 
-    def _by_merging(self, target: Target, slots: int, step: float) -> tuple[float, float, float]:
-        """What merging makes of the queue's steps and of the request's own, and the steps that it adds to others."""
-        work, backlog, costs = self._work, target.backlog, target.costs
-        before = backlog.num_sequences
-        total = before + work.num_sequences
-        ratio = costs.merged_ratio(min(total, slots), step)
-        # The steps that merging lasts, if the adapter had the replica for itself.
-        if (1.0 - ratio) * step * max(work.output_tokens, 1.0) <= costs.switch_seconds(work.rank_rows):
-            return 1.0, 1.0, 0.0
-        same = backlog.adapters.get(work.adapter, (0, 0))[0] + work.num_sequences if work.adapter else 0
-        leading = max(backlog.leading, same)
-        now = slowdown(leading, total, slots, ratio)
-        own = own_slowdown(leading, total, ratio, leads=same == leading)
-        change = now - slowdown(backlog.leading, before, slots, ratio) if before else 0.0
-        # Who stands in a queue waits for half of it, on average, and then for its own steps.
-        others = backlog.tokens_left * change * max(1.0, total / (2 * slots)) if change else 0.0
-        return now, own, others
-
     def _use(self, costs: StepCosts) -> None:
         work = self._work
         self._costs, self._prefill = costs, costs.prefill_seconds(work.prompt_tokens)
         self._from_host = costs.load_seconds(work.num_bytes, on_host=True)
         self._from_disk = costs.load_seconds(work.num_bytes, on_host=False)
+        self._switch = costs.switch_seconds(work.rank_rows)
 
 
 def choose(work: Work, targets: Sequence[Target]) -> int:

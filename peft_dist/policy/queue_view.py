@@ -8,6 +8,9 @@ from functools import cached_property
 from peft_dist.core.cost_model import CostModel, StepFeatures
 from peft_dist.policy.batching import BASE, Candidate, QueueState
 
+# Batches that a view remembers: it may last for many steps, and a batch may be made anew in each.
+MAX_KNOWN = 64
+
 
 class QueueView:
     """What of a queue can run now, with at most ``seats`` requests a step."""
@@ -20,6 +23,7 @@ class QueueView:
         # Of the same batches, where predictions do not change.
         self._seconds: dict[tuple[int, str | None], float] = {}
         self._is_fixed = cost.fixed
+        self._alone: dict[str, list[Candidate]] = {}
         self.runnable: list[Candidate] = []
         self.groups: dict[str, list[Candidate]] = {}
         """Runnable requests by adapter, oldest first; adapters by the age of their oldest request."""
@@ -102,8 +106,11 @@ class QueueView:
         return sorted(candidates, key=lambda candidate: self.age[candidate.request_id])
 
     def alone(self, adapter: str) -> list[Candidate]:
-        """The batch of one adapter."""
-        return self.groups[adapter][: self.seats]
+        """The batch of one adapter; the same object each time."""
+        batch = self._alone.get(adapter)
+        if batch is None:
+            batch = self._alone[adapter] = self.groups[adapter][: self.seats]
+        return batch
 
     def joined(self, adapter: str) -> list[Candidate]:
         """The batch of one adapter, merged, with the seats it leaves given to the oldest others."""
@@ -138,6 +145,9 @@ class QueueView:
         key = id(batch), merged_adapter
         known = self._features.get(key)
         if known is None:
+            if len(self._features) >= MAX_KNOWN:
+                self._features.clear()
+                self._seconds.clear()
             # With the batch itself, or another one might come to be where it was.
             known = self._features[key] = batch, self._count(batch, merged_adapter)
         return known[1]

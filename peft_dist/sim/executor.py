@@ -73,6 +73,8 @@ class SimExecutor:
         self._context_token = context_token
         self._context = context
         self._slots: dict[int, AdapterSpec] = {}
+        # Of the last batch: slots and tokens of its sequences, what it was merged for, and its features.
+        self._counted: tuple[list[tuple[int, int]], str | None, StepFeatures] | None = None
         self._loading: dict[int, _Ending] = {}
         # When each of those that load is free for the next one; empty where all loads run at once.
         self._loaders = [-math.inf] * loads_at_once
@@ -186,7 +188,7 @@ class SimExecutor:
         now, outcomes = self._clock(), []
         for slot, load in [(slot, load) for slot, load in self._loading.items() if load.ends <= now]:
             del self._loading[slot]
-            self._slots[slot] = load.spec
+            self._slots[slot], self._counted = load.spec, None
             seconds = load.ends - load.began
             outcomes.append(LoadOutcome(load.spec.content_hash, slot, None, seconds, load.copy_seconds))
         return outcomes
@@ -196,6 +198,7 @@ class SimExecutor:
 
     def drop_adapter(self, slot: int) -> None:
         del self._slots[slot]
+        self._counted = None
 
     def keep_adapter(self, content_hash: str) -> None:
         """Host memory is not simulated: every load takes what one from there takes."""
@@ -230,16 +233,21 @@ class SimExecutor:
         return -1
 
     def _features(self, batch: Batch) -> StepFeatures:
+        parts = [(sequence.adapter_slot, len(sequence.token_ids)) for sequence in batch.sequences]
+        last = self._counted
+        if last is None or last[0] != parts or last[1] != batch.merged_adapter:
+            last = self._counted = parts, batch.merged_adapter, self._count(parts, batch.merged_adapter)
+        return last[2]
+
+    def _count(self, parts: list[tuple[int, int]], merged: str | None) -> StepFeatures:
         rows = []
-        for sequence in batch.sequences:
-            spec = None if sequence.adapter_slot == NO_ADAPTER else self._slots[sequence.adapter_slot]
-            tokens = len(sequence.token_ids)
+        for slot, tokens in parts:
+            spec = None if slot == NO_ADAPTER else self._slots[slot]
             rows.append(("", tokens, 0) if spec is None else (spec.content_hash, tokens, spec.num_rank_rows))
-        merged = batch.merged_adapter
         if merged is None:
             return StepFeatures.of(rows)
         present = any(adapter == merged for adapter, _, _ in rows)
-        rank = self._merged.num_rank_rows if merged is not None and present and self._merged is not None else 0
+        rank = self._merged.num_rank_rows if present and self._merged is not None else 0
         return StepFeatures.of(rows, merged, rank)
 
 

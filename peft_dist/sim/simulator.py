@@ -183,7 +183,7 @@ class Simulator:
                     self._unread[replica_id].part(ids, self._queue.now, self._queue.lane)
                 elif is_usual:
                     self._read(replica_id)
-                else:
+                elif self._outcomes:
                     self._settle()
                 commands = self.core.observe(replica_id, epoch, report, self._queue.now)
                 if commands or not is_usual:
