@@ -138,15 +138,18 @@ def test_the_one_that_leads_is_known_as_requests_come_and_go() -> None:
 def test_what_a_backlog_has_said_before_changes_nothing(changes: list[tuple[str, int, bool]]) -> None:
     backlog = Backlog(output_tokens=300.0)
     works = [replace(WORK, adapter=adapter, num_sequences=n) for adapter in ("", "red", "blue") for n in (1, 2)]
+    # The same objects again: who has others has asked for something else.
+    either = {merges: replace_costs(MERGING, (40e-3, 0.0) if merges else None) for merges in (False, True)}
     for adapter, number, merges in changes:
         own = backlog.adapters.get(adapter, (0, 0))[0]
         backlog.count(adapter, 64, -1 if own >= number else number)
-        costs = replace_costs(MERGING, (40e-3, 0.0) if merges else None)
         fresh = Backlog(backlog.num_sequences, 0, 300.0, dict(backlog.adapters))
-        for work in works:
-            estimates, seats = Estimates(work), number * 4
-            known = [estimates.total_seconds(target(0, one, costs, HERE, seats)) for one in (backlog, backlog)]
-            assert known == [Estimates(work).total_seconds(target(0, fresh, costs, HERE, seats))] * 2
+        for costs in (either[merges], either[not merges]):
+            for work in works:
+                estimates = Estimates(work)
+                known = [estimates.total_seconds(target(0, one, costs, HERE, 4)) for one in (backlog, backlog)]
+                assert known == [Estimates(work).total_seconds(target(0, fresh, costs, HERE, 4))] * 2
+                fresh.outlooks.clear()
 
 
 def replace_costs(costs: StepCosts, switch: tuple[float, float] | None) -> StepCosts:
