@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,7 @@ def test_terms_are_found_again(tmp_path: Path) -> None:
     made, like = made_of(tmp_path, lines(), "--shape", "70b"), CostProfile.load("h200-8b")
     for decodes, prompts, adapters in [(1, 0, 0), (64, 0, 32), (16, 0, 1), (0, 1000, 4)]:
         features = StepFeatures(False, decodes, prompts, (decodes + prompts) * bool(adapters), adapters, 16 * adapters)
-        weights = {
-            name: getattr(made.costs, name) for name in dir(made.costs) if isinstance(getattr(made.costs, name), float)
-        }
+        weights = {name: value for name, value in asdict(made.costs).items() if isinstance(value, float)}
         assert predicted(weights, features) == pytest.approx(seconds(decodes, prompts, adapters), rel=0.02)
     assert (
         made.costs.merge == (0.023, 0.0) and made.costs.unmerge == (0.008, 0.0) and made.costs.load == like.costs.load
