@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peft_dist.cli_checks import check_adapters, check_file_limit, check_names, check_port_file
+from peft_dist.core.collector import freeze_heap
 from peft_dist.core.config import EngineConfig, check_pinned
 from peft_dist.core.errors import AdapterError
 from peft_dist.core.waiting import StopSignals, unless
@@ -112,8 +113,7 @@ async def _serve(settings: ServeSettings, cluster: _Cluster | None) -> None:
             return
         # Libraries and what was loaded live as long as this process. Left to the collector, they would stop every
         # stream for a quarter of a second now and then.
-        gc.collect()
-        gc.freeze()
+        freeze_heap()
         # Nor is all that requests hold to be looked through whenever some steps' tokens have come and gone: with 512
         # streams that took 60 to 80 ms, every 1.3 s.
         gc.set_threshold(*_COLLECT_AFTER)

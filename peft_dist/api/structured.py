@@ -63,12 +63,12 @@ class StructureChecks:
 
     def _is_known(self, spec: StructuredOutput, param: str) -> bool:
         if self._tokenizer is None:
-            raise _cannot(param, "this model lacks a tokenizer, which they need", "leave it out")
+            raise _cannot(param, "this model lacks a tokenizer, which they need")
         if not is_fast(self._tokenizer):
             kind = type(self._tokenizer).__name__
-            raise _cannot(param, f"they need a fast tokenizer (tokenizer.json), not a {kind}", "leave it out")
+            raise _cannot(param, f"they need a fast tokenizer (tokenizer.json), not a {kind}")
         if not self._end_ids:
-            raise _cannot(param, "the model's configuration lacks an end-of-sequence token", "leave it out")
+            raise _cannot(param, "the model's configuration lacks an end-of-sequence token")
         return spec in self._good
 
     def _read(self, spec: StructuredOutput, param: str) -> None:
@@ -92,5 +92,5 @@ class StructureChecks:
             self._good.popitem(last=False)
 
 
-def _cannot(param: str, reason: str, remedy: str) -> InvalidRequestError:
-    return InvalidRequestError(f"{param} asks for a structured output: {reason}; {remedy}", param)
+def _cannot(param: str, reason: str) -> InvalidRequestError:
+    return InvalidRequestError(f"{param} asks for a structured output: {reason}; leave it out", param)

@@ -7,6 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
+def freeze_heap() -> None:
+    """For good: what is there now, without what is garbage already, lives as long as this process."""
+    gc.collect()
+    gc.freeze()
+
+
 @contextmanager
 def frozen_heap() -> Iterator[None]:
     """Have the collector pass over all that is there now, until the block ends.

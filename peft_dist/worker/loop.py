@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from peft_dist.core.adapter import AdapterSpec
+from peft_dist.core.collector import freeze_heap
 from peft_dist.core.errors import PeftDistError, UnfitAdapterError
 from peft_dist.core.joining import Welcome
 from peft_dist.core.messages import (
@@ -67,8 +67,7 @@ class WorkerLoop:
         """Raises whatever makes the engine unable to go on."""
         # Model and libraries live as long as this process. Left to the collector, they would stop all threads for a
         # quarter of a second whenever enough requests and adapters have come and gone.
-        gc.collect()
-        gc.freeze()
+        freeze_heap()
         while True:
             if self._driver.is_idle and (self._engine.has_work or not self._idle_work.go_on()):
                 self._rest()

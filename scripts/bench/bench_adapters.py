@@ -20,7 +20,6 @@ Writes docs/results/adapters.json.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import random
 import resource
@@ -44,6 +43,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from bench.load_trace import Trace
 from bench.report import write_result
 from peft_dist.core.adapter import AdapterSpec
+from peft_dist.core.collector import freeze_heap
 from peft_dist.core.config import EngineConfig
 from peft_dist.core.request import Request
 from peft_dist.core.sampling_params import SamplingParams
@@ -266,8 +266,7 @@ def measure(folder: Path, num_adapters: int, num_requests: int) -> dict[str, Any
             adapter_host_memory=HOST_BYTES, num_threads=1, pack_weights=False,
         )
     )  # fmt: skip
-    gc.collect()
-    gc.freeze()  # As a worker does.
+    freeze_heap()  # As a worker does.
     start = time.perf_counter()
     trace = Trace()
     specs = register_all(replica, paths, trace)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import gc
 import itertools
 import os
 import random
@@ -31,6 +30,7 @@ import msgspec
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.report import write_result
+from peft_dist.core.collector import freeze_heap
 from peft_dist.orchestrator.survey import SLICE
 from peft_dist.placement.aggregation import Grouping, RequestLoad, pick
 from peft_dist.placement.costs import ReplicaCosts
@@ -119,8 +119,7 @@ async def measure(size: tuple[int, int, int], plans: int, limit: float) -> dict[
     """Figures of ``plans`` plans for clusters of one size."""
     stalls, found, seconds, grouping, classes = Stalls(), [], [], [], []
     cases = [cluster(*size, seed) for seed in range(plans)]
-    gc.collect()
-    gc.freeze()
+    freeze_heap()
     async with Planner(limit) as planner:
         await planner.warm()
         watching = asyncio.create_task(stalls.watch())

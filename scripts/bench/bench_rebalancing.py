@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import gc
 import os
 import random
 import sys
@@ -29,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.bench_planner import ADAPTER_BYTES, BLOCK, CLUSTERS, KV_BLOCKS, Stalls, quantiles
 from peft_dist.core.adapter import AdapterSpec
+from peft_dist.core.collector import freeze_heap
 from peft_dist.core.config import ModelInfo
 from peft_dist.core.messages import (
     AdapterResult,
@@ -139,8 +139,7 @@ async def measure(size: tuple[int, int, int], number: int, limit: float) -> dict
         for core in cases:
             await planner.warm()
             # What other cases left is no part of a server.
-            gc.collect()
-            gc.freeze()
+            freeze_heap()
             watching = asyncio.create_task(stalls.watch())
             acting = Acting(core, planner)
             start = time.perf_counter()

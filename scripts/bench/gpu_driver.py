@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import select
 import time
 from argparse import Namespace
@@ -32,9 +31,10 @@ def register(replica: Any, paths: dict[str, Path], started: Callable[[str], None
     specs = [replica.load_adapter(name, path) for name, path in paths.items()]
     started("adapters")
     replica.warm_up()
+    from peft_dist.core.collector import freeze_heap
+
     # As a worker does: else a full collection stops the steps for a third of a second now and then.
-    gc.collect()
-    gc.freeze()
+    freeze_heap()
     started("steps")
     return specs
 

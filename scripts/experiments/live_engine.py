@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import itertools
 import random
 import select
@@ -13,6 +12,7 @@ from pathlib import Path
 import profile_costs
 from bench.cost_runs import CostRuns
 
+from peft_dist.core.collector import freeze_heap
 from peft_dist.core.messages import AddRequest, AnyReport, Progress, encode_report
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.engine.driver import EngineDriver
@@ -70,8 +70,7 @@ def engine_records(runs: CostRuns, asked: Workload) -> list[RequestRecord]:
     driver = EngineDriver(engine, runs.replica.handovers, live.hear, time.perf_counter)
     driver.adapters = {spec.content_hash: spec for spec in runs.specs}
     # As a worker does.
-    gc.collect()
-    gc.freeze()
+    freeze_heap()
     commands = [_command(index, arrival, by_name) for index, arrival in enumerate(asked.arrivals)]
     sent: list[float] = []
     live.start = time.perf_counter()
