@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from peft_dist import LLM, SamplingParams
+from peft_dist import LLM, SamplingParams, StructuredOutput
 from tests.e2e.test_exactness import NAMES, NUM_TOKENS, PROMPTS, make_adapters
 from tests.oracle import PeftOracle, assert_identical
-from tests.tiny_models import FAMILIES, make_model
+from tests.structured_models import make_writing_model
+from tests.tiny_models import FAMILIES, make_model, random_adapter
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -66,3 +68,27 @@ def test_switches_are_timed_on_the_device(way: str, tmp_path: Path) -> None:
         llm.generate(PROMPTS, greedy, NAMES, use_tqdm=False)
         engine = llm._open.engine
         assert engine.num_switches > 1 and 0 < engine.switch_seconds < 60
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_structured_outputs_match_and_leave_others_alone(depth: int, tmp_path: Path) -> None:
+    """Captured steps have drawn greedy tokens before anybody looks at a grammar."""
+    model = make_writing_model(tmp_path / "base")
+    adapters = {"a": random_adapter(model, tmp_path / "a", 4, 8.0)}
+    spec = StructuredOutput(regex="[a-f][0-9]{1,9}[g-k]")
+    greedy = SamplingParams(temperature=0.0, max_tokens=12)
+    bound = [SamplingParams(temperature=0.0, structured=spec), SamplingParams(temperature=0.9, seed=3, structured=spec)]
+    asked = [(params, name) for params in [*bound, greedy] for name in (None, "a")]
+    params, names = [each for each, _ in asked], [name for _, name in asked]
+    answers = []
+    for eager in (False, True):
+        with LLM(
+            tmp_path / "base", adapters, device="cuda", dtype="float32", depth=depth, num_blocks=64, max_num_seqs=8,
+            max_model_len=64, enforce_eager=eager,
+        ) as llm:  # fmt: skip
+            together = llm.generate(["hello"] * len(asked), params, names, use_tqdm=False)
+            alone = [llm.generate("hello", greedy, name, use_tqdm=False)[0] for name in (None, "a")]
+        assert [o.outputs[0].token_ids for o in together[-2:]] == [o.outputs[0].token_ids for o in alone]
+        assert all(re.fullmatch(str(spec.regex), o.outputs[0].text) for o in together[:4])
+        answers.append([o.outputs[0].token_ids for o in together])
+    assert answers[0] == answers[1]
