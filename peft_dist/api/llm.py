@@ -49,7 +49,8 @@ from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.engine.commands import make_request
 from peft_dist.orchestrator.client import NewRequest
 from peft_dist.orchestrator.core import Orchestrator, OrchestratorOptions
-from peft_dist.orchestrator.records import Outgoing, RequestFailed, SequenceEvent
+from peft_dist.orchestrator.events import RequestFailed, SequenceEvent
+from peft_dist.orchestrator.records import Outgoing
 from peft_dist.runner.adapter_source import not_there_in_time, resolve_adapter
 from peft_dist.runner.background import TimeLimitError, call_in_time
 from peft_dist.runner.loader import resolve_device

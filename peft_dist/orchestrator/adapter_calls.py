@@ -12,8 +12,9 @@ from peft_dist.core.messages import AdapterResult, AnyCommand, LoadAdapter, PinA
 from peft_dist.core.succession import NameAdapters
 from peft_dist.orchestrator.adapter_retries import AdapterRetries
 from peft_dist.orchestrator.adapters import AdapterRegistry
+from peft_dist.orchestrator.events import AdapterLoaded, AdapterRefused, Event, NamesAreKept, Notice
 from peft_dist.orchestrator.holdings import Holdings
-from peft_dist.orchestrator.records import AdapterLoaded, AdapterRefused, Event, NamesAreKept, Notice, Outgoing, Replica
+from peft_dist.orchestrator.records import Outgoing, Replica
 from peft_dist.orchestrator.replicas import ReplicaTable
 
 

@@ -29,6 +29,13 @@ from peft_dist.orchestrator.admission import check_prompt, check_token_parameter
 from peft_dist.orchestrator.client import NewRequest
 from peft_dist.orchestrator.demand import Demand
 from peft_dist.orchestrator.endings import Endings
+from peft_dist.orchestrator.events import (
+    AdapterRefused,
+    Event,
+    ReplicaDrained,
+    ReplicaReady,
+    StartReplica,
+)
 from peft_dist.orchestrator.handover import Handover
 from peft_dist.orchestrator.lifecycle import Lifecycle
 from peft_dist.orchestrator.losses import Losses
@@ -36,18 +43,7 @@ from peft_dist.orchestrator.migration import Migration
 from peft_dist.orchestrator.move_counts import DRAIN, PLAN, MoveCounts
 from peft_dist.orchestrator.options import OrchestratorOptions
 from peft_dist.orchestrator.placer import Placer
-from peft_dist.orchestrator.records import (
-    AdapterRefused,
-    Event,
-    Fault,
-    Outgoing,
-    Replica,
-    ReplicaDrained,
-    ReplicaReady,
-    ReplicaState,
-    RequestRecord,
-    StartReplica,
-)
+from peft_dist.orchestrator.records import Fault, Outgoing, Replica, ReplicaState, RequestRecord
 from peft_dist.orchestrator.replicas import ReplicaTable
 from peft_dist.orchestrator.requests import RequestTable, ending
 from peft_dist.orchestrator.room import Room

@@ -9,7 +9,8 @@ from peft_dist.core.messages import SequenceProgress
 from peft_dist.orchestrator.adapters import AdapterRegistry
 from peft_dist.orchestrator.demand import Demand
 from peft_dist.orchestrator.equal_steps import Drew, EqualSteps
-from peft_dist.orchestrator.records import Event, Replica, RequestFailed, RequestRecord, SequenceEvent, SequenceRecord
+from peft_dist.orchestrator.events import Event, RequestFailed, SequenceEvent
+from peft_dist.orchestrator.records import Replica, RequestRecord, SequenceRecord
 from peft_dist.orchestrator.requests import RequestTable, ending, unseen_part
 from peft_dist.orchestrator.room import Room
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from peft_dist.core.messages import PrefetchAdapter
 from peft_dist.orchestrator.adapter_calls import AdapterCalls, to
-from peft_dist.orchestrator.records import Event, Outgoing, PlacementDue, Replica, RequestRecord
+from peft_dist.orchestrator.events import Event, PlacementDue
+from peft_dist.orchestrator.records import Outgoing, Replica, RequestRecord
 from peft_dist.orchestrator.replicas import ReplicaTable
 from peft_dist.orchestrator.views import Views
 from peft_dist.placement.placer import Placer, Search, placement_steps

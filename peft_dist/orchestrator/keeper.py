@@ -7,10 +7,11 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from peft_dist.orchestrator.core import Orchestrator
+from peft_dist.orchestrator.events import ReplicaLost, ReplicaRenewed
 from peft_dist.orchestrator.guests import Guests
 from peft_dist.orchestrator.processes import Processes
 from peft_dist.orchestrator.promises import Promises
-from peft_dist.orchestrator.records import Outgoing, ReplicaLost, ReplicaRenewed
+from peft_dist.orchestrator.records import Outgoing
 from peft_dist.orchestrator.renewals import Renewals
 from peft_dist.orchestrator.startup import Startup
 

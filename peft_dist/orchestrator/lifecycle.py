@@ -7,8 +7,9 @@ import math
 from peft_dist.core.errors import ReplicaStateError, UnknownReplicaError
 from peft_dist.core.messages import Heartbeat, Ready
 from peft_dist.core.succession import KeepDrained
+from peft_dist.orchestrator.events import DrainIsKept, Event, Notice
 from peft_dist.orchestrator.options import OrchestratorOptions
-from peft_dist.orchestrator.records import DrainIsKept, Event, Fault, Notice, Outgoing, Replica, ReplicaState
+from peft_dist.orchestrator.records import Fault, Outgoing, Replica, ReplicaState
 from peft_dist.orchestrator.replicas import ReplicaTable
 
 _DRAINED = (ReplicaState.DRAINING, ReplicaState.DRAINED)

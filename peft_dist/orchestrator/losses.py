@@ -8,10 +8,11 @@ from peft_dist.core.errors import EngineDeadError
 from peft_dist.core.messages import Fence, Shutdown
 from peft_dist.orchestrator.adapter_calls import AdapterCalls, to
 from peft_dist.orchestrator.endings import Endings
+from peft_dist.orchestrator.events import Event, ReplicaLost, ReplicaRenewed
 from peft_dist.orchestrator.handover import Handover
 from peft_dist.orchestrator.lifecycle import Lifecycle
 from peft_dist.orchestrator.placer import Placer
-from peft_dist.orchestrator.records import Event, Fault, Outgoing, Replica, ReplicaLost, ReplicaRenewed
+from peft_dist.orchestrator.records import Fault, Outgoing, Replica
 from peft_dist.orchestrator.replicas import ReplicaTable
 from peft_dist.orchestrator.requests import RequestTable
 

@@ -10,11 +10,12 @@ from peft_dist.orchestrator.adapter_calls import AdapterCalls
 from peft_dist.orchestrator.adapters import AdapterRegistry
 from peft_dist.orchestrator.artifact_hosting import ArtifactHosting
 from peft_dist.orchestrator.demand import Demand
+from peft_dist.orchestrator.events import Event, PlanDue
 from peft_dist.orchestrator.hosting import Hosting
 from peft_dist.orchestrator.move_counts import PLAN, MoveCounts
 from peft_dist.orchestrator.observation import MigrationView
 from peft_dist.orchestrator.options import OrchestratorOptions
-from peft_dist.orchestrator.records import Event, Outgoing, PlanDue, Replica, ReplicaState, RequestRecord
+from peft_dist.orchestrator.records import Outgoing, Replica, ReplicaState, RequestRecord
 from peft_dist.orchestrator.replicas import ReplicaTable
 from peft_dist.orchestrator.requests import RequestTable
 from peft_dist.orchestrator.survey import Survey, Surveyed

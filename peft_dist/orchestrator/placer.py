@@ -9,7 +9,13 @@ from peft_dist.orchestrator.adapter_calls import AdapterCalls, to
 from peft_dist.orchestrator.dispatcher import Dispatcher, Lengths
 from peft_dist.orchestrator.hosting import Hosting
 from peft_dist.orchestrator.poison import find_guilty
-from peft_dist.orchestrator.records import Outgoing, Replica, ReplicaState, RequestRecord, SequenceRecord
+from peft_dist.orchestrator.records import (
+    Outgoing,
+    Replica,
+    ReplicaState,
+    RequestRecord,
+    SequenceRecord,
+)
 from peft_dist.orchestrator.replicas import ReplicaTable
 from peft_dist.orchestrator.requests import RequestTable, add_commands
 from peft_dist.policy.dispatch import Backlog

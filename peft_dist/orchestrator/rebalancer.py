@@ -8,8 +8,9 @@ import logging
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
+from peft_dist.orchestrator.events import PlacementDue, PlanDue
 from peft_dist.orchestrator.migration import FAILED, Migration
-from peft_dist.orchestrator.records import Outgoing, PlacementDue, PlanDue
+from peft_dist.orchestrator.records import Outgoing
 from peft_dist.placement.placer import Search
 from peft_dist.placement.placing_process import SearchError, run_search
 from peft_dist.placement.planner import Planner

@@ -12,17 +12,16 @@ import msgspec
 from peft_dist.core.messages import AbortRequest, AddRequest, AnyCommand, AnyReport, ExportRequests, PrefetchAdapter
 from peft_dist.core.record_file import End, RecordEntry
 from peft_dist.orchestrator.client import NewRequest
-from peft_dist.orchestrator.options import OrchestratorOptions
-from peft_dist.orchestrator.records import (
+from peft_dist.orchestrator.events import (
     Event,
-    Outgoing,
     PlacementDue,
     PlanDue,
-    Replica,
     RequestFailed,
     SequenceEvent,
     StartReplica,
 )
+from peft_dist.orchestrator.options import OrchestratorOptions
+from peft_dist.orchestrator.records import Outgoing, Replica
 from peft_dist.placement.aggregation import RequestMove
 from peft_dist.placement.placing import Placement
 from peft_dist.placement.types import MigrationPlan

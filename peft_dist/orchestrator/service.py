@@ -17,23 +17,13 @@ from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.core.succession import life_of
 from peft_dist.orchestrator.client import NewRequest
 from peft_dist.orchestrator.core import OrchestratorOptions
-from peft_dist.orchestrator.guests import Guests, Invitation
-from peft_dist.orchestrator.hearing import Hearing
-from peft_dist.orchestrator.keeper import Keeper
-from peft_dist.orchestrator.link import Link
-from peft_dist.orchestrator.observation import MigrationView, ReplicaView
-from peft_dist.orchestrator.processes import Processes
-from peft_dist.orchestrator.promises import Promises
-from peft_dist.orchestrator.rebalancer import Rebalancer
-from peft_dist.orchestrator.recorded import make_orchestrator
-from peft_dist.orchestrator.records import (
+from peft_dist.orchestrator.events import (
     AdapterLoaded,
     AdapterRefused,
     DrainIsKept,
     Event,
     NamesAreKept,
     Notice,
-    Outgoing,
     PlacementDue,
     PlanDue,
     ReplicaDrained,
@@ -44,6 +34,16 @@ from peft_dist.orchestrator.records import (
     SequenceEvent,
     StartReplica,
 )
+from peft_dist.orchestrator.guests import Guests, Invitation
+from peft_dist.orchestrator.hearing import Hearing
+from peft_dist.orchestrator.keeper import Keeper
+from peft_dist.orchestrator.link import Link
+from peft_dist.orchestrator.observation import MigrationView, ReplicaView
+from peft_dist.orchestrator.processes import Processes
+from peft_dist.orchestrator.promises import Promises
+from peft_dist.orchestrator.rebalancer import Rebalancer
+from peft_dist.orchestrator.recorded import make_orchestrator
+from peft_dist.orchestrator.records import Outgoing
 from peft_dist.orchestrator.renewals import Renewals
 from peft_dist.orchestrator.replica_process import ReplicaLauncher, ReplicaProcess
 from peft_dist.orchestrator.rolling import RollingRestart

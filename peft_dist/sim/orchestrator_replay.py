@@ -13,7 +13,7 @@ from peft_dist.core.errors import ConfigError, PeftDistError
 from peft_dist.core.record_file import End
 from peft_dist.orchestrator import recording as rec
 from peft_dist.orchestrator.core import Orchestrator
-from peft_dist.orchestrator.records import PlacementDue
+from peft_dist.orchestrator.events import PlacementDue
 from peft_dist.orchestrator.survey import Survey, Surveyed
 from peft_dist.placement.aggregation import RequestMove
 from peft_dist.placement.placer import Search

@@ -13,15 +13,9 @@ from peft_dist.core.messages import AnyReport, LoadAdapter, Progress, SequencePr
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.orchestrator.client import NewRequest
 from peft_dist.orchestrator.core import Orchestrator, OrchestratorOptions
+from peft_dist.orchestrator.events import PlacementDue, PlanDue, RequestFailed, SequenceEvent
 from peft_dist.orchestrator.migration import FAILED
-from peft_dist.orchestrator.records import (
-    Outgoing,
-    PlacementDue,
-    PlanDue,
-    RequestFailed,
-    RequestRecord,
-    SequenceEvent,
-)
+from peft_dist.orchestrator.records import Outgoing, RequestRecord
 from peft_dist.placement.placer import Search
 from peft_dist.placement.planning import greedy_plan
 from peft_dist.placement.types import ClusterView, MigrationPlan, PlanError

@@ -42,8 +42,9 @@ from peft_dist.core.messages import (
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.orchestrator.client import NewRequest
 from peft_dist.orchestrator.core import Orchestrator, OrchestratorOptions
+from peft_dist.orchestrator.events import PlacementDue, PlanDue
 from peft_dist.orchestrator.rebalancer import Rebalancer
-from peft_dist.orchestrator.records import Outgoing, PlacementDue, PlanDue
+from peft_dist.orchestrator.records import Outgoing
 from peft_dist.placement.planner import Planner
 
 VOCABULARY = 1000

@@ -9,7 +9,7 @@ import pytest
 from peft_dist.core.messages import AdapterResult, LoadAdapter
 from peft_dist.orchestrator.adapter_retries import AGAIN
 from peft_dist.orchestrator.core import Orchestrator
-from peft_dist.orchestrator.records import Notice
+from peft_dist.orchestrator.events import Notice
 from tests.orchestrator.test_lifecycle import cluster, ready
 from tests.orchestrator.world import mini_spec
 

@@ -30,7 +30,8 @@ from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.core.succession import NameAdapters
 from peft_dist.orchestrator.client import NewRequest
 from peft_dist.orchestrator.core import Orchestrator, OrchestratorOptions
-from peft_dist.orchestrator.records import Notice, Outgoing, ReplicaLost, RequestFailed, SequenceEvent
+from peft_dist.orchestrator.events import Notice, ReplicaLost, RequestFailed, SequenceEvent
+from peft_dist.orchestrator.records import Outgoing
 from tests.worker.fake_replica import VOCAB_SIZE, fake_model
 
 

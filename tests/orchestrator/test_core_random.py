@@ -26,18 +26,17 @@ from peft_dist.core.restarts import RestartPolicy
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.orchestrator.client import NewRequest
 from peft_dist.orchestrator.core import Orchestrator, OrchestratorOptions
-from peft_dist.orchestrator.records import (
+from peft_dist.orchestrator.events import (
     AdapterLoaded,
     AdapterRefused,
-    Outgoing,
     PlacementDue,
     PlanDue,
     ReplicaDrained,
-    ReplicaState,
     RequestFailed,
     SequenceEvent,
     StartReplica,
 )
+from peft_dist.orchestrator.records import Outgoing, ReplicaState
 from peft_dist.orchestrator.survey import Surveyed
 from peft_dist.placement.aggregation import RequestMove
 from peft_dist.placement.placer import KINDS, MigrationKind, Search

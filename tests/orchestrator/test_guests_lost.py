@@ -7,7 +7,8 @@ from peft_dist.core.messages import Progress as Report
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.orchestrator.client import NewRequest
 from peft_dist.orchestrator.core import Orchestrator, OrchestratorOptions
-from peft_dist.orchestrator.records import Outgoing, Replica, RequestFailed
+from peft_dist.orchestrator.events import RequestFailed
+from peft_dist.orchestrator.records import Outgoing, Replica
 from tests.orchestrator.world import MODEL, mini_spec
 
 

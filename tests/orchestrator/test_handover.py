@@ -22,8 +22,9 @@ from peft_dist.core.messages import (
 from peft_dist.core.restarts import RestartPolicy
 from peft_dist.core.step_costs import StepCosts
 from peft_dist.orchestrator.core import Orchestrator
+from peft_dist.orchestrator.events import ReplicaDrained, RequestFailed, SequenceEvent
 from peft_dist.orchestrator.observation import MovesView
-from peft_dist.orchestrator.records import Outgoing, ReplicaDrained, RequestFailed, SequenceEvent
+from peft_dist.orchestrator.records import Outgoing
 from tests.orchestrator.test_core import tokens
 from tests.orchestrator.test_lifecycle import cluster, ready, submit
 

@@ -12,9 +12,10 @@ from peft_dist.core.messages import AdapterResult, LoadAdapter, PrefetchAdapter,
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.orchestrator.client import NewRequest
 from peft_dist.orchestrator.core import Orchestrator
+from peft_dist.orchestrator.events import PlacementDue
 from peft_dist.orchestrator.hosting import LOOK_SECONDS
 from peft_dist.orchestrator.options import OrchestratorOptions
-from peft_dist.orchestrator.records import Outgoing, PlacementDue
+from peft_dist.orchestrator.records import Outgoing
 from peft_dist.placement.placing import Placement
 from tests.orchestrator.test_core import progress
 from tests.orchestrator.test_lifecycle import cluster, ready

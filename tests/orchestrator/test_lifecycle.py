@@ -13,14 +13,14 @@ from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.core.succession import KeepDrained
 from peft_dist.orchestrator.client import NewRequest
 from peft_dist.orchestrator.core import Orchestrator, OrchestratorOptions
-from peft_dist.orchestrator.records import (
-    Outgoing,
+from peft_dist.orchestrator.events import (
     ReplicaDrained,
     ReplicaLost,
     RequestFailed,
     SequenceEvent,
     StartReplica,
 )
+from peft_dist.orchestrator.records import Outgoing
 from tests.orchestrator.test_core import tokens
 from tests.orchestrator.world import mini_spec
 from tests.worker.fake_replica import fake_model

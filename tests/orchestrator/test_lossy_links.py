@@ -27,16 +27,16 @@ from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.core.succession import Adopt
 from peft_dist.orchestrator.client import NewRequest
 from peft_dist.orchestrator.core import Orchestrator, OrchestratorOptions
-from peft_dist.orchestrator.hearing import Hearing
-from peft_dist.orchestrator.link import Link, Received
-from peft_dist.orchestrator.records import (
-    Outgoing,
+from peft_dist.orchestrator.events import (
     ReplicaLost,
     ReplicaRenewed,
     RequestFailed,
     SequenceEvent,
     StartReplica,
 )
+from peft_dist.orchestrator.hearing import Hearing
+from peft_dist.orchestrator.link import Link, Received
+from peft_dist.orchestrator.records import Outgoing
 from peft_dist.orchestrator.renewals import Renewals
 from tests.orchestrator.world import MiniReplica, drawn_token
 

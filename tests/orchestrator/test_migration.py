@@ -12,8 +12,9 @@ from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.core.step_costs import StepCosts
 from peft_dist.orchestrator.client import NewRequest
 from peft_dist.orchestrator.core import Orchestrator
+from peft_dist.orchestrator.events import PlanDue
 from peft_dist.orchestrator.migration import FAILED
-from peft_dist.orchestrator.records import Outgoing, PlanDue
+from peft_dist.orchestrator.records import Outgoing
 from peft_dist.orchestrator.survey import SLICE, Surveyed
 from peft_dist.placement.planning import greedy_plan
 from peft_dist.placement.triggers import TriggerSettings

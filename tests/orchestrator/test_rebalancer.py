@@ -10,8 +10,9 @@ import pytest
 
 from peft_dist.core.messages import AddRequest
 from peft_dist.orchestrator.core import Orchestrator
+from peft_dist.orchestrator.events import PlacementDue, PlanDue
 from peft_dist.orchestrator.rebalancer import MOVES_AT_ONCE, Rebalancer
-from peft_dist.orchestrator.records import Outgoing, PlacementDue, PlanDue
+from peft_dist.orchestrator.records import Outgoing
 from peft_dist.placement.planner import Planner
 from peft_dist.placement.planning import greedy_plan
 from peft_dist.placement.types import ClusterView, MigrationPlan, PlanError

@@ -21,8 +21,9 @@ from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.core.succession import Adopt, KeepDrained
 from peft_dist.orchestrator.client import NewRequest
 from peft_dist.orchestrator.core import Orchestrator
+from peft_dist.orchestrator.events import ReplicaLost, ReplicaRenewed, RequestFailed
 from peft_dist.orchestrator.link import Received
-from peft_dist.orchestrator.records import Outgoing, Replica, ReplicaLost, ReplicaRenewed, RequestFailed
+from peft_dist.orchestrator.records import Outgoing, Replica
 from peft_dist.orchestrator.renewals import UNREACHED_SECONDS, Renewals
 from tests.orchestrator.test_core import tokens
 from tests.orchestrator.test_lifecycle import cluster

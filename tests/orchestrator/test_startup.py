@@ -16,9 +16,9 @@ from peft_dist.core.joining import Join, Welcome
 from peft_dist.core.messages import AnyReport, Heartbeat, Ping, Shutdown, decode_command, encode_report
 from peft_dist.core.succession import Adopt, Identify, Identity, first_number
 from peft_dist.orchestrator.core import Orchestrator, OrchestratorOptions
+from peft_dist.orchestrator.events import ReplicaLost
 from peft_dist.orchestrator.guests import Invitation
 from peft_dist.orchestrator.link import Link, Received
-from peft_dist.orchestrator.records import ReplicaLost
 from peft_dist.orchestrator.service import EngineService
 from peft_dist.orchestrator.startup import Startup
 from peft_dist.orchestrator.survivors import Survivors

@@ -31,18 +31,17 @@ from peft_dist.core.succession import (
 )
 from peft_dist.orchestrator.client import NewRequest
 from peft_dist.orchestrator.core import Orchestrator, OrchestratorOptions
-from peft_dist.orchestrator.records import (
+from peft_dist.orchestrator.events import (
     AdapterLoaded,
     DrainIsKept,
     NamesAreKept,
     Notice,
-    Outgoing,
     PlacementDue,
     ReplicaLost,
     ReplicaRenewed,
-    ReplicaState,
     StartReplica,
 )
+from peft_dist.orchestrator.records import Outgoing, ReplicaState
 from tests.orchestrator.world import MiniReplica
 from tests.worker.fake_replica import fake_model
 
