@@ -20,6 +20,7 @@ _GAUGES: list[tuple[str, str, Callable[[ReplicaView], float]]] = [
         "1 while the weights hold an adapter, 0 while they are the base's.",
         lambda r: r.detail.merged_adapter is not None,
     ),
+    ("warm", "1 once all is compiled and captured that is done ahead, 0 before.", lambda r: r.is_warm),
     ("requests_running", "Sequences in the running batch.", lambda r: r.stats.num_running),
     ("requests_waiting", "Sequences that wait for the engine.", lambda r: r.stats.num_waiting),
     ("requests_swapped", "Sequences whose KV is in host memory.", lambda r: r.stats.num_swapped),

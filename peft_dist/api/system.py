@@ -21,6 +21,8 @@ def _lacks(view: ReplicaView, adapters: list[AdapterSpec]) -> str:
         return f"is {view.state}"
     if view.coming:
         return f"waits for {len(view.coming)} {'adapter' if len(view.coming) == 1 else 'adapters'}"
+    if not view.refused:
+        return "warms up"
     return "refused " + ", ".join(repr(spec.name) for spec in adapters if spec.content_hash in view.refused)
 
 
@@ -63,18 +65,24 @@ def system_router(state: ServerState) -> APIRouter:
 
     @router.get("/ready")
     async def ready(
-        replicas: Annotated[int | None, Query(ge=1)] = None, adapters: Literal["any", "all"] = "any"
+        replicas: Annotated[int | None, Query(ge=1)] = None,
+        adapters: Literal["any", "all"] = "any",
+        warm: bool = False,
     ) -> Response:
         """200 while at least one replica takes requests and waits for no adapter: others may start, drain or be dead.
 
         ``replicas``: At least so many, for every model. ``adapters=all``: Only while each adapter has a replica.
+        ``warm=true``: Only replicas count that have compiled and captured all that they do ahead.
         """
         views = state.client.replicas()
-        whole = sum(view.serves_all for view in views)
-        if (whole if replicas else sum(view.can_serve for view in views)) < (replicas or 1):
+        warm_enough = [view for view in views if view.is_warm or not warm]
+        whole = sum(view.serves_all for view in warm_enough)
+        if (whole if replicas else sum(view.can_serve for view in warm_enough)) < (replicas or 1):
             known = state.client.adapters()
             away = ", ".join(
-                f"replica {view.replica_id} {_lacks(view, known)}" for view in views if not view.serves_all
+                f"replica {view.replica_id} {_lacks(view, known)}"
+                for view in views
+                if not view.serves_all or (warm and not view.is_warm)
             )
             reason = f"{whole} of {len(views)} replicas serve, {replicas or 1} asked for"
             raise ApiError(503, f"{reason}: {away}." if away else f"{reason}.", code="not_ready")

@@ -33,7 +33,7 @@ from peft_dist.core.succession import (
     NamesKept,
 )
 
-PROTOCOL_VERSION = 9
+PROTOCOL_VERSION = 10
 
 
 class AddRequest(Command, frozen=True, kw_only=True):
@@ -190,6 +190,15 @@ class Heartbeat(Report, frozen=True, kw_only=True):
     missed: tuple[int, int] | None = None
 
 
+class Warmth(Report, frozen=True, kw_only=True):
+    """Whether nothing is left that it does while there is no request, so as not to do it when requests wait for it.
+
+    Kernels are compiled, and steps captured. Told whenever it changes; one that has said nothing is not warm.
+    """
+
+    is_warm: bool
+
+
 class Progress(Report, frozen=True, kw_only=True):
     """What one engine step brought.
 
@@ -265,6 +274,7 @@ AnyReport = (
     | Ready
     | Started
     | Heartbeat
+    | Warmth
     | Progress
     | AdapterResult
     | NamesKept

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
 import os
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +55,7 @@ def recording_folder() -> Path | None:
 
 
 class RecordFile:
-    """Lines of JSON in a new file of a folder, up to a bound. It holds prompts and answers as token ids.
+    """Lines of JSON in a new file of a folder, which is made, up to a bound. It holds prompts and answers as token ids.
 
     Args:
         what: The beginning of the file's name.
@@ -69,16 +72,13 @@ class RecordFile:
         self._encoder = msgspec.json.Encoder()
         self._end = self._encoder.encode(full) + b"\n"
         self._left = max_bytes - len(self._end)
-        number = 0
-        while True:
-            self.path = folder / f"{what}-{os.getpid()}-{number}.jsonl"
-            try:
-                self._file = self.path.open("xb", buffering=0)
-                break
-            except FileExistsError:
-                number += 1
-            except OSError as error:
-                raise ConfigError(f"{VARIABLE}={str(folder)!r}: {self.path.name} cannot be made: {error}") from error
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.path, self._file = _new_file(folder, f"{what}-{os.getpid()}")
+        except OSError as error:
+            raise ConfigError(
+                f"{VARIABLE}={str(folder)!r}: no recording can be made there, give a folder: {error}"
+            ) from error
 
     def __call__(self, entry: msgspec.Struct) -> None:
         """Append an entry; what does not fit any more is lost, and so is all that follows."""
@@ -97,3 +97,12 @@ class RecordFile:
     def close(self) -> None:
         """Give the file up; entries that come later are lost."""
         self._file.close()
+
+
+def _new_file(folder: Path, what: str) -> tuple[Path, FileIO]:
+    """The first of its kind that is not there yet, open: a process may have several engines."""
+    paths = (folder / f"{what}-{number}.jsonl" for number in itertools.count())
+    while True:
+        path = next(paths)
+        with contextlib.suppress(FileExistsError):
+            return path, FileIO(path, "x")

@@ -21,6 +21,7 @@ from peft_dist.core.messages import (
     ReplicaStats,
     Shutdown,
     Started,
+    Warmth,
 )
 from peft_dist.core.succession import DrainKept, NamesKept, life_of
 from peft_dist.orchestrator.adapter_calls import AdapterCalls, to
@@ -217,6 +218,8 @@ class Orchestrator:
             case Heartbeat():
                 if (fault := self.lives.find_fault(replica, report)) is not None:
                     out = self._give_up(replica, fault, now)
+            case Warmth(is_warm=is_warm):
+                replica.is_warm = is_warm
             case Ready():
                 out = self._observe_ready(replica, report, now)
             case AdapterResult():

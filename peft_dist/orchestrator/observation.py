@@ -103,6 +103,7 @@ class ReplicaView:
             and hears nothing. What ``stats`` and ``detail`` say of now is worth something only while ``is_ready``.
         model: None before it was ready for the first time.
         totals: Counts over all incarnations.
+        is_warm: Whether it has compiled and captured all that it does ahead, while there is no request.
         num_restarts: Incarnations before this one.
         coming: Content hashes of named adapters that are still on their way to it.
         refused: Content hashes of named adapters that it did not take when it was brought them, and why.
@@ -115,6 +116,7 @@ class ReplicaView:
     stats: ReplicaStats
     detail: ReplicaDetail
     totals: ReplicaTotals
+    is_warm: bool = False
     num_restarts: int = 0
     coming: frozenset[str] = frozenset()
     refused: Mapping[str, str] = field(default_factory=dict)

@@ -227,6 +227,7 @@ def _view(replica: Replica) -> ReplicaView:
         stats=replica.stats,
         detail=replica.detail,
         totals=_totals(replica),
+        is_warm=replica.is_warm,
         num_restarts=replica.num_restarts,
         coming=frozenset(replica.coming),
         refused=dict(replica.refused),

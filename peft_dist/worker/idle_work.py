@@ -16,10 +16,19 @@ class IdleWork:
     the short gaps of a load that leaves some every request would meet one, until nothing is left to do.
     """
 
-    def __init__(self, do_some: Callable[[], bool], clock: Callable[[], float]) -> None:
-        """``do_some``: Whether something was done; False: nothing is left. ``clock``: Seconds."""
+    def __init__(
+        self, do_some: Callable[[], bool], clock: Callable[[], float], tell: Callable[[bool], None] = lambda _: None
+    ) -> None:
+        """
+        Args:
+            do_some: Whether something was done; False: nothing is left.
+            clock: Seconds.
+            tell: Hears whether the replica is warm, whenever that changes; before it was told it is not.
+        """
         self._do_some = do_some
         self._clock = clock
+        self._tell = tell
+        self._is_warm = False
         self._quiet_at = -math.inf
         self._may_be_left = True
 
@@ -34,7 +43,23 @@ class IdleWork:
         if not self._may_be_left or self._clock() < self._quiet_at:
             return False
         self._may_be_left = self._do_some()
+        self._say(is_warm=not self._may_be_left)
         return self._may_be_left
+
+    def expect_more(self) -> None:
+        """An adapter is about to be served, which may bring work."""
+        self._may_be_left = True
+        self._say(is_warm=False)
+
+    def tell_anew(self) -> None:
+        """Whoever listens from now on knows nothing yet, and is told when it is found that nothing is left."""
+        self._is_warm = False
+        self._may_be_left = True
+
+    def _say(self, *, is_warm: bool) -> None:
+        if is_warm != self._is_warm:
+            self._is_warm = is_warm
+            self._tell(is_warm)
 
     def limit(self, timeout_ms: int | None) -> int | None:
         """For how long to wait, after ``go_on``, where without this it would be ``timeout_ms``; None is without end."""

@@ -20,6 +20,7 @@ from peft_dist.core.messages import (
     Ping,
     Shutdown,
     UnloadAdapter,
+    Warmth,
 )
 from peft_dist.core.succession import Adopt, DrainKept, Identify, KeepDrained, NameAdapters, NamesKept
 from peft_dist.engine.driver import EngineDriver
@@ -52,7 +53,7 @@ class WorkerLoop:
         self._replica = replica
         self._engine = replica.engine
         self._driver = EngineDriver(replica.engine, replica.handovers, channel.send, clock)
-        self._idle_work = IdleWork(replica.warm_up_some, clock)
+        self._idle_work = IdleWork(replica.warm_up_some, clock, lambda warm: channel.send(Warmth(is_warm=warm)))
         self._channel = channel
         self._find = find_adapter
         self._fetcher = AdapterFetcher(self._inspect, replica.load_timeout)
@@ -138,6 +139,7 @@ class WorkerLoop:
                 self._driver.drop_requests()
                 self._driver.tell_anew()
                 self._allegiance.follow(command, self._replica, self._driver.adapters.values())
+                self._idle_work.tell_anew()
 
     def _note_pin(self, name: str, *, pinned: bool) -> None:
         if self._allegiance is not None:
@@ -165,6 +167,7 @@ class WorkerLoop:
         else:
             self._driver.adapters[spec.content_hash] = spec
             self._note_pin(spec.name, pinned=pinned)
+            self._idle_work.expect_more()
             self._channel.send(AdapterResult(call_id=command.call_id, spec=spec))
 
 

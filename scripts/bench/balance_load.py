@@ -16,6 +16,7 @@ from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.orchestrator.service import EngineService
 
 _LONE = 9
+_WARM_SECONDS = 600.0
 
 
 class Arrival(NamedTuple):
@@ -138,6 +139,13 @@ class Results:
 def quantile(values: Sequence[float], share: float) -> float:
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, math.ceil(share * len(ordered)) - 1)]
+
+
+async def until_warm(service: EngineService) -> None:
+    """Wait until no replica has anything left to compile or to capture, which they tell the service alone."""
+    async with asyncio.timeout(_WARM_SECONDS):
+        while not all(view.is_warm for view in service.replicas()):
+            await asyncio.sleep(0.1)
 
 
 async def serve(service: EngineService, planned: Sequence[Arrival], warm: float, label: str) -> Results:

@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from experiments.loads import Data
 
-from bench.balance_load import Offered, Results, answer_all, answer_most, idle_first_token, serve
+from bench.balance_load import Offered, Results, answer_all, answer_most, idle_first_token, serve, until_warm
 from bench.balance_moves import Moves
 from bench.balance_report import plot, table
 from bench.balance_settings import of_result, to_keep
@@ -73,6 +73,8 @@ async def measure(
             await service.start()
             for name, path in adapters.items():
                 await service.load_adapter(name, str(path))
+            # A step that is captured while requests wait for it holds up all of its replica by a quarter of a second.
+            await until_warm(service)
             found = await warm_up(options, service, asked)
             rate = found if rate is None else rate
             idle = await idle_first_token(service, asked)

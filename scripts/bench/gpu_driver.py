@@ -31,6 +31,9 @@ def register(replica: Any, paths: dict[str, Path], started: Callable[[str], None
     specs = [replica.load_adapter(name, path) for name, path in paths.items()]
     started("adapters")
     replica.warm_up()
+    # As a server does while no request is there.
+    while replica.warm_up_some():
+        pass
     from peft_dist.core.collector import freeze_heap
 
     # As a worker does: else a full collection stops the steps for a third of a second now and then.

@@ -69,7 +69,9 @@ def engine_records(runs: CostRuns, asked: Workload) -> list[RequestRecord]:
     live = _Live()
     driver = EngineDriver(engine, runs.replica.handovers, live.hear, time.perf_counter)
     driver.adapters = {spec.content_hash: spec for spec in runs.specs}
-    # As a worker does.
+    # As a worker does, before the first request and while none is there.
+    while runs.replica.warm_up_some():
+        pass
     freeze_heap()
     commands = [_command(index, arrival, by_name) for index, arrival in enumerate(asked.arrivals)]
     sent: list[float] = []

@@ -9,6 +9,7 @@ from peft_dist.core.adapter import AdapterSpec
 
 REPLICA_GAUGES = (
     "merged",
+    "warm",
     "requests_running",
     "requests_waiting",
     "requests_swapped",

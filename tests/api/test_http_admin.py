@@ -95,6 +95,21 @@ def test_ready_while_enough_replicas_serve_everything(
     assert error["message"].endswith("replica 0 is draining, replica 1 waits for 2 adapters.")
 
 
+def test_whoever_asks_for_warm_replicas_waits_for_those_that_compile_and_capture(
+    engine: ScriptedClient, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [view] = engine.replicas()
+    views: list[Any] = [replace(view, is_warm=False), replace(view, replica_id=1, is_warm=True)]
+    monkeypatch.setattr(engine, "replicas", lambda: views)
+    assert http.get("/ready?replicas=2").status_code == 200
+    assert http.get("/ready?warm=true").json()["serving"] == 1
+    error = error_of(http.get("/ready?warm=true&replicas=2"), 503)
+    assert error["message"] == "1 of 2 replicas serve, 2 asked for: replica 0 warms up."
+    views[0] = replace(view, is_warm=True)
+    assert http.get("/ready?warm=true&replicas=2").status_code == 200
+    assert error_of(http.get("/ready?warm=perhaps"), 400)
+
+
 def test_adapters_that_replicas_refused_are_told_and_those_that_nobody_holds_are_missing(
     engine: ScriptedClient, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:

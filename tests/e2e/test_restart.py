@@ -147,7 +147,7 @@ def test_what_is_missing_is_started_and_brought_the_adapters(tmp_path: Path) -> 
         second = own.begin()
         # The one that is left serves alone until the other is there.
         assert tokens(second, model="sql", prompt=[5]) == expected
-        second.until(lambda: httpx.get(f"{second.url}/ready?replicas=2").status_code == 200)
+        second.until(lambda: httpx.get(f"{second.url}/ready?replicas=2&warm=true").status_code == 200)
         after = own.workers()
         assert after[0] == before[0] and after[1] != before[1]
         assert [tokens(second, model="sql", prompt=[5]) for _ in range(4)] == [expected] * 4

@@ -38,7 +38,7 @@ def test_a_stream_outlives_a_drain_and_a_death(tmp_path: Path) -> None:
                     [other] = set(children) - {child}
                     os.kill(other, signal.SIGKILL)
         assert tokens == alone
-        server.until(lambda: httpx.get(f"{server.url}/ready?replicas=2").status_code == 200)
+        server.until(lambda: httpx.get(f"{server.url}/ready?replicas=2&warm=true").status_code == 200)
         answer = server.post("/v1/completions", {"model": "json", "prompt": [5], "max_tokens": 3})
         assert answer.status_code == 200
         metrics = httpx.get(f"{server.url}/metrics").text

@@ -25,6 +25,7 @@ from peft_dist.core.messages import (
     SequenceProgress,
     Shutdown,
     UnloadAdapter,
+    Warmth,
 )
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.core.succession import NameAdapters
@@ -363,3 +364,16 @@ def test_before_the_first_replica_is_ready_nothing_is_admitted() -> None:
 def test_a_negative_queue_is_refused() -> None:
     with pytest.raises(ConfigError, match="max_queue"):
         OrchestratorOptions(max_queue=-1)
+
+
+def test_a_replica_is_warm_when_it_says_so_and_the_next_incarnation_is_not() -> None:
+    core = ready_core()
+    assert [view.is_warm for view in core.replicas.views()] == [False]
+    core.observe(0, 1, Warmth(is_warm=True), 1.0)
+    assert [view.is_warm for view in core.replicas.views()] == [True]
+    core.observe(0, 1, Warmth(is_warm=False), 2.0)
+    assert [view.is_warm for view in core.replicas.views()] == [False]
+    core.observe(0, 1, Warmth(is_warm=True), 3.0)
+    core.lose_replica(0, 1, "gone", 4.0)
+    core.observe(0, core.add_replica(0, 5.0).epoch, Ready(model=fake_model("org/base"), pid=8), 5.0)
+    assert [view.is_warm for view in core.replicas.views()] == [False]

@@ -26,6 +26,7 @@ from peft_dist.core.messages import (
     SequenceProgress,
     Shutdown,
     UnloadAdapter,
+    Warmth,
     decode_command,
     decode_report,
     encode_command,
@@ -97,6 +98,7 @@ REPORTS: st.SearchStrategy[AnyReport] = st.one_of(
         error=st.none() | TEXT,
         is_final=st.booleans(),
     ),
+    st.builds(Warmth, is_warm=st.booleans()),
     st.builds(Fatal, error=TEXT),
 )
 

@@ -123,9 +123,11 @@ def test_a_recording_is_bounded_and_ends_whole(tmp_path: Path) -> None:
     assert list(read(file.path)) == [End("x" * 20)] * 2 + [End("full")]
 
 
-def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=f"{VARIABLE}=.*cannot be made"):
-        RecordFile(tmp_path / "nowhere", "engine", End("full"))
+def test_a_folder_is_made_and_what_cannot_be_one_is_refused(tmp_path: Path) -> None:
+    RecordFile(tmp_path / "new" / "folder", "engine", End("full")).close()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=f"{VARIABLE}=.*no recording can be made there"):
+        RecordFile(tmp_path / "file", "engine", End("full"))
 
 
 def test_lines_of_something_else_are_named(tmp_path: Path) -> None:

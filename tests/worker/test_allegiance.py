@@ -22,6 +22,7 @@ from peft_dist.core.messages import (
     Ping,
     Progress,
     Ready,
+    Warmth,
 )
 from peft_dist.core.succession import (
     Adopt,
@@ -189,6 +190,17 @@ def test_that_it_is_drained_is_told_to_every_orchestrator_until_it_is_not(replic
     run(replica, script)
     assert [ready.is_drained for ready in script.told(Ready)] == [False, True, True, False]  # type: ignore[union-attr]
     assert script.told(DrainKept) == [DrainKept(), DrainKept()]
+
+
+def test_each_orchestrator_hears_that_it_is_warm(replica: ModelReplica) -> None:
+    script = NamedScript([endless("r")], [Adopt(replica_id=1, incarnation=50)], [])
+    run(replica, script)
+    told = [
+        (report.is_warm, name)
+        for report, name in zip(script.sent, script.names, strict=True)
+        if isinstance(report, Warmth)
+    ]
+    assert told == [(True, "3.7"), (True, "1.50")]
 
 
 def test_whoever_is_adopted_twice_is_adopted_once(replica: ModelReplica) -> None:

@@ -30,6 +30,7 @@ from peft_dist.core.messages import (
     ReplicaDetail,
     Shutdown,
     UnloadAdapter,
+    Warmth,
 )
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.engine.detail_schedule import CHANGE_SECONDS
@@ -240,6 +241,7 @@ def test_a_replica_warms_up_while_there_is_no_work_and_commands_come_in_between(
     assert received[:2] == [1, 2] and replica.engine.num_steps == 2
     # Three times there was something to do, and then it is not asked again without a reason.
     assert len(replica.warm_ups) == 4 and not any(replica.warm_ups)
+    assert warmth(script) == [True], "nobody takes it to be warm before it says so"
 
 
 def test_after_a_request_a_replica_warms_up_once_it_was_quiet_for_a_while(
@@ -259,6 +261,21 @@ def test_after_a_request_a_replica_warms_up_once_it_was_quiet_for_a_while(
     # Before the first request at once, then behind each one in the first quiet second, and for what came.
     assert did[:3] == [(100.0, 0, 4), (100.0 + QUIET_SECONDS, 1, 4), (100.0 + 2 * QUIET_SECONDS, 2, 4)]
     assert did[-1] == (100.0 + 2 * QUIET_SECONDS, 2, 5) and len(did) <= 5
+
+
+def warmth(script: Script) -> list[bool]:
+    return [report.is_warm for report in script.sent if isinstance(report, Warmth)]
+
+
+def test_it_is_no_longer_warm_before_an_adapter_can_be_asked_for_and_says_when_it_is_again(
+    replica: EngineReplica,
+) -> None:
+    script = Script([add("a", None)], [LoadAdapter(call_id=1, name="new", path="/there")])
+    script.before_wait = lambda: len(script.batches) == 1 and not script.ready and len(replica.engine.adapters) == 4
+    run(replica, script)
+    assert warmth(script) == [True, False, True], "a request changes nothing"
+    cold = script.sent.index(Warmth(is_warm=False))
+    assert [type(report) for report in script.sent[cold : cold + 2]] == [Warmth, AdapterResult]
 
 
 class Interrupted(Script):
