@@ -94,7 +94,10 @@ class TorchExecutor:
     def collect(self, handle: Submitted) -> StepResult:
         began = time.perf_counter()
         result = self.runner.finish(handle.step)
-        if handle.span is None:
+        seconds: float | None
+        if handle.step.was_captured:
+            seconds = None
+        elif handle.span is None:
             seconds = handle.seconds + time.perf_counter() - began
         else:
             seconds = handle.span.seconds()

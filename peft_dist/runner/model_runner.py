@@ -51,6 +51,7 @@ class PendingStep:
         first: Where in ``DrawnTokens`` the draw of row 0 is.
         rows: Row of each sequence that draws.
         copy: Of ``sampled``, to the host.
+        was_captured: It waited for its capture: how long it took says nothing of the next one like it.
     """
 
     batch: Batch
@@ -60,6 +61,7 @@ class PendingStep:
     rows: dict[str, int] = field(default_factory=dict)
     scores: dict[str, list[PositionLogprobs]] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
+    was_captured: bool = False
     result: StepResult | None = None
 
 
@@ -171,7 +173,9 @@ class ModelRunner:
     def _forward(self, step: PendingStep) -> None:
         batch = step.batch
         if self.graphs is not None and (shape := self.graphs.shape_for(batch)) is not None:
+            awaited = self.graphs.num_awaited
             captured = self.graphs.run(batch, shape, self._find_draw, step.first)
+            step.was_captured = self.graphs.num_awaited > awaited
             if sampled := [sequence for sequence in batch.sequences if sequence.samples]:
                 self._sample(step, captured.logits[: len(sampled)], sampled, captured.best(len(sampled)))
             return

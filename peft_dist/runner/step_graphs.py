@@ -52,6 +52,7 @@ class StepGraphs:
             ``capture_next`` alone, which makes no others.
 
     Attributes:
+        num_awaited: Steps that were captured while a batch waited for them.
         gives_up: There is no memory for ``capture_next``, until ``clear``.
     """
 
@@ -92,6 +93,7 @@ class StepGraphs:
         # Captured when a batch came, with products as is usual.
         self._unmeasured: set[Variant] = set()
         self._stood_in: Counter[Variant] = Counter()
+        self.num_awaited = 0
         self.gives_up = False
 
     def shape_for(self, batch: Batch) -> StepShape | None:
@@ -227,6 +229,7 @@ class StepGraphs:
         """For a batch that is there."""
         if variant not in self._steps:
             self._steps[variant] = self._build(variant, merged)
+            self.num_awaited += 1
             if self._products is not None:
                 self._unmeasured.add(variant)
         return self._steps[variant]

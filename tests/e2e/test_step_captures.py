@@ -230,3 +230,19 @@ def test_sizes_cover_every_batch_with_little_padding() -> None:
     mixed = mixed_sizes(256, 8192)
     assert max(mixed) == (2048, 256) and all(tokens != rows for tokens, rows in mixed)
     assert mixed_sizes(4, 24) == [(24, 4)]
+
+
+def test_a_step_that_waited_for_its_capture_teaches_nothing_of_costs(tmp_path: Path) -> None:
+    triton_interpreter.mend()
+    with opened(tmp_path, pack_weights=False, depth=1) as (llm, _):
+        use_graphs(llm)
+        replica = llm._open
+        graphs, engine = replica.runner.graphs, replica.engine
+        assert graphs is not None
+        learnt = []
+        for _ in range(2):
+            steps, known, awaited = engine.num_steps, engine.cost.num_steps, graphs.num_awaited
+            llm.generate([[5, 6, 7]], SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True), use_tqdm=False)
+            learnt.append((engine.num_steps - steps, engine.cost.num_steps - known, graphs.num_awaited - awaited))
+        [(ran, told, captured), (again, told_again, none)] = learnt
+        assert captured > 0 and told == ran - captured and (told_again, none) == (again, 0)
