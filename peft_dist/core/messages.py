@@ -191,12 +191,10 @@ class Heartbeat(Report, frozen=True, kw_only=True):
 
 
 class Warmth(Report, frozen=True, kw_only=True):
-    """Whether nothing is left that it does while there is no request, so as not to do it when requests wait for it.
-
-    Kernels are compiled, and steps captured. Told whenever it changes; one that has said nothing is not warm.
-    """
+    """Whether nothing is left to compile or capture, and the seconds of a piece of it. Unless told, something is."""
 
     is_warm: bool
+    pause: float = 0.0
 
 
 class Progress(Report, frozen=True, kw_only=True):

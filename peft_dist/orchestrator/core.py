@@ -218,8 +218,8 @@ class Orchestrator:
             case Heartbeat():
                 if (fault := self.lives.find_fault(replica, report)) is not None:
                     out = self._give_up(replica, fault, now)
-            case Warmth(is_warm=is_warm):
-                replica.is_warm = is_warm
+            case Warmth(is_warm=is_warm, pause=pause):
+                replica.is_warm, replica.pause = is_warm, pause
             case Ready():
                 out = self._observe_ready(replica, report, now)
             case AdapterResult():

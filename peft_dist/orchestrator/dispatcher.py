@@ -95,6 +95,7 @@ class Dispatcher:
                 replica.capacity_tokens,
                 replica.on_host,
                 0 if known is None else known.cached(record, replica),
+                replica.pause,
             )
             for replica, backlog in zip(replicas, backlogs, strict=True)
         ]

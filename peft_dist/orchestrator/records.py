@@ -58,7 +58,7 @@ class Replica:
         resident: Content hashes on its device by its ``stats``.
         measured_steps, measured_at: How many steps it had run, and when, when its costs last were of many new ones.
         on_host: Content hashes whose weights were in its host memory when it told details last.
-        is_warm: Whether it said that nothing is left to compile or capture (``Warmth``).
+        is_warm, pause: As in ``Warmth``, as it said last.
         last_heard: When it said anything last.
         inbox: The numbers of what it has said.
         num_sent, num_taken: Sequences that it was sent, and those of them that it said it has taken in.
@@ -97,6 +97,7 @@ class Replica:
     measured_at: float = 0.0
     on_host: frozenset[str] = frozenset()
     is_warm: bool = False
+    pause: float = 0.0
     last_heard: float = 0.0
     inbox: Inbox = field(default_factory=Inbox)
     num_sent: int = 0

@@ -151,7 +151,7 @@ class Target(msgspec.Struct):
 
     ``resident`` are the adapters on its device, ``on_host`` those in its host memory; ``max_num_seqs`` and
     ``capacity_tokens`` bound what runs at once: the rest waits. ``cached_tokens`` of the prompt are expected in
-    its prefix cache.
+    its prefix cache. ``pause``: Seconds for which it is likely to compile or capture before it computes.
     """
 
     replica_id: int
@@ -162,6 +162,7 @@ class Target(msgspec.Struct):
     capacity_tokens: int
     on_host: Set[str] = frozenset()
     cached_tokens: int = 0
+    pause: float = 0.0
 
 
 class Estimates:
@@ -217,7 +218,7 @@ class Estimates:
         if target.cached_tokens or backlog.prefill_tokens:
             prompt = max(work.prompt_tokens - target.cached_tokens, 0)
             prefill = costs.prefill_seconds(backlog.prefill_tokens + prompt)
-        return load + prefill + ahead * step
+        return load + prefill + ahead * step + target.pause
 
     def _use(self, costs: StepCosts) -> None:
         work = self._work

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 QUIET_SECONDS = 1.0
 """Without requests, before there is no hurry."""
+_FAR = 2.0
 
 
 class IdleWork:
@@ -17,18 +18,23 @@ class IdleWork:
     """
 
     def __init__(
-        self, do_some: Callable[[], bool], clock: Callable[[], float], tell: Callable[[bool], None] = lambda _: None
+        self,
+        do_some: Callable[[], bool],
+        clock: Callable[[], float],
+        tell: Callable[[bool, float], None] = lambda is_warm, pause: None,
     ) -> None:
         """
         Args:
             do_some: Whether something was done; False: nothing is left.
             clock: Seconds.
-            tell: Hears whether the replica is warm, whenever that changes; before it was told it is not.
+            tell: Hears whether the replica is warm, whenever that changes, before which it is not; and while it is not
+                what a piece of the work takes, in seconds, when that is another.
         """
         self._do_some = do_some
         self._clock = clock
         self._tell = tell
         self._is_warm = False
+        self._pause = 0.0
         self._quiet_at = -math.inf
         self._may_be_left = True
 
@@ -42,24 +48,29 @@ class IdleWork:
         """Do some of it, if it is time; whether something was done. For when there is no request."""
         if not self._may_be_left or self._clock() < self._quiet_at:
             return False
+        began = self._clock()
         self._may_be_left = self._do_some()
-        self._say(is_warm=not self._may_be_left)
+        self._say(is_warm=not self._may_be_left, pause=self._clock() - began)
         return self._may_be_left
 
     def expect_more(self) -> None:
         """An adapter is about to be served, which may bring work."""
         self._may_be_left = True
-        self._say(is_warm=False)
+        # What a piece will take is seen with the first one.
+        self._say(is_warm=False, pause=0.0)
 
     def tell_anew(self) -> None:
         """Whoever listens from now on knows nothing yet, and is told when it is found that nothing is left."""
-        self._is_warm = False
+        self._is_warm, self._pause = False, 0.0
         self._may_be_left = True
 
-    def _say(self, *, is_warm: bool) -> None:
-        if is_warm != self._is_warm:
-            self._is_warm = is_warm
-            self._tell(is_warm)
+    def _say(self, *, is_warm: bool, pause: float) -> None:
+        pause = 0.0 if is_warm else pause
+        # No two pieces take the same time: what decides where a request goes is whether it is more or less by far.
+        is_another = not self._pause / _FAR <= pause <= self._pause * _FAR
+        if is_warm != self._is_warm or is_another:
+            self._is_warm, self._pause = is_warm, pause
+            self._tell(is_warm, pause)
 
     def limit(self, timeout_ms: int | None) -> int | None:
         """For how long to wait, after ``go_on``, where without this it would be ``timeout_ms``; None is without end."""

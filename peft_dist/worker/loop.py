@@ -53,7 +53,7 @@ class WorkerLoop:
         self._replica = replica
         self._engine = replica.engine
         self._driver = EngineDriver(replica.engine, replica.handovers, channel.send, clock)
-        self._idle_work = IdleWork(replica.warm_up_some, clock, lambda warm: channel.send(Warmth(is_warm=warm)))
+        self._idle_work = IdleWork(replica.warm_up_some, clock, self._tell_warmth)
         self._channel = channel
         self._find = find_adapter
         self._fetcher = AdapterFetcher(self._inspect, replica.load_timeout)
@@ -140,6 +140,9 @@ class WorkerLoop:
                 self._driver.tell_anew()
                 self._allegiance.follow(command, self._replica, self._driver.adapters.values())
                 self._idle_work.tell_anew()
+
+    def _tell_warmth(self, is_warm: bool, pause: float) -> None:
+        self._channel.send(Warmth(is_warm=is_warm, pause=pause))
 
     def _note_pin(self, name: str, *, pinned: bool) -> None:
         if self._allegiance is not None:

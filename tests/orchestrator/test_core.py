@@ -366,6 +366,18 @@ def test_a_negative_queue_is_refused() -> None:
         OrchestratorOptions(max_queue=-1)
 
 
+def test_requests_go_to_a_warm_replica_until_the_others_are() -> None:
+    core = ready_core()
+    core.add_replica(1, 0.0)
+    core.observe(1, 2, Ready(model=fake_model("org/base"), pid=8), 0.0)
+    core.observe(0, 1, Warmth(is_warm=False, pause=0.25), 0.0)
+    core.observe(1, 2, Warmth(is_warm=True), 0.0)
+    sent = [unnamed(submit(core, f"r{i}", max_tokens=4))[0].replica_id for i in range(4)]
+    assert sent == [1] * 4
+    core.observe(0, 1, Warmth(is_warm=True), 1.0)
+    assert unnamed(submit(core, "r4", max_tokens=4))[0].replica_id == 0
+
+
 def test_a_replica_is_warm_when_it_says_so_and_the_next_incarnation_is_not() -> None:
     core = ready_core()
     assert [view.is_warm for view in core.replicas.views()] == [False]

@@ -98,7 +98,7 @@ REPORTS: st.SearchStrategy[AnyReport] = st.one_of(
         error=st.none() | TEXT,
         is_final=st.booleans(),
     ),
-    st.builds(Warmth, is_warm=st.booleans()),
+    st.builds(Warmth, is_warm=st.booleans(), pause=st.floats(0, 9)),
     st.builds(Fatal, error=TEXT),
 )
 

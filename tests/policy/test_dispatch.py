@@ -51,6 +51,15 @@ def test_a_faster_replica_is_worth_some_backlog_but_not_any() -> None:
     assert choose(WORK, [target(0, costs=SLOW), target(1, much)]) == 0
 
 
+def test_who_captures_steps_gets_what_others_would_end_later_than_that() -> None:
+    cold, step = replace(target(0), pause=0.25), COSTS.decode_seconds(8, {})
+    assert choose(WORK, [cold, target(1)]) == 1, "both have nothing to do"
+    for queued, chosen in ((int(0.1 / step), 1), (int(0.5 / step), 0)):
+        # A queue of so many steps of all slots.
+        full = Backlog(8, 0, 8.0 * queued)
+        assert choose(WORK, [cold, target(1, full)]) == chosen
+
+
 def test_a_resident_adapter_is_not_worth_a_long_queue() -> None:
     queue = Backlog(20, 2000, 1000.0, {"red": (20, 64)})
     assert choose(WORK, [target(0, queue, resident=frozenset({"red"})), target(1)]) == 1

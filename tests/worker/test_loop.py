@@ -267,6 +267,22 @@ def warmth(script: Script) -> list[bool]:
     return [report.is_warm for report in script.sent if isinstance(report, Warmth)]
 
 
+def test_what_a_piece_takes_is_told_once_and_again_when_it_is_another(
+    replica: EngineReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = Script()
+    pieces = [0.25, 0.3, 0.2, 0.9, 0.8]
+
+    def warm_up_some() -> bool:
+        script.now += pieces[0] if pieces else 0.0
+        return bool(pieces and pieces.pop(0))
+
+    monkeypatch.setattr(replica, "warm_up_some", warm_up_some)
+    run(replica, script)
+    told = [(report.is_warm, report.pause) for report in script.sent if isinstance(report, Warmth)]
+    assert told == [(False, pytest.approx(0.25)), (False, pytest.approx(0.9)), (True, 0.0)]
+
+
 def test_it_is_no_longer_warm_before_an_adapter_can_be_asked_for_and_says_when_it_is_again(
     replica: EngineReplica,
 ) -> None:
