@@ -157,7 +157,8 @@ class SequenceProgress(msgspec.Struct, frozen=True, array_like=True, forbid_unkn
 
     ``finish_reason`` is None while the sequence runs. ``prompt_logprobs`` starts at prompt position 1 and
     comes whole, with the first tokens. ``queue_seconds`` is the time from its arrival at the server, less its way to
-    the replica, to the first step it was in there, None while there was none.
+    the replica, to the first step it was in there, None while there was none. ``lacks_adapter``: It ended because its
+    adapter could not be brought to the device.
     """
 
     request_id: str
@@ -170,6 +171,7 @@ class SequenceProgress(msgspec.Struct, frozen=True, array_like=True, forbid_unkn
     num_cached_tokens: int = 0
     error: str | None = None
     queue_seconds: float | None = None
+    lacks_adapter: bool = False
 
 
 class Started(Report, frozen=True, kw_only=True):

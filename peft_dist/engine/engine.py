@@ -265,7 +265,7 @@ class Engine:
     def take_failed(self) -> list[SequenceProgress]:
         """Ends of requests whose adapter could not be loaded, each given out once."""
         failed, self._failed = self._failed, []
-        return failed
+        return [msgspec.structs.replace(end, lacks_adapter=True) for end in failed]
 
     def apply_adapter_changes(self) -> None:
         """Have the executor do what was decided of adapters."""

@@ -114,6 +114,15 @@ class AdapterCalls:
         """Bring all named adapters that it lacks to a replica that can be used from now on."""
         return self._reload(replica, self._registry.specs())
 
+    def lack(self, replica: Replica, spec: AdapterSpec, problem: str, now: float) -> None:
+        """A replica cannot bring a content to its device that it had taken: it is brought it anew, as what it refused.
+
+        Until then its requests go elsewhere. Ignored where that is known.
+        """
+        if self.holds(replica, spec.content_hash):
+            self._holdings.is_unable(replica.replica_id, spec.content_hash)
+            self._refuse(replica, spec, problem, now, is_final=False)
+
     def lose(self, replica: Replica, error: PeftDistError) -> list[Outgoing]:
         """A replica is gone: loads go on without it, or fail if it was the last one."""
         self._holdings.lose(replica.replica_id)
@@ -213,10 +222,13 @@ class AdapterCalls:
         if self.holds(replica, wanted.content_hash):  # By this, or by a load that came meanwhile.
             return
         problem = report.error or f"{wanted.path} no longer holds what the other replicas loaded"
-        replica.refused[wanted.content_hash] = problem
-        wait = self._retries.refused(replica, wanted.content_hash, now, is_final=report.is_final)
+        self._refuse(replica, wanted, problem, now, is_final=report.is_final)
+
+    def _refuse(self, replica: Replica, spec: AdapterSpec, problem: str, now: float, *, is_final: bool) -> None:
+        replica.refused[spec.content_hash] = problem
+        wait = self._retries.refused(replica, spec.content_hash, now, is_final=is_final)
         again = "It is not tried again" if wait is None else f"It is tried again in {wait:g} s"
-        text = f"adapter {wanted.name!r} is not served here: {problem}. {again}. Unload it, or load it in place"
+        text = f"adapter {spec.name!r} is not served here: {problem}. {again}. Unload it, or load it in place"
         self._events.append(Notice(replica.replica_id, text))
 
     def _new_call(self) -> int:

@@ -82,6 +82,7 @@ class Orchestrator:
         self.migration.mover = partial(self.handover.move_record, cause=PLAN)
         self.lives = Lifecycle(self.replicas, options)
         self._losses = Losses(*tables, self._placer, self.handover, self.lives, self._endings, self._events)
+        self._endings.elsewhere = self._losses.go_elsewhere
 
     # What clients ask
 

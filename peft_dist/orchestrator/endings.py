@@ -28,6 +28,8 @@ class Endings:
             room,
             events,
         )
+        # Whether another replica is to go on with what one could not load the adapter of.
+        self.elsewhere: Callable[[RequestRecord, Replica, str, float], bool] = lambda *_: False
 
     def advance(
         self, progress: Iterable[SequenceProgress], replica: Replica, now: float
@@ -49,7 +51,7 @@ class Endings:
             self._requests.advance(record, sequence, new.token_ids)
             if new.finish_reason is None:
                 self._events.append(SequenceEvent(record.request_id, sequence.index, new))
-            else:
+            elif not (new.lacks_adapter and self.elsewhere(record, replica, new.error or "", now)):
                 self.finish(record, sequence, new, now)
         return broken
 

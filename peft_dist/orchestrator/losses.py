@@ -12,7 +12,7 @@ from peft_dist.orchestrator.events import Event, ReplicaLost, ReplicaRenewed
 from peft_dist.orchestrator.handover import Handover
 from peft_dist.orchestrator.lifecycle import Lifecycle
 from peft_dist.orchestrator.placer import Placer
-from peft_dist.orchestrator.records import Fault, Outgoing, Replica
+from peft_dist.orchestrator.records import Fault, Outgoing, Replica, RequestRecord
 from peft_dist.orchestrator.replicas import ReplicaTable
 from peft_dist.orchestrator.requests import RequestTable
 
@@ -73,6 +73,16 @@ class Losses:
         if replica.is_guest:
             self._replicas.remove(replica)
         return out
+
+    def go_elsewhere(self, record: RequestRecord, replica: Replica, problem: str, now: float) -> bool:
+        """A replica cannot load a request's adapter: another one that can goes on with it, if there is one.
+
+        It waits to be placed then, and the replica gets no more of that adapter until it has taken it anew.
+        """
+        if record.adapter is None or not self._placer.leave(record, replica, now):
+            return False
+        self._calls.lack(replica, record.adapter, problem, now)
+        return True
 
     def place_waiting(self, now: float, error: EngineDeadError | None = None) -> list[Outgoing]:
         """Place what waits, and fail what waits in vain: with ``error``, or why no replica serves.

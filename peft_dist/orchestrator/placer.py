@@ -101,6 +101,13 @@ class Placer:
         able = self._able(record)
         return self.move(record, self._choose(record, able, now), now) if able else []
 
+    def leave(self, record: RequestRecord, replica: Replica, now: float) -> bool:
+        """Have a request that has ended on its replica wait for another one; whether any can run it."""
+        if all(able is replica for able in self._able(record)):
+            return False
+        self._requests.take(record, now)
+        return True
+
     def evacuate(self, now: float) -> list[Outgoing]:
         """Move what can be moved from draining replicas; what no other can run finishes where it is.
 

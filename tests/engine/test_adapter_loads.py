@@ -194,7 +194,11 @@ def test_a_failed_load_fails_the_requests_of_its_adapter_alone(depth: int) -> No
     drain(engine, got)
     for name in ("r0", "r3"):
         [last] = got[name]
-        assert last.finish_reason == "error" and last.error == "adapter 'a1' in /x: the file is gone"
+        assert (
+            last.finish_reason == "error"
+            and last.error == "adapter 'a1' in /x: the file is gone"
+            and last.lacks_adapter
+        )
     for request in requests[1:3]:
         assert tokens_of(got[request.request_id]) == expected(request)
     assert engine.scheduler.adapters.load_failures == 1

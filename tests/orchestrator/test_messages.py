@@ -79,6 +79,7 @@ PROGRESS = st.builds(
     prompt_logprobs=LOGPROBS,
     finish_reason=st.none() | TEXT,
     error=st.none() | TEXT,
+    lacks_adapter=st.booleans(),
 )
 SPEC = st.builds(
     AdapterSpec,
