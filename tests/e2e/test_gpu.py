@@ -14,6 +14,9 @@ from tests.oracle import PeftOracle, assert_identical
 from tests.structured_models import make_writing_model
 from tests.tiny_models import FAMILIES, make_model, random_adapter
 
+# Steps are captured for each number of sequences, at each start.
+SEATS = 8
+
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
@@ -31,6 +34,7 @@ def test_tokens_are_pefts(family: str, depth: int, tmp_path: Path) -> None:
         dtype="float32",
         depth=depth,
         num_blocks=64,
+        max_num_seqs=SEATS,
         max_num_batched_tokens=24,
     ) as llm:
         assert llm.model_info.device.startswith("cuda") and llm.model_info.depth == depth
@@ -46,12 +50,14 @@ def test_memory_is_measured_and_swapping_and_sampling_work(tmp_path: Path) -> No
     adapters = make_adapters("llama", model, tmp_path)
     params = SamplingParams(temperature=0.9, seed=3, max_tokens=30, ignore_eos=True, presence_penalty=0.3, logprobs=2)
     prompts, names = PROMPTS[:5], NAMES[:5]
-    with LLM(tmp_path / "base", adapters, device="cuda", dtype="float32", gpu_memory_utilization=0.2) as llm:
+    with LLM(
+        tmp_path / "base", adapters, device="cuda", dtype="float32", gpu_memory_utilization=0.2, max_num_seqs=SEATS
+    ) as llm:
         assert llm.model_info.depth == 1
         expected = llm.generate(prompts, params, names, use_tqdm=False)
     with LLM(
         tmp_path / "base", adapters, device="cuda", dtype="float32", num_blocks=8, block_size=8, num_host_blocks=40,
-        preemption="swap", max_model_len=64,
+        preemption="swap", max_model_len=64, max_num_seqs=SEATS,
     ) as llm:  # fmt: skip
         outputs = llm.generate(prompts, params, names, use_tqdm=False)
         assert llm._open.engine.stats().num_preemptions > 0
@@ -63,7 +69,14 @@ def test_switches_are_timed_on_the_device(way: str, tmp_path: Path) -> None:
     model = make_model("llama", tmp_path / "base")
     adapters = make_adapters("llama", model, tmp_path)
     greedy = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
-    options = {"device": "cuda", "dtype": "float32", "num_blocks": 64, "policy": "merge", "merge": way}
+    options = {
+        "device": "cuda",
+        "dtype": "float32",
+        "num_blocks": 64,
+        "max_num_seqs": SEATS,
+        "policy": "merge",
+        "merge": way,
+    }
     with LLM(tmp_path / "base", adapters, **options) as llm:
         llm.generate(PROMPTS, greedy, NAMES, use_tqdm=False)
         engine = llm._open.engine
