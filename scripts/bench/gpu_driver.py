@@ -8,7 +8,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.gpu_engine import engine_options
 from bench.gpu_workload import write_base
@@ -42,10 +42,20 @@ def register(replica: Any, paths: dict[str, Path], started: Callable[[str], None
     return specs
 
 
+class Round(NamedTuple):
+    """One call of the engine: when it began, seconds, what it submitted (None: nothing), steps captured meanwhile."""
+
+    began: float
+    seconds: float
+    decision: Any
+    captured: int
+
+
 class Driver:
     """One replica's requests.
 
     Attributes:
+        rounds: Every call of the engine, where they are kept.
         arrived: When each request that was submitted arrived, until it ends; the same clock as ``first_token``.
         first_token: When a request's first token came.
         errors: Of requests that failed.
@@ -53,8 +63,12 @@ class Driver:
         finished, aborted: How many have ended by themselves, and not.
     """
 
-    def __init__(self, replica: Any) -> None:
+    def __init__(self, replica: Any, *, keeps_rounds: bool = False) -> None:
         self.replica = replica
+        self.rounds: list[Round] | None = [] if keeps_rounds else None
+        self._decisions: list[Any] = []
+        if keeps_rounds:
+            replica.engine.on_decision = self._decisions.append
         self.arrived: dict[str, float] = {}
         self.first_token: dict[str, float] = {}
         self.errors: list[str] = []
@@ -81,7 +95,7 @@ class Driver:
         if not engine.has_work or engine.waits_for_load:
             timeout = None if until is None else max(0.0, until - time.perf_counter())
             select.select([self.replica.fileno()], [], [], timeout)
-        for progress in engine.step(time.perf_counter()) if engine.has_work else ():
+        for progress in self._round() if engine.has_work else ():
             self.tokens += len(progress.token_ids)
             if progress.request_id not in self.arrived:
                 continue
@@ -92,6 +106,16 @@ class Driver:
             if progress.finish_reason:
                 del self.arrived[progress.request_id]
                 self.finished += 1
+
+    def _round(self) -> list[Any]:
+        began, graphs = time.perf_counter(), self.replica.runner.graphs
+        awaited = graphs.num_awaited if graphs is not None else 0
+        progress: list[Any] = self.replica.engine.step(began)
+        if self.rounds is not None:
+            captured = graphs.num_awaited - awaited if graphs is not None else 0
+            decision = self._decisions.pop() if self._decisions else None
+            self.rounds.append(Round(began, time.perf_counter() - began, decision, captured))
+        return progress
 
     def drain(self) -> None:
         while self.replica.engine.has_work:

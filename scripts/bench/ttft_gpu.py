@@ -5,7 +5,8 @@
 Poisson arrivals. Half of the requests go to eight adapters that stay; their times are reported. The other half go to
 sixteen more that stay ("without loads"), or each to the next of 64 that take turns in sixteen places, so that every one
 of them loads ("with loads"). One round runs the same arrivals both ways; the order changes from round to round. The
-figure is P99 with loads over P99 without, of each round and of all rounds together (target: at most 1.1).
+figure is P99 with loads over P99 without, of each round and of all rounds together (target: at most 1.1). Lines of
+the part "rounds" say what the engine did in the longest of its rounds, and between them, each way.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Iterator
-from itertools import cycle
+from collections.abc import Iterator, Sequence
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from bench.gpu_driver import Driver, register, start_replica
+from bench.gpu_driver import Driver, Round, register, start_replica
 from bench.gpu_engine import DEVICE, add_engine_options
 from bench.gpu_options import make_parser, parse
 from bench.gpu_workload import PROMPT_TOKENS, Stream, emit, ranks_of, write_adapters
@@ -76,6 +77,26 @@ def milliseconds(values: list[float]) -> dict[str, float]:
     return {"n": len(values), **{name: round(percentile(values, at) * 1e3, 3) for name, at in shares.items()}}
 
 
+def told(rounds: Sequence[Round], number: int = 12) -> dict[str, Any]:
+    """Milliseconds of an engine's rounds and of the gaps between them, and what the longest of these held."""
+    gaps = [0.0, *(max(0.0, b.began - a.began - a.seconds) for a, b in pairwise(rounds))]
+    longest = sorted(range(len(rounds)), key=lambda i: -rounds[i].seconds - gaps[i])[:number]
+    return {
+        "rounds": milliseconds([each.seconds for each in rounds]), "gaps": milliseconds(gaps),
+        "captured": sum(each.captured for each in rounds),
+        "longest": [
+            {"ms": round(1e3 * rounds[i].seconds, 1), "gap_ms": round(1e3 * gaps[i], 1), "captured": rounds[i].captured}
+            | ({} if (made := rounds[i].decision) is None else {
+                "tokens": made.num_tokens, "sequences": sum(made.scheduled.values()), "adapters": len(made.scheduled),
+                "passed_over": sum(made.passed_over.values()), "merged": made.merged_adapter is not None,
+                "switch_ms": None if made.switch_seconds is None else round(1e3 * made.switch_seconds, 1),
+                "predicted_ms": round(1e3 * made.predicted_seconds, 1),
+            })
+            for i in longest
+        ],
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = make_parser(__doc__, ("ttft",))
     add_engine_options(parser)
@@ -89,7 +110,7 @@ def main() -> None:
     count = HOT + WARM + COLD
     paths = write_adapters(options.shape, options.folder, ranks_of(options.rank, count), DEVICE)
     replica = start_replica(options, ranks_of(options.rank, HOT + WARM + SPARE))
-    driver, stream = Driver(replica), Stream("ttft", options.shape)
+    driver, stream = Driver(replica, keeps_rounds=True), Stream("ttft", options.shape)
     specs = register(replica, paths)
     hot, warm, cold = specs[:HOT], specs[HOT : HOT + WARM], specs[HOT + WARM :]
     manager = replica.engine.scheduler.adapters
@@ -100,13 +121,16 @@ def main() -> None:
         ttft_round(driver, arrivals(-1, 20, options.rate), hot, way, stream)
     found: dict[str, list[list[float]]] = {name: [] for name in others}
     loads = dict.fromkeys(others, 0)
+    rounds: dict[str, list[Round]] = {name: [] for name in others}
     for number in range(options.rounds):
         schedule = arrivals(number, options.loads, options.rate)
         for name in list(others) if number % 2 else list(others)[::-1]:
-            before = manager.loads
+            before, driver.rounds = manager.loads, rounds[name]
             found[name].append(ttft_round(driver, schedule, hot, others[name], stream))
             loads[name] += manager.loads - before
     replica.close()
+    for name, made in rounds.items():
+        emit(engine="ours", part="rounds", way=name, **told(made))
     assert not driver.errors, driver.errors[:3]
     ratios = [percentile(a, 0.99) / percentile(b, 0.99) for a, b in zip(*list(found.values())[::-1], strict=True)]
     pooled = {name: [value for values in rounds for value in values] for name, rounds in found.items()}
