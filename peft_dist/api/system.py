@@ -15,14 +15,14 @@ from peft_dist.core.adapter import AdapterSpec
 from peft_dist.orchestrator.observation import ReplicaView
 
 
-def _lacks(view: ReplicaView, adapters: list[AdapterSpec]) -> str:
+def _lacks(view: ReplicaView, adapters: list[AdapterSpec], *, is_cold: bool) -> str:
     """Why a replica does not serve everything."""
     if view.state != "ready":
         return f"is {view.state}"
+    if is_cold:
+        return "warms up"
     if view.coming:
         return f"waits for {len(view.coming)} {'adapter' if len(view.coming) == 1 else 'adapters'}"
-    if not view.refused:
-        return "warms up"
     return "refused " + ", ".join(repr(spec.name) for spec in adapters if spec.content_hash in view.refused)
 
 
@@ -80,15 +80,15 @@ def system_router(state: ServerState) -> APIRouter:
         if (whole if replicas else sum(view.can_serve for view in warm_enough)) < (replicas or 1):
             known = state.client.adapters()
             away = ", ".join(
-                f"replica {view.replica_id} {_lacks(view, known)}"
+                f"replica {view.replica_id} {_lacks(view, known, is_cold=warm and not view.is_warm)}"
                 for view in views
                 if not view.serves_all or (warm and not view.is_warm)
             )
             reason = f"{whole} of {len(views)} replicas serve, {replicas or 1} asked for"
             raise ApiError(503, f"{reason}: {away}." if away else f"{reason}.", code="not_ready")
         told = _told(state)
-        if told["missing"] and adapters == "all":
-            names = ", ".join(map(repr, told["missing"]))
+        if adapters == "all" and (missing := _missing(warm_enough, state.client.adapters())):
+            names = ", ".join(map(repr, missing))
             raise ApiError(503, f"No replica serves {names}: load in place, or unload.", code="not_ready")
         return json_response({**told, "serving": whole, "of": len(views)})
 

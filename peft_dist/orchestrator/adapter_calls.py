@@ -121,12 +121,12 @@ class AdapterCalls:
         """
         if self.holds(replica, spec.content_hash):
             self._holdings.is_unable(replica.replica_id, spec.content_hash)
-            self._refuse(replica, spec, problem, now, is_final=False)
+            self._refuse(replica, spec, problem, self._retries.lacked(replica, spec.content_hash, now))
 
     def lose(self, replica: Replica, error: PeftDistError) -> list[Outgoing]:
         """A replica is gone: loads go on without it, or fail if it was the last one."""
         self._holdings.lose(replica.replica_id)
-        self._retries.keep(replica, ())
+        self._retries.lose(replica)
         replica.coming.clear()
         self._reloads = {call: reload for call, reload in self._reloads.items() if reload.epoch != replica.epoch}
         out: list[Outgoing] = []
@@ -222,11 +222,11 @@ class AdapterCalls:
         if self.holds(replica, wanted.content_hash):  # By this, or by a load that came meanwhile.
             return
         problem = report.error or f"{wanted.path} no longer holds what the other replicas loaded"
-        self._refuse(replica, wanted, problem, now, is_final=report.is_final)
+        wait = self._retries.refused(replica, wanted.content_hash, now, is_final=report.is_final)
+        self._refuse(replica, wanted, problem, wait)
 
-    def _refuse(self, replica: Replica, spec: AdapterSpec, problem: str, now: float, *, is_final: bool) -> None:
+    def _refuse(self, replica: Replica, spec: AdapterSpec, problem: str, wait: float | None) -> None:
         replica.refused[spec.content_hash] = problem
-        wait = self._retries.refused(replica, spec.content_hash, now, is_final=is_final)
         again = "It is not tried again" if wait is None else f"It is tried again in {wait:g} s"
         text = f"adapter {spec.name!r} is not served here: {problem}. {again}. Unload it, or load it in place"
         self._events.append(Notice(replica.replica_id, text))

@@ -26,6 +26,8 @@ class AdapterRetries:
 
     def __init__(self) -> None:
         self._by_epoch: dict[int, dict[str, _Retry]] = {}
+        # Of what was taken and could not be loaded: failures one soon after another, and when the last one was.
+        self._lacks: dict[tuple[int, str], tuple[int, float]] = {}
 
     def refused(self, replica: Replica, content_hash: str, now: float, *, is_final: bool) -> float | None:
         """A replica refused a content, once more or for the first time. Returns the seconds until it is tried again;
@@ -35,6 +37,23 @@ class AdapterRetries:
         wait = None if is_final else AGAIN.wait(retry.failures)
         retry.at = math.inf if wait is None else now + wait
         return wait
+
+    def lacked(self, replica: Replica, content_hash: str, now: float) -> float:
+        """A replica could not load what it had taken. Returns the seconds until it is to take it anew.
+
+        That it takes it does not say that it can load it, so it is later each time, until it went well for long.
+        """
+        failures, last = self._lacks.get((replica.epoch, content_hash), (0, -math.inf))
+        failures = 1 if now - last > 2 * AGAIN.longest else failures + 1
+        self._lacks[replica.epoch, content_hash] = failures, now
+        wait = AGAIN.wait(min(failures, AGAIN.max_failures - 1)) or AGAIN.longest
+        self._by_epoch.setdefault(replica.epoch, {})[content_hash] = _Retry(failures=1, at=now + wait)
+        return wait
+
+    def lose(self, replica: Replica) -> None:
+        """A replica is gone."""
+        self._by_epoch.pop(replica.epoch, None)
+        self._lacks = {key: value for key, value in self._lacks.items() if key[0] != replica.epoch}
 
     def keep(self, replica: Replica, contents: Container[str]) -> None:
         """Forget all that a replica refused but these."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from peft_dist.core.errors import EngineDeadError
-from peft_dist.core.messages import Fence, Shutdown
+from peft_dist.core.messages import AbortRequest, Fence, Shutdown
 from peft_dist.orchestrator.adapter_calls import AdapterCalls, to
 from peft_dist.orchestrator.endings import Endings
 from peft_dist.orchestrator.events import Event, ReplicaLost, ReplicaRenewed
@@ -41,6 +41,7 @@ class Losses:
         self._endings, self._events = endings, events
         # Until when what no replica can go on with waits for one to join, and what became of the last one.
         self._joins_until = -math.inf
+        self._left: list[Outgoing] = []
         self._last_guest: EngineDeadError | None = None
 
     def lose(self, replica: Replica, fault: Fault, now: float) -> list[Outgoing]:
@@ -77,10 +78,17 @@ class Losses:
     def go_elsewhere(self, record: RequestRecord, replica: Replica, problem: str, now: float) -> bool:
         """A replica cannot load a request's adapter: another one that can goes on with it, if there is one.
 
-        It waits to be placed then, and the replica gets no more of that adapter until it has taken it anew.
+        It waits to be placed then, and the replica gets no more of that adapter until it has taken it anew. That goes
+        on as often as there are replicas: what takes an adapter anew may fail to load it again.
         """
-        if record.adapter is None or not self._placer.leave(record, replica, now):
+        record.num_lacks += 1
+        if record.adapter is None or record.num_lacks > len(self._replicas.ready()):
             return False
+        ids = [sequence.sequence_id for sequence in record.unfinished.values()]
+        if not self._placer.leave(record, replica, now):
+            return False
+        # One of its sequences may have been on its way there when the others failed.
+        self._left.append(to(replica, AbortRequest(request_ids=ids)))
         self._calls.lack(replica, record.adapter, problem, now)
         return True
 
@@ -90,7 +98,8 @@ class Losses:
         Soon after one that had joined was lost, what another one could go on with is not in vain."""
         if not self._requests.has_unplaced:
             return []
-        out = self._placer.place_waiting(now)
+        out, self._left = self._left, []
+        out += self._placer.place_waiting(now)
         hopeless = [record for record in self._requests.unplaced() if self._placer.is_hopeless(record)]
         if now < self._joins_until:
             hopeless = [record for record in hopeless if not self._calls.is_brought(record.content_hash)]

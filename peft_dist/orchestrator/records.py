@@ -190,6 +190,7 @@ class RequestRecord(msgspec.Struct):
         prompt_hashes: Names of the blocks of its prompt, once somebody asked (``prefixes.py``).
         prefix_uses: What its replica is to have found of them, until it has said what it did; None: nobody asks.
         num_import_deaths: Replicas that died while it was brought to them with its KV, one after another.
+        num_lacks: How often a replica could not load its adapter.
         unfinished: The sequences that still run, by index.
     """
 
@@ -206,6 +207,7 @@ class RequestRecord(msgspec.Struct):
     prompt_hashes: list[bytes] | None = None
     prefix_uses: list[int] | None = None
     num_import_deaths: int = 0
+    num_lacks: int = 0
     unfinished: dict[int, SequenceRecord] = {}
 
     @property

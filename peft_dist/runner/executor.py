@@ -148,9 +148,13 @@ class TorchExecutor:
     def capture_some(self) -> bool:
         """A step that the registered adapters need; False: there is none left to capture. For when there is no work."""
         graphs = self.runner.graphs
-        if graphs is None or not self.runner.store.registered or not graphs.lacks_steps:
-            return False
-        return self._capture_next(graphs)
+        return graphs is not None and self.lacks_captures and self._capture_next(graphs)
+
+    @property
+    def lacks_captures(self) -> bool:
+        """Whether ``capture_some`` has something to do."""
+        graphs = self.runner.graphs
+        return graphs is not None and bool(self.runner.store.registered) and graphs.lacks_steps
 
     def _capture_next(self, graphs: StepGraphs) -> bool:
         try:

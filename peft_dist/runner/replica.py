@@ -169,6 +169,10 @@ class Replica:
         """A little of what registered adapters need, kernels and then captured steps; False: nothing is left to do."""
         return self.kernels.go_on() or (self.kernels.are_steps_of_use and self.executor.capture_some())
 
+    def lacks_warm_up(self) -> bool:
+        """Whether ``warm_up_some`` has something to do."""
+        return self.kernels.are_left or (self.kernels.are_steps_of_use and self.executor.lacks_captures)
+
     def fileno(self) -> int:
         """A file descriptor that is readable when an adapter's load has ended and ``engine.step`` should be called."""
         return self.executor.fileno()

@@ -113,6 +113,11 @@ class KernelWarmUp:
             captured = self._runner.graphs is not None
             self._todo = deque(rehearsals(self._config, self._max_model_len, captured=captured))
 
+    @property
+    def are_left(self) -> bool:
+        """Whether ``go_on`` has something to do."""
+        return bool(self._todo)
+
     def go_on(self) -> bool:
         """One batch more; False: there was none left. For the thread that runs the model, between any two steps."""
         if not self._todo:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 QUIET_SECONDS = 1.0
 """Without requests, before there is no hurry."""
 _FAR = 2.0
+FIRST_GUESS = 0.25
+"""Seconds that a piece takes, before one was seen."""
 
 
 class IdleWork:
@@ -20,21 +22,25 @@ class IdleWork:
     def __init__(
         self,
         do_some: Callable[[], bool],
+        is_some_left: Callable[[], bool],
         clock: Callable[[], float],
         tell: Callable[[bool, float], None] = lambda is_warm, pause: None,
     ) -> None:
         """
         Args:
             do_some: Whether something was done; False: nothing is left.
+            is_some_left: The same, without doing it.
             clock: Seconds.
             tell: Hears whether the replica is warm, whenever that changes, before which it is not; and while it is not
                 what a piece of the work takes, in seconds, when that is another.
         """
         self._do_some = do_some
+        self._is_some_left = is_some_left
         self._clock = clock
         self._tell = tell
         self._is_warm = False
         self._pause = 0.0
+        self._last_piece = FIRST_GUESS
         self._quiet_at = -math.inf
         self._may_be_left = True
 
@@ -50,22 +56,23 @@ class IdleWork:
             return False
         began = self._clock()
         self._may_be_left = self._do_some()
-        self._say(is_warm=not self._may_be_left, pause=self._clock() - began)
+        if self._may_be_left:
+            self._last_piece = self._clock() - began
+        self._say(is_warm=not self._may_be_left)
         return self._may_be_left
 
     def expect_more(self) -> None:
         """An adapter is about to be served, which may bring work."""
         self._may_be_left = True
-        # What a piece will take is seen with the first one.
-        self._say(is_warm=False, pause=0.0)
+        if self._is_some_left():
+            self._say(is_warm=False)
 
     def tell_anew(self) -> None:
-        """Whoever listens from now on knows nothing yet, and is told when it is found that nothing is left."""
-        self._is_warm, self._pause = False, 0.0
-        self._may_be_left = True
+        """Whoever listens from now on knows nothing yet."""
+        self._tell(self._is_warm, self._pause)
 
-    def _say(self, *, is_warm: bool, pause: float) -> None:
-        pause = 0.0 if is_warm else pause
+    def _say(self, *, is_warm: bool) -> None:
+        pause = 0.0 if is_warm else self._last_piece
         # No two pieces take the same time: what decides where a request goes is whether it is more or less by far.
         is_another = not self._pause / _FAR <= pause <= self._pause * _FAR
         if is_warm != self._is_warm or is_another:

@@ -53,7 +53,7 @@ class WorkerLoop:
         self._replica = replica
         self._engine = replica.engine
         self._driver = EngineDriver(replica.engine, replica.handovers, channel.send, clock)
-        self._idle_work = IdleWork(replica.warm_up_some, clock, self._tell_warmth)
+        self._idle_work = IdleWork(replica.warm_up_some, replica.lacks_warm_up, clock, self._tell_warmth)
         self._channel = channel
         self._find = find_adapter
         self._fetcher = AdapterFetcher(self._inspect, replica.load_timeout)

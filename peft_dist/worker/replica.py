@@ -141,6 +141,10 @@ class Replica(Protocol):
         """Do a little of what would hold up requests later; False: nothing is left to do. For when there is no work."""
         ...
 
+    def lacks_warm_up(self) -> bool:
+        """Whether ``warm_up_some`` has something to do."""
+        ...
+
     def fileno(self) -> int:
         """A file descriptor that is readable when a step makes sense again for an engine that waits for a load."""
         ...

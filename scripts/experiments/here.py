@@ -56,7 +56,9 @@ def _is_warm(url: str, replicas: int) -> bool:
     except urllib.error.HTTPError as error:
         if error.code != 503:
             raise
-        return False
+    except urllib.error.URLError:
+        """It has ended, which its process tells with more."""
+    return False
 
 
 @contextmanager

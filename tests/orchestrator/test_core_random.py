@@ -41,7 +41,7 @@ from peft_dist.orchestrator.survey import Surveyed
 from peft_dist.placement.aggregation import RequestMove
 from peft_dist.placement.placer import KINDS, MigrationKind, Search
 from peft_dist.placement.planning import greedy_plan
-from tests.orchestrator.world import MiniReplica, drawn_token
+from tests.orchestrator.world import GONE, MiniReplica, drawn_token
 from tests.worker.fake_replica import NUM_BLOCKS
 
 MAX_NUM_SEQS, MAX_QUEUE, NUM_REPLICAS = 2, 2, 2
@@ -118,7 +118,7 @@ class Machine(RuleBasedStateMachine):
                     assert progress.token_ids == right
                     self.tokens[key] += len(progress.token_ids)
                     if progress.finish_reason is not None:
-                        assert progress.finish_reason != "error"
+                        assert progress.finish_reason != "error" or progress.error == GONE
                         self.open.remove(key)
                 case RequestFailed(request_id, error):
                     assert isinstance(error, EngineDeadError)
@@ -222,6 +222,10 @@ class Machine(RuleBasedStateMachine):
     def replica_steps(self, replica_id: int) -> None:
         if self.replicas[replica_id].running:
             self.replicas[replica_id].step()
+
+    @rule(replica_id=IDS, content=CONTENTS.map("h-{}".format))
+    def replica_lacks_the_files_of_what_it_took(self, replica_id: int, content: str) -> None:
+        self.replicas[replica_id].lack(content)
 
     @precondition(lambda self: self.open)
     @rule(data=st.data(), with_kv=st.sampled_from([None, True, True, True, False]), stages=st.integers(0, 3))

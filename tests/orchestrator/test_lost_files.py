@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from peft_dist.core.messages import (
+    AbortRequest,
     AddRequest,
     Progress,
     ReplicaStats,
@@ -77,6 +78,7 @@ def test_it_serves_it_again_once_it_has_taken_it_anew(core: Orchestrator) -> Non
     [load] = loads(core.tick(1.0 + AGAIN.first))  # type: ignore[arg-type]
     answer(core, replica_id, load, 7.0, spec=mini_spec("sql", "sql"))
     assert not core.replicas.views()[replica_id].refused and core.replicas.views()[replica_id].serves_all
+    assert core._calls.holders("h-sql") == {0, 1}
 
 
 def test_a_request_that_none_can_run_ends_with_what_the_last_one_said(core: Orchestrator) -> None:
@@ -107,3 +109,46 @@ def test_what_was_sent_before_that_was_known_goes_elsewhere_too(core: Orchestrat
     for sent in there:
         assert list(fail(core, broken, sent)) == [1 - broken]
     assert sum(isinstance(event, Notice) for event in core.drain_events()) == 1, "it is told once"
+
+
+def test_it_does_not_go_to_and_fro_for_ever_between_those_that_take_it_and_cannot_load_it(core: Orchestrator) -> None:
+    replica_id, sent = submit(core, "r")
+    now, waits = 1.0, []
+    for _ in range(2):
+        moved = fail(core, replica_id, sent, now)
+        waits.append(core._calls.next_deadline() - now)
+        now += waits[-1]
+        for load in loads(core.tick(now)):  # type: ignore[arg-type]
+            answer(core, replica_id, load, now, spec=mini_spec("sql", "sql"))
+        [(replica_id, sent)] = moved.items()
+    assert fail(core, replica_id, sent, now) == {}
+    [event] = [event for event in core.drain_events() if isinstance(event, SequenceEvent)]
+    assert event.progress.error == GONE
+
+
+def test_taking_it_anew_forgives_nothing_at_once(core: Orchestrator) -> None:
+    """It only reads whether the files are there."""
+    now, waits = 1.0, []
+    for number in range(4):
+        replica_id, sent = 0, []
+        while not sent:
+            placed, commands = submit(core, f"r{number}.{len(waits)}.{len(core._requests.records())}")
+            sent = commands if placed == replica_id else []
+        fail(core, replica_id, sent, now)
+        waits.append(core._calls.next_deadline() - now)
+        now += waits[-1]
+        for load in loads(core.tick(now)):  # type: ignore[arg-type]
+            answer(core, replica_id, load, now, spec=mini_spec("sql", "sql"))
+    assert waits == [AGAIN.first * 2**number for number in range(4)]
+
+
+def test_what_was_on_its_way_when_the_others_failed_is_ended_there(core: Orchestrator) -> None:
+    replica_id, sent = submit(core, "r", n=2)
+    ends = [
+        SequenceProgress(sent[0].request_id, [], 0, finish_reason="error", error=GONE, lacks_adapter=True),
+    ]
+    report = Progress(sequences=ends, stats=ReplicaStats())
+    out = core.observe(replica_id, core.replicas[replica_id].epoch, report, 1.0)
+    aborted = {i for each in out if isinstance(each.command, AbortRequest) for i in each.command.request_ids}
+    assert {each.request_id for each in sent} <= aborted
+    assert all(each.replica_id == replica_id for each in out if isinstance(each.command, AbortRequest))

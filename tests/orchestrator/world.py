@@ -34,6 +34,7 @@ from peft_dist.core.succession import NameAdapters, NamesKept
 from peft_dist.worker.names import NameTable
 from tests.worker.fake_replica import fake_model
 
+GONE = "the file is gone"
 MODEL = replace(fake_model("org/mini", max_model_len=20), block_size=4)
 
 
@@ -142,6 +143,18 @@ class MiniReplica:
         self.reports.append(
             Progress(sequences=progress, stats=ReplicaStats(num_running=len(self.running)), num_taken=self.num_taken)
         )
+
+    def lack(self, content_hash: str) -> None:
+        """It cannot load an adapter that it had taken."""
+        ends = [
+            SequenceProgress(name, [], drawn, finish_reason="error", error=GONE, lacks_adapter=True)
+            for name, (add, drawn) in self.running.items()
+            if add.content_hash == content_hash
+        ]
+        for end in ends:
+            del self.running[end.request_id]
+        stats = ReplicaStats(num_running=len(self.running))
+        self.reports.append(Progress(sequences=ends, stats=stats, num_taken=self.num_taken))
 
     def end_copies(self) -> None:
         """Tell how the copies under way have ended; what was imported runs from now on."""

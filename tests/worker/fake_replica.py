@@ -203,6 +203,9 @@ class FakeReplica:
     def warm_up_some(self) -> bool:
         return False
 
+    def lacks_warm_up(self) -> bool:
+        return False
+
     def fileno(self) -> int:
         return self._never_readable[0]
 

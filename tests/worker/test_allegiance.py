@@ -175,7 +175,7 @@ def test_adapters_and_names_go_on_and_pins_are_for_the_next_to_say(replica: Mode
     number = script.sent.index(ready)
     assert set(script.names[:number]) == {"3.7"} and set(script.names[number:]) == {"1.50"}
     # What is on the device is told at once.
-    after = script.sent[number + 1]
+    after = next(report for report in script.sent[number + 1 :] if not isinstance(report, Warmth))
     assert isinstance(after, Progress) and after.detail is not None and not after.sequences
     assert not replica.engine.requests and [number for number, _ in itertools.groupby(pins)] == [0, 1, 0, 1]
 

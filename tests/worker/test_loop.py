@@ -35,7 +35,7 @@ from peft_dist.core.messages import (
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.engine.detail_schedule import CHANGE_SECONDS
 from peft_dist.engine.handovers import Handovers
-from peft_dist.worker.idle_work import QUIET_SECONDS
+from peft_dist.worker.idle_work import FIRST_GUESS, QUIET_SECONDS, IdleWork
 from peft_dist.worker.loop import WorkerLoop
 from tests.engine.test_engine import make_engine
 
@@ -106,6 +106,9 @@ class EngineReplica:
     def warm_up_some(self) -> bool:
         self.warm_ups.append(self.engine.has_work)
         return len(self.warm_ups) <= 3
+
+    def lacks_warm_up(self) -> bool:
+        return len(self.warm_ups) < 3
 
     def fileno(self) -> int:
         return self._pipe[0]
@@ -283,15 +286,38 @@ def test_what_a_piece_takes_is_told_once_and_again_when_it_is_another(
     assert told == [(False, pytest.approx(0.25)), (False, pytest.approx(0.9)), (True, 0.0)]
 
 
-def test_it_is_no_longer_warm_before_an_adapter_can_be_asked_for_and_says_when_it_is_again(
-    replica: EngineReplica,
+@pytest.mark.parametrize("brings_work", [True, False])
+def test_it_is_no_longer_warm_before_an_adapter_that_brings_work_can_be_asked_for(
+    brings_work: bool, replica: EngineReplica, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = Script([add("a", None)], [LoadAdapter(call_id=1, name="new", path="/there")])
     script.before_wait = lambda: len(script.batches) == 1 and not script.ready and len(replica.engine.adapters) == 4
+    left, takes = [1], 0.4
+
+    def warm_up_some() -> bool:
+        script.now += takes if left else 0.0
+        return bool(left and left.pop())
+
+    monkeypatch.setattr(replica, "warm_up_some", warm_up_some)
+    # Registered are four, and the new one.
+    monkeypatch.setattr(replica, "lacks_warm_up", lambda: brings_work and len(replica.engine.adapters) == 5)
     run(replica, script)
-    assert warmth(script) == [True, False, True], "a request changes nothing"
-    cold = script.sent.index(Warmth(is_warm=False))
-    assert [type(report) for report in script.sent[cold : cold + 2]] == [Warmth, AdapterResult]
+    told = [(report.is_warm, report.pause) for report in script.sent if isinstance(report, Warmth)]
+    piece = pytest.approx(takes)
+    again = [(False, piece), (True, 0.0)] if brings_work else []
+    assert told == [(False, piece), (True, 0.0), *again], "a request changes nothing"
+    if brings_work:
+        [number] = [i for i, report in enumerate(script.sent) if isinstance(report, AdapterResult)]
+        assert isinstance(script.sent[number - 1], Warmth)
+
+
+def test_before_a_piece_was_seen_it_is_guessed() -> None:
+    told: list[tuple[bool, float]] = []
+    work = IdleWork(lambda: False, lambda: True, lambda: 0.0, lambda is_warm, pause: told.append((is_warm, pause)))
+    work.expect_more()
+    assert told == [(False, FIRST_GUESS)]
+    work.tell_anew()
+    assert told == [(False, FIRST_GUESS)] * 2
 
 
 class Interrupted(Script):
