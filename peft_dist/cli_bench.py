@@ -37,6 +37,9 @@ def bench(
     no_running_usage: Annotated[bool, typer.Option("--no-running-usage", help="For servers that refuse it.")] = False,
     extra_body: Annotated[str, typer.Option(metavar="JSON", help="Further fields of every request.")] = "{}",
     warm_up: Annotated[int, typer.Option(min=0, help="Short requests to each adapter before the start.")] = 1,
+    warm_within: Annotated[
+        float, typer.Option(min=0, help="Seconds to wait until our server has captured its steps; 0: it is not asked.")
+    ] = 300.0,
     timeout: Annotated[float, typer.Option(help="Seconds for one request.")] = 3600.0,
     max_lateness: Annotated[float, typer.Option(help="Seconds; a later client (P99) reports nothing.")] = 0.05,
     processes: Annotated[int, typer.Option(min=1, help="That send; more for many thousand tokens a second.")] = 1,
@@ -63,6 +66,7 @@ def bench(
         running_usage=not no_running_usage,
         extra=_object(extra_body),
         warm_up=warm_up,
+        warm_within=warm_within,
         timeout=timeout,
         max_lateness=max_lateness,
         processes=processes,
@@ -105,6 +109,7 @@ def _source(workload: dict[str, Any], options: ClientOptions, outcome: Outcome, 
             **dict(options.extra),
             "max_lateness": options.max_lateness,
         },
+        "server_was_warm": outcome.was_warm,
         "server_queue": None if outcome.queue is None else asdict(outcome.queue),
         "answers_shorter_than_asked": short,
     }
@@ -138,6 +143,8 @@ def report(summary: Summary, source: dict[str, Any]) -> str:
         lines.append(f"share of queueing: {summary.queueing_share:.1%}")
     elif queue is not None and queue["share"] is not None:
         lines.append(f"share of queueing: {queue['share']:.1%} ({queue['metric']}, {queue['requests']} requests)")
+    if source.get("server_was_warm") is False:
+        lines.append("the server still captured steps (a quarter of a second each): see --warm-within")
     if short := source.get("answers_shorter_than_asked"):
         lines.append(f"{short} answers were shorter than asked for: seconds a token do not compare with other runs")
     return "\n".join(lines)

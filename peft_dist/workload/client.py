@@ -24,11 +24,13 @@ class Outcome:
     """What a run brought: records in the order of the workload, and the server's own word on its queue.
 
     ``lags``: Seconds by which the client's heartbeat came late, a sample of its delays until the end of the run.
+    ``was_warm``: Whether all was compiled and captured before; None: nobody knows.
     """
 
     records: tuple[RequestRecord, ...]
     lags: tuple[float, ...]
     queue: ServerQueue | None
+    was_warm: bool | None = None
 
     def check_schedule(self, max_lateness: float) -> None:
         """Raise LateClientError when the P99 of how late requests were sent, or of the lags, is above the bound."""
@@ -58,6 +60,7 @@ async def run(
         options.model(adapter)
     numbered = list(enumerate(workload.arrivals))
     async with connected(options) as client:
+        was_warm = await client.is_warm()
         await client.warm_up(workload)
         before = await client.metrics()
         if options.processes == 1:
@@ -66,4 +69,4 @@ async def run(
             records, lags = await asyncio.to_thread(replay_in_processes, numbered, options, on_end)
         after = await client.metrics()
     records.sort(key=lambda record: record.index)
-    return Outcome(tuple(records), tuple(lags), ServerQueue.between(before, after, records))
+    return Outcome(tuple(records), tuple(lags), ServerQueue.between(before, after, records), was_warm)

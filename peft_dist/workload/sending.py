@@ -26,6 +26,7 @@ Numbered = Sequence[tuple[int, Arrival]]
 
 _HEARTBEAT = 0.05
 _WARM_UPS = 8  # At once.
+_ASK_SECONDS = 0.2
 _WARM_UP_TOKENS = 16, 4  # Of prompt and output.
 
 
@@ -43,6 +44,8 @@ class ClientOptions:
         running_usage: Ask for ``usage`` in every event, which tells tokens without a text.
         extra: Further fields of every request.
         warm_up: Rounds of one short request to each adapter before the clock starts.
+        warm_within: Seconds for which a server that tells of it may still compile and capture before that; 0: it is not
+            asked.
         timeout: Seconds for one request.
         max_lateness: Seconds, see ``Outcome.check_schedule``.
         processes: That send requests, each its share of them.
@@ -57,6 +60,7 @@ class ClientOptions:
     running_usage: bool = True
     extra: Mapping[str, Any] = field(default_factory=dict)
     warm_up: int = 1
+    warm_within: float = 300.0
     timeout: float = 3600.0
     max_lateness: float = 0.05
     processes: int = 1
@@ -64,7 +68,7 @@ class ClientOptions:
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
             raise ConfigError(f"the server {self.url!r} is no URL: write for example http://localhost:8000")
-        if self.warm_up < 0 or self.processes < 1 or self.timeout <= 0 or self.max_lateness <= 0:
+        if min(self.warm_up, self.warm_within) < 0 or self.processes < 1 or min(self.timeout, self.max_lateness) <= 0:
             raise ConfigError("the warm-up must be 0 or more, processes 1 or more, timeout and lateness above 0 s")
 
     @property
@@ -108,6 +112,32 @@ class Client:
         self._options = options
         self._start = time.perf_counter()
         self._failures = failures
+
+    async def is_warm(self) -> bool | None:
+        """Wait until all replicas that serve have compiled and captured what they do ahead (``/ready?warm=true``).
+
+        Returns whether they had within ``warm_within``; None where the server does not tell.
+        """
+        end = time.perf_counter() + self._options.warm_within
+        serving = (await self._ready()).get("serving") if self._options.warm_within else None
+        if not isinstance(serving, int):
+            return None
+        # Another process's state: only asking tells.
+        while "serving" not in await self._ready(warm="true", replicas=str(max(serving, 1))):
+            if time.perf_counter() > end:
+                return False
+            await asyncio.sleep(_ASK_SECONDS)
+        return True
+
+    async def _ready(self, **query: str) -> dict[str, Any]:
+        try:
+            async with self._session.get(f"{self._options.root}/ready", params=query) as response:
+                found = await response.json() if response.status == 200 else {}
+        except self._failures:  # Not there, which the first request says better.
+            return {}
+        except ValueError:  # Another server's page.
+            return {}
+        return found if isinstance(found, dict) else {}
 
     async def warm_up(self, workload: Workload) -> None:
         """Ask every adapter for a few tokens. Raises ConfigError when one does not answer."""

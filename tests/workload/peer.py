@@ -25,6 +25,8 @@ class Peer:
     bodies: list[dict[str, Any]] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
     metrics: list[str] = field(default_factory=list)
+    readies: list[tuple[int, str]] = field(default_factory=list)
+    asked: list[str] = field(default_factory=list)
     port: int = 0
 
     @property
@@ -36,6 +38,11 @@ class Peer:
             head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
             if head.startswith("get /metrics"):
                 self._metrics(writer)
+            elif head.startswith("get /ready"):
+                self.asked.append(head.split()[1])
+                status, text = self.readies.pop(0) if self.readies else (404, "")
+                line = b"HTTP/1.1 %d X\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
+                writer.write(line % (status, len(text), text.encode()))
             else:
                 length = next(int(line[15:]) for line in head.split("\r\n") if line.startswith("content-length:"))
                 self.keys += [line[15:] for line in head.split("\r\n") if line.startswith("authorization: ")]

@@ -138,6 +138,27 @@ def test_a_warm_up_asks_every_adapter_and_refuses_to_go_on_without_one() -> None
         run(Peer(), workload((0.0, "a", 5, 1), (0.0, "unknown", 5, 1)))
 
 
+@pytest.mark.parametrize(
+    ("readies", "within", "told", "asked"),
+    [
+        ([(200, '{"serving": 2}'), (503, "{}"), (503, "{}"), (200, '{"serving": 2}')], 60.0, True, 4),
+        ([(200, '{"serving": 2}')] + [(503, "{}")] * 99, 0.3, False, None),
+        ([(200, "[]")], 60.0, None, 1),
+        ([(200, "<html>")], 60.0, None, 1),
+        ([], 60.0, None, 1),
+        ([(200, '{"serving": 2}')], 0.0, None, 0),
+    ],
+)
+def test_a_server_that_tells_is_waited_for_until_it_is_warm(
+    readies: list[tuple[int, str]], within: float, told: bool | None, asked: int | None
+) -> None:
+    peer = Peer(readies=readies)
+    outcome = run(peer, workload((0.0, "a", 5, 1)), warm_up=0, warm_within=within)
+    assert outcome.was_warm is told and outcome.records[0].error is None
+    assert asked is None or len(peer.asked) == asked
+    assert all(path == "/ready?warm=true&replicas=2" for path in peer.asked[1:])
+
+
 @pytest.mark.parametrize("name", ["peft_dist:request_queue_seconds", "vllm:request_queue_time_seconds"])
 def test_queueing_from_metrics(name: str) -> None:
     before = f'{name}_sum{{engine="0"}} 10.0\n{name}_count{{engine="0"}} 1e2\n{name}_count{{engine="1"}} 5\n'
