@@ -57,17 +57,18 @@ class FakeRunner:
 
     def __init__(self, clock: FakeClock) -> None:
         self.clock = clock
+        self.captured: set[int] = set()
         self.merge = FakeMerging(clock)
         self.store = SimpleNamespace(
             pool=SimpleNamespace(device=torch.device("cpu")), weights_in=lambda slot: {}, remove=lambda key: None
         )
 
-    def start(self, batch: Batch) -> int:
+    def start(self, batch: Batch) -> Any:
         self.clock.now += 8.0
-        return batch.step
+        return SimpleNamespace(number=batch.step, was_captured=batch.step in self.captured)
 
-    def finish(self, step: int) -> StepResult:
-        return StepResult(step, [])
+    def finish(self, step: Any) -> StepResult:
+        return StepResult(step.number, [])
 
 
 @pytest.fixture
@@ -96,6 +97,18 @@ def test_a_switch_is_told_with_the_step_after_it(executor: TorchExecutor, clock:
     results = [executor.collect(handle) for handle in (first, second, third)]
     assert [result.switch_seconds for result in results] == [None, pytest.approx(0.030), None]
     assert [result.seconds for result in results] == [pytest.approx(0.008)] * 3
+
+
+def test_a_step_that_waited_for_its_capture_tells_no_seconds_and_still_the_switch_before_it(
+    executor: TorchExecutor,
+) -> None:
+    runner: Any = executor.runner
+    runner.captured = {0}
+    executor.switch(SPEC)
+    first, second = executor.submit(Batch(0, [])), executor.submit(Batch(1, []))
+    results = [executor.collect(handle) for handle in (first, second)]
+    assert [result.seconds for result in results] == [None, pytest.approx(0.008)]
+    assert [result.switch_seconds for result in results] == [pytest.approx(0.030), None]
 
 
 def test_a_switch_that_failed_or_was_cleared_is_nobodys(executor: TorchExecutor) -> None:

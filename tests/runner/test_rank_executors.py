@@ -117,7 +117,7 @@ def test_whatever_changes_a_rank_is_told_to_the_others() -> None:
     """Else ranks would drift apart unseen: a new method of the executor is told, or is known to change nothing."""
     changes_nothing = {
         *("can_merge", "can_host", "merged_adapter", "holds_merged", "residency", "fileno", "captured_for"),
-        *("transfers_fileno", "check_device", "peak_memory_bytes"),
+        *("transfers_fileno", "check_device", "peak_memory_bytes", "lacks_captures"),
         # Told where there is something to capture, below.
         "capture_some",
     }
