@@ -75,19 +75,20 @@ def system_router(state: ServerState) -> APIRouter:
         ``warm=true``: Only replicas count that have compiled and captured all that they do ahead.
         """
         views = state.client.replicas()
-        warm_enough = [view for view in views if view.is_warm or not warm]
-        whole = sum(view.serves_all for view in warm_enough)
-        if (whole if replicas else sum(view.can_serve for view in warm_enough)) < (replicas or 1):
+        cold = {view.replica_id for view in views if warm and not view.is_warm}
+        counted = [view for view in views if view.replica_id not in cold]
+        whole = sum(view.serves_all for view in counted)
+        if (whole if replicas else sum(view.can_serve for view in counted)) < (replicas or 1):
             known = state.client.adapters()
             away = ", ".join(
-                f"replica {view.replica_id} {_lacks(view, known, is_cold=warm and not view.is_warm)}"
+                f"replica {view.replica_id} {_lacks(view, known, is_cold=view.replica_id in cold)}"
                 for view in views
-                if not view.serves_all or (warm and not view.is_warm)
+                if view.replica_id in cold or not view.serves_all
             )
             reason = f"{whole} of {len(views)} replicas serve, {replicas or 1} asked for"
             raise ApiError(503, f"{reason}: {away}." if away else f"{reason}.", code="not_ready")
         told = _told(state)
-        if adapters == "all" and (missing := _missing(warm_enough, state.client.adapters())):
+        if adapters == "all" and (missing := _missing(counted, state.client.adapters())):
             names = ", ".join(map(repr, missing))
             raise ApiError(503, f"No replica serves {names}: load in place, or unload.", code="not_ready")
         return json_response({**told, "serving": whole, "of": len(views)})

@@ -41,8 +41,9 @@ class Losses:
         self._endings, self._events = endings, events
         # Until when what no replica can go on with waits for one to join, and what became of the last one.
         self._joins_until = -math.inf
-        self._left: list[Outgoing] = []
         self._last_guest: EngineDeadError | None = None
+        # To whoever could not load an adapter, of the requests that wait for another replica now.
+        self._left: list[Outgoing] = []
 
     def lose(self, replica: Replica, fault: Fault, now: float) -> list[Outgoing]:
         """Give a replica up. One whose connection alone failed goes on as another incarnation, with what it holds."""

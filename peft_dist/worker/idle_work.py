@@ -24,7 +24,7 @@ class IdleWork:
         do_some: Callable[[], bool],
         is_some_left: Callable[[], bool],
         clock: Callable[[], float],
-        tell: Callable[[bool, float], None] = lambda is_warm, pause: None,
+        tell: Callable[[bool, float], None],
     ) -> None:
         """
         Args:

@@ -108,14 +108,19 @@ class Driver:
                 self.finished += 1
 
     def _round(self) -> list[Any]:
-        began, graphs = time.perf_counter(), self.replica.runner.graphs
-        awaited = graphs.num_awaited if graphs is not None else 0
+        began = time.perf_counter()
+        awaited = self._num_awaited
         progress: list[Any] = self.replica.engine.step(began)
         if self.rounds is not None:
-            captured = graphs.num_awaited - awaited if graphs is not None else 0
             decision = self._decisions.pop() if self._decisions else None
-            self.rounds.append(Round(began, time.perf_counter() - began, decision, captured))
+            seconds = time.perf_counter() - began
+            self.rounds.append(Round(began, seconds, decision, self._num_awaited - awaited))
         return progress
+
+    @property
+    def _num_awaited(self) -> int:
+        graphs = self.replica.runner.graphs
+        return 0 if graphs is None else graphs.num_awaited
 
     def drain(self) -> None:
         while self.replica.engine.has_work:

@@ -77,24 +77,44 @@ def milliseconds(values: list[float]) -> dict[str, float]:
     return {"n": len(values), **{name: round(percentile(values, at) * 1e3, 3) for name, at in shares.items()}}
 
 
-def told(rounds: Sequence[Round], number: int = 12) -> dict[str, Any]:
-    """Milliseconds of an engine's rounds and of the gaps between them, and what the longest of these held."""
-    gaps = [0.0, *(max(0.0, b.began - a.began - a.seconds) for a, b in pairwise(rounds))]
-    longest = sorted(range(len(rounds)), key=lambda i: -rounds[i].seconds - gaps[i])[:number]
+def told(schedules: Sequence[Sequence[Round]], number: int = 12) -> dict[str, Any]:
+    """Milliseconds of an engine's rounds and of the gaps between them, and what the longest of these held.
+
+    ``schedules``: The rounds of each; between two of them lies what is of no matter.
+    """
+    rounds = [each for schedule in schedules for each in schedule]
+    gaps = [
+        gap
+        for schedule in schedules
+        for gap in (0.0, *(max(0.0, b.began - a.began - a.seconds) for a, b in pairwise(schedule)))
+    ]
+    longest = sorted(zip(rounds, gaps, strict=True), key=lambda both: -both[0].seconds - both[1])[:number]
     return {
-        "rounds": milliseconds([each.seconds for each in rounds]), "gaps": milliseconds(gaps),
+        "rounds": milliseconds([each.seconds for each in rounds]),
+        "gaps": milliseconds(gaps),
         "captured": sum(each.captured for each in rounds),
         "longest": [
-            {"ms": round(1e3 * rounds[i].seconds, 1), "gap_ms": round(1e3 * gaps[i], 1), "captured": rounds[i].captured}
-            | ({} if (made := rounds[i].decision) is None else {
-                "tokens": made.num_tokens, "sequences": sum(made.scheduled.values()), "adapters": len(made.scheduled),
-                "passed_over": sum(made.passed_over.values()), "merged": made.merged_adapter is not None,
-                "switch_ms": None if made.switch_seconds is None else round(1e3 * made.switch_seconds, 1),
-                "predicted_ms": round(1e3 * made.predicted_seconds, 1),
-            })
-            for i in longest
+            {"ms": round(1e3 * each.seconds, 1), "gap_ms": round(1e3 * gap, 1), "captured": each.captured}
+            | submitted(each.decision)
+            for each, gap in longest
         ],
-    }  # fmt: skip
+    }
+
+
+def submitted(decision: Any) -> dict[str, Any]:
+    """Of a round's step; None: it submitted none."""
+    if decision is None:
+        return {}
+    switch = decision.switch_seconds
+    return {
+        "tokens": decision.num_tokens,
+        "sequences": sum(decision.scheduled.values()),
+        "adapters": len(decision.scheduled),
+        "passed_over": sum(decision.passed_over.values()),
+        "merged": decision.merged_adapter is not None,
+        "switch_ms": None if switch is None else round(1e3 * switch, 1),
+        "predicted_ms": round(1e3 * decision.predicted_seconds, 1),
+    }
 
 
 def main() -> None:
@@ -121,15 +141,16 @@ def main() -> None:
         ttft_round(driver, arrivals(-1, 20, options.rate), hot, way, stream)
     found: dict[str, list[list[float]]] = {name: [] for name in others}
     loads = dict.fromkeys(others, 0)
-    rounds: dict[str, list[Round]] = {name: [] for name in others}
+    steps: dict[str, list[list[Round]]] = {name: [] for name in others}
     for number in range(options.rounds):
         schedule = arrivals(number, options.loads, options.rate)
         for name in list(others) if number % 2 else list(others)[::-1]:
-            before, driver.rounds = manager.loads, rounds[name]
+            before, driver.rounds = manager.loads, []
             found[name].append(ttft_round(driver, schedule, hot, others[name], stream))
             loads[name] += manager.loads - before
+            steps[name].append(driver.rounds)
     replica.close()
-    for name, made in rounds.items():
+    for name, made in steps.items():
         emit(engine="ours", part="rounds", way=name, **told(made))
     assert not driver.errors, driver.errors[:3]
     ratios = [percentile(a, 0.99) / percentile(b, 0.99) for a, b in zip(*list(found.values())[::-1], strict=True)]

@@ -16,8 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,22 +46,9 @@ def options_of(system: System) -> list[str]:
     return found
 
 
-def _is_warm(url: str, replicas: int) -> bool:
-    """Whether so many replicas serve every adapter, and have nothing left to compile or capture."""
-    try:
-        with urllib.request.urlopen(f"{url}/ready?replicas={replicas}&warm=true", timeout=10) as answer:
-            return answer.status == 200
-    except urllib.error.HTTPError as error:
-        if error.code != 503:
-            raise
-    except urllib.error.URLError:
-        """It has ended, which its process tells with more."""
-    return False
-
-
 @contextmanager
-def serving(model: str, adapters: Sequence[Path], options: Sequence[str], replicas: int = 1) -> Iterator[str]:
-    """A server's URL, once its replicas are warm. Raises SystemExit with the end of its log where it fails."""
+def serving(model: str, adapters: Sequence[Path], options: Sequence[str]) -> Iterator[str]:
+    """A server's URL, once it is ready. Raises SystemExit with the end of its log where it does not become so."""
     with tempfile.TemporaryDirectory() as folder:
         port, log = Path(folder, "port"), Path(folder, "log")
         command = [sys.executable, "-m", "peft_dist.cli", "serve", model, "--port", "0", "--port-file", str(port)]
@@ -77,13 +62,7 @@ def serving(model: str, adapters: Sequence[Path], options: Sequence[str], replic
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise SystemExit(f"the server is not ready: {log.read_text()[-2000:]}")
                 time.sleep(0.1)
-            url = f"http://127.0.0.1:{int(port.read_text())}"
-            # Steps that a server captures while it serves are no part of an experiment.
-            while not _is_warm(url, replicas):
-                if process.poll() is not None or time.monotonic() > deadline:
-                    raise SystemExit(f"not all is captured: {log.read_text()[-2000:]}")
-                time.sleep(0.1)
-            yield url
+            yield f"http://127.0.0.1:{int(port.read_text())}"
         finally:
             process.terminate()
             process.wait(END)
@@ -113,7 +92,7 @@ def main() -> None:
             if name not in SYSTEMS:
                 raise SystemExit(f"the system {name!r} is unknown: use {', '.join(SYSTEMS)}")
             more = ["--replicas", str(options.replicas), *options_of(SYSTEMS[name]), *shlex.split(options.serve)]
-            with serving(options.model, adapters, more, options.replicas) as url:
+            with serving(options.model, adapters, more) as url:
                 command = [sys.executable, str(script), "--server", url, "--systems", name]
                 if status := subprocess.run([*command, *shlex.split(options.options)], check=False).returncode:
                     raise SystemExit(status)

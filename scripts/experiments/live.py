@@ -81,7 +81,7 @@ def run(workload: Workload, server: Server) -> Measured:
 
     Raises:
         LateClientError: the client fell behind its own schedule; what it measured is not told.
-        ConfigError: the server does not answer.
+        ConfigError: the server does not answer, or goes on capturing steps.
     """
     return asyncio.run(
         _run(workload, ClientOptions(server.url, prompts=server.prompts, max_lateness=server.max_lateness))
@@ -99,6 +99,11 @@ async def _run(workload: Workload, options: ClientOptions) -> Measured:
         with suppress(asyncio.CancelledError):
             await watcher
     outcome.check_schedule(options.max_lateness)
+    if outcome.was_warm is False:
+        # What is captured while requests wait for it is no part of an experiment.
+        raise ConfigError(
+            f"{options.root} still captured steps after {options.warm_within:g} s: is it asked by others?"
+        )
     after = await _metrics(options.root)
     found = measure(outcome.records, work(before, after, looks))
     if found.queueing_delay is None and outcome.queue is not None and outcome.queue.requests:
