@@ -8,9 +8,9 @@
 Drives a real engine: unmerged decode steps over batch sizes and numbers of distinct adapters, decodes behind prompts of
 other lengths, prompts, merged steps, switches, loads of adapters, and KV moved to other blocks; each batch once
 unmeasured, and then `--rounds` times. Fits the terms of the cost model to the medians of equal steps (least relative
-errors, none below 0) and writes one file that `peft-dist simulate --profile FILE` takes, with the hardware, the
-versions and how far the fit is from what was measured. Adapters have one rank on all linear layers: for another rank
-measure again.
+errors, none below 0), each with the tokens of the captured step that takes it, and writes one file that `peft-dist
+simulate --profile FILE` takes, with the hardware, the versions and how far the fit is from what was measured. Adapters
+have one rank on all linear layers: for another rank measure again.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ from bench.cost_runs import CostRuns, Measured
 from bench.gpu_engine import is_first_rank, world_size
 from bench.report import environment
 
+from peft_dist.core.config import EngineConfig, ModelInfo
 from peft_dist.core.cost_model import STEP_TERMS, CostPrior, StepFeatures
+from peft_dist.sim.executor import padded
 from peft_dist.sim.fitting import fit_line, fit_steps, mean_error, medians, predicted
 from peft_dist.sim.profile import CostProfile, options_of
 
@@ -93,15 +95,25 @@ def context_token(measured: Measured, *, in_flight: bool) -> float:
     return fit_line(found)[1] if len({tokens for tokens, _ in found}) > 1 else 0.0
 
 
+def sizes_of(info: ModelInfo, config: EngineConfig) -> dict[str, tuple[int, ...]]:
+    """Sizes of the steps that a replica captures, by their names in a profile."""
+    from peft_dist.runner.step_variants import captured_sizes
+
+    if not info.device.startswith("cuda") or config.enforce_eager:
+        return {"decode_sizes": (), "prompt_sizes": ()}
+    return captured_sizes(config.max_num_seqs, config.max_num_batched_tokens)
+
+
 def seconds_of(steps: Iterable[tuple[Kind, float, float | None]], *, in_flight: bool) -> list[tuple[Kind, float]]:
     """With a step in flight it lasts from the end of the one before it to its own, whatever the device says of it,
     unless there was none right before."""
     return [(kind, between if in_flight and between is not None else seconds) for kind, seconds, between in steps]
 
 
-def fitted(measured: Measured, *, in_flight: bool) -> tuple[CostPrior, dict[str, float]]:
-    """Costs, and the mean relative error of the fit by regime and by whether there are prompts in a step."""
-    known = seconds_of(measured.steps, in_flight=in_flight)
+def fitted(measured: Measured, *, in_flight: bool, **sizes: Sequence[int]) -> tuple[CostPrior, dict[str, float]]:
+    """Costs, and the mean relative error of the fit by regime and by whether there are prompts in a step. ``sizes``: As
+    of ``sizes_of``."""
+    known = [(padded(one, **sizes), seconds) for one, seconds in seconds_of(measured.steps, in_flight=in_flight)]
     step = fit_steps(known)
     lines = {name: fit_line(found) for name, found in measured.others.items()}
     # Of one rank: a switch's seconds have no part that grows with it.
@@ -115,12 +127,12 @@ def fitted(measured: Measured, *, in_flight: bool) -> tuple[CostPrior, dict[str,
     return costs, {kind: mean_error(step, own) for kind, own in sorted(kinds.items())}
 
 
-def write_steps(path: Path, measured: Measured, costs: CostPrior, *, in_flight: bool) -> None:
+def write_steps(path: Path, measured: Measured, costs: CostPrior, *, in_flight: bool, **sizes: Sequence[int]) -> None:
     """Each kind of step with the median of its seconds and what the fit says, for whoever asks where it is wrong."""
     weights = {name: getattr(costs, name) for name in STEP_TERMS}
     rows = [
         {**msgspec.structs.asdict(one.features), "measured": one.number, "seconds": one.seconds,
-         "fitted": predicted(weights, one.features)}
+         "fitted": predicted(weights, padded(one.features, **sizes))}
         for one in medians(seconds_of(measured.steps, in_flight=in_flight))
     ]  # fmt: skip
     path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
@@ -130,10 +142,11 @@ def profile(options: argparse.Namespace, runs: CostRuns, seconds: float) -> Cost
     from peft_dist.runner.cost_prior import ModelSize
 
     info, config, spec = runs.replica.model_info, runs.replica.loaded_with, runs.specs[0]
-    costs, errors = fitted(runs.measured, in_flight=info.depth > 0)
+    sizes = sizes_of(info, config)
+    costs, errors = fitted(runs.measured, in_flight=info.depth > 0, **sizes)
     found = environment()
     if options.steps is not None:
-        write_steps(options.steps, runs.measured, costs, in_flight=info.depth > 0)
+        write_steps(options.steps, runs.measured, costs, in_flight=info.depth > 0, **sizes)
     told = ", ".join(f"{kind} {error:.1%}" for kind, error in errors.items())
     hardware = found.get("gpu") or f"{found['cpu']}, {found['torch_threads']} thread(s) of {found['cores']} cores"
     return CostProfile(
@@ -149,6 +162,7 @@ def profile(options: argparse.Namespace, runs: CostRuns, seconds: float) -> Cost
         model=f"{options.shape or 'SmolLM2-135M-Instruct'}, {info.dtype}, rank {options.rank} on all linear layers",
         costs=costs,
         **options_of(info, config),
+        **sizes,
         modules=len(spec.ranks),
         rank_bytes=spec.num_bytes // options.rank,
         versions={k: str(v) for k, v in found.items() if k not in ("date", "cpu", "cores", "torch_threads", "gpu")},

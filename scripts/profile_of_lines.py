@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from bench.gpu_workload import PROMPT_TOKENS, SHAPES, STEP_TOKENS, linear_shapes
 
 from peft_dist.core.cost_model import STEP_TERMS, CostPrior, StepFeatures
-from peft_dist.runner.step_variants import mixed_sizes
+from peft_dist.runner.step_variants import captured_sizes
 from peft_dist.sim.fitting import fit_steps, mean_error
 from peft_dist.sim.profile import CostProfile
 
@@ -187,9 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tensor_parallel_size=ranks,
         num_blocks=max(blocks, default=like.num_blocks) if options.shape else like.num_blocks,
         versions={key: str(found[key]) for key in like.versions if key in found} or like.versions,
-        prompt_sizes=tuple(
-            sorted({tokens for tokens, _ in mixed_sizes(like.max_num_seqs, like.max_num_batched_tokens)})
-        ),
+        **captured_sizes(like.max_num_seqs, like.max_num_batched_tokens),
         **contexts,
         **sizes,
     )

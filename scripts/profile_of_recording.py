@@ -33,10 +33,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 from bench.recorded_steps import RecordedStep, Recording, recordings, service_seconds
+from profile_costs import sizes_of
 
 from peft_dist.core.cost_model import STEP_TERMS, CostPrior, StepFeatures
 from peft_dist.runner.adapter_loader import NUM_THREADS
-from peft_dist.runner.step_variants import mixed_sizes
 from peft_dist.sim.executor import padded
 from peft_dist.sim.fitting import WithContext, fit_line, fit_with_context
 from peft_dist.sim.profile import CostProfile, options_of
@@ -67,14 +67,6 @@ def all_of(paths: Iterable[Path]) -> list[Recording]:
     return found
 
 
-def prompt_sizes(recording: Recording) -> tuple[int, ...]:
-    """Tokens of the steps with prompts that such a replica captures."""
-    config = recording.config
-    if not recording.info.device.startswith("cuda") or config.enforce_eager:
-        return ()
-    return tuple(sorted({tokens for tokens, _ in mixed_sizes(config.max_num_seqs, config.max_num_batched_tokens)}))
-
-
 def seconds_of(step: RecordedStep, *, in_flight: bool) -> float | None:
     """None where a step in flight did not follow right on another."""
     return step.between if in_flight else step.seconds
@@ -82,13 +74,13 @@ def seconds_of(step: RecordedStep, *, in_flight: bool) -> float | None:
 
 def fitted(found: Sequence[Recording], like: CostPrior, disturbed: float) -> tuple[WithContext, Steps]:
     """Costs, and which steps they are of; ``disturbed`` is as of ``--disturbed``."""
-    in_flight, sizes = found[0].info.depth > 0, prompt_sizes(found[0])
+    in_flight, sizes = found[0].info.depth > 0, sizes_of(found[0].info, found[0].config)
     every, measured = [], []
     for step in (step for one in found for step in one.steps if not step.loading and not step.switched):
         seconds = seconds_of(step, in_flight=in_flight)
         if seconds is None or seconds <= 0:
             continue
-        every.append((padded(step.features, sizes), step.num_cached, seconds))
+        every.append((padded(step.features, **sizes), step.num_cached, seconds))
         # Behind a call that came late the next one finds its step done: neither is what a step takes.
         if step.seconds / disturbed <= seconds <= step.seconds * disturbed:
             measured.append(every[-1])
@@ -153,7 +145,7 @@ def made(found: Sequence[Recording], like: CostProfile, name: str, disturbed: fl
         costs=costs,
         **options_of(info, config),
         versions=dict(info.versions),
-        prompt_sizes=prompt_sizes(first),
+        **sizes_of(info, config),
         context_token=fit.context_token,
         context=fit.context,
         loads_at_once=NUM_THREADS,
@@ -169,7 +161,7 @@ def compared(found: Sequence[Recording], profile: CostProfile) -> str:
     kinds: dict[str, list[tuple[float, float | None, float]]] = defaultdict(list)
     device = expected = loading = other = 0.0
     for step in (step for one in found for step in one.steps):
-        told = weights.predicted(padded(step.features, profile.prompt_sizes), step.num_cached)
+        told = weights.predicted(padded(step.features, profile.prompt_sizes, profile.decode_sizes), step.num_cached)
         device, expected = device + step.seconds, expected + told
         if step.between is not None:
             added = step.between - step.seconds

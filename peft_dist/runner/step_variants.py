@@ -67,3 +67,9 @@ def mixed_sizes(max_num_seqs: int, max_num_batched_tokens: int) -> list[tuple[in
     rows = sorted({min(_FEW_ROWS, max_num_seqs), max_num_seqs})
     sizes = {*range(64, min(most, _FINE_TOKENS) + 1, 64), *range(_FINE_TOKENS, most + 1, 128), most}
     return [(tokens, few) for tokens in sorted(sizes) for few in rows if tokens != few]
+
+
+def captured_sizes(max_num_seqs: int, max_num_batched_tokens: int) -> dict[str, tuple[int, ...]]:
+    """``decode_sizes`` and ``prompt_sizes`` of a profile of a replica that captures its steps."""
+    prompts = {tokens for tokens, _ in mixed_sizes(max_num_seqs, max_num_batched_tokens)}
+    return {"decode_sizes": tuple(decode_sizes(max_num_seqs)), "prompt_sizes": tuple(sorted(prompts))}

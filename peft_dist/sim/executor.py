@@ -46,8 +46,8 @@ class SimExecutor:
         block_bytes: Of one KV block.
         num_held: Merged copies that are kept beside the base ("shadow"); 0: weights are merged in place.
         held: Contents whose merged copies are there from the start, ``num_held`` at most.
-        prompt_sizes, context_token, context, loads_at_once: As of ``CostProfile``. The engine's own model knows
-            nothing of them, as in the live system.
+        prompt_sizes, decode_sizes, context_token, context, loads_at_once: As of ``CostProfile``. The engine's own model
+            knows nothing of them, as in the live system.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class SimExecutor:
         can_merge: bool = True,
         held: Sequence[str] = (),
         prompt_sizes: Sequence[int] = (),
+        decode_sizes: Sequence[int] = (),
         context_token: float = 0.0,
         context: float = 0.0,
         loads_at_once: int = 0,
@@ -69,7 +70,7 @@ class SimExecutor:
         self._clock = clock
         self._block_bytes = block_bytes
         self._num_held = num_held
-        self._prompt_sizes = prompt_sizes
+        self._sizes = prompt_sizes, decode_sizes
         self._context_token = context_token
         self._context = context
         self._slots: dict[int, AdapterSpec] = {}
@@ -115,7 +116,8 @@ class SimExecutor:
 
     def step_seconds(self, features: StepFeatures, num_cached: int = 0) -> float:
         """Of a step without copies. ``num_cached``: Tokens in the KV cache before it, of all its decodes together."""
-        seconds = self._truth.step_seconds(padded(features, self._prompt_sizes))
+        features = padded(features, *self._sizes)
+        seconds = self._truth.step_seconds(features)
         if not self._context_token:
             return seconds
         beyond = num_cached - self._context * features.decode_sequences
@@ -251,13 +253,14 @@ class SimExecutor:
         return StepFeatures.of(rows, merged, rank)
 
 
-def padded(features: StepFeatures, prompt_sizes: Sequence[int]) -> StepFeatures:
-    """With the tokens of the captured step that takes it, of these sizes. Padding has no adapter."""
-    if not features.prefill_tokens or not prompt_sizes:
-        return features
+def padded(features: StepFeatures, prompt_sizes: Sequence[int], decode_sizes: Sequence[int] = ()) -> StepFeatures:
+    """With the tokens of the captured step that takes it, of these sizes. Padding has no adapter, and no context."""
+    sizes = prompt_sizes if features.prefill_tokens else decode_sizes
     tokens = features.decode_sequences + features.prefill_tokens
-    found = bisect.bisect_left(prompt_sizes, tokens)
-    if found == len(prompt_sizes):
+    found = bisect.bisect_left(sizes, tokens)
+    if found == len(sizes) or sizes[found] == tokens:
         return features
-    more = prompt_sizes[found] - tokens
+    if not features.prefill_tokens:
+        return msgspec.structs.replace(features, decode_sequences=sizes[found])
+    more = sizes[found] - tokens
     return msgspec.structs.replace(features, prefill_tokens=features.prefill_tokens + more)

@@ -83,6 +83,7 @@ def make_hardware(
         "host_seconds": profile.host_seconds,
         "can_merge": config.merge != "off",
         "prompt_sizes": profile.prompt_sizes,
+        "decode_sizes": profile.decode_sizes,
         "context_token": profile.context_token,
         "context": profile.context,
         "loads_at_once": profile.loads_at_once,

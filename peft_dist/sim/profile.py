@@ -16,6 +16,7 @@ from peft_dist.core.errors import ConfigError
 FORMAT = 1
 FOLDER = Path(__file__).parent / "profiles"
 _SUFFIX = ".json"
+_SIZES = ("prompt_sizes", "decode_sizes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class CostProfile:
         num_held: Merged copies that are kept beside the base's weights; 0: weights are merged in place.
         prompt_sizes: Tokens of the captured steps with prompts in them, the smallest first: a step of fewer computes
             as many as the next one has. Larger steps are not captured. Empty: none is.
+        decode_sizes: The same of steps without prompts, in sequences.
         context_token: Seconds that a decode takes for each token of its sequence that is in the KV cache, beyond the
             ``context`` tokens at which ``costs`` were measured; as much less for each token short of them.
         context: Mean tokens in the KV cache of a decode in what ``costs`` were fitted to.
@@ -75,6 +77,7 @@ class CostProfile:
     num_held: int = 0
     weight_bytes: int = 0
     prompt_sizes: tuple[int, ...] = ()
+    decode_sizes: tuple[int, ...] = ()
     context_token: float = 0.0
     context: float = 0.0
     loads_at_once: int = 0
@@ -87,9 +90,10 @@ class CostProfile:
                 raise ConfigError(f"{option.name}={value!r} of profile {self.name!r} must be {least} or more")
             if option.type == "float" and not (math.isfinite(value) and value >= 0):
                 raise ConfigError(f"{option.name}={value!r} of profile {self.name!r} must be 0 or more, and finite")
-        sizes = self.prompt_sizes
-        if not all(type(size) is int and size > 0 for size in sizes) or list(sizes) != sorted(set(sizes)):
-            raise ConfigError(f"prompt_sizes={sizes!r} of profile {self.name!r} must be tokens, the smallest first")
+        for name in _SIZES:
+            sizes = getattr(self, name)
+            if not all(type(size) is int and size > 0 for size in sizes) or list(sizes) != sorted(set(sizes)):
+                raise ConfigError(f"{name}={sizes!r} of profile {self.name!r} must be numbers, the smallest first")
 
     def truth(self) -> CostModel:
         """What everything takes: a model that learns nothing."""
@@ -103,7 +107,7 @@ class CostProfile:
     def dump(self, path: Path) -> None:
         """Write a file that ``load`` reads; the same profile gives the same bytes. Raises ConfigError."""
         told = asdict(self)
-        for name in ("prompt_sizes", "context_token", "context", "loads_at_once"):
+        for name in (*_SIZES, "context_token", "context", "loads_at_once"):
             if not told[name]:  # So that files from before there were any stay what they are.
                 del told[name]
         text = json.dumps({"peft_dist_profile": FORMAT, **told}, indent=1) + "\n"
@@ -129,8 +133,8 @@ class CostProfile:
             pairs: dict[str, Any] = {
                 key: tuple(value) if isinstance(value, list) else value for key, value in costs.items()
             }
-            sizes = tuple(document.pop("prompt_sizes", ()))
-            return cls(costs=CostPrior(**pairs), prompt_sizes=sizes, **document)
+            sizes: dict[str, Any] = {name: tuple(document.pop(name, ())) for name in _SIZES}
+            return cls(costs=CostPrior(**pairs), **sizes, **document)
         except (KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"profile {path} is broken ({error!r}): measure it again") from error
 

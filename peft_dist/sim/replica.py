@@ -47,7 +47,7 @@ class SimHardware:
         host_seconds: That scheduling and reporting add to a step where none is in flight.
         can_merge: Whether any adapter can be.
         held: Contents whose merged copies are there from the start.
-        prompt_sizes, context_token, context, loads_at_once: As of ``CostProfile``.
+        prompt_sizes, decode_sizes, context_token, context, loads_at_once: As of ``CostProfile``.
     """
 
     config: EngineConfig
@@ -60,6 +60,7 @@ class SimHardware:
     can_merge: bool = True
     held: tuple[str, ...] = ()
     prompt_sizes: tuple[int, ...] = ()
+    decode_sizes: tuple[int, ...] = ()
     context_token: float = 0.0
     context: float = 0.0
     loads_at_once: int = 0
@@ -141,6 +142,7 @@ class SimReplica:
             can_merge=hardware.can_merge,
             held=hardware.held,
             prompt_sizes=hardware.prompt_sizes,
+            decode_sizes=hardware.decode_sizes,
             context_token=hardware.context_token,
             context=hardware.context,
             loads_at_once=hardware.loads_at_once,

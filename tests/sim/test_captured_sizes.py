@@ -1,4 +1,4 @@
-"""Steps with prompts take as long as the captured size that they run in."""
+"""Steps take as long as the captured size that they run in."""
 
 from __future__ import annotations
 
@@ -33,6 +33,35 @@ def test_a_step_computes_what_the_size_above_it_does(decodes: int, prompts: int,
     assert added == pytest.approx(more * PLAIN.costs.prefill_token, abs=1e-12)
 
 
+@pytest.mark.parametrize(("decodes", "prompts", "more"), [(1, 0, 0), (5, 0, 3), (8, 0, 0), (9, 0, 0), (5, 3, 0)])
+@pytest.mark.parametrize("context", [0.0, 100.0])
+def test_a_decode_computes_rows_that_have_no_context(decodes: int, prompts: int, more: int, context: float) -> None:
+    plain, captured = (
+        SimExecutor(PLAIN.truth(), lambda: 0.0, 1, 0, decode_sizes=sizes, context_token=1e-6, context=context)
+        for sizes in ((), (1, 2, 8))
+    )
+    features = StepFeatures(False, decodes, prompts, decodes, 1)
+    added = captured.step_seconds(features, 300) - plain.step_seconds(features, 300)
+    # The profile's decodes have some, of which its cost of a decode has a part.
+    row = PLAIN.costs.decode_sequence - 1e-6 * context
+    assert added == pytest.approx(more * row, abs=1e-12)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("advance", [True, False])
+def test_three_requests_decode_as_four_do(depth: int, advance: bool) -> None:
+    def run(count: int, sizes: tuple[int, ...]) -> list[float]:
+        options = SimulationOptions(adapters=("a",), depth=depth, advance=advance)
+        load = [Arrival(0.0, "a", 40, 8) for _ in range(count)]
+        records = simulate(load, replace(PLAIN, decode_sizes=sizes), options).records
+        assert all(record.first_token is not None for record in records)
+        return [record.finished - (record.first_token or 0.0) for record in records]
+
+    more = 7 * PLAIN.costs.decode_sequence
+    assert run(3, (4,)) == pytest.approx([took + more for took in run(3, ())], abs=1e-9)
+    assert run(4, (4,)) == pytest.approx(run(4, ()), abs=1e-12)
+
+
 @pytest.mark.parametrize("depth", [0, 1])
 @pytest.mark.parametrize("advance", [True, False])
 def test_a_request_waits_for_the_padding_of_its_prompt(depth: int, advance: bool) -> None:
@@ -49,11 +78,13 @@ def test_a_request_waits_for_the_padding_of_its_prompt(depth: int, advance: bool
 
 
 def test_sizes_come_back_from_a_file(tmp_path: Path) -> None:
-    CAPTURED.dump(tmp_path / "mine.json")
-    assert CostProfile.load(tmp_path / "mine.json") == CAPTURED
+    mine = replace(CAPTURED, decode_sizes=(1, 2, 8))
+    mine.dump(tmp_path / "mine.json")
+    assert CostProfile.load(tmp_path / "mine.json") == mine
 
 
+@pytest.mark.parametrize("name", ["prompt_sizes", "decode_sizes"])
 @pytest.mark.parametrize("sizes", [(0, 64), (128, 64), (64, 64), (64.0,)])
-def test_sizes_that_are_no_tokens_in_order_are_refused(sizes: tuple[int, ...]) -> None:
-    with pytest.raises(ConfigError, match="prompt_sizes"):
-        replace(PLAIN, prompt_sizes=sizes)
+def test_sizes_that_are_not_in_order_are_refused(name: str, sizes: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigError, match=name):
+        replace(PLAIN, **{name: sizes})  # type: ignore[arg-type]
