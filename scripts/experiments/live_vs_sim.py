@@ -81,6 +81,11 @@ def workload(
     return generator.from_shares(names, arrivals.zipf(len(names), zipf), f"Zipf ({zipf:g})", load, sizes)
 
 
+def num_requests(rate: float, seconds: float) -> int:
+    """Of one run."""
+    return max(20, round(rate * seconds))
+
+
 def saturation(
     options: argparse.Namespace, names: Sequence[str], zipf: float, profile: CostProfile, sim: SimulationOptions
 ) -> float:
@@ -110,7 +115,7 @@ def compare(
         rate = load.share * most
         runs = []
         for seed in options.seeds:
-            asked = workload(options, names, zipf, rate, max(20, round(rate * options.seconds)), seed)
+            asked = workload(options, names, zipf, rate, num_requests(rate, options.seconds), seed)
             records, merged = serve(asked)
             simulated = simulate(asked.arrivals, profile, sim)
             runs.append({"seed": seed, "live_merged_share": merged, **side_by_side(records, simulated)})
@@ -134,10 +139,8 @@ def over_seeds(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         values = [run["simulated_over_live"][figure][name] for run in runs]
         return {"mean": statistics.fmean(values), "least": min(values), "most": max(values)}
 
-    ratios = {
-        figure: {name: span(figure, name) for name in own} for figure, own in runs[0]["simulated_over_live"].items()
-    }
-    return {"simulated_over_live": ratios}
+    figures = runs[0]["simulated_over_live"].items()
+    return {"simulated_over_live": {figure: {name: span(figure, name) for name in own} for figure, own in figures}}
 
 
 def words(found: Mapping[str, Any]) -> str:
@@ -150,20 +153,22 @@ def words(found: Mapping[str, Any]) -> str:
 
 def side_by_side(records: Sequence[RequestRecord], simulated: SimulationResult) -> dict[str, Any]:
     """Two summaries, and their ratios."""
-    found = {"live": summarize(records), "simulated": summarize(simulated.records)}
-    ratios: dict[str, dict[str, float]] = {}
-    for figure in FIGURES:
-        real, virtual = (getattr(summary, figure) for summary in found.values())
-        ratios[figure] = {name: getattr(virtual, name) / getattr(real, name) for name in ("mean", "p50", "p90", "p99")}
+    found = {"live": asdict(summarize(records)), "simulated": asdict(summarize(simulated.records))}
     return {
-        **{name: asdict(summary) for name, summary in found.items()},
+        **found,
         "requests": len(records),
-        "simulated_over_live": ratios,
+        "simulated_over_live": ratios(found["simulated"], found["live"]),
         "simulated_merged_share": sum(r.merged_steps for r in simulated.replicas)
         / max(1, sum(r.steps for r in simulated.replicas)),
         "simulated_switches": sum(r.switches for r in simulated.replicas),
         "simulated_migration": asdict(simulated.migration),
     }
+
+
+def ratios(simulated: Mapping[str, Any], live: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Of two summaries."""
+    names = ("mean", "p50", "p90", "p99")
+    return {figure: {name: simulated[figure][name] / live[figure][name] for name in names} for figure in FIGURES}
 
 
 @contextlib.contextmanager

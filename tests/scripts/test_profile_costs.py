@@ -8,13 +8,15 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import profile_costs
 import pytest
 from bench.cost_runs import Measured
 from experiments import live_vs_sim
 
-from peft_dist.core.config import EngineConfig
+from peft_dist.core.config import EngineConfig, ModelInfo
+from peft_dist.core.cost_model import StepFeatures
 from peft_dist.sim.experiment import simulate
 from peft_dist.sim.profile import CostProfile
 from peft_dist.workload.arrivals import Arrival
@@ -25,7 +27,7 @@ TINY = ["--shape", "tiny", "--set", "num_blocks=512", 'dtype="float32"', "max_mo
 
 
 def run(script: str, *arguments: str) -> str:
-    command = [sys.executable, str(SCRIPTS / script), *TINY, *arguments]
+    command = [sys.executable, str(SCRIPTS / script), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
@@ -37,7 +39,7 @@ def test_a_small_model_is_measured_and_simulated(tmp_path: Path) -> None:
     sizes = ["--adapters", "4", "--sizes", "1", "2", "8", "--distinct", "0", "1", "4", "--tokens", "6", "--rounds", "2"]
     steps = tmp_path / "steps.json"
     more = ["--prompts", "32", "128", "--switches", "3", "--steps", str(steps), "--contexts", "32", "400"]
-    run("profile_costs.py", *sizes, *more, "--output", str(file))
+    run("profile_costs.py", *TINY, *sizes, *more, "--output", str(file))
     profile = CostProfile.load(file)
     costs = profile.costs
     assert profile.name == "mine" and profile.max_num_seqs == 8 and profile.num_blocks == 512
@@ -69,7 +71,7 @@ def test_what_a_token_of_context_takes_is_the_slope(in_flight: bool) -> None:
 @pytest.mark.slow
 def test_live_and_simulated_are_put_beside_each_other(tmp_path: Path) -> None:
     """How near they are depends on what else the machine does: docs/results has what was measured on a quiet one."""
-    run("experiments/live_vs_sim.py", "--engine", "--adapters", "4", "--seconds", "2", "--loads", "0.2", "0.9:2",
+    run("experiments/live_vs_sim.py", *TINY, "--engine", "--adapters", "4", "--seconds", "2", "--loads", "0.2", "0.9:2",
         "--seeds", "0", "1", "--output", str(tmp_path))  # fmt: skip
     figures = json.loads((tmp_path / "live_vs_sim.json").read_text())["figures"]
     assert [(one["load"], one["zipf"]) for one in figures["rates"]] == [(0.2, 1.0), (0.9, 2.0)]
@@ -86,6 +88,13 @@ def test_live_and_simulated_are_put_beside_each_other(tmp_path: Path) -> None:
         told = one["simulated_over_live"]["normalized_latency"]["mean"]
         assert [told["least"], told["most"]] == pytest.approx(sorted(ratios))
         assert told["mean"] == pytest.approx(sum(ratios) / 2)
+    # From what the result says of itself come the same arrivals, and the same virtual seconds.
+    run("experiments/simulate_again.py", str(tmp_path / "live_vs_sim.json"))
+    again = json.loads((tmp_path / "live_vs_sim.json").read_text())["figures"]["again"]
+    for one, other in zip(again["rates"], figures["rates"], strict=True):
+        for of_one, of_other in zip(one["runs"], other["runs"], strict=True):
+            for figure, expected in of_other["simulated_over_live"].items():
+                assert of_one["simulated_over_live"][figure] == pytest.approx(expected)
 
 
 def test_the_tail_of_a_burst_is_not_its_pace() -> None:
@@ -112,3 +121,24 @@ def test_results_hold_no_path(tmp_path: Path) -> None:
         profile=tmp_path / "mine.json", output=tmp_path, loads=[live_vs_sim.Load(0.3)], seeds=[0]
     )
     assert live_vs_sim.settings(options) == {"profile": "mine.json", "loads": "['0.3']", "seeds": "[0]"}
+
+
+def test_only_a_device_that_captures_steps_has_sizes_of_them() -> None:
+    config = EngineConfig("base", max_num_seqs=4, max_num_batched_tokens=128)
+
+    def sizes(device: str, **more: Any) -> dict[str, tuple[int, ...]]:
+        info = ModelInfo("base", "base", 512, 100, (2,), 64, 0, 16, device, "float32", 1, "triton", "triton")
+        return profile_costs.sizes_of(info, replace(config, **more))
+
+    assert sizes("cuda:0") == {"decode_sizes": (1, 2, 3, 4), "prompt_sizes": (64, 128)}
+    nothing = {"decode_sizes": (), "prompt_sizes": ()}
+    assert sizes("cpu") == sizes("cuda:0", enforce_eager=True) == nothing
+
+
+def test_a_fit_is_of_what_a_captured_step_computes() -> None:
+    """A step of 5 decodes runs in one of 8, and one of 9 in itself."""
+    seconds = {1: 1.1, 5: 1.8, 9: 1.9}
+    steps = [(StepFeatures(False, rows), seconds[rows], None) for rows in seconds]
+    costs, errors = profile_costs.fitted(Measured(steps=steps), in_flight=False, prompt_sizes=(), decode_sizes=(1, 8))
+    assert (costs.step, costs.decode_sequence) == pytest.approx((1.0, 0.1), rel=1e-3)
+    assert max(errors.values()) < 1e-3
