@@ -15,6 +15,7 @@ except ModuleNotFoundError as missing:
     raise SystemExit("peft-dist needs the server's packages: pip install 'peft-dist[server]'") from missing
 
 from peft_dist import cli_help, cli_options
+from peft_dist.api.tool_readers import READERS
 from peft_dist.cli_admin import rolling_restart
 from peft_dist.cli_bench import bench
 from peft_dist.cli_simulate import simulate
@@ -27,6 +28,7 @@ from peft_dist.core.errors import ConfigError, PeftDistError
 
 API_KEYS_VARIABLE = "PEFT_DIST_API_KEY"
 ADMIN_KEY_VARIABLE = "PEFT_DIST_ADMIN_KEY"
+TOOL_CALL_PARSERS = ("auto", *READERS)
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 # A traceback with the values of local variables could show a key.
@@ -151,6 +153,9 @@ def serve(
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read .bin adapters, which run code.")] = False,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the base model's code.")] = False,
     chat_template: Annotated[Path | None, typer.Option(help="Jinja file in place of the model's template.")] = None,
+    tool_call_parser: Annotated[
+        str, typer.Option(help=f"How the model writes calls of tools: {', '.join(TOOL_CALL_PARSERS)}.")
+    ] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the model.")] = None,
     depth: Annotated[int | None, typer.Option(help="Steps in flight: 0 on CPU and 1 on a GPU if not given.")] = None,
     enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="Capture no CUDA graphs.")] = False,
@@ -212,6 +217,7 @@ def serve(
             admin_key=admin_key if admin_key is not None else other_admin or None,
             served_names=tuple(names[1:]),
             chat_template=None if chat_template is None else _read(chat_template),
+            tool_call_parser=_one_of("tool-call-parser", tool_call_parser, TOOL_CALL_PARSERS),
         ),
         adapters=[_name_and_path(text) for text in adapter or []],
         num_replicas=replicas,

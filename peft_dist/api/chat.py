@@ -12,11 +12,14 @@ from peft_dist.api.collected import Collected
 from peft_dist.api.generation import Choice, Generation, Piece
 from peft_dist.api.logprobs import chat_logprobs, prompt_logprobs
 from peft_dist.api.protocol_chat import ChatCompletionRequest
+from peft_dist.api.protocol_structured import Asked
 from peft_dist.api.serving import check_combinations, fit_max_tokens, serve_generation
 from peft_dist.api.state import ServerState
+from peft_dist.api.tool_use import CallsOfChoice, ToolUse
 from peft_dist.api.unimplemented import refuse_in_chat
 from peft_dist.core.errors import InvalidRequestError
 from peft_dist.core.sampling_params import SamplingParams
+from peft_dist.core.structured_output import StructuredOutput
 
 
 def chat_router(state: ServerState) -> APIRouter:
@@ -29,12 +32,15 @@ def chat_router(state: ServerState) -> APIRouter:
         _check(body)
         state.check_alive()
         state.target(body.model)
-        await state.structures.check_asked(body.structured())
-        prompt = await state.prompts.read_chat(body.messages, body)
+        use = ToolUse.of(body.tools, body.tool_choice, body.parallel_tool_calls, state.tool_reader)
+        asked = _asked(body, use)
+        await state.structures.check_asked(asked)
+        prompt = await state.prompts.read_chat(body.messages, body, None if use is None else body.tools)
         limit_name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         names = {"prompt": "messages", "max_tokens": limit_name}
-        params = fit_max_tokens(prompt, _params(body), state.model, names)
-        return await serve_generation(state, http, body, [prompt], [params], names, "chatcmpl", ChatFormat(state, body))
+        params = fit_max_tokens(prompt, _params(body, asked), state.model, names)
+        answer_format = ChatFormat(state, body, use)
+        return await serve_generation(state, http, body, [prompt], [params], names, "chatcmpl", answer_format)
 
     return router
 
@@ -47,9 +53,20 @@ def _check(body: ChatCompletionRequest) -> None:
         raise InvalidRequestError("top_logprobs needs logprobs=true: send both, or neither", "top_logprobs")
 
 
-def _params(body: ChatCompletionRequest) -> SamplingParams:
+def _asked(body: ChatCompletionRequest, use: ToolUse | None) -> Asked | None:
+    """What the answer must match: the body's own form, or that of a call that it must make."""
+    asked = body.structured()
+    if use is None or use.schema is None:
+        return asked
+    if asked is not None:
+        raise InvalidRequestError(f"{asked.param} and tool_choice exclude each other: send one of them", "tool_choice")
+    return Asked("tool_choice", StructuredOutput(json_schema=use.schema))
+
+
+def _params(body: ChatCompletionRequest, asked: Asked | None) -> SamplingParams:
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    return body.sampling_params(max_tokens, (body.top_logprobs or 0) if body.logprobs else None, body.prompt_logprobs)
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    return body.sampling_params(max_tokens, logprobs, body.prompt_logprobs, asked)
 
 
 class ChatFormat:
@@ -58,11 +75,13 @@ class ChatFormat:
     object_name = "chat.completion"
     chunk_name = "chat.completion.chunk"
 
-    def __init__(self, state: ServerState, body: ChatCompletionRequest) -> None:
+    def __init__(self, state: ServerState, body: ChatCompletionRequest, use: ToolUse | None = None) -> None:
         self._state = state
         self._body = body
+        self._use = use
+        self._calls: dict[int, CallsOfChoice] = {}
         self._collected: dict[int, Collected] = {}
-        self.tells_text_only = not (body.logprobs or body.return_token_ids)
+        self.tells_text_only = not (body.logprobs or body.return_token_ids or use)
 
     def opening(self, generation: Generation) -> list[dict[str, Any]]:
         """Who speaks, once for each choice."""
@@ -74,17 +93,24 @@ class ChatFormat:
 
     def chunk(self, piece: Piece) -> list[dict[str, Any]]:
         """The text, then the end in a chunk of its own: clients that stop at the end miss nothing."""
-        entries: list[dict[str, Any]] = []
         index, delta = piece.choice.index, piece.delta
-        tells_tokens = delta.token_ids and (self._body.logprobs or self._body.return_token_ids)
-        if delta.text or tells_tokens:
-            entry = self.text_only(index, delta.text)
-            entry["logprobs"] = self._logprobs(piece)
+        told = [{"content": delta.text}] if delta.text else []
+        reason = delta.finish_reason
+        if self._use is not None:
+            calls = self._calls.setdefault(index, CallsOfChoice(self._use))
+            told = calls.take(delta.text, ended=reason is not None)
+            reason = calls.finish_reason(reason)
+        if not told and delta.token_ids and (self._body.logprobs or self._body.return_token_ids):
+            told = [{"content": ""}]
+        entries: list[dict[str, Any]] = [
+            {"index": index, "delta": one, "logprobs": None, "finish_reason": None} for one in told
+        ]
+        if entries:
+            entries[0]["logprobs"] = self._logprobs(piece)
             if self._body.return_token_ids:
-                entry["token_ids"] = list(delta.token_ids)
-            entries.append(entry)
-        if delta.finish_reason is not None:
-            end = {"finish_reason": delta.finish_reason, "stop_reason": delta.stop_reason}
+                entries[0]["token_ids"] = list(delta.token_ids)
+        if reason is not None:
+            end = {"finish_reason": reason, "stop_reason": delta.stop_reason}
             entries.append({"index": index, "delta": {}, "logprobs": None, **end})
         return entries
 
@@ -110,15 +136,17 @@ class ChatFormat:
     def _answer_choice(self, choice: Choice) -> dict[str, Any]:
         collected = self._collected[choice.index]
         content = [entry for part in collected.logprobs for entry in part["content"]]
+        reason = collected.finish_reason
+        said: dict[str, Any] = {"content": collected.joined_text}
+        if self._use is not None:
+            calls = CallsOfChoice(self._use)
+            calls.take(collected.joined_text, ended=True)
+            said, reason = calls.message(), calls.finish_reason(reason)
         answer = {
             "index": choice.index,
-            "message": {
-                "role": self._state.options.response_role,
-                "content": collected.joined_text,
-                "refusal": None,
-            },
+            "message": {"role": self._state.options.response_role, **said, "refusal": None},
             "logprobs": {"content": content, "refusal": None} if self._body.logprobs else None,
-            "finish_reason": collected.finish_reason,
+            "finish_reason": reason,
             "stop_reason": collected.stop_reason,
         }
         if self._body.return_token_ids:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
 from peft_dist.api.protocol_chat import ChatMessage, ChatWriting
-from peft_dist.api.tokenizing import apply_template
+from peft_dist.api.protocol_tools import Tool, ToolCall
+from peft_dist.api.tokenizing import apply_template, template_source
 from peft_dist.api.unimplemented import refuse_in_message
+from peft_dist.api.validation import shorten
 from peft_dist.core.errors import InvalidRequestError
 
 # Arguments of apply_chat_template that are not the template's to see.
@@ -49,12 +52,18 @@ def check_chat(messages: Sequence[ChatMessage], writing: ChatWriting) -> None:
         )
 
 
-def render_chat(tokenizer: Any, messages: Sequence[ChatMessage], writing: ChatWriting, template: str | None) -> str:
-    """The prompt's text by ``template``, or by the tokenizer's own.
+def render_chat(
+    tokenizer: Any,
+    messages: Sequence[ChatMessage],
+    writing: ChatWriting,
+    template: str | None,
+    tools: Sequence[Tool] | None,
+) -> str:
+    """The prompt's text by ``template``, or by the tokenizer's own. ``tools``: Those that it is to tell of.
 
     Raises:
         InvalidRequestError: the template refuses the messages or fails over them (param "messages"), there
-            is no template, or ``chat_template_kwargs`` holds a name that is not the template's.
+            is no template, it knows no tools, or ``chat_template_kwargs`` holds a name that is not the template's.
     """
     if template is None and not tokenizer.chat_template:
         raise InvalidRequestError(
@@ -65,7 +74,16 @@ def render_chat(tokenizer: Any, messages: Sequence[ChatMessage], writing: ChatWr
         "continue_final_message": bool(writing.continue_final_message),
         **_template_kwargs(writing),
     }
-    text = apply_template(tokenizer, [_as_dict(message) for message in messages], template, arguments)
+    if tools:
+        if "tools" not in template_source(tokenizer, template, with_tools=True):
+            raise InvalidRequestError(
+                "this model's chat template tells of no tools: leave them out, or start the server with a "
+                "--chat-template that does",
+                "tools",
+            )
+        arguments["tools"] = [tool.model_dump(exclude_unset=True) for tool in tools]
+    turns = [_as_dict(message, f"messages[{index}]") for index, message in enumerate(messages)]
+    text = apply_template(tokenizer, turns, template, arguments)
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -91,7 +109,27 @@ def _adds_generation_prompt(writing: ChatWriting) -> bool:
     return writing.add_generation_prompt
 
 
-def _as_dict(message: ChatMessage) -> dict[str, str]:
+def _as_dict(message: ChatMessage, where: str) -> dict[str, Any]:
     role = "system" if message.role == "developer" else message.role
-    named = {"name": message.name} if message.name is not None else {}
-    return {"role": role, "content": message.content, **named}
+    turn: dict[str, Any] = {"role": role, "content": message.content or ""}
+    for name in ("name", "tool_call_id"):
+        if getattr(message, name) is not None:
+            turn[name] = getattr(message, name)
+    if message.tool_calls:
+        turn["tool_calls"] = [_as_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(message.tool_calls)]
+    return turn
+
+
+def _as_call(call: ToolCall, where: str) -> dict[str, Any]:
+    """As templates take it: with arguments as an object, not as its text."""
+    try:
+        arguments = json.loads(call.function.arguments or "{}")
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        param = f"{where}.function.arguments"
+        raise InvalidRequestError(
+            f"{param}={shorten(call.function.arguments)} must be the text of a JSON object", param
+        )
+    told = {"type": "function", "function": {"name": call.function.name, "arguments": arguments}}
+    return told if call.id is None else {"id": call.id, **told}

@@ -46,7 +46,7 @@ def _params(body: CompletionRequest, prompt: Prompt, model: ModelInfo) -> Sampli
         max_tokens = max(1, min(DEFAULT_MAX_TOKENS, token_limit(model) - len(prompt.token_ids)))
         max_tokens = max(max_tokens, body.min_tokens or 0)
     of_prompt = [count for count in (body.prompt_logprobs, body.logprobs if body.echo else None) if count is not None]
-    params = body.sampling_params(max_tokens, body.logprobs, max(of_prompt, default=None))
+    params = body.sampling_params(max_tokens, body.logprobs, max(of_prompt, default=None), body.structured())
     return fit_max_tokens(prompt, params, model, {})
 
 

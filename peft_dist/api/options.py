@@ -21,6 +21,8 @@ class ServerOptions:
         allow_pickle: Let adapters loaded over HTTP be pickle files, which run code when they are read.
         served_names: Further names of the base model.
         chat_template: Jinja source used in place of the tokenizer's own chat template.
+        tool_call_parser: How the model writes calls of tools: one of ``tool_readers.READERS``, or "auto", as its chat
+            template shows.
         response_role: The role that answers of ``/v1/chat/completions`` carry.
         max_body_bytes: Largest request body in bytes.
         metrics_max_adapters: Adapters that have series of their own in ``/metrics``; the rest is summed.
@@ -40,6 +42,7 @@ class ServerOptions:
     allow_pickle: bool = False
     served_names: tuple[str, ...] = ()
     chat_template: str | None = None
+    tool_call_parser: str = "auto"
     response_role: str = "assistant"
     max_body_bytes: int = 16 << 20
     metrics_max_adapters: int = 100

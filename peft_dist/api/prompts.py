@@ -11,6 +11,7 @@ from peft_dist.api.chat_template import render_chat
 from peft_dist.api.options import ServerOptions
 from peft_dist.api.protocol_chat import ChatMessage, ChatWriting
 from peft_dist.api.protocol_completions import CompletionRequest
+from peft_dist.api.protocol_tools import Tool
 from peft_dist.api.tokenizing import check_unicode
 from peft_dist.core.errors import InvalidRequestError
 
@@ -80,15 +81,19 @@ class PromptReader:
             raise InvalidRequestError("this model has no tokenizer: nothing turns its ids into text", "tokens")
         return await self._run(len(token_ids), lambda: str(tokenizer.decode(token_ids)))
 
-    async def read_chat(self, messages: Sequence[ChatMessage], writing: ChatWriting) -> Prompt:
+    async def read_chat(
+        self, messages: Sequence[ChatMessage], writing: ChatWriting, tools: Sequence[Tool] | None
+    ) -> Prompt:
         """Raises InvalidRequestError (param "messages") without a tokenizer, or when the template refuses."""
         if self._tokenizer is None:
             raise InvalidRequestError("this model has no tokenizer: use /v1/completions with token ids", "messages")
-        size = sum(len(message.content) for message in messages)
-        return await self._run(size, lambda: self._encode_chat(messages, writing))
+        size = sum(len(message.content or "") for message in messages)
+        return await self._run(size, lambda: self._encode_chat(messages, writing, tools))
 
-    def _encode_chat(self, messages: Sequence[ChatMessage], writing: ChatWriting) -> Prompt:
-        text = render_chat(self._tokenizer, messages, writing, self._options.chat_template)
+    def _encode_chat(
+        self, messages: Sequence[ChatMessage], writing: ChatWriting, tools: Sequence[Tool] | None
+    ) -> Prompt:
+        text = render_chat(self._tokenizer, messages, writing, self._options.chat_template, tools)
         # The template writes the special tokens itself.
         return Prompt(self._encode(text, writing.add_special_tokens is True, "messages"), text)
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from peft_dist.api.protocol_structured import StructuredFields
+from peft_dist.api.protocol_structured import Asked, StructuredFields
 from peft_dist.api.strict import Strict
 from peft_dist.core.sampling_params import MAX_LOGPROBS, MAX_N, SamplingParams
 
@@ -135,12 +135,11 @@ class GenerationRequest(StructuredFields):
         return self.wants_usage and self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
 
     def sampling_params(
-        self, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None
+        self, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None, asked: Asked | None
     ) -> SamplingParams:
-        """Raises InvalidRequestError when a value lies outside its range."""
+        """``asked``: What the answer must match. Raises InvalidRequestError when a value lies outside its range."""
         given: dict[str, Any] = {name: getattr(self, name) for name in _SAMPLING_FIELDS}
         chosen = {name: value for name, value in given.items() if value is not None}
-        asked = self.structured()
         return SamplingParams(
             **chosen,
             max_tokens=max_tokens,

@@ -11,6 +11,8 @@ from peft_dist.api.options import ServerOptions
 from peft_dist.api.prompts import PromptReader
 from peft_dist.api.structured import StructureChecks
 from peft_dist.api.token_bytes import TokenBytes
+from peft_dist.api.tokenizing import template_source
+from peft_dist.api.tool_readers import reader_for
 from peft_dist.api.unread import UnreadWatch
 from peft_dist.core.config import ModelInfo
 from peft_dist.core.errors import EngineDeadError
@@ -29,6 +31,7 @@ class ServerState:
         self.metrics = ServerMetrics(client, options.metrics_max_adapters, unread)
         self.prompts = PromptReader(tokenizer, options)
         self.structures = StructureChecks(tokenizer, client.model.eos_token_ids)
+        self.tool_reader = _tool_reader(tokenizer, options)
         self.texts = TokenBytes(tokenizer)
         self.decoders = None if tokenizer is None else Decoders(tokenizer)
         self.started = int(time.time())
@@ -55,3 +58,10 @@ class ServerState:
                 break
         self.client.resolve(name)
         return name
+
+
+def _tool_reader(tokenizer: Any | None, options: ServerOptions) -> str | None:
+    """Who reads calls of tools that the model writes of itself; None: nobody knows how it does."""
+    if options.tool_call_parser != "auto":
+        return options.tool_call_parser
+    return None if tokenizer is None else reader_for(template_source(tokenizer, options.chat_template, with_tools=True))

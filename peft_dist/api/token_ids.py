@@ -13,7 +13,7 @@ from peft_dist.api.unimplemented import refuse_in_tokenize
 from peft_dist.core.errors import InvalidRequestError
 from peft_dist.orchestrator.admission import check_vocabulary
 
-_OF_CHATS = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs")
+_OF_CHATS = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs", "tools")
 
 
 def token_ids_router(state: ServerState) -> APIRouter:
@@ -57,7 +57,7 @@ async def _read(state: ServerState, body: TokenizeRequest) -> list[int]:
         if body.prompt is not None:
             raise InvalidRequestError("prompt and messages exclude each other: send one of them", "prompt")
         check_chat(body.messages, body)
-        return (await state.prompts.read_chat(body.messages, body)).token_ids
+        return (await state.prompts.read_chat(body.messages, body, body.tools)).token_ids
     if body.prompt is None:
         raise InvalidRequestError("prompt is missing: send a text as prompt, or a conversation as messages", "prompt")
     for name in _OF_CHATS:

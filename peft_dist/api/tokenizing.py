@@ -44,6 +44,14 @@ def check_unicode(text: str, param: str) -> None:
         ) from error
 
 
+def template_source(tokenizer: Any, template: str | None, *, with_tools: bool = False) -> str:
+    """The Jinja source that ``apply_template`` takes for messages, ``with_tools`` or without; empty: there is none."""
+    try:
+        return str(tokenizer.get_chat_template(template, [] if with_tools else None))
+    except (AttributeError, ValueError):
+        return ""
+
+
 def apply_template(
     tokenizer: Any, messages: Sequence[Mapping[str, Any]], template: str | None, arguments: Mapping[str, Any]
 ) -> str:

@@ -61,8 +61,6 @@ _CHAT: dict[str, tuple[Any, ...]] = {
     "reasoning_effort": ("none",),
     "suffix": ("",),
     "thinking_token_budget": (),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
@@ -82,7 +80,6 @@ _NAMED_OTHERWISE: dict[str, str] = {
 _WITHOUT_EFFECT = frozenset(
     {
         "metadata",
-        "parallel_tool_calls",
         "prompt_cache_key",
         "prompt_cache_retention",
         "request_id",
@@ -94,7 +91,7 @@ _WITHOUT_EFFECT = frozenset(
 # More names than this are no slips of the pen.
 _MOST_TOLD = 100
 _told: set[str] = set()
-_MESSAGE: dict[str, tuple[Any, ...]] = {"audio": (), "function_call": (), "tool_calls": ([],), "tool_call_id": ()}
+_MESSAGE: dict[str, tuple[Any, ...]] = {"audio": (), "function_call": ()}
 # Within structured_outputs, and within response_format.
 _STRUCTURED: dict[str, tuple[Any, ...]] = {
     "_backend": ("auto",),
@@ -140,7 +137,7 @@ def refuse_in_tokenize(extra: Mapping[str, Any]) -> None:
 
 
 def refuse_in_message(extra: Mapping[str, Any], index: int) -> None:
-    """Raises ApiError (400) with a name like ``messages[2].tool_calls``."""
+    """Raises ApiError (400) with a name like ``messages[2].audio``."""
     _refuse(_MESSAGE, extra, f"messages[{index}].")
 
 

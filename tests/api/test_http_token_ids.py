@@ -135,7 +135,7 @@ def test_text_of_ids(shared: httpx.Client) -> None:
         (TOKENIZE, {"messages": []}, "messages"),
         (TOKENIZE, {"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role"),
         (TOKENIZE, {"messages": [{"role": "user", "content": "forbidden"}]}, "messages"),
-        (TOKENIZE, {"messages": [{**TALK[1], "tool_calls": [{}]}]}, "messages[0].tool_calls"),
+        (TOKENIZE, {"messages": [{**TALK[1], "tool_calls": [{}]}]}, "messages[0].tool_calls[0].function"),
         (
             TOKENIZE,
             {"messages": TALK, "add_generation_prompt": True, "continue_final_message": True},
@@ -144,6 +144,7 @@ def test_text_of_ids(shared: httpx.Client) -> None:
         (TOKENIZE, {"messages": TALK, "chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
         (TOKENIZE, {"messages": TALK, "chat_template": "{{ 1 }}"}, "chat_template"),
         (TOKENIZE, {"messages": TALK, "tools": [{"type": "function"}]}, "tools"),
+        (TOKENIZE, {"prompt": "x", "tools": []}, "tools"),
         (TOKENIZE, {"messages": TALK, "mm_processor_kwargs": {"a": 1}}, "mm_processor_kwargs"),
         (TOKENIZE, {"prompt": "a", "lora_name": "sql"}, "lora_name"),
         (TOKENIZE, {"prompt": "a", "truncate_prompt_tokens": 5}, "truncate_prompt_tokens"),
