@@ -12,6 +12,9 @@ from peft_dist.api.protocol_tools import NamedToolChoice, Tool, ToolChoice
 from peft_dist.api.tool_readers import READERS, ArrayReader, CallDelta, NamedReader, ToolReader
 from peft_dist.core.errors import InvalidRequestError
 
+# Blanks as chat templates write them, and no more: small models write blanks to the end of their length.
+_SPACING = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
+
 
 @dataclass(frozen=True, slots=True)
 class ToolUse:
@@ -59,7 +62,7 @@ class ToolUse:
             wanted = choice.function.name
             for tool in tools:
                 if tool.function.name == wanted:
-                    return cls(lambda: NamedReader(wanted), _parameters(tool), tells_calls=False)
+                    return cls(lambda: NamedReader(wanted), {**_SPACING, **_parameters(tool)}, tells_calls=False)
             names = ", ".join(repr(tool.function.name) for tool in tools)
             raise InvalidRequestError(f"tool_choice names {wanted!r}, and tools have {names}", "tool_choice")
         if reader is None:
@@ -133,7 +136,7 @@ def _array(tools: Sequence[Tool], most: int | None) -> dict[str, Any]:
         named = {"name": {"const": tool.function.name}, "parameters": _moved(_parameters(tool), root)}
         calls.append({"type": "object", "properties": named, "required": [*named], "additionalProperties": False})
     limit = {} if most is None else {"maxItems": most}
-    return {"type": "array", "minItems": 1, **limit, "items": {"anyOf": calls}}
+    return {**_SPACING, "type": "array", "minItems": 1, **limit, "items": {"anyOf": calls}}
 
 
 def _moved(schema: Any, root: str) -> Any:

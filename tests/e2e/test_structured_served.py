@@ -29,6 +29,12 @@ SCHEMA: dict[str, Any] = {
     "required": ["name", "kind", "ages"],
     "additionalProperties": False,
 }
+PET: dict[str, Any] = {
+    "type": "object",
+    "properties": {"kind": {"enum": ["cat", "dog"]}, "age": {"type": "integer", "minimum": 0, "maximum": 30}},
+    "required": ["kind", "age"],
+    "additionalProperties": False,
+}
 FORMAT: Any = {"type": "json_schema", "json_schema": {"name": "pet", "strict": True, "schema": tight(SCHEMA)}}
 
 
@@ -36,6 +42,8 @@ FORMAT: Any = {"type": "json_schema", "json_schema": {"name": "pet", "strict": T
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("served")
     model = make_writing_model(folder / "model")
+    template = folder / "model" / "chat_template.jinja"
+    template.write_text("{{ tools | length if tools else '' }}" + template.read_text())
     for number in range(2):
         random_adapter(model, folder / f"a{number}", 4, 8.0, target_modules("llama"), seed=number)
     started = ModelServer(folder)
@@ -70,6 +78,37 @@ def test_a_streamed_chat_is_the_object_that_was_asked_for(api: openai.OpenAI, mo
     assert conforms(json.loads(text), SCHEMA)
     assert reasons[-1] == "stop"
     assert ask().choices[0].message.content == text
+
+
+@pytest.mark.parametrize("model", ["tiny", "a0"])
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "keep"}}])
+def test_calls_that_must_be_made_follow_their_functions_schema(api: openai.OpenAI, model: str, choice: Any) -> None:
+    """Random weights call nothing by chance. Of one name, as of "#" in one schema, the other has none."""
+    nested = {"type": "object", "properties": {"pet": {"$ref": "#/$defs/Pet"}}, "required": ["pet"],
+              "additionalProperties": False, "$defs": {"Pet": PET}}  # fmt: skip
+    tools: Any = [
+        {"type": "function", "function": {"name": name, "parameters": schema}}
+        for name, schema in (("adopt", nested), ("keep", PET))
+    ]
+
+    def ask(**more: Any) -> Any:
+        messages: Any = [{"role": "user", "content": "hello"}]
+        return api.chat.completions.create(
+            model=model, messages=messages, tools=tools, tool_choice=choice, parallel_tool_calls=False,
+            **more,
+        )  # fmt: skip
+
+    names = set()
+    for seed in range(6):
+        (found,) = ask(seed=seed).choices
+        (call,) = found.message.tool_calls
+        arguments = json.loads(call.function.arguments)
+        assert found.message.content is None
+        assert conforms(arguments["pet"] if call.function.name == "adopt" else arguments, PET)
+        names.add(call.function.name)
+    told = [call for chunk in ask(seed=5, stream=True) for call in chunk.choices[0].delta.tool_calls or []]
+    assert "".join(call.function.arguments for call in told) == call.function.arguments
+    assert names == ({"adopt", "keep"} if choice == "required" else {"keep"})
 
 
 def test_wrong_and_right_ones_beside_each_other(api: openai.OpenAI) -> None:
