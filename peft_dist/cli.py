@@ -149,6 +149,9 @@ def serve(
     ] = 60.0,
     api_key: Annotated[list[str] | None, typer.Option(help=f"Guards /v1; repeatable. And {API_KEYS_VARIABLE}.")] = None,
     admin_key: Annotated[str | None, typer.Option(help=f"Guards adapter loads. Or {ADMIN_KEY_VARIABLE}.")] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="Whose pages may ask from a browser; repeatable, * for any.")
+    ] = None,
     allow_hub_load: Annotated[bool, typer.Option("--allow-hub-load", help="HTTP loads may name hub ids.")] = False,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read .bin adapters, which run code.")] = False,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the base model's code.")] = False,
@@ -216,6 +219,7 @@ def serve(
             api_keys=(*(api_key or ()), *more_keys),
             admin_key=admin_key if admin_key is not None else other_admin or None,
             served_names=tuple(names[1:]),
+            cors_origins=tuple(cors_origin or ()),
             chat_template=None if chat_template is None else _read(chat_template),
             tool_call_parser=_one_of("tool-call-parser", tool_call_parser, TOOL_CALL_PARSERS),
         ),

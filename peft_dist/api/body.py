@@ -50,7 +50,7 @@ class BodyMiddleware:
     """413 for a body above ``max_bytes``, 415 for one that is not plain JSON, 408 for one of which nothing comes.
 
     Asking for ``application/json`` also keeps other sites' pages from posting here through a visitor's
-    browser without a preflight, which nothing here answers.
+    browser without a preflight, which is answered for pages of ``cors_origins`` alone.
 
     The queue bounds requests only once their prompts are read. Until then their bodies may have ``max_held`` bytes
     together; whoever sends more gets 429. Nor may those of all requests have more than ``max_kept`` until they are

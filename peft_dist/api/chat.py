@@ -86,10 +86,13 @@ class ChatFormat:
     def opening(self, generation: Generation) -> list[dict[str, Any]]:
         """Who speaks, once for each choice."""
         delta = {"role": self._state.options.response_role, "content": ""}
-        return [
+        entries: list[dict[str, Any]] = [
             {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}
             for choice in generation.choices
         ]
+        if self._body.return_token_ids:
+            entries[0]["prompt_token_ids"] = generation.choices[0].prompt.token_ids
+        return entries
 
     def chunk(self, piece: Piece) -> list[dict[str, Any]]:
         """The text, then the end in a chunk of its own: clients that stop at the end miss nothing."""

@@ -13,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from peft_dist.api.request_ids import HEADER, id_of
 from peft_dist.api.validation import describe_validation_error
 from peft_dist.core.errors import (
     AdapterError,
@@ -151,7 +152,10 @@ def install_error_handlers(app: FastAPI) -> None:
 
     async def on_any_error(request: Request, error: Exception) -> Response:
         logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return as_api_error(error).response()
+        # Sent from outside of all middleware, which would have named it.
+        response = as_api_error(error).response()
+        response.headers[HEADER] = id_of(request.scope)
+        return response
 
     app.add_exception_handler(PeftDistError, on_peft_dist_error)
     app.add_exception_handler(HTTPException, on_http_exception)

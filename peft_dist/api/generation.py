@@ -109,6 +109,9 @@ class Generation:
         generation = cls(client, request_id, prompts, params[0].n, watch)
         admitted = False
         try:
+            if len(prompts) > 1:
+                # Before the first one takes a place that others could have until the last one finds none.
+                client.check_room(len(prompts) * params[0].n, "prompt")
             for number, (prompt, own) in enumerate(zip(prompts, params, strict=True)):
                 stream = client.generate(f"{request_id}-{number}", prompt.token_ids, own, model)
                 generation._streams.append(stream)

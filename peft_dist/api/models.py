@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from peft_dist.api.errors import ApiError, json_response
+from peft_dist.api.errors import json_response
 from peft_dist.api.state import ServerState
 
 
@@ -23,15 +23,13 @@ def models_router(state: ServerState) -> APIRouter:
     @router.get("/v1/models/{model_id:path}")
     async def retrieve_model(model_id: str) -> Response:
         """One of them."""
-        for card in _cards(state):
-            if card["id"] == model_id:
-                return json_response(card)
-        raise ApiError(
-            404,
-            f"the model {model_id!r} does not exist: /v1/models lists those that do",
-            param="model",
-            code="model_not_found",
-        )
+        cards = {card["id"]: card for card in _cards(state)}
+        if model_id not in cards:
+            # Whatever ``model`` of a request may be, such as the base's name before an adapter's.
+            adapter = state.client.resolve(state.target(model_id))
+            found = cards[state.model.served_model_name if adapter is None else adapter.name]
+            cards[model_id] = {**found, "id": model_id}
+        return json_response(cards[model_id])
 
     return router
 

@@ -24,6 +24,7 @@ class ServerOptions:
         tool_call_parser: How the model writes calls of tools: one of ``tool_readers.READERS``, or "auto", as its chat
             template shows.
         response_role: The role that answers of ``/v1/chat/completions`` carry.
+        cors_origins: Whose pages may ask this server from a browser, such as "https://chat.example"; "*": any page's.
         max_body_bytes: Largest request body in bytes.
         metrics_max_adapters: Adapters that have series of their own in ``/metrics``; the rest is summed.
         log_requests: Write a line to the log at the end of each request with a prompt, without a word of it.
@@ -44,6 +45,7 @@ class ServerOptions:
     chat_template: str | None = None
     tool_call_parser: str = "auto"
     response_role: str = "assistant"
+    cors_origins: tuple[str, ...] = ()
     max_body_bytes: int = 16 << 20
     metrics_max_adapters: int = 100
     log_requests: bool = False

@@ -64,9 +64,17 @@ LogitBias = Annotated[
     BeforeValidator(_parse_logit_bias),
     WithJsonSchema({"anyOf": [{"type": "object", "additionalProperties": {"type": "number"}}, {"type": "null"}]}),
 ]
-Int = Annotated[int, Field(le=_MAX_INT)]
-Count = Annotated[int, Field(ge=0, le=_MAX_INT)]
-NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
+
+
+def _whole(value: object) -> object:
+    # JSON has one kind of number, and some languages write all of them with a point.
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+_Whole = Annotated[int, BeforeValidator(_whole)]
+Int = Annotated[_Whole, Field(le=_MAX_INT)]
+Count = Annotated[_Whole, Field(ge=0, le=_MAX_INT)]
+NumLogprobs = Annotated[_Whole, Field(ge=0, le=MAX_LOGPROBS)]
 
 
 class ErrorDetail(BaseModel):
@@ -90,12 +98,17 @@ class StreamOptions(Strict):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
 
+    @property
+    def asks(self) -> bool:
+        """Whether it asks for anything."""
+        return bool(self.include_usage or self.continuous_usage_stats)
+
 
 class GenerationRequest(StructuredFields):
     """What completions and chat share; null stands for a field's default everywhere."""
 
     model: str = Field(description="The base model, an adapter, or `base:adapter`.")
-    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    n: Annotated[_Whole, Field(ge=1, le=MAX_N)] | None = None
     temperature: float | None = None
     top_k: Int | None = None
     top_p: float | None = None
@@ -104,7 +117,7 @@ class GenerationRequest(StructuredFields):
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     logit_bias: LogitBias = None
-    seed: int | None = None
+    seed: _Whole | None = None
     max_tokens: Count | None = None
     min_tokens: Count | None = None
     stop: Stop = None

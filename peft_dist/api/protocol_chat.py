@@ -11,6 +11,9 @@ from peft_dist.api.protocol import Count, GenerationRequest, NumLogprobs
 from peft_dist.api.protocol_tools import Tool, ToolCall, ToolChoice
 from peft_dist.api.strict import Strict
 
+# Kinds of parts that are text under another name, and where they have it.
+_TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+
 
 def _parse_content(value: object) -> str:
     """A string, or text parts joined by newlines."""
@@ -26,12 +29,15 @@ def _parse_part(part: object, index: int) -> str:
         return part
     if not isinstance(part, dict):
         raise PydanticCustomError("content", "part {index} is not an object", {"index": index})
-    if part.get("type") != "text":
+    kind = part.get("type")
+    if kind not in _TEXT_PARTS:
         problem = "part {index} is not of type 'text', the only one served"
         raise PydanticCustomError("content", problem, {"index": index})
-    if not isinstance(part.get("text"), str):
-        raise PydanticCustomError("content", "part {index} has no string 'text'", {"index": index})
-    text: str = part["text"]
+    text = part.get(_TEXT_PARTS[kind])
+    if not isinstance(text, str):
+        raise PydanticCustomError(
+            "content", "part {index} has no string '{key}'", {"index": index, "key": _TEXT_PARTS[kind]}
+        )
     return text
 
 

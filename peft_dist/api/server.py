@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 import peft_dist
 from peft_dist.api import request_log
@@ -18,6 +19,7 @@ from peft_dist.api.errors import install_error_handlers
 from peft_dist.api.models import models_router
 from peft_dist.api.options import ServerOptions
 from peft_dist.api.protocol import ErrorAnswer
+from peft_dist.api.request_ids import HEADER, RequestIdMiddleware
 from peft_dist.api.request_metrics import ErrorCountMiddleware
 from peft_dist.api.state import ServerState
 from peft_dist.api.system import system_router
@@ -56,4 +58,11 @@ def build_app(
     app.add_middleware(AuthMiddleware, options=options)
     on_answer = request_log.tell_others if options.log_requests else None
     app.add_middleware(ErrorCountMiddleware, metrics=state.metrics.requests, on_answer=on_answer)
+    app.add_middleware(RequestIdMiddleware)
+    if options.cors_origins:
+        # Before keys are asked for: a browser asks whether it may send one, without one.
+        app.add_middleware(
+            CORSMiddleware, allow_origins=options.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"],
+            expose_headers=[HEADER, "Retry-After"],
+        )  # fmt: skip
     return app

@@ -30,7 +30,7 @@ from peft_dist.orchestrator.admission import resolve_max_tokens
 
 def check_combinations(body: GenerationRequest) -> None:
     """Raises InvalidRequestError for fields that do not go together."""
-    if body.stream_options is not None and not body.stream:
+    if not body.stream and body.stream_options is not None and body.stream_options.asks:
         raise InvalidRequestError("stream_options needs stream=true: leave it out, or stream", "stream_options")
     if body.prompt_logprobs is not None and body.stream:
         raise InvalidRequestError("prompt_logprobs is not streamed: leave out one of the two", "prompt_logprobs")

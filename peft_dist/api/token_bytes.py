@@ -22,8 +22,10 @@ class TokenBytes:
     def __init__(self, tokenizer: Any | None) -> None:
         self._tokenizer = tokenizer
         self._cache: dict[int, bytes | None] = {}
-        self._special = frozenset() if tokenizer is None else frozenset(tokenizer.all_special_ids)
-        self._added = frozenset() if tokenizer is None else frozenset(tokenizer.added_tokens_decoder)
+        added = {} if tokenizer is None else tokenizer.added_tokens_decoder
+        # More than those that have a role (``all_special_ids``): text leaves out each that is marked so.
+        self._special = frozenset(token for token, told in added.items() if told.special)
+        self._added = frozenset(added)
         self._kinds = _decoder_kinds(tokenizer)
         self._alphabet = _byte_level_alphabet() if "ByteLevel" in self._kinds else {}
 

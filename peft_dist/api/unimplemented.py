@@ -76,6 +76,8 @@ _NAMED_OTHERWISE: dict[str, str] = {
     "stop_sequences": "use stop",
     "top_n_tokens": "use logprobs",
 }
+# What completions call otherwise than chat.
+_NAMED_OTHERWISE_IN_CHAT = {"max_completion_tokens": "use max_tokens", "top_logprobs": "use logprobs"}
 # Known elsewhere, and without influence on the answer.
 _WITHOUT_EFFECT = frozenset(
     {
@@ -120,7 +122,7 @@ _LOAD: dict[str, tuple[Any, ...]] = {"is_3d_lora_weight": (False,), "trust_remot
 
 def refuse_in_completion(extra: Mapping[str, Any], n: int) -> None:
     """Raises ApiError (400) naming the first field of ``extra`` that asks for what is not implemented."""
-    _refuse_names(extra)
+    _refuse_names(extra, {**_NAMED_OTHERWISE, **_NAMED_OTHERWISE_IN_CHAT})
     _refuse({**_COMMON, **_COMPLETION, "best_of": (1, n)}, extra, is_told=True)
 
 
@@ -164,8 +166,8 @@ def refuse_in_load(extra: Mapping[str, Any]) -> None:
     _refuse(_LOAD, extra)
 
 
-def _refuse_names(extra: Mapping[str, Any]) -> None:
-    for name, remedy in _NAMED_OTHERWISE.items():
+def _refuse_names(extra: Mapping[str, Any], table: Mapping[str, str] = _NAMED_OTHERWISE) -> None:
+    for name, remedy in table.items():
         if extra.get(name) is not None:
             problem = f"{name}={shorten(extra[name])} is not a field of this server: {remedy}"
             raise ApiError(400, problem, param=name, code="unsupported_parameter")

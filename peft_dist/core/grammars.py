@@ -30,6 +30,8 @@ _SILENT = 0
 _STACK_BYTES = 256 << 20
 _stack_lock = threading.Lock()
 _MOST_READ = 64
+# Of a ``oneOf`` whose branches the library cannot tell apart any may be followed, as of an ``anyOf``.
+_SCHEMA_DEFAULTS = {"coerce_one_of": True}
 _MOST_WORDS = 400
 
 
@@ -166,7 +168,9 @@ def problem_of(matcher: Any) -> GrammarError | None:
 
 def _grammar(made: Any, spec: StructuredOutput) -> str:
     if spec.kind == "json_schema":
-        found: str = made.LLMatcher.grammar_from_json_schema(spec.text)
+        # ``true`` is a schema too, and takes none.
+        defaults = _SCHEMA_DEFAULTS if spec.text.lstrip().startswith("{") else None
+        found: str = made.LLMatcher.grammar_from_json_schema(spec.text, defaults=defaults)
     elif spec.kind == "grammar":
         found = made.LLMatcher.grammar_from_lark(spec.text)
     else:

@@ -113,6 +113,15 @@ class EngineClient(Protocol):
         """
         ...
 
+    def check_room(self, num_sequences: int, param: str) -> None:
+        """Whether requests of so many sequences together could be admitted now. ``param``: What asks for them.
+
+        Raises:
+            InvalidRequestError: it never could.
+            QueueFullError: too many requests wait.
+        """
+        ...
+
     def generate(
         self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, model: str | None
     ) -> RequestStream:

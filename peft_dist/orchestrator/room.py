@@ -52,11 +52,18 @@ class Room:
 
     def check(self, prompt: list[int], params: SamplingParams) -> None:
         """Raises InvalidRequestError or QueueFullError when another request is too much for ever, or now."""
-        num_new = params.n
+        self.check_count(params.n, "n")
+        self._check_bytes(params.n * most_bytes(len(prompt), params))
+
+    def check_count(self, num_new: int, param: str) -> None:
+        """As ``check``, of so many sequences, however long. ``param``: What asks for them."""
         numbers = len(self._replicas.all()), len(self._replicas.ready())
         most, room = (number * self._options.max_num_seqs + self._options.max_queue for number in numbers)
         if num_new > most:
-            raise InvalidRequestError(f"n={num_new} is more than the {most} sequences this server holds", "n")
+            raise InvalidRequestError(
+                f"{param} asks for {num_new} sequences, more than the {most} this server holds: send fewer at once",
+                param,
+            )
         held = self.num_held
         if held + num_new > room and self.refresh is not None:
             self.refresh()
@@ -67,8 +74,6 @@ class Room:
                 f"The queue is full: {held} of {room} sequences wait, run or are not read. Try again later.",
                 retry_after=self._pace.seconds_for(excess),
             )
-
-        self._check_bytes(num_new * most_bytes(len(prompt), params))
 
     def _check_bytes(self, num_new: int) -> None:
         """What replicas have not taken in has a bound of its own: few sequences may be long."""

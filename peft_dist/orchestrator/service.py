@@ -158,6 +158,10 @@ class EngineService:
         """The adapter of a name; None for the base. Raises UnknownModelError for any other."""
         return self._core.adapters.resolve(name)
 
+    def check_room(self, num_sequences: int, param: str) -> None:
+        """As in ``EngineClient``."""
+        self._core.room.check_count(num_sequences, param)
+
     def generate(
         self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, model: str | None
     ) -> Stream:

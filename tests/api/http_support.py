@@ -22,6 +22,7 @@ from peft_dist.core.config import ModelInfo
 from peft_dist.core.errors import (
     AdapterError,
     EngineDeadError,
+    InvalidRequestError,
     QueueFullError,
     ReplicaStateError,
     UnknownModelError,
@@ -237,6 +238,7 @@ class ScriptedClient:
         self.resident: list[str] = []
         self.health_error: str | None = None
         self.full = False
+        self.most = 300
         self.prefix_hits = False
         self.hang_at: int | None = None
         self.fail_at: int | None = None
@@ -274,6 +276,10 @@ class ScriptedClient:
         if adapter not in self.loaded:
             raise UnknownModelError(f"The model {name!r} does not exist.")
         return self.loaded[adapter]
+
+    def check_room(self, num_sequences: int, param: str) -> None:
+        if num_sequences > self.most:
+            raise InvalidRequestError(f"{param} asks for {num_sequences} sequences", param)
 
     def generate(
         self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, model: str | None

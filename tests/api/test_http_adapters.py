@@ -140,6 +140,9 @@ def test_one_model(api: openai.OpenAI, http: httpx.Client) -> None:
     assert api.models.retrieve("sql").parent == BASE  # type: ignore[attr-defined]
     http.post(LOAD, json={"lora_name": "org/new", "lora_path": "x"})
     assert http.get("/v1/models/org/new").json()["id"] == "org/new"
+    # Whatever a request may name can be looked up.
+    both = http.get(f"/v1/models/{BASE}:sql").json()
+    assert both == {**http.get("/v1/models/sql").json(), "id": f"{BASE}:sql"}
     with pytest.raises(openai.NotFoundError) as missing:
         api.models.retrieve("nobody")
     assert missing.value.code == "model_not_found"

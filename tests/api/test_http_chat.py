@@ -58,6 +58,25 @@ def test_content_in_parts_and_all_roles(api: openai.OpenAI, engine: ScriptedClie
     assert "<|im_start|>assistant\nso?<|im_end|>" in text
 
 
+def test_parts_that_are_text_under_another_name(api: openai.OpenAI, engine: ScriptedClient) -> None:
+    parts = [
+        {"type": "input_text", "text": "one"},
+        {"type": "refusal", "refusal": "no"},
+        {"type": "text", "text": "two"},
+    ]
+    api.chat.completions.create(model=BASE, messages=[{"role": "assistant", "content": parts}, *HELLO])
+    assert "<|im_start|>assistant\none\nno\ntwo<|im_end|>" in rendered(engine)
+
+
+def test_a_stream_tells_the_prompts_ids_first(api: openai.OpenAI, engine: ScriptedClient) -> None:
+    extra = {"return_token_ids": True}
+    chunks = list(api.chat.completions.create(model=BASE, messages=HELLO, stream=True, max_tokens=2, extra_body=extra))
+    assert [chunk.choices[0].model_dump().get("prompt_token_ids") for chunk in chunks] == [
+        engine.requests[0][0],
+        *[None] * (len(chunks) - 1),
+    ]
+
+
 def test_an_answer_can_be_sent_back_as_history(api: openai.OpenAI, engine: ScriptedClient) -> None:
     answer = api.chat.completions.create(model=BASE, messages=HELLO)
     history = [*HELLO, answer.choices[0].message.model_dump(), *HELLO]

@@ -120,6 +120,17 @@ def test_unknown_routes_and_wrong_methods(shared: httpx.Client) -> None:
     assert response.headers["allow"] == "POST"
 
 
+def test_a_batch_that_never_fits_is_no_full_queue(engine: ScriptedClient, http: httpx.Client) -> None:
+    """A client that is told to try again does so for ever, and every time others find no room."""
+    engine.most = 5
+    assert http.post(COMPLETIONS, json={**BODIES[COMPLETIONS], "prompt": ["a"] * 5}).status_code == 200
+    before = len(engine.requests)
+    for fields in ({"prompt": ["a"] * 6}, {"prompt": ["a"] * 3, "n": 2}):
+        error = error_of(http.post(COMPLETIONS, json={**BODIES[COMPLETIONS], **fields}), 400)
+        assert error["param"] == "prompt" and "6 sequences" in error["message"]
+    assert len(engine.requests) == before
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_full_queue(engine: ScriptedClient, http: httpx.Client, stream: bool) -> None:
     engine.full = True

@@ -253,3 +253,27 @@ def test_a_flood_of_unknown_fields_does_not_fill_the_log(
     monkeypatch.setattr(unimplemented, "_told", set())
     refuse_in_chat({f"field_{i}": i for i in range(1000)}, 1)
     assert len(caplog.records) == 100
+
+
+@pytest.mark.parametrize("route", BODIES)
+def test_whole_numbers_may_have_a_point(shared: httpx.Client, shared_engine: ScriptedClient, route: str) -> None:
+    """JSON has one kind of number, and some clients write all of theirs so."""
+    body = {**BODIES[route], "max_tokens": 3.0, "n": 2.0, "seed": 7.0, "top_k": 50.0, "logit_bias": {"5": 1.0}}
+    assert len(shared.post(route, json=body).json()["choices"]) == 2
+    params = shared_engine.requests[-1][1]
+    found = (params.max_tokens, params.n, params.seed, params.top_k)
+    assert found == (3, 2, 7, 50) and all(type(value) is int for value in found)
+    assert error_of(shared.post(route, json={**body, "n": 1.5}), 400)["param"] == "n"
+
+
+@pytest.mark.parametrize(("field", "remedy"), [("max_completion_tokens", "max_tokens"), ("top_logprobs", "logprobs")])
+def test_what_chat_calls_otherwise_is_told_by_completions(shared: httpx.Client, field: str, remedy: str) -> None:
+    error = error_of(shared.post(COMPLETIONS, json={**BODIES[COMPLETIONS], field: 2}), 400)
+    assert error["param"] == field and f"use {remedy}" in error["message"]
+
+
+def test_stream_options_that_ask_for_nothing_need_no_stream(shared: httpx.Client) -> None:
+    for options in ({}, {"include_usage": False}):
+        assert shared.post(COMPLETIONS, json={**BODIES[COMPLETIONS], "stream_options": options}).status_code == 200
+    error = shared.post(COMPLETIONS, json={**BODIES[COMPLETIONS], "stream_options": {"include_usage": True}})
+    assert error_of(error, 400)["param"] == "stream_options"

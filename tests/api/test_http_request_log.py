@@ -23,7 +23,7 @@ LINE = re.compile(
     r"Request (?P<id>\S+): model=(?P<model>\S+) prompt_tokens=(?P<prompt>\d+) output_tokens=(?P<output>\d+) "
     r"finish=(?P<finish>\S+) first_token=(?P<first>\S+) seconds=(?P<seconds>\d+\.\d{3})"
 )
-OTHER = re.compile(r"Request (?P<path>/\S+): status=(?P<status>\d+) seconds=\d+\.\d{3}")
+OTHER = re.compile(r"Request (?P<path>/\S+): status=(?P<status>\d+) seconds=\d+\.\d{3} id=(?P<id>\S+)")
 Log = Callable[[ScriptedClient, Callable[[httpx.Client], Any]], list[str]]
 
 
@@ -156,7 +156,7 @@ def test_who_was_not_admitted_did_not_end() -> None:
 
 def test_a_name_is_one_word_of_one_line(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger=logger.name)
-    of(Request({"type": "http"}), "cmpl-1", "a\nb")(RequestEnd(1, 0, {"abort": 1}, None, 0.0))
+    of(Request({"type": "http", "headers": []}), "cmpl-1", "a\nb")(RequestEnd(1, 0, {"abort": 1}, None, 0.0))
     assert caplog.messages == [
         r"Request cmpl-1: model='a\nb' prompt_tokens=1 output_tokens=0 finish=abort first_token=none seconds=0.000"
     ]

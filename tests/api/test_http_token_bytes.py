@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from peft_dist.api.logprobs import LegacyLogprobs, chat_logprobs, joined
 from peft_dist.api.token_bytes import TokenBytes
 from peft_dist.core.outputs import Logprob
-from tests.api.http_support import EOS, PADDED_VOCAB, TOKENIZER, encode
+from tests.api.http_support import EOS, PADDED_VOCAB, TOKENIZER, encode, make_tokenizer
 
 BYTE_LEVEL = TokenBytes(TOKENIZER)
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
@@ -98,3 +98,17 @@ def test_infinity_becomes_a_number() -> None:
     position = {5: Logprob(logprob=float("-inf"), rank=9)}
     entry = chat_logprobs(BYTE_LEVEL, [5], [position], 1)["content"][0]
     assert entry["logprob"] == entry["top_logprobs"][0]["logprob"] == -9999.0
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_offsets_know_special_tokens_that_have_no_role(skip: bool) -> None:
+    """Such as Llama 3's reserved ones: text leaves out all that are marked as special."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([AddedToken("<|spare|>", special=True), AddedToken("<call>", special=False)])
+    spare, plain = (tokenizer.convert_tokens_to_ids(name) for name in ("<|spare|>", "<call>"))
+    assert spare not in tokenizer.all_special_ids
+    tokens = [encode("a")[0], spare, plain, encode("b")[0]]
+    legacy = LegacyLogprobs(TokenBytes(tokenizer), skip_special_tokens=skip)
+    offsets = legacy.output(tokens, [{token: Logprob(-1.0, 1)} for token in tokens])["text_offset"]
+    assert offsets == [0, 1, 1 if skip else 1 + len("<|spare|>"), (7 if skip else 7 + len("<|spare|>"))]
+    assert tokenizer.decode(tokens, skip_special_tokens=skip) == ("a<call>b" if skip else "a<|spare|><call>b")

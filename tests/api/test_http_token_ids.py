@@ -150,7 +150,7 @@ def test_text_of_ids(shared: httpx.Client) -> None:
         (TOKENIZE, {"prompt": "a", "truncate_prompt_tokens": 5}, "truncate_prompt_tokens"),
         (DETOKENIZE, {}, "tokens"),
         (DETOKENIZE, {"tokens": "a"}, "tokens"),
-        (DETOKENIZE, {"tokens": [1.0]}, "tokens"),
+        (DETOKENIZE, {"tokens": [1.5]}, "tokens"),
         (DETOKENIZE, {"tokens": [True]}, "tokens"),
         (DETOKENIZE, {"tokens": [-1]}, "tokens"),
         (DETOKENIZE, {"tokens": [PADDED_VOCAB]}, "tokens"),

@@ -147,3 +147,15 @@ def test_one_module_knows_the_library() -> None:
         if "import llguidance" in line or "from llguidance" in line or '"llguidance"' in line
     }
     assert naming == {"core/grammars.py"}
+
+
+def test_branches_that_are_not_told_apart_may_be_followed() -> None:
+    """As of pydantic's unions whose tag has a default: it is not required."""
+    branch = {"type": "object", "additionalProperties": False}
+    schema = {"oneOf": [{**branch, "properties": {"a": {"const": n}}} for n in (1, 2)]}
+    made = make()
+    for text in ('{"a": 1}', '{"a": 2}', "{}"):
+        assert made.state(StructuredOutput(json_schema=schema), encode(text)).matcher().is_accepting()
+    with pytest.raises(GrammarError, match="doesn't satisfy"):
+        made.state(StructuredOutput(json_schema=schema), encode('{"a": 3}')).matcher()
+    check(StructuredOutput(json_schema=True), bytes_table(), 10.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from peft_dist.core.errors import QueueFullError
+from peft_dist.core.errors import InvalidRequestError, QueueFullError
 from peft_dist.core.messages import Progress, Ready, ReplicaStats, encode_command
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.orchestrator.client import NewRequest
@@ -23,6 +23,19 @@ def test_what_is_not_read_takes_room() -> None:
     core.room.keep_unread(-1)
     core.submit(NewRequest("b", [5], SamplingParams(max_tokens=9)), 0.0)
     assert core.room.num_unread == 1 and core.room.num_held == 3
+
+
+def test_requests_that_come_together_are_counted_together() -> None:
+    core = Orchestrator(OrchestratorOptions(max_num_seqs=2, max_queue=2))
+    epoch = core.add_replica(0, 0.0).epoch
+    core.observe(0, epoch, Ready(model=fake_model(), pid=1), 0.0)
+    core.room.check_count(4, "prompt")
+    with pytest.raises(InvalidRequestError, match="prompt asks for 5 sequences, more than the 4") as caught:
+        core.room.check_count(5, "prompt")
+    assert caught.value.param == "prompt"
+    core.submit(NewRequest("a", [5], SamplingParams(max_tokens=9)), 0.0)
+    with pytest.raises(QueueFullError, match="1 of 4 sequences"):
+        core.room.check_count(4, "prompt")
 
 
 def test_what_a_replica_does_not_take_in_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
