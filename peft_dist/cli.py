@@ -134,10 +134,7 @@ def serve(
         str, typer.Option(help="Where adapters go and whether requests move: rr, proactive or dlora; with several.")
     ] = "dlora",
     planner_limit: Annotated[float, typer.Option(min=1, help="Milliseconds to plan which requests move.")] = 200.0,
-    restart: Annotated[
-        bool | None,
-        typer.Option("--restart/--no-restart", help="Start dead replicas again; with several if not given."),
-    ] = None,
+    restart: Annotated[bool, typer.Option("--restart/--no-restart", help="Start dead replicas again.")] = True,
     heartbeat_timeout: Annotated[float, typer.Option(help="Seconds of silence until a replica is given up.")] = 10.0,
     step_timeout: Annotated[float, typer.Option(help="Seconds that one step of a replica may take.")] = 300.0,
     state_dir: Annotated[
@@ -227,7 +224,6 @@ def serve(
         num_replicas=replicas,
         migration=_one_of("migration", migration, ("rr", "proactive", "dlora")),
         planner_limit=planner_limit / 1e3,
-        restart=replicas != 1 if restart is None else restart,
         launcher=_one_of("launcher", launcher, tuple(LAUNCHERS)),
         ray=ray,
         log_level=_one_of("log-level", log_level.lower(), LOG_LEVELS),

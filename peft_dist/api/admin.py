@@ -37,19 +37,20 @@ def admin_router(state: ServerState) -> APIRouter:
     router = APIRouter(prefix="/admin", tags=["replicas"])
 
     @router.post("/drain/{replica}")
-    async def drain(replica: int, body: DrainRequest) -> Response:
+    async def drain(replica: int, body: DrainRequest | None = None) -> Response:
         """Move a replica's requests to others, and answer when it is empty; ``restart`` then starts it again.
 
         ``state``: "drained"; "restarting", or "left" if it had joined; or as in ``/health`` where it died meanwhile.
         """
-        await state.client.drain_replica(replica, restart=bool(body.restart))
+        restart = body is not None and bool(body.restart)
+        await state.client.drain_replica(replica, restart=restart)
         now = next((view.state for view in state.client.replicas() if view.replica_id == replica), "left")
-        if body.restart and now != "left":
+        if restart and now != "left":
             now = "restarting"
         return json_response({"replica": replica, "state": now})
 
     @router.post("/rolling-restart")
-    async def begin_rolling_restart(body: RollingRestartRequest) -> Response:
+    async def begin_rolling_restart(body: RollingRestartRequest | None = None) -> Response:
         """Drain, end and start again one replica after another; answers at once, and GET tells how far it is."""
         return json_response(asdict(state.client.rolling.begin()), 202)
 
@@ -64,7 +65,7 @@ def admin_router(state: ServerState) -> APIRouter:
         return json_response(asdict(state.client.rolling.cancel()))
 
     @router.post("/resume/{replica}")
-    async def resume(replica: int, body: ResumeRequest) -> Response:
+    async def resume(replica: int, body: ResumeRequest | None = None) -> Response:
         """Let a drained replica take requests again."""
         state.client.resume_replica(replica)
         await state.client.drain_kept(replica)

@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as AsgiMessage
 
+from peft_dist.api.auth import ADMIN_PREFIX
 from peft_dist.api.errors import ApiError
 
 MAX_HELD_BYTES = 256 << 20
@@ -83,7 +84,7 @@ class BodyMiddleware:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        refusal = self._refusal(Headers(scope=scope))
+        refusal = self._refusal(scope["path"], Headers(scope=scope))
         if refusal is not None:
             await refusal.response()(scope, receive, send)
             return
@@ -93,8 +94,11 @@ class BodyMiddleware:
         finally:
             held.end()
 
-    def _refusal(self, headers: Headers) -> ApiError | None:
+    def _refusal(self, path: str, headers: Headers) -> ApiError | None:
         content_type = headers.get("content-type", "")
+        if not content_type and path.startswith(ADMIN_PREFIX) and _is_empty(headers):
+            # Nothing need be said there, and a page from elsewhere is refused by its origin.
+            return None
         if not _is_json(content_type):
             got = f"not {content_type!a}" if content_type else "the header is missing"
             return _unsupported(f"send the body as 'Content-Type: application/json' ({got})")
@@ -143,6 +147,10 @@ def _crowded(which: str, most: int) -> HTTPException:
 
 def _unsupported(message: str) -> ApiError:
     return ApiError(415, message, code="unsupported_media_type")
+
+
+def _is_empty(headers: Headers) -> bool:
+    return "transfer-encoding" not in headers and headers.get("content-length", "0") == "0"
 
 
 def _is_json(content_type: str) -> bool:

@@ -13,6 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from peft_dist.core.config import EngineConfig
 from peft_dist.core.errors import ConfigError
+from peft_dist.patches import catalog
+from peft_dist.patches.registry import UnsupportedVersionError, check_versions
 from peft_dist.patches.sharding import ModulePart
 from peft_dist.runner.random_weights import random_model
 
@@ -58,6 +60,14 @@ def resolve_dtype(name: str, config: Any, device: torch.device) -> torch.dtype:
     return _DTYPES[name]
 
 
+def check_libraries() -> None:
+    """Raises ConfigError for versions of transformers or PEFT that the patches were not tested with."""
+    try:
+        check_versions(catalog.PATCHES)
+    except UnsupportedVersionError as error:
+        raise ConfigError(str(error)) from error
+
+
 def _check_folder(model: str) -> None:
     """Say what transformers says as if it were about the Hub. Raises ConfigError."""
     folder = Path(model)
@@ -88,6 +98,7 @@ def load_model(
     Raises:
         ConfigError: nothing loadable is there, or it is no decoder.
     """
+    check_libraries()
     _check_folder(options.model)
     source: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
     try:

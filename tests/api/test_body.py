@@ -38,7 +38,12 @@ class App:
 
 
 def scope() -> Scope:
-    return {"type": "http", "method": "POST", "headers": [(b"content-type", b"application/json")]}
+    return {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/completions",
+        "headers": [(b"content-type", b"application/json")],
+    }
 
 
 async def never(message: Message) -> None:

@@ -24,6 +24,18 @@ def test_a_replica_is_drained_and_resumed(engine: ScriptedClient, http: httpx.Cl
     assert error_of(http.post("/admin/resume/0", json={}), 409)["code"] == "replica_state"
 
 
+@pytest.mark.parametrize("headers", [{}, {"Content-Length": "0"}])
+def test_nothing_need_be_said(engine: ScriptedClient, http: httpx.Client, headers: dict[str, str]) -> None:
+    """``curl -X POST .../admin/drain/0``, as anybody would write it."""
+    paths = ("/admin/drain/0", "/admin/resume/0", "/admin/rolling-restart")
+    assert [http.post(path, headers=headers).status_code for path in paths] == [200, 200, 202]
+    assert engine.kept == ["ready"]
+    assert error_of(http.post("/admin/drain/7", headers=headers), 404)["code"] == "replica_not_found"
+    assert error_of(http.post("/admin/drain/0", content=b"{}"), 415)
+    # A page of another site, in a visitor's browser.
+    assert error_of(http.post("/admin/drain/0", headers={**headers, "Origin": "https://other.example"}), 403)
+
+
 def test_a_drain_tells_what_became_of_the_replica(engine: ScriptedClient, http: httpx.Client) -> None:
     engine.drained_to = "dead"
     answer = http.post("/admin/drain/0", json={})

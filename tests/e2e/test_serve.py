@@ -18,7 +18,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.worker.fake_replica import HOLD
+from tests.worker.fake_replica import HOLD, SLOW
 
 ROOT = Path(__file__).parents[2]
 # A folder without a tokenizer: importing transformers would take most of the time of these tests.
@@ -205,7 +205,7 @@ def test_a_stream_that_cannot_finish_is_failed_properly(tmp_path: Path, hurry: b
 
 def test_a_dead_worker_shows_in_health(tmp_path: Path) -> None:
     body = {"model": "worker", "prompt": [HOLD], "max_tokens": 400, "stream": True, "return_token_ids": True}
-    with serving(tmp_path) as server:
+    with serving(tmp_path, "--no-restart") as server:
         with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as response:
             found = events(response)
             next(found)
@@ -213,6 +213,25 @@ def test_a_dead_worker_shows_in_health(tmp_path: Path) -> None:
             assert "killed by SIGKILL" in str(list(found)[-1]["error"])
         assert httpx.get(f"{server.url}/health").status_code == 503
         assert server.post("/v1/completions", {"model": "worker", "prompt": [5]}).status_code == 503
+        assert server.stop() == 0
+
+
+def test_a_dead_worker_is_started_again_and_goes_on_with_its_requests(tmp_path: Path) -> None:
+    """Also where it is the only one: nobody looks at a server that stands there and answers 503."""
+    body = {"model": "worker", "prompt": [SLOW], "max_tokens": 400, "seed": 3, "return_token_ids": True}
+    with serving(tmp_path) as server:
+        (alone,) = server.post("/v1/completions", body).json()["choices"]
+        with httpx.stream(
+            "POST", f"{server.url}/v1/completions", json={**body, "stream": True}, timeout=100
+        ) as response:
+            found = events(response)
+            told = [next(found)]
+            os.kill(server.children()[0], signal.SIGKILL)
+            told += found
+        tokens = [token for event in told for token in event["choices"][0].get("token_ids") or []]  # type: ignore[index]
+        assert tokens == alone["token_ids"] and len(tokens) == 400
+        assert httpx.get(f"{server.url}/health").status_code == 200 and "killed by SIGKILL" in server.log
+        assert 'peft_dist:replica_restarts_total{replica="0"} 1.0' in httpx.get(f"{server.url}/metrics").text
         assert server.stop() == 0
 
 

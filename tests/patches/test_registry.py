@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import configparser
 import importlib
 import importlib.metadata
 import re
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 import peft_dist
 from peft_dist.patches import UnsupportedVersionError, catalog, fingerprints
@@ -110,3 +113,12 @@ def test_fingerprints_are_printed_for_the_catalog(capsys: pytest.CaptureFixture[
     fingerprints.main()
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == len(catalog.PATCHES) and all(line.endswith("known") for line in printed)
+
+
+def test_the_package_asks_for_what_its_patches_were_tested_with() -> None:
+    """A newer library in a fresh environment would be refused by the first model that is patched."""
+    settings = configparser.ConfigParser()
+    settings.read(Path(peft_dist.__file__).parents[1] / "setup.cfg")
+    asked = [Requirement(line) for line in settings["options"]["install_requires"].split("\n") if line]
+    found = {one.name: one.specifier for one in asked}
+    assert found["transformers"] == SpecifierSet(catalog.TRANSFORMERS) and found["peft"] == SpecifierSet(catalog.PEFT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from peft_dist.core.config import EngineConfig
 from peft_dist.core.errors import ConfigError
-from peft_dist.runner.loader import load_model
+from peft_dist.runner.loader import check_libraries, load_model
 
 
 def refusal(model: str) -> str:
@@ -33,3 +34,11 @@ def test_a_folder_without_a_model_is_told_in_whole_sentences(tmp_path: Path) -> 
     (tmp_path / "config.json").write_text("{}")
     message = refusal(str(tmp_path))
     assert ".. " not in message and message.endswith("or a hub id that is reachable or cached")
+
+
+def test_an_engine_refuses_the_libraries_that_the_drop_in_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both stand on the same patches: an answer of code that nobody has seen may be wrong."""
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "5.99" if name == "transformers" else real(name))
+    with pytest.raises(ConfigError, match=r"tested with transformers >=5.*installed is 5\.99"):
+        check_libraries()
