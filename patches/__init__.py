@@ -55,6 +55,9 @@ def unpatch(model: PeftModel | None = None) -> PeftModel | None:
 
     Returns:
         The model.
+
+    Raises:
+        TypeError: it is no PeftModel, as the base of one is none.
     """
     if model is None:
         unpatch_every_model()

@@ -49,7 +49,13 @@ def patch_model(model: PeftModel) -> PeftModel:
 
 
 def unpatch_model(model: PeftModel) -> PeftModel:
-    """Make a patched model exactly what it was, and return it. Does nothing to a model that is not patched."""
+    """Make a patched model exactly what it was, and return it. Does nothing to a PeftModel that is not patched.
+
+    Raises:
+        TypeError: it is no PeftModel.
+    """
+    if not isinstance(model, PeftModel):
+        raise TypeError(f"unpatch() takes the PeftModel that was patched, not a {type(model).__name__}")
     if is_patched(model):
         state: DropIn = model.__dict__.pop(_STATE)
         model.__class__ = cast(Any, type(model)).peft_dist_original

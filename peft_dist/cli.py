@@ -156,7 +156,9 @@ def serve(
     tool_call_parser: Annotated[
         str, typer.Option(help=f"How the model writes calls of tools: {', '.join(TOOL_CALL_PARSERS)}.")
     ] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the model.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads of the model; no more than cores are free.")
+    ] = None,
     depth: Annotated[int | None, typer.Option(help="Steps in flight: 0 on CPU and 1 on a GPU if not given.")] = None,
     enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="Capture no CUDA graphs.")] = False,
     no_fuse: Annotated[bool, typer.Option("--no-fuse", help="Run the model's own code between its layers.")] = False,
@@ -247,7 +249,9 @@ def worker(
     cluster_key: Annotated[Path | None, typer.Option(help="The server's keys.")] = None,
     model: Annotated[str | None, typer.Option(help="Where the base model lies here, if elsewhere.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N, if another than the server's.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the model.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads of the model; no more than cores are free.")
+    ] = None,
     silence: Annotated[float, typer.Option(help="Seconds without a word of the server until it is given up.")] = 10.0,
     orphan_timeout: Annotated[
         float, typer.Option(min=0, help="Seconds that the model is kept for another server then.")

@@ -22,9 +22,13 @@ def check_port_file(file: Path | None) -> None:
         raise ConfigError(f"--port-file {file} cannot be written: there is no folder {file.parent}, make it first")
 
 
-def check_names(adapters: Sequence[tuple[str, str]]) -> None:
-    """Raises ConfigError where two of the (name, path) have one name: the first would not be served."""
+def check_names(adapters: Sequence[tuple[str, str]], bases: Sequence[str]) -> None:
+    """Raises ConfigError where two of the (name, path) have one name, or one has one of the base's: the first would
+    not be served."""
     names = [name for name, _ in adapters]
+    for name in names:
+        if name in bases:
+            raise ConfigError(f"--adapter names {name!r}, which is the base model's name: give the adapter another one")
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"--adapter names {name!r} twice: give every adapter a name of its own")

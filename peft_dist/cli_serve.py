@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from peft_dist import cli_adapters
 from peft_dist.cli_checks import check_adapters, check_file_limit, check_names, check_port_file
 from peft_dist.core.collector import freeze_heap
 from peft_dist.core.config import EngineConfig, check_pinned
-from peft_dist.core.errors import AdapterError
 from peft_dist.core.waiting import StopSignals, unless
 
 if TYPE_CHECKING:
@@ -71,8 +71,9 @@ async def run_server(settings: ServeSettings) -> None:
     Raises:
         ConfigError, AdapterError, EngineDeadError: the server could not be started as asked.
     """
-    check_pinned(settings.engine, [name for name, _ in (*settings.adapters, *_folder_adapters(settings))])
-    check_names(settings.adapters)
+    check_pinned(settings.engine, [name for name, _ in (*settings.adapters, *cli_adapters.of_folder(settings))])
+    base = settings.engine.served_model_name or Path(settings.engine.model).name
+    check_names(settings.adapters, (base, *settings.http.served_names))
     check_port_file(settings.port_file)
     check_file_limit(settings.num_replicas * settings.engine.max_num_seqs + settings.max_queue)
     if settings.ray is None:
@@ -142,39 +143,9 @@ async def _prepare(settings: ServeSettings, service: EngineService, unread: Unre
         # The import takes as long as a small model takes to load: both at once.
         starting.append(asyncio.to_thread(_import_auto_tokenizer))
     await asyncio.gather(*starting)
-    for name, path in settings.adapters:
-        await _load(settings, service, name, path, allow_hub=True)
-    await _load_folder(settings, service)
+    await cli_adapters.load_all(settings, service)
     tokenizer = await asyncio.to_thread(_load_tokenizer, service.model.tokenizer, settings.engine)
     return build_app(service, tokenizer, settings.http, unread)
-
-
-async def _load_folder(settings: ServeSettings, service: EngineService) -> None:
-    for name, root in _folder_adapters(settings):
-        try:
-            await _load(settings, service, name, name, root=root)
-        except AdapterError as error:
-            if name in settings.engine.pinned_adapters:
-                raise
-            logger.error("Not served: %s", error)
-
-
-async def _load(settings: ServeSettings, service: EngineService, name: str, path: str, **source: Any) -> None:
-    """Load an adapter that was given at the start, unless replicas have it from an earlier life."""
-    source |= {"allow_pickle": settings.http.allow_pickle, "pinned": name in settings.engine.pinned_adapters}
-    if not service.has_adapter(name, path, **source):
-        was_served = any(spec.name == name for spec in service.adapters())
-        await service.load_adapter(name, path, replace=was_served, **source)
-
-
-def _folder_adapters(settings: ServeSettings) -> list[tuple[str, str]]:
-    """Names of the adapters in the adapter folder that were not named by themselves, each with that folder."""
-    folder = settings.http.adapter_dir
-    if folder is None:
-        return []
-    given = {name for name, _ in settings.adapters}
-    found = [config.parent.name for config in sorted(folder.glob("*/adapter_config.json"))]
-    return [(name, str(folder)) for name in found if name not in given]
 
 
 def _may_have_tokenizer(model: str) -> bool:

@@ -1,4 +1,4 @@
-"""Open files: as many as the system lets a process have, and a word where that is too few."""
+"""What is known to be wrong before a model is loaded; files that may be open."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from peft_dist.cli_checks import check_adapters, check_names
+from peft_dist.core.errors import AdapterError, ConfigError
 from tests.e2e.test_serve import Server
 
 _CHECK = """
@@ -21,6 +23,26 @@ resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))
 check_file_limit({requests})
 print(*resource.getrlimit(resource.RLIMIT_NOFILE))
 """
+
+
+def test_names_that_hide_one_another() -> None:
+    check_names([("a", "x"), ("b", "x")], ("base", "other"))
+    with pytest.raises(ConfigError, match="'a' twice"):
+        check_names([("a", "x"), ("a", "y")], ("base",))
+    with pytest.raises(ConfigError, match="'other', which is the base model's name"):
+        check_names([("a", "x"), ("other", "y")], ("base", "other"))
+
+
+def test_a_folder_of_adapters_is_none(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="give the folder that PEFT's save_pretrained wrote"):
+        check_adapters([("a", str(tmp_path))])
+    (tmp_path / "sql").mkdir()
+    (tmp_path / "sql" / "adapter_config.json").write_text("{}")
+    with pytest.raises(
+        AdapterError, match="it holds sql, which have: name one of them, or serve all with --adapter-dir"
+    ):
+        check_adapters([("a", str(tmp_path))])
+    check_adapters([("a", str(tmp_path / "sql")), ("b", "org/name")])
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,7 @@ def test_a_module_imports_only_what_its_layer_may(path: Path) -> None:
         "cli_checks",
         "cli_generate",
         "cli_help",
+        "cli_adapters",
         "cli_serve",
         "cli_simulate",
         "cli_worker",

@@ -51,7 +51,7 @@ from peft_dist.orchestrator.client import NewRequest
 from peft_dist.orchestrator.core import Orchestrator, OrchestratorOptions
 from peft_dist.orchestrator.events import RequestFailed, SequenceEvent
 from peft_dist.orchestrator.records import Outgoing
-from peft_dist.runner.adapter_source import not_there_in_time, resolve_adapter
+from peft_dist.runner.adapter_source import check_exists, not_there_in_time, resolve_adapter
 from peft_dist.runner.background import TimeLimitError, call_in_time
 from peft_dist.runner.loader import resolve_device
 from peft_dist.runner.replica import Replica, build_replica, release_memory
@@ -72,7 +72,7 @@ class LLM:
         model: Folder or hub id of the base model.
         adapters: Name to folder or hub id (``org/name@revision``) of each adapter.
         device: "auto", "cpu", "cuda" or "cuda:N".
-        dtype: "auto", a name or a ``torch.dtype``.
+        dtype: "auto" (the checkpoint's, on a CPU float32), a name or a ``torch.dtype``.
         tokenizer: A Hugging Face tokenizer to use instead of the model's own. A folder without a tokenizer
             works with token ids.
         allow_pickle: Read adapters saved as pickle (``.bin``), which can be made to run code.
@@ -95,7 +95,7 @@ class LLM:
         **options: Any,
     ) -> None:
         check_options(options, [field.name for field in fields(EngineConfig)])
-        check_adapters(adapters)
+        check_adapters(adapters, check_exists)
         config = EngineConfig(model=str(model), device=device, dtype=str(dtype).removeprefix("torch."), **options)
         check_pinned(config, adapters or ())
         if "max_num_batched_tokens" not in options and resolve_device(device).type == "cuda":

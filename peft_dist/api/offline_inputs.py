@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
+from peft_dist.api.content import joined_content
 from peft_dist.api.structured import StructureChecks
 from peft_dist.core.errors import AdapterError, ConfigError, InvalidRequestError
 from peft_dist.core.sampling_params import SamplingParams
@@ -103,12 +104,23 @@ def check_adapter(path: object, name: object) -> None:
         raise AdapterError(f"name={name!r:.200} must be a string: load_adapter(path, name)")
 
 
-def check_adapters(adapters: object) -> None:
-    """Raises ConfigError for what is no map from names to paths."""
+def check_adapters(adapters: object, check_exists: Callable[[str], None]) -> None:
+    """What can be known before the model is loaded.
+
+    Args:
+        check_exists: Raises AdapterError where no adapter is.
+
+    Raises:
+        ConfigError: this is no map from names to paths.
+        AdapterError: one of them is not there.
+    """
     if adapters is not None and not isinstance(adapters, Mapping):
         raise ConfigError(
             f"adapters={adapters!r:.200} must map names to folders or hub ids: adapters={{'sql': 'adapters/sql'}}"
         )
+    for name, path in (adapters or {}).items():
+        check_adapter(path, name)
+        check_exists(os.fspath(path))
 
 
 def check_options(given: Iterable[str], known: Sequence[str]) -> None:
@@ -172,7 +184,14 @@ def _message(message: Any, where: str) -> Mapping[str, Any]:
         raise _no(f"{where}['role']", message.get("role"), "a string such as 'user'", "messages")
     if "content" not in message and "tool_calls" not in message:
         raise InvalidRequestError(f"{where} has no 'content': give it a string", "messages")
-    return message
+    content = message.get("content")
+    if content is None and "tool_calls" in message:
+        return {**message, "content": ""}
+    try:
+        return {**message, "content": joined_content(content)}
+    except ValueError as error:
+        problem = f"{where}['content']={content!r:.200} is not valid: {error}"
+        raise InvalidRequestError(problem, "messages") from error
 
 
 def _check_count(what: str, found: int, count: int) -> None:

@@ -7,38 +7,17 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationInfo, WithJsonSchema, field_validator
 from pydantic_core import PydanticCustomError
 
+from peft_dist.api.content import joined_content
 from peft_dist.api.protocol import Count, GenerationRequest, NumLogprobs
 from peft_dist.api.protocol_tools import Tool, ToolCall, ToolChoice
 from peft_dist.api.strict import Strict
 
-# Kinds of parts that are text under another name, and where they have it.
-_TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
-
 
 def _parse_content(value: object) -> str:
-    """A string, or text parts joined by newlines."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise PydanticCustomError("content", "it must be a string or a list of text parts")
-    return "\n".join(_parse_part(part, index) for index, part in enumerate(value))
-
-
-def _parse_part(part: object, index: int) -> str:
-    if isinstance(part, str):
-        return part
-    if not isinstance(part, dict):
-        raise PydanticCustomError("content", "part {index} is not an object", {"index": index})
-    kind = part.get("type")
-    if kind not in _TEXT_PARTS:
-        problem = "part {index} is not of type 'text', the only one served"
-        raise PydanticCustomError("content", problem, {"index": index})
-    text = part.get(_TEXT_PARTS[kind])
-    if not isinstance(text, str):
-        raise PydanticCustomError(
-            "content", "part {index} has no string '{key}'", {"index": index, "key": _TEXT_PARTS[kind]}
-        )
-    return text
+    try:
+        return joined_content(value)
+    except ValueError as error:
+        raise PydanticCustomError("content", "{problem}", {"problem": str(error)}) from error
 
 
 Content = Annotated[

@@ -52,9 +52,20 @@ def resolve_adapter(
 
 
 def check_exists(path_or_id: str) -> None:
-    """As far as that is known without asking the Hub. Raises AdapterError, as ``resolve_adapter`` would."""
-    if not _HUB_ID.fullmatch(path_or_id):
-        resolve_adapter(path_or_id)
+    """As far as that is known without asking the Hub, and without reading.
+
+    Raises:
+        AdapterError: as of ``resolve_adapter``, or the folder is no adapter's.
+    """
+    folder = None if _HUB_ID.fullmatch(path_or_id) else resolve_adapter(path_or_id)
+    if folder is None or (folder / CONFIG_NAME).exists():
+        return
+    below = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG_NAME}"))
+    if below:
+        remedy = f"it holds {', '.join(below[:3])}, which have: name one of them, or serve all with --adapter-dir"
+    else:
+        remedy = "give the folder that PEFT's save_pretrained wrote"
+    raise AdapterError(f"adapter {path_or_id!r}: there is no {CONFIG_NAME} in this folder: {remedy}")
 
 
 def not_there_in_time(name: str, path_or_id: str, time_limit: float | None) -> AdapterError:

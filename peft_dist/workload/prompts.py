@@ -36,10 +36,13 @@ class Prompts:
     def __post_init__(self) -> None:
         if self.kind not in ("ids", "text"):
             raise ConfigError(f"prompts of kind {self.kind!r}: use ids or text")
-        if not 0 <= self.first_id < self.end_id or self.seed < 0:
+        if not 0 <= self.first_id < self.end_id:
             raise ConfigError(
-                f"token ids from {self.first_id} to {self.end_id}, seed {self.seed}: none may be negative"
+                f"first_id={self.first_id}, end_id={self.end_id}: ids are drawn from the first up to, and without, the "
+                "end, which must be above it (--first-id, --end-id)"
             )
+        if self.seed < 0:
+            raise ConfigError(f"seed={self.seed} must be 0 or more")
 
     def make(self, index: int, num_tokens: int) -> str | list[int]:
         """The prompt of request ``index``; those of a warm-up have numbers below 0."""

@@ -155,6 +155,27 @@ def test_chat_uses_the_template(llm: LLM) -> None:
     assert [o.adapter_name for o in outputs] == ["a0", None]
 
 
+def test_content_of_a_chat_is_what_it_is_over_http(llm: LLM) -> None:
+    parts = [{"type": "text", "text": "h"}, {"type": "input_text", "text": "i"}]
+    [output] = llm.chat([{"role": "user", "content": parts}], GREEDY, use_tqdm=False)
+    assert output.prompt == "uh\ni>"
+    for content, words in (
+        (None, "must be a string"),
+        (5, "must be a string"),
+        ([{"type": "image_url"}], "type 'text'"),
+    ):
+        with pytest.raises(InvalidRequestError, match=rf"messages\[0\]\['content'\]=.*{words}"):
+            llm.chat([{"role": "user", "content": content}], GREEDY)
+
+
+def test_adapters_are_looked_for_before_the_model_is_loaded(folder: Path, tmp_path: Path) -> None:
+    for path, words in ((tmp_path / "nobody", "no such folder"), (folder, "which have: name one of them")):
+        with pytest.raises(AdapterError, match=words):
+            LLM("/there/is/no/such/model", {"x": path})
+    with pytest.raises(AdapterError, match=r"no adapter_config\.json in this folder: give the folder"):
+        LLM("/there/is/no/such/model", {"x": tmp_path})
+
+
 def test_a_folder_without_a_tokenizer_works_with_ids(folder: Path) -> None:
     with LLM(folder / "ids", device="cpu", num_blocks=32, max_model_len=64) as llm:
         [output] = llm.generate([[5, 6]], GREEDY, use_tqdm=False)

@@ -112,6 +112,8 @@ def test_it_serves_adapters_behind_keys_and_never_tells_the_keys(tmp_path: Path)
     folder = tmp_path / "adapters"
     adapter(folder / "json", "one")
     adapter(folder / "broken", "bad")
+    (folder / "bare").mkdir()
+    (folder / "bare" / "adapter_model.safetensors").touch()
     sql = adapter(tmp_path / "sql", "two")
     adapter(folder / "sql", "of the same name, which counts for less")
     options = ["--adapter", f"sql={sql}", "--adapter-dir", str(folder), "--served-model-name", "tiny"]

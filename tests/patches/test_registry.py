@@ -122,3 +122,10 @@ def test_the_package_asks_for_what_its_patches_were_tested_with() -> None:
     asked = [Requirement(line) for line in settings["options"]["install_requires"].split("\n") if line]
     found = {one.name: one.specifier for one in asked}
     assert found["transformers"] == SpecifierSet(catalog.TRANSFORMERS) and found["peft"] == SpecifierSet(catalog.PEFT)
+
+
+def test_only_a_peft_model_is_unpatched() -> None:
+    """Its base looks like it, and nothing would be undone."""
+    for other in (FAMILIES["llama"](), "x"):
+        with pytest.raises(TypeError, match="the PeftModel that was patched"):
+            peft_dist.unpatch(other)  # type: ignore[type-var]

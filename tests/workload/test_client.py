@@ -229,7 +229,8 @@ def test_prompts(kind: str) -> None:
         (lambda: ClientOptions("http://x", warm_up=-1), "warm-up"),
         (lambda: ClientOptions("http://x").model(None), "--base-model"),
         (lambda: Prompts("words"), "ids or text"),
-        (lambda: Prompts(first_id=9, end_id=9), "token ids"),
+        (lambda: Prompts(first_id=9, end_id=9), "--first-id"),
+        (lambda: Prompts(seed=-1), "seed=-1"),
     ],
 )
 def test_what_cannot_be_is_refused(call: object, message: str) -> None:
