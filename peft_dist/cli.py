@@ -153,6 +153,9 @@ def serve(
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read .bin adapters, which run code.")] = False,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the base model's code.")] = False,
     chat_template: Annotated[Path | None, typer.Option(help="Jinja file in place of the model's template.")] = None,
+    generation_config: Annotated[
+        str, typer.Option(help="Sampling where requests say nothing: auto (as the model recommends) or openai.")
+    ] = "openai",
     tool_call_parser: Annotated[
         str, typer.Option(help=f"How the model writes calls of tools: {', '.join(TOOL_CALL_PARSERS)}.")
     ] = "auto",
@@ -222,6 +225,7 @@ def serve(
             chat_template=None if chat_template is None else _read(chat_template),
             tool_call_parser=_one_of("tool-call-parser", tool_call_parser, TOOL_CALL_PARSERS),
         ),
+        generation_config=_one_of("generation-config", generation_config, ("auto", "openai")),
         adapters=[_name_and_path(text) for text in adapter or []],
         num_replicas=replicas,
         migration=_one_of("migration", migration, ("rr", "proactive", "dlora")),

@@ -11,7 +11,7 @@ _ORDER = ("serve", "worker", "keys", "rolling-restart", "workload", "bench", "si
 
 _PANELS = {
     "Model": """revision device dtype load_format trust_remote_code max_model_len served_model_name chat_template
-        tool_call_parser""",
+        tool_call_parser generation_config""",
     "Adapters": """adapter adapter_dir pin_adapter max_loras adapter_device_memory adapter_host_memory
         adapter_load_timeout allow_hub_load allow_pickle""",
     "HTTP": """host port port_file api_key admin_key cors_origin max_queue unread_timeout start_timeout shutdown_timeout

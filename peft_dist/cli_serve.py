@@ -7,7 +7,7 @@ import gc
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -42,6 +42,7 @@ class ServeSettings:
 
     engine: EngineConfig
     http: ServerOptions
+    generation_config: str
     adapters: list[tuple[str, str]]
     host: str
     port: int
@@ -145,7 +146,23 @@ async def _prepare(settings: ServeSettings, service: EngineService, unread: Unre
     await asyncio.gather(*starting)
     await cli_adapters.load_all(settings, service)
     tokenizer = await asyncio.to_thread(_load_tokenizer, service.model.tokenizer, settings.engine)
-    return build_app(service, tokenizer, settings.http, unread)
+    options = settings.http
+    if tokenizer is not None:
+        options = await asyncio.to_thread(_with_sampling_defaults, settings)
+    return build_app(service, tokenizer, options, unread)
+
+
+def _with_sampling_defaults(settings: ServeSettings) -> ServerOptions:
+    """As of ``--generation-config``."""
+    from peft_dist.api.sampling_defaults import in_words, recommended
+
+    found = recommended(settings.engine.model, settings.engine.revision)
+    if settings.generation_config == "auto":
+        logger.info("Sampling  %s, where requests say nothing", in_words(found) or "OpenAI's defaults")
+        return replace(settings.http, sampling_defaults=found)
+    if found:
+        logger.info("Sampling  OpenAI's defaults; the model recommends %s: --generation-config auto", in_words(found))
+    return settings.http
 
 
 def _may_have_tokenizer(model: str) -> bool:

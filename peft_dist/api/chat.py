@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -38,7 +39,7 @@ def chat_router(state: ServerState) -> APIRouter:
         prompt = await state.prompts.read_chat(body.messages, body, None if use is None else body.tools)
         limit_name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         names = {"prompt": "messages", "max_tokens": limit_name}
-        params = fit_max_tokens(prompt, _params(body, asked), state.model, names)
+        params = fit_max_tokens(prompt, _params(body, asked, state.options.sampling_defaults), state.model, names)
         answer_format = ChatFormat(state, body, use)
         return await serve_generation(state, http, body, [prompt], [params], names, "chatcmpl", answer_format)
 
@@ -63,10 +64,10 @@ def _asked(body: ChatCompletionRequest, use: ToolUse | None) -> Asked | None:
     return Asked("tool_choice", StructuredOutput(json_schema=use.schema))
 
 
-def _params(body: ChatCompletionRequest, asked: Asked | None) -> SamplingParams:
+def _params(body: ChatCompletionRequest, asked: Asked | None, defaults: Mapping[str, Any]) -> SamplingParams:
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return body.sampling_params(max_tokens, logprobs, body.prompt_logprobs, asked)
+    return body.sampling_params(max_tokens, logprobs, body.prompt_logprobs, asked, defaults)
 
 
 class ChatFormat:

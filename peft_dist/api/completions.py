@@ -12,10 +12,10 @@ from peft_dist.api.generation import Choice, Generation, Piece
 from peft_dist.api.logprobs import LegacyLogprobs, joined, prompt_logprobs
 from peft_dist.api.prompts import Prompt
 from peft_dist.api.protocol_completions import DEFAULT_MAX_TOKENS, CompletionRequest
+from peft_dist.api.protocol_structured import Asked
 from peft_dist.api.serving import check_combinations, fit_max_tokens, serve_generation
 from peft_dist.api.state import ServerState
 from peft_dist.api.unimplemented import refuse_in_completion
-from peft_dist.core.config import ModelInfo
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.orchestrator.admission import token_limit
 
@@ -31,22 +31,24 @@ def completions_router(state: ServerState) -> APIRouter:
         check_combinations(body)
         state.check_alive()
         state.target(body.model)
-        await state.structures.check_asked(body.structured())
+        asked = body.structured()
+        await state.structures.check_asked(asked)
         prompts = await state.prompts.read_completion(body)
-        params = [_params(body, prompt, state.model) for prompt in prompts]
+        params = [_params(body, prompt, state, asked) for prompt in prompts]
         return await serve_generation(state, http, body, prompts, params, {}, "cmpl", CompletionFormat(state, body))
 
     return router
 
 
-def _params(body: CompletionRequest, prompt: Prompt, model: ModelInfo) -> SamplingParams:
-    max_tokens = body.max_tokens
+def _params(body: CompletionRequest, prompt: Prompt, state: ServerState, asked: Asked | None) -> SamplingParams:
+    max_tokens, model = body.max_tokens, state.model
     if max_tokens is None:
         # Nobody asked for the default length, so it is no reason to refuse a long prompt.
         max_tokens = max(1, min(DEFAULT_MAX_TOKENS, token_limit(model) - len(prompt.token_ids)))
         max_tokens = max(max_tokens, body.min_tokens or 0)
     of_prompt = [count for count in (body.prompt_logprobs, body.logprobs if body.echo else None) if count is not None]
-    params = body.sampling_params(max_tokens, body.logprobs, max(of_prompt, default=None), body.structured())
+    defaults = state.options.sampling_defaults
+    params = body.sampling_params(max_tokens, body.logprobs, max(of_prompt, default=None), asked, defaults)
     return fit_max_tokens(prompt, params, model, {})
 
 

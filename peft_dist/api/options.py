@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from peft_dist.core.errors import ConfigError
 
@@ -24,6 +26,7 @@ class ServerOptions:
         tool_call_parser: How the model writes calls of tools: one of ``tool_readers.READERS``, or "auto", as its chat
             template shows.
         response_role: The role that answers of ``/v1/chat/completions`` carry.
+        sampling_defaults: Fields of ``SamplingParams`` for requests that leave them out, in place of OpenAI's.
         cors_origins: Whose pages may ask this server from a browser, such as "https://chat.example"; "*": any page's.
         max_body_bytes: Largest request body in bytes.
         metrics_max_adapters: Adapters that have series of their own in ``/metrics``; the rest is summed.
@@ -45,6 +48,7 @@ class ServerOptions:
     chat_template: str | None = None
     tool_call_parser: str = "auto"
     response_role: str = "assistant"
+    sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
     cors_origins: tuple[str, ...] = ()
     max_body_bytes: int = 16 << 20
     metrics_max_adapters: int = 100

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
@@ -148,13 +149,26 @@ class GenerationRequest(StructuredFields):
         return self.wants_usage and self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
 
     def sampling_params(
-        self, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None, asked: Asked | None
+        self,
+        max_tokens: int | None,
+        logprobs: int | None,
+        prompt_logprobs: int | None,
+        asked: Asked | None,
+        defaults: Mapping[str, Any],
     ) -> SamplingParams:
-        """``asked``: What the answer must match. Raises InvalidRequestError when a value lies outside its range."""
+        """The parameters that the body asks for.
+
+        Args:
+            asked: What the answer must match.
+            defaults: Of fields that the body leaves out, where they are not those of ``SamplingParams``.
+
+        Raises:
+            InvalidRequestError: a value lies outside its range.
+        """
         given: dict[str, Any] = {name: getattr(self, name) for name in _SAMPLING_FIELDS}
         chosen = {name: value for name, value in given.items() if value is not None}
         return SamplingParams(
-            **chosen,
+            **{**defaults, **chosen},
             max_tokens=max_tokens,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,

@@ -72,7 +72,7 @@ async def written(
     client = ReadyClient(progress)
     state = ServerState(client, TOKENIZER, ServerOptions(), UnreadWatch(60.0))
     chosen = ChatFormat if isinstance(body, ChatCompletionRequest) else CompletionFormat
-    params = body.sampling_params(100, None, None, None)
+    params = body.sampling_params(100, None, None, None, {})
     watch = state.metrics.requests.watch(None)
     texts = state.tokenizer, state.decoders
     generation = await Generation.start(client, *texts, "r", [Prompt(encode("hello"))], [params], None, watch)
