@@ -142,7 +142,7 @@ def test_adapter_names_that_are_none(llm: LLM, names: Any, words: str) -> None:
         ([{"role": "user"}], "content"),
         ([{"content": "hi"}], "role"),
         ([{"role": 5, "content": "hi"}], "role"),
-        ([{"role": "user", "content": 5}], "template"),
+        ([{"role": "user", "content": 5}], "text parts"),
         ([{"role": "", "content": "hi"}], "template"),
         ([{"role": "user", "content": "\ud800"}], "lone surrogate"),
     ],
