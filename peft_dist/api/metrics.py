@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 
 from peft_dist.api.metric_labels import AdapterLabels
 from peft_dist.api.migration_metrics import migration_families
 from peft_dist.api.replica_metrics import replica_families
 from peft_dist.api.request_metrics import RequestMetrics
-from peft_dist.api.router_metrics import queue_time, router_families
+from peft_dist.api.router_metrics import request_families, router_families
 from peft_dist.api.unread import UnreadWatch
 from peft_dist.api.unread_metrics import UnreadView, unread_families
 from peft_dist.core.adapter import AdapterSpec
@@ -30,7 +30,7 @@ class StateCollector:
     """A ``prometheus_client`` collector over what was known at one moment.
 
     Attributes:
-        queue: Seconds that sequences waited for their first step.
+        requests: What was counted and timed.
         wall_time: Seconds since 1970.
         migration: None with one replica.
         unread: What clients have not read.
@@ -41,7 +41,7 @@ class StateCollector:
     num_pinned: int
     recent: list[str]
     max_adapters: int
-    queue: Histogram
+    requests: RequestMetrics
     wall_time: float
     migration: MigrationView | None = None
     unread: UnreadView = field(default_factory=UnreadView)
@@ -53,7 +53,7 @@ class StateCollector:
             yield from migration_families(self.migration)
         yield from unread_families(self.unread)
         yield from router_families(self.replicas, labels, self.wall_time)
-        yield queue_time(self.replicas, self.queue)
+        yield from request_families(self.replicas, self.requests)
 
 
 class ServerMetrics:
@@ -85,7 +85,7 @@ class ServerMetrics:
                 len(self._client.pinned_adapters()),
                 self.requests.recent_adapters(),
                 self._max_adapters,
-                self.requests.queue,
+                self.requests,
                 time.time(),
                 self._client.migration(),
                 UnreadView(self._client.num_unread, self._unread.num_bytes, self._unread.num_cut),

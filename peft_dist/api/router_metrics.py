@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from prometheus_client import Histogram
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client import Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from peft_dist.api.metric_labels import AdapterLabels, readable
 from peft_dist.api.replica_metrics import kv_usage
+from peft_dist.api.request_metrics import RequestMetrics
 from peft_dist.orchestrator.observation import ReplicaView
 
 _ENGINE = "0"
@@ -42,17 +43,37 @@ def router_families(replicas: Sequence[ReplicaView], labels: AdapterLabels, wall
     yield _lora_requests(ready, labels, wall_time)
 
 
-def queue_time(replicas: Sequence[ReplicaView], seconds: Histogram) -> Metric:
-    """Our histogram of seconds in the queue under vLLM's name and labels."""
-    family = Metric(
-        "vllm:request_queue_time_seconds", "Histogram of time spent in WAITING phase for request.", "histogram"
-    )
+def request_families(replicas: Sequence[ReplicaView], requests: RequestMetrics) -> Iterator[Metric]:
+    """What we count of requests under vLLM's names and labels."""
     labels = {"model_name": _model_name(replicas), "engine": _ENGINE}
-    for own in seconds.collect():
-        for sample in own.samples:
-            ending = sample.name.removeprefix(own.name)
-            if ending != "_created":
-                family.add_sample(family.name + ending, sample.labels | labels, sample.value)
+    for name, text, own in (
+        ("request_queue_time_seconds", "Histogram of time spent in WAITING phase for request.", requests.queue),
+        ("time_to_first_token_seconds", "Histogram of time to first token in seconds.", requests.first_token),
+        ("inter_token_latency_seconds", "Histogram of inter-token latency in seconds.", requests.inter_token),
+        ("e2e_request_latency_seconds", "Histogram of e2e request latency in seconds.", requests.whole),
+        ("prompt_tokens", "Number of prefill tokens processed.", requests.prompt_tokens),
+        ("generation_tokens", "Number of generation tokens processed.", requests.generation_tokens),
+    ):
+        yield _renamed(own, f"vllm:{name}", text, labels)
+    # With a label of another name.
+    success = CounterMetricFamily(
+        "vllm:request_success", "Count of successfully processed requests.", labels=["finished_reason", *labels]
+    )
+    for family in requests.finished.collect():
+        for sample in family.samples:
+            if sample.name.endswith("_total") and sample.labels["finish_reason"] != "error":
+                success.add_metric([sample.labels["finish_reason"], *labels.values()], sample.value)
+    yield success
+
+
+def _renamed(own: Histogram | Counter, name: str, text: str, labels: dict[str, str]) -> Metric:
+    """A family of ours under another name, with more labels."""
+    [collected] = own.collect()
+    family = Metric(name, text, collected.type)
+    for sample in collected.samples:
+        ending = sample.name.removeprefix(collected.name)
+        if ending != "_created":
+            family.add_sample(name + ending, sample.labels | labels, sample.value)
     return family
 
 

@@ -66,13 +66,21 @@ ROUTER_GAUGES = (
     "cache_config_info",
     "lora_requests_info",
 )
+ROUTER_HISTOGRAMS = (
+    "request_queue_time_seconds",
+    "time_to_first_token_seconds",
+    "inter_token_latency_seconds",
+    "e2e_request_latency_seconds",
+)
+ROUTER_COUNTERS = ("prompt_tokens", "generation_tokens", "request_success")
 # Type of every family, under the names that are on the page.
 FAMILIES = {
     **{f"peft_dist:{name}": "gauge" for name in (*REPLICA_GAUGES, *OTHER_GAUGES)},
     **{f"peft_dist:{name}_total": "counter" for name in (*REPLICA_COUNTERS, *REQUEST_COUNTERS)},
     **{f"peft_dist:{name}": "histogram" for name in HISTOGRAMS},
     **{f"vllm:{name}": "gauge" for name in ROUTER_GAUGES},
-    "vllm:request_queue_time_seconds": "histogram",
+    **{f"vllm:{name}": "histogram" for name in ROUTER_HISTOGRAMS},
+    **{f"vllm:{name}_total": "counter" for name in ROUTER_COUNTERS},
 }
 
 

@@ -61,13 +61,36 @@ def test_the_time_in_the_queue_counts_once_a_sequence() -> None:
     assert scrape.value("peft_dist:request_queue_seconds_sum") == 3.02
     registry = CollectorRegistry()
     replicas = [view(0, "ready", ReplicaStats(), ReplicaDetail())]
-    registry.register(StateCollector(replicas, [], 0, [], 100, metrics.queue, 12.0))
+    registry.register(StateCollector(replicas, [], 0, [], 100, metrics, 12.0))
     labels = {"model_name": BASE, "engine": "0"}
     theirs = scraped(registry)
     assert theirs.value("vllm:request_queue_time_seconds_count", **labels) == 2
     assert theirs.value("vllm:request_queue_time_seconds_sum", **labels) == 3.02
     assert theirs.value("vllm:request_queue_time_seconds_bucket", le="1.0", **labels) == 1
     assert theirs.value("vllm:request_queue_time_seconds_bucket", le="+Inf", **labels) == 2
+
+
+def test_dashboards_find_what_they_know_by_vllms_names() -> None:
+    metrics = RequestMetrics(5, iter([0.0, 1.0, 1.5, 2.0, 2.0, 3.0]).__next__)
+    watch = metrics.watch(None)
+    watch.admitted(2, 7)
+    watch.progress(0, 1, None)
+    watch.progress(0, 1, None)
+    watch.progress(0, 0, "stop")
+    watch.progress(1, 0, "error")
+    registry = CollectorRegistry()
+    registry.register(
+        StateCollector([view(0, "ready", ReplicaStats(), ReplicaDetail())], [], 0, [], 100, metrics, 12.0)
+    )
+    labels = {"model_name": BASE, "engine": "0"}
+    theirs = scraped(registry)
+    assert theirs.value("vllm:time_to_first_token_seconds_sum", **labels) == 1.0
+    assert theirs.value("vllm:inter_token_latency_seconds_sum", **labels) == 0.5
+    assert theirs.value("vllm:e2e_request_latency_seconds_sum", **labels) == 2.0
+    assert theirs.value("vllm:prompt_tokens_total", **labels) == 7
+    assert theirs.value("vllm:generation_tokens_total", **labels) == 2
+    found = theirs.by("vllm:request_success_total", "finished_reason")
+    assert found == {("stop",): 1, ("length",): 0, ("abort",): 0}, "one that failed is no success"
 
 
 def test_several_replicas_tell_of_plans_and_moves() -> None:
@@ -82,10 +105,10 @@ def test_several_replicas_tell_of_plans_and_moves() -> None:
     assert (counts.latest(2), counts.latest(0), len(counts.latest(9))) == ([0.05, 30.0], [], 3)
     plans = {("solver", "memory"): 2, ("stay", "period"): 5}
     migrated = MigrationView("dlora", plans, live.by_way(PLAN), 3, 1.5, 4, live)
-    queue = RequestMetrics(5).queue
+    requests = RequestMetrics(5)
     for migration in (migrated, None):
         registry = CollectorRegistry()
-        registry.register(StateCollector([], [], 0, [], 100, queue, 12.0, migration))
+        registry.register(StateCollector([], [], 0, [], 100, requests, 12.0, migration))
         scrape = scraped(registry)
         names = {"plans", "moves", "moves_dropped", "plan_seconds"}
         assert all((f"peft_dist:migration_{name}_total" in scrape.types) is (migration is not None) for name in names)
@@ -125,8 +148,8 @@ def test_replicas_have_series_of_their_own_but_are_one_to_a_router() -> None:
         view(4, "unreached", ReplicaStats(9, 9, 9, 0, 100), ReplicaDetail(running={"hash-a": 9})),
     ]
     registry = CollectorRegistry()
-    queue = RequestMetrics(5).queue
-    registry.register(StateCollector(replicas, [adapter(name) for name in "abc"], 1, [], 100, queue, 12.0))
+    requests = RequestMetrics(5)
+    registry.register(StateCollector(replicas, [adapter(name) for name in "abc"], 1, [], 100, requests, 12.0))
     scrape = scraped(registry)
     states = {"starting": 1, "ready": 2, "draining": 0, "drained": 0, "unreached": 1, "dead": 1}
     assert scrape.by("peft_dist:replicas", "state") == {(state,): count for state, count in states.items()}
