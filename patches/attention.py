@@ -17,6 +17,7 @@ ATTENTION_NAME = "pd_paged"
 # the context's metadata, rotary embeddings are already in query and key. Everything else is refused when set.
 _WITHOUT_EFFECT = frozenset(
     {
+        "cache",
         "cache_position",
         "logits_to_keep",
         "num_items_in_batch",

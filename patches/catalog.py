@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from peft_dist.patches.registry import Patch
 
-TRANSFORMERS = ">=5.17,<5.24"
+TRANSFORMERS = ">=5.17,<5.25"
 PEFT = ">=0.21,<0.22"
 
 ATTENTION = Patch(
@@ -26,7 +26,7 @@ ATTENTION = Patch(
         "transformers.modeling_utils:AttentionInterface",
         "transformers.masking_utils:_preprocess_mask_arguments",
     ),
-    fingerprints={"5.17.0": "5f635f10d61cb5e8", "5.23.0": "8662f9b56f970274"},
+    fingerprints={"5.17.0": "5f635f10d61cb5e8", "5.23.0": "8662f9b56f970274", "5.24.0": "74eed5dfd98399b1"},
 )
 ATTENTION_NAME = Patch(
     target="transformers.configuration_utils:PreTrainedConfig._attn_implementation",
@@ -37,7 +37,7 @@ ATTENTION_NAME = Patch(
     versions=TRANSFORMERS,
     reason="Attention modules read it at each call; it names paged attention only while a pass of generate runs.",
     relies_on=("transformers.configuration_utils:PreTrainedConfig._attn_implementation",),
-    fingerprints={"5.17.0": "be7be45af1d52295", "5.23.0": "be7be45af1d52295"},
+    fingerprints={"5.17.0": "be7be45af1d52295", "5.23.0": "be7be45af1d52295", "5.24.0": "be7be45af1d52295"},
 )
 CACHE = Patch(
     target="transformers.cache_utils:DynamicCache",
@@ -53,7 +53,7 @@ CACHE = Patch(
         "transformers.cache_utils:DynamicLayer",
         "transformers.cache_utils:DynamicSlidingWindowLayer.update",
     ),
-    fingerprints={"5.17.0": "464177c50b41f92d", "5.23.0": "a4aafe236701c2eb"},
+    fingerprints={"5.17.0": "464177c50b41f92d", "5.23.0": "a4aafe236701c2eb", "5.24.0": "062136937995fc2b"},
 )
 BASE_FORWARD = Patch(
     target="transformers.modeling_utils:PreTrainedModel.forward",
@@ -70,7 +70,7 @@ BASE_FORWARD = Patch(
         "transformers.generation.utils:GenerationMixin._expand_inputs_for_generation",
         "transformers.generation.utils:GenerationMixin._prepare_cache_for_generation",
     ),
-    fingerprints={"5.17.0": "927d71ad08f78ed2", "5.23.0": "62d4651c2de6d184"},
+    fingerprints={"5.17.0": "927d71ad08f78ed2", "5.23.0": "62d4651c2de6d184", "5.24.0": "10a875f6526ddad8"},
 )
 LINEAR = Patch(
     target="peft.tuners.lora.layer:Linear",
@@ -149,7 +149,7 @@ FUSED_NORM = Patch(
         "transformers.models.gemma.modeling_gemma:GemmaRMSNorm._norm",
         "transformers.models.gpt_oss.modeling_gpt_oss:GptOssRMSNorm.forward",
     ),
-    fingerprints={"5.17.0": "509b78896d026243", "5.23.0": "509b78896d026243"},
+    fingerprints={"5.17.0": "509b78896d026243", "5.23.0": "509b78896d026243", "5.24.0": "509b78896d026243"},
 )
 FUSED_MLP = Patch(
     target="transformers.models.llama.modeling_llama:LlamaMLP",
@@ -160,7 +160,7 @@ FUSED_MLP = Patch(
     versions=TRANSFORMERS,
     reason="Activation and product in one kernel, read from the joint projection.",
     relies_on=("transformers.models.llama.modeling_llama:LlamaMLP.forward",),
-    fingerprints={"5.17.0": "3997a4458faa14a5", "5.23.0": "3997a4458faa14a5"},
+    fingerprints={"5.17.0": "3997a4458faa14a5", "5.23.0": "3997a4458faa14a5", "5.24.0": "3997a4458faa14a5"},
 )
 FUSED_ATTENTION = Patch(
     target="transformers.models.llama.modeling_llama:LlamaAttention",
@@ -180,7 +180,7 @@ FUSED_ATTENTION = Patch(
         "transformers.models.llama.modeling_llama:apply_rotary_pos_emb",
         "transformers.models.llama.modeling_llama:rotate_half",
     ),
-    fingerprints={"5.17.0": "84bc9edb5f74ac76", "5.23.0": "84bc9edb5f74ac76"},
+    fingerprints={"5.17.0": "84bc9edb5f74ac76", "5.23.0": "84bc9edb5f74ac76", "5.24.0": "f5b2d110cb3681f9"},
 )
 FUSED_LAYER = Patch(
     target="transformers.models.llama.modeling_llama:LlamaDecoderLayer",
@@ -196,7 +196,7 @@ FUSED_LAYER = Patch(
         "transformers.models.gemma2.modeling_gemma2:Gemma2DecoderLayer.forward",
         "transformers.models.gemma3.modeling_gemma3:Gemma3DecoderLayer.forward",
     ),
-    fingerprints={"5.17.0": "8e9831926507cd78", "5.23.0": "1d656f269fab52d4"},
+    fingerprints={"5.17.0": "8e9831926507cd78", "5.23.0": "1d656f269fab52d4", "5.24.0": "89504fed633c1b27"},
 )
 
 FUSIONS = (FUSED_NORM, FUSED_MLP, FUSED_ATTENTION, FUSED_LAYER)

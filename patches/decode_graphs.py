@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput
 from peft_dist.forward_context import ForwardContext
 from peft_dist.kernels.capture import Capture, CudaCapture, NotCapturableError, refuse_waiting
 from peft_dist.kernels.types import LoRALayerWeights
+from peft_dist.patches.cache_name import CACHE
 from peft_dist.patches.capturable import HandThroughCache, UnreadMask
 from peft_dist.patches.decode_inputs import DecodeInputs, table_width, tile_shape
 from peft_dist.patches.kv_memory import KVMemory
@@ -23,7 +24,7 @@ from peft_dist.patches.paged_cache import PagedCache, PassLayout
 logger = logging.getLogger("peft_dist.patches")
 
 _MOST_GRAPHS = 16
-_READ_FROM_BUFFERS = ("input_ids", "position_ids", "attention_mask", "past_key_values")
+_READ_FROM_BUFFERS = ("input_ids", "position_ids", "attention_mask", CACHE)
 # Settings of a pass that say nothing of its inputs; those that ask for other outputs must not be set.
 _SETTINGS = {"use_cache", "return_dict", "logits_to_keep"}
 _UNSET = {"output_attentions", "output_hidden_states", "output_router_logits"}
@@ -170,7 +171,7 @@ class DecodeGraphs:
         inputs = DecodeInputs(kwargs["input_ids"], kwargs["position_ids"], *_sizes(step))
         inputs.fill(kwargs["input_ids"], kwargs["position_ids"], step.layout, step.row_slots)
         arguments = {**settings, "input_ids": inputs.ids, "position_ids": inputs.positions}
-        arguments["past_key_values"] = HandThroughCache(step.cache.layers)
+        arguments[CACHE] = HandThroughCache(step.cache.layers)
         if kwargs.get("attention_mask") is not None:
             arguments["attention_mask"] = UnreadMask.like(kwargs["attention_mask"])
         caches, outputs = step.cache.paged.caches, list[Any]()

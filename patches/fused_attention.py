@@ -11,6 +11,7 @@ from peft_dist.forward_context import ForwardContext, current
 from peft_dist.kernels import attention as kernels
 from peft_dist.kernels.glue import Glue, Norm
 from peft_dist.patches.attention import ATTENTION_NAME, changes_nothing
+from peft_dist.patches.cache_name import CACHE
 from peft_dist.patches.forms import global_matches, method_matches
 from peft_dist.patches.fused_norm import match_norm
 from peft_dist.patches.fusion import fusion_of, has_hooks
@@ -56,18 +57,17 @@ class FusedAttention(nn.Module):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """``[1, T, hidden_size]`` to the same, and None for the attention weights."""
         context = current()
         glue = fusion_of(self).glue(hidden_states)
-        asked = kwargs | {"attention_mask": attention_mask, "past_key_values": past_key_values}
+        asked = kwargs | {"attention_mask": attention_mask}
         if (
             context is None
             or glue is None
             or position_embeddings is None
-            or past_key_values is not None
+            or kwargs.get(CACHE) is not None
             or not changes_nothing(asked)
             or not _is_plain(self, context)
             or position_embeddings[0].shape[:2] != hidden_states.shape[:2]
@@ -77,7 +77,6 @@ class FusedAttention(nn.Module):
                 hidden_states=hidden_states,
                 position_embeddings=position_embeddings,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 **kwargs,
             )
             return output

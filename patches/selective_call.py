@@ -18,6 +18,7 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTra
 from peft_dist.forward_context import ForwardContext
 from peft_dist.kernels.types import LoRALayerWeights, LoRAPlan
 from peft_dist.patches.attention import ATTENTION_NAME, UnsupportedAttentionError
+from peft_dist.patches.cache_name import CACHE
 from peft_dist.patches.decode_graphs import DecodeGraphs, DecodePass
 from peft_dist.patches.kv_memory import KVMemory, blocks_for
 from peft_dist.patches.paged_cache import PagedCache, PassLayout
@@ -82,7 +83,7 @@ class SelectiveCall:
     def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """One forward pass of the base model."""
         inputs = _inputs(args, kwargs)
-        is_first = not isinstance(kwargs.get("past_key_values"), PagedCache)
+        is_first = not isinstance(kwargs.get(CACHE), PagedCache)
         found = self._paged_cache(kwargs, inputs)
         if found is not None:
             cache, tokens = found
@@ -141,7 +142,7 @@ class SelectiveCall:
 
     def finish(self, result: Any) -> None:
         """Give back as Hugging Face's own what the result keeps of the caches."""
-        kept = getattr(result, "past_key_values", None)
+        kept = getattr(result, CACHE, None)
         for cache in self.caches:
             if cache is kept and isinstance(cache, PagedCache):
                 cache.release()
@@ -162,7 +163,7 @@ class SelectiveCall:
 
     def _paged_cache(self, kwargs: dict[str, Any], inputs: torch.Tensor) -> tuple[PagedCache, np.ndarray] | None:
         """The paged cache to use in this pass and which inputs are tokens; None leaves both to Hugging Face."""
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(CACHE)
         rows, steps = inputs.shape[:2]
         if isinstance(cache, PagedCache):
             if self._can_page(kwargs):

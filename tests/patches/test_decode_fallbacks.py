@@ -15,6 +15,7 @@ from transformers import GenerationMixin
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaRotaryEmbedding
 
 import peft_dist
+from peft_dist.patches.cache_name import CACHE
 from peft_dist.patches.decode_graphs import DecodeGraphs
 from tests.patches import oracle
 from tests.patches.captures import NEW, assert_same, call, patched
@@ -53,7 +54,7 @@ def model_that_reads_the_length(model: PeftModel, patch: pytest.MonkeyPatch) -> 
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        kwargs["past_key_values"].get_seq_length()
+        kwargs[CACHE].get_seq_length()
         return original(self, *args, **kwargs)
 
     patch.setattr(LlamaForCausalLM, "forward", forward)

@@ -257,6 +257,6 @@ def test_keys_and_values_of_two_shapes(
     call = {**oracle.inputs(), "adapter_names": oracle.NAMES, "max_new_tokens": 4}
     answer = expected.generate(**call)
     update = PagedCache.update
-    monkeypatch.setattr(PagedCache, "update", lambda self, key, value, *a: update(self, key, value[..., :4], *a))
+    monkeypatch.setattr(PagedCache, "update", lambda self, k, v, *a, **more: update(self, k, v[..., :4], *a, **more))
     assert torch.equal(model.generate(**call), answer)
     assert lines(log, "one shape") == 1
