@@ -15,6 +15,7 @@ from peft_dist import cli_adapters
 from peft_dist.cli_checks import check_adapters, check_file_limit, check_names, check_port_file
 from peft_dist.core.collector import freeze_heap
 from peft_dist.core.config import EngineConfig, check_pinned
+from peft_dist.core.errors import ConfigError
 from peft_dist.core.waiting import StopSignals, unless
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ async def _prepare(settings: ServeSettings, service: EngineService, unread: Unre
     await cli_adapters.load_all(settings, service)
     tokenizer = await asyncio.to_thread(_load_tokenizer, service.model.tokenizer, settings.engine)
     options = settings.http
-    if tokenizer is not None:
+    if tokenizer is not None or settings.generation_config == "auto":
         options = await asyncio.to_thread(_with_sampling_defaults, settings)
     return build_app(service, tokenizer, options, unread)
 
@@ -156,7 +157,13 @@ def _with_sampling_defaults(settings: ServeSettings) -> ServerOptions:
     """As of ``--generation-config``."""
     from peft_dist.api.sampling_defaults import in_words, recommended
 
-    found = recommended(settings.engine.model, settings.engine.revision)
+    try:
+        found = recommended(settings.engine.model, settings.engine.revision)
+    except ConfigError as error:
+        if settings.generation_config == "auto":
+            raise
+        logger.warning("%s", error)
+        return settings.http
     if settings.generation_config == "auto":
         logger.info("Sampling  %s, where requests say nothing", in_words(found) or "OpenAI's defaults")
         return replace(settings.http, sampling_defaults=found)

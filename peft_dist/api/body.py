@@ -96,8 +96,8 @@ class BodyMiddleware:
 
     def _refusal(self, path: str, headers: Headers) -> ApiError | None:
         content_type = headers.get("content-type", "")
-        if not content_type and path.startswith(ADMIN_PREFIX) and _is_empty(headers):
-            # Nothing need be said there, and a page from elsewhere is refused by its origin.
+        if not content_type and path.startswith(ADMIN_PREFIX) and _is_empty_and_no_pages(headers):
+            # Nothing need be said there, but by a page, which could send it without asking whether it may.
             return None
         if not _is_json(content_type):
             got = f"not {content_type!a}" if content_type else "the header is missing"
@@ -149,8 +149,9 @@ def _unsupported(message: str) -> ApiError:
     return ApiError(415, message, code="unsupported_media_type")
 
 
-def _is_empty(headers: Headers) -> bool:
-    return "transfer-encoding" not in headers and headers.get("content-length", "0") == "0"
+def _is_empty_and_no_pages(headers: Headers) -> bool:
+    has_body = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
+    return not has_body and "origin" not in headers
 
 
 def _is_json(content_type: str) -> bool:

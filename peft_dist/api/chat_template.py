@@ -87,8 +87,10 @@ def render_chat(
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        problem = "a template variable holds half of a surrogate pair: send valid Unicode"
-        raise InvalidRequestError(problem, "chat_template_kwargs") from error
+        # Content was looked at when it was read; what else there is was not.
+        calls = any(message.tool_calls for message in messages)
+        param = "tools" if tools else "messages" if calls else "chat_template_kwargs"
+        raise InvalidRequestError(f"{param} holds half of a surrogate pair: send valid Unicode", param) from error
     return text
 
 

@@ -88,6 +88,8 @@ class PromptReader:
         if self._tokenizer is None:
             raise InvalidRequestError("this model has no tokenizer: use /v1/completions with token ids", "messages")
         size = sum(len(message.content or "") for message in messages)
+        size += sum(len(call.function.arguments) for message in messages for call in message.tool_calls or ())
+        size += sum(len(repr(tool.function)) for tool in tools or ())
         return await self._run(size, lambda: self._encode_chat(messages, writing, tools))
 
     def _encode_chat(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic import Field, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from peft_dist.api.strict import Strict
@@ -42,17 +42,21 @@ class NamedToolChoice(Strict):
 
 
 def _parse_choice(value: object) -> object:
-    # Checked by hand: of a union the field would be named with the type that did not fit.
-    if value is None or isinstance(value, dict) or (isinstance(value, str) and value in _CHOICES):
+    # By hand: of a union the field would be named with the type that did not fit.
+    if value is None or (isinstance(value, str) and value in _CHOICES):
         return value
+    if isinstance(value, dict) and value.get("type") == "function" and isinstance(value.get("function"), dict):
+        name = value["function"].get("name")
+        if isinstance(name, str):
+            return NamedToolChoice(type="function", function=NamedFunction(name=name))
     choices = ", ".join(map(repr, _CHOICES))
     problem = f"it must be {choices} or {{'type': 'function', 'function': {{'name': ...}}}}"
-    raise PydanticCustomError("tool_choice", problem.replace("{", "{{").replace("}", "}}"))
+    raise PydanticCustomError("tool_choice", "{problem}", {"problem": problem})
 
 
 ToolChoice = Annotated[
     NamedToolChoice | str | None,
-    BeforeValidator(_parse_choice),
+    PlainValidator(_parse_choice),
     WithJsonSchema({"anyOf": [{"enum": [*_CHOICES, None]}, NamedToolChoice.model_json_schema()]}),
 ]
 

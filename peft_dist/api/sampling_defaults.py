@@ -21,18 +21,21 @@ def recommended(source: str, revision: str | None = None) -> dict[str, Any]:
         source: Folder or hub id of the base model.
 
     Raises:
-        ConfigError: the file holds what no request could ask for.
+        ConfigError: the file holds what no request could ask for, or there is no such model.
     """
     # Slow to import, and whoever has no tokenizer needs nothing else of it.
     from transformers.utils import cached_file
 
-    path = cached_file(
-        source,
-        FILE,
-        revision=revision,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    try:
+        path = cached_file(
+            source,
+            FILE,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError as error:
+        raise ConfigError(f"{FILE} of {source!r} cannot be looked for ({error}): correct the model's name") from error
     if path is None:
         return {}
     try:

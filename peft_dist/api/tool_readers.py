@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ _DECODER = json.JSONDecoder()
 _BEGIN, _END = "<tool_call>", "</tool_call>"
 _PYTHON_TAG = "<|python_tag|>"
 _NO_JSON = (ValueError, RecursionError)
+_NOT_JSON = ("<function=", "<arg_key>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,36 +59,53 @@ class NamedReader:
 
 
 class ArrayReader:
-    """The whole text is an array of objects with a name and parameters. One that is cut off is left out."""
+    """The whole text is an array of objects with a name and parameters. One that is cut off is left out.
+
+    Each character is looked at once: an object is parsed when its last brace has come.
+    """
 
     def __init__(self) -> None:
-        self._text = ""
+        self._pieces: list[str] = []
+        self._depth = 0
+        self._in_string = self._is_escaped = False
         self._count = 0
 
     def feed(self, text: str) -> list[Said]:
-        self._text += text
         found: list[Said] = []
-        # An object can only have ended where one of these has come.
-        while "}" in text:
-            rest = self._text.lstrip(" \t\r\n[,")
-            try:
-                value, end = _DECODER.raw_decode(rest)
-            except _NO_JSON:
-                break
-            self._text = rest[end:]
-            if (call := _call(value, self._count)) is not None:
-                self._count += 1
-                found.append(call)
+        start = 0
+        for place, character in enumerate(text):
+            if self._in_string:
+                self._in_string = character != '"' or self._is_escaped
+                self._is_escaped = character == "\\" and not self._is_escaped
+            elif character == '"':
+                self._in_string = True
+            elif character == "{":
+                if not self._depth:
+                    start = place
+                self._depth += 1
+            elif character == "}" and self._depth:
+                self._depth -= 1
+                if not self._depth:
+                    found += self._call("".join([*self._pieces, text[start : place + 1]]))
+                    self._pieces, start = [], place + 1
+        if self._depth:
+            self._pieces.append(text[start:])
         return found
 
     def end(self) -> list[Said]:
         return []
 
+    def _call(self, text: str) -> list[Said]:
+        call = _called(text, self._count)
+        self._count += call is not None
+        return [] if call is None else [call]
+
 
 class HermesReader:
     """Calls stand in tags, text between them is content. What is no call in a tag is content, tag and all."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: Container[str]) -> None:
+        self._names = names
         self._text = ""
         self._inside = False
         self._count = 0
@@ -122,7 +140,7 @@ class HermesReader:
         found: list[Said] = []
         for one in value if isinstance(value, list) else [value]:
             call = _call(one, self._count + len(found))
-            if call is None:
+            if call is None or call.name not in self._names:
                 return [raw]
             found.append(call)
         self._count += len(found)
@@ -132,7 +150,8 @@ class HermesReader:
 class LlamaReader:
     """Calls are the whole answer, or there are none. Nobody knows which before its end where it begins like one."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: Container[str]) -> None:
+        self._names = names
         self._text = ""
         self._is_content = False
 
@@ -157,32 +176,46 @@ class LlamaReader:
             except _NO_JSON:
                 return [self._text]
             call = _call(value, len(found))
-            if call is None:
+            if call is None or call.name not in self._names:
                 return [self._text]
             found.append(call)
             rest = rest[end:].lstrip("; \t\r\n")
         return found or _content(self._text)
 
 
-READERS: Mapping[str, Callable[[], ToolReader]] = {"hermes": HermesReader, "llama3_json": LlamaReader}
+READERS: Mapping[str, Callable[[Container[str]], ToolReader]] = {"hermes": HermesReader, "llama3_json": LlamaReader}
+"""Made with the names of the functions that can be called: what names another one is no call."""
 
 
 def reader_for(template: str) -> str | None:
     """The name of the reader whose way of writing a chat template shows; None: it shows none that is known."""
     if _BEGIN in template:
-        return "hermes"
+        # Some write no JSON between the tags.
+        return None if any(mark in template for mark in _NOT_JSON) else "hermes"
     return "llama3_json" if _PYTHON_TAG in template or '"parameters": dictionary' in template else None
+
+
+def _called(text: str, index: int) -> CallDelta | None:
+    try:
+        return _call(json.loads(text), index)
+    except _NO_JSON:
+        return None
 
 
 def _call(value: Any, index: int) -> CallDelta | None:
     """What an object calls; None for one that calls nothing."""
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         return None
-    arguments = value.get("arguments", value.get("parameters", {}))
-    if not isinstance(arguments, (dict, str)):
+    arguments = value.get("arguments", value.get("parameters"))
+    if isinstance(arguments, str):
+        # Written twice. The text must be an object's all the same: it comes back in the next turn.
+        try:
+            return CallDelta(index, value["name"], arguments) if isinstance(json.loads(arguments), dict) else None
+        except _NO_JSON:
+            return None
+    if not isinstance(arguments, dict):
         return None
-    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-    return CallDelta(index, value["name"], text)
+    return CallDelta(index, value["name"], json.dumps(arguments, ensure_ascii=False))
 
 
 def _content(text: str) -> list[Said]:

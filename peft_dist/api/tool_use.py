@@ -12,6 +12,8 @@ from peft_dist.api.protocol_tools import NamedToolChoice, Tool, ToolChoice
 from peft_dist.api.tool_readers import READERS, ArrayReader, CallDelta, NamedReader, ToolReader
 from peft_dist.core.errors import InvalidRequestError
 
+# Under these stand values, not schemas.
+_VALUES = frozenset({"const", "enum", "default", "examples"})
 # Blanks as chat templates write them, and no more: small models write blanks to the end of their length.
 _SPACING = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
 
@@ -71,7 +73,8 @@ class ToolUse:
                 "tool_choice 'required' or a function's name",
                 "tool_choice",
             )
-        return cls(READERS[reader], most=most)
+        known = frozenset(tool.function.name for tool in tools)
+        return cls(lambda: READERS[reader](known), most=most)
 
 
 class CallsOfChoice:
@@ -124,7 +127,8 @@ def _check_names(tools: Sequence[Tool]) -> None:
 
 
 def _parameters(tool: Tool) -> dict[str, Any]:
-    return tool.function.parameters or {"type": "object"}
+    # Arguments are an object, whether or not the schema says so.
+    return {"type": "object", **(tool.function.parameters or {})}
 
 
 def _array(tools: Sequence[Tool], most: int | None) -> dict[str, Any]:
@@ -145,7 +149,8 @@ def _moved(schema: Any, root: str) -> Any:
         return [_moved(one, root) for one in schema]
     if not isinstance(schema, dict):
         return schema
-    moved = {key: _moved(value, root) for key, value in schema.items()}
+    # An id of its own would have references be from there again.
+    moved = {key: value if key in _VALUES else _moved(value, root) for key, value in schema.items() if key != "$id"}
     reference = schema.get("$ref")
     if isinstance(reference, str) and reference.startswith("#"):
         moved["$ref"] = root + reference[1:]

@@ -135,12 +135,16 @@ def test_some_function_must_be_called(api: openai.OpenAI, engine: ScriptedClient
 
 
 def test_references_of_parameters_are_from_where_they_stand() -> None:
-    schema = {"type": "object", "properties": {"a": {"$ref": "#/$defs/A"}, "b": {"$ref": "#"}}, "$defs": {"A": {}}}
+    schema = {"$id": "https://x.example/y", "properties": {"a": {"$ref": "#/$defs/A"}, "b": {"$ref": "#"}},
+              "$defs": {"A": {"const": {"$ref": "#"}}}}  # fmt: skip
     tools = [Tool.model_validate({"type": "function", "function": {"name": n, "parameters": schema}}) for n in "fg"]
     use = ToolUse.of(tools, "required", False, None)
     assert use is not None and use.schema is not None and use.schema["maxItems"] == 1
     for index, one in enumerate(use.schema["items"]["anyOf"]):
-        found = one["properties"]["parameters"]["properties"]
+        parameters = one["properties"]["parameters"]
+        assert parameters["type"] == "object" and "$id" not in parameters
+        assert parameters["$defs"] == schema["$defs"], "a value is none of the schema's references"
+        found = parameters["properties"]
         root = f"#/items/anyOf/{index}/properties/parameters"
         assert (found["a"], found["b"]) == ({"$ref": f"{root}/$defs/A"}, {"$ref": root})
 
@@ -155,6 +159,8 @@ def test_references_of_parameters_are_from_where_they_stand() -> None:
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [], "tool_choice": "required"}, "tool_choice"),
         ({"tools": [TIME], "tool_choice": "any"}, "tool_choice"),
+        ({"tools": [TIME], "tool_choice": {"type": "function"}}, "tool_choice"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "description": "\ud800"}}]}, "tools"),
         ({"tools": [TIME], "tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
         ({"tools": [TIME], "tool_choice": "required", "response_format": {"type": "json_object"}}, "tool_choice"),
         ({"messages": [{"role": "user", "content": "x", "tool_calls": [{"function": {"name": "f", "arguments": ""}}]}]},
@@ -167,7 +173,9 @@ def test_references_of_parameters_are_from_where_they_stand() -> None:
 )  # fmt: skip
 def test_what_cannot_be_asked_is_named(engine: ScriptedClient, fields: Any, param: str) -> None:
     with serving(engine, ServerOptions(chat_template=TEMPLATE)) as url:
-        answer = httpx.post(url + CHAT, json={"model": BASE, "messages": HELLO, **fields})
+        # As ASCII, which can write half of a surrogate pair.
+        content = json.dumps({"model": BASE, "messages": HELLO, **fields})
+        answer = httpx.post(url + CHAT, content=content, headers={"Content-Type": "application/json"})
     assert answer.status_code == 400 and answer.json()["error"]["param"] == param, answer.text
     assert not engine.requests
 

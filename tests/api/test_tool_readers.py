@@ -62,34 +62,45 @@ def test_hermes(data: st.DataObject, calls: list[tuple[str, Any]], words: list[s
     text = words[0] + "".join(f"<tool_call>\n{block}\n</tool_call>{words[i + 1]}" for i, block in enumerate(blocks))
     if not closes:
         text, words[len(blocks)] = text[: text.rindex("</tool_call>")], ""
-    content, found = read(HermesReader(), data.draw(cut(text)))
+    content, found = read(HermesReader({name for name, _ in calls}), data.draw(cut(text)))
     assert content == "".join(words[: len(blocks) + 1]) and parsed(found) == calls
 
 
 @pytest.mark.parametrize(
-    "inside", ["no json", '{"arguments": {}}', '{"name": 5}', "[1]", '{"name": "f", "arguments": 3}', "[" * 100_000]
+    "inside",
+    [
+        "no json",
+        '{"arguments": {}}',
+        '{"name": 5}',
+        "[1]",
+        '{"name": "f", "arguments": 3}',
+        "[" * 100_000,
+        '{"name": "f"}',
+        '{"name": "f", "arguments": "hello"}',
+        '{"name": "g", "arguments": {}}',
+    ],
 )
 def test_what_is_no_call_stays_text(inside: str) -> None:
     text = f"see <tool_call>{inside}</tool_call> there"
-    assert read(HermesReader(), [text]) == (text, [])
+    assert read(HermesReader({"f"}), [text]) == (text, [])
     cut_off = f"see <tool_call>{inside}"
-    assert read(HermesReader(), [cut_off]) == (cut_off, [])
+    assert read(HermesReader({"f"}), [cut_off]) == (cut_off, [])
 
 
 def test_hermes_takes_several_calls_of_one_tag() -> None:
-    text = '<tool_call>[{"name": "f", "arguments": {"a": 1}}, {"name": "g"}]</tool_call>'
-    assert read(HermesReader(), [text]) == ("", [("f", '{"a": 1}'), ("g", "{}")])
+    text = '<tool_call>[{"name": "f", "arguments": {"a": 1}}, {"name": "g", "parameters": "{}"}]</tool_call>'
+    assert read(HermesReader({"f", "g"}), [text]) == ("", [("f", '{"a": 1}'), ("g", "{}")])
 
 
 def test_text_is_held_back_only_while_it_may_become_a_tag() -> None:
-    reader = HermesReader()
+    reader = HermesReader({"f"})
     assert reader.feed("a < b <tool") == ["a < b "] and reader.feed("box") == ["<toolbox"]
 
 
 @given(st.data(), CALLS, st.sampled_from(["; ", ";", "\n"]), st.sampled_from(["", "<|python_tag|>", " \n"]))
 def test_llama(data: st.DataObject, calls: list[tuple[str, Any]], between: str, before: str) -> None:
     text = before + between.join(json.dumps({"name": name, "parameters": given}) for name, given in calls)
-    content, found = read(LlamaReader(), data.draw(cut(text)))
+    content, found = read(LlamaReader({name for name, _ in calls}), data.draw(cut(text)))
     assert content == "" and parsed(found) == calls
 
 
@@ -97,8 +108,8 @@ def test_llama(data: st.DataObject, calls: list[tuple[str, Any]], between: str, 
     "text", ["hello", '{"a": 1}', '{"name": "f"', "<|pyth", " ", "", '{"name": "f"} and', "{" * 100_000]
 )
 def test_an_answer_that_is_no_call_is_text(text: str) -> None:
-    assert read(LlamaReader(), [text]) == (text, [])
-    assert read(LlamaReader(), list(text[:50])) == (text[:50], [])
+    assert read(LlamaReader({"f"}), [text]) == (text, [])
+    assert read(LlamaReader({"f"}), list(text[:50])) == (text[:50], [])
 
 
 @given(st.data(), CALLS)
@@ -123,9 +134,22 @@ def test_arguments_of_a_named_function(data: st.DataObject, text: str) -> None:
         ("{{ '<tool_call>' }}", "hermes"),
         ('Respond in the format {"name": function name, "parameters": dictionary of argument name}', "llama3_json"),
         ("{{ '<|python_tag|>' }}", "llama3_json"),
+        ("<tool_call>\n<function=name>", None),
         ("{{ messages }}", None),
         ("", None),
     ],
 )
 def test_a_template_shows_how_its_model_calls(template: str, name: str | None) -> None:
     assert reader_for(template) == name
+
+
+def test_a_long_array_is_looked_at_once() -> None:
+    """As many braces as there are pieces: what is parsed is parsed when it is whole."""
+    inner = '{"k": "}{"}'
+    pieces = ['[{"name": "f", "parameters": {"a": ["\\\\"', *[f", {inner}"] * 3000, "]}}]"]
+    reader, said = ArrayReader(), []
+    for piece in pieces:
+        said += reader.feed(piece)
+        assert len(said) == (piece == pieces[-1])
+    [call] = said
+    assert isinstance(call, CallDelta) and len(json.loads(call.arguments)["a"]) == 3001
