@@ -14,18 +14,23 @@ if TYPE_CHECKING:
 logger = logging.getLogger("peft_dist.serve")
 
 
-async def load_all(settings: ServeSettings, service: EngineService) -> None:
+async def load_all(settings: ServeSettings, service: EngineService) -> list[str]:
     """Load what was named, and what is in the adapter folder, of which any may be refused but those to be pinned.
+
+    Returns:
+        Names of what was refused.
 
     Raises:
         AdapterError: one that was named is refused.
     """
+    refused = []
     for name, path in settings.adapters:
         await _load(settings, service, name, path, allow_hub=True)
     folder = settings.http.adapter_dir
     for weights in [] if folder is None else sorted(folder.glob("*/adapter_model.*")):
         if not (weights.parent / "adapter_config.json").exists():
             logger.error("Not served: %s has no adapter_config.json beside %s", weights.parent, weights.name)
+            refused.append(weights.parent.name)
     for name, root in of_folder(settings):
         try:
             await _load(settings, service, name, name, root=root)
@@ -33,6 +38,8 @@ async def load_all(settings: ServeSettings, service: EngineService) -> None:
             if name in settings.engine.pinned_adapters:
                 raise
             logger.error("Not served: %s", error)
+            refused.append(name)
+    return refused
 
 
 def of_folder(settings: ServeSettings) -> list[tuple[str, str]]:

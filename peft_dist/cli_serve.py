@@ -145,12 +145,12 @@ async def _prepare(settings: ServeSettings, service: EngineService, unread: Unre
         # The import takes as long as a small model takes to load: both at once.
         starting.append(asyncio.to_thread(_import_auto_tokenizer))
     await asyncio.gather(*starting)
-    await cli_adapters.load_all(settings, service)
+    refused = await cli_adapters.load_all(settings, service)
     tokenizer = await asyncio.to_thread(_load_tokenizer, service.model.tokenizer, settings.engine)
     options = settings.http
     if tokenizer is not None or settings.generation_config == "auto":
         options = await asyncio.to_thread(_with_sampling_defaults, settings)
-    return build_app(service, tokenizer, options, unread)
+    return build_app(service, tokenizer, options, unread, refused)
 
 
 def _with_sampling_defaults(settings: ServeSettings) -> ServerOptions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -34,7 +35,11 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 def build_app(
-    client: EngineClient, tokenizer: Any | None, options: ServerOptions | None = None, unread: UnreadWatch | None = None
+    client: EngineClient,
+    tokenizer: Any | None,
+    options: ServerOptions | None = None,
+    unread: UnreadWatch | None = None,
+    not_served: Sequence[str] = (),
 ) -> FastAPI:
     """The application that answers for ``client``.
 
@@ -43,11 +48,12 @@ def build_app(
         tokenizer: A Hugging Face tokenizer, or None for a model without one (prompts are then token ids).
         options: Keys, folders and limits.
         unread: Of the connections to it, for the metrics.
+        not_served: Names of adapters that were to be served from the start, and were refused.
 
     Run it with uvicorn's ``proxy_headers`` off: who is on this machine must not depend on a header.
     """
     options = options or ServerOptions()
-    state = ServerState(client, tokenizer, options, unread or UnreadWatch(options.unread_timeout))
+    state = ServerState(client, tokenizer, options, unread or UnreadWatch(options.unread_timeout), not_served)
     app = FastAPI(title="peft_dist", version=peft_dist.__version__, redirect_slashes=False)
     of_prompts = (completions_router, chat_router, token_ids_router)
     for router in (*of_prompts, models_router, adapters_router, admin_router, system_router):

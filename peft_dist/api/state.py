@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from peft_dist.api.detokenizer import Decoders
@@ -23,11 +24,17 @@ class ServerState:
     """The engine client, the tokenizer (None for a model without one) and the options of one application."""
 
     def __init__(
-        self, client: EngineClient, tokenizer: Any | None, options: ServerOptions, unread: UnreadWatch
+        self,
+        client: EngineClient,
+        tokenizer: Any | None,
+        options: ServerOptions,
+        unread: UnreadWatch,
+        not_served: Sequence[str] = (),
     ) -> None:
         self.client = client
         self.tokenizer = tokenizer
         self.options = options
+        self._not_served = not_served
         self.metrics = ServerMetrics(client, options.metrics_max_adapters, unread)
         self.prompts = PromptReader(tokenizer, options)
         self.structures = StructureChecks(tokenizer, client.model.eos_token_ids)
@@ -40,6 +47,11 @@ class ServerState:
     def model(self) -> ModelInfo:
         """What the replica told of the base model."""
         return self.client.model
+
+    def not_served(self) -> list[str]:
+        """Names of adapters that were refused at the start, and have not been loaded since."""
+        served = {spec.name for spec in self.client.adapters()}
+        return sorted(name for name in set(self._not_served) if name not in served)
 
     def check_alive(self) -> None:
         """Raises EngineDeadError when nothing can be generated now."""

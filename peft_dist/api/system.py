@@ -50,6 +50,7 @@ def _told(state: ServerState) -> dict[str, Any]:
         "replicas": {str(view.replica_id): view.state for view in views},
         "refused": refused,
         "missing": missing,
+        "not_served": state.not_served(),
     }
 
 

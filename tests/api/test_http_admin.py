@@ -86,7 +86,7 @@ def test_it_takes_the_admin_key_or_this_machine(path: str) -> None:
 def test_ready_while_enough_replicas_serve_everything(
     engine: ScriptedClient, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = {"status": "ok", "replicas": {"0": "ready"}, "refused": {}, "missing": []}
+    told = {"status": "ok", "replicas": {"0": "ready"}, "refused": {}, "missing": [], "not_served": []}
     assert http.get("/health").json() == told
     assert http.get("/ready").json() == {**told, "serving": 1, "of": 1}
     assert error_of(http.get("/ready?replicas=2"), 503)["message"] == "1 of 1 replicas serve, 2 asked for."
@@ -130,7 +130,13 @@ def test_adapters_that_replicas_refused_are_told_and_those_that_nobody_holds_are
     refused = {"hash-sql": "/secret/path is damaged", "hash-unloaded": "it is damaged"}
     views: list[Any] = [replace(view, refused=refused), replace(view, replica_id=1)]
     monkeypatch.setattr(engine, "replicas", lambda: views)
-    told = {"status": "degraded", "replicas": {"0": "ready", "1": "ready"}, "refused": {"0": ["sql"]}, "missing": []}
+    told = {
+        "status": "degraded",
+        "replicas": {"0": "ready", "1": "ready"},
+        "refused": {"0": ["sql"]},
+        "missing": [],
+        "not_served": [],
+    }
     assert http.get("/health").json() == told
     # The other one has it: nobody is refused, and a probe stays content.
     assert http.get("/ready").json() == http.get("/ready?adapters=all").json() == {**told, "serving": 1, "of": 2}

@@ -127,6 +127,11 @@ def test_it_serves_adapters_behind_keys_and_never_tells_the_keys(tmp_path: Path)
         models = httpx.get(f"{server.url}/v1/models", headers={"Authorization": "Bearer key-of-anna"}).json()["data"]
         assert [model["id"] for model in models] == ["tiny", "sql", "json"]
         assert models[1]["root"] == str(sql)
+        assert httpx.get(f"{server.url}/health").json()["not_served"] == ["bare", "broken"]
+        (folder / "broken" / "adapter_config.json").write_text("whole")
+        mended = {"lora_name": "broken", "lora_path": "broken"}
+        assert server.post("/v1/load_lora_adapter", mended, "key-of-boss").status_code == 200
+        assert httpx.get(f"{server.url}/health").json()["not_served"] == ["bare"]
         load = {"lora_name": "json2", "lora_path": "json"}
         assert server.post("/v1/load_lora_adapter", load, "key-of-ben").status_code in (401, 403)
         assert server.post("/v1/load_lora_adapter", load, "key-of-boss").status_code == 200
@@ -135,6 +140,7 @@ def test_it_serves_adapters_behind_keys_and_never_tells_the_keys(tmp_path: Path)
         worker = Path(f"/proc/{server.children()[0]}/environ").read_bytes()
         assert server.stop() == 0
         assert "broken" in server.log and "sql (rank 8)" in server.log
+        assert "bare has no adapter_config.json beside adapter_model.safetensors" in server.log
         for key in ("key-of-anna", "key-of-ben", "key-of-boss"):
             assert not re.search(rf"\b{key}\b", server.log) and key.encode() not in worker
 
