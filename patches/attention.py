@@ -10,6 +10,7 @@ from transformers import AttentionInterface
 
 from peft_dist.forward_context import ForwardContext, current
 from peft_dist.kernels import attention as kernels
+from peft_dist.patches.cache_name import NAMES
 
 ATTENTION_NAME = "pd_paged"
 
@@ -17,13 +18,12 @@ ATTENTION_NAME = "pd_paged"
 # the context's metadata, rotary embeddings are already in query and key. Everything else is refused when set.
 _WITHOUT_EFFECT = frozenset(
     {
-        "cache",
+        *NAMES,
         "cache_position",
         "logits_to_keep",
         "num_items_in_batch",
         "output_hidden_states",
         "output_router_logits",
-        "past_key_values",
         "position_embeddings",
         "position_ids",
         "return_dict",

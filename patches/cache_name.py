@@ -6,4 +6,8 @@ from importlib.metadata import version
 
 from packaging.version import Version
 
-CACHE = "cache" if Version(version("transformers")) >= Version("5.24.dev0") else "past_key_values"
+_OLD, _NEW = "past_key_values", "cache"
+CACHE = _NEW if Version(version("transformers")) >= Version("5.24.dev0") else _OLD
+"""As the installed version has it."""
+NAMES = frozenset({_OLD, CACHE})
+"""By which it may come: a newer version still takes the old one."""

@@ -11,7 +11,7 @@ from peft_dist.forward_context import ForwardContext, current
 from peft_dist.kernels import attention as kernels
 from peft_dist.kernels.glue import Glue, Norm
 from peft_dist.patches.attention import ATTENTION_NAME, changes_nothing
-from peft_dist.patches.cache_name import CACHE
+from peft_dist.patches.cache_name import NAMES
 from peft_dist.patches.forms import global_matches, method_matches
 from peft_dist.patches.fused_norm import match_norm
 from peft_dist.patches.fusion import fusion_of, has_hooks
@@ -67,7 +67,7 @@ class FusedAttention(nn.Module):
             context is None
             or glue is None
             or position_embeddings is None
-            or kwargs.get(CACHE) is not None
+            or any(kwargs.get(name) is not None for name in NAMES)
             or not changes_nothing(asked)
             or not _is_plain(self, context)
             or position_embeddings[0].shape[:2] != hidden_states.shape[:2]

@@ -157,14 +157,15 @@ def _with_sampling_defaults(settings: ServeSettings) -> ServerOptions:
     """As of ``--generation-config``."""
     from peft_dist.api.sampling_defaults import in_words, recommended
 
+    follows = settings.generation_config == "auto"
     try:
-        found = recommended(settings.engine.model, settings.engine.revision)
+        found = recommended(settings.engine.model, settings.engine.revision, only_local=not follows)
     except ConfigError as error:
-        if settings.generation_config == "auto":
+        if follows:
             raise
         logger.warning("%s", error)
         return settings.http
-    if settings.generation_config == "auto":
+    if follows:
         logger.info("Sampling  %s, where requests say nothing", in_words(found) or "OpenAI's defaults")
         return replace(settings.http, sampling_defaults=found)
     if found:

@@ -14,11 +14,12 @@ FILE = "generation_config.json"
 _NAMES = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
-def recommended(source: str, revision: str | None = None) -> dict[str, Any]:
+def recommended(source: str, revision: str | None = None, *, only_local: bool = False) -> dict[str, Any]:
     """Sampling parameters by name; empty where there is no such file, or it says nothing of them.
 
     Args:
         source: Folder or hub id of the base model.
+        only_local: Of a hub id look at what was downloaded with the model, and ask nobody.
 
     Raises:
         ConfigError: the file holds what no request could ask for, or there is no such model.
@@ -31,6 +32,7 @@ def recommended(source: str, revision: str | None = None) -> dict[str, Any]:
             source,
             FILE,
             revision=revision,
+            local_files_only=only_local,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )

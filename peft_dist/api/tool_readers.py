@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -224,5 +224,5 @@ def _content(text: str) -> list[Said]:
 
 def _overlap(text: str, tag: str) -> int:
     """Characters at the end of ``text`` that ``tag`` begins with."""
-    sizes: Iterable[int] = range(min(len(text), len(tag) - 1), 0, -1)
+    sizes = range(min(len(text), len(tag) - 1), 0, -1)
     return next((size for size in sizes if text.endswith(tag[:size])), 0)

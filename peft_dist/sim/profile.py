@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -128,15 +129,21 @@ class CostProfile:
             raise ConfigError(f"profile {path} is no JSON: {error}") from error
         if not isinstance(document, dict) or document.pop("peft_dist_profile", None) != FORMAT:
             raise ConfigError(f"{path} is no profile of format {FORMAT}: write it with scripts/profile_costs.py")
+        return cls.of(document, f"profile {path}")
+
+    @classmethod
+    def of(cls, told: Mapping[str, Any], where: str) -> CostProfile:
+        """What ``asdict`` gave, back from JSON. ``where``: What errors call it. Raises ConfigError."""
+        rest = dict(told)
         try:
-            costs: dict[str, Any] = document.pop("costs")
+            costs: dict[str, Any] = rest.pop("costs")
             pairs: dict[str, Any] = {
                 key: tuple(value) if isinstance(value, list) else value for key, value in costs.items()
             }
-            sizes: dict[str, Any] = {name: tuple(document.pop(name, ())) for name in _SIZES}
-            return cls(costs=CostPrior(**pairs), **sizes, **document)
+            sizes: dict[str, Any] = {name: tuple(rest.pop(name, ())) for name in _SIZES}
+            return cls(costs=CostPrior(**pairs), **sizes, **rest)
         except (KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"profile {path} is broken ({error!r}): measure it again") from error
+            raise ConfigError(f"{where} is broken ({error!r}): measure it again") from error
 
 
 def names() -> list[str]:

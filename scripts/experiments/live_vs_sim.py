@@ -158,11 +158,16 @@ def side_by_side(records: Sequence[RequestRecord], simulated: SimulationResult) 
         **found,
         "requests": len(records),
         "simulated_over_live": ratios(found["simulated"], found["live"]),
-        "simulated_merged_share": sum(r.merged_steps for r in simulated.replicas)
-        / max(1, sum(r.steps for r in simulated.replicas)),
+        "simulated_merged_share": simulated_merged_share(simulated),
         "simulated_switches": sum(r.switches for r in simulated.replicas),
         "simulated_migration": asdict(simulated.migration),
     }
+
+
+def simulated_merged_share(result: SimulationResult) -> float:
+    """Of all replicas' steps."""
+    merged = sum(replica.merged_steps for replica in result.replicas)
+    return merged / max(1, sum(replica.steps for replica in result.replicas))
 
 
 def ratios(simulated: Mapping[str, Any], live: Mapping[str, Any]) -> dict[str, dict[str, float]]:

@@ -22,20 +22,12 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.report import write_result
 
-from experiments.live_vs_sim import num_requests, over_seeds, ratios, words, workload
-from peft_dist.core.cost_model import CostPrior
+from experiments.live_vs_sim import num_requests, over_seeds, ratios, simulated_merged_share, words, workload
 from peft_dist.runner.step_variants import captured_sizes
 from peft_dist.sim.experiment import simulate
 from peft_dist.sim.options import SimulationOptions
 from peft_dist.sim.profile import CostProfile
 from peft_dist.workload.records import summarize
-
-
-def profile_of(figures: Mapping[str, Any]) -> CostProfile:
-    """The one that a result was simulated by."""
-    told = {key: tuple(value) if isinstance(value, list) else value for key, value in figures["profile"].items()}
-    costs = {key: tuple(value) if isinstance(value, list) else value for key, value in told.pop("costs").items()}
-    return CostProfile(costs=CostPrior(**costs), **told)
 
 
 def options_of(figures: Mapping[str, Any]) -> tuple[argparse.Namespace, list[str], SimulationOptions]:
@@ -65,10 +57,9 @@ def again(figures: Mapping[str, Any], profile: CostProfile) -> list[dict[str, An
                     f"{run['requests']} requests live, {len(result.records)} by the settings: not the same"
                 )
             virtual = asdict(summarize(result.records))
-            merged = sum(r.merged_steps for r in result.replicas) / max(1, sum(r.steps for r in result.replicas))
             runs.append({
                 "seed": run["seed"], "simulated_over_live": ratios(virtual, run["live"]),
-                "simulated_merged_share": merged, "live_merged_share": run["live_merged_share"],
+                "simulated_merged_share": simulated_merged_share(result), "live_merged_share": run["live_merged_share"],
             })  # fmt: skip
         found.append({"load": one["load"], "zipf": one["zipf"], **over_seeds(runs), "runs": runs})
         print(f"load {one['load']:g}, Zipf ({one['zipf']:g}), simulated over live: {words(found[-1])}", flush=True)
@@ -83,7 +74,10 @@ def main() -> None:
     options = parser.parse_args()
     result = json.loads(options.result.read_text())
     figures = result["figures"]
-    profile = profile_of(figures) if options.profile is None else CostProfile.load(options.profile)
+    if options.profile is None:
+        profile = CostProfile.of(figures["profile"], f"the profile in {options.result}")
+    else:
+        profile = CostProfile.load(options.profile)
     if options.captured:
         profile = replace(profile, **captured_sizes(profile.max_num_seqs, profile.max_num_batched_tokens))
     told = {"profile": profile.name, "captured": options.captured, "rates": again(figures, profile)}
