@@ -227,7 +227,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     usual: dict[str, Any] = {"adapters": 8, "sizes": [1, 2, 4, 8, 16], "distinct": [0, 1, 4, 8], "tokens": 12,
                              "prompts": [32, 128, 384], "contexts": [32, 384]}  # fmt: skip
     if options.shape:
-        usual = {"adapters": 32, "sizes": [1, 4, 16, 32, 64, 128, 256], "distinct": [0, 1, 8, 32], "tokens": 24,
+        usual = {"adapters": 32, "sizes": [1, 4, 16, 24, 32, 48, 64, 96, 128, 192, 256],
+                 "distinct": [0, 1, 8, 32], "tokens": 24,
                  "prompts": [128, 512, 2048], "contexts": [128, 1024]}  # fmt: skip
     for name, value in usual.items():
         if getattr(options, name) is None:
