@@ -19,6 +19,7 @@ ATTENTION_NAME = "pd_paged"
 _WITHOUT_EFFECT = frozenset(
     {
         *NAMES,
+        "assistant_tokenizer",
         "cache_position",
         "logits_to_keep",
         "num_items_in_batch",
@@ -27,6 +28,7 @@ _WITHOUT_EFFECT = frozenset(
         "position_embeddings",
         "position_ids",
         "return_dict",
+        "tokenizer",
         "use_cache",
     }
 )

@@ -20,6 +20,7 @@ from peft_dist.patches.live_weights import LiveWeights
 from peft_dist.patches.lora_layers import join_siblings
 from peft_dist.patches.lora_wrapping import restore_class, sees_kept_rows, swap_class
 from peft_dist.patches.paging import paging_reason
+from peft_dist.patches.peft_hooks import hooks_taken_back
 from peft_dist.patches.selective_call import Lengths, SelectiveCall, intercept
 
 logger = logging.getLogger("peft_dist.patches")
@@ -68,7 +69,8 @@ class DropIn:
         self._log(selective)
         if generates:
             names = expand_for_peft(names, kwargs, getattr(model, "generation_config", None))
-        return original(*args, adapter_names=names, **kwargs)
+        with hooks_taken_back(model):
+            return original(*args, adapter_names=names, **kwargs)
 
     def _prepare(
         self, model: PeftModel, names: Any, args: tuple[Any, ...], kwargs: dict[str, Any], generates: bool

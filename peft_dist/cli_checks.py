@@ -22,6 +22,13 @@ def check_port_file(file: Path | None) -> None:
         raise ConfigError(f"--port-file {file} cannot be written: there is no folder {file.parent}, make it first")
 
 
+def check_decision_log(file: str | None) -> None:
+    """Raises ConfigError where no replica could write it."""
+    if file is not None and not Path(file).parent.is_dir():
+        folder = Path(file).parent
+        raise ConfigError(f"--decision-log {file} cannot be written: there is no folder {folder}, make it first")
+
+
 def check_names(adapters: Sequence[tuple[str, str]], bases: Sequence[str]) -> None:
     """Raises ConfigError where two of the (name, path) have one name, or one has one of the base's: the first would
     not be served."""

@@ -130,8 +130,8 @@ def _names(template: str, count: int | None) -> list[str]:
     names = [template.replace("{}", str(index)) for index in range(count)]
     if len(set(names)) < count:
         raise ConfigError(
-            f"--adapter-name {template!r} names {count} adapters alike: put {{}} where the number belongs, or give all "
-            "names, separated by commas"
+            f"--adapter-name {template!r} names {count} adapters alike: put {{}} where the number belongs, give all "
+            "names, separated by commas, or --adapters 1 for one"
         )
     return names
 

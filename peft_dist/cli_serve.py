@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peft_dist import cli_adapters
-from peft_dist.cli_checks import check_adapters, check_file_limit, check_names, check_port_file
+from peft_dist.cli_checks import check_adapters, check_decision_log, check_file_limit, check_names, check_port_file
 from peft_dist.core.collector import freeze_heap
 from peft_dist.core.config import EngineConfig, check_pinned
 from peft_dist.core.errors import ConfigError
@@ -77,6 +77,7 @@ async def run_server(settings: ServeSettings) -> None:
     base = settings.engine.served_model_name or Path(settings.engine.model).name
     check_names(settings.adapters, (base, *settings.http.served_names))
     check_port_file(settings.port_file)
+    check_decision_log(settings.engine.decision_log)
     check_file_limit(settings.num_replicas * settings.engine.max_num_seqs + settings.max_queue)
     if settings.ray is None:
         await _serve(settings, None)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from peft_dist.cli_checks import check_adapters, check_names
+from peft_dist.cli_checks import check_adapters, check_decision_log, check_names
 from peft_dist.core.errors import AdapterError, ConfigError
 from tests.e2e.test_serve import Server
 
@@ -43,6 +43,13 @@ def test_a_folder_of_adapters_is_none(tmp_path: Path) -> None:
     ):
         check_adapters([("a", str(tmp_path))])
     check_adapters([("a", str(tmp_path / "sql")), ("b", "org/name")])
+
+
+def test_a_decision_log_that_nobody_could_write(tmp_path: Path) -> None:
+    check_decision_log(None)
+    check_decision_log(str(tmp_path / "log"))
+    with pytest.raises(ConfigError, match=r"--decision-log .*there is no folder .*nowhere, make it first"):
+        check_decision_log(str(tmp_path / "nowhere" / "log"))
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,8 @@ def chat_router(state: ServerState) -> APIRouter:
         _check(body)
         state.check_alive()
         state.target(body.model)
+        if body.tools and body.tool_choice != "none":
+            state.prompts.check_tools()
         use = ToolUse.of(body.tools, body.tool_choice, body.parallel_tool_calls, state.tool_reader)
         asked = _asked(body, use)
         await state.structures.check_asked(asked)
@@ -61,7 +63,11 @@ def _asked(body: ChatCompletionRequest, use: ToolUse | None) -> Asked | None:
         return asked
     if asked is not None:
         raise InvalidRequestError(f"{asked.param} and tool_choice exclude each other: send one of them", "tool_choice")
-    return Asked("tool_choice", StructuredOutput(json_schema=use.schema))
+    try:
+        return Asked("tool_choice", StructuredOutput(json_schema=use.schema))
+    except InvalidRequestError as error:
+        # The schema is made of the functions' parameters.
+        raise InvalidRequestError(f"the parameters of tools are not valid: {error}", "tools") from error
 
 
 def _params(body: ChatCompletionRequest, asked: Asked | None, defaults: Mapping[str, Any]) -> SamplingParams:

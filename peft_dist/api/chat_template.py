@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peft_dist.api.protocol_chat import ChatMessage, ChatWriting
@@ -52,6 +52,24 @@ def check_chat(messages: Sequence[ChatMessage], writing: ChatWriting) -> None:
         )
 
 
+def check_template(tokenizer: Any, template: str | None) -> None:
+    """Raises InvalidRequestError (param "messages") where there is none: none given, and none of the tokenizer's."""
+    if template is None and not tokenizer.chat_template:
+        raise InvalidRequestError(
+            "this model has no chat template: use /v1/completions, or start the server with --chat-template", "messages"
+        )
+
+
+def check_tools(tokenizer: Any, template: str | None) -> None:
+    """Raises InvalidRequestError (param "tools") where the template has no place for them."""
+    if "tools" not in template_source(tokenizer, template, with_tools=True):
+        raise InvalidRequestError(
+            "this model's chat template tells of no tools: leave them out, or start the server with a "
+            "--chat-template that does",
+            "tools",
+        )
+
+
 def render_chat(
     tokenizer: Any,
     messages: Sequence[ChatMessage],
@@ -65,33 +83,37 @@ def render_chat(
         InvalidRequestError: the template refuses the messages or fails over them (param "messages"), there
             is no template, it knows no tools, or ``chat_template_kwargs`` holds a name that is not the template's.
     """
-    if template is None and not tokenizer.chat_template:
-        raise InvalidRequestError(
-            "this model has no chat template: use /v1/completions, or start the server with --chat-template", "messages"
-        )
+    check_template(tokenizer, template)
+    if tools:
+        check_tools(tokenizer, template)
     arguments = {
         "add_generation_prompt": _adds_generation_prompt(writing),
         "continue_final_message": bool(writing.continue_final_message),
         **_template_kwargs(writing),
     }
     if tools:
-        if "tools" not in template_source(tokenizer, template, with_tools=True):
-            raise InvalidRequestError(
-                "this model's chat template tells of no tools: leave them out, or start the server with a "
-                "--chat-template that does",
-                "tools",
-            )
         arguments["tools"] = [tool.model_dump(exclude_unset=True) for tool in tools]
     turns = [_as_dict(message, f"messages[{index}]") for index, message in enumerate(messages)]
     text = apply_template(tokenizer, turns, template, arguments)
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        # Content was looked at when it was read; what else there is was not.
-        calls = any(message.tool_calls for message in messages)
-        param = "tools" if tools else "messages" if calls else "chat_template_kwargs"
+        param = _with_surrogate(turns, arguments)
         raise InvalidRequestError(f"{param} holds half of a surrogate pair: send valid Unicode", param) from error
     return text
+
+
+def _with_surrogate(turns: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any]) -> str:
+    """The field that half of a surrogate pair came from into a prompt."""
+    for index, turn in enumerate(turns):
+        if _holds_surrogate(turn):
+            return f"messages[{index}]" if set(turn) - {"role", "content"} else f"messages[{index}].content"
+    return "tools" if _holds_surrogate(arguments.get("tools")) else "chat_template_kwargs"
+
+
+def _holds_surrogate(value: object) -> bool:
+    # Not by encoding its JSON: that escapes what is no character.
+    return any("\ud800" <= letter <= "\udfff" for letter in json.dumps(value, ensure_ascii=False, default=str))
 
 
 def _template_kwargs(writing: ChatWriting) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import select
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
@@ -23,16 +24,18 @@ from peft_dist.api.offline_inputs import (
     check_adapters,
     check_options,
     check_params,
+    check_template,
     split_conversations,
     split_prompts,
 )
 from peft_dist.api.output_processor import RequestOutputs
 from peft_dist.api.structured import StructureChecks
-from peft_dist.api.tokenizing import apply_template, check_unicode, load_tokenizer
+from peft_dist.api.tokenizing import apply_template, encode, load_tokenizer
+from peft_dist.api.turns import in_turn
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.collector import frozen_heap
 from peft_dist.core.config import EngineConfig, ModelInfo, check_pinned
-from peft_dist.core.errors import ConfigError, EngineDeadError, InvalidRequestError
+from peft_dist.core.errors import ConfigError, EngineDeadError
 from peft_dist.core.messages import (
     AbortRequest,
     AdapterResult,
@@ -65,8 +68,8 @@ _MANY_TOKENS = 8192
 class LLM:
     """A base model and its adapters, for offline use.
 
-    It is the server without sockets: the same orchestrator admits requests, the same engine runs them. Not
-    meant for several threads at once; several ``LLM`` objects may live in one process.
+    It is the server without sockets: the same orchestrator admits requests, the same engine runs them. Calls from
+    several threads take turns; several ``LLM`` objects may live in one process.
 
     Args:
         model: Folder or hub id of the base model.
@@ -101,6 +104,7 @@ class LLM:
         if "max_num_batched_tokens" not in options and resolve_device(device).type == "cuda":
             config = replace(config, max_num_batched_tokens=_MANY_TOKENS)
         self._allow_pickle = allow_pickle
+        self._turn = threading.RLock()
         self._replica: Replica | None = build_replica(config)
         try:
             self._info = self._replica.model_info
@@ -129,6 +133,7 @@ class LLM:
         """The adapters that can be named now."""
         return self._orchestrator.adapters.specs()
 
+    @in_turn
     def generate(
         self,
         prompts: Prompts,
@@ -158,6 +163,7 @@ class LLM:
         names = align_adapter_names(adapter_names, len(requests))
         return self._run(requests, params, names, use_tqdm)
 
+    @in_turn
     def chat(
         self,
         messages: Sequence[Any],
@@ -175,23 +181,17 @@ class LLM:
             ConfigError: the model has no tokenizer.
             InvalidRequestError, UnknownModelError: as in ``generate``, or the template is missing or refuses.
         """
-        if self.tokenizer is None:
-            raise ConfigError(f"{self._info.model} has no tokenizer, so no chat template: use generate with token ids")
-        # Tokenizers that write conversations without a template have no such attribute.
-        if chat_template is None and not getattr(self.tokenizer, "chat_template", True):
-            raise InvalidRequestError(
-                f"the tokenizer of {self._info.model} has no chat template: give chat_template=, or use generate",
-                "chat_template",
-            )
+        check_template(self.tokenizer, self._info.model, chat_template)
         arguments = {"add_generation_prompt": add_generation_prompt, **template_arguments}
         conversations = split_conversations(messages)
         texts = [apply_template(self.tokenizer, own, chat_template, arguments) for own in conversations]
         # The template writes the special tokens itself.
-        requests = [Prompt(self._encode(text, "messages", special=False), text) for text in texts]
+        requests = [Prompt(encode(self.tokenizer, text, "messages", special=False), text) for text in texts]
         params = align_params(sampling_params, len(requests))
         names = align_adapter_names(adapter_names, len(requests))
         return self._run(requests, params, names, use_tqdm)
 
+    @in_turn
     def load_adapter(
         self, path: str | Path, name: str, *, replace: bool = False, pin: bool | None = None
     ) -> AdapterSpec:
@@ -229,10 +229,12 @@ class LLM:
             self._orchestrator.drain_events()
         return spec
 
+    @in_turn
     def unload_adapter(self, name: str) -> None:
         """Raises UnknownModelError when no adapter has this name."""
         self._send(self._orchestrator.unload_adapter(name))
 
+    @in_turn
     def close(self) -> None:
         """Give back the model's memory. Using the object afterwards raises; closing again does nothing."""
         if self._replica is not None:
@@ -275,12 +277,7 @@ class LLM:
             return prompt
         if self.tokenizer is None:
             raise ConfigError(f"{self._info.model} has no tokenizer: give prompts as lists of token ids")
-        return Prompt(self._encode(prompt.text or "", "prompt", special=True), prompt.text)
-
-    def _encode(self, text: str, param: str, *, special: bool) -> list[int]:
-        assert self.tokenizer is not None
-        check_unicode(text, param)
-        return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+        return Prompt(encode(self.tokenizer, prompt.text or "", "prompt", special=True), prompt.text)
 
     def _run(
         self, prompts: list[Prompt], params: list[SamplingParams], names: list[str | None], use_tqdm: bool
@@ -327,7 +324,8 @@ class LLM:
             output = outputs[event.request_id]
             if output.add(event.sequence_index, event.progress).must_abort:
                 self._send(self._orchestrator.abort(event.request_id, time.monotonic(), event.sequence_index))
-            bar.update(output.finished)
+            if output.finished:
+                bar.update()
 
     def _observe(self, report: Ready | Progress | AdapterResult) -> None:
         self._send(self._orchestrator.observe(_REPLICA, self._epoch, report, time.monotonic()))

@@ -96,6 +96,17 @@ def align_adapter_names(names: str | Sequence[str | None] | None, count: int) ->
     return listed
 
 
+def check_template(tokenizer: Any | None, model: str, chat_template: str | None) -> None:
+    """Raises ConfigError without a tokenizer, InvalidRequestError where it has no chat template and none is given."""
+    if tokenizer is None:
+        raise ConfigError(f"{model} has no tokenizer, so no chat template: use generate with token ids")
+    # Tokenizers that write conversations without a template have no such attribute.
+    if chat_template is None and not getattr(tokenizer, "chat_template", True):
+        raise InvalidRequestError(
+            f"the tokenizer of {model} has no chat template: give chat_template=, or use generate", "chat_template"
+        )
+
+
 def check_adapter(path: object, name: object) -> None:
     """Raises AdapterError when these cannot be the path and the name of an adapter."""
     if not isinstance(path, (str, os.PathLike)):
@@ -123,9 +134,24 @@ def check_adapters(adapters: object, check_exists: Callable[[str], None]) -> Non
         check_exists(os.fspath(path))
 
 
+# Options of other engines, with what stands for them here.
+_OTHERWISE = {
+    "enable_lora": "leave it out, adapters are given as adapters={name: folder}",
+    "max_lora_rank": "leave it out, any rank is taken",
+    "lora_modules": "adapters are given as adapters={name: folder}",
+    "max_cpu_loras": "adapter_host_memory says how many bytes of them host memory keeps",
+    "swap_space": "use num_host_blocks",
+    "max_seq_len": "use max_model_len",
+    "max_batch_size": "use max_num_seqs",
+    "quantization": "leave it out: models run as their files have them, or as dtype says",
+}
+
+
 def check_options(given: Iterable[str], known: Sequence[str]) -> None:
     """Raises ConfigError for a name that is not among the known ones, with the one that may have been meant."""
     for name in given:
+        if name in _OTHERWISE and name not in known:
+            raise ConfigError(f"LLM has no option {name!r}: {_OTHERWISE[name]}")
         if name not in known:
             meant = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {meant[0]!r}?" if meant else f"there are {', '.join(sorted(known))}"

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from peft_dist.api.chat_template import render_chat
+from peft_dist.api.chat_template import check_template, check_tools, render_chat
 from peft_dist.api.options import ServerOptions
 from peft_dist.api.protocol_chat import ChatMessage, ChatWriting
 from peft_dist.api.protocol_completions import CompletionRequest
 from peft_dist.api.protocol_tools import Tool
-from peft_dist.api.tokenizing import check_unicode
+from peft_dist.api.tokenizing import encode
 from peft_dist.core.errors import InvalidRequestError
 
 T = TypeVar("T")
@@ -81,6 +81,12 @@ class PromptReader:
             raise InvalidRequestError("this model has no tokenizer: nothing turns its ids into text", "tokens")
         return await self._run(len(token_ids), lambda: str(tokenizer.decode(token_ids)))
 
+    def check_tools(self) -> None:
+        """Raises InvalidRequestError where the model's chat template has no place for tools, or there is none."""
+        if self._tokenizer is not None:
+            check_template(self._tokenizer, self._options.chat_template)
+            check_tools(self._tokenizer, self._options.chat_template)
+
     async def read_chat(
         self, messages: Sequence[ChatMessage], writing: ChatWriting, tools: Sequence[Tool] | None
     ) -> Prompt:
@@ -100,9 +106,7 @@ class PromptReader:
         return Prompt(self._encode(text, writing.add_special_tokens is True, "messages"), text)
 
     def _encode(self, text: str, special: bool, param: str = "prompt") -> list[int]:
-        assert self._tokenizer is not None
-        check_unicode(text, param)
-        return list(self._tokenizer(text, add_special_tokens=special)["input_ids"])
+        return encode(self._tokenizer, text, param, special=special)
 
     async def _run(self, num_chars: int, work: Callable[[], T]) -> T:
         if num_chars < self._options.tokenize_in_thread_chars:

@@ -29,6 +29,12 @@ def load_tokenizer(source: str, *, revision: str | None = None, trust_remote_cod
         ) from error
 
 
+def encode(tokenizer: Any, text: str, param: str, *, special: bool) -> list[int]:
+    """Token ids of a text, with special tokens or without. Raises InvalidRequestError as ``check_unicode``."""
+    check_unicode(text, param)
+    return list(tokenizer(text, add_special_tokens=special)["input_ids"])
+
+
 def check_unicode(text: str, param: str) -> None:
     """Raises InvalidRequestError for half of a surrogate pair, which is no character and which no tokenizer takes.
 

@@ -20,6 +20,8 @@ def describe_validation_error(error: RequestValidationError) -> tuple[str, str |
         at = f" at character {location[0]}" if location else ""
         return f"the body is not valid JSON: {first['ctx']['error']}{at}", None
     if not location:
+        if first["type"] == "string_unicode":
+            return "the body is not valid: a field's name holds half of a surrogate pair: send valid Unicode", None
         return f"the body must be a JSON object, not {describe_type(first.get('input'))}", None
     name, param = field_name(location), field_name(_without_positions(location))
     if first["type"] == "missing":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import msgspec
@@ -83,14 +84,17 @@ def _schema_text(schema: object) -> str:
     if not isinstance(schema, (dict, bool)):
         raise _wrong("json_schema", schema, must)
     try:
-        return msgspec.json.encode(schema).decode()
-    except (TypeError, ValueError, RecursionError, msgspec.MsgspecError) as error:
+        # Not msgspec's: it writes NaN and infinity as null, which is another schema.
+        return json.dumps(schema, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRequestError(f"json_schema cannot be written as JSON: {error}", "json_schema") from error
 
 
 def _choices(choices: Any) -> tuple[str, ...]:
     if not isinstance(choices, (list, tuple)) or not choices or not all(isinstance(each, str) for each in choices):
         raise _wrong("choice", choices, "a list of at least one string")
+    for each in choices:
+        _check_text("choice", each)
     return tuple(choices)
 
 

@@ -84,7 +84,9 @@ class AdapterRegistry:
         if any(load.command.name == name for load in self._loads.values()):
             raise AdapterNameError(f"adapter {name!r} is being loaded already: wait for that to end")
         if name in self._by_name and not replace:
-            raise AdapterNameError(f"adapter {name!r} is loaded already: unload it first, or load it in place")
+            raise AdapterNameError(
+                f"adapter {name!r} is loaded already: unload it, or load it with replace=True (HTTP: load_inplace)"
+            )
 
     def begin_load(self, command: LoadAdapter, replica_ids: set[int]) -> None:
         """A load was sent to these replicas."""

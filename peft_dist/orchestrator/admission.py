@@ -51,8 +51,8 @@ def resolve_max_tokens(num_prompt_tokens: int, params: SamplingParams, model: Mo
     wanted = params.max_tokens
     if room < (1 if wanted is None else min(wanted, 1)):
         raise InvalidRequestError(
-            f"This model's maximum context length is {limit} tokens, but the prompt has {num_prompt_tokens}. "
-            "Shorten the prompt.",
+            f"This model's maximum context length is {limit} tokens, but the prompt has {num_prompt_tokens}, which "
+            "leaves no room for an answer. Shorten the prompt.",
             param="prompt",
         )
     if wanted is None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from peft_dist.core.config import EngineConfig
 from peft_dist.core.errors import ConfigError
@@ -106,6 +106,7 @@ def load_model(
         if getattr(config, "is_encoder_decoder", False):
             raise ConfigError(f"{options.model} is an encoder-decoder model; only decoder-only models are served")
         dtype = resolve_dtype(options.dtype, config, device)
+        _longest(config, options.max_model_len)  # Before weights are read for minutes.
         if options.load_format == "dummy":
             model = random_model(config, dtype, device, options, shrink)
             shrink = None
@@ -133,21 +134,29 @@ def max_positions(model: PreTrainedModel, wanted: int | None) -> int:
     they do not, so that is where such a model is limited.
 
     Raises:
-        ConfigError: ``wanted`` is more than that.
+        ConfigError: ``wanted`` is more than that, or nothing says how long it is.
     """
-    config = model.config.get_text_config()
-    limit = next((getattr(config, key) for key in _LENGTH_KEYS if getattr(config, key, None)), None)
-    if limit is None and wanted is None:
-        raise ConfigError(f"{type(model).__name__} states no maximum length: give max_model_len")
-    stable = _stable_rope_length(config)
-    if stable is not None and (limit is None or stable < limit):
+    limit, stable = _longest(model.config, wanted)
+    if stable is not None:
         logger.warning(
             "rotary embeddings beyond %d tokens depend on the whole batch: max_model_len is %d", stable, stable
         )
-        limit = stable
+    return int(limit if wanted is None else wanted)
+
+
+def _longest(whole: PreTrainedConfig, wanted: int | None) -> tuple[int, int | None]:
+    """The most that a model of this configuration can take, and where that is so for its rotary embeddings' sake."""
+    config = whole.get_text_config()
+    limit = next((getattr(config, key) for key in _LENGTH_KEYS if getattr(config, key, None)), None)
+    if limit is None and wanted is None:
+        raise ConfigError(f"a {config.model_type} model states no maximum length: give max_model_len")
+    stable = _stable_rope_length(config)
+    if stable is not None and limit is not None and stable >= limit:
+        stable = None
+    limit = limit if stable is None else stable
     if wanted is not None and limit is not None and wanted > limit:
         raise ConfigError(f"max_model_len={wanted} exceeds what the model supports ({limit}): lower it or leave it out")
-    return int(limit if wanted is None else wanted)
+    return int(limit or wanted or 0), stable
 
 
 def _stable_rope_length(config: Any) -> int | None:

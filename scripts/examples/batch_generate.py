@@ -65,9 +65,30 @@ def ensure_processes(wanted: int) -> PartialState:
 
 def choose_adapters(given: list[str]) -> dict[str, str]:
     """Adapter folders by name; those of the demo when none are given."""
+    for item in given:
+        if "=" not in item:
+            raise SystemExit(f"batch_generate: --adapter {item!r} must be NAME=PATH")
     if given:
         return dict(item.split("=", 1) for item in given)
     return {path.parent.name: str(path.parent) for path in sorted(SCRIPTS.glob("demo_adapters/*/adapter_config.json"))}
+
+
+def read_prompts(path: Path, known: set[str]) -> list[dict[str, Any]]:
+    """The lines of a file of prompts. Raises SystemExit, which names the line, for what is no prompt of an adapter."""
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            name, _ = row["adapter"], row["prompt"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise SystemExit(
+                f'batch_generate: line {number} of {path} must be {{"adapter": NAME, "prompt": TEXT}}: {error!r}'
+            ) from error
+        if name not in known:
+            there = ", ".join(sorted(known))
+            raise SystemExit(f"batch_generate: line {number} of {path} names {name!r}: there is {there}")
+        rows.append(row)
+    return rows
 
 
 def default_model() -> str:
@@ -134,7 +155,7 @@ def main() -> None:
     if not adapters:
         raise SystemExit("batch_generate: no adapters: give --adapter NAME=PATH")
     texts = (
-        [json.loads(line) for line in arguments.prompts.read_text().splitlines()]
+        read_prompts(arguments.prompts, {*adapters, "__base__"})
         if arguments.prompts
         else [{"adapter": name, "prompt": question} for question in QUESTIONS for name in (*adapters, "__base__")]
     )

@@ -168,6 +168,12 @@ def test_half_of_a_surrogate_pair(shared: httpx.Client) -> None:
     assert error_of(response, 400)["param"] == "prompt"
 
 
+def test_half_of_a_surrogate_pair_as_a_field(shared: httpx.Client) -> None:
+    body = b'{"prompt": "a", "\\ud800": 1}'
+    error = error_of(shared.post(TOKENIZE, content=body, headers={"Content-Type": "application/json"}), 400)
+    assert "must be a JSON object" not in error["message"] and "not valid" in error["message"]
+
+
 @pytest.mark.parametrize(("route", "body"), [(TOKENIZE, {"prompt": "a"}), (DETOKENIZE, {"tokens": [5]})])
 def test_names_that_are_not_served(shared: httpx.Client, route: str, body: Any) -> None:
     for name in ("sql", f"{BASE}:json", BASE, None):

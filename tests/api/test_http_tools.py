@@ -167,6 +167,10 @@ def test_references_of_parameters_are_from_where_they_stand() -> None:
          "messages[0].tool_calls"),
         ({"messages": [{"role": "user", "content": "x", "tool_call_id": "1"}]}, "messages[0].tool_call_id"),
         ({"messages": [{"role": "tool", "tool_call_id": "1"}]}, "messages[0].content"),
+        ({"messages": [*HELLO, {"role": "user", "content": "\ud800"}]}, "messages[1].content"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"\ud800": {}}}}],
+          "tool_choice": "required"}, "tools"),
+        ({"structured_outputs": {"choice": ["\ud800"]}}, "structured_outputs.choice"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}]},
          "messages[0].tool_calls[0].function.arguments"),
     ],
@@ -182,12 +186,20 @@ def test_what_cannot_be_asked_is_named(engine: ScriptedClient, fields: Any, para
 
 def test_a_template_without_tools_is_told(http: httpx.Client, engine: ScriptedClient) -> None:
     asked = {"model": BASE, "messages": HELLO, "tools": [TIME]}
-    error = http.post(CHAT, json=asked).json()["error"]
-    assert error["param"] == "tool_choice" and "--tool-call-parser" in error["message"]
-    error = http.post(CHAT, json={**asked, "tool_choice": "required"}).json()["error"]
-    assert error["param"] == "tools" and "--chat-template" in error["message"]
+    for choice in (None, "auto", "required"):
+        error = http.post(CHAT, json={**asked, "tool_choice": choice}).json()["error"]
+        assert error["param"] == "tools" and "--chat-template" in error["message"]
     assert http.post(CHAT, json={**asked, "tool_choice": "none", "max_tokens": 2}).status_code == 200
     assert len(engine.requests) == 1
+
+
+def test_a_template_that_tells_not_how_to_call(engine: ScriptedClient) -> None:
+    """Then the remedies that the error names are some."""
+    asked = {"model": BASE, "messages": HELLO, "tools": [TIME]}
+    with serving(engine, ServerOptions(chat_template="{{ tools }}{{ messages[0].content }}")) as url:
+        error = httpx.post(url + CHAT, json=asked).json()["error"]
+        assert error["param"] == "tool_choice" and "--tool-call-parser" in error["message"]
+        assert httpx.post(url + CHAT, json={**asked, "tool_choice": "required", "max_tokens": 2}).status_code == 200
 
 
 def test_the_operator_says_how_the_model_calls(engine: ScriptedClient, says: Any) -> None:

@@ -19,6 +19,7 @@ from peft_dist.core.errors import (
     InvalidRequestError,
     UnknownModelError,
 )
+from peft_dist.core.outputs import RequestOutput
 from tests.tiny_models import make_model, random_adapter, target_modules
 
 torch.set_num_threads(1)
@@ -346,3 +347,30 @@ def test_a_load_that_hangs_ends_at_its_time_limit(folder: Path, monkeypatch: pyt
         release.set()
         assert llm.adapters == []
         assert llm.load_adapter(folder / "a0", "x").name == "x"
+
+
+def test_threads_take_turns(folder: Path) -> None:
+    """A web application calls from many: none may take another's answers."""
+    with LLM(folder / "ids", {"a": folder / "a0", "b": folder / "a1"}, dtype="float32", max_num_seqs=4) as llm:
+        prompts = [[1 + i, 2 + i, 3 + i] for i in range(8)]
+        names = ["a", "b", None, "a"] * 2
+        alone = [llm.generate(p, GREEDY, n, use_tqdm=False)[0] for p, n in zip(prompts, names, strict=True)]
+        found: list[RequestOutput | None] = [None] * len(prompts)
+
+        def ask(index: int) -> None:
+            [found[index]] = llm.generate(prompts[index], GREEDY, names[index], use_tqdm=False)
+
+        threads = [threading.Thread(target=ask, args=(i,), daemon=True) for i in range(len(prompts))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=60)
+        assert not any(thread.is_alive() for thread in threads)
+    for one, expected in zip(found, alone, strict=True):
+        assert one is not None and one.outputs[0].token_ids == expected.outputs[0].token_ids
+
+
+@pytest.mark.parametrize(("option", "words"), [("enable_lora", "adapters="), ("max_lora_rank", "any rank")])
+def test_options_of_other_engines(folder: Path, option: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        LLM(folder / "ids", **{option: True})

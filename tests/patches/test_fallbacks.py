@@ -23,6 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 import peft_dist
 from peft_dist.patches import drop_in
 from peft_dist.patches.paged_cache import PagedCache
+from tests.e2e.test_llm import make_tokenizer
 from tests.patches import oracle
 from tests.tiny_models import FAMILIES, VOCAB_SIZE
 
@@ -215,6 +216,30 @@ def test_an_argument_that_attention_does_not_know(
         assert type(actual.past_key_values) is DynamicCache
         oracle.assert_logits_close(torch.stack(actual.logits), torch.stack(expected.logits))
     assert lines(log, "cannot honour invented, which LlamaAttention (layer 0) passes: the adapters run") == 1
+
+
+def test_the_tokenizer_of_stop_strings_is_no_argument_of_attention(
+    make: Callable[..., PeftModel], log: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = make_tokenizer()
+    call = {**oracle.inputs(), "adapter_names": oracle.NAMES, "max_new_tokens": 6, "do_sample": False}
+    stop = {"stop_strings": ["zz"], "tokenizer": tokenizer}
+    expected = make().generate(**call, **stop)
+    assert torch.equal(peft_dist.patch(make()).generate(**call, **stop), expected)
+    assert lines(log, "cannot honour") == 0
+
+
+def test_peft_leaves_no_hooks_when_its_own_path_fails(make: Callable[..., PeftModel]) -> None:
+    """As it does without: later calls without names would go through the adapters of the one that failed."""
+    call = {**oracle.inputs(), "max_new_tokens": 4, "do_sample": False}
+    model = make()
+    peft_dist.patch(model)
+    expected = model.generate(**call)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="unknown_option"):
+        model.generate(**call, adapter_names=oracle.NAMES, unknown_option=1)
+    assert torch.equal(model.generate(**call), expected)
+    peft_dist.unpatch(model)
+    assert torch.equal(model.generate(**call), expected)
 
 
 @pytest.mark.parametrize("kind", ["qwen2_moe", "phimoe"])

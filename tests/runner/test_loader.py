@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from peft_dist.core.config import EngineConfig
 from peft_dist.core.errors import ConfigError
@@ -42,3 +43,9 @@ def test_an_engine_refuses_the_libraries_that_the_drop_in_refuses(monkeypatch: p
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "5.99" if name == "transformers" else real(name))
     with pytest.raises(ConfigError, match=r"tested with transformers >=5.*installed is 5\.99"):
         check_libraries()
+
+
+def test_a_length_beyond_the_models_is_refused_before_weights_are_read(tmp_path: Path) -> None:
+    LlamaConfig(max_position_embeddings=64, num_hidden_layers=1).save_pretrained(tmp_path)  # And no weights.
+    with pytest.raises(ConfigError, match=r"max_model_len=65 exceeds what the model supports \(64\)"):
+        load_model(EngineConfig(str(tmp_path), device="cpu", max_model_len=65), torch.device("cpu"))
