@@ -19,6 +19,7 @@ class Heart:
 
     Attributes:
         missed: As in ``Heartbeat``.
+        is_whole: Whether all that belongs to this replica is alive, asked before each beat: else it sends none.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Heart:
         self._clock = clock
         self._round_began: float | None = None
         self.missed: tuple[int, int] | None = None
+        self.is_whole: Callable[[], bool] = lambda: True
         self._stopped = False
         self._due = threading.Event()
         self._thread: threading.Thread | None = None
@@ -85,5 +87,6 @@ class Heart:
             self._due.clear()
             if self._stopped:
                 break
-            sender.send(self.beat())
+            if self.is_whole():
+                sender.send(self.beat())
         sender.close()

@@ -22,6 +22,7 @@ from peft_dist.worker.heart import Heart
 from peft_dist.worker.kv_address import host_of
 from peft_dist.worker.lifeline import drop_broken_output, watch_standard_input
 from peft_dist.worker.loop import WorkerLoop, describe
+from peft_dist.worker.rank_pulse import feel
 from peft_dist.worker.replica import Replica
 from peft_dist.worker.status import EXIT_FENCED, EXIT_ORPHANED, tell_status
 from peft_dist.worker.tether import end_with_parent
@@ -49,7 +50,7 @@ def run_worker(config: WorkerConfig, orphaned: Callable[[], None]) -> int:
         vigil.on_loss = lambda: _mourn(heart)
     heart.start()
     try:
-        return _serve(config, channel, Allegiance(config, channel, heart, vigil))
+        return _serve(config, channel, Allegiance(config, channel, heart, vigil), heart)
     except PeftDistError as error:  # It speaks for itself, and where it comes from helps nobody who serves.
         # A server of this host tells it to the same people; those who look after another host see it here.
         is_near = config.endpoint.startswith("ipc:")
@@ -78,6 +79,7 @@ def run_rank(config: WorkerConfig) -> int:
         server = _serve_kv(config, replica)
         # From now on rank 0 may be waiting for this one, with the streams of its requests.
         seconds = _FELLOWS_SECONDS
+        feel(int(os.environ["RANK"]), config.world_size, config.heartbeat_seconds)
         replica.follow()
         if server is not None:
             server.close()
@@ -104,9 +106,11 @@ def _await_end(seconds: float) -> int:
     return 1
 
 
-def _serve(config: WorkerConfig, channel: Channel, allegiance: Allegiance) -> int:
+def _serve(config: WorkerConfig, channel: Channel, allegiance: Allegiance, heart: Heart) -> int:
     check_world(config.world_size)
     replica = _build(config)
+    if config.world_size > 1:
+        heart.is_whole = feel(0, config.world_size, config.heartbeat_seconds)
     server = _serve_kv(config, replica)
     channel.send(Ready(model=replica.model_info, pid=os.getpid(), costs=replica.engine.detail().costs))
     loop = WorkerLoop(replica, channel, find_adapter, allegiance=allegiance)
