@@ -133,6 +133,10 @@ def serve(
     migration: Annotated[
         str, typer.Option(help="Where adapters go and whether requests move: rr, proactive or dlora; with several.")
     ] = "dlora",
+    migration_triggers: Annotated[
+        str,
+        typer.Option(help="When to plan: period=10,pause=1,kv_share=0.9,imbalance=1,imbalance_share=0.25,starving=5."),
+    ] = "",
     planner_limit: Annotated[float, typer.Option(min=1, help="Milliseconds to plan which requests move.")] = 200.0,
     restart: Annotated[bool, typer.Option("--restart/--no-restart", help="Start dead replicas again.")] = True,
     heartbeat_timeout: Annotated[float, typer.Option(help="Seconds of silence until a replica is given up.")] = 10.0,
@@ -185,6 +189,7 @@ def serve(
     given = locals()
     from peft_dist.api.options import ServerOptions
     from peft_dist.cli_serve import ServeSettings, configure_logging, run_server
+    from peft_dist.placement.triggers import TriggerSettings
     from peft_dist.worker.launcher import LAUNCHERS
     from peft_dist.worker.ray_cluster import RaySettings
 
@@ -229,6 +234,7 @@ def serve(
         adapters=[_name_and_path(text) for text in adapter or []],
         num_replicas=replicas,
         migration=_one_of("migration", migration, ("rr", "proactive", "dlora")),
+        triggers=cli_options.of_text(TriggerSettings, "--migration-triggers", migration_triggers),
         planner_limit=planner_limit / 1e3,
         launcher=_one_of("launcher", launcher, tuple(LAUNCHERS)),
         ray=ray,
@@ -256,6 +262,12 @@ def worker(
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads of the model; no more than cores are free.")
     ] = None,
+    gpu_memory_utilization: Annotated[
+        float | None, typer.Option(help="Share of the device's memory, if another.")
+    ] = None,
+    num_blocks: Annotated[int | None, typer.Option(min=1, help="KV blocks on the device, if another number.")] = None,
+    adapter_device_memory: Annotated[str | None, typer.Option(help="Room for adapters, if other: 512MiB...")] = None,
+    adapter_host_memory: Annotated[str | None, typer.Option(help="Host copies of adapters, if other: 2GiB...")] = None,
     silence: Annotated[float, typer.Option(help="Seconds without a word of the server until it is given up.")] = 10.0,
     orphan_timeout: Annotated[
         float, typer.Option(min=0, help="Seconds that the model is kept for another server then.")
@@ -271,7 +283,10 @@ def worker(
     from peft_dist.worker.joining import JoinSettings
     from peft_dist.worker.launcher import LAUNCHERS
 
-    own = {"model": model, "device": device, "num_threads": threads}
+    own: dict[str, object] = {"model": model, "device": device, "num_threads": threads, "num_blocks": num_blocks}
+    own["gpu_memory_utilization"] = gpu_memory_utilization
+    for name, text in (("device", adapter_device_memory), ("host", adapter_host_memory)):
+        own[f"adapter_{name}_memory"] = None if text is None else parse_bytes(f"--adapter-{name}-memory", text)
     settings = JoinSettings(
         address=join,
         key_file=cluster_key,

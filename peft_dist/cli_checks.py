@@ -7,6 +7,7 @@ import resource
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from peft_dist.core.config import EngineConfig
 from peft_dist.core.errors import ConfigError
 
 logger = logging.getLogger("peft_dist.serve")
@@ -51,6 +52,22 @@ def check_adapters(adapters: Iterable[tuple[str, str]]) -> None:
 
     for _, path in adapters:
         check_exists(path)
+
+
+def check_gpus(num_replicas: int, engine: EngineConfig) -> None:
+    """Raises ConfigError where replicas share GPUs of this host, each with more of their memory than its part."""
+    from peft_dist.worker.launcher import visible_gpus
+
+    if engine.device not in ("auto", "cuda") or engine.num_blocks is not None:
+        return
+    places = len(visible_gpus()) // engine.tensor_parallel_size
+    sharers = -(-num_replicas // places) if places else 0
+    if sharers > 1 and sharers * engine.gpu_memory_utilization > 1:
+        raise ConfigError(
+            f"--replicas {num_replicas} of {engine.tensor_parallel_size} GPU(s) each are {sharers} on one GPU of the "
+            f"{len(visible_gpus())} here, where each takes {engine.gpu_memory_utilization:g} of its memory: lower "
+            f"--replicas to {places}, or --gpu-memory-utilization to at most {1 / sharers:.2f}"
+        )
 
 
 def raise_file_limit() -> int:

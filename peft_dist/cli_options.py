@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from peft_dist.core.errors import ConfigError
+
 
 def of(kind: type[Any], given: Mapping[str, Any], **more: Any) -> Any:
     """A configuration dataclass from the options of a command that are called as its fields are; ``more`` overrides.
@@ -15,3 +17,22 @@ def of(kind: type[Any], given: Mapping[str, Any], **more: Any) -> Any:
     """
     own = {field.name for field in fields(kind)}
     return kind(**{**{name: value for name, value in given.items() if name in own}, **more})
+
+
+def of_text(kind: type[Any], option: str, text: str) -> Any:
+    """A configuration dataclass of numbers from ``name=value,name=value``; what is not named is as usual.
+
+    Raises:
+        ConfigError: a name is unknown, or a value is no number or not one of these.
+    """
+    known = {field.name: field.default for field in fields(kind) if not isinstance(field.default, bool)}
+    found: dict[str, float] = {}
+    for part in filter(None, text.split(",")):
+        name, _, value = (piece.strip() for piece in part.partition("="))
+        if name not in known:
+            raise ConfigError(f"{option} {part!r}: there is no {name!r}, but {', '.join(known)}")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            raise ConfigError(f"{option} {part!r}: write {name}={known[name]:g}, say") from None
+    return kind(**found)

@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peft_dist import cli_adapters
-from peft_dist.cli_checks import check_adapters, check_decision_log, check_file_limit, check_names, check_port_file
+from peft_dist.cli_announce import announce, tell_of_the_start
+from peft_dist.cli_checks import (
+    check_adapters,
+    check_decision_log,
+    check_file_limit,
+    check_gpus,
+    check_names,
+    check_port_file,
+)
 from peft_dist.core.collector import freeze_heap
 from peft_dist.core.config import EngineConfig, check_pinned
 from peft_dist.core.errors import ConfigError
@@ -27,6 +35,7 @@ if TYPE_CHECKING:
     from peft_dist.orchestrator.replica_process import ReplicaLauncher, ReplicaProcess
     from peft_dist.orchestrator.service import EngineService
     from peft_dist.placement.placer import MigrationKind
+    from peft_dist.placement.triggers import TriggerSettings
     from peft_dist.worker.ray_cluster import RaySettings
     from peft_dist.worker.state_folder import StateFolder
 
@@ -51,6 +60,7 @@ class ServeSettings:
     max_queue: int
     num_replicas: int
     migration: MigrationKind
+    triggers: TriggerSettings
     planner_limit: float
     restart: bool
     heartbeat_timeout: float
@@ -78,6 +88,8 @@ async def run_server(settings: ServeSettings) -> None:
     check_names(settings.adapters, (base, *settings.http.served_names))
     check_port_file(settings.port_file)
     check_decision_log(settings.engine.decision_log)
+    if settings.ray is None:
+        check_gpus(settings.num_replicas, settings.engine)
     check_file_limit(settings.num_replicas * settings.engine.max_num_seqs + settings.max_queue)
     if settings.ray is None:
         await _serve(settings, None)
@@ -110,7 +122,7 @@ async def _serve(settings: ServeSettings, cluster: _Cluster | None) -> None:
         if cluster is None and settings.num_replicas and not left:
             # Those of other hosts may have other folders, those that are left what is no longer there.
             check_adapters(settings.adapters)
-        _tell_of_the_start(service, settings)
+        tell_of_the_start(service, settings)
         unread = UnreadWatch(settings.http.unread_timeout)
         http_app = await unless(signals.stop, _prepare(settings, service, unread))
         if http_app is None:
@@ -122,7 +134,7 @@ async def _serve(settings: ServeSettings, cluster: _Cluster | None) -> None:
         # streams that took 60 to 80 ms, every 1.3 s.
         gc.set_threshold(*_COLLECT_AFTER)
         serving = await listener.start(http_app, settings.shutdown_timeout, unread)
-        _announce(service, settings, listener.url, state)
+        announce(service, settings, listener.url, state)
         if settings.port_file is not None:
             write_port(settings.port_file, listener.port)
         await unless(signals.stop, asyncio.wait({serving}))
@@ -222,6 +234,7 @@ def _options(settings: ServeSettings) -> OrchestratorOptions:
         step_timeout=settings.step_timeout if settings.restart else None,
         restart=RestartPolicy() if settings.restart else None,
         migration=settings.migration,
+        triggers=settings.triggers,
         prefix_caching=settings.engine.enable_prefix_caching,
         # Whole models are what is kept on the device there.
         sends_ahead=settings.engine.exec_type != "vllm",
@@ -307,37 +320,6 @@ def _for_launcher(settings: ServeSettings) -> dict[str, Any]:
         "heartbeat_seconds": settings.heartbeat_timeout / _BEATS,
         "num_replicas": settings.num_replicas,
     }
-
-
-def _tell_of_the_start(service: EngineService, settings: ServeSettings) -> None:
-    """Nobody can join at an address that is told only once somebody has joined."""
-    if settings.num_replicas:
-        logger.info("Loading   %s", settings.engine.model)
-    if service.guests is not None:
-        reach = "" if settings.cluster_key else " (this machine only)"
-        waits = "" if settings.num_replicas else ": waiting for peft-dist worker --join"
-        logger.info("Joining   %s%s%s", service.guests.endpoint, reach, waits)
-
-
-def _announce(service: EngineService, settings: ServeSettings, url: str, state: StateFolder | None) -> None:
-    model = service.model
-    adapters = ", ".join(f"{spec.name} (rank {spec.max_rank})" for spec in service.adapters()) or "none"
-    tokens = model.num_blocks * model.block_size
-    again = "" if settings.restart else "not "
-    logger.info("Replicas  %d, %sstarted again when they die", settings.num_replicas, again)
-    if state is not None:
-        logger.info("State     %s: workers wait %g s for the next server", state.path, settings.orphan_timeout)
-    if settings.num_replicas > 1 or settings.listen is not None:
-        logger.info("Migration %s, plans within %.0f ms", settings.migration, 1e3 * settings.planner_limit)
-    logger.info("Model     %s as %r, %s in %s", model.model, model.served_model_name, model.device, model.dtype)
-    logger.info("Back ends attention %s, LoRA %s, depth %d", model.attention_backend, model.lora_backend, model.depth)
-    logger.info("Merging   %s, second copies of %.0f MiB", model.merge_way, model.merge_bytes / 2**20)
-    logger.info("KV cache  %d blocks of %d = %d tokens", model.num_blocks, model.block_size, tokens)
-    logger.info("Limits    %d tokens a request, %d waiting sequences", model.max_model_len, settings.max_queue)
-    logger.info("Adapters  %s", adapters)
-    logger.info("Pinned    %s", ", ".join(sorted(service.pinned_adapters())) or "none")
-    logger.info("API keys  %s", "asked for" if settings.http.api_keys else "none: whoever reaches the port is served")
-    logger.info("Serving   %s/v1", url)
 
 
 def configure_logging(level: str) -> None:

@@ -11,12 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from peft_dist.cli_checks import check_adapters, check_decision_log, check_names
+from peft_dist import cli, cli_worker
+from peft_dist.cli_checks import check_adapters, check_decision_log, check_gpus, check_names
+from peft_dist.cli_options import of_text
+from peft_dist.core.config import EngineConfig
 from peft_dist.core.errors import AdapterError, ConfigError
+from peft_dist.placement.triggers import TriggerSettings
+from peft_dist.worker.joining import JoinSettings
 from tests.e2e.test_serve import Server
 
 _CHECK = """
 import logging, resource
+from peft_dist import cli, cli_worker
 from peft_dist.cli_checks import check_file_limit
 logging.basicConfig(format="%(message)s")
 resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))
@@ -50,6 +56,31 @@ def test_a_decision_log_that_nobody_could_write(tmp_path: Path) -> None:
     check_decision_log(str(tmp_path / "log"))
     with pytest.raises(ConfigError, match=r"--decision-log .*there is no folder .*nowhere, make it first"):
         check_decision_log(str(tmp_path / "nowhere" / "log"))
+
+
+def test_replicas_that_would_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    for replicas, size, share in ((3, 1, 0.9), (1, 2, 0.9), (6, 1, 0.5), (2, 2, 0.45), (1, 4, 0.9)):
+        check_gpus(replicas, EngineConfig("m", tensor_parallel_size=size, gpu_memory_utilization=share))
+    check_gpus(8, EngineConfig("m", device="cpu"))
+    check_gpus(8, EngineConfig("m", num_blocks=100))
+    with pytest.raises(ConfigError, match=r"2 on one GPU .* lower --replicas to 3, or --gpu-memory-utilization to at"):
+        check_gpus(4, EngineConfig("m"))
+    with pytest.raises(ConfigError, match=r"of 2 GPU\(s\) each .* lower --replicas to 1.* at most 0\.33"):
+        check_gpus(3, EngineConfig("m", tensor_parallel_size=2, gpu_memory_utilization=0.5))
+
+
+def test_triggers_from_text() -> None:
+    found = of_text(TriggerSettings, "--migration-triggers", "period=2, kv_share=0.5")
+    assert found == TriggerSettings(period=2.0, kv_share=0.5)
+    assert of_text(TriggerSettings, "--migration-triggers", "") == TriggerSettings()
+    for text, words in (
+        ("perod=3", "there is no 'perod', but period"),
+        ("period", "write period=10"),
+        ("pause=x", "pause=1"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            of_text(TriggerSettings, "--migration-triggers", text)
 
 
 @pytest.mark.parametrize(
@@ -87,3 +118,16 @@ def test_more_clients_are_answered_than_a_process_may_have_files_at_first(tmp_pa
             connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
             assert connection.recv(12) == b"HTTP/1.1 200"
         assert server.stop() == 0
+
+
+def test_a_host_that_joins_says_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[JoinSettings] = []
+
+    async def join(settings: JoinSettings) -> None:
+        asked.append(settings)
+
+    monkeypatch.setattr(cli_worker, "run_worker", join)
+    cli.worker("tcp://host:1", num_blocks=7, gpu_memory_utilization=0.4, adapter_host_memory="1GiB", device="cpu")
+    [settings] = asked
+    has = {"num_blocks": 7, "gpu_memory_utilization": 0.4, "adapter_host_memory": 1 << 30, "device": "cpu"}
+    assert settings.engine == has
