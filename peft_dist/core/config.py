@@ -263,7 +263,7 @@ class ModelInfo:
 
     ``block_bytes`` are those of one KV block over all layers and ranks, ``adapter_bytes`` what adapters can take on the
     device; 0 where they are not known. ``max_loras`` adapters can be there at once. ``merge_way`` is "shadow", "host"
-    or "off", ``merge_bytes`` what its second copies take.
+    or "off", ``merge_bytes`` what its second copies take. ``fingerprint`` is equal for equal weights; empty: not known.
     """
 
     model: str
@@ -287,6 +287,7 @@ class ModelInfo:
     tokenizer: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     tensor_parallel_size: int = 1
+    fingerprint: str = ""
 
     @property
     def kv_size(self) -> tuple[int, int]:

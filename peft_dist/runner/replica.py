@@ -7,7 +7,6 @@ import logging
 import select
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -35,6 +34,7 @@ from peft_dist.runner.cost_profile import hash_shapes, identify, read_profile, w
 from peft_dist.runner.decision_log import DecisionLog
 from peft_dist.runner.device_way import choose_device_way
 from peft_dist.runner.executor import TorchExecutor
+from peft_dist.runner.fingerprint import Fingerprint
 from peft_dist.runner.graph_setup import are_captured, graph_bytes, make_graphs
 from peft_dist.runner.kv_probe import probe_kv_shapes
 from peft_dist.runner.kv_transfers import Transport
@@ -44,6 +44,7 @@ from peft_dist.runner.loader import (
     load_model,
     load_tokenizer,
     max_positions,
+    package_versions,
     resolve_device,
 )
 from peft_dist.runner.memory import MemoryLeft, count_blocks
@@ -56,7 +57,6 @@ from peft_dist.runner.restart_check import check_restart
 from peft_dist.runner.warm_up import KernelWarmUp, run_largest_batch
 
 logger = logging.getLogger(__name__)
-_VERSIONED = ("torch", "transformers", "peft", "accelerate")
 
 
 @dataclass
@@ -222,8 +222,10 @@ def build_replica(config: EngineConfig) -> Replica:
         torch.set_num_threads(config.num_threads)
     ranks = join_ranks(config)
     device = resolve_device(config.device)
-    model = load_model(config, device, ranks.shard if ranks.is_split else None)
+    mark = Fingerprint(config)
+    model = load_model(config, device, mark.before(ranks.shard) if ranks.is_split else None)
     # Before its weights are packed, its layers wrapped and the memory taken.
+    mark.see(model)
     speed, size, shapes_hash = measure_speed(device, model.dtype), ModelSize.of(model), hash_shapes(model)
     ranks.combine(model)
     prepare_layers(model, config)
@@ -262,7 +264,7 @@ def build_replica(config: EngineConfig) -> Replica:
     runner.grammars = Grammars(partial(load_tokenizer, config), runner.vocab_size, eos)
     if captured:
         runner.graphs = make_graphs(config, runner, longest)
-    info = _describe(config, runner, longest, depth, adapter_bytes)
+    info = _describe(config, runner, longest, depth, adapter_bytes, mark.text)
     logger.info(
         "%s on %s in %s: %d KV blocks of %d tokens", info.model, device, info.dtype, num_blocks, config.block_size
     )
@@ -310,7 +312,9 @@ def new_engine(config: EngineConfig, info: ModelInfo, executor: TorchExecutor, c
     )
 
 
-def _describe(config: EngineConfig, runner: ModelRunner, longest: int, depth: int, adapter_bytes: int) -> ModelInfo:
+def _describe(
+    config: EngineConfig, runner: ModelRunner, longest: int, depth: int, adapter_bytes: int, fingerprint: str
+) -> ModelInfo:
     return ModelInfo(
         model=config.model,
         served_model_name=config.served_model_name or Path(config.model).name,
@@ -332,15 +336,6 @@ def _describe(config: EngineConfig, runner: ModelRunner, longest: int, depth: in
         merge_way=runner.merge.way if runner.merge else "off",
         merge_bytes=runner.merge.num_bytes if runner.merge else 0,
         tokenizer=config.model if has_tokenizer(config.model) else None,
-        versions=_versions(),
+        versions=package_versions(),
+        fingerprint=fingerprint,
     )
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _VERSIONED:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed as a package"
-    return found
