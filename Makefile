@@ -17,7 +17,7 @@ DATA :=
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo serve test test-slow test-gpu test-ray test-nixl check format bench-cpu bench-gpu bench-kernels bench-lora figures train-adapters clean
+.PHONY: demo serve test test-slow test-gpu test-ray test-nixl faults check format bench-cpu bench-gpu bench-kernels bench-lora figures train-adapters clean
 
 demo: $(STAMP)  ## real model, base and four adapters at once, side by side with PEFT
 	$(BIN)/python scripts/demo.py
@@ -30,6 +30,10 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	PEFT_DIST_THOROUGH=1 $(BIN)/python -m pytest -m 'slow or thorough'
+
+faults: $(STAMP)  ## ten rounds of killed and stopped replicas under 200 streams over HTTP: docs/results/faults.json
+	PEFT_DIST_FAULT_ROUNDS=10 PEFT_DIST_RESULTS=docs/results $(BIN)/python -m pytest -m slow -s \
+	    tests/e2e/test_http_faults.py::test_smollm2_with_four_adapters
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu

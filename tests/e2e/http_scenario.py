@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,21 @@ class Clients:
                 case.tokens += new
                 case.num_tokens += len(new)
             yield data
+
+    async def change_adapters(self, spare: str | Path, case: Case, until: asyncio.Event) -> int:
+        """Load an adapter under ever new names, stream a case of it, unload it; returns how often."""
+        for count in itertools.count():
+            if until.is_set():
+                return count
+            name = f"spare{count}"
+            await self._change("load_lora_adapter", {"lora_name": name, "lora_path": str(spare)})
+            await self.ask(replace(case, adapter=name, tokens=[], num_tokens=0))
+            await self._change("unload_lora_adapter", {"lora_name": name})
+        raise AssertionError("it counts for ever")
+
+    async def _change(self, route: str, body: dict[str, Any]) -> None:
+        answer = await self._http.post(f"/v1/{route}", json=body)
+        assert answer.status_code == 200, answer.text
 
     async def gauges(self, *names: str) -> list[dict[int, int]]:
         """By replica, as itself told them last."""

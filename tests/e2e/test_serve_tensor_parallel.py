@@ -75,7 +75,6 @@ def scene(folder: Path, *options: str) -> Iterator[Scene]:
         made.server.process.wait()
 
 
-@pytest.mark.slow
 def test_two_ranks_answer_as_one(tmp_path: Path) -> None:
     with scene(tmp_path) as it:
         ranks = it.server.ranks()
