@@ -153,7 +153,7 @@ class Orchestrator:
         gone if it had joined.
 
         Raises:
-            UnknownReplicaError, ReplicaStateError: there is no such replica, or it cannot be spared.
+            UnknownReplicaError, ReplicaStateError: as of ``Lifecycle.drain``.
         """
         replica = self.lives.drain(replica_id, leave=restart)
         kept = [] if restart else [self.lives.tell_drained(replica, is_drained=True)]

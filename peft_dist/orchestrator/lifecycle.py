@@ -119,9 +119,16 @@ class Lifecycle:
         """Let a replica take no more requests.
 
         Raises:
-            UnknownReplicaError, ReplicaStateError: there is no such replica, or it cannot be spared.
+            UnknownReplicaError, ReplicaStateError: there is no such replica, it cannot be spared, or it is to ``leave``
+                already, and now is not to.
         """
         replica = self._find(replica_id, *_SERVING)
+        if replica.leaves and not leave:
+            # Somebody counts on its coming back, or has been told that it goes.
+            then = "to leave" if replica.is_guest else "to be restarted"
+            raise ReplicaStateError(
+                f"replica {replica_id} drains {then}: POST /admin/resume/{replica_id} ends that, then drain it again"
+            )
         goes = leave and replica.is_guest
         if not goes and not any(other is not replica for other in self._replicas.ready()):
             raise ReplicaStateError(f"replica {replica_id} is the only one that serves: wait until another is ready")

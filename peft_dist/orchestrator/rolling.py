@@ -88,6 +88,9 @@ class RollingRestart:
             return self._is_time(replica) and self._can_be_spared(replica) and self._drains(replica)
         if replica.state is ReplicaState.READY:
             return self._stop(f"replica {current} was resumed")
+        if replica.is_alive and not replica.leaves:
+            # Nothing that happens to it from now on is for this.
+            return self._stop(f"replica {current} was resumed, and is drained by hand: POST /admin/resume/{current}")
         return False
 
     def _is_time(self, replica: Replica) -> bool:

@@ -237,6 +237,29 @@ def test_it_stops_where_somebody_resumes_a_replica_or_the_server_ends() -> None:
     assert ended.at[0] == "stopped"
 
 
+def test_a_replica_that_drains_to_be_restarted_is_not_drained_by_hand_as_well() -> None:
+    core = cluster(2)
+    bind(core)
+    it = Driver(core)
+    it.rolling.begin()
+    with pytest.raises(ReplicaStateError, match="replica 0 drains to be restarted: POST /admin/resume/0 ends that"):
+        core.drain_replica(0, 1.0)
+    it.act(core.observe(0, 1, tokens("r-0", [1], 0, "stop"), 1.0))
+    assert it.at == ("running", "draining", 0) and it.told_to_end() == [0], "it goes on"
+    core = cluster(2)
+    bind(core)
+    it = Driver(core)
+    it.rolling.begin()
+    # Between two looks.
+    it.act(core.resume_replica(0, 1.0) + core.drain_replica(0, 1.0))
+    assert it.rolling.view().error == "replica 0 was resumed, and is drained by hand: POST /admin/resume/0"
+    # To one that drains by hand it may come, as to any other.
+    it = Driver(core)
+    it.rolling.begin()
+    it.act(core.observe(0, 1, tokens("r-0", [1], 0, "stop"), 1.0))
+    assert it.at == ("running", "draining", 0) and it.told_to_end() == [0]
+
+
 def test_it_goes_no_further_when_it_is_cancelled() -> None:
     core = cluster(2)
     it = Driver(core)
