@@ -42,7 +42,8 @@ class Lifecycle:
             if self._silence_ends(replica) <= now:
                 silence = f"{now - replica.last_heard:.1f} s"
                 reason = f"Replica {replica.replica_id} has been silent for {silence}."
-                lost.append((replica, Fault(reason, hangs=True)))
+                is_unseen = replica.is_guest or self._options.by_network
+                lost.append((replica, Fault(reason, hangs=True, is_unseen=is_unseen)))
         return lost
 
     def due(self, now: float) -> list[Replica]:

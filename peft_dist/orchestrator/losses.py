@@ -60,11 +60,12 @@ class Losses:
         moves, brought = self._handover.lose(replica, now)
         out = [] if is_renewed else [to(replica, farewell)]
         out += [*self._calls.lose(replica, error), *moves]
-        guilty = self._placer.orphan(replica, now, by_death=not (was_asked or fault.by_link), brought=brought)
+        by_death = not (was_asked or fault.by_link)
+        guilty = self._placer.orphan(replica, now, by_death=by_death, brought=brought, is_unseen=fault.is_unseen)
         if guilty is not None:
             out += self._placer.stop(guilty, *guilty.unfinished.values())
-            twice = f"{fault.reason.rstrip('.')}. So did another replica with this request: it is not tried again."
-            self._endings.fail([guilty], EngineDeadError(twice))
+            twice = "Another replica was lost with this request before: it is not tried again."
+            self._endings.fail([guilty], EngineDeadError(f"{fault.reason.rstrip('.')}. {twice}"))
         if replica.is_guest and not is_renewed:
             self._joins_until, self._last_guest = now + _JOIN_SECONDS, error
         out += self.place_waiting(now, error)

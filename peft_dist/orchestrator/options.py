@@ -22,6 +22,7 @@ class OrchestratorOptions:
         seed: Seeds the seeds of requests that bring none; None draws from the system.
         start_timeout: Seconds for a replica that is started again to become ready; None is no limit.
         heartbeat_timeout: Seconds of silence after which a replica counts as hung; None: it may be silent.
+        by_network: All replicas are reached over a network, whose cuts are silences too; not only those that joined.
         step_timeout: Seconds that one round of a replica's loop may take; None is no limit.
         max_wait: Seconds that an admitted request waits for a replica, when the one it had is lost.
         handover_timeout: Seconds for moving a running request with its KV; after that it goes on where it was.
@@ -41,6 +42,7 @@ class OrchestratorOptions:
     seed: int | None = None
     start_timeout: float | None = None
     heartbeat_timeout: float | None = None
+    by_network: bool = False
     step_timeout: float | None = None
     max_wait: float = 300.0
     handover_timeout: float = 10.0
@@ -52,9 +54,9 @@ class OrchestratorOptions:
     table: ArtifactTable | None = None
     first_number: int = 1
 
-    def for_a_life(self) -> OrchestratorOptions:
+    def for_a_life(self, *, by_network: bool = False) -> OrchestratorOptions:
         """The same with numbers that no other life has."""
-        return replace(self, first_number=first_number(secrets.randbits(LIFE_BITS)))
+        return replace(self, by_network=by_network, first_number=first_number(secrets.randbits(LIFE_BITS)))
 
     def __post_init__(self) -> None:
         if self.max_queue < 0:

@@ -140,15 +140,22 @@ class Placer:
             self._requests.expect(coming[number], record, self._lengths.expected(record), with_kv=with_kv)
 
     def orphan(
-        self, replica: Replica, now: float, *, by_death: bool, brought: Sequence[RequestRecord] = ()
+        self,
+        replica: Replica,
+        now: float,
+        *,
+        by_death: bool,
+        brought: Sequence[RequestRecord] = (),
+        is_unseen: bool = False,
     ) -> RequestRecord | None:
         """Take all requests from a replica; returns the one that it and another one died of, where that is clear.
 
-        ``brought``: Those that were to come to it with their KV; they stay where they are.
+        ``brought``: Those that were to come to it with their KV; they stay where they are. ``is_unseen``: As in
+        ``Fault``.
         """
         self._requests.prefixes.forget(replica.replica_id)
         records = self._requests.on_replica(replica.replica_id)
-        guilty = find_guilty(records, brought) if by_death else None
+        guilty = find_guilty(records, brought, is_unseen=is_unseen) if by_death else None
         for record in records:
             self._requests.take(record, now)
         return guilty

@@ -28,11 +28,15 @@ class Outgoing(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """Why a replica is given up. ``hangs``, ``by_link``: As in ``Orchestrator.lose_replica``."""
+    """Why a replica is given up. ``hangs``, ``by_link``: As in ``Orchestrator.lose_replica``.
+
+    ``is_unseen``: Only that nothing is heard of it, over a network: its process may be well.
+    """
 
     reason: str
     hangs: bool = False
     by_link: bool = False
+    is_unseen: bool = False
 
 
 class ReplicaState(enum.Enum):
@@ -164,6 +168,7 @@ class SequenceRecord(msgspec.Struct):
         drew: Whether its replica reported tokens of it.
         num_deaths: Replicas that died with it in a batch, one after another, without a token of it between.
         num_early_deaths: Of these, those that had reported no token of it.
+        num_silences: Replicas that fell silent so, of which nothing more was seen.
         owed_prefill, owed_output: What it counts for in its replica's backlog, in tokens.
     """
 
@@ -173,6 +178,7 @@ class SequenceRecord(msgspec.Struct):
     drew: bool = False
     num_deaths: int = 0
     num_early_deaths: int = 0
+    num_silences: int = 0
     owed_prefill: int = 0
     owed_output: float = 0.0
     output_token_ids: list[int] = []

@@ -160,7 +160,7 @@ class RequestTable:
         if not token_ids:
             return
         sequence.started = sequence.drew = True
-        sequence.num_deaths = sequence.num_early_deaths = 0
+        sequence.num_deaths = sequence.num_early_deaths = sequence.num_silences = 0
         record.is_suspect = False
         if record.replica_id is not None:
             backlog = self._backlogs[record.replica_id]

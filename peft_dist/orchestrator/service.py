@@ -84,7 +84,8 @@ class EngineService:
             ConfigError: the invitation's address cannot be used, or the recording that was asked for cannot be made.
         """
         self._now = asyncio.get_running_loop().time
-        self._core = make_orchestrator(options.for_a_life(), finds_replicas=bool(left))
+        options = options.for_a_life(by_network=link is not None and link.can_lose)
+        self._core = make_orchestrator(options, finds_replicas=bool(left))
         self._num_replicas = num_replicas
         self._start_timeout = start_timeout
         self._take = Hearing(self._core, self._act, self._now).take

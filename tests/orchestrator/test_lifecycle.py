@@ -7,7 +7,18 @@ import math
 import pytest
 
 from peft_dist.core.errors import ConfigError, EngineDeadError, ReplicaStateError
-from peft_dist.core.messages import AbortRequest, AdapterResult, AddRequest, Heartbeat, Ready, Shutdown, Started
+from peft_dist.core.handover import SequenceState
+from peft_dist.core.messages import (
+    AbortRequest,
+    AdapterResult,
+    AddRequest,
+    Exported,
+    ExportRequests,
+    Heartbeat,
+    Ready,
+    Shutdown,
+    Started,
+)
 from peft_dist.core.restarts import RestartPolicy
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.core.succession import KeepDrained
@@ -147,6 +158,60 @@ def test_a_request_whose_prompt_kills_is_failed_alone_after_two_replicas() -> No
     failed = [event for event in core.drain_events() if isinstance(event, RequestFailed)]
     assert [event.request_id for event in failed] == ["poison"] and "not tried again" in str(failed[0].error)
     assert core.num_unfinished == 3
+
+
+def fall_silent(core: Orchestrator, name: str, now: float) -> list[RequestFailed]:
+    """Whoever has a request in a batch says nothing more, and the others do."""
+    core.drain_events()
+    [(record, sequence)] = core._requests.running(name)
+    assert record.replica_id is not None
+    replica = core.replicas[record.replica_id]
+    core.observe(replica.replica_id, replica.epoch, Started(request_ids=[sequence.sequence_id]), now)
+    for other in core.replicas.ready():
+        if other is not replica:
+            core.observe(other.replica_id, other.epoch, Heartbeat(busy_seconds=0.0), now + 4.0)
+    core.tick(now + 5.0)
+    assert not replica.is_alive
+    return [event for event in core.drain_events() if isinstance(event, RequestFailed)]
+
+
+@pytest.mark.parametrize("kind", ["local", "joined", "on Ray"])
+def test_silence_over_a_network_blames_no_request_unless_it_goes_on(kind: str) -> None:
+    core = cluster(0, heartbeat_timeout=5.0, by_network=kind == "on Ray")
+    for replica_id in range(5):
+        replica = core.replicas.join(9.0) if kind == "joined" else core.add_replica(replica_id, 0.0)
+        ready(core, replica_id, replica.epoch, 0.0)
+    submit(core, "r", max_tokens=9)
+    number = next(number for number in range(1, 5) if fall_silent(core, "r", 5.0 * number - 5.0))
+    assert number == (2 if kind == "local" else 4)
+    assert len(core.replicas.ready()) == 5 - number and not core.num_unfinished
+
+
+def test_a_token_between_ends_a_row_of_silences() -> None:
+    core = cluster(5, heartbeat_timeout=5.0, by_network=True)
+    submit(core, "r", max_tokens=9)
+    for number in range(4):
+        if number == 2:
+            [(record, sequence)] = core._requests.running("r")
+            replica = core.replicas[record.replica_id or 0]
+            core.observe(replica.replica_id, replica.epoch, tokens(sequence.sequence_id, [4], 0), 10.0)
+        assert fall_silent(core, "r", 5.0 * number) == []
+
+
+def test_silence_over_a_network_is_not_held_against_what_was_brought_to_a_replica() -> None:
+    core = cluster(1, heartbeat_timeout=5.0)
+    guest = core.replicas.join(9.0)
+    ready(core, 1, guest.epoch, 0.0)
+    core.drain_replica(1, 0.0)
+    assert submit(core, "r", max_tokens=9) == 0
+    core.resume_replica(1, 0.0)
+    [export] = core.handover.move("r", 1, 0.0, with_kv=True)
+    assert isinstance(export.command, ExportRequests)
+    core.observe(0, 1, Exported(handover=export.command.handover, sequences=[SequenceState("r-0", 0)]), 0.1)
+    core.observe(0, 1, Heartbeat(busy_seconds=0.0), 4.9)
+    core.tick(5.0)
+    [record] = core._requests.records()
+    assert (record.replica_id, record.num_import_deaths) == (0, 0)
 
 
 def test_suspects_are_tried_one_after_another() -> None:
