@@ -36,15 +36,19 @@ def admin_router(state: ServerState) -> APIRouter:
     """The routes that drain and resume replicas."""
     router = APIRouter(prefix="/admin", tags=["replicas"])
 
+    def state_of(replica: int) -> str:
+        return next((view.state for view in state.client.replicas() if view.replica_id == replica), "left")
+
     @router.post("/drain/{replica}")
     async def drain(replica: int, body: DrainRequest | None = None) -> Response:
         """Move a replica's requests to others, and answer when it is empty; ``restart`` then starts it again.
 
-        ``state``: "drained"; "restarting", or "left" if it had joined; or as in ``/health`` where it died meanwhile.
+        ``state``: "drained"; "restarting", or "left" if it had joined; "unreached" where its connection failed as it
+        was told that it is drained. 409 where it died before it was empty.
         """
         restart = body is not None and bool(body.restart)
         await state.client.drain_replica(replica, restart=restart)
-        now = next((view.state for view in state.client.replicas() if view.replica_id == replica), "left")
+        now = state_of(replica)
         if restart and now != "left":
             now = "restarting"
         return json_response({"replica": replica, "state": now})
@@ -66,9 +70,12 @@ def admin_router(state: ServerState) -> APIRouter:
 
     @router.post("/resume/{replica}")
     async def resume(replica: int, body: ResumeRequest | None = None) -> Response:
-        """Let a drained replica take requests again."""
+        """Let a drained replica take requests again.
+
+        ``state``: "ready"; or "dead" or "starting" where it died, and serves once it has been started again.
+        """
         state.client.resume_replica(replica)
         await state.client.drain_kept(replica)
-        return json_response({"replica": replica, "state": "ready"})
+        return json_response({"replica": replica, "state": state_of(replica)})
 
     return router

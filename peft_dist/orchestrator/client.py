@@ -195,16 +195,17 @@ class EngineClient(Protocol):
         """Move a replica's requests to others, give it no new ones, and return when it has none left.
 
         With ``restart`` it is then ended and started again; without, it waits until ``resume_replica``, and has kept
-        that in mind (``drain_kept``). Returns too when it dies.
+        that in mind (``drain_kept``); where it dies, its next incarnations wait.
 
         Raises:
             UnknownReplicaError: there is no such replica.
-            ReplicaStateError: it does not serve, or no other one does; or it was resumed before it was empty.
+            ReplicaStateError: it does not serve, or no other one does; it is to be restarted already; or before it was
+                empty it was resumed, or died.
         """
         ...
 
     def resume_replica(self, replica_id: int) -> None:
-        """Let a drained replica take requests again.
+        """Let a drained replica take requests again; one that died and is started again, once it is ready.
 
         Raises:
             UnknownReplicaError, ReplicaStateError: there is no such replica, or it was not drained.

@@ -160,12 +160,15 @@ class Orchestrator:
         return kept + self._placer.evacuate(now) + self._note_drained(now)
 
     def resume_replica(self, replica_id: int, now: float) -> list[Outgoing]:
-        """Let a draining or drained replica take requests again.
+        """Let a draining or drained replica take requests again; one that is started again, once it is ready.
 
         Raises:
             UnknownReplicaError, ReplicaStateError: there is no such replica, or it does not drain (any more).
         """
         replica = self.lives.resume(replica_id)
+        if replica.state is not ReplicaState.READY:
+            # It is told when it has come.
+            return []
         kept = self.lives.tell_drained(replica, is_drained=False)
         # What another one drains of may have waited for this one's adapters.
         moved = self._placer.evacuate(now) + self._note_drained(now)

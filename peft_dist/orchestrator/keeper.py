@@ -80,13 +80,13 @@ class Keeper:
             self._processes.kill(lost.replica_id)
         else:
             self._spawn(self._processes.stop(lost.replica_id, grace))
-        self._promises.end_drain(lost.replica_id, None)
+        self._promises.end_drain(lost.replica_id, self._core.lives.lost_draining(lost.replica_id, lost.error))
         self._promises.keep_drain(lost.replica_id)
 
     def renewed(self, renewed: ReplicaRenewed) -> None:
         """The process of a replica is to go on as another incarnation, which is told to it."""
         logger.warning("%s Its requests go elsewhere or wait, and it goes on with what it holds.", renewed.error)
-        self._promises.end_drain(renewed.replica_id, None)
+        # Whoever drains it waits until it says that it is another one, which is drained as well.
         self._promises.keep_drain(renewed.replica_id)
         replica = self._core.replicas[renewed.replica_id]
         if replica.is_guest and self._guests is not None:

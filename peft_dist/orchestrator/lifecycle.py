@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from peft_dist.core.errors import ReplicaStateError, UnknownReplicaError
+from peft_dist.core.errors import PeftDistError, ReplicaStateError, UnknownReplicaError
 from peft_dist.core.messages import Heartbeat, Ready
 from peft_dist.core.succession import KeepDrained
-from peft_dist.orchestrator.events import DrainIsKept, Event, Notice
+from peft_dist.orchestrator.events import DrainIsKept, Event, Notice, ReplicaDrained
 from peft_dist.orchestrator.options import OrchestratorOptions
 from peft_dist.orchestrator.records import Fault, Outgoing, Replica, ReplicaState
 from peft_dist.orchestrator.replicas import ReplicaTable
@@ -136,7 +136,7 @@ class Lifecycle:
         if leave and not goes:
             self.check_restarts()
         self._replicas.enter(replica, ReplicaState.DRAINING)
-        replica.leaves = leave
+        replica.leaves, replica.stays_drained = leave, not leave
         return replica
 
     def check_restarts(self) -> None:
@@ -146,16 +146,21 @@ class Lifecycle:
 
     def keep_drained(self, replica: Replica, report: Ready, events: list[Event]) -> list[Outgoing]:
         """Let one that has become ready be drained if it was, in an earlier life of the orchestrator or of its own."""
-        if replica.is_renewed:
-            # What it was told last may be what was lost.
-            if replica.was_drained:
-                self._replicas.enter(replica, ReplicaState.DRAINED)
-            return [self.tell_drained(replica, is_drained=replica.was_drained)]
-        if report.is_drained:
+        number, since = replica.replica_id, None
+        # What it was told last may be what was lost; who was started anew was told nothing.
+        is_told = replica.is_renewed or replica.stays_drained
+        if replica.stays_drained and not replica.is_renewed:
+            since = "it died"
+        elif report.is_drained and not is_told:
+            since, replica.stays_drained = "this server started", True
+        if since is not None:
+            text = f"was drained before {since}, and still is: POST /admin/resume/{number} ends that"
+            events.append(Notice(number, text))
+        if replica.stays_drained:
             self._replicas.enter(replica, ReplicaState.DRAINED)
-            text = "was drained before this server started, and still is: POST /admin/resume/{} ends that"
-            events.append(Notice(replica.replica_id, text.format(replica.replica_id)))
-        return []
+            # Whoever asked for it may wait still.
+            events.append(ReplicaDrained(number, leaves=False))
+        return [self.tell_drained(replica, is_drained=replica.stays_drained)] if is_told else []
 
     def tell_drained(self, replica: Replica, *, is_drained: bool) -> Outgoing:
         """Have a replica remember that it is drained, or is not."""
@@ -179,10 +184,36 @@ class Lifecycle:
         Raises:
             UnknownReplicaError, ReplicaStateError: there is no such replica, or it does not drain (any more).
         """
+        coming = self._replicas.get(replica_id)
+        if coming is not None and coming.stays_drained and coming.will_come:
+            coming.stays_drained = False
+            return coming
         replica = self._find(replica_id, *_DRAINED)
         self._replicas.enter(replica, ReplicaState.READY)
-        replica.leaves = False
+        replica.leaves = replica.stays_drained = False
         return replica
+
+    def check_drained(self, replica_id: int) -> None:
+        """Raises ReplicaStateError where a replica that was drained, not to be restarted, is not any more."""
+        replica = self._replicas.get(replica_id)
+        if replica is None or not replica.stays_drained:
+            became = "was resumed" if replica is not None and replica.state is ReplicaState.READY else "is restarted"
+            raise ReplicaStateError(f"replica {replica_id} {became} since: drain it again once it serves")
+        if replica.state not in _DRAINED and not replica.is_unreached:
+            raise self.lost_draining(replica_id, replica.error)
+
+    def lost_draining(self, replica_id: int, error: PeftDistError | None) -> ReplicaStateError:
+        """What is told to whoever wanted a replica drained, and it has died."""
+        replica = self._replicas.get(replica_id)
+        if replica is None:
+            then = "it had joined, and has gone"
+        elif not replica.will_come:
+            then = "it is not started again"
+        elif replica.stays_drained:
+            then = f"it is started again, and stays drained until POST /admin/resume/{replica_id}"
+        else:
+            then = "it is started again, as any that dies"
+        return ReplicaStateError(f"replica {replica_id} was lost as it drained ({str(error).rstrip('.')}): {then}")
 
     def was_told_to_end(self, replica: Replica) -> bool:
         """Whether it was drained and is on its way out; what ends before that has died."""

@@ -50,11 +50,11 @@ class Losses:
         error, was_asked = EngineDeadError(fault.reason), self._lives.was_told_to_end(replica)
         is_renewed = fault.by_link and self._lives.can_renew(replica)
         farewell = Fence() if replica.is_guest and not replica.leaves else Shutdown()
-        held, was_drained = self._calls.contents(replica), self._lives.was_drained(replica)
+        held = self._calls.contents(replica)
         self._replicas.mark_dead(replica, error)
         if is_renewed:
             # Before its requests are looked at: they may wait for it.
-            self._replicas.renew(replica, held, was_drained=was_drained, start_deadline=now + _FIRST_WORD_SECONDS)
+            self._replicas.renew(replica, held, start_deadline=now + _FIRST_WORD_SECONDS)
         else:
             self._lives.plan_restart(replica, now, was_asked=was_asked)
         moves, brought = self._handover.lose(replica, now)

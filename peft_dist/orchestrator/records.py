@@ -77,7 +77,8 @@ class Replica:
         was_adopted: It did, and has.
         is_renewed: It goes on in the process of the incarnation before it, whose connection failed; until it is ready
             it is a survivor of that one.
-        was_drained: That one was drained.
+        stays_drained: Somebody drained it, not to restart it, and nobody has resumed it since: whatever incarnation of
+            it comes waits for that.
         keeps: Content hashes that it held; none before it is ready.
         coming: Content hashes of named adapters that are on their way to it.
         refused: Content hashes of named adapters that it did not take when they were brought to it, and why.
@@ -116,7 +117,7 @@ class Replica:
     is_survivor: bool = False
     was_adopted: bool = False
     is_renewed: bool = False
-    was_drained: bool = False
+    stays_drained: bool = False
     keeps: frozenset[str] = frozenset()
     coming: set[str] = field(default_factory=set)
     refused: dict[str, str] = field(default_factory=dict)
@@ -155,6 +156,11 @@ class Replica:
 
     @property
     def will_be_ready(self) -> bool:
+        """Whether it starts, or is going to be started again, and takes requests then."""
+        return self.will_come and not self.stays_drained
+
+    @property
+    def will_come(self) -> bool:
         """Whether it starts, or is going to be started again."""
         return self.state is ReplicaState.STARTING or self.restart_at is not None or (self.leaves and not self.is_guest)
 

@@ -44,7 +44,7 @@ class ReplicaTable:
             raise ConfigError(f"replica {replica_id} is still {lost.state.value}: it cannot be started again")
         if lost is not None:
             replica.earlier, replica.model, replica.error = _totals(lost), lost.model, lost.error
-            replica.capacity_tokens = lost.capacity_tokens
+            replica.capacity_tokens, replica.stays_drained = lost.capacity_tokens, lost.stays_drained
             replica.num_restarts, replica.num_failures = lost.num_restarts + 1, lost.num_failures
         self._next_epoch += 1
         self._by_id[replica_id] = replica
@@ -58,10 +58,9 @@ class ReplicaTable:
         replica.is_guest = True
         return replica
 
-    def renew(self, lost: Replica, keeps: frozenset[str], *, was_drained: bool, start_deadline: float) -> Replica:
+    def renew(self, lost: Replica, keeps: frozenset[str], *, start_deadline: float) -> Replica:
         """Enter an incarnation that is to go on in the process of a dead one, with contents that it ``keeps``."""
         replica = self.add(lost.replica_id, start_deadline)
-        replica.was_drained = was_drained
         replica.is_survivor = replica.is_renewed = True
         replica.is_guest, replica.keeps = lost.is_guest, keeps
         # What it counts goes on.

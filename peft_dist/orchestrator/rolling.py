@@ -38,7 +38,7 @@ class RollingRestart:
                 f"a rolling restart is under way, at replica {self._view.current}: wait for its end"
             )
         replicas = self._core.replicas.all()
-        own = [r for r in replicas if not r.is_guest and (r.is_alive or r.will_be_ready)]
+        own = [r for r in replicas if not r.is_guest and (r.is_alive or r.will_come)]
         if not own:
             raise ReplicaStateError(
                 "no replica here was started by this server: restart those that joined where they are"
@@ -82,7 +82,7 @@ class RollingRestart:
             return self._stop(f"replica {current} is gone")
         if replica.num_restarts != self._old[current]:
             return self._starts(replica)
-        if not replica.is_alive and not replica.will_be_ready:
+        if not replica.is_alive and not replica.will_come:
             return self._stop(f"replica {current} is not started again: {replica.error}")
         if self._view.stage == "waiting":
             return self._is_time(replica) and self._can_be_spared(replica) and self._drains(replica)
@@ -121,7 +121,7 @@ class RollingRestart:
         return True
 
     def _starts(self, replica: Replica) -> bool:
-        """Another incarnation is there; once it serves, the next replica's turn has come."""
+        """Another incarnation is there; once it serves, or waits to be resumed, the next one's turn has come."""
         view = self._view
         self._new = replica.num_restarts if self._new is None else self._new
         if replica.num_restarts != self._new or not replica.is_alive:
@@ -129,7 +129,7 @@ class RollingRestart:
         for content, why in replica.refused.items():
             name = self._core.adapters.name_of(content)
             return self._stop(f"replica {replica.replica_id} came back and refused adapter {name!r}: {why}")
-        if replica.state is not ReplicaState.READY or replica.coming:
+        if replica.state is ReplicaState.STARTING or replica.coming:
             self._view = replace(view, stage="starting")
             return False
         done, self._new = (*view.restarted, replica.replica_id), None

@@ -235,6 +235,7 @@ class EngineService:
             self._promises.forget_drain(replica_id, drained)
         if not restart:
             await self.drain_kept(replica_id)
+            self._core.lives.check_drained(replica_id)
 
     async def drain_kept(self, replica_id: int) -> None:
         """As in ``EngineClient``."""

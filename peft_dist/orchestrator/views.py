@@ -63,7 +63,7 @@ class Views:
         """
         replicas = self._ready()
         if coming:
-            replicas = [r for r in self._replicas.all() if r.model and (r.is_alive or r.will_be_ready)]
+            replicas = [r for r in self._replicas.all() if r.model and (r.is_alive or r.will_come)]
         return ClusterView(self._loads(replicas, adapters), adapters, [])
 
     def loading(self, adapters: list[AdapterLoad]) -> ClusterView:

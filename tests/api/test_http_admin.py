@@ -38,9 +38,9 @@ def test_nothing_need_be_said(engine: ScriptedClient, http: httpx.Client, header
 
 
 def test_a_drain_tells_what_became_of_the_replica(engine: ScriptedClient, http: httpx.Client) -> None:
-    engine.drained_to = "dead"
+    engine.drained_to = "unreached"
     answer = http.post("/admin/drain/0", json={})
-    assert answer.status_code == 200 and answer.json() == {"replica": 0, "state": "dead"}
+    assert answer.status_code == 200 and answer.json() == {"replica": 0, "state": "unreached"}
     # One that joined, and was told to end.
     engine.drained_to = "left"
     assert http.post("/admin/drain/0", json={"restart": True}).json() == {"replica": 0, "state": "left"}

@@ -202,8 +202,35 @@ def test_whether_a_replica_is_drained_outlives_the_server_once_that_is_answered(
             drained = asyncio.create_task(service.drain_replica(1))
             await until(lambda: replica.num_drains_told == 3)
             os.kill(replica.pid or 0, signal.SIGKILL)
-            await drained
+            with pytest.raises(ReplicaStateError, match="it is started again, and stays drained until POST"):
+                await drained
             assert replica.num_drains_kept == 2
+
+    run(work())
+
+
+def test_a_drain_of_a_replica_that_dies_says_so_and_holds() -> None:
+    async def work() -> None:
+        async with started() as service:
+            held = service.generate("held", [HOLD], SamplingParams(max_tokens=400), None)
+            await anext(held)
+            [record] = service._core._requests.records()
+            number = record.replica_id
+            assert number is not None
+            os.kill(service.replica_pids()[number], signal.SIGSTOP)
+            # It is to tell what it has of this, and cannot: so it is not empty.
+            service.move_request("held", 1 - number, with_kv=True)
+            drain = asyncio.create_task(service.drain_replica(number))
+            await until(lambda: service.replicas()[number].state == "draining")
+            os.kill(service._core.replicas[number].pid or 0, signal.SIGKILL)
+            with pytest.raises(
+                ReplicaStateError, match=f"replica {number} was lost as it drained .*, and stays drained"
+            ):
+                await drain
+            await until(lambda: service.replicas()[number].state == "drained")
+            service.resume_replica(number)
+            assert all_ready(service)
+            await held.aclose()
 
     run(work())
 

@@ -7,11 +7,14 @@ from collections.abc import Iterable
 
 import pytest
 
-from peft_dist.core.messages import AddRequest, Exported, ExportRequests, Imported, ImportRequests
+from peft_dist.core.errors import ReplicaStateError
+from peft_dist.core.messages import AddRequest, Exported, ExportRequests, Heartbeat, Imported, ImportRequests
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.core.step_costs import StepCosts
+from peft_dist.core.succession import DrainKept, KeepDrained
 from peft_dist.orchestrator.client import NewRequest
 from peft_dist.orchestrator.core import Orchestrator
+from peft_dist.orchestrator.events import Notice, ReplicaDrained
 from peft_dist.orchestrator.records import Outgoing
 from tests.orchestrator.test_core import tokens
 from tests.orchestrator.test_handover import state
@@ -97,3 +100,92 @@ def test_it_is_drained_once_it_has_nothing_left() -> None:
     assert [view.is_ready for view in core.replicas.views()] == [True, True]
     core.resume_replica(used, 2.0)
     assert states() == {used: "ready", other: "ready"}
+
+
+def die(core: Orchestrator, replica_id: int) -> None:
+    """It dies, and the next one is started."""
+    core.lose_replica(replica_id, core.replicas[replica_id].epoch, "Replica 0 was killed by SIGKILL.", 1.0)
+    core.tick(20.0)
+
+
+def comes(core: Orchestrator, replica_id: int) -> list[Outgoing]:
+    return ready(core, replica_id, core.replicas[replica_id].epoch, 9.0)  # type: ignore[return-value]
+
+
+def test_one_that_was_drained_is_so_after_its_death_too_until_it_is_resumed() -> None:
+    core = cluster(2)
+    core.drain_replica(0, 1.0)
+    core.observe(0, 1, DrainKept(), 1.0)
+    die(core, 0)
+    die(core, 0)
+    replica = core.replicas[0]
+    assert replica.state.value == "starting" and not core._calls.is_coming(replica, ""), "no request waits for it"
+    core.drain_events()
+    assert Outgoing(0, replica.epoch, KeepDrained(is_drained=True)) in comes(core, 0)
+    assert replica.state.value == "drained" and core.replicas.ready() == [core.replicas[1]]
+    text = "was drained before it died, and still is: POST /admin/resume/0 ends that"
+    assert core.drain_events()[:2] == [Notice(0, text), ReplicaDrained(0, leaves=False)]
+    [add] = core.submit(NewRequest("r", [5], SamplingParams(max_tokens=9)), 9.0)
+    assert add.replica_id == 1
+    core.resume_replica(0, 9.0)
+    assert core.submit(NewRequest("s", [5], SamplingParams(max_tokens=9)), 9.0)[0].replica_id == 0
+    die(core, 0)
+    comes(core, 0)
+    assert core.replicas[0].state.value == "ready", "that is over"
+
+
+def test_one_that_comes_drained_can_be_resumed_before() -> None:
+    core = cluster(2)
+    core.drain_replica(0, 1.0)
+    core.lose_replica(0, 1, "it died", 1.0)
+    assert core.resume_replica(0, 1.0) == []
+    with pytest.raises(ReplicaStateError, match="replica 0 is dead, not draining or drained"):
+        core.resume_replica(0, 1.0)
+    core.tick(20.0)
+    comes(core, 0)
+    assert core.replicas[0].state.value == "ready"
+    core = cluster(2, restart=None)
+    core.drain_replica(0, 1.0)
+    core.lose_replica(0, 1, "it died", 1.0)
+    with pytest.raises(ReplicaStateError, match="replica 0 is dead"):
+        core.resume_replica(0, 1.0)
+
+
+def test_one_that_drained_to_be_restarted_serves_however_it_ended() -> None:
+    for first in (False, True):
+        core = crowded(2, WITHOUT)
+        core.drain_replica(0, 1.0, restart=first)
+        if not first:
+            core.drain_replica(0, 1.0, restart=True)
+        die(core, 0)
+        comes(core, 0)
+        assert core.replicas[0].state.value == "ready"
+
+
+def test_what_whoever_drains_a_replica_is_told_of_its_end() -> None:
+    core = cluster(3)
+    lives = core.lives
+    core.drain_replica(0, 1.0)
+    lives.check_drained(0)
+    core.observe(0, 1, Heartbeat(busy_seconds=0.0, is_orphaned=True), 1.0)
+    lives.check_drained(0)
+    core.lose_replica(0, core.replicas[0].epoch, "Replica 0 was killed by SIGKILL.", 1.0)
+    died = r"lost as it drained \(Replica 0 was killed by SIGKILL\): it is started again, and stays drained until POST"
+    for _ in range(2):
+        with pytest.raises(ReplicaStateError, match=f"replica 0 was {died} /admin/resume/0"):
+            lives.check_drained(0)
+        core.tick(20.0)
+    core.resume_replica(0, 9.0)
+    for change, became in (
+        (lambda: None, "is restarted"),
+        (lambda: comes(core, 0), "was resumed"),
+        (lambda: core.drain_replica(0, 9.0, restart=True), "is restarted"),
+    ):
+        change()
+        with pytest.raises(ReplicaStateError, match=f"replica 0 {became} since"):
+            lives.check_drained(0)
+    core.lives.stop_restarts()
+    core.drain_replica(1, 9.0)
+    core.lose_replica(1, 2, "it died", 9.0)
+    assert "(it died): it is not started again" in str(lives.lost_draining(1, core.replicas[1].error))
+    assert str(lives.lost_draining(7, None)).endswith("it had joined, and has gone")

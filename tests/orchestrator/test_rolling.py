@@ -203,6 +203,25 @@ def test_one_that_died_and_came_back_meanwhile_need_not_be_restarted() -> None:
     assert it.at == ("running", "draining", 2) and it.rolling.view().restarted == (0, 1)
 
 
+def test_one_that_was_drained_and_came_back_so_is_not_waited_for() -> None:
+    core = cluster(3)
+    core.drain_replica(2, 1.0)
+    it = Driver(core)
+    it.rolling.begin()
+    it.act(core.lose_replica(2, 3, "it died", 1.0))
+    it.ends(0)
+    it.is_ready(0)
+    # It will not serve, so nobody waits for it before its turn.
+    assert it.at == ("running", "draining", 1)
+    it.now = 2.0
+    it.act(core.tick(2.0))
+    it.ends(1)
+    it.is_ready(1)
+    assert it.at == ("running", "starting", 2)
+    it.is_ready(2)
+    assert it.at == ("done", None, None) and core.replicas[2].state.value == "drained"
+
+
 def test_it_stops_at_one_that_does_not_come_back() -> None:
     core = cluster(2)
     it = Driver(core)
