@@ -30,8 +30,8 @@ class AdapterCalls:
     """Keeps what replicas hold in step with the registry. Calls return commands to send.
 
     A load by a user concerns every replica that is ready, and takes effect on all of them or on none. A replica that
-    becomes ready later is brought the named adapters one by one; until it holds one, its requests go elsewhere. What it
-    refuses is brought to it again, a few times.
+    becomes ready later is brought the named adapters one by one, and those that requests use; until it holds one, its
+    requests go elsewhere. What it refuses is brought to it again, a few times, while it has a name.
     """
 
     def __init__(
@@ -55,19 +55,9 @@ class AdapterCalls:
         """Ids of the replicas that can run requests of a content, not the base."""
         return self._holdings.holders(content_hash)
 
-    def contents(self, replica: Replica) -> frozenset[str]:
-        """All contents that a replica can run requests of."""
-        return self._holdings.of(replica.replica_id)
-
     def is_coming(self, replica: Replica, content_hash: str) -> bool:
-        """Whether a content is on its way to a replica, or will be once the replica is ready."""
-        if replica.will_be_ready:
-            return content_hash in replica.keeps or self.is_brought(content_hash)
-        return content_hash in replica.coming
-
-    def is_brought(self, content_hash: str) -> bool:
-        """Whether any replica that comes is brought a content; the base ("") it has."""
-        return not content_hash or self._registry.is_named(content_hash)
+        """Whether a content that is needed is on its way to a replica, or will be once that is ready."""
+        return replica.will_be_ready or content_hash in replica.coming
 
     def load(self, name: str, path: str, pinned: bool | None, **source: Any) -> tuple[int, list[Outgoing]]:
         """Ask every ready replica; ``pinned`` None: if what it replaces is. ``source`` are fields of LoadAdapter."""
@@ -111,8 +101,8 @@ class AdapterCalls:
         return to(replica, names)
 
     def welcome(self, replica: Replica) -> list[Outgoing]:
-        """Bring all named adapters that it lacks to a replica that can be used from now on."""
-        return self._reload(replica, self._registry.specs())
+        """Bring all that it lacks, and a name or a request needs, to a replica that can be used from now on."""
+        return self._reload(replica, self._registry.wanted())
 
     def lack(self, replica: Replica, spec: AdapterSpec, problem: str, now: float) -> None:
         """A replica cannot bring a content to its device that it had taken: it is brought it anew, as what it refused.
@@ -205,7 +195,7 @@ class AdapterCalls:
         return out
 
     def _bring(self, replica: Replica, spec: AdapterSpec) -> Outgoing:
-        command = self._registry.reload_command(spec.name, self._new_call())
+        command = self._registry.bring_command(spec, self._new_call())
         self._reloads[command.call_id] = _Reload(replica.epoch, spec, command.pinned)
         return to(replica, command)
 
@@ -222,13 +212,18 @@ class AdapterCalls:
         if self.holds(replica, wanted.content_hash):  # By this, or by a load that came meanwhile.
             return
         problem = report.error or f"{wanted.path} no longer holds what the other replicas loaded"
-        wait = self._retries.refused(replica, wanted.content_hash, now, is_final=report.is_final)
+        # Without a name nobody asks for it again, and whoever did does not wait that long.
+        is_final = report.is_final or not self._registry.is_named(wanted.content_hash)
+        wait = self._retries.refused(replica, wanted.content_hash, now, is_final=is_final)
         self._refuse(replica, wanted, problem, wait)
 
     def _refuse(self, replica: Replica, spec: AdapterSpec, problem: str, wait: float | None) -> None:
         replica.refused[spec.content_hash] = problem
         again = "It is not tried again" if wait is None else f"It is tried again in {wait:g} s"
-        text = f"adapter {spec.name!r} is not served here: {problem}. {again}. Unload it, or load it in place"
+        remedy = "Unload it, or load it in place"
+        if not self._registry.is_named(spec.content_hash):
+            remedy = "It has no name any more: its requests end where no other replica holds it"
+        text = f"adapter {spec.name!r} is not served here: {problem}. {again}. {remedy}"
         self._events.append(Notice(replica.replica_id, text))
 
     def _new_call(self) -> int:

@@ -38,6 +38,8 @@ class AdapterRegistry:
         self._pinned: set[str] = set()
         self._repins: dict[str, None] = {}
         self._uses: Counter[str] = Counter()
+        # Of contents that lost a name while requests used them: what that was, and where it came from.
+        self._left: dict[str, tuple[AdapterSpec, LoadAdapter]] = {}
         self._base_names: tuple[str, ...] = tuple(name for name in BASE_NAMES if name)
         self._loads: dict[int, _Load] = {}
         # Counts changes, over all lives of the orchestrator.
@@ -139,6 +141,7 @@ class AdapterRegistry:
                 f"adapter {name!r} is not the same on all replicas (contents {', '.join(sorted(contents))}): "
                 "load it again when its files no longer change"
             )
+        self._leave(name)
         self._by_name[name], self._sources[name] = load.specs[-1], load.command
         self._rename(name)
         (self._pinned.add if load.command.pinned else self._pinned.discard)(name)
@@ -147,6 +150,13 @@ class AdapterRegistry:
     def reload_command(self, name: str, call_id: int) -> LoadAdapter:
         """What brings a named adapter to one more replica."""
         return msgspec.structs.replace(self._sources[name], call_id=call_id, pinned=name in self._pinned)
+
+    def bring_command(self, spec: AdapterSpec, call_id: int) -> LoadAdapter:
+        """What brings one of ``wanted`` to one more replica."""
+        named = self._by_name.get(spec.name)
+        if named is not None and named.content_hash == spec.content_hash:
+            return self.reload_command(spec.name, call_id)
+        return msgspec.structs.replace(self._left[spec.content_hash][1], call_id=call_id, pinned=False)
 
     def is_named_from(self, name: str, path: str, *, pinned: bool, **source: Any) -> bool:
         """Whether a name has what such a load would bring, unless the files there have changed since."""
@@ -167,6 +177,8 @@ class AdapterRegistry:
         """
         if version <= self.version or not self._is_restored_only:
             return False
+        for name in self._by_name:
+            self._leave(name)
         self._by_name = {one.spec.name: one.spec for one in names}
         self._sources = {one.spec.name: _source(one) for one in names}
         self._repins.update(dict.fromkeys(self._pinned))
@@ -199,13 +211,20 @@ class AdapterRegistry:
 
     def remove(self, name: str) -> None:
         """Raises UnknownModelError when no adapter has this name."""
-        if not isinstance(name, str) or self._by_name.pop(name, None) is None:
+        if not isinstance(name, str) or name not in self._by_name:
             raise UnknownModelError(f"The adapter {name!r} is not loaded. {self._served()}")
-        del self._sources[name]
+        self._leave(name)
+        del self._by_name[name], self._sources[name]
         self._rename(name)
         if name in self._pinned:
             self._pinned.remove(name)
             self._repins[name] = None
+
+    def _leave(self, name: str) -> None:
+        """A name is about to mean nothing, or something else."""
+        spec = self._by_name.get(name)
+        if spec is not None and self._uses[spec.content_hash]:
+            self._left[spec.content_hash] = spec, self._sources[name]
 
     def acquire(self, spec: AdapterSpec | None) -> None:
         if spec is not None:
@@ -216,6 +235,7 @@ class AdapterRegistry:
             self._uses[spec.content_hash] -= 1
             if not self._uses[spec.content_hash]:
                 del self._uses[spec.content_hash]
+                self._left.pop(spec.content_hash, None)
                 named = self._by_name.get(spec.name)
                 if named is None or named.content_hash != spec.content_hash:
                     self.has_unneeded = True
@@ -228,6 +248,10 @@ class AdapterRegistry:
     def needed(self) -> set[str]:
         """Content hashes that a name or an unfinished request needs."""
         return {spec.content_hash for spec in self._by_name.values()} | self._uses.keys()
+
+    def wanted(self) -> list[AdapterSpec]:
+        """What a replica that comes is brought: all that has a name, and what unfinished requests use that has none."""
+        return [*self.specs(), *(spec for content, (spec, _) in self._left.items() if not self.is_named(content))]
 
     def is_named(self, content_hash: str) -> bool:
         """Whether a name means this content."""

@@ -137,7 +137,8 @@ class Orchestrator:
         return self._calls.load(name, path, pinned, **source)
 
     def unload_adapter(self, name: str) -> list[Outgoing]:
-        """New requests are refused at once; the replicas drop the content when its last request has ended.
+        """New requests are refused at once; the replicas drop the content when its last request has ended. Until then
+        those that come are brought it.
 
         Raises:
             UnknownModelError: no adapter has this name.

@@ -25,10 +25,6 @@ class Holdings:
         """Ids of the replicas that can run requests of a content, not the base."""
         return self._holders.get(content_hash, frozenset())
 
-    def of(self, replica_id: int) -> frozenset[str]:
-        """What a replica can run."""
-        return frozenset(content for content, holders in self._holders.items() if replica_id in holders)
-
     def is_unable(self, replica_id: int, content_hash: str) -> None:
         """A replica that took a content cannot run it after all, until it is added again."""
         self._holders.get(content_hash, set()).discard(replica_id)

@@ -50,11 +50,10 @@ class Losses:
         error, was_asked = EngineDeadError(fault.reason), self._lives.was_told_to_end(replica)
         is_renewed = fault.by_link and self._lives.can_renew(replica)
         farewell = Fence() if replica.is_guest and not replica.leaves else Shutdown()
-        held = self._calls.contents(replica)
         self._replicas.mark_dead(replica, error)
         if is_renewed:
             # Before its requests are looked at: they may wait for it.
-            self._replicas.renew(replica, held, start_deadline=now + _FIRST_WORD_SECONDS)
+            self._replicas.renew(replica, start_deadline=now + _FIRST_WORD_SECONDS)
         else:
             self._lives.plan_restart(replica, now, was_asked=was_asked)
         moves, brought = self._handover.lose(replica, now)
@@ -97,14 +96,14 @@ class Losses:
     def place_waiting(self, now: float, error: EngineDeadError | None = None) -> list[Outgoing]:
         """Place what waits, and fail what waits in vain: with ``error``, or why no replica serves.
 
-        Soon after one that had joined was lost, what another one could go on with is not in vain."""
+        Soon after one that had joined was lost, nothing is: another one could go on with it."""
         if not self._requests.has_unplaced:
             return []
         out, self._left = self._left, []
         out += self._placer.place_waiting(now)
-        hopeless = [record for record in self._requests.unplaced() if self._placer.is_hopeless(record)]
         if now < self._joins_until:
-            hopeless = [record for record in hopeless if not self._calls.is_brought(record.content_hash)]
+            return out
+        hopeless = [record for record in self._requests.unplaced() if self._placer.is_hopeless(record)]
         self._endings.fail(hopeless, error or EngineDeadError(self._replicas.health_error()))
         return out
 

@@ -105,7 +105,7 @@ class ReplicaView:
         totals: Counts over all incarnations.
         is_warm: Whether it has compiled and captured all that it does ahead, while there is no request.
         num_restarts: Incarnations before this one.
-        coming: Content hashes of named adapters that are still on their way to it.
+        coming: Content hashes of adapters that are still on their way to it.
         refused: Content hashes of named adapters that it did not take when it was brought them, and why.
         error: Why the last incarnation that died did; None before.
     """

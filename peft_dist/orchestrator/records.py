@@ -79,8 +79,7 @@ class Replica:
             it is a survivor of that one.
         stays_drained: Somebody drained it, not to restart it, and nobody has resumed it since: whatever incarnation of
             it comes waits for that.
-        keeps: Content hashes that it held; none before it is ready.
-        coming: Content hashes of named adapters that are on their way to it.
+        coming: Content hashes of adapters that are on their way to it.
         refused: Content hashes of named adapters that it did not take when they were brought to it, and why.
         num_drains_told, num_drains_kept: How often it was told whether it is drained, and said that it remembers that.
         names_version: The last version of the names that it is known to remember.
@@ -118,7 +117,6 @@ class Replica:
     was_adopted: bool = False
     is_renewed: bool = False
     stays_drained: bool = False
-    keeps: frozenset[str] = frozenset()
     coming: set[str] = field(default_factory=set)
     refused: dict[str, str] = field(default_factory=dict)
     num_drains_told: int = 0

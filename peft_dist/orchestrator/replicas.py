@@ -58,11 +58,11 @@ class ReplicaTable:
         replica.is_guest = True
         return replica
 
-    def renew(self, lost: Replica, keeps: frozenset[str], *, start_deadline: float) -> Replica:
-        """Enter an incarnation that is to go on in the process of a dead one, with contents that it ``keeps``."""
+    def renew(self, lost: Replica, *, start_deadline: float) -> Replica:
+        """Enter an incarnation that is to go on in the process of a dead one."""
         replica = self.add(lost.replica_id, start_deadline)
         replica.is_survivor = replica.is_renewed = True
-        replica.is_guest, replica.keeps = lost.is_guest, keeps
+        replica.is_guest = lost.is_guest
         # What it counts goes on.
         replica.earlier, replica.detail = lost.earlier, lost.detail
         replica.tell(lost.stats)

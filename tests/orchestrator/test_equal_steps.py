@@ -108,7 +108,7 @@ def test_a_renewed_replica_has_what_it_had_on_its_device() -> None:
     lost = replicas.add(0, None)
     lost.tell(ReplicaStats(resident_adapters=["a"]))
     replicas.mark_dead(lost, EngineDeadError("its link failed"))
-    renewed = replicas.renew(lost, frozenset(), start_deadline=1.0)
+    renewed = replicas.renew(lost, start_deadline=1.0)
     assert renewed.resident == {"a"} == set(renewed.stats.resident_adapters)
     renewed.tell(ReplicaStats(resident_adapters=["a"]))
     assert renewed.resident == {"a"} and not replicas.ready()

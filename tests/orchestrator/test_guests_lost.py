@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peft_dist.core.messages import AdapterResult, AddRequest, Ready, ReplicaStats, SequenceProgress
+from peft_dist.core.messages import AdapterResult, AddRequest, LoadAdapter, Ready, ReplicaStats, SequenceProgress
 from peft_dist.core.messages import Progress as Report
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.orchestrator.client import NewRequest
@@ -61,7 +61,7 @@ def test_where_none_joins_they_fail_and_say_why() -> None:
     assert core.num_unfinished == 0 and core.next_deadline() > 1e9
 
 
-def test_what_a_replica_that_joins_would_not_have_fails_at_once() -> None:
+def test_one_that_joins_is_brought_what_they_use_though_it_has_no_name_any_more() -> None:
     core = Orchestrator(OrchestratorOptions(8, 8, seed=0))
     replica, _ = joined(core, 0.0)
     call_id, _ = core.load_adapter("sql", "sql")
@@ -69,4 +69,10 @@ def test_what_a_replica_that_joins_would_not_have_fails_at_once() -> None:
     begun(core, "sql")
     core.unload_adapter("sql")
     lose(core, replica, 2.0)
-    assert len(failed(core)) == 1
+    assert failed(core) == []
+    another, out = joined(core, 20.0)
+    [load] = [each.command for each in out if isinstance(each.command, LoadAdapter)]
+    result = AdapterResult(call_id=load.call_id, spec=mini_spec("sql", "sql"))
+    out = core.observe(another.replica_id, another.epoch, result, 21.0)
+    [add] = [each.command for each in out if isinstance(each.command, AddRequest)]
+    assert add.output_token_ids == [3]
