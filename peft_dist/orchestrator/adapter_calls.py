@@ -55,6 +55,10 @@ class AdapterCalls:
         """Ids of the replicas that can run requests of a content, not the base."""
         return self._holdings.holders(content_hash)
 
+    def is_named(self, content_hash: str) -> bool:
+        """Whether new requests can ask for a content."""
+        return self._registry.is_named(content_hash)
+
     def is_coming(self, replica: Replica, content_hash: str) -> bool:
         """Whether a content that is needed is on its way to a replica, or will be once that is ready."""
         return replica.will_be_ready or content_hash in replica.coming

@@ -256,10 +256,10 @@ class Orchestrator:
         for dead in self.lives.due(now):
             replica = self.add_replica(dead.replica_id, now, self._options.start_timeout)
             self._events.append(StartReplica(replica.replica_id, replica.epoch))
-        waited = [r for r in self._requests.unplaced() if r.waits_since + self._options.max_wait <= now]
-        self._endings.fail(
-            waited, EngineDeadError(f"No replica could go on with this in time. {self.replicas.health_error()}")
-        )
+        for record in self._requests.unplaced():
+            if record.waits_since + self._options.max_wait <= now:
+                why = f"No replica could go on with this in time. {self._losses.why_in_vain(record)}"
+                self._endings.fail([record], EngineDeadError(why))
         return out + self._losses.tick(now) + self.migration.tick(now) + self._calls.tidy()
 
     def next_deadline(self) -> float:

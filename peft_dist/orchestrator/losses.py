@@ -20,6 +20,7 @@ from peft_dist.orchestrator.requests import RequestTable
 _FIRST_WORD_SECONDS = 10.0
 # After one that had joined was lost: for whoever started it to let it join again, or for another one.
 _JOIN_SECONDS = 30.0
+_MAX_LISTED = 8
 
 
 class Losses:
@@ -94,7 +95,7 @@ class Losses:
         return True
 
     def place_waiting(self, now: float, error: EngineDeadError | None = None) -> list[Outgoing]:
-        """Place what waits, and fail what waits in vain: with ``error``, or why no replica serves.
+        """Place what waits, and fail what waits in vain; ``error`` is what has just ended a replica.
 
         Soon after one that had joined was lost, nothing is: another one could go on with it."""
         if not self._requests.has_unplaced:
@@ -104,8 +105,28 @@ class Losses:
         if now < self._joins_until:
             return out
         hopeless = [record for record in self._requests.unplaced() if self._placer.is_hopeless(record)]
-        self._endings.fail(hopeless, error or EngineDeadError(self._replicas.health_error()))
+        for record in hopeless:
+            self._endings.fail([record], EngineDeadError(self.why_in_vain(record, error)))
         return out
+
+    def why_in_vain(self, record: RequestRecord, error: EngineDeadError | None = None) -> str:
+        """Why a request waits for a replica in vain, and what to do. ``error``: What has just ended one."""
+        ready, content = self._replicas.ready(), record.content_hash
+        if not ready:
+            return str(error or self._replicas.health_error())
+        if record.adapter is None or any(self._calls.holds(replica, content) for replica in ready):
+            return "Replicas were lost with it, and such requests are tried one after another: send it again later."
+        tried: dict[str, list[int]] = {}
+        for replica in ready:
+            is_coming, is_refused = content in replica.coming, content in replica.refused
+            how = "is on its way to" if is_coming else "was refused by" if is_refused else "is not on"
+            tried.setdefault(how, []).append(replica.replica_id)
+        where = ", ".join(f"{how} {'replicas' if ids[1:] else 'replica'} {_list(ids)}" for how, ids in tried.items())
+        remedy = "load it in place, or send the request again later"
+        if not self._calls.is_named(content):
+            remedy = "it was unloaded or replaced, so send the request again with an adapter that is served"
+        first = "" if error is None else f"{str(error).rstrip('.')}. "
+        return f"{first}Adapter {record.adapter.name!r} {where}: {remedy}."
 
     def tick(self, now: float) -> list[Outgoing]:
         """Fail what has waited in vain for a replica to join."""
@@ -118,3 +139,8 @@ class Losses:
     def next_deadline(self) -> float:
         """When ``tick`` has something to do; infinity for never."""
         return self._joins_until if self._last_guest is not None and self._requests.has_unplaced else math.inf
+
+
+def _list(ids: list[int]) -> str:
+    more = len(ids) - _MAX_LISTED
+    return ", ".join(map(str, ids[:_MAX_LISTED])) + (f" and {more} more" if more > 0 else "")

@@ -116,7 +116,8 @@ class ReplicaTable:
     def mark_ready(self, replica: Replica, report: Ready, now: float) -> None:
         """Note that a replica has loaded its model."""
         self.enter(replica, ReplicaState.READY)
-        replica.start_deadline = None
+        # What ended the one before it says nothing of this one.
+        replica.start_deadline = replica.error = None
         replica.model, replica.pid, replica.costs = report.model, report.pid, report.costs
         replica.capacity_tokens = report.model.num_blocks * report.model.block_size
         replica.ready_since = replica.last_heard = now
