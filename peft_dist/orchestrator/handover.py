@@ -74,6 +74,8 @@ class Handover:
         self._placer = placer
         self._timeout = options.handover_timeout
         self._moves: dict[int, _Move] = {}
+        # By request, the last one of that name: asked for each of many.
+        self._moving: dict[str, _Move] = {}
         self._next_number = options.first_number
         self._counts = counts
 
@@ -120,13 +122,15 @@ class Handover:
             self._counts.recompute(cause)
             return self._placer.move(record, target, now)
         number, self._next_number = self._next_number, self._next_number + 1
-        self._moves[number] = _Move(number, record, source, target, now, now + self._timeout, record.num_moves, cause)
+        move = _Move(number, record, source, target, now, now + self._timeout, record.num_moves, cause)
+        self._moves[number] = self._moving[record.request_id] = move
         ids = [sequence.sequence_id for sequence in record.unfinished.values()]
         return [to(source, ExportRequests(handover=number, request_ids=ids))]
 
     def is_under_way(self, record: RequestRecord) -> bool:
         """Whether a request is being handed over."""
-        return any(move.record is record for move in self._moves.values())
+        move = self._moving.get(record.request_id)
+        return move is not None and move.record is record
 
     def under_way(self) -> list[tuple[RequestRecord, Replica]]:
         """Requests that are being handed over, and where to."""
@@ -154,7 +158,7 @@ class Handover:
         brought: list[RequestRecord] = []
         for move in list(self._moves.values()):
             if move.source is replica:
-                del self._moves[move.number]
+                self._forget(move)
                 self._counts.fail(move.cause, "lost" if self._is_current(move) else "ended")
                 out += self._abort_import(move)
             elif move.target is replica:
@@ -217,7 +221,7 @@ class Handover:
         if not self._placer.can_take(move.record, move.target):
             # It drains since, and may have been told to be empty.
             return self._give_up(move, now)
-        del self._moves[move.number]
+        self._forget(move)
         self._counts.bring(move.cause, move.num_bytes, now - move.asked_at)
         gone = [sequence_id for index, sequence_id in move.ids.items() if index not in move.record.unfinished]
         self._placer.adopt(move.record, move.target, move.ids, move.computed, now)
@@ -232,9 +236,15 @@ class Handover:
         at_source = record.replica_id == move.source.replica_id and record.num_moves == move.num_moves
         return bool(record.unfinished) and at_source
 
+    def _forget(self, move: _Move) -> None:
+        del self._moves[move.number]
+        # A later request of the same name may be on its way before this one's source has said anything.
+        if self._moving.get(move.record.request_id) is move:
+            del self._moving[move.record.request_id]
+
     def _drop(self, move: _Move) -> list[Outgoing]:
         """The request has ended, or is somewhere else."""
-        del self._moves[move.number]
+        self._forget(move)
         self._counts.fail(move.cause, "ended")
         return [*self._abort_import(move), to(move.source, EndExport(handover=move.number, moved=True))]
 
@@ -261,7 +271,7 @@ class Handover:
         return out
 
     def _drop_failed(self, move: _Move) -> list[Outgoing]:
-        del self._moves[move.number]
+        self._forget(move)
         return [*self._abort_import(move), to(move.source, EndExport(handover=move.number, moved=False))]
 
     def _abort_import(self, move: _Move) -> list[Outgoing]:

@@ -192,6 +192,7 @@ class RequestRecord(msgspec.Struct):
     """All that any replica needs to go on with a request: prompt, parameters, seed, tokens so far.
 
     Attributes:
+        number: Of its admission, counted over all requests.
         replica_id: The replica that has all its sequences (they share the prompt's KV), None while there is none.
         num_moves: How often its sequences were given other ids, for another replica.
         waits_since: Since when it has no replica.
@@ -210,6 +211,7 @@ class RequestRecord(msgspec.Struct):
     seed: int
     adapter: AdapterSpec | None
     arrival_time: float
+    number: int = 0
     replica_id: int | None = None
     num_moves: int = 0
     waits_since: float = 0.0

@@ -24,6 +24,8 @@ class RequestTable:
         self._owners: dict[str, tuple[RequestRecord, SequenceRecord]] = {}
         self._backlogs: dict[int, Backlog] = {}
         self._unplaced: dict[str, RequestRecord] = {}
+        self._by_replica: dict[int, dict[str, RequestRecord]] = {}
+        self._num_opened = 0
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._records
@@ -72,7 +74,8 @@ class RequestTable:
 
     def on_replica(self, replica_id: int) -> list[RequestRecord]:
         """Requests that a replica has, oldest first."""
-        return [record for record in self._records.values() if record.replica_id == replica_id]
+        # They came to it in another order where some were moved.
+        return sorted(self._by_replica.get(replica_id, {}).values(), key=lambda record: record.number)
 
     def running(self, request_id: str, index: int | None = None) -> list[tuple[RequestRecord, SequenceRecord]]:
         """The unfinished sequences of a request, or the one at ``index``."""
@@ -95,7 +98,8 @@ class RequestTable:
     def open(self, record: RequestRecord, now: float) -> None:
         """Enter a request with ``params.n`` sequences, which no replica has yet."""
         self._records[record.request_id] = self._unplaced[record.request_id] = record
-        record.waits_since = now
+        record.waits_since, record.number = now, self._num_opened
+        self._num_opened += 1
         for index in range(record.params.n):
             sequence = SequenceRecord(f"{record.request_id}-{index}", index)
             record.unfinished[index] = sequence
@@ -112,6 +116,7 @@ class RequestTable:
         """
         del self._unplaced[record.request_id]
         record.replica_id = replica_id
+        self._by_replica.setdefault(replica_id, {})[record.request_id] = record
         backlog = self._backlogs.setdefault(replica_id, Backlog())
         shared = 0
         for sequence in record.unfinished.values():
@@ -146,6 +151,7 @@ class RequestTable:
         ids = self.new_ids(record) if ids is None else ids
         for sequence in record.unfinished.values():
             self._settle(record, sequence)
+        self._leave(record)
         record.replica_id, record.waits_since, record.prefix_uses = None, now, None
         self._unplaced[record.request_id] = record
         for sequence in record.unfinished.values():
@@ -180,7 +186,13 @@ class RequestTable:
             return False
         del self._records[record.request_id]
         self._unplaced.pop(record.request_id, None)
+        self._leave(record)
         return True
+
+    def _leave(self, record: RequestRecord) -> None:
+        """No replica has a request any more."""
+        if record.replica_id is not None:
+            del self._by_replica[record.replica_id][record.request_id]
 
     def _settle(self, record: RequestRecord, sequence: SequenceRecord) -> None:
         """Its replica has nothing left to do for a sequence."""

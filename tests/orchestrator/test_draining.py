@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import pytest
 
@@ -59,6 +60,43 @@ def targets(core: Orchestrator, sent: Iterable[Outgoing]) -> Counter[int]:
 def test_the_others_share_what_it_has(transfer: tuple[float, float]) -> None:
     core = crowded(8, transfer)
     assert targets(core, core.drain_replica(0, 1.0)) == {1: 4, 2: 4}
+
+
+def num_calls(work: Callable[[], object]) -> int:
+    """Functions and generators that are entered."""
+    found = 0
+
+    def count(frame: object, event: str, argument: object) -> None:
+        nonlocal found
+        found += event == "call"
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        work()
+    finally:
+        sys.setprofile(before)
+    return found
+
+
+@pytest.mark.parametrize("transfer", [WITH_KV, WITHOUT])
+def test_what_a_drain_and_a_death_cost_goes_with_the_number_of_requests(transfer: tuple[float, float]) -> None:
+    drains, deaths = [], []
+    for number in (40, 80):
+        core = crowded(number, transfer)
+        drains.append(num_calls(lambda core=core: core.drain_replica(0, 1.0)))  # type: ignore[misc]
+        deaths.append(num_calls(lambda core=core: core.lose_replica(0, 1, "it died", 1.0)))  # type: ignore[misc]
+    assert drains[1] < 2.1 * drains[0] and deaths[1] < 2.1 * deaths[0]
+
+
+def test_requests_of_a_replica_are_told_oldest_first_however_they_came_to_it() -> None:
+    core = crowded(4, WITHOUT)
+    for name in ("r2", "r0", "r3"):
+        core.handover.move(name, 1, 1.0)
+    assert [record.request_id for record in core._requests.on_replica(1)] == ["r0", "r2", "r3"]
+    core.abort("r2", 1.0)
+    core.lose_replica(1, core.replicas[1].epoch, "it died", 1.0)
+    assert core._requests.on_replica(1) == []
 
 
 def test_what_is_on_its_way_already_counts_where_it_will_be() -> None:

@@ -374,6 +374,22 @@ def test_who_has_no_kv_is_simply_sent_elsewhere() -> None:
     assert isinstance(out[0].command, AbortRequest)
 
 
+def test_a_request_of_the_same_name_as_one_that_has_ended_on_its_way_moves_by_itself() -> None:
+    it = Moving()
+    it.core.abort("r", 1.0)
+    source = submit(it.core, "r", max_tokens=9)
+    [record] = it.core._requests.records()
+    assert not it.core.handover.is_under_way(record)
+    [export] = it.core.handover.move("r", 1 - source, 1.0, with_kv=True)
+    assert it.core.handover.is_under_way(record) and it.core.handover.move("r", 1 - source, 1.0, with_kv=True) == []
+    # The answer to what was asked first ends that alone.
+    it.export()
+    assert it.core.handover.is_under_way(record)
+    it.core.observe(export.replica_id, export.epoch, Exported(handover=2, sequences=[state("r-0", 0)]), 1.0)
+    it.core.observe(1 - source, it.core.replicas[1 - source].epoch, Imported(handover=2), 1.0)
+    assert record.replica_id == 1 - source and not it.core.handover.is_under_way(record)
+
+
 def test_moves_that_make_no_sense_are_dropped() -> None:
     core = cluster()
     source = submit(core, "r", max_tokens=9)
