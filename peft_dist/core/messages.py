@@ -33,7 +33,7 @@ from peft_dist.core.succession import (
     NamesKept,
 )
 
-PROTOCOL_VERSION = 10
+PROTOCOL_VERSION = 11
 
 
 class AddRequest(Command, frozen=True, kw_only=True):
@@ -61,9 +61,8 @@ class AbortRequest(Command, frozen=True, kw_only=True):
 class LoadAdapter(Command, frozen=True, kw_only=True):
     """Read, check and keep an adapter; answered by ``AdapterResult`` with the same ``call_id``.
 
-    ``path`` is what the user wrote: a folder, inside ``root`` when that is given, or a hub id where
-    ``allow_hub`` is set. The replica finds it, because the file system that matters is the replica's. A ``pinned`` one
-    stays on the device; either way the name pins nothing else any more.
+    ``path`` is what the user wrote: a folder, inside ``root`` when that is given, or a hub id where ``allow_hub`` is
+    set; the replica finds it. A ``pinned`` one stays on the device; either way the name pins nothing else any more.
     """
 
     call_id: int
@@ -83,8 +82,7 @@ class PinAdapter(Command, frozen=True, kw_only=True):
 
 
 class PrefetchAdapter(Command, frozen=True, kw_only=True):
-    """Bring content that the replica holds onto its device, if there is room beside what its requests use, also those
-    that wait; else the wish is dropped. Not answered."""
+    """Bring content that it holds onto its device, if there is room beside all its requests' own. Not answered."""
 
     content_hash: str
 
@@ -129,7 +127,9 @@ class Shutdown(Command, frozen=True, kw_only=True):
 
 
 class Fence(Command, frozen=True, kw_only=True):
-    """This incarnation is over, and others have its requests: end at once; a new one may join."""
+    """This incarnation is over, and others have its requests: end at once; a new one may join. ``reason``: If known."""
+
+    reason: str = ""
 
 
 class Ping(Command, frozen=True, kw_only=True):

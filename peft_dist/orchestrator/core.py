@@ -225,7 +225,10 @@ class Orchestrator:
                     out = self._give_up(replica, fault, now)
             case Warmth(is_warm=is_warm, pause=pause):
                 replica.is_warm, replica.pause = is_warm, pause
-            case Ready():
+            case Ready(model=model):
+                misfit = self.replicas.misfit(replica, model)
+                if misfit is not None:
+                    return self._give_up(replica, Fault(misfit), now)
                 out = self._observe_ready(replica, report, now)
             case AdapterResult():
                 out = (

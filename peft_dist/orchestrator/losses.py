@@ -50,7 +50,7 @@ class Losses:
         """Give a replica up. One whose connection alone failed goes on as another incarnation, with what it holds."""
         error, was_asked = EngineDeadError(fault.reason), self._lives.was_told_to_end(replica)
         is_renewed = fault.by_link and self._lives.can_renew(replica)
-        farewell = Fence() if replica.is_guest and not replica.leaves else Shutdown()
+        farewell = Fence(reason=fault.reason) if replica.is_guest and not replica.leaves else Shutdown()
         self._replicas.mark_dead(replica, error)
         if is_renewed:
             # Before its requests are looked at: they may wait for it.

@@ -113,6 +113,25 @@ class ReplicaTable:
         # What was given out stays as it was.
         self._in_state, self._alive, self._model = {}, None, None
 
+    def misfit(self, replica: Replica, model: ModelInfo) -> str | None:
+        """Why a replica with this model cannot go on with what others began, nor they with its requests; None: it can.
+
+        They are compared as long as any incarnation is known: streams of the ones before it may still run.
+        """
+        for other in self._by_id.values():
+            if other.model is None:
+                continue
+            for what in ("fingerprint", "vocab_size", "eos_token_ids"):
+                here, there = getattr(model, what), getattr(other.model, what)
+                if here != there and "" not in (here, there):
+                    name = "weights or configuration" if what == "fingerprint" else what
+                    return (
+                        f"Replica {replica.replica_id} has another model ({model.model}) than replica "
+                        f"{other.replica_id} ({other.model.model}): other {name}, {here} and {there}. Give it the same "
+                        "files (with a hub id the same --revision), or start the server anew with the new ones."
+                    )
+        return None
+
     def mark_ready(self, replica: Replica, report: Ready, now: float) -> None:
         """Note that a replica has loaded its model."""
         self.enter(replica, ReplicaState.READY)

@@ -110,9 +110,11 @@ class WorkerLoop:
                 self._channel.send(AdapterResult(call_id=command.call_id))
             case Shutdown():
                 self._stopped = True
-            case Fence():
+            case Fence(reason=reason):
                 # One that was let go before it hears this, because a sign of life crossed the farewell, ended well.
-                self.is_fenced |= not self._stopped
+                if not self._stopped:
+                    self.is_fenced = True
+                    logger.error("the server goes on without this replica: %s", reason or "it has been given up")
                 self._stopped = True
             case NameAdapters() | KeepDrained() | Identify() | Adopt():
                 self._serve_another(command)
