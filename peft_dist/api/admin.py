@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import asdict
 
 from fastapi import APIRouter
@@ -18,6 +19,7 @@ class DrainRequest(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     restart: bool | None = Field(None, description="End it then, and start it again.")
+    timeout: float | None = Field(None, gt=0, description="Answer after so many seconds in any case; it drains on.")
 
 
 class ResumeRequest(BaseModel):
@@ -44,10 +46,14 @@ def admin_router(state: ServerState) -> APIRouter:
         """Move a replica's requests to others, and answer when it is empty; ``restart`` then starts it again.
 
         ``state``: "drained"; "restarting", or "left" if it had joined; "unreached" where its connection failed as it
-        was told that it is drained. 409 where it died before it was empty.
+        was told that it is drained. 409 where it died before it was empty, 202 and "draining" after ``timeout``.
         """
         restart = body is not None and bool(body.restart)
-        await state.client.drain_replica(replica, restart=restart)
+        try:
+            async with asyncio.timeout(None if body is None else body.timeout):
+                await state.client.drain_replica(replica, restart=restart)
+        except TimeoutError:
+            return json_response({"replica": replica, "state": state_of(replica)}, 202)
         now = state_of(replica)
         if restart and now != "left":
             now = "restarting"

@@ -343,6 +343,9 @@ class ScriptedClient:
         if replica_id != 0:
             raise UnknownReplicaError(f"There is no replica {replica_id}: there are 0.")
         self.drains.append(restart)
+        if self.drained_to == "draining":
+            self.replica_state = "draining"
+            await asyncio.Event().wait()
         self.replica_state = self.drained_to
 
     def resume_replica(self, replica_id: int) -> None:

@@ -46,6 +46,14 @@ def test_a_drain_tells_what_became_of_the_replica(engine: ScriptedClient, http: 
     assert http.post("/admin/drain/0", json={"restart": True}).json() == {"replica": 0, "state": "left"}
 
 
+def test_a_drain_that_lasts_goes_on_behind_its_answer(engine: ScriptedClient, http: httpx.Client) -> None:
+    engine.drained_to = "draining"
+    answer = http.post("/admin/drain/0", json={"timeout": 0.05})
+    assert answer.status_code == 202 and answer.json() == {"replica": 0, "state": "draining"}
+    for timeout in (0, -1, "1"):
+        assert error_of(http.post("/admin/drain/0", json={"timeout": timeout}), 400)["param"] == "timeout"
+
+
 def test_a_rolling_restart_is_begun_and_followed(engine: ScriptedClient, http: httpx.Client) -> None:
     path = "/admin/rolling-restart"
     none = {"state": "none", "stage": None, "current": None, "restarted": [], "left": [], "skipped": [], "error": None}
