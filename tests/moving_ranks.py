@@ -107,12 +107,12 @@ def _follow(replica: Replica, fails: int) -> None:
     transfers = replica.executor.transfers
     copy_out, num_exports = transfers._copy_out, 0
 
-    def fail_or_copy(blocks: Any, **options: Any) -> Any:
+    def fail_or_copy(*arguments: Any, **options: Any) -> Any:
         nonlocal num_exports
         num_exports += 1
         if num_exports == fails:
             raise OSError("no memory")
-        return copy_out(blocks, **options)
+        return copy_out(*arguments, **options)
 
     def close() -> None:
         assert not transfers._exports, "an export that nobody has ended"

@@ -131,9 +131,10 @@ class Executor(Protocol):
         """Free what the host keeps of an adapter that is in no slot: its copy and where it came from."""
         ...
 
-    def start_export(self, key: int, blocks: Sequence[int], *, on_host: bool) -> None:
+    def start_export(self, key: int, blocks: Sequence[int], *, on_host: bool, ahead: bool = False) -> None:
         """Begin to copy KV blocks, of the device or those of the host, to memory for another replica; steps go on.
 
+        ``ahead``: Its request runs meanwhile. Those whose request stands still do not wait for such copies.
         No batch that writes to the blocks may be in flight, and none may until ``take_transfers`` told the end.
         """
         ...

@@ -179,7 +179,7 @@ class Handovers:
             transfer.stage = _Stage.AHEAD
             for request in transfer.requests:
                 if self._has_ahead(transfer, request):
-                    self._export(transfer, request, 0, transfer.ahead[request.request_id][0])
+                    self._export(transfer, request, 0, transfer.ahead[request.request_id][0], ahead=True)
             return
         transfer.stage = _Stage.COPYING
         for request in transfer.requests:
@@ -197,11 +197,13 @@ class Handovers:
         _, num_preemptions = export.ahead.get(request.request_id, (0, -1))
         return request.num_preemptions == num_preemptions and not request.is_finished
 
-    def _export(self, export: _Transfer, request: Request, first: int, last: int | None) -> None:
+    def _export(
+        self, export: _Transfer, request: Request, first: int, last: int | None, *, ahead: bool = False
+    ) -> None:
         blocks, on_host = self._scheduler.blocks.blocks_of(request.request_id, request.num_computed_tokens)
         # What waits after a preemption has none.
         if part := blocks[first:last]:
-            self._executor.start_export(self._new_copy(export, request), part, on_host=on_host)
+            self._executor.start_export(self._new_copy(export, request), part, on_host=on_host, ahead=ahead)
 
     def _import(self, arrival: _Transfer, request: Request, state: SequenceState) -> None:
         first = 0

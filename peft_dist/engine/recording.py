@@ -281,9 +281,9 @@ class RecordingExecutor:
         self._num_asked += 1
         return outcomes
 
-    def start_export(self, key: int, blocks: Sequence[int], *, on_host: bool) -> None:
+    def start_export(self, key: int, blocks: Sequence[int], *, on_host: bool, ahead: bool = False) -> None:
         self._recorder.note(Copying("out", key, list(blocks)))
-        self._executor.start_export(key, blocks, on_host=on_host)
+        self._executor.start_export(key, blocks, on_host=on_host, ahead=ahead)
 
     def start_import(self, key: int, kv: KVHandle, blocks: Sequence[int]) -> None:
         self._recorder.note(Copying("in", key, list(blocks)))

@@ -68,17 +68,19 @@ Work = Callable[[Call], T]
 class BackgroundCalls(Generic[K, T]):
     """Up to ``num_threads`` calls at once, in the order of ``start``; a thread that is stuck is replaced.
 
-    ``start``, ``take`` and ``close`` never wait for a call.
+    ``start``, ``take`` and ``close`` never wait for a call. With several lanes, each has so many threads of its own:
+    no call waits for one in another lane.
     """
 
-    def __init__(self, name: str, num_threads: int, time_limit: float | None = None) -> None:
+    def __init__(self, name: str, num_threads: int, time_limit: float | None = None, num_lanes: int = 1) -> None:
         """``time_limit``: Seconds from the moment at which a thread takes the call up; None is no limit."""
         self._name = name
         self._num_threads = num_threads
         self._time_limit = time_limit
         self._lock = threading.Condition()
-        self._todo: queue.SimpleQueue[tuple[Call, K, Work[T]] | None] = queue.SimpleQueue()
-        self._running: dict[int, tuple[Call, K]] = {}
+        self._lanes: list[queue.SimpleQueue[tuple[Call, K, Work[T]] | None]]
+        self._lanes = [queue.SimpleQueue() for _ in range(num_lanes)]
+        self._running: dict[int, tuple[Call, K, int]] = {}
         self._ended: list[Ended[K, T]] = []
         self._num_started = 0
         self._is_closed = False
@@ -88,14 +90,15 @@ class BackgroundCalls(Generic[K, T]):
         """Readable while ``take`` has something."""
         return self._wake_read
 
-    def start(self, key: K, work: Work[T]) -> None:
+    def start(self, key: K, work: Work[T], lane: int = 0) -> None:
         if not self._num_started:
-            for _ in range(self._num_threads):
-                self._start_thread(self._run)
+            for each in range(len(self._lanes)):
+                for _ in range(self._num_threads):
+                    self._start_thread(self._run, each)
             if self._time_limit is not None:
                 self._start_thread(self._watch)
         self._num_started += 1
-        self._todo.put((Call(self._num_started, self._lock), key, work))
+        self._lanes[lane].put((Call(self._num_started, self._lock), key, work))
 
     def take(self) -> list[Ended[K, T]]:
         """What has ended since the last call."""
@@ -116,27 +119,28 @@ class BackgroundCalls(Generic[K, T]):
             os.close(self._wake_read)
             os.close(self._wake_write)
             self._lock.notify_all()
-        for _ in range(self._num_threads):
-            self._todo.put(None)
+        for lane in self._lanes:
+            for _ in range(self._num_threads):
+                lane.put(None)
 
-    def _start_thread(self, target: Callable[[], None]) -> None:
+    def _start_thread(self, target: Callable[..., None], *arguments: int) -> None:
         # Daemons: a file system that hangs must not hold up the end of the process.
-        threading.Thread(target=target, name=self._name, daemon=True).start()
+        threading.Thread(target=target, args=arguments, name=self._name, daemon=True).start()
 
-    def _run(self) -> None:
+    def _run(self, lane: int) -> None:
         use_one_thread()
-        while (item := self._todo.get()) is not None and self._serve(*item):
+        while (item := self._lanes[lane].get()) is not None and self._serve(lane, *item):
             # Nothing of a call that has ended may be kept alive while this thread waits for the next.
             del item
 
-    def _serve(self, call: Call, key: K, work: Work[T]) -> bool:
+    def _serve(self, lane: int, call: Call, key: K, work: Work[T]) -> bool:
         """Whether this thread is to go on: not after its call has passed its limit, for it was replaced then."""
         with self._lock:
             if self._is_closed:
                 return False
             if self._time_limit is not None:
                 call.deadline = time.monotonic() + self._time_limit
-            self._running[call.number] = (call, key)
+            self._running[call.number] = (call, key, lane)
             self._lock.notify_all()
         result: T | None = None
         failure: Exception | None = None
@@ -165,11 +169,13 @@ class BackgroundCalls(Generic[K, T]):
         with self._lock:
             while not self._is_closed:
                 now = time.monotonic()
-                limited = [(call.deadline, call, key) for call, key in self._running.values() if call.deadline]
-                for deadline, call, key in limited:
+                limited = [
+                    (call.deadline, call, key, lane) for call, key, lane in self._running.values() if call.deadline
+                ]
+                for deadline, call, key, lane in limited:
                     if deadline <= now and self._tell(call, key, None, TimeLimitError()):
-                        self._start_thread(self._run)
-                pending = [deadline for deadline, _, _ in limited if deadline > now]
+                        self._start_thread(self._run, lane)
+                pending = [deadline for deadline, _, _, _ in limited if deadline > now]
                 del limited
                 # Longer than any platform can wait is as good as for ever.
                 self._lock.wait(min(min(pending) - now, threading.TIMEOUT_MAX) if pending else None)

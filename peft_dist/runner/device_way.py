@@ -65,7 +65,7 @@ class Export:
 
 
 class DeviceWay:
-    """Makes, offers and opens exports on a device. ``allocate`` and ``open`` are for the thread of the copies.
+    """Makes, offers and opens exports on a device. ``allocate`` and ``map`` are for the threads of the copies.
 
     An export lies in memory of its own, filled from the pool: it lives until the last process that has it open lets go,
     so that a reader outlives its writer. It leaves half of the device's free memory to others.
@@ -96,13 +96,16 @@ class DeviceWay:
     def allocate(self, num_bytes: int) -> Export | None:
         """None where there is no room to spare."""
         taken = -(-num_bytes // GRAIN_BYTES) * GRAIN_BYTES
-        if taken > min(_MOST_BYTES - self._used, self._free_bytes() // 2):
-            return None
+        spare = self._free_bytes() // 2
+        with self._lock:
+            if taken > min(_MOST_BYTES - self._used, spare):
+                return None
+            self._used += taken
         try:
             export = Export(self._make(num_bytes))
         except MemoryGoneError:
+            self._count(-taken)
             return None
-        self._count(taken)
         weakref.finalize(export, self._count, -taken).atexit = False
         return export
 

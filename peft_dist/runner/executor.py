@@ -272,8 +272,8 @@ class TorchExecutor:
         if self.runner.merge is not None:
             self.runner.merge.discard(content_hash)
 
-    def start_export(self, key: int, blocks: Sequence[int], *, on_host: bool) -> None:
-        self.transfers.start_export(key, blocks, on_host=on_host)
+    def start_export(self, key: int, blocks: Sequence[int], *, on_host: bool, ahead: bool = False) -> None:
+        self.transfers.start_export(key, blocks, on_host=on_host, ahead=ahead)
 
     def start_import(self, key: int, kv: KVHandle, blocks: Sequence[int]) -> None:
         self.transfers.start_import(key, kv, blocks)

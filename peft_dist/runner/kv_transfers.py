@@ -1,4 +1,4 @@
-"""Copies of KV blocks to and from other replicas, on a thread beside the engine's."""
+"""Copies of KV blocks to and from other replicas, on threads beside the engine's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from peft_dist.runner.shared_memory import MemoryGoneError, SharedMemory, open_m
 
 
 class Transport(Protocol):
-    """How others read what was exported here, and how theirs is read; the latter on the thread of the copies."""
+    """How others read what was exported here, and how theirs is read; the latter on the thread of the imports."""
 
     def offer(self, token: str, contents: Callable[[], torch.Tensor]) -> str | None:
         """Let others read it; the address for those on other hosts, None where there is none.
@@ -51,6 +51,9 @@ class SameHost:
 
 # Of calls that nobody waits for.
 _LET_GO = -1
+# Each kind of copy has a thread. A request stands still for what is copied in the latter two: it waits neither for
+# copies of others that still run, nor for an import that waits for an answer over TCP.
+_AHEAD, _REST, _IN = range(3)
 Memory = SharedMemory | Export
 
 
@@ -65,25 +68,26 @@ class KVTransfers:
     def __init__(self, pool: KVCachePool, devices: DeviceWay | None = None) -> None:
         """``devices``: Keeps exports in device memory, from which those who cannot map it are given a copy."""
         self._pool = pool
-        self._copier = KVCopier(pool)
+        self._copiers = [KVCopier(pool) for _ in (_AHEAD, _REST, _IN)]
         self.devices = devices
         self.transport: Transport = SameHost()
         self.rank, self.num_ranks = 0, 1
-        self._calls: BackgroundCalls[int, Memory | None] = BackgroundCalls("kv-transfer", 1)
+        self._calls: BackgroundCalls[int, Memory | None] = BackgroundCalls("kv-transfer", 1, num_lanes=3)
         self._exports: dict[int, Memory | None] = {}
 
     def fileno(self) -> int:
         """Readable while ``take`` has something."""
         return self._calls.fileno()
 
-    def start_export(self, key: int, blocks: Sequence[int], *, on_host: bool) -> None:
+    def start_export(self, key: int, blocks: Sequence[int], *, on_host: bool, ahead: bool = False) -> None:
         """As ``Executor.start_export``."""
         self._exports[key] = None
-        self._calls.start(key, lambda call: self._copy_out(blocks, on_host=on_host))
+        lane = _AHEAD if ahead else _REST
+        self._calls.start(key, lambda call: self._copy_out(key, lane, blocks, on_host=on_host), lane)
 
     def start_import(self, key: int, kv: KVHandle, blocks: Sequence[int]) -> None:
         """As ``Executor.start_import``."""
-        self._calls.start(key, lambda call: self._copy_in(kv, blocks))
+        self._calls.start(key, lambda call: self._copy_in(kv, blocks), _IN)
 
     def end_export(self, key: int) -> None:
         """As ``Executor.end_export``."""
@@ -94,7 +98,7 @@ class KVTransfers:
         if isinstance(held[0], Export) and self.devices is not None:
             self.devices.withdraw(held[0])
             # Freeing it may wait for the device.
-            self._calls.start(_LET_GO, lambda call: held.clear())
+            self._calls.start(_LET_GO, lambda call: held.clear(), _AHEAD)
 
     def take(self) -> list[TransferOutcome]:
         """As ``Executor.take_transfers``."""
@@ -117,31 +121,34 @@ class KVTransfers:
         if self.devices is not None:
             self.devices.close()
 
-    def _copy_out(self, blocks: Sequence[int], *, on_host: bool) -> Memory:
-        num_bytes = len(blocks) * self._pool.bytes_per_block
+    def _copy_out(self, key: int, lane: int, blocks: Sequence[int], *, on_host: bool) -> Memory | None:
+        if key not in self._exports:
+            # It was ended while others were copied: nobody has room for it any more.
+            return None
+        copier, num_bytes = self._copiers[lane], len(blocks) * self._pool.bytes_per_block
         if self.devices is not None and not on_host:
             export = self.devices.allocate(num_bytes)
             if export is not None:
-                self._copier.read_into(blocks, export.contents)
+                copier.read_into(blocks, export.contents)
                 return export
         memory = SharedMemory(num_bytes)
-        self._copier.read(blocks, memory.contents, on_host=on_host)
+        copier.read(blocks, memory.contents, on_host=on_host)
         return memory
 
     def _copy_in(self, kv: KVHandle, blocks: Sequence[int]) -> None:
-        parts = [kv, *kv.others]
+        copier, parts = self._copiers[_IN], [kv, *kv.others]
         if len(parts) != self.num_ranks:
             raise MemoryGoneError(f"KV of {len(parts)} ranks does not fit {self.num_ranks}")
         kv, num_bytes = parts[self.rank], len(blocks) * self._pool.bytes_per_block
         if (kv.layout, kv.num_bytes) != (self._pool.layout, num_bytes):
             raise MemoryGoneError(f"{kv.num_bytes} bytes of {kv.layout} do not fit {num_bytes} of {self._pool.layout}")
         if kv.server is None:
-            self._copier.write(blocks, self.transport.open(kv))
+            copier.write(blocks, self.transport.open(kv))
             return
         try:
             memory = self.devices.map(kv) if self.devices is not None else None
             if memory is not None:
-                self._copier.write_from(blocks, memory)
+                copier.write_from(blocks, memory)
                 return
             contents = fetch_to_host(kv)
         except MemoryGoneError:
@@ -149,7 +156,7 @@ class KVTransfers:
                 raise
             # Files are handed over within a host only.
             contents = self.transport.open(kv)
-        self._copier.write(blocks, contents)
+        copier.write(blocks, contents)
 
     def _describe(self, memory: Memory, seconds: float) -> KVHandle:
         server = None

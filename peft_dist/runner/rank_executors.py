@@ -165,9 +165,9 @@ class LeadingExecutor(_RankExecutor):
         self._channel.tell(messages.Discard(content_hash))
         super().discard_adapter(content_hash)
 
-    def start_export(self, key: int, blocks: Sequence[int], *, on_host: bool) -> None:
-        self._channel.tell(messages.StartExport(key, list(blocks), on_host))
-        super().start_export(key, blocks, on_host=on_host)
+    def start_export(self, key: int, blocks: Sequence[int], *, on_host: bool, ahead: bool = False) -> None:
+        self._channel.tell(messages.StartExport(key, list(blocks), on_host, ahead))
+        super().start_export(key, blocks, on_host=on_host, ahead=ahead)
 
     def start_import(self, key: int, kv: KVHandle, blocks: Sequence[int]) -> None:
         self._channel.tell(messages.StartImport(key, kv, list(blocks)))
@@ -241,8 +241,8 @@ class FollowingExecutor(_RankExecutor):
                 self.release_adapter(content_hash)
             case messages.Discard(content_hash=content_hash):
                 self.discard_adapter(content_hash)
-            case messages.StartExport(key=key, blocks=blocks, on_host=on_host):
-                self.start_export(key, blocks, on_host=on_host)
+            case messages.StartExport(key=key, blocks=blocks, on_host=on_host, ahead=ahead):
+                self.start_export(key, blocks, on_host=on_host, ahead=ahead)
             case messages.StartImport(key=key, kv=kv, blocks=blocks):
                 self.start_import(key, kv, blocks)
             case messages.SettleTransfer(key=key):

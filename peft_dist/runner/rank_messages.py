@@ -109,6 +109,7 @@ class StartExport(msgspec.Struct, frozen=True, tag=True):
     key: int
     blocks: list[int]
     on_host: bool
+    ahead: bool
 
 
 class StartImport(msgspec.Struct, frozen=True, tag=True):

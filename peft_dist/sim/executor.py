@@ -211,7 +211,7 @@ class SimExecutor:
     def discard_adapter(self, content_hash: str) -> None:
         self._held.pop(content_hash, None)
 
-    def start_export(self, key: int, blocks: Sequence[int], *, on_host: bool) -> None:
+    def start_export(self, key: int, blocks: Sequence[int], *, on_host: bool, ahead: bool = False) -> None:
         num_bytes = len(blocks) * self._block_bytes
         # A move is measured as one: half of it is the way out.
         seconds = self._truth.transfer_seconds(num_bytes) / 2

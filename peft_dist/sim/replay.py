@@ -271,7 +271,7 @@ class ReplayExecutor:
     def discard_adapter(self, content_hash: str) -> None:
         """Nothing is kept."""
 
-    def start_export(self, key: int, blocks: Sequence[int], *, on_host: bool) -> None:
+    def start_export(self, key: int, blocks: Sequence[int], *, on_host: bool, ahead: bool = False) -> None:
         self.compare(Copying("out", key, list(blocks)))
 
     def start_import(self, key: int, kv: KVHandle, blocks: Sequence[int]) -> None:

@@ -76,6 +76,7 @@ class FakeExecutor:
         self.memory: dict[str, list[list[tuple[int, str] | None]]] = {}
         self.exports: dict[int, str] = {}
         self.copying: list[tuple[int, KVHandle, list[int] | None]] = []
+        self.ahead: set[int] = set()
         # How often ``take_transfers`` is asked in vain before a copy has ended, and what is wrong with the next ones.
         self.copy_delay = 0
         self.failing_copies: list[str] = []
@@ -162,7 +163,9 @@ class FakeExecutor:
             outcomes.append(LoadOutcome(spec.content_hash, slot, error, 0.0))
         return outcomes
 
-    def start_export(self, key: int, blocks: Sequence[int], *, on_host: bool) -> None:
+    def start_export(self, key: int, blocks: Sequence[int], *, on_host: bool, ahead: bool = False) -> None:
+        if ahead:
+            self.ahead.add(key)
         source = self.host if on_host else self.cache
         token = self.exports[key] = f"{id(self)}.{key}"
         self.memory[token] = [list(source[block]) for block in blocks]

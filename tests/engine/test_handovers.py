@@ -392,3 +392,16 @@ def test_what_ends_before_its_blocks_are_copied_ahead_holds_nothing_up() -> None
     # Nobody would wake a loop for it.
     reports = source.reports + source.handovers.poll()
     assert reports == [Exported(handover=1)] and not source.handovers.is_due
+
+
+def test_only_what_is_copied_while_its_request_runs_may_wait_for_others() -> None:
+    source, _ = sides(ahead=1)
+    request = make_request("r", [3] * 15, 0, 30, ignore_eos=True)
+    source.engine.add_request(request)
+    for _ in range(3):
+        source.round()
+    [state] = export(source, ["r"]).sequences
+    executor = source.engine.executor
+    assert len(state.kv) == 2 and executor.ahead == {0}  # type: ignore[attr-defined]
+    source.handovers.end_export(1, moved=True)
+    assert_empty(source.engine)

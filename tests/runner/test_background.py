@@ -43,6 +43,29 @@ def test_results_and_errors_of_many_calls_arrive_once() -> None:
     calls.close()
 
 
+def test_a_call_waits_for_none_of_another_lane() -> None:
+    calls: BackgroundCalls[str, object] = BackgroundCalls("test", 1, num_lanes=2)
+    release = threading.Event()
+    calls.start("long", lambda call: release.wait(60))
+    calls.start("behind it", lambda call: 1)
+    calls.start("beside it", lambda call: 2, lane=1)
+    assert wait_for(calls, 1).keys() == {"beside it"}
+    release.set()
+    assert wait_for(calls, 2).keys() == {"long", "behind it"}
+    calls.close()
+
+
+def test_a_stuck_call_is_replaced_in_its_lane() -> None:
+    calls: BackgroundCalls[str, object] = BackgroundCalls("test", 1, time_limit=0.3, num_lanes=2)
+    release = threading.Event()
+    calls.start("stuck", lambda call: release.wait(60), lane=1)
+    assert isinstance(wait_for(calls, 1)["stuck"].error, TimeLimitError)
+    calls.start("next", lambda call: 1, lane=1)
+    assert wait_for(calls, 1)["next"].result == 1
+    release.set()
+    calls.close()
+
+
 def test_a_stuck_call_is_ended_and_its_thread_replaced() -> None:
     calls: BackgroundCalls[str, object] = BackgroundCalls("test", 1, time_limit=0.3)
     release, came_back = threading.Event(), threading.Event()

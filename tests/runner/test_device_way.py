@@ -115,7 +115,9 @@ def test_blocks_go_from_device_to_device_and_leave_nothing_behind(source: Device
     assert source.way._used == GRAIN_BYTES
     source.transfers.end_export(1)
     assert "MemoryGoneError" in str(target.fill(kv, GIVEN).error), "what was let go cannot be had any more"
-    # The thread of the copies has let it go by the time it has done something else.
+    # The thread of what is copied ahead has let it go by the time it has done something else.
+    source.transfers.start_export(2, [0], on_host=True, ahead=True)
+    assert source.wait().error is None
     source.transfers.end_export(2)
     assert source.fill(kv, GIVEN).error is not None
     gc.collect()
