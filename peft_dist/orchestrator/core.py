@@ -77,9 +77,10 @@ class Orchestrator:
         self.migration = Migration(options, *tables, self.adapters, self._demand, self._events, counts)
         self._placer = Placer(*tables, options.max_num_seqs, self._demand.lengths, self.migration.hosting)
         self.handover = Handover(self._requests, self.replicas, self._placer, options, counts)
-        self._placer.mover = partial(self.handover.move_record, cause=DRAIN)
+        self._placer.mover = partial(self.handover.begin, cause=DRAIN)
         self._placer.under_way = self.handover.under_way
         self.migration.mover = partial(self.handover.move_record, cause=PLAN)
+        self.migration.drop_waiting = partial(self.handover.drop_waiting, PLAN)
         self.lives = Lifecycle(self.replicas, options)
         self._losses = Losses(*tables, self._placer, self.handover, self.lives, self._endings, self._events)
         self._endings.elsewhere = self._losses.go_elsewhere

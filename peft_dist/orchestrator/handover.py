@@ -25,6 +25,7 @@ from peft_dist.orchestrator.poison import MAX_DEATHS
 from peft_dist.orchestrator.records import Outgoing, Replica, ReplicaState, RequestRecord
 from peft_dist.orchestrator.replicas import ReplicaTable
 from peft_dist.orchestrator.requests import RequestTable, add_commands
+from peft_dist.orchestrator.turns import Turns, Wish
 from peft_dist.policy.moving import moves_kv
 
 
@@ -59,6 +60,7 @@ class Handover:
     At every moment one replica owns the request: the source until ``Imported``, from then on the target, under sequence
     ids that nobody knew before. Where the target lacks room, dies or takes too long, the request goes on at its source,
     which still holds it; where its KV cannot be had, or the source is lost or drains, elsewhere from the known tokens.
+    From each source a few go at once; the next one is asked for when one of them has ended, however that was.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Handover:
         self._moves: dict[int, _Move] = {}
         # By request, the last one of that name: asked for each of many.
         self._moving: dict[str, _Move] = {}
+        self._turns = Turns(options.max_handovers)
         self._next_number = options.first_number
         self._counts = counts
 
@@ -113,7 +116,17 @@ class Handover:
     def move_record(
         self, record: RequestRecord, target: Replica, now: float, *, with_kv: bool | None = None, cause: str = CALL
     ) -> list[Outgoing]:
-        """As ``move``; the target must be able to run the request."""
+        """As ``move``; the target must be able to run the request. It may wait for its turn, and runs meanwhile."""
+        out = self.begin(record, target, now, with_kv=with_kv, cause=cause)
+        if out is None:
+            assert record.replica_id is not None, "it waits to leave one"
+            self._turns.wait(Wish(record, self._replicas[record.replica_id], target, cause, record.num_moves))
+        return out or []
+
+    def begin(
+        self, record: RequestRecord, target: Replica, now: float, *, with_kv: bool | None = None, cause: str = CALL
+    ) -> list[Outgoing] | None:
+        """As ``move_record``; None, and nothing happens, where it would have to wait."""
         if record.replica_id is None or record.replica_id == target.replica_id or self.is_under_way(record):
             return []
         source = self._replicas[record.replica_id]
@@ -121,11 +134,11 @@ class Handover:
         if not with_kv or record.num_import_deaths >= MAX_DEATHS:
             self._counts.recompute(cause)
             return self._placer.move(record, target, now)
-        number, self._next_number = self._next_number, self._next_number + 1
-        move = _Move(number, record, source, target, now, now + self._timeout, record.num_moves, cause)
-        self._moves[number] = self._moving[record.request_id] = move
-        ids = [sequence.sequence_id for sequence in record.unfinished.values()]
-        return [to(source, ExportRequests(handover=number, request_ids=ids))]
+        return self._ask(record, source, target, now, cause) if self._turns.may_begin(source) else None
+
+    def drop_waiting(self, cause: str) -> int:
+        """Forget the moves for this cause whose turn has not come; how many."""
+        return len(self._turns.drop(cause=cause))
 
     def is_under_way(self, record: RequestRecord) -> bool:
         """Whether a request is being handed over."""
@@ -142,11 +155,11 @@ class Handover:
             case Exported(handover=number):
                 move = self._moves.get(number)
                 if move is not None and move.source is replica and not move.ids:
-                    return self._exported(move, report, now)
+                    return self._exported(move, report, now) + self._go_on(now)
             case Imported(handover=number):
                 move = self._moves.get(number)
                 if move is not None and move.target is replica and move.ids:
-                    return self._imported(move, report, now)
+                    return self._imported(move, report, now) + self._go_on(now)
         return []
 
     def lose(self, replica: Replica, now: float) -> tuple[list[Outgoing], list[RequestRecord]]:
@@ -156,25 +169,57 @@ class Handover:
         """
         out: list[Outgoing] = []
         brought: list[RequestRecord] = []
+        for wish in self._turns.drop(source=replica):
+            self._counts.fail(wish.cause, "lost" if wish.is_current else "ended")
         for move in list(self._moves.values()):
             if move.source is replica:
-                self._forget(move)
+                self._end(move)
                 self._counts.fail(move.cause, "lost" if self._is_current(move) else "ended")
                 out += self._abort_import(move)
             elif move.target is replica:
                 if move.ids and self._is_current(move):
                     brought.append(move.record)
                 out += self._give_up(move, now)
-        return out, brought
+        return out + self._go_on(now), brought
 
     def tick(self, now: float) -> list[Outgoing]:
         """Give up what has taken too long."""
         late = [move for move in self._moves.values() if move.deadline <= now]
-        return [out for move in late for out in self._give_up(move, now)]
+        out = [out for move in late for out in self._give_up(move, now)]
+        return out + self._go_on(now) if late else out
 
     def next_deadline(self) -> float:
         """When ``tick`` has something to do; infinity for never."""
         return min((move.deadline for move in self._moves.values()), default=math.inf)
+
+    def _ask(self, record: RequestRecord, source: Replica, target: Replica, now: float, cause: str) -> list[Outgoing]:
+        number, self._next_number = self._next_number, self._next_number + 1
+        move = _Move(number, record, source, target, now, now + self._timeout, record.num_moves, cause)
+        self._moves[number] = self._moving[record.request_id] = move
+        self._turns.begin(source)
+        ids = [sequence.sequence_id for sequence in record.unfinished.values()]
+        return [to(source, ExportRequests(handover=number, request_ids=ids))]
+
+    def _end(self, move: _Move) -> None:
+        del self._moves[move.number]
+        # A later request of the same name may be on its way before this one's source has said anything.
+        if self._moving.get(move.record.request_id) is move:
+            del self._moving[move.record.request_id]
+        self._turns.end(move.source)
+
+    def _go_on(self, now: float) -> list[Outgoing]:
+        """Ask for those whose turn has come since some have ended."""
+        out: list[Outgoing] = []
+        while (wish := self._turns.take()) is not None:
+            record, target = wish.record, wish.target
+            if not wish.is_current:
+                self._counts.fail(wish.cause, "ended")
+            elif not self._placer.can_take(record, target):
+                # Where its replica drains, it is chosen another one in its turn there.
+                self._counts.fail(wish.cause, "stayed")
+            else:
+                out += self._ask(record, wish.source, target, now, wish.cause)
+        return out + self._placer.go_on(now)
 
     def _is_cheaper(self, record: RequestRecord, source: Replica, target: Replica) -> bool:
         ours, theirs = source.model, target.model
@@ -221,7 +266,7 @@ class Handover:
         if not self._placer.can_take(move.record, move.target):
             # It drains since, and may have been told to be empty.
             return self._give_up(move, now)
-        self._forget(move)
+        self._end(move)
         self._counts.bring(move.cause, move.num_bytes, now - move.asked_at)
         gone = [sequence_id for index, sequence_id in move.ids.items() if index not in move.record.unfinished]
         self._placer.adopt(move.record, move.target, move.ids, move.computed, now)
@@ -236,15 +281,9 @@ class Handover:
         at_source = record.replica_id == move.source.replica_id and record.num_moves == move.num_moves
         return bool(record.unfinished) and at_source
 
-    def _forget(self, move: _Move) -> None:
-        del self._moves[move.number]
-        # A later request of the same name may be on its way before this one's source has said anything.
-        if self._moving.get(move.record.request_id) is move:
-            del self._moving[move.record.request_id]
-
     def _drop(self, move: _Move) -> list[Outgoing]:
         """The request has ended, or is somewhere else."""
-        self._forget(move)
+        self._end(move)
         self._counts.fail(move.cause, "ended")
         return [*self._abort_import(move), to(move.source, EndExport(handover=move.number, moved=True))]
 
@@ -271,7 +310,7 @@ class Handover:
         return out
 
     def _drop_failed(self, move: _Move) -> list[Outgoing]:
-        self._forget(move)
+        self._end(move)
         return [*self._abort_import(move), to(move.source, EndExport(handover=move.number, moved=False))]
 
     def _abort_import(self, move: _Move) -> list[Outgoing]:

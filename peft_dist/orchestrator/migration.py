@@ -32,7 +32,7 @@ FAILED = "failed"
 
 
 Mover = Callable[[RequestRecord, Replica, float], list[Outgoing]]
-"""Has another replica go on with a request from now on."""
+"""Has another replica go on with a request, from now on or when its turn comes."""
 
 
 class Migration:
@@ -44,9 +44,11 @@ class Migration:
     Attributes:
         hosting: Where the adapters are placed.
         mover: What moves a request.
+        drop_waiting: Forgets the moves whose turn has not come, and returns how many.
     """
 
     mover: Mover
+    drop_waiting: Callable[[], int]
 
     def __init__(
         self,
@@ -110,7 +112,8 @@ class Migration:
         return pick(plan, surveyed.members)
 
     def prepare(self, plan: MigrationPlan) -> list[Outgoing]:
-        """Send the adapters of a plan ahead of its requests."""
+        """Send the adapters of a plan ahead of its requests. What is left of the plan before it is out of date."""
+        self._num_dropped += self.drop_waiting()
         return self.hosting.carry_out(plan.steps)
 
     def move(self, moves: Sequence[RequestMove], surveyed: Surveyed, now: float) -> list[Outgoing]:

@@ -26,6 +26,7 @@ class OrchestratorOptions:
         step_timeout: Seconds that one round of a replica's loop may take; None is no limit.
         max_wait: Seconds that an admitted request waits for a replica, when the one it had is lost.
         handover_timeout: Seconds for moving a running request with its KV; after that it goes on where it was.
+        max_handovers: Requests that move with their KV from one replica at once; the others run on until their turn.
         restart: When replicas that died are started again; None is never.
         migration: Where adapters are placed, where their requests may go, and whether those move: "rr", "proactive" or
             "dlora" (docs/placement.md). Of no matter with one replica.
@@ -46,6 +47,7 @@ class OrchestratorOptions:
     step_timeout: float | None = None
     max_wait: float = 300.0
     handover_timeout: float = 10.0
+    max_handovers: int = 4
     restart: RestartPolicy | None = None
     migration: MigrationKind = "dlora"
     prefix_caching: bool = False
@@ -61,6 +63,8 @@ class OrchestratorOptions:
     def __post_init__(self) -> None:
         if self.max_queue < 0:
             raise ConfigError(f"max_queue={self.max_queue} must be 0 (nothing waits) or more")
+        if self.max_handovers < 1:
+            raise ConfigError(f"max_handovers={self.max_handovers} must be 1 or more: others wait until it has moved")
         if self.migration not in KINDS:
             raise ConfigError(f"migration={self.migration!r} is unknown: use {', '.join(KINDS)}")
         for name in ("start_timeout", "heartbeat_timeout", "step_timeout", "max_wait", "handover_timeout"):

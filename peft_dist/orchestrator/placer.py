@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
 from peft_dist.core.messages import AbortRequest
@@ -25,7 +26,8 @@ class Placer:
     """Gives requests to replicas that hold their adapters. Calls return commands to send.
 
     Attributes:
-        mover: What moves requests from draining replicas: ``move``, unless there is something better.
+        mover: What moves requests from draining replicas: ``move``, unless there is something better. None is returned
+            for one that has to wait for its turn: ``go_on`` is to be called when it may have come.
         under_way: Requests that are being moved, and where to.
     """
 
@@ -44,8 +46,10 @@ class Placer:
         self._lengths = lengths
         self._hosting = hosting
         self._dispatcher = Dispatcher(requests, lengths, max_num_seqs, hosting.placed)
-        self.mover: Callable[[RequestRecord, Replica, float], list[Outgoing]] = self.move
+        self.mover: Callable[[RequestRecord, Replica, float], list[Outgoing] | None] = self.move
         self.under_way: Callable[[], list[tuple[RequestRecord, Replica]]] = list
+        # Draining replicas, and their requests whose turn has not come.
+        self._leaving: list[tuple[Replica, deque[RequestRecord]]] = []
         # The last suspect that was placed.
         self._tried: RequestRecord | None = None
 
@@ -111,11 +115,22 @@ class Placer:
     def evacuate(self, now: float) -> list[Outgoing]:
         """Move what can be moved from draining replicas; what no other can run finishes where it is.
 
+        With their KV they leave a few at a time, and the others run on meanwhile (``go_on``). Those that are in no
+        batch yet have nothing to bring, and go first.
+        """
+        self._leaving = [
+            (old, deque(sorted(self._requests.on_replica(old.replica_id), key=lambda record: record.has_started)))
+            for old in self._replicas.in_state(ReplicaState.DRAINING)
+        ]
+        return self.go_on(now)
+
+    def go_on(self, now: float) -> list[Outgoing]:
+        """Move those of draining replicas whose turn has come.
+
         Those that take their KV along are their old replicas' until it has come: where they go they count from now on,
         or all would go to one.
         """
-        draining = self._replicas.in_state(ReplicaState.DRAINING)
-        if not draining:
+        if not self._leaving:
             return []
         out: list[Outgoing] = []
         coming: dict[int, Backlog] = {}
@@ -123,11 +138,19 @@ class Placer:
         for record, target in moving:
             self._expect(coming, record, target)
         moves = {record.request_id for record, _ in moving}
-        for record in [each for old in draining for each in self._requests.on_replica(old.replica_id)]:
-            if record.request_id not in moves and (able := self._able(record)):
-                target = self._choose(record, able, now, coming)
-                out += self.mover(record, target, now)
-                self._expect(coming, record, target)
+        for old, records in self._leaving:
+            while records and old.state is ReplicaState.DRAINING:
+                record = records[0]
+                is_there = record.unfinished and record.replica_id == old.replica_id
+                if is_there and record.request_id not in moves and (able := self._able(record)):
+                    target = self._choose(record, able, now, coming)
+                    moved = self.mover(record, target, now)
+                    if moved is None:
+                        break
+                    out += moved
+                    self._expect(coming, record, target)
+                records.popleft()
+        self._leaving = [one for one in self._leaving if one[1] and one[0].state is ReplicaState.DRAINING]
         return out
 
     def _expect(self, coming: dict[int, Backlog], record: RequestRecord, target: Replica) -> None:

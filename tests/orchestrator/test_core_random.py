@@ -53,12 +53,13 @@ IDS = st.integers(0, NUM_REPLICAS - 1)
 class Machine(RuleBasedStateMachine):
     """The client's view is kept apart and compared: tokens so far and ends of every accepted request."""
 
-    @initialize(kind=st.sampled_from(KINDS), loaded=st.booleans())
-    def begin(self, kind: MigrationKind, loaded: bool) -> None:
+    @initialize(kind=st.sampled_from(KINDS), loaded=st.booleans(), at_once=st.sampled_from([1, 2, 4]))
+    def begin(self, kind: MigrationKind, loaded: bool, at_once: int) -> None:
         restart = RestartPolicy(first=0.0, longest=0.0, max_failures=10**6)
         options = OrchestratorOptions(
-            MAX_NUM_SEQS, MAX_QUEUE, seed=0, max_wait=1e9, restart=restart, migration=kind, prefix_caching=True
-        )
+            MAX_NUM_SEQS, MAX_QUEUE, seed=0, max_wait=1e9, restart=restart, migration=kind, prefix_caching=True,
+            max_handovers=at_once,
+        )  # fmt: skip
         self.core = Orchestrator(options)
         self.kind = kind
         self.searches: deque[Search] = deque()
@@ -435,6 +436,14 @@ class Machine(RuleBasedStateMachine):
             assert backlog.output_tokens == pytest.approx(sum(sequence.owed_output for sequence in sequences))
             assert set(backlog.adapters) == {record.content_hash for record in records if record.content_hash}
 
+    @invariant()
+    def nobody_waits_for_a_turn_that_has_come(self) -> None:
+        turns, moves = self.core.handover._turns, self.core.handover._moves.values()
+        used = Counter(move.source.epoch for move in moves)
+        assert turns._used == used and all(number <= turns._most for number in used.values())
+        waiting = turns._waiting.keys() | {old.epoch for old, _ in self.core._placer._leaving}
+        assert all(used[epoch] == turns._most for epoch in waiting)
+
     def teardown(self) -> None:
         """Whatever was accepted ends; then every replica holds what has a name, and pins what is pinned."""
         for replica_id in self.replicas:
@@ -447,7 +456,7 @@ class Machine(RuleBasedStateMachine):
                 self.replicas[replica_id].step()
                 self.deliver_all(replica_id)
         assert not self.open and not self.loading and not self.core.num_unfinished
-        assert self.core.handover.next_deadline() == math.inf
+        assert self.core.handover.next_deadline() == math.inf and not self.core.handover._turns._waiting
         for replica in self.replicas.values():
             assert replica.held == set(self.named.values())
             assert not replica.running and not replica.exports and not replica.copying
@@ -465,11 +474,12 @@ def test_traffic(kind: MigrationKind) -> None:
     for seed in range(40):
         rng = random.Random(seed)
         machine = Machine()
-        machine.begin(kind, loaded=True)
+        machine.begin(kind, loaded=True, at_once=1 + seed % 3)
         for _ in range(250):
             _happen(machine, rng)
             machine.the_queue_is_bounded()
             machine.the_books_are_right()
+            machine.nobody_waits_for_a_turn_that_has_come()
         view = machine.core.migration.view()
         assert view is not None
         moved += view.moves.get("recompute", 0)

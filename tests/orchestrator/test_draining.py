@@ -25,9 +25,9 @@ from tests.orchestrator.test_lifecycle import cluster, ready
 WITH_KV, WITHOUT = (0.0, 0.0), (100.0, 1.0)
 
 
-def crowded(number: int, transfer: tuple[float, float]) -> Orchestrator:
+def crowded(number: int, transfer: tuple[float, float], **options: object) -> Orchestrator:
     """Replica 0 has so many requests, each with a token. ``transfer``: Seconds of a copy of KV, and of a byte of it."""
-    core = cluster(1, max_num_seqs=8, max_queue=100)
+    core = cluster(1, max_num_seqs=8, max_queue=100, **options)
     for i in range(number):
         core.submit(NewRequest(f"r{i}", [5] * 20, SamplingParams(max_tokens=100)), 0.0)
         core.observe(0, core.replicas[0].epoch, tokens(f"r{i}-0", [1], 0), 0.5)
@@ -44,12 +44,15 @@ def join(core: Orchestrator, replica_id: int) -> list[Outgoing]:
 
 
 def targets(core: Orchestrator, sent: Iterable[Outgoing]) -> Counter[int]:
-    """Where requests go: at once without their KV, or once it was exported."""
+    """Where requests go: at once without their KV, or once it was exported; they arrive there."""
     found: Counter[int] = Counter()
     for out in sent:
         match out.command:
-            case AddRequest() | ImportRequests():
+            case AddRequest():
                 found[out.replica_id] += 1
+            case ImportRequests(handover=number):
+                found[out.replica_id] += 1
+                found += targets(core, core.observe(out.replica_id, out.epoch, Imported(handover=number), 1.0))
             case ExportRequests(handover=number, request_ids=ids):
                 report = Exported(handover=number, sequences=[state(one, 1) for one in ids])
                 found += targets(core, core.observe(out.replica_id, out.epoch, report, 1.0))
@@ -100,7 +103,7 @@ def test_requests_of_a_replica_are_told_oldest_first_however_they_came_to_it() -
 
 
 def test_what_is_on_its_way_already_counts_where_it_will_be() -> None:
-    core = crowded(8, WITH_KV)
+    core = crowded(8, WITH_KV, max_handovers=8)
     for i in range(4):
         core.handover.move(f"r{i}", 1, 1.0, with_kv=True)
     assert targets(core, core.drain_replica(0, 1.0)) == {2: 4}
