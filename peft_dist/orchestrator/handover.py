@@ -25,8 +25,12 @@ from peft_dist.orchestrator.poison import MAX_DEATHS
 from peft_dist.orchestrator.records import Outgoing, Replica, ReplicaState, RequestRecord
 from peft_dist.orchestrator.replicas import ReplicaTable
 from peft_dist.orchestrator.requests import RequestTable, add_commands
-from peft_dist.orchestrator.turns import Turns, Wish
+from peft_dist.orchestrator.turns import Turns, Wish, kv_bytes
 from peft_dist.policy.moving import moves_kv
+
+# A move is given up when it takes so many times as long as it should by what moves have cost, and handover_timeout at
+# least; but not later than after so many of these, whatever one slow copy has made of the costs.
+_PATIENCE = 4.0
 
 
 @dataclass(slots=True)
@@ -194,11 +198,19 @@ class Handover:
 
     def _ask(self, record: RequestRecord, source: Replica, target: Replica, now: float, cause: str) -> list[Outgoing]:
         number, self._next_number = self._next_number, self._next_number + 1
-        move = _Move(number, record, source, target, now, now + self._timeout, record.num_moves, cause)
+        deadline = now + self._patience(record, source, target)
+        move = _Move(number, record, source, target, now, deadline, record.num_moves, cause)
         self._moves[number] = self._moving[record.request_id] = move
         self._turns.begin(source)
         ids = [sequence.sequence_id for sequence in record.unfinished.values()]
         return [to(source, ExportRequests(handover=number, request_ids=ids))]
+
+    def _patience(self, record: RequestRecord, source: Replica, target: Replica) -> float:
+        """For how long a move may take: large ones need more, and stand behind those that have begun before them."""
+        leaving = [move.record for move in self._moves.values() if move.source is source]
+        num_bytes = sum(kv_bytes(each, source) for each in (record, *leaving))
+        usual = (target.costs or source.costs or StepCosts()).transfer_seconds(num_bytes)
+        return min(max(self._timeout, _PATIENCE * usual), _PATIENCE * self._timeout)
 
     def _end(self, move: _Move) -> None:
         del self._moves[move.number]

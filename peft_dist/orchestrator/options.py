@@ -25,7 +25,8 @@ class OrchestratorOptions:
         by_network: All replicas are reached over a network, whose cuts are silences too; not only those that joined.
         step_timeout: Seconds that one round of a replica's loop may take; None is no limit.
         max_wait: Seconds that an admitted request waits for a replica, when the one it had is lost.
-        handover_timeout: Seconds for moving a running request with its KV; after that it goes on where it was.
+        handover_timeout: Seconds for moving a running request with its KV, from its turn on; then it goes on where it
+            was. One that by its bytes should take more than a quarter of it has more time, up to four times as much.
         max_handovers: Requests that move with their KV from one replica at once; the others run on until their turn.
         restart: When replicas that died are started again; None is never.
         migration: Where adapters are placed, where their requests may go, and whether those move: "rr", "proactive" or

@@ -86,3 +86,13 @@ class Turns:
 
     def _has_room(self, epoch: int) -> bool:
         return self._used[epoch] < self._most
+
+
+def kv_bytes(record: RequestRecord, source: Replica) -> int:
+    """Of all that a request may have computed where it is, at most; 0 where that is not known."""
+    if source.model is None:
+        return 0
+    size, prompt = source.model.block_size, len(record.prompt_token_ids)
+    started = [sequence for sequence in record.unfinished.values() if sequence.started]
+    num_blocks = sum(-(-(prompt + len(sequence.output_token_ids)) // size) for sequence in started)
+    return num_blocks * source.model.block_bytes

@@ -147,6 +147,31 @@ def test_a_handover_that_fails_makes_room_too() -> None:
     assert world.owners()[:3].count(0) == 0
 
 
+def test_the_time_of_a_move_runs_from_its_turn_on() -> None:
+    world = Leaving(3, handover_timeout=3.0)
+    for i in range(3):
+        world.move(i)
+    world.say(0, Exported(handover=1, error="no memory"), 3.5)
+    assert not world.hear(world.core.handover.tick(3.9)), "it was asked for at 1.0"
+    world.hear(world.core.handover.tick(4.0))
+    assert world.leaving == ["r2"] and world.core.handover.next_deadline() == 6.5
+
+
+@pytest.mark.parametrize(("seconds", "patience"), [(0.5, [3.0, 4.0, 6.0]), (2.0, [8.0, 12.0, 12.0])])
+def test_what_is_large_may_take_longer_but_not_for_ever(seconds: float, patience: list[float]) -> None:
+    """``seconds``: What the KV of one of them takes by the costs."""
+    world = Leaving(3, handover_timeout=3.0, max_handovers=4)
+    model = world.core.replicas[0].model
+    assert model is not None
+    world.core.replicas[0].model = replace(model, block_bytes=10)
+    # Its eight tokens are in so many blocks.
+    num_bytes = 10 * math.ceil(8 / model.block_size)
+    world.core.replicas[1].costs = StepCosts(transfer=(0.0, seconds / num_bytes))
+    for i in range(3):
+        world.move(i)
+    assert [move.deadline - 1.0 for move in world.core.handover._moves.values()] == patience
+
+
 def test_where_one_goes_is_decided_in_its_turn() -> None:
     world = Leaving(4)
     world.drain()
