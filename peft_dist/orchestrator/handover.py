@@ -41,6 +41,7 @@ class _Move:
         asked_at: Seconds.
         cause: Why it moves, for the counts.
         num_moves: The record's when it was asked for; another one means that it left the source in another way.
+        room: Bytes of KV that it was expected to bring at most.
         ids: What the target knows its sequences as, by index, once it has been asked to import them.
         computed: Tokens whose KV came along, by index; ``num_bytes`` is the size of it, by memory.
     """
@@ -53,6 +54,7 @@ class _Move:
     deadline: float
     num_moves: int
     cause: str
+    room: int
     ids: dict[int, str] = field(default_factory=dict)
     computed: dict[int, int] = field(default_factory=dict)
     num_bytes: Counter[str] = field(default_factory=Counter)
@@ -82,7 +84,7 @@ class Handover:
         self._moves: dict[int, _Move] = {}
         # By request, the last one of that name: asked for each of many.
         self._moving: dict[str, _Move] = {}
-        self._turns = Turns(options.max_handovers)
+        self._turns = Turns(options.max_handovers, options.max_handover_bytes)
         self._next_number = options.first_number
         self._counts = counts
 
@@ -135,10 +137,10 @@ class Handover:
             return []
         source = self._replicas[record.replica_id]
         with_kv = self._is_cheaper(record, source, target) if with_kv is None else with_kv
-        if not with_kv or record.num_import_deaths >= MAX_DEATHS:
+        if not with_kv or record.num_import_deaths >= MAX_DEATHS or self._turns.is_too_large(record, source):
             self._counts.recompute(cause)
             return self._placer.move(record, target, now)
-        return self._ask(record, source, target, now, cause) if self._turns.may_begin(source) else None
+        return self._ask(record, source, target, now, cause) if self._turns.may_begin(record, source) else None
 
     def drop_waiting(self, cause: str) -> int:
         """Forget the moves for this cause whose turn has not come; how many."""
@@ -199,9 +201,9 @@ class Handover:
     def _ask(self, record: RequestRecord, source: Replica, target: Replica, now: float, cause: str) -> list[Outgoing]:
         number, self._next_number = self._next_number, self._next_number + 1
         deadline = now + self._patience(record, source, target)
-        move = _Move(number, record, source, target, now, deadline, record.num_moves, cause)
+        room = self._turns.begin(record, source)
+        move = _Move(number, record, source, target, now, deadline, record.num_moves, cause, room)
         self._moves[number] = self._moving[record.request_id] = move
-        self._turns.begin(source)
         ids = [sequence.sequence_id for sequence in record.unfinished.values()]
         return [to(source, ExportRequests(handover=number, request_ids=ids))]
 
@@ -217,7 +219,7 @@ class Handover:
         # A later request of the same name may be on its way before this one's source has said anything.
         if self._moving.get(move.record.request_id) is move:
             del self._moving[move.record.request_id]
-        self._turns.end(move.source)
+        self._turns.end(move.source, move.room)
 
     def _go_on(self, now: float) -> list[Outgoing]:
         """Ask for those whose turn has come since some have ended."""

@@ -28,6 +28,8 @@ class OrchestratorOptions:
         handover_timeout: Seconds for moving a running request with its KV, from its turn on; then it goes on where it
             was. One that by its bytes should take more than a quarter of it has more time, up to four times as much.
         max_handovers: Requests that move with their KV from one replica at once; the others run on until their turn.
+        max_handover_bytes: Of the KV of these, over all ranks: until it has arrived it is in memory twice. What is more
+            by itself is computed again.
         restart: When replicas that died are started again; None is never.
         migration: Where adapters are placed, where their requests may go, and whether those move: "rr", "proactive" or
             "dlora" (docs/placement.md). Of no matter with one replica.
@@ -49,6 +51,7 @@ class OrchestratorOptions:
     max_wait: float = 300.0
     handover_timeout: float = 10.0
     max_handovers: int = 4
+    max_handover_bytes: int = 4 << 30
     restart: RestartPolicy | None = None
     migration: MigrationKind = "dlora"
     prefix_caching: bool = False
@@ -66,6 +69,8 @@ class OrchestratorOptions:
             raise ConfigError(f"max_queue={self.max_queue} must be 0 (nothing waits) or more")
         if self.max_handovers < 1:
             raise ConfigError(f"max_handovers={self.max_handovers} must be 1 or more: others wait until it has moved")
+        if self.max_handover_bytes < 0:
+            raise ConfigError(f"max_handover_bytes={self.max_handover_bytes} must be 0 (no KV is moved) or more")
         if self.migration not in KINDS:
             raise ConfigError(f"migration={self.migration!r} is unknown: use {', '.join(KINDS)}")
         for name in ("start_timeout", "heartbeat_timeout", "step_timeout", "max_wait", "handover_timeout"):

@@ -33,39 +33,50 @@ class Wish:
 class Turns:
     """How many requests are on their way from each incarnation of a replica, and which ones wait until some have ended.
 
-    More at once are not there sooner: their copies stand behind each other's, and each may stand still meanwhile.
+    More at once are not there sooner: their copies stand behind each other's, and each may stand still meanwhile. And
+    until it has arrived, all that a request brings is in memory twice where it comes from.
     """
 
-    def __init__(self, most: int) -> None:
-        """``most``: Requests on their way from one replica at once."""
-        self._most = most
+    def __init__(self, most: int, most_bytes: int) -> None:
+        """``most``: Requests on their way from one replica at once. ``most_bytes``: Of their KV."""
+        self._most, self._most_bytes = most, most_bytes
         self._used: Counter[int] = Counter()
+        self._num_bytes: Counter[int] = Counter()
         # In the order in which they were asked for, by incarnation and request.
         self._waiting: dict[int, dict[str, Wish]] = {}
 
-    def may_begin(self, source: Replica) -> bool:
+    def is_too_large(self, record: RequestRecord, source: Replica) -> bool:
+        """Whether a request is more than may be on its way, even alone."""
+        return kv_bytes(record, source) > self._most_bytes
+
+    def may_begin(self, record: RequestRecord, source: Replica) -> bool:
         """Whether one may leave that nobody has asked for before."""
-        return source.epoch not in self._waiting and self._has_room(source.epoch)
+        return source.epoch not in self._waiting and self._has_room(record, source)
 
-    def begin(self, source: Replica) -> None:
-        """One is on its way."""
+    def begin(self, record: RequestRecord, source: Replica) -> int:
+        """One is on its way; with so many bytes, for ``end``."""
+        num_bytes = kv_bytes(record, source)
         self._used[source.epoch] += 1
+        self._num_bytes[source.epoch] += num_bytes
+        return num_bytes
 
-    def end(self, source: Replica) -> None:
+    def end(self, source: Replica, num_bytes: int) -> None:
         """It no longer is, whatever became of it."""
         self._used[source.epoch] -= 1
+        self._num_bytes[source.epoch] -= num_bytes
         if not self._used[source.epoch]:
-            del self._used[source.epoch]
+            del self._used[source.epoch], self._num_bytes[source.epoch]
 
     def wait(self, wish: Wish) -> None:
         """Have one wait; what was wished of the same request before is forgotten, and its place taken."""
         self._waiting.setdefault(wish.source.epoch, {})[wish.record.request_id] = wish
 
     def take(self) -> Wish | None:
-        """The next one whose turn it is, on any replica; it waits no longer."""
+        """The next one whose turn it is, on any replica; it waits no longer. A large one is overtaken by none."""
         for epoch, wishes in self._waiting.items():
-            if self._has_room(epoch):
-                wish = wishes.pop(next(iter(wishes)))
+            wish = next(iter(wishes.values()))
+            if self._has_room(wish.record, wish.source):
+                del wishes[wish.record.request_id]
                 if not wishes:
                     del self._waiting[epoch]
                 return wish
@@ -84,8 +95,12 @@ class Turns:
                     del self._waiting[epoch]
         return dropped
 
-    def _has_room(self, epoch: int) -> bool:
-        return self._used[epoch] < self._most
+    def _has_room(self, record: RequestRecord, source: Replica) -> bool:
+        if not self._used[source.epoch]:
+            # It may have grown while it waited, and there is nobody left to wait for.
+            return True
+        fits = self._num_bytes[source.epoch] + kv_bytes(record, source) <= self._most_bytes
+        return self._used[source.epoch] < self._most and fits
 
 
 def kv_bytes(record: RequestRecord, source: Replica) -> int:

@@ -38,10 +38,11 @@ from peft_dist.orchestrator.events import (
 )
 from peft_dist.orchestrator.records import Outgoing, ReplicaState
 from peft_dist.orchestrator.survey import Surveyed
+from peft_dist.orchestrator.turns import kv_bytes
 from peft_dist.placement.aggregation import RequestMove
 from peft_dist.placement.placer import KINDS, MigrationKind, Search
 from peft_dist.placement.planning import greedy_plan
-from tests.orchestrator.world import GONE, MiniReplica, drawn_token
+from tests.orchestrator.world import GONE, MODEL, MiniReplica, drawn_token
 from tests.worker.fake_replica import NUM_BLOCKS
 
 MAX_NUM_SEQS, MAX_QUEUE, NUM_REPLICAS = 2, 2, 2
@@ -58,7 +59,7 @@ class Machine(RuleBasedStateMachine):
         restart = RestartPolicy(first=0.0, longest=0.0, max_failures=10**6)
         options = OrchestratorOptions(
             MAX_NUM_SEQS, MAX_QUEUE, seed=0, max_wait=1e9, restart=restart, migration=kind, prefix_caching=True,
-            max_handovers=at_once,
+            max_handovers=at_once, max_handover_bytes=MODEL.block_bytes * 8,
         )  # fmt: skip
         self.core = Orchestrator(options)
         self.kind = kind
@@ -440,9 +441,19 @@ class Machine(RuleBasedStateMachine):
     def nobody_waits_for_a_turn_that_has_come(self) -> None:
         turns, moves = self.core.handover._turns, self.core.handover._moves.values()
         used = Counter(move.source.epoch for move in moves)
+        num_bytes: Counter[int] = Counter()
+        for move in moves:
+            num_bytes[move.source.epoch] += move.room
         assert turns._used == used and all(number <= turns._most for number in used.values())
-        waiting = turns._waiting.keys() | {old.epoch for old, _ in self.core._placer._leaving}
-        assert all(used[epoch] == turns._most for epoch in waiting)
+        assert turns._num_bytes == num_bytes
+        # One alone may have grown while it waited.
+        assert all(number <= turns._most_bytes or used[epoch] == 1 for epoch, number in num_bytes.items())
+        waiting = [(old.epoch, left[0], old) for old, left in self.core._placer._leaving]
+        for epoch, wishes in turns._waiting.items():
+            first = next(iter(wishes.values()))
+            waiting.append((epoch, first.record, first.source))
+        for epoch, record, source in waiting:
+            assert used[epoch] == turns._most or num_bytes[epoch] + kv_bytes(record, source) > turns._most_bytes
 
     def teardown(self) -> None:
         """Whatever was accepted ends; then every replica holds what has a name, and pins what is pinned."""

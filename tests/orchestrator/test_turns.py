@@ -30,6 +30,8 @@ from tests.orchestrator.test_core import tokens
 from tests.orchestrator.test_handover import state
 from tests.orchestrator.test_lifecycle import cluster, ready
 
+# Of eight tokens, which are in one block.
+KV_BYTES = 1024
 FREE, DEAR = StepCosts(transfer=(0.0, 0.0)), StepCosts(transfer=(1e9, 0.0))
 
 
@@ -39,7 +41,7 @@ class Leaving:
     def __init__(self, number: int, costs: StepCosts = FREE, *, waiting: int = 0, **options: object) -> None:
         self.core: Orchestrator = cluster(1, **{"max_num_seqs": 100, "max_handovers": 2} | options)
         for i in range(number + waiting):
-            self.core.submit(NewRequest(f"r{i}", [5] * 6, SamplingParams(max_tokens=9)), 0.0)
+            self.core.submit(NewRequest(f"r{i}", [5] * 6, SamplingParams(max_tokens=20)), 0.0)
         for i in range(number):
             self.say(0, Started(request_ids=[f"r{i}-0"]), 0.5)
             self.say(0, tokens(f"r{i}-0", [7, 8], 0), 0.5)
@@ -161,12 +163,7 @@ def test_the_time_of_a_move_runs_from_its_turn_on() -> None:
 def test_what_is_large_may_take_longer_but_not_for_ever(seconds: float, patience: list[float]) -> None:
     """``seconds``: What the KV of one of them takes by the costs."""
     world = Leaving(3, handover_timeout=3.0, max_handovers=4)
-    model = world.core.replicas[0].model
-    assert model is not None
-    world.core.replicas[0].model = replace(model, block_bytes=10)
-    # Its eight tokens are in so many blocks.
-    num_bytes = 10 * math.ceil(8 / model.block_size)
-    world.core.replicas[1].costs = StepCosts(transfer=(0.0, seconds / num_bytes))
+    world.core.replicas[1].costs = StepCosts(transfer=(0.0, seconds / KV_BYTES))
     for i in range(3):
         world.move(i)
     assert [move.deadline - 1.0 for move in world.core.handover._moves.values()] == patience
@@ -276,6 +273,49 @@ def test_without_their_kv_all_go_at_once() -> None:
     assert kinds.count(AbortRequest) == kinds.count(AddRequest) == 6 and 0 not in world.owners()
 
 
+def test_no_more_bytes_than_that_are_on_their_way() -> None:
+    world = Leaving(6, max_handovers=4, max_handover_bytes=3 * KV_BYTES)
+    # Two blocks.
+    world.say(0, tokens("r1-0", [9] * 10, 2))
+    world.drain()
+    assert world.leaving == ["r0", "r1"]
+    world.bring(1)
+    assert world.leaving == ["r1", "r2"]
+    world.bring(2)
+    assert world.leaving == ["r2", "r3", "r4"]
+
+
+def test_a_large_one_waits_and_is_overtaken_by_none() -> None:
+    world = Leaving(4, max_handovers=4, max_handover_bytes=2 * KV_BYTES)
+    world.say(0, tokens("r1-0", [9] * 10, 2))
+    for i in range(4):
+        world.move(i)
+    assert world.leaving == ["r0"]
+    world.bring(1)
+    assert world.leaving == ["r1"]
+    world.bring(2)
+    assert world.leaving == ["r2", "r3"]
+
+
+def test_what_alone_is_too_large_is_computed_again() -> None:
+    world = Leaving(1, max_handover_bytes=2 * KV_BYTES - 1)
+    world.say(0, tokens("r0-0", [9] * 10, 2))
+    assert [type(each.command) for each in world.move(0)] == [AbortRequest, AddRequest]
+
+
+def test_what_has_grown_too_large_while_it_waited_goes_alone() -> None:
+    world = Leaving(3, max_handover_bytes=KV_BYTES)
+    for i in range(3):
+        world.move(i)
+    world.say(0, tokens("r1-0", [9] * 10, 2))
+    world.bring(1)
+    assert world.leaving == ["r1"]
+    world.bring(2)
+    assert world.leaving == ["r2"]
+
+
 def test_no_room_for_any_is_refused() -> None:
     with pytest.raises(ConfigError, match="max_handovers=0 must be 1 or more"):
         replace(OrchestratorOptions(), max_handovers=0)
+    with pytest.raises(ConfigError, match="max_handover_bytes=-1 must be 0"):
+        replace(OrchestratorOptions(), max_handover_bytes=-1)
