@@ -75,7 +75,8 @@ class Orchestrator:
         tables = self._requests, self.replicas, self._calls
         counts = MoveCounts()
         self.migration = Migration(options, *tables, self.adapters, self._demand, self._events, counts)
-        self._placer = Placer(*tables, options.max_num_seqs, self._demand.lengths, self.migration.hosting)
+        lengths, hosting = self._demand.lengths, self.migration.hosting
+        self._placer = Placer(*tables, options.max_num_seqs, lengths, hosting, self._events)
         self.handover = Handover(self._requests, self.replicas, self._placer, options, counts)
         self._placer.mover = partial(self.handover.begin, cause=DRAIN)
         self._placer.under_way = self.handover.under_way

@@ -98,6 +98,11 @@ class ReplicaDrained:
 
 
 @dataclass(frozen=True, slots=True)
+class MovesLeft:
+    """More requests can leave draining replicas than go in one call: ``tick`` is due at once."""
+
+
+@dataclass(frozen=True, slots=True)
 class StartReplica:
     """It is time to start this incarnation of a replica, once the process of the one before has ended."""
 
@@ -138,6 +143,7 @@ Event = (
     | ReplicaLost
     | ReplicaRenewed
     | ReplicaDrained
+    | MovesLeft
     | StartReplica
     | PlacementDue
     | PlanDue

@@ -189,14 +189,14 @@ class Handover:
         return out + self._go_on(now), brought
 
     def tick(self, now: float) -> list[Outgoing]:
-        """Give up what has taken too long."""
+        """Give up what has taken too long, and go on with what was left."""
         late = [move for move in self._moves.values() if move.deadline <= now]
         out = [out for move in late for out in self._give_up(move, now)]
-        return out + self._go_on(now) if late else out
+        return out + self._go_on(now) if late or self._placer.goes_on_at <= now else out
 
     def next_deadline(self) -> float:
         """When ``tick`` has something to do; infinity for never."""
-        return min((move.deadline for move in self._moves.values()), default=math.inf)
+        return min(self._placer.goes_on_at, *(move.deadline for move in self._moves.values()), math.inf)
 
     def _ask(self, record: RequestRecord, source: Replica, target: Replica, now: float, cause: str) -> list[Outgoing]:
         number, self._next_number = self._next_number, self._next_number + 1

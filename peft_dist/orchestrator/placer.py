@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
 from peft_dist.core.messages import AbortRequest
 from peft_dist.orchestrator.adapter_calls import AdapterCalls, to
 from peft_dist.orchestrator.dispatcher import Dispatcher, Lengths
+from peft_dist.orchestrator.events import Event, MovesLeft
 from peft_dist.orchestrator.hosting import Hosting
 from peft_dist.orchestrator.poison import find_guilty
 from peft_dist.orchestrator.records import (
@@ -29,6 +31,8 @@ class Placer:
         mover: What moves requests from draining replicas: ``move``, unless there is something better. None is returned
             for one that has to wait for its turn: ``go_on`` is to be called when it may have come.
         under_way: Requests that are being moved, and where to.
+        moves_at_once: Of draining replicas, in one call: each may be sent with all its tokens.
+        goes_on_at: When ``go_on`` is due for what was left; infinity for never.
     """
 
     def __init__(
@@ -39,8 +43,10 @@ class Placer:
         max_num_seqs: int,
         lengths: Lengths,
         hosting: Hosting,
+        events: list[Event],
     ) -> None:
         self._requests = requests
+        self._events = events
         self._replicas = replicas
         self._calls = calls
         self._lengths = lengths
@@ -48,6 +54,8 @@ class Placer:
         self._dispatcher = Dispatcher(requests, lengths, max_num_seqs, hosting.placed)
         self.mover: Callable[[RequestRecord, Replica, float], list[Outgoing] | None] = self.move
         self.under_way: Callable[[], list[tuple[RequestRecord, Replica]]] = list
+        self.moves_at_once = 16
+        self.goes_on_at = math.inf
         # Draining replicas, and their requests whose turn has not come.
         self._leaving: list[tuple[Replica, deque[RequestRecord]]] = []
         # The last suspect that was placed.
@@ -125,11 +133,12 @@ class Placer:
         return self.go_on(now)
 
     def go_on(self, now: float) -> list[Outgoing]:
-        """Move those of draining replicas whose turn has come.
+        """Move those of draining replicas whose turn has come; some of them, where they are many (``MovesLeft``).
 
         Those that take their KV along are their old replicas' until it has come: where they go they count from now on,
         or all would go to one.
         """
+        self.goes_on_at = math.inf
         if not self._leaving:
             return []
         out: list[Outgoing] = []
@@ -138,8 +147,9 @@ class Placer:
         for record, target in moving:
             self._expect(coming, record, target)
         moves = {record.request_id for record, _ in moving}
+        num_moved = 0
         for old, records in self._leaving:
-            while records and old.state is ReplicaState.DRAINING:
+            while records and old.state is ReplicaState.DRAINING and num_moved < self.moves_at_once:
                 record = records[0]
                 is_there = record.unfinished and record.replica_id == old.replica_id
                 if is_there and record.request_id not in moves and (able := self._able(record)):
@@ -148,9 +158,13 @@ class Placer:
                     if moved is None:
                         break
                     out += moved
+                    num_moved += 1
                     self._expect(coming, record, target)
                 records.popleft()
         self._leaving = [one for one in self._leaving if one[1] and one[0].state is ReplicaState.DRAINING]
+        if self._leaving and num_moved == self.moves_at_once:
+            self.goes_on_at = now
+            self._events.append(MovesLeft())
         return out
 
     def _expect(self, coming: dict[int, Backlog], record: RequestRecord, target: Replica) -> None:

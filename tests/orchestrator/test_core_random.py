@@ -62,6 +62,7 @@ class Machine(RuleBasedStateMachine):
             max_handovers=at_once, max_handover_bytes=MODEL.block_bytes * 8,
         )  # fmt: skip
         self.core = Orchestrator(options)
+        self.core._placer.moves_at_once = at_once
         self.kind = kind
         self.searches: deque[Search] = deque()
         self.plan_is_due = False
@@ -452,6 +453,8 @@ class Machine(RuleBasedStateMachine):
         for epoch, wishes in turns._waiting.items():
             first = next(iter(wishes.values()))
             waiting.append((epoch, first.record, first.source))
+        if self.core._placer.goes_on_at <= self.now:
+            return
         for epoch, record, source in waiting:
             assert used[epoch] == turns._most or num_bytes[epoch] + kv_bytes(record, source) > turns._most_bytes
 

@@ -23,7 +23,7 @@ from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.core.step_costs import StepCosts
 from peft_dist.orchestrator.client import NewRequest
 from peft_dist.orchestrator.core import Orchestrator, OrchestratorOptions
-from peft_dist.orchestrator.events import ReplicaDrained
+from peft_dist.orchestrator.events import MovesLeft, ReplicaDrained
 from peft_dist.orchestrator.records import Outgoing
 from peft_dist.placement.types import MigrationPlan
 from tests.orchestrator.test_core import tokens
@@ -312,6 +312,27 @@ def test_what_has_grown_too_large_while_it_waited_goes_alone() -> None:
     assert world.leaving == ["r1"]
     world.bring(2)
     assert world.leaving == ["r2"]
+
+
+def test_of_very_many_some_leave_in_one_call() -> None:
+    world = Leaving(0, waiting=40)
+    core, at_once = world.core, world.core._placer.moves_at_once
+    sent = [world.drain()]
+    while any(isinstance(event, MovesLeft) for event in core.drain_events()):
+        assert core.next_deadline() <= 1.0, "nothing else needs to happen"
+        sent.append(core.tick(1.0))
+    moved = [sum(isinstance(each.command, AddRequest) for each in out) for out in sent]
+    assert moved == [at_once, at_once, 40 - 2 * at_once] and 0 not in world.owners()
+    assert core.handover.next_deadline() == math.inf
+
+
+def test_what_was_left_stays_on_a_replica_that_is_resumed() -> None:
+    world = Leaving(0, waiting=40)
+    world.drain()
+    world.core.resume_replica(0, 1.0)
+    assert world.core.handover.next_deadline() == math.inf
+    world.core.tick(1.0)
+    assert world.owners().count(0) == 40 - world.core._placer.moves_at_once
 
 
 def test_no_room_for_any_is_refused() -> None:
