@@ -2,7 +2,7 @@
 
     python scripts/profile_of_lines.py docs/results/gpu_h200.json --like earlier.json --output h200-8b.json \
         --moves docs/results/migration_gpu.json --kv-bandwidth 4.45e12
-    python scripts/profile_of_lines.py docs/results/four_gpus.json --like h200-8b --shape 70b --leave-out merged:128 \
+    python scripts/profile_of_lines.py docs/results/four_gpus.json --like h200-8b --shape 70b \
         --output h200-70b-tp4.json
 
 Reads results of bench_gpu.py or bench_four_gpus.py: the steps of our engine, and prompts that one step takes. Fits the
