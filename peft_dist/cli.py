@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import sys
-from collections.abc import Coroutine
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 try:
     import typer
@@ -18,7 +16,9 @@ from peft_dist import cli_help, cli_options
 from peft_dist.api.tool_readers import READERS
 from peft_dist.cli_admin import rolling_restart
 from peft_dist.cli_bench import bench
+from peft_dist.cli_options import LOG_LEVELS, one_of, run
 from peft_dist.cli_simulate import simulate
+from peft_dist.cli_worker import worker
 from peft_dist.cli_workload import app as workload
 from peft_dist.core.config import (
     EngineConfig,
@@ -29,11 +29,10 @@ from peft_dist.core.errors import ConfigError, PeftDistError
 API_KEYS_VARIABLE = "PEFT_DIST_API_KEY"
 ADMIN_KEY_VARIABLE = "PEFT_DIST_ADMIN_KEY"
 TOOL_CALL_PARSERS = ("auto", *READERS)
-LOG_LEVELS = ("debug", "info", "warning", "error")
 
 # A traceback with the values of local variables could show a key.
 app = typer.Typer(cls=cli_help.InOrder, no_args_is_help=True, pretty_exceptions_enable=False)
-for _command in (bench, rolling_restart, simulate):
+for _command in (bench, rolling_restart, simulate, worker):
     app.command()(_command)
 app.add_typer(workload, name="workload")
 
@@ -150,6 +149,8 @@ def serve(
     ] = 60.0,
     api_key: Annotated[list[str] | None, typer.Option(help=f"Guards /v1; repeatable. And {API_KEYS_VARIABLE}.")] = None,
     admin_key: Annotated[str | None, typer.Option(help=f"Guards adapter loads. Or {ADMIN_KEY_VARIABLE}.")] = None,
+    ssl_certfile: Annotated[Path | None, typer.Option(help="Certificate (PEM): serve HTTPS.")] = None,
+    ssl_keyfile: Annotated[Path | None, typer.Option(help="Its key, if that is not in the same file.")] = None,
     cors_origin: Annotated[
         list[str] | None, typer.Option(help="Whose pages may ask from a browser; repeatable, * for any.")
     ] = None,
@@ -187,6 +188,7 @@ def serve(
 ) -> None:
     """Serve MODEL and its adapters through an OpenAI-compatible API until SIGTERM or Ctrl-C."""
     given = locals()
+    from peft_dist.api.listener import Tls
     from peft_dist.api.options import ServerOptions
     from peft_dist.cli_serve import ServeSettings, configure_logging, run_server
     from peft_dist.placement.triggers import TriggerSettings
@@ -194,12 +196,14 @@ def serve(
     from peft_dist.worker.ray_cluster import RaySettings
 
     ray: RaySettings | None = RaySettings(ray_address, ray_cpus, ray_gpus, ray_placement_timeout)
-    if _one_of("cluster", cluster, ("local", "ray")) == "local":
+    if one_of("cluster", cluster, ("local", "ray")) == "local":
         if ray != RaySettings():
             raise ConfigError("--ray-address, --ray-cpus, --ray-gpus and --ray-placement-timeout need --cluster ray")
         ray = None
     if not replicas and listen is None:
         raise ConfigError("--replicas 0 serves nobody unless others join: add --listen tcp://host:port")
+    if ssl_keyfile is not None and ssl_certfile is None:
+        raise ConfigError("--ssl-keyfile is of no use alone: add --ssl-certfile, the certificate that belongs to it")
     more_keys, other_admin = _take_variable(API_KEYS_VARIABLE).split(), _take_variable(ADMIN_KEY_VARIABLE)
     names = served_model_name or []
     settings = cli_options.of(
@@ -228,20 +232,21 @@ def serve(
             served_names=tuple(names[1:]),
             cors_origins=tuple(cors_origin or ()),
             chat_template=None if chat_template is None else _read(chat_template),
-            tool_call_parser=_one_of("tool-call-parser", tool_call_parser, TOOL_CALL_PARSERS),
+            tool_call_parser=one_of("tool-call-parser", tool_call_parser, TOOL_CALL_PARSERS),
         ),
-        generation_config=_one_of("generation-config", generation_config, ("auto", "openai")),
+        tls=None if ssl_certfile is None else Tls(ssl_certfile, ssl_keyfile),
+        generation_config=one_of("generation-config", generation_config, ("auto", "openai")),
         adapters=[_name_and_path(text) for text in adapter or []],
         num_replicas=replicas,
-        migration=_one_of("migration", migration, ("rr", "proactive", "dlora")),
+        migration=one_of("migration", migration, ("rr", "proactive", "dlora")),
         triggers=cli_options.of_text(TriggerSettings, "--migration-triggers", migration_triggers),
         planner_limit=planner_limit / 1e3,
-        launcher=_one_of("launcher", launcher, tuple(LAUNCHERS)),
+        launcher=one_of("launcher", launcher, tuple(LAUNCHERS)),
         ray=ray,
-        log_level=_one_of("log-level", log_level.lower(), LOG_LEVELS),
+        log_level=one_of("log-level", log_level.lower(), LOG_LEVELS),
     )
     configure_logging(settings.log_level)
-    _run(run_server(settings))
+    run(run_server(settings))
 
 
 @app.command()
@@ -253,75 +258,11 @@ def keys(file: Annotated[Path, typer.Argument(help="Is made; only this user can 
     typer.echo(f"{file}: bring it to every machine, and keep it secret")
 
 
-@app.command()
-def worker(
-    join: Annotated[str, typer.Option(help="tcp://host:port that a server listens on (peft-dist serve --listen).")],
-    cluster_key: Annotated[Path | None, typer.Option(help="The server's keys.")] = None,
-    model: Annotated[str | None, typer.Option(help="Where the base model lies here, if elsewhere.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N, if another than the server's.")] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads of the model; no more than cores are free.")
-    ] = None,
-    gpu_memory_utilization: Annotated[
-        float | None, typer.Option(help="Share of the device's memory, if another.")
-    ] = None,
-    num_blocks: Annotated[int | None, typer.Option(min=1, help="KV blocks on the device, if another number.")] = None,
-    adapter_device_memory: Annotated[str | None, typer.Option(help="Room for adapters, if other: 512MiB...")] = None,
-    adapter_host_memory: Annotated[str | None, typer.Option(help="Host copies of adapters, if other: 2GiB...")] = None,
-    silence: Annotated[float, typer.Option(help="Seconds without a word of the server until it is given up.")] = 10.0,
-    orphan_timeout: Annotated[
-        float, typer.Option(min=0, help="Seconds that the model is kept for another server then.")
-    ] = 60.0,
-    kv_endpoint: Annotated[str | None, typer.Option(help="tcp://HOST:* where others read KV, or none.")] = None,
-    leave_timeout: Annotated[float, typer.Option(min=0, help="Seconds for requests to move when it leaves.")] = 60.0,
-    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
-    launcher: Annotated[str, typer.Option(help="accelerate or plain.", hidden=True)] = "accelerate",
-) -> None:
-    """Be a replica of a running server until SIGTERM or Ctrl-C, which moves its requests away first."""
-    from peft_dist.cli_serve import configure_logging
-    from peft_dist.cli_worker import run_worker
-    from peft_dist.worker.joining import JoinSettings
-    from peft_dist.worker.launcher import LAUNCHERS
-
-    own: dict[str, object] = {"model": model, "device": device, "num_threads": threads, "num_blocks": num_blocks}
-    own["gpu_memory_utilization"] = gpu_memory_utilization
-    for name, text in (("device", adapter_device_memory), ("host", adapter_host_memory)):
-        own[f"adapter_{name}_memory"] = None if text is None else parse_bytes(f"--adapter-{name}-memory", text)
-    settings = JoinSettings(
-        address=join,
-        key_file=cluster_key,
-        engine={name: value for name, value in own.items() if value is not None},
-        launcher=_one_of("launcher", launcher, tuple(LAUNCHERS)),
-        silence=silence,
-        orphan_timeout=orphan_timeout,
-        kv_endpoint=kv_endpoint,
-        leave_timeout=leave_timeout,
-        log_level=_one_of("log-level", log_level.lower(), LOG_LEVELS),
-    )
-    configure_logging(settings.log_level)
-    _run(run_worker(settings))
-
-
-def _run(work: Coroutine[Any, Any, None]) -> None:
-    try:
-        import uvloop
-    except ModuleNotFoundError:
-        asyncio.run(work)
-    else:
-        uvloop.run(work)
-
-
 def _name_and_path(text: str) -> tuple[str, str]:
     name, equals, path = text.partition("=")
     if not (name and equals and path):
         raise ConfigError(f"--adapter {text!r} is not NAME=PATH: write for example --adapter sql=adapters/sql")
     return name, path
-
-
-def _one_of(option: str, value: str, choices: tuple[str, ...]) -> Any:
-    if value not in choices:
-        raise ConfigError(f"--{option} {value!r} is unknown: use one of {', '.join(choices)}")
-    return value
 
 
 def _read(path: Path) -> str:

@@ -14,8 +14,8 @@ _PANELS = {
         tool_call_parser generation_config""",
     "Adapters": """adapter adapter_dir pin_adapter max_loras adapter_device_memory adapter_host_memory
         adapter_load_timeout allow_hub_load allow_pickle""",
-    "HTTP": """host port port_file api_key admin_key cors_origin max_queue unread_timeout start_timeout shutdown_timeout
-        log_level log_requests metrics_max_adapters""",
+    "HTTP": """host port port_file ssl_certfile ssl_keyfile api_key admin_key cors_origin max_queue unread_timeout
+        start_timeout shutdown_timeout log_level log_requests metrics_max_adapters""",
     "Merged or unmerged (docs/policies.md)": """policy exec_type policy_profile resident_models max_adapter_wait merge
         merged_minority decision_log cost_profile""",
     "Steps and KV cache": """max_num_seqs max_num_batched_tokens block_size num_blocks num_host_blocks preemption

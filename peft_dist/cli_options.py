@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Coroutine, Mapping
 from dataclasses import fields
 from typing import Any
 
 from peft_dist.core.errors import ConfigError
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 def of(kind: type[Any], given: Mapping[str, Any], **more: Any) -> Any:
@@ -36,3 +39,20 @@ def of_text(kind: type[Any], option: str, text: str) -> Any:
         except ValueError:
             raise ConfigError(f"{option} {part!r}: write {name}={known[name]:g}, say") from None
     return kind(**found)
+
+
+def one_of(option: str, value: str, choices: tuple[str, ...]) -> Any:
+    """The value. Raises ConfigError where it is none of these."""
+    if value not in choices:
+        raise ConfigError(f"--{option} {value!r} is unknown: use one of {', '.join(choices)}")
+    return value
+
+
+def run(work: Coroutine[Any, Any, None]) -> None:
+    """Until its end, on uvloop where that is installed."""
+    try:
+        import uvloop
+    except ModuleNotFoundError:
+        asyncio.run(work)
+    else:
+        uvloop.run(work)

@@ -27,6 +27,7 @@ from peft_dist.core.errors import ConfigError
 from peft_dist.core.waiting import StopSignals, unless
 
 if TYPE_CHECKING:
+    from peft_dist.api.listener import Tls
     from peft_dist.api.options import ServerOptions
     from peft_dist.api.unread import UnreadWatch
     from peft_dist.orchestrator.core import OrchestratorOptions
@@ -57,6 +58,7 @@ class ServeSettings:
     host: str
     port: int
     port_file: Path | None
+    tls: Tls | None
     max_queue: int
     num_replicas: int
     migration: MigrationKind
@@ -106,7 +108,7 @@ async def _serve(settings: ServeSettings, cluster: _Cluster | None) -> None:
     from peft_dist.orchestrator.service import EngineService
 
     signals = StopSignals()
-    listener = Listener(settings.host, settings.port)
+    listener = Listener(settings.host, settings.port, settings.tls)
     launcher, link, left, state = cluster or await _on_this_host(settings)
     service = EngineService(
         launcher,

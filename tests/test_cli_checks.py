@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from peft_dist import cli, cli_worker
+from peft_dist import cli_worker
 from peft_dist.cli_checks import check_adapters, check_decision_log, check_gpus, check_names
 from peft_dist.cli_options import of_text
 from peft_dist.core.config import EngineConfig
@@ -22,7 +22,7 @@ from tests.e2e.test_serve import Server
 
 _CHECK = """
 import logging, resource
-from peft_dist import cli, cli_worker
+from peft_dist import cli_worker
 from peft_dist.cli_checks import check_file_limit
 logging.basicConfig(format="%(message)s")
 resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))
@@ -127,7 +127,9 @@ def test_a_host_that_joins_says_what_it_has(monkeypatch: pytest.MonkeyPatch) -> 
         asked.append(settings)
 
     monkeypatch.setattr(cli_worker, "run_worker", join)
-    cli.worker("tcp://host:1", num_blocks=7, gpu_memory_utilization=0.4, adapter_host_memory="1GiB", device="cpu")
+    cli_worker.worker(
+        "tcp://host:1", num_blocks=7, gpu_memory_utilization=0.4, adapter_host_memory="1GiB", device="cpu"
+    )
     [settings] = asked
     has = {"num_blocks": 7, "gpu_memory_utilization": 0.4, "adapter_host_memory": 1 << 30, "device": "cpu"}
     assert settings.engine == has

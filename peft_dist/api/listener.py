@@ -7,7 +7,9 @@ import contextlib
 import math
 import os
 import socket
+import ssl
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,27 @@ _FLUSH_SECONDS = 5
 # Longer than clients (5 s) and proxies (60 s) keep a connection that nothing goes over: whoever asks on one again must
 # not find it closed while the request is on its way.
 _KEEP_ALIVE_SECONDS = 75
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """Files with the server's certificate, others up to a known one behind it, and the key, if not in the same file."""
+
+    certificate: Path
+    key: Path | None = None
+
+    def check(self) -> None:
+        """Raises ConfigError where they cannot be used."""
+        names = f"--ssl-certfile {self.certificate}" + (f" and --ssl-keyfile {self.key}" if self.key else "")
+        try:
+            # Without a password: nobody is there to type one.
+            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(
+                self.certificate, self.key, password=lambda: b""
+            )
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{names} cannot be used ({error}): give PEM files that belong together, with a key without password"
+            ) from error
 
 
 class _Server(uvicorn.Server):
@@ -46,8 +69,10 @@ class Listener:
         ConfigError: the address cannot be used.
     """
 
-    def __init__(self, host: str, port: int) -> None:
-        self._host = host
+    def __init__(self, host: str, port: int, tls: Tls | None = None) -> None:
+        self._host, self._tls = host, tls
+        if tls is not None:
+            tls.check()
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
             family, _, _, _, address = found[0]
@@ -67,7 +92,8 @@ class Listener:
     @property
     def url(self) -> str:
         """The address it listens on, as a URL."""
-        return f"http://{f'[{self._host}]' if ':' in self._host else self._host}:{self.port}"
+        scheme = "http" if self._tls is None else "https"
+        return f"{scheme}://{f'[{self._host}]' if ':' in self._host else self._host}:{self.port}"
 
     async def start(self, app: Any, shutdown_timeout: float, unread: UnreadWatch) -> asyncio.Task[None]:
         """Answer with ``app`` from now on; the task ends when ``finish`` was called and every answer is sent.
@@ -82,6 +108,8 @@ class Listener:
             log_config=None,
             timeout_keep_alive=_KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=math.ceil(shutdown_timeout) + _FLUSH_SECONDS,
+            ssl_certfile=None if self._tls is None else self._tls.certificate,
+            ssl_keyfile=None if self._tls is None else self._tls.key,
         )
         self._server = _Server(config)
         self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]))
