@@ -2,13 +2,15 @@
 
     python scripts/bench/bench_migration.py [--moves 500] [--lengths 100 1000 4000] [--repeats 20]
     python scripts/bench/bench_migration.py --shape 8b --name gpu       # two GPUs, random weights
+    python scripts/bench/bench_migration.py --moves 0 --lengths --at-once 1 4 16 --name together
 
 Two replicas in processes of their own, with an adapter: SmolLM2-135M-Instruct on the CPU, or what `--shape` says.
 First `--moves` forced moves with KV, of concurrent sampled and greedy streams at random tokens: every stream is
 compared with the same request alone, and both replicas must have all their blocks back. Then the added gap of one move
 at each context length and in both ways: the longest time between two tokens of a stream from the move on, less the
 median before it; no prompt shares a prefix with another, and a move that came too late for its stream is counted and
-made again. One more stream runs on each replica meanwhile, and its longest gap is told too. Writes
+made again. One more stream runs on each replica meanwhile, and its longest gap is told too. With `--at-once N ...` the
+added gaps of so many streams that are asked to move with their KV at the same moment. Writes
 docs/results/migration[_NAME].json.
 """
 
@@ -173,6 +175,48 @@ async def measure_gaps(
     return {way: summary(gaps[way]) | {"beside": summary(others[way])} for way in WAYS} | {"moved_too_late": too_late}
 
 
+async def measure_together(
+    service: EngineService, number: int, length: int, repeats: int, rng: random.Random
+) -> dict[str, Any]:
+    """Added gaps of so many streams that are asked to move from one replica to the other at the same moment."""
+    gaps: list[float] = []
+    seconds: list[float] = []
+    for round_ in range(repeats):
+        # All begin on the first one.
+        await service.drain_replica(1)
+        names = [f"together{number}.{round_}.{i}" for i in range(number)]
+        readings = [Reading() for _ in names]
+        params = SamplingParams(temperature=0.0, max_tokens=BESIDE_TOKENS, ignore_eos=True)
+        tasks = [
+            asyncio.create_task(read(service, name, random_prompt(rng, length), params, None, into=reading))
+            for name, reading in zip(names, readings, strict=True)
+        ]
+        await have_drawn(readings, [BEFORE] * number)
+        service.resume_replica(1)
+        usual = [statistics.median(reading.gaps(max(len(reading.times) - BEFORE, 2))) for reading in readings]
+        known, handover = [len(reading.times) for reading in readings], service._core.handover
+        since, moved, failed = time.perf_counter(), handover.num_with_kv, handover.num_failed
+        for name in names:
+            service.move_request(name, 1, with_kv=True)
+        while handover.num_with_kv < moved + number:
+            if handover.num_failed > failed:
+                raise RuntimeError(f"{handover.num_failed - failed} of {number} moves at once failed")
+            await asyncio.sleep(0.001)
+        seconds.append(time.perf_counter() - since)
+        await have_drawn(readings, [len(reading.times) + 2 for reading in readings])
+        gaps += [longest_since(r, n, since) - u for r, n, u in zip(readings, known, usual, strict=True)]
+        for name in names:
+            service.abort(name)
+        await asyncio.gather(*tasks)
+    return summary(gaps) | {"all_moved_after_s": round(statistics.median(seconds), 3)}
+
+
+async def have_drawn(readings: list[Reading], numbers: list[int]) -> None:
+    """Wait until each stream has so many tokens."""
+    while any(len(reading.times) < number for reading, number in zip(readings, numbers, strict=True)):
+        await asyncio.sleep(0.001)
+
+
 def longest_since(reading: Reading, known: int, since: float) -> float:
     """The longest time between two tokens from a moment on; ``known`` tokens are older than that."""
     times = reading.times[max(known - 1, 0) :]
@@ -192,12 +236,15 @@ def summary(seconds: list[float]) -> dict[str, Any]:
 
 async def measure(options: argparse.Namespace, config: EngineConfig, adapter: Path) -> dict[str, Any]:
     launcher = PlainLauncher(config, log_level="error", num_replicas=2)
-    service = EngineService(launcher, OrchestratorOptions(64, 64, 1), num_replicas=2)
+    # Nobody else has requests move.
+    service = EngineService(launcher, OrchestratorOptions(64, 64, 1, migration="proactive"), num_replicas=2)
     rng = random.Random(0)
     try:
         await service.start()
         await service.load_adapter("adapter0", str(adapter))
-        figures: dict[str, Any] = {"forced": await force_moves(service, options.moves, rng), "added_gap": {}}
+        figures: dict[str, Any] = {"added_gap": {}}
+        if options.moves:
+            figures["forced"] = await force_moves(service, options.moves, rng)
         view = service.migration()
         figures["kv_bytes_by_memory"] = None if view is None else view.live.num_bytes
         for length in options.lengths:
@@ -205,6 +252,10 @@ async def measure(options: argparse.Namespace, config: EngineConfig, adapter: Pa
                 service, length, options.after, options.repeats, rng
             )
             print(f"  {length} tokens: {found}", flush=True)
+        for number in options.at_once:
+            found = await measure_together(service, number, options.together_tokens, options.repeats, rng)
+            figures.setdefault("added_gap_at_once", {})[str(number)] = found
+            print(f"  {number} at once: {found}", flush=True)
     finally:
         await service.stop()
     return figures
@@ -214,7 +265,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_engine_options(parser)
     parser.add_argument("--moves", type=int, default=500)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[100, 1000, 4000], help="tokens when it moves")
+    parser.add_argument("--lengths", type=int, nargs="*", default=[100, 1000, 4000], help="tokens when it moves")
+    parser.add_argument("--at-once", type=int, nargs="*", default=[], metavar="N", help="streams that move together")
+    parser.add_argument("--together-tokens", type=int, default=1000, help="of the prompts of these")
     parser.add_argument("--after", type=int, default=12, help="tokens behind the one at which it moves")
     parser.add_argument("--repeats", type=int, default=20, help="moves at each length, in each way")
     parser.add_argument("--batched-tokens", type=int, default=512, help="tokens in one step at most")
