@@ -136,6 +136,9 @@ def serve(
         str,
         typer.Option(help="When to plan: period=10,pause=1,kv_share=0.9,imbalance=1,imbalance_share=0.25,starving=5."),
     ] = "",
+    handover_memory: Annotated[
+        str, typer.Option(help="KV of a replica's requests on their way to others at once: 4GiB.")
+    ] = "4GiB",
     planner_limit: Annotated[float, typer.Option(min=1, help="Milliseconds to plan which requests move.")] = 200.0,
     restart: Annotated[bool, typer.Option("--restart/--no-restart", help="Start dead replicas again.")] = True,
     heartbeat_timeout: Annotated[float, typer.Option(help="Seconds of silence until a replica is given up.")] = 10.0,
@@ -240,6 +243,7 @@ def serve(
         num_replicas=replicas,
         migration=one_of("migration", migration, ("rr", "proactive", "dlora")),
         triggers=cli_options.of_text(TriggerSettings, "--migration-triggers", migration_triggers),
+        handover_memory=parse_bytes("--handover-memory", handover_memory),
         planner_limit=planner_limit / 1e3,
         launcher=one_of("launcher", launcher, tuple(LAUNCHERS)),
         ray=ray,

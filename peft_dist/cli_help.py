@@ -20,8 +20,8 @@ _PANELS = {
         merged_minority decision_log cost_profile""",
     "Steps and KV cache": """max_num_seqs max_num_batched_tokens block_size num_blocks num_host_blocks preemption
         no_prefix_caching gpu_memory_utilization attention_backend threads depth enforce_eager no_fuse seed""",
-    "Replicas (docs/orchestrator.md)": """replicas tensor_parallel_size migration migration_triggers planner_limit
-        kv_transfer restart heartbeat_timeout step_timeout state_dir orphan_timeout listen cluster_key""",
+    "Replicas (docs/orchestrator.md)": """replicas tensor_parallel_size migration migration_triggers handover_memory
+        planner_limit kv_transfer restart heartbeat_timeout step_timeout state_dir orphan_timeout listen cluster_key""",
     "Ray (docs/cluster.md)": "cluster ray_address ray_cpus ray_gpus ray_placement_timeout",
 }
 PANEL_OF = {option: panel for panel, options in _PANELS.items() for option in options.split()}

@@ -63,6 +63,7 @@ class ServeSettings:
     num_replicas: int
     migration: MigrationKind
     triggers: TriggerSettings
+    handover_memory: int
     planner_limit: float
     restart: bool
     heartbeat_timeout: float
@@ -237,6 +238,7 @@ def _options(settings: ServeSettings) -> OrchestratorOptions:
         restart=RestartPolicy() if settings.restart else None,
         migration=settings.migration,
         triggers=settings.triggers,
+        max_handover_bytes=settings.handover_memory,
         prefix_caching=settings.engine.enable_prefix_caching,
         # Whole models are what is kept on the device there.
         sends_ahead=settings.engine.exec_type != "vllm",
