@@ -103,6 +103,8 @@ def make(asked: WorkloadOptions) -> Workload:
     if asked.popularity == "trace":
         trace = _trace(asked, on_error)
         _tell(trace.bad)
+        if trace.short:
+            typer.echo(f"warning: {trace.short}", err=True)
         trace = trace.by_popularity() if asked.need_sort else trace
         made = generator.from_trace(names, trace, asked.stride, load, sizes)
     elif asked.popularity not in ("uniform", "zipf"):

@@ -76,7 +76,14 @@ def from_trace(names: Sequence[str], trace: Trace, stride: int, load: Load, leng
         )
         times.extend((start + time, adapter) for time, adapter in drawn)
         start = times[-1][0] if times else start
-    source = {"arrivals": f"Gamma in intervals of a trace: {trace.source}", "stride": stride, "intervals": len(busy)}
+    source = {
+        "arrivals": f"Gamma in intervals of a trace: {trace.source}",
+        "stride": stride,
+        "functions": len(trace.functions),
+        "calls": int(trace.counts.sum()),
+        "skipped_rows": trace.bad.count,
+        "intervals": len(busy),
+    }
     return _workload(times, names, load, lengths, source)
 
 

@@ -141,8 +141,8 @@ def fixed(prompt_tokens: int, output_tokens: int) -> Lengths:
     return Lengths(np.array([[prompt_tokens, output_tokens]]), f"fixed: {prompt_tokens} and {output_tokens} tokens")
 
 
-def read_csv(path: Path, on_error: OnError = "fail") -> Lengths:
-    """Columns ``prompt_tokens`` and ``output_tokens``; others are ignored. Rows with an output of 0 are bad."""
+def read_csv(path: Path, on_error: OnError = "fail", least: int = 1) -> Lengths:
+    """Columns ``prompt_tokens`` and ``output_tokens``; others are ignored. Rows with less than ``least`` are bad."""
 
     def header(names: list[str]) -> Callable[[list[str]], tuple[int, int]]:
         prompt, output = column(names, "prompt_tokens"), column(names, "output_tokens")
@@ -150,7 +150,7 @@ def read_csv(path: Path, on_error: OnError = "fail") -> Lengths:
         def read(row: list[str]) -> tuple[int, int]:
             if len(row) != len(names):
                 raise ValueError(f"there are {len(row)} fields, not {len(names)}")
-            return whole(row[prompt], "prompt_tokens", 1), whole(row[output], "output_tokens", 1)
+            return whole(row[prompt], "prompt_tokens", least), whole(row[output], "output_tokens", least)
 
         return read
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -63,18 +63,21 @@ class Trace:
         counts: Calls, shape [functions, intervals].
         source: In words, for headers.
         bad: Rows that were skipped.
+        short: What is wrong where the file ends before the window, in words; else empty.
     """
 
     functions: tuple[str, ...]
     counts: Ints
     source: str
     bad: BadRows = field(default_factory=BadRows)
+    short: str = ""
 
     def by_popularity(self) -> Trace:
         """The most called function first; of those called equally often the smaller id (``need_sort``)."""
         order = np.argsort(-self.counts.sum(axis=1), kind="stable")
         names = tuple(self.functions[index] for index in order)
-        return Trace(names, self.counts[order], f"{self.source}, sorted by popularity", self.bad)
+        words = f"{self.source}, sorted by popularity"
+        return replace(self, functions=names, counts=self.counts[order], source=words)
 
     def by_adapter(self, num_adapters: int, stride: int = 1) -> Ints:
         """Calls of adapters, shape [num_adapters, intervals]: function i belongs to adapter (i // stride) % N.
@@ -160,12 +163,20 @@ def read_maf2(path: Path, window: Window, interval: int = 60, on_error: OnError 
     bad = BadRows()
     found: dict[str, Ints] = {}
     shape = window.num_intervals(interval)
+    last = 0.0
     for name, moment in read_maf2_calls(path, on_error, bad, at):
         minute = moment / 60
+        last = max(last, minute)
         if window.start <= minute < window.end:
             counts = found.setdefault(name, np.zeros(shape, dtype=np.int64))
             counts[int((minute - window.start) // interval)] += 1
-    return _trace(found, f"Azure Functions 2021, {path.name}", window, bad)
+    made = _trace(found, f"Azure Functions 2021, {path.name}", window, bad)
+    # Of a file that goes on, hardly an interval is without a call.
+    if last >= window.end - interval:
+        return made
+    ends = f"the last call is in minute {last:.0f}, the window ends at {window.end}"
+    words = f"{path.name} ends before the window: {ends}. What is asked for comes from the part that is there"
+    return replace(made, source=f"{made.source}, {ends}", short=words)
 
 
 def read_maf2_calls(path: Path, on_error: OnError, bad: BadRows, at: str = "end") -> Iterator[tuple[str, float]]:

@@ -15,7 +15,8 @@ import numpy
 import scipy
 
 from experiments import points
-from experiments.measured import Measured
+from experiments.loads import LoadSpec
+from experiments.measured import Asked, Measured
 from experiments.points import Ladder, Point
 from experiments.settings import Settings, parser, settings
 from experiments.simulated import profile_of, rules_of
@@ -28,7 +29,8 @@ UNITS = {
     "rate": "requests/s", "throughput": "requests/s", "avg_lat": "s/token", "p90_lat": "s/token",
     "queueing_delay": "s/token", "adjust_time": "s", "solver_time": "s", "tot_time": "s", "ratio": "1",
     "stride": "functions", "num_models": "adapters", "queueing_ratio": "%", "slo_attainment": "1",
-    "output_tokens": "tokens", "switch_seconds": "s", "plan_seconds": "s",
+    "output_tokens": "tokens", "switch_seconds": "s", "plan_seconds": "s", "active_adapters": "adapters",
+    "largest_share": "1",
 }  # fmt: skip
 
 
@@ -75,7 +77,7 @@ def run(experiment: Experiment, chosen: Settings) -> list[Row]:
         for point, measured in found
         for row in experiment.rows(point, measured)
     ]
-    about = _about(experiment, chosen, mode, [point for point, _ in found])
+    about = _about(experiment, chosen, mode, found)
     if mode == "live":
         # A server runs one system; the others' rows come from other runs.
         runs = dict.fromkeys(tuple(row[key] for key in experiment.keys) for row in rows)
@@ -99,7 +101,9 @@ def _row(experiment: Experiment, mode: str, point: Point, measured: Measured, ow
     return own | common | rest | {"units": " ".join(f"{name}={unit}" for name, unit in units.items())}
 
 
-def _about(experiment: Experiment, chosen: Settings, mode: str, run: Sequence[Point]) -> dict[str, Any]:
+def _about(experiment: Experiment, chosen: Settings, mode: str, found: points.Found) -> dict[str, Any]:
+    run = [point for point, _ in found]
+    asked = {point.load: measured.asked for point, measured in found}
     about: dict[str, Any] = {
         "figure": experiment.figure,
         "mode": mode,
@@ -109,12 +113,20 @@ def _about(experiment: Experiment, chosen: Settings, mode: str, run: Sequence[Po
         "correlated": chosen.correlated,
         "versions": versions(),
         "authors": experiment.authors,
-        "loads": [asdict(load) for load in dict.fromkeys(point.load for point in run)],
+        "loads": [_load(load, one) for load, one in asked.items()],
     }
     if mode == "simulated":
         about["profiles"] = [profile_of(model) for model in dict.fromkeys(point.model for point in run)]
         about["systems"] = {name: rules_of(name) for name in dict.fromkeys(point.system for point in run)}
     return about
+
+
+def _load(load: LoadSpec, asked: Asked | None) -> dict[str, Any]:
+    """What was asked for, and what of a trace and of lengths that came of."""
+    told = {} if asked is None else asdict(asked)
+    if "source" in told:
+        told["workload"] = {"source": told.pop("source")}
+    return asdict(load) | told
 
 
 def _run_name(keys: Sequence[str], values: Sequence[Any]) -> str:

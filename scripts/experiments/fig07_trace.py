@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from experiments import authors, drawing
-from experiments.loads import FUNCTIONS, Data
+from experiments.loads import FUNCTIONS, Data, on_error, tell
 from experiments.settings import parser, settings
 from experiments.tables import Row, read_csv, write_csv, write_json
 from peft_dist.core.errors import PeftDistError
@@ -32,7 +32,9 @@ def read(data: Data, days: int, seed: int) -> Trace:
     window = Window(0, days * DAY_MINUTES)
     if data.maf1 is None:
         return synthetic.maf_like(FUNCTIONS["maf1"], window, seed, BIN)
-    return traces.read_maf1(data.maf1, window, BIN)
+    trace = traces.read_maf1(data.maf1, window, BIN, on_error(data))
+    tell(trace)
+    return trace
 
 
 def rows(trace: Trace) -> list[Row]:

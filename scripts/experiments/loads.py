@@ -1,10 +1,13 @@
-"""The loads of the experiments: windows of MAF1 and MAF2, mapped to adapters, with ShareGPT's lengths."""
+"""The loads of the experiments: windows of MAF1 and MAF2, mapped to adapters, with ShareGPT's lengths.
+
+Files are read once: what ``read_ahead`` has read, other processes may be given (``given``).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from peft_dist.core.errors import ConfigError
 from peft_dist.workload import generator, lengths, synthetic, traces
 from peft_dist.workload.arrivals import Workload
 from peft_dist.workload.lengths import Filters, Lengths
+from peft_dist.workload.rows import BadRows, OnError
 from peft_dist.workload.traces import Trace, Window
 
 SHAREGPT = "ShareGPT_V3_unfiltered_cleaned_split.json"
@@ -28,6 +32,7 @@ class Data:
         maf1, maf2: File or folder in the public format.
         sharegpt: The public JSON, whose tokens ``tokenizer`` (a folder or hub id) counts.
         lengths: A CSV of prompt_tokens,output_tokens in place of it.
+        skip_bad: Whether rows that cannot be read are left out, and told of; else they end the experiment.
     """
 
     maf1: Path | None = None
@@ -35,6 +40,7 @@ class Data:
     sharegpt: Path | None = None
     lengths: Path | None = None
     tokenizer: str | None = None
+    skip_bad: bool = False
 
     @classmethod
     def found(cls, folder: Path | None, tokenizer: str | None = None) -> Data:
@@ -103,17 +109,57 @@ def make(spec: LoadSpec, data: Data, names: Sequence[str] | None = None) -> Work
     return generator.from_trace(wanted, trace, spec.stride, load, sizes)
 
 
-@lru_cache(maxsize=8)
+Read = dict[Any, Trace | Lengths]
+"""Traces and lengths by what they were read for."""
+
+_read: Read = {}
+
+
+def read_ahead(specs: Iterable[LoadSpec], data: Data) -> Mapping[Any, Trace | Lengths]:
+    """Read all that these loads need, and say on standard error what is wrong with it. Raises ConfigError."""
+    for spec in specs:
+        _trace(spec.trace, spec.window, spec.need_sort, data, spec.seed)
+        if _has_lengths(data):
+            _all_lengths(data)
+    return _read
+
+
+def given(read: Mapping[Any, Trace | Lengths]) -> None:
+    """Take what another process has read."""
+    _read.update(read)
+
+
+def tell(trace: Trace | Lengths) -> None:
+    """On standard error: rows that were left out, and whether a file ends before its window."""
+    bad: BadRows = trace.bad
+    for message in bad.examples:
+        print(f"skipped: {message}", file=sys.stderr)
+    if bad.count > len(bad.examples):
+        print(f"skipped: {bad.count - len(bad.examples)} more bad rows", file=sys.stderr)
+    if isinstance(trace, Trace) and trace.short:
+        print(f"warning: {trace.short}", file=sys.stderr)
+
+
 def _trace(kind: str, window: str, need_sort: bool, data: Data, seed: int) -> Trace:
-    part = Window.parse(window)
-    path = data.maf1 if kind == "maf1" else data.maf2
-    if path is None:
-        found = synthetic.maf_like(FUNCTIONS[kind], part, seed)
-    elif kind == "maf1":
-        found = traces.read_maf1(path, part)
-    else:
-        found = traces.read_maf2(path, part)
-    return found.by_popularity() if need_sort else found
+    key = (kind, window, need_sort, data, seed)
+    if key not in _read:
+        part = Window.parse(window)
+        path = data.maf1 if kind == "maf1" else data.maf2
+        if path is None:
+            found = synthetic.maf_like(FUNCTIONS[kind], part, seed)
+        elif kind == "maf1":
+            found = traces.read_maf1(path, part, on_error=on_error(data))
+        else:
+            found = traces.read_maf2(path, part, on_error=on_error(data))
+        tell(found)
+        _read[key] = found.by_popularity() if need_sort else found
+    made = _read[key]
+    assert isinstance(made, Trace)
+    return made
+
+
+def on_error(data: Data) -> OnError:
+    return "skip" if data.skip_bad else "fail"
 
 
 def _lengths(data: Data, filters: Filters, seed: int) -> Lengths:
@@ -124,13 +170,23 @@ def _has_lengths(data: Data) -> bool:
     return data.lengths is not None or data.sharegpt is not None
 
 
-@lru_cache(maxsize=2)
 def _all_lengths(data: Data) -> Lengths:
+    if data not in _read:
+        found = _read_lengths(data)
+        tell(found)
+        _read[data] = found
+    made = _read[data]
+    assert isinstance(made, Lengths)
+    return made
+
+
+def _read_lengths(data: Data) -> Lengths:
     if data.lengths is not None:
-        return lengths.read_csv(data.lengths, "skip")  # An output of 0 tokens is too short anyway.
+        # An output of no token is not wrong: it is too short, as some others are.
+        return lengths.read_csv(data.lengths, on_error(data), least=0)
     assert data.sharegpt is not None
     if data.tokenizer is None:
         raise ConfigError(f"{data.sharegpt} has texts: name the model's --tokenizer to count their tokens")
     from peft_dist.cli_generate import token_counter
 
-    return lengths.read_sharegpt(data.sharegpt, token_counter(data.tokenizer), "skip")
+    return lengths.read_sharegpt(data.sharegpt, token_counter(data.tokenizer), on_error(data))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from peft_dist.workload.arrivals import Workload
 from peft_dist.workload.records import Objectives, RequestRecord, summarize
 
 # The paper's objective, seconds a token of the answer.
@@ -34,6 +36,26 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
+class Asked:
+    """What was asked for.
+
+    Attributes:
+        active_adapters: Of how many adapters there was a request.
+        largest_share: Of the requests, of the adapter with most.
+        source: Where the workload comes from (``Workload.source``).
+    """
+
+    active_adapters: int
+    largest_share: float
+    source: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, workload: Workload) -> Asked:
+        counts = Counter(arrival.adapter for arrival in workload.arrivals)
+        return cls(len(counts), max(counts.values()) / len(workload.arrivals), workload.source)
+
+
+@dataclass(frozen=True, slots=True)
 class Measured:
     """Seconds and shares of one run; latencies are of the requests that were answered.
 
@@ -43,6 +65,7 @@ class Measured:
         throughput: Requests a second.
         tot_time: From the first arrival to the last end.
         output_tokens: Mean of an answer.
+        asked: What the figures are of; None where it is not told.
     """
 
     avg_lat: float | None
@@ -55,13 +78,16 @@ class Measured:
     failed: int
     output_tokens: float
     work: Work
+    asked: Asked | None = None
 
     @property
     def columns(self) -> dict[str, Any]:
         """For the CSV, without what only one figure shows."""
-        columns = {key: value for key, value in asdict(self).items() if key != "work"}
+        columns = {key: value for key, value in asdict(self).items() if key not in ("work", "asked")}
         counts = {key: value for key, value in asdict(self.work).items() if key != "queueing"}
-        return columns | counts
+        asked = {} if self.asked is None else asdict(self.asked)
+        asked.pop("source", None)
+        return columns | counts | asked
 
 
 def measure(records: Sequence[RequestRecord], work: Work) -> Measured:

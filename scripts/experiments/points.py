@@ -6,11 +6,11 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from experiments import live
+from experiments import live, loads
 from experiments.loads import Data, LoadSpec, make
-from experiments.measured import Measured
+from experiments.measured import Asked, Measured
 from experiments.simulated import simulated
 
 
@@ -44,10 +44,14 @@ Found = list[tuple[Point, Measured]]
 def run(
     ladders: Sequence[Ladder], data: Data, bound: float | None, jobs: int = 1, server: live.Server | None = None
 ) -> Found:
-    """What was measured, in the order of the points; a ladder ends after a mean of more than ``bound`` s/token."""
+    """What was measured, in the order of the points; a ladder ends after a mean of more than ``bound`` s/token.
+
+    Files are read before anything is run, and once for all processes: ShareGPT's texts take minutes to count.
+    """
+    read = loads.read_ahead(dict.fromkeys(point.load for ladder in ladders for point in ladder), data)
     if server is not None or jobs == 1:
         return [found for ladder in ladders for found in _climb(ladder, data, server, bound)]
-    with ProcessPoolExecutor(jobs) as pool:
+    with ProcessPoolExecutor(jobs, initializer=loads.given, initargs=(read,)) as pool:
         climbing = [pool.submit(_climb, ladder, data, None, bound) for ladder in ladders]
         try:
             for done in as_completed(climbing):
@@ -68,6 +72,7 @@ def _climb(ladder: Ladder, data: Data, server: live.Server | None, bound: float 
             measured = simulated(point.system, point.model, point.replicas, workload, point.load)
         else:
             measured = live.run(workload, server)
+        measured = replace(measured, asked=Asked.of(workload))
         found.append((point, measured))
         _tell(point, measured, time.perf_counter() - start)
         if bound is not None and (measured.avg_lat is None or measured.avg_lat > bound):

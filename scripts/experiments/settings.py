@@ -96,6 +96,9 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--sharegpt", type=Path, help="ShareGPT's JSON, before that of --data")
     made.add_argument("--lengths-csv", type=Path, help="columns prompt_tokens,output_tokens, before ShareGPT's JSON")
     made.add_argument("--tokenizer", help="folder or hub id, to count ShareGPT's tokens")
+    made.add_argument(
+        "--skip-bad-rows", action="store_true", help="leave rows out that cannot be read, and say so; else they end it"
+    )
     made.add_argument("--seed", type=int, default=0)
     made.add_argument(
         "--correlated", action="store_true", help="one sequence of gaps for all adapters, as the artifact"
@@ -134,6 +137,7 @@ def settings(options: argparse.Namespace) -> Settings:
         None if options.lengths_csv else options.sharegpt or found.sharegpt,
         options.lengths_csv or (None if options.sharegpt else found.lengths),
         options.tokenizer,
+        options.skip_bad_rows,
     )
     return Settings(
         output=options.output,

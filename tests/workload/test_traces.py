@@ -132,6 +132,16 @@ def test_a_missing_file(tmp_path: Path) -> None:
         read_maf2(tmp_path, Window(0, 60))
 
 
+def test_a_file_that_ends_before_its_window_says_so(tmp_path: Path) -> None:
+    """By more than an interval: a quiet end is none."""
+    file = tmp_path / "calls.txt"
+    file.write_text("app,func,end_timestamp,duration\na,f,60,1\na,f,6000,1\n")
+    found = read_maf2(file, Window(0, 360))
+    assert "the last call is in minute 100, the window ends at 360" in found.short
+    assert "minute 100" in found.source and found.by_popularity().short == found.short
+    assert not read_maf2(file, Window(0, 120)).short
+
+
 @pytest.mark.parametrize("text", ["", "0-1", "0.0.0-0.0.0", "0.2.0-0.1.0", "a.b.c-d.e.f"])
 def test_windows_that_are_none(text: str) -> None:
     with pytest.raises(ConfigError, match="window"):
