@@ -117,7 +117,7 @@ def _about(experiment: Experiment, chosen: Settings, mode: str, found: points.Fo
     }
     if mode == "simulated":
         about["profiles"] = [profile_of(model) for model in dict.fromkeys(point.model for point in run)]
-        about["systems"] = {name: rules_of(name) for name in dict.fromkeys(point.system for point in run)}
+        about["systems"] = {name: rules_of(name, chosen.seed) for name in dict.fromkeys(point.system for point in run)}
     return about
 
 

@@ -22,7 +22,7 @@ def simulated(name: str, model: str, replicas: int, workload: Workload, load: Lo
     profile = CostProfile.load(PROFILES[model])
     profile = replace(profile, max_model_len=max(profile.max_model_len, load.max_total))
     names = tuple(f"adapter{index}" for index in range(load.adapters))
-    options = replace(options_of(name), replicas=replicas, adapters=names)
+    options = replace(options_of(name), replicas=replicas, adapters=names, seed=load.seed)
     result = simulate(workload.arrivals, profile, options)
     moves = result.migration.moves
     work = Work(
@@ -56,7 +56,7 @@ def profile_of(model: str) -> dict[str, Any]:
     return asdict(CostProfile.load(PROFILES[model]))
 
 
-def rules_of(name: str) -> dict[str, Any]:
+def rules_of(name: str, seed: int) -> dict[str, Any]:
     """The options of a system, and the rules and costs of its execution type."""
-    options = options_of(name)
+    options = replace(options_of(name), seed=seed)
     return {"options": options.told(), "exec_type": find(options.exec_type).source}

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from experiments import experiment, fig07_trace, fig10_policies, loads, points
+from experiments import experiment, fig07_trace, fig10_policies, loads, points, simulated
 from experiments.loads import Data, LoadSpec
 from experiments.settings import Settings, parser, settings
 
 from peft_dist.core.errors import ConfigError
+from peft_dist.sim.experiment import SimulationResult, simulate
+from peft_dist.sim.options import SimulationOptions
+from peft_dist.sim.profile import CostProfile
+from peft_dist.workload.arrivals import Arrival
 
 WINDOW = "0.0.0-0.6.0"
 POINTS = ("--scale", "tiny", "--systems", "fcfs", "--jobs", "1")
@@ -63,6 +68,20 @@ def test_rows_that_cannot_be_read_end_an_experiment_unless_they_are_left_out(cal
     with pytest.raises(ConfigError, match=r"day\.csv:3: "):
         fig07_trace.read(Data(maf1=days), 1, 0)
     assert fig07_trace.read(Data(maf1=days, skip_bad=True), 1, 0).bad.count == 1
+
+
+def test_the_seed_is_the_clusters_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It decides which adapter the artifact's placement puts on all replicas."""
+    seen = []
+
+    def noted(arrivals: Sequence[Arrival], profile: CostProfile, options: SimulationOptions) -> SimulationResult:
+        seen.append(options.seed)
+        return simulate(arrivals, profile, options)
+
+    monkeypatch.setattr(simulated, "simulate", noted)
+    experiment.run(fig10_policies.EXPERIMENT, Settings(tmp_path, "tiny", seed=7, systems=("dlora-artifact",)))
+    about = json.loads((tmp_path / "fig10.json").read_text())
+    assert seen == [7] and about["systems"]["dlora-artifact"]["options"]["seed"] == 7
 
 
 def test_files_are_read_once_for_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
