@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from peft_dist.core.errors import PeftDistError
@@ -43,8 +43,15 @@ class Outcome:
                 )
 
 
+async def _nothing() -> None:
+    """Before the first request."""
+
+
 async def run(
-    workload: Workload, options: ClientOptions, on_end: Callable[[RequestRecord], object] = lambda record: None
+    workload: Workload,
+    options: ClientOptions,
+    on_end: Callable[[RequestRecord], object] = lambda record: None,
+    on_start: Callable[[], Awaitable[object]] = _nothing,
 ) -> Outcome:
     """Put a workload to a server.
 
@@ -52,6 +59,7 @@ async def run(
         workload: Requests and their times.
         options: The server, and how it is asked.
         on_end: Told of every request that has ended.
+        on_start: Awaited once the server is warm and has answered the warm-up, before the clock starts.
 
     Raises:
         ConfigError: ``aiohttp`` is missing, or a request of the warm-up was not answered.
@@ -62,6 +70,7 @@ async def run(
     async with connected(options) as client:
         was_warm = await client.is_warm()
         await client.warm_up(workload)
+        await on_start()
         before = await client.metrics()
         if options.processes == 1:
             records, lags = await client.replay(numbered, time.perf_counter(), on_end)

@@ -89,15 +89,22 @@ def run(workload: Workload, server: Server) -> Measured:
 
 
 async def _run(workload: Workload, options: ClientOptions) -> Measured:
-    before = await _metrics(options.root)
     looks = Looks(options.root)
-    watcher = asyncio.create_task(looks.watch())
+    before: dict[Key, float] = {}
+    watchers: list[asyncio.Task[None]] = []
+
+    async def begin() -> None:
+        """What the server did to become warm, and its answers to the warm-up, are no part of the run."""
+        before.update(await _metrics(options.root))
+        watchers.append(asyncio.create_task(looks.watch()))
+
     try:
-        outcome = await client.run(workload, options)
+        outcome = await client.run(workload, options, on_start=begin)
     finally:
-        watcher.cancel()
-        with suppress(asyncio.CancelledError):
-            await watcher
+        for watcher in watchers:
+            watcher.cancel()
+            with suppress(asyncio.CancelledError):
+                await watcher
     outcome.check_schedule(options.max_lateness)
     if outcome.was_warm is False:
         # What is captured while requests wait for it is no part of an experiment.
@@ -117,7 +124,8 @@ def _with_queueing(found: Measured, seconds: float) -> Measured:
     return replace(found, queueing_delay=seconds)
 
 
-Series = Mapping[tuple[str, frozenset[tuple[str, str]]], float]
+Key = tuple[str, frozenset[tuple[str, str]]]
+Series = Mapping[Key, float]
 
 
 async def _metrics(root: str) -> Series:
