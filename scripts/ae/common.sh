@@ -56,13 +56,18 @@ experiment() {
         "${where[@]}" --scale "$scale" --output "$output" "${data[@]}" "$@" "${more[@]}"
 }
 
-# EXEC_TYPE: the systems' names in results. A live server batches as is fair, a simulated one in both ways.
+# SYSTEM: what is run of it. A live server has our form (fair, or as it serves here), a simulation the artifact's too.
+forms() {
+    echo "$1${simulate:+,$1-artifact}"
+}
+
+# EXEC_TYPE: the systems' names in results.
 exec_type() {
     case ${1:-} in
         "") ;;
-        1) echo "vllm${simulate:+,vllm-artifact}" ;;
-        2) echo "peft${simulate:+,peft-artifact}" ;;
-        3) echo dlora ;;
+        1) forms vllm ;;
+        2) forms peft ;;
+        3) forms dlora ;;
         *) fail "EXEC_TYPE is $1: give 1 (vLLM), 2 (PEFT) or 3 (dLoRA)" ;;
     esac
 }
@@ -70,9 +75,9 @@ exec_type() {
 migration_type() {
     case ${1:-} in
         "") ;;
-        1) echo rr ;;
-        2) echo proactive ;;
-        3) echo dlora ;;
+        1) forms rr ;;
+        2) forms proactive ;;
+        3) forms dlora ;;
         *) fail "MIGRATION_TYPE is $1: give 1 (round robin), 2 (proactive) or 3 (dLoRA)" ;;
     esac
 }

@@ -3,8 +3,9 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 need MASTER POLICY
 case ${rest[1]-} in
-    "" | fcfs | merge) system=${rest[1]-} ;;
-    credit) system=dlora ;;
+    "") system= ;;
+    fcfs | merge) system=$(forms "${rest[1]}") ;;
+    credit) system=$(forms dlora) ;;
     *) fail "POLICY is ${rest[1]}: give fcfs, merge or credit" ;;
 esac
 experiment fig10_policies.py "${rest[0]-}" "$system"

@@ -6,7 +6,7 @@ import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy
 import scipy
 
-from experiments import points
+from experiments import beside, points
 from experiments.loads import LoadSpec
 from experiments.measured import Asked, Measured
 from experiments.points import Ladder, Point
@@ -44,7 +44,7 @@ class Experiment:
         columns: The artifact's.
         ladders: What is to be run.
         rows: The artifact's columns of one point.
-        keys: Columns that tell apart runs whose rows stand beside each other, where they come from live servers.
+        keys: Columns that tell apart runs whose rows stand beside each other, of ``beside.KEYS``.
         bound: Mean s/token beyond which a system's further points are not run; None: all are.
         authors: The authors' own figures, for the JSON.
     """
@@ -60,17 +60,22 @@ class Experiment:
 
 
 def run(experiment: Experiment, chosen: Settings) -> list[Row]:
-    """Run, and write CSV and JSON. Returns all rows, those of earlier live runs of other systems included.
+    """Run, and write CSV and JSON. Returns all rows, those of earlier runs of other systems included.
 
     Raises ConfigError before anything is run where the folder has this CSV from simulations and this is none, or the
-    other way round.
+    other way round; and where it has other systems' rows that were simulated at another scale, seed or the like.
     """
     ladders = [ladder for ladder in experiment.ladders(chosen) if ladder]
     mode = "simulated" if chosen.server is None else "live"
-    table, beside = chosen.output / f"{experiment.name}.csv", chosen.output / f"{experiment.name}.json"
+    table, document = chosen.output / f"{experiment.name}.csv", chosen.output / f"{experiment.name}.json"
     before = read_csv(table)
     if others := {row["mode"] for row in before} - {mode}:
         raise ConfigError(f"{table} is {min(others)}, this is to be {mode}: give another --output, or remove it")
+    told = read_json(document)
+    kept: list[Row] = []
+    if mode == "simulated":
+        kept = beside.kept(before, [point for ladder in ladders for point in ladder], experiment.keys)
+        beside.check(table, kept, told, _about(experiment, chosen, mode, []))
     found = points.run(ladders, chosen.data, experiment.bound, chosen.jobs, chosen.server)
     rows = [
         _row(experiment, mode, point, measured, row)
@@ -82,9 +87,13 @@ def run(experiment: Experiment, chosen: Settings) -> list[Row]:
         # A server runs one system; the others' rows come from other runs.
         runs = dict.fromkeys(tuple(row[key] for key in experiment.keys) for row in rows)
         rows = replace_rows(before, rows, experiment.keys)
-        about = _add_live(read_json(beside), about, chosen, [_run_name(experiment.keys, own) for own in runs])
+        about = _add_live(told, about, chosen, [_run_name(experiment.keys, own) for own in runs])
+    elif kept:
+        systems = [ladder[0].system for ladder in experiment.ladders(replace(chosen, systems=())) if ladder]
+        rows = beside.in_order([*kept, *rows], experiment.keys, list(dict.fromkeys(systems)))
+        about = beside.together(told, about, list(dict.fromkeys(systems)))
     write_csv(table, experiment.columns, rows)
-    write_json(beside, about)
+    write_json(document, about)
     return rows
 
 
@@ -111,6 +120,8 @@ def _about(experiment: Experiment, chosen: Settings, mode: str, found: points.Fo
         "seed": chosen.seed,
         "data": chosen.data.source,
         "correlated": chosen.correlated,
+        "rate_factor": chosen.rate_factor,
+        "max_total": chosen.max_total,
         "versions": versions(),
         "authors": experiment.authors,
         "loads": [_load(load, one) for load, one in asked.items()],

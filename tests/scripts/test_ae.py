@@ -72,26 +72,31 @@ END = "--scale paper --output ."
         ),
         ("fig10.sh 10.0.0.1 credit", f"fig10_policies.py {LIVE} dlora {END}"),
         ("fig10.sh 10.0.0.1 fcfs --rate-factor 0.5", f"fig10_policies.py {LIVE} fcfs {END} --rate-factor 0.5"),
-        ("fig10.sh --sim 10.0.0.1 merge", f"fig10_policies.py --systems merge {END}"),
+        ("fig10.sh --sim 10.0.0.1 merge", f"fig10_policies.py --systems merge,merge-artifact {END}"),
+        ("fig10.sh --sim 10.0.0.1 credit", f"fig10_policies.py --systems dlora,dlora-artifact {END}"),
+        ("fig9_maf1_13b.sh --sim m 3", f"fig09_end_to_end.py --systems dlora,dlora-artifact {END} --panels maf1_13b"),
+        ("fig11a.sh --sim 10.0.0.1 2", f"fig11a_migration.py --systems proactive,proactive-artifact {END}"),
         ("fig11a.sh 10.0.0.1 1", f"fig11a_migration.py {LIVE} rr {END}"),
         ("fig11b.sh 10.0.0.1 2", f"fig11b_lengths.py {LIVE} proactive {END}"),
         ("fig12.sh 10.0.0.1 3 64", f"fig12_adapters.py {LIVE} dlora {END} --adapters 64"),
         ("fig12.sh --sim --jobs 2", f"fig12_adapters.py {END} --jobs 2"),
         ("figure5.sh", "fig05_operators.py --output ."),
+        ("fig7.sh --seed 1", "fig07_trace.py --output . --seed 1"),
+        ("fig13.sh", "fig13_breakdown.py --output ."),
     ],
 )
 def test_arguments_are_mapped(desk: Desk, command: str, wanted: str) -> None:
     ended = desk.run(command)
     assert ended.returncode == 0, ended.stderr
     assert desk.noted() == wanted.split()
-    assert ("the load is synthetic" in ended.stderr) is (command != "figure5.sh")
+    assert ("the load is synthetic" in ended.stderr) is (command not in ("figure5.sh", "fig13.sh"))
 
 
 def test_there_is_one_for_each_panel_and_each_names_an_experiment(desk: Desk) -> None:
     from experiments.fig09_end_to_end import PANELS
 
     scripts = {path.name for path in AE.glob("*.sh")} - {"common.sh"}
-    others = {"fig2b.sh", "figure5.sh", "fig10.sh", "fig11a.sh", "fig11b.sh", "fig12.sh"}
+    others = {"fig2b.sh", "figure5.sh", "fig7.sh", "fig10.sh", "fig11a.sh", "fig11b.sh", "fig12.sh", "fig13.sh"}
     assert scripts == others | {f"fig9_{panel}.sh" for panel in PANELS}
     for script in sorted(scripts):
         assert desk.run(f"{script} --sim").returncode == 0
