@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -68,8 +69,13 @@ class ClientOptions:
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
             raise ConfigError(f"the server {self.url!r} is no URL: write for example http://localhost:8000")
-        if min(self.warm_up, self.warm_within) < 0 or self.processes < 1 or min(self.timeout, self.max_lateness) <= 0:
-            raise ConfigError("the warm-up must be 0 or more, processes 1 or more, timeout and lateness above 0 s")
+        for name, least in (("warm_up", 0), ("warm_within", 0.0), ("processes", 1)):
+            if not getattr(self, name) >= least:
+                raise ConfigError(f"{name}={getattr(self, name)} of the client must be a number of {least} or more")
+        # No number is above a NaN: nothing would be too late.
+        for name in ("timeout", "max_lateness"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name}={getattr(self, name)} of the client must be seconds above 0, not infinite")
 
     @property
     def root(self) -> str:

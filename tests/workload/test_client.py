@@ -226,7 +226,11 @@ def test_prompts(kind: str) -> None:
     ("call", "message"),
     [
         (lambda: ClientOptions("localhost:8000"), "no URL"),
-        (lambda: ClientOptions("http://x", warm_up=-1), "warm-up"),
+        (lambda: ClientOptions("http://x", warm_up=-1), "warm_up=-1 .* 0 or more"),
+        (lambda: ClientOptions("http://x", max_lateness=float("nan")), "max_lateness=nan .* above 0"),
+        (lambda: ClientOptions("http://x", max_lateness=float("inf")), "max_lateness=inf"),
+        (lambda: ClientOptions("http://x", timeout=0), "timeout=0 "),
+        (lambda: ClientOptions("http://x", timeout=float("nan")), "timeout=nan"),
         (lambda: ClientOptions("http://x").model(None), "--base-model"),
         (lambda: Prompts("words"), "ids or text"),
         (lambda: Prompts(first_id=9, end_id=9), "--first-id"),
