@@ -103,6 +103,8 @@ def simulate(
     if max_model_len is not None:
         costs = replace(costs, max_model_len=max_model_len)
     asked = _workload(workload, given)
+    if not asked.arrivals:
+        raise ConfigError(f"{workload} has no requests: there is nothing to simulate")
     longest = max((one.prompt_tokens + one.output_tokens for one in asked.arrivals), default=0)
     if longest > costs.max_model_len:
         raise ConfigError(

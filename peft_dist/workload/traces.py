@@ -86,7 +86,8 @@ class Trace:
         """
         if num_adapters < 1 or stride < 1:
             raise ConfigError(f"{num_adapters} adapters and a stride of {stride}: both must be at least 1")
-        adapters = np.arange(len(self.functions)) // stride % num_adapters
+        # Larger strides than there are functions are alike, and may be more than NumPy's numbers hold.
+        adapters = np.arange(len(self.functions)) // min(stride, max(len(self.functions), 1)) % num_adapters
         found = np.zeros((num_adapters, self.counts.shape[1]), dtype=np.int64)
         np.add.at(found, adapters, self.counts)
         return found

@@ -21,7 +21,7 @@ from experiments.points import Ladder, Point
 from experiments.settings import Settings, parser, settings
 from experiments.simulated import profile_of, rules_of
 from experiments.systems import SYSTEMS
-from experiments.tables import Row, read_csv, read_json, replace_rows, write_csv, write_json
+from experiments.tables import Row, check_drawn, check_folder, read_csv, read_json, replace_rows, write_csv, write_json
 from peft_dist import __version__
 from peft_dist.core.errors import ConfigError, PeftDistError
 
@@ -76,6 +76,7 @@ def run(experiment: Experiment, chosen: Settings) -> list[Row]:
     if mode == "simulated":
         kept = beside.kept(before, [point for ladder in ladders for point in ladder], experiment.keys)
         beside.check(table, kept, told, _about(experiment, chosen, mode, []))
+    check_folder(chosen.output)
     found = points.run(ladders, chosen.data, experiment.bound, chosen.jobs, chosen.server)
     rows = [
         _row(experiment, mode, point, measured, row)
@@ -183,9 +184,12 @@ def main(
         more(made)
     options = made.parse_args(arguments)
     try:
-        if not options.plot:
+        wanted = experiments(options) if callable(experiments) else experiments
+        if options.plot:
+            check_drawn(options.output, [one.name for one in wanted])
+        else:
             chosen = settings(options)
-            for one in experiments(options) if callable(experiments) else experiments:
+            for one in wanted:
                 run(one, chosen)
         draw(options.output)
     except PeftDistError as error:

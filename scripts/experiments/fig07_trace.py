@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from experiments import authors, drawing
 from experiments.loads import FUNCTIONS, Data, on_error, tell
 from experiments.settings import parser, settings
-from experiments.tables import Row, read_csv, write_csv, write_json
-from peft_dist.core.errors import PeftDistError
+from experiments.tables import Row, check_drawn, check_folder, read_csv, write_csv, write_json
+from peft_dist.core.errors import ConfigError, PeftDistError
 from peft_dist.workload import synthetic, traces
 from peft_dist.workload.traces import DAY_MINUTES, Trace, Window
 
@@ -67,8 +67,13 @@ def main() -> None:
     made.add_argument("--days", type=int, default=3)
     options = made.parse_args()
     try:
-        if not options.plot:
+        if options.plot:
+            check_drawn(options.output, ["fig7"])
+        else:
             chosen = settings(options)
+            if options.days < 1:
+                raise ConfigError(f"--days {options.days}: it must be 1 or more")
+            check_folder(options.output)
             trace = read(chosen.data, options.days, chosen.seed)
             write_csv(options.output / "fig7.csv", COLUMNS, rows(trace))
             about = {

@@ -130,6 +130,13 @@ def settings(options: argparse.Namespace) -> Settings:
     system = SYSTEMS.get(options.systems or "")
     if options.server and system is not None and not system.is_live:
         raise ConfigError(f"a live server is no {system.name!r}: {system.live}. Simulate it, or measure 'peft'")
+    if options.jobs < 1:
+        raise ConfigError(f"--jobs {options.jobs}: it must be 1 process or more")
+    # Not every figure reads all of them.
+    for name in ("maf1", "maf2", "sharegpt", "lengths_csv"):
+        path = getattr(options, name)
+        if path is not None and not path.exists():
+            raise ConfigError(f"--{name.replace('_', '-')} {path}: there is no such file or folder; correct the path")
     found = Data.found(options.data, options.tokenizer)
     data = Data(
         options.maf1 or found.maf1,

@@ -5,11 +5,33 @@ from __future__ import annotations
 import csv
 import io
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from peft_dist.core.errors import ConfigError
+
 Row = dict[str, Any]
+
+
+def check_folder(folder: Path) -> None:
+    """Make it where it is not there. Raises ConfigError where results could not be written to it after a run."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--output {folder} cannot be written: {error.strerror}; name another folder") from error
+
+
+def check_drawn(folder: Path, names: Sequence[str]) -> None:
+    """Raises ConfigError where a folder has none of these CSVs, so that there is nothing to draw."""
+    if not any((folder / f"{name}.csv").exists() for name in names):
+        files = ", ".join(f"{name}.csv" for name in names)
+        raise ConfigError(
+            f"--plot: there is no {files} in {folder}: run it first, without --plot, or name its --output"
+        )
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> None:

@@ -335,6 +335,10 @@ def test_data_is_looked_for_where_it_is_said_to_be(tmp_path: Path) -> None:
         (["--server", "http://127.0.0.1:9", "--systems", "fcfs"], "does not tell how it is"),
         (["--server", "http://127.0.0.1:9", "--systems", "peft-artifact"], "a live server is no 'peft-artifact'"),
         (["--data", "/nowhere/at/all"], "there is none of"),
+        (["--maf1", "/nowhere/d01.csv"], "--maf1 /nowhere/d01.csv: there is no such file"),
+        (["--jobs", "0"], "--jobs 0: it must be 1 process or more"),
+        (["--output", "/dev/null/figures", "--scale", "tiny"], "--output /dev/null/figures cannot be written"),
+        (["--plot", "--output", "/nowhere/at/all"], "there is no fig10.csv in /nowhere/at/all"),
     ],
 )
 def test_what_cannot_be_is_said(

@@ -93,6 +93,12 @@ def test_the_bound_on_being_overtaken_can_be_chosen(tmp_path: Path) -> None:
     assert merged[0] < merged[1] and waited[0] > waited[1]
 
 
+def test_a_workload_without_requests_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "none.csv").write_text("time,adapter,prompt_tokens,output_tokens\n")
+    with pytest.raises(ConfigError, match=r"none\.csv has no requests"):
+        call(str(tmp_path / "none.csv"))
+
+
 def test_requests_may_be_longer_than_a_profile_has_them() -> None:
     assert ", 0 failed" in call(*SMALL, "--fixed-lengths", "2000,49", "--max-model-len", "2049")
 

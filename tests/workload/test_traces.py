@@ -181,3 +181,4 @@ def test_a_larger_stride_skews() -> None:
     trace = Trace(tuple("abcdefgh"), np.arange(8, 0, -1)[:, None], "test")
     hottest = [trace.by_adapter(4, stride)[:, 0].max() for stride in (1, 2, 4)]
     assert hottest == sorted(hottest) and hottest[0] < hottest[-1]
+    assert trace.by_adapter(4, 10**20).tolist() == trace.by_adapter(4, 8).tolist()
