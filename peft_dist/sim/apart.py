@@ -1,4 +1,4 @@
-"""Replicas that share nothing: each adapter has one of them, for good, as the artifact places its vLLM's models."""
+"""Replicas that share nothing: each adapter has one of them, for good."""
 
 from __future__ import annotations
 
@@ -16,15 +16,20 @@ def run_apart(
     arrivals: Sequence[Arrival],
     names: Sequence[str],
     options: SimulationOptions,
+    spread: bool,
     run: Callable[[Sequence[Arrival], SimulationOptions], SimulationResult],
 ) -> SimulationResult:
     """One result of runs with a replica each.
 
     Args:
-        names: All adapters. Replica i has the i-th of as many parts of them, which are equal but for one adapter.
+        names: All adapters. Parts of replicas are equal but for one adapter.
+        spread: Whether adapters go to the replicas in turn. Else replica i has the i-th part of them in a row, as the
+            artifact places its vLLM's models: where a trace has fewer functions than there are adapters, which then are
+            the first ones, the last replicas stay idle.
         run: Simulates one replica. Requests of the base go to the first.
     """
-    home = {name: number * options.replicas // len(names) for number, name in enumerate(names)}
+    count = options.replicas
+    home = {n: i % count if spread else i * count // len(names) for i, n in enumerate(names)}
     parts: list[list[int]] = [[] for _ in range(options.replicas)]
     for index, arrival in enumerate(arrivals):
         parts[home[arrival.adapter] if arrival.adapter is not None else 0].append(index)

@@ -95,12 +95,14 @@ _SWAP = (
 _HEAD = "batches are the same-adapter head of the queue, 16 seats"
 BASELINES: Mapping[str, ExecType] = {
     "vllm-artifact": ExecType(
-        partial(whole_models, artifact=True), "rr", is_apart=True, source=
-        f"the artifact's vLLM: {_HEAD}; {_SWAP}, and the one that leaves is copied out; steps cost merged ones",
+        partial(whole_models, artifact=True), "rr", is_apart=True, spreads=False, source=
+        f"the artifact's vLLM: {_HEAD}; models are placed in a row, the first ones on the first replica; {_SWAP}, and "
+        "the one that leaves is copied out; steps cost merged ones",
     ),
     "vllm": ExecType(
         partial(whole_models, artifact=False), "rr", is_apart=True, source=
-        f"vLLM, fair: batches are all requests of the oldest one's adapter; {_SWAP}; steps cost merged ones",
+        f"vLLM, fair: batches are all requests of the oldest one's adapter; models go to replicas in turn; {_SWAP}; "
+        "steps cost merged ones",
     ),
     "peft-artifact": ExecType(
         partial(one_at_a_time, artifact=True), is_artifact=True, moves=False, source=

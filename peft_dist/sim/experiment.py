@@ -127,8 +127,10 @@ def simulate(
     """
     options = options or SimulationOptions()
     arrivals = list(rows)
-    if find(options.exec_type).is_apart and options.replicas > 1:
-        return run_apart(arrivals, _named(arrivals, options), options, lambda own, one: simulate(own, profile, one))
+    kind = find(options.exec_type)
+    if kind.is_apart and options.replicas > 1:
+        names = _named(arrivals, options)
+        return run_apart(arrivals, names, options, kind.spreads, lambda own, one: simulate(own, profile, one))
     began = time.perf_counter()
     planner = SteadyPlanner(options.plan)
     simulator = Simulator(_cluster(arrivals, profile, options, planner), advance=options.advance)

@@ -25,6 +25,7 @@ class ExecType:
         hardware: Makes the replica with a number, counted from 0.
         migration: The only kind that it knows; None: what is asked for.
         is_apart: Whether each adapter has one replica, for good (``apart.py``).
+        spreads: Whether adapters then go to the replicas in turn, and not in a row as the artifact's.
         is_artifact: Whether its cluster goes by the artifact's rules whatever is asked for (``artifact.py``).
         moves: Whether requests may move.
         source: Where its costs and rules come from, for results.
@@ -33,6 +34,7 @@ class ExecType:
     hardware: Callable[[CostProfile, SimulationOptions, int], SimHardware]
     migration: MigrationKind | None = None
     is_apart: bool = False
+    spreads: bool = True
     is_artifact: bool = False
     moves: bool = True
     source: str = "the profile's costs, the engine and the policies that serve"

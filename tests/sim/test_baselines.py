@@ -88,6 +88,15 @@ def test_each_model_has_one_replica() -> None:
     assert [record.finished for record in result.records[:12]] == [record.finished for record in alone.records]
 
 
+def test_fair_models_are_spread_where_a_trace_asks_for_the_first_ones_alone() -> None:
+    """Two of eight are asked for: the artifact has both on the first of four replicas."""
+    asked = [(0.01 * index, f"m{index % 2}", 40) for index in range(12)]
+    names = tuple(f"m{index}" for index in range(8))
+    for form, wanted in (("vllm-artifact", [12, 0, 0, 0]), ("vllm", [6, 6, 0, 0])):
+        result = run(form, *asked, replicas=4, adapters=names)
+        assert [replica.requests for replica in result.replicas] == wanted
+
+
 def test_grouped_kernels_cost_what_ours_were_measured_to() -> None:
     measured = json.loads((RESULTS / "gpu_peft.json").read_text())["figures"]["measurements"]
     steps = {
