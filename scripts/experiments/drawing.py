@@ -45,8 +45,9 @@ def _origin(about: Mapping[str, Any]) -> str:
     data = about.get("data", {})
     if isinstance(data, str):
         data = {"data": data.partition(",")[0]}
-    elif data and set(data.values()) == {"synthetic"}:
-        data = {"data": "synthetic"}
+    elif data and all(str(value).startswith("synthetic") for value in data.values()):
+        more = [f"{key} {value.split('(')[1].rstrip(')')}" for key, value in data.items() if value != "synthetic"]
+        data = {"data": ", ".join(["synthetic", *more])}
     parts = {key: about[key] for key in ("device", "scale", "seed") if key in about} | data
     return ", ".join([*filter(None, [about.get("mode")]), *(f"{key} {value}" for key, value in parts.items())])
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from experiments import authors, drawing
+from experiments.experiment import versions
 from experiments.loads import FUNCTIONS, Data, on_error, tell
 from experiments.settings import parser, settings
 from experiments.tables import Row, check_drawn, check_folder, read_csv, write_csv, write_json
@@ -76,13 +78,16 @@ def main() -> None:
             check_folder(options.output)
             trace = read(chosen.data, options.days, chosen.seed)
             write_csv(options.output / "fig7.csv", COLUMNS, rows(trace))
-            about = {
+            about: dict[str, Any] = {
                 "figure": "7",
                 "mode": "trace",
                 "data": trace.source,
                 "bin_minutes": BIN,
+                "versions": versions(),
                 "authors": authors.FIGURE7,
             }
+            if chosen.data.maf1 is None:
+                about["seed"] = chosen.seed
             write_json(options.output / "fig7.json", about)
         draw(options.output)
     except PeftDistError as error:

@@ -77,17 +77,25 @@ def rows(point: Point, measured: Measured) -> list[Row]:
 
 
 def draw(folder: Path) -> None:
-    drawn = drawing.figure(9, 5.2)
-    panels = drawn.subplots(2, 3)
-    for axes, panel in zip(panels.flat, PANELS, strict=True):
-        found = read_csv(folder / f"fig9_{panel}.csv")
-        drawing.lines(axes, found, "rate", "avg_lat")
-        axes.axhline(OBJECTIVE, color="grey", linewidth=0.8, linestyle="--")
-        trace, model = panel.upper().split("_")
-        axes.set(title=f"{trace}, {model.lower()}", xlabel="requests/s", ylabel="mean s/token", ylim=(0, MOST))
+    """A panel for each CSV that is there, in the paper's order."""
+    found = {panel: rows for panel in PANELS if (rows := read_csv(folder / f"fig9_{panel}.csv"))}
+    columns = min(3, len(found))
+    lines = -(-len(found) // columns)
+    drawn = drawing.figure(max(4.5, 3 * columns), 2.6 * lines + (lines == 1))
+    panels = []
+    for number, (panel, rows) in enumerate(found.items(), 1):
+        panels.append(axes := drawn.add_subplot(lines, columns, number))
+        drawing.lines(axes, rows, "rate", "avg_lat")
+        words = f"objective, {OBJECTIVE:g} s/token"
+        axes.axhline(OBJECTIVE, color="grey", linewidth=0.8, linestyle="--", label=words)
+        trace, model = panel.split("_")
+        replicas = ", ".join(map(str, sorted({row["replicas"] for row in rows})))
+        axes.set_title(f"{trace.upper()}, {model}, replicas: {replicas}", fontsize=9)
         axes.set_xscale("log")
-    drawing.legend(drawn, panels.flat)
-    drawing.save(drawn, folder, "figure9", [f"fig9_{panel}" for panel in PANELS])
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set(xlabel="requests/s (log)", ylabel="mean s/token", ylim=(0, MOST))
+    drawing.legend(drawn, panels)
+    drawing.save(drawn, folder, "figure9", [f"fig9_{panel}" for panel in found])
 
 
 def experiments(options: argparse.Namespace) -> list[Experiment]:

@@ -17,6 +17,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import argparse
+from collections.abc import Mapping
+from typing import Any
 
 from experiments import authors, drawing
 from experiments.systems import SYSTEMS
@@ -39,9 +41,19 @@ def breakdown(rows: list[Row]) -> list[Row]:
     return found
 
 
+def assumed(before: Mapping[str, Any]) -> float | None:
+    """Seconds that every plan of these simulations was taken to last; None: plans were measured."""
+    seconds = {one["options"]["plan_seconds"] for one in before.get("systems", {}).values()}
+    return max(seconds) if seconds else None
+
+
 def draw(folder: Path) -> None:
     """A panel of bars for each system, of one scale."""
     rows = read_csv(folder / "fig13.csv")
+    seconds = read_json(folder / "fig13.json").get("assumed_plan_seconds")
+    words = dict(zip(_COLORS, _COLORS, strict=True))
+    if seconds is not None:
+        words["solver"] = f"plans, {seconds:g} s each: assumed, not measured"
     names = list(dict.fromkeys(row["system"] for row in rows))
     drawn = drawing.figure(2.2 * max(2, len(names)), 2.8)
     lowest = min((row["inference"] for row in rows), default=90.0) - 1
@@ -52,7 +64,7 @@ def draw(folder: Path) -> None:
         below = [0.0] * len(own)
         for part, color in _COLORS.items():
             heights = [row[part] for row in own]
-            axes.bar(range(len(own)), heights, 0.7, below, label=part, color=color)
+            axes.bar(range(len(own)), heights, 0.7, below, label=words[part], color=color)
             below = [low + height for low, height in zip(below, heights, strict=True)]
         axes.set_xticks(range(len(own)), [f"{row['rate']:g}" for row in own], fontsize=7)
         axes.set_title(SYSTEMS[name].label.replace(", ", ",\n"), fontsize=7)
@@ -73,6 +85,8 @@ def main() -> None:
     before = read_json(folder / "fig11a.json")
     about = {"figure": "13", "from": "fig11a.csv", "mode": rows[0]["mode"]}
     about |= {key: before[key] for key in ("scale", "seed", "data") if key in before}
+    if (seconds := assumed(before)) is not None:
+        about["assumed_plan_seconds"] = seconds
     write_json(folder / "fig13.json", about | {"authors": known})
     draw(folder)
 

@@ -23,6 +23,9 @@ LENGTHS = "lengths.csv"
 # Functions of a synthetic trace. A day's file of 2019 has some 46,000 rows; that of 2021 has far fewer functions.
 FUNCTIONS = {"maf1": 46_000, "maf2": 1_000}
 
+# Nothing was published about the trace of 2021 that one could be fitted to.
+SYNTHETIC = {"maf2": "synthetic (fitted to 2019's)"}
+
 
 @dataclass(frozen=True, slots=True)
 class Data:
@@ -62,7 +65,7 @@ class Data:
     def source(self) -> dict[str, str]:
         """Names of the files, for results: paths differ from machine to machine."""
         given = {"maf1": self.maf1, "maf2": self.maf2, "lengths": self.lengths or self.sharegpt}
-        return {key: "synthetic" if path is None else path.name for key, path in given.items()}
+        return {key: SYNTHETIC.get(key, "synthetic") if path is None else path.name for key, path in given.items()}
 
 
 @dataclass(frozen=True, slots=True)

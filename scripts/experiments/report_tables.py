@@ -185,6 +185,8 @@ def _fig13(rows: Sequence[Row], about: Mapping[str, Any]) -> str:
     parts: list[str] = []
     for column, words, place in (("switching", "switching", 0), ("solver", "plans", 1)):
         known = {rate: 100 * times[place] / times[2] for rate, times in authors.FIGURE13.items()}
+        seconds = about.get("assumed_plan_seconds") if column == "solver" else None
+        words += f" of {seconds:g} s each (assumed)" if seconds is not None else ""
         head = f"{words}, % of the run, by requests/s"
         parts.append(_curves(rows, about if not parts else {}, "rate", column, head, {"dlora": known}))
     return "\n\n".join(parts)

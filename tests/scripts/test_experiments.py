@@ -86,8 +86,9 @@ def test_a_figure_is_the_same_twice(script: str, tmp_path: Path, monkeypatch: py
     assert lines[0].startswith(columns + ",") and lines[0].endswith("units") and len(lines) > 1
     about = json.loads((tmp_path / "a" / f"{name}.json").read_text())
     assert about["mode"] in ("simulated", "trace") and "synthetic" in json.dumps(about["data"])
+    assert about["seed"] == 3 and about["versions"]["scipy"]
     if about["mode"] == "simulated":
-        assert about["profiles"][0]["source"].startswith("dLoRA") and about["seed"] == 3 and about["versions"]["scipy"]
+        assert about["profiles"][0]["source"].startswith("dLoRA")
         assert set(about["systems"]) == set(options.split()[1].split(","))
 
 
@@ -112,7 +113,8 @@ def test_the_breakdown_is_drawn_from_figure_11a(tmp_path: Path, monkeypatch: pyt
         {"system": "corrected", "rate": 8, "adjust_time": 1.0, "solver_time": 1.0, **common},
     ]
     tables.write_csv(tmp_path / "fig11a.csv", ["rate"], rows)
-    tables.write_json(tmp_path / "fig11a.json", {"scale": "tiny", "seed": 3, "loads": []})
+    tables.write_json(tmp_path / "fig11a.json", {"scale": "tiny", "seed": 3, "loads": [],
+        "systems": {"dlora": {"options": {"plan_seconds": 0.2}}}})  # fmt: skip
     run(monkeypatch, "fig13_breakdown", "--output", str(tmp_path))
     assert (tmp_path / "fig13.csv").read_text().startswith("rate,solver,switching,inference,system,form,mode,units\n")
     names = ("system", "form", "rate", "switching", "solver", "inference")
@@ -126,6 +128,7 @@ def test_the_breakdown_is_drawn_from_figure_11a(tmp_path: Path, monkeypatch: pyt
     assert (tmp_path / "figure13.pdf").exists()
     about = tables.read_json(tmp_path / "fig13.json")
     assert (about["mode"], about["scale"], about["seed"]) == ("simulated", "tiny", 3)
+    assert about["assumed_plan_seconds"] == 0.2
     with pytest.raises(SystemExit, match=r"run fig11a_migration\.py first"):
         run(monkeypatch, "fig13_breakdown", "--output", str(tmp_path / "empty"))
 
@@ -320,6 +323,7 @@ def test_data_is_looked_for_where_it_is_said_to_be(tmp_path: Path) -> None:
     trace.write_text(f"app,func,end_timestamp,duration\n{calls}\n")
     data = Data.found(tmp_path)
     assert data.source == {"maf1": "synthetic", "maf2": "maf2", "lengths": "lengths.csv"}
+    assert Data().source["maf2"] == "synthetic (fitted to 2019's)"
     made = make(LoadSpec("maf2", "0.0.0-0.6.0", 2.0, 9, 3), data)
     assert {arrival.prompt_tokens for arrival in made.arrivals} <= {7, 8} and len(made.arrivals) == 9
     # Texts need counting only where lengths are asked for.

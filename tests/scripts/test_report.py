@@ -52,7 +52,9 @@ def test_figure_13_has_a_line_for_each_system_in_both_tables() -> None:
         {"system": name, "rate": rate, "switching": switching, "solver": 0.25}
         for name, rate, switching in (("dlora", 8, 1.5), ("dlora", 20, 0.5), ("corrected", 8, 0.125))
     ]
-    lines = report_tables.tables({"fig13": {"rows": rows, "about": {"mode": "simulated"}}})["fig13"].splitlines()
+    about = {"mode": "simulated", "assumed_plan_seconds": 0.2}
+    lines = report_tables.tables({"fig13": {"rows": rows, "about": about}})["fig13"].splitlines()
+    assert any(line.startswith("| plans of 0.2 s each (assumed), % of the run, by requests/s |") for line in lines)
     assert "| switching, % of the run, by requests/s | 8 | 12 | 16 | 20 | 24 | 28 | 32 |" in lines
     assert "| dLoRA | 1.5 |  |  | 0.5 |  |  |  |" in lines
     assert "| grouped kernel, merged with corrections | 0.125 |  |  |  |  |  |  |" in lines
