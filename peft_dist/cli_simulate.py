@@ -141,6 +141,9 @@ def _told(result: SimulationResult) -> str:
         f"simulated: {len(result.replicas)} x {profile['name']} ({profile['hardware']})",
         f"{result.seconds:.1f} virtual seconds in {result.wall_seconds:.1f} s, {result.events} events",
     ]
+    options = result.source["options"]
+    policy, kind = options.get("policy", "credit"), options["migration"]
+    lines.append(f"exec type {options['exec_type']}, policy {policy}, migration {kind}")
     steps = sum(replica.steps for replica in result.replicas)
     merged = sum(replica.merged_steps for replica in result.replicas)
     switches = sum(replica.switches for replica in result.replicas)

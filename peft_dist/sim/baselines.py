@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from peft_dist.core.errors import ConfigError
 from peft_dist.sim.hardware import ExecType, engine_config, make_hardware
@@ -88,6 +89,12 @@ def _rules(artifact: bool) -> dict[str, object]:
     return {"policy_profile": "default", "max_adapter_wait": math.inf}
 
 
+def _decided(artifact: bool, **more: Any) -> Mapping[str, Any]:
+    """Options of a baseline that are none: it is what it is by them."""
+    return {**_rules(artifact), "policy": "merge", "merged_minority": False, **more}
+
+
+_VLLM: Mapping[str, Any] = {"merge": "auto", "migration": "rr", "max_loras": None}
 _SWAP = (
     "4 models of 7b or 2 of others are on a device, the first ones from the start; a model is copied in at 32 GiB/s a "
     "device (the artifact's PCIe constant)"
@@ -95,22 +102,24 @@ _SWAP = (
 _HEAD = "batches are the same-adapter head of the queue, 16 seats"
 BASELINES: Mapping[str, ExecType] = {
     "vllm-artifact": ExecType(
-        partial(whole_models, artifact=True), "rr", is_apart=True, spreads=False, source=
+        partial(whole_models, artifact=True), "rr", is_apart=True, spreads=False,
+        decides=_decided(True, **_VLLM), source=
         f"the artifact's vLLM: {_HEAD}; models are placed in a row, the first ones on the first replica; {_SWAP}, and "
         "the one that leaves is copied out; steps cost merged ones",
     ),
     "vllm": ExecType(
-        partial(whole_models, artifact=False), "rr", is_apart=True, source=
+        partial(whole_models, artifact=False), "rr", is_apart=True, decides=_decided(False, **_VLLM), source=
         f"vLLM, fair: batches are all requests of the oldest one's adapter; models go to replicas in turn; {_SWAP}; "
         "steps cost merged ones",
     ),
     "peft-artifact": ExecType(
-        partial(one_at_a_time, artifact=True), is_artifact=True, moves=False, source=
+        partial(one_at_a_time, artifact=True), is_artifact=True, moves=False,
+        decides=_decided(True, merge="host"), source=
         f"the artifact's PEFT: {_HEAD}; every step merges and unmerges, a switch each (its copies and checks of the "
         "weights are not charged)",
     ),
     "peft": ExecType(
-        partial(one_at_a_time, artifact=False), source=
+        partial(one_at_a_time, artifact=False), decides=_decided(False, merge="host"), source=
         "PEFT, fair: batches are all requests of the oldest one's adapter; a change unmerges and merges, a switch each",
     ),
     "grouped": ExecType(

@@ -12,7 +12,7 @@ from peft_dist.orchestrator.core import OrchestratorOptions
 from peft_dist.placement.artifact_moves import ArtifactPlanner
 from peft_dist.sim import artifact
 from peft_dist.sim.apart import run_apart
-from peft_dist.sim.exec_types import find
+from peft_dist.sim.exec_types import effective, find
 from peft_dist.sim.options import SimulationOptions
 from peft_dist.sim.planning import SteadyPlanner
 from peft_dist.sim.profile import CostProfile
@@ -125,7 +125,7 @@ def simulate(
     Raises:
         ConfigError: The options contradict themselves or the profile.
     """
-    options = options or SimulationOptions()
+    options = effective(options or SimulationOptions())
     arrivals = list(rows)
     kind = find(options.exec_type)
     if kind.is_apart and options.replicas > 1:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peft_dist.core.config import EngineConfig
@@ -28,6 +28,7 @@ class ExecType:
         spreads: Whether adapters then go to the replicas in turn, and not in a row as the artifact's.
         is_artifact: Whether its cluster goes by the artifact's rules whatever is asked for (``artifact.py``).
         moves: Whether requests may move.
+        decides: Options that it decides itself, by name, and what they then are.
         source: Where its costs and rules come from, for results.
     """
 
@@ -37,6 +38,7 @@ class ExecType:
     spreads: bool = True
     is_artifact: bool = False
     moves: bool = True
+    decides: Mapping[str, Any] = field(default_factory=dict)
     source: str = "the profile's costs, the engine and the policies that serve"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from experiments.loads import LoadSpec
 from experiments.measured import Measured, Work, measure
 from experiments.systems import SYSTEMS
-from peft_dist.sim.exec_types import find
+from peft_dist.sim.exec_types import effective, find
 from peft_dist.sim.experiment import simulate
 from peft_dist.sim.options import SimulationOptions
 from peft_dist.sim.profile import CostProfile
@@ -58,5 +58,5 @@ def profile_of(model: str) -> dict[str, Any]:
 
 def rules_of(name: str, seed: int) -> dict[str, Any]:
     """The options of a system, and the rules and costs of its execution type."""
-    options = replace(options_of(name), seed=seed)
+    options = effective(replace(options_of(name), seed=seed))
     return {"options": options.told(), "exec_type": find(options.exec_type).source}

@@ -93,6 +93,16 @@ def test_the_bound_on_being_overtaken_can_be_chosen(tmp_path: Path) -> None:
     assert merged[0] < merged[1] and waited[0] > waited[1]
 
 
+def test_what_an_execution_type_decides_is_told(tmp_path: Path) -> None:
+    for kind, profile in (("vllm-artifact", "artifact"), ("vllm", "default")):
+        told = call(*SMALL, "--exec-type", kind, "--output", str(tmp_path / kind))
+        options = records.read_json(tmp_path / kind).source["options"]
+        names = ("migration", "policy_profile", "max_adapter_wait", "merge")
+        assert tuple(options[name] for name in names) == ("rr", profile, "inf", "auto") and options["policy"] == "merge"
+        assert f"exec type {kind}, policy merge, migration rr" in told
+    assert "exec type dlora, policy credit, migration dlora" in call(*SMALL)
+
+
 def test_a_workload_without_requests_is_refused(tmp_path: Path) -> None:
     (tmp_path / "none.csv").write_text("time,adapter,prompt_tokens,output_tokens\n")
     with pytest.raises(ConfigError, match=r"none\.csv has no requests"):
@@ -124,6 +134,13 @@ def test_workload_options_are_those_of_workload_write(command: str) -> None:
         ([*SMALL, "--profile", "mine"], "no profile 'mine'"),
         ([*SMALL, "--exec-type", "slora"], "exec_type='slora'"),
         ([*SMALL, "--fixed-lengths", "2000,49"], r"2049 tokens.*'paper-7b' takes 2048.*raise --max-model-len"),
+        (
+            [*SMALL, "--exec-type", "vllm", "--policy", "fcfs"],
+            "policy='fcfs' is not used: exec_type='vllm' takes",
+        ),
+        ([*SMALL, "--exec-type", "vllm", "--migration", "proactive"], r"migration='proactive'.* takes 'rr'"),
+        ([*SMALL, "--exec-type", "peft", "--max-adapter-wait", "3"], r"max_adapter_wait=3\.0 is not used.* takes inf"),
+        ([*SMALL, "--exec-type", "peft", "--policy-profile", "artifact"], "simulate another execution type"),
         ([*SMALL, "--plan", "cbc"], "plan='cbc'"),
         ([*SMALL, "--policy", "lifo"], "policy='lifo'"),
         ([*SMALL, "--output", "/nowhere/run.json"], "no folder /nowhere"),
