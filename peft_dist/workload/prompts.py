@@ -15,6 +15,8 @@ _WORDS = (
     *("have", "from", "or", "one", "had", "not", "but", "what", "all", "were", "when", "we", "there", "can", "an"),
     *("your", "which", "their", "said", "if", "do", "will", "each", "about", "how", "up", "out", "them", "then", "she"),
 )
+# Tells these streams of random numbers from those of times, (seed, interval, adapter): no interval is so late.
+_PROMPTS = 0x50524D50
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,7 @@ class Prompts:
 
     def make(self, index: int, num_tokens: int) -> str | list[int]:
         """The prompt of request ``index``; those of a warm-up have numbers below 0."""
-        generator = np.random.default_rng((self.seed, abs(index), int(index < 0)))
+        generator = np.random.default_rng((self.seed, _PROMPTS, abs(index), int(index < 0)))
         if self.kind == "ids":
             return [int(token) for token in generator.integers(self.first_id, self.end_id, num_tokens)]
         return " ".join(_WORDS[place] for place in generator.integers(0, len(_WORDS), num_tokens))

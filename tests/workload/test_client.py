@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -214,6 +215,8 @@ def test_streams_that_are_none() -> None:
 @pytest.mark.parametrize("kind", ["ids", "text"])
 def test_prompts(kind: str) -> None:
     prompts = Prompts(kind, 10, 20)  # type: ignore[arg-type]
+    # That of times is another one: (0, 3, 0) is the first adapter's in interval 3.
+    assert Prompts(end_id=30_000).make(3, 9) != np.random.default_rng((0, 3, 0)).integers(100, 30_000, 9).tolist()
     made = [prompts.make(index, 8) for index in (0, 1, -1, -2)]
     assert len({str(prompt) for prompt in made}) == 4 and made[0] == prompts.make(0, 8)
     for prompt in made:
