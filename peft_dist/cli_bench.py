@@ -120,6 +120,8 @@ def check_folders(*files: Path | None) -> None:
     for file in filter(None, files):
         if not file.parent.is_dir():
             raise ConfigError(f"{file} could not be written after the run: there is no folder {file.parent}")
+        if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+            raise ConfigError(f"{file} could not be written after the run: name a file that can be, in another folder")
 
 
 def report(summary: Summary, source: dict[str, Any]) -> str:

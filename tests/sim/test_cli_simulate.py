@@ -144,6 +144,7 @@ def test_workload_options_are_those_of_workload_write(command: str) -> None:
         ([*SMALL, "--plan", "cbc"], "plan='cbc'"),
         ([*SMALL, "--policy", "lifo"], "policy='lifo'"),
         ([*SMALL, "--output", "/nowhere/run.json"], "no folder /nowhere"),
+        ([*SMALL, "--csv", "/tmp"], "/tmp could not be written after the run: name a file"),
     ],
 )
 def test_what_cannot_be_is_refused_before_it_runs(options: list[str], words: str) -> None:
