@@ -66,11 +66,12 @@ class DropIn:
             selective = self._prepare(model, names, args, kwargs, generates)
             if isinstance(selective, SelectiveCall):
                 return self._run(model, selective, original, args, kwargs)
-        self._log(selective)
-        if generates:
-            names = expand_for_peft(names, kwargs, getattr(model, "generation_config", None))
-        with hooks_taken_back(model):
-            return original(*args, adapter_names=names, **kwargs)
+            self._log(selective)
+            if generates:
+                names = expand_for_peft(names, kwargs, getattr(model, "generation_config", None))
+            # PEFT's hooks are the model's: another call beside this one would go through them.
+            with hooks_taken_back(model):
+                return original(*args, adapter_names=names, **kwargs)
 
     def _prepare(
         self, model: PeftModel, names: Any, args: tuple[Any, ...], kwargs: dict[str, Any], generates: bool

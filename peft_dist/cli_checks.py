@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import resource
 from collections.abc import Iterable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 from peft_dist.core.config import EngineConfig
@@ -60,13 +61,15 @@ def check_gpus(num_replicas: int, engine: EngineConfig) -> None:
 
     if engine.device not in ("auto", "cuda") or engine.num_blocks is not None:
         return
+    if engine.device == "auto" and version("torch").endswith("+cpu"):
+        return
     places = len(visible_gpus()) // engine.tensor_parallel_size
     sharers = -(-num_replicas // places) if places else 0
     if sharers > 1 and sharers * engine.gpu_memory_utilization > 1:
         raise ConfigError(
             f"--replicas {num_replicas} of {engine.tensor_parallel_size} GPU(s) each are {sharers} on one GPU of the "
             f"{len(visible_gpus())} here, where each takes {engine.gpu_memory_utilization:g} of its memory: lower "
-            f"--replicas to {places}, or --gpu-memory-utilization to at most {1 / sharers:.2f}"
+            f"--replicas to {places}, or --gpu-memory-utilization to at most {100 // sharers / 100:.2f}"
         )
 
 

@@ -32,6 +32,8 @@ def of_text(kind: type[Any], option: str, text: str) -> Any:
     found: dict[str, float] = {}
     for part in filter(None, text.split(",")):
         name, _, value = (piece.strip() for piece in part.partition("="))
+        if name in found:
+            raise ConfigError(f"{option} says twice what {name} is: leave one out")
         if name not in known:
             raise ConfigError(f"{option} {part!r}: there is no {name!r}, but {', '.join(known)}")
         try:

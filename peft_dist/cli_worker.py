@@ -47,10 +47,13 @@ def worker(
     own["gpu_memory_utilization"] = gpu_memory_utilization
     for name, text in (("device", adapter_device_memory), ("host", adapter_host_memory)):
         own[f"adapter_{name}_memory"] = None if text is None else parse_bytes(f"--adapter-{name}-memory", text)
+    engine = {name: value for name, value in own.items() if value is not None}
+    if gpu_memory_utilization is not None and num_blocks is None:
+        engine["num_blocks"] = None  # The server's number would go before the share.
     settings = JoinSettings(
         address=join,
         key_file=cluster_key,
-        engine={name: value for name, value in own.items() if value is not None},
+        engine=engine,
         launcher=one_of("launcher", launcher, tuple(LAUNCHERS)),
         silence=silence,
         orphan_timeout=orphan_timeout,

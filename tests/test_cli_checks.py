@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from peft_dist import cli_worker
+from peft_dist import cli_checks, cli_worker
 from peft_dist.cli_checks import check_adapters, check_decision_log, check_gpus, check_names
 from peft_dist.cli_options import of_text
 from peft_dist.core.config import EngineConfig
@@ -22,7 +22,7 @@ from tests.e2e.test_serve import Server
 
 _CHECK = """
 import logging, resource
-from peft_dist import cli_worker
+from peft_dist import cli_checks, cli_worker
 from peft_dist.cli_checks import check_file_limit
 logging.basicConfig(format="%(message)s")
 resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))
@@ -60,10 +60,24 @@ def test_a_decision_log_that_nobody_could_write(tmp_path: Path) -> None:
 
 def test_replicas_that_would_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    monkeypatch.setattr(cli_checks, "version", lambda name: "2.13.0")
     for replicas, size, share in ((3, 1, 0.9), (1, 2, 0.9), (6, 1, 0.5), (2, 2, 0.45), (1, 4, 0.9)):
         check_gpus(replicas, EngineConfig("m", tensor_parallel_size=size, gpu_memory_utilization=share))
     check_gpus(8, EngineConfig("m", device="cpu"))
     check_gpus(8, EngineConfig("m", num_blocks=100))
+    for sharers in range(2, 40):  # What is advised is taken.
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+        with pytest.raises(ConfigError, match="at most") as caught:
+            check_gpus(sharers, EngineConfig("m", device="cuda"))
+        share = float(str(caught.value).rpartition(" ")[2])
+        check_gpus(sharers, EngineConfig("m", device="cuda", gpu_memory_utilization=share))
+    for hidden in ("-1", "", "-1,0"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        check_gpus(8, EngineConfig("m", device="cuda"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    monkeypatch.setattr(cli_checks, "version", lambda name: "2.13.0+cpu")
+    check_gpus(8, EngineConfig("m"))
+    monkeypatch.setattr(cli_checks, "version", lambda name: "2.13.0")
     with pytest.raises(ConfigError, match=r"2 on one GPU .* lower --replicas to 3, or --gpu-memory-utilization to at"):
         check_gpus(4, EngineConfig("m"))
     with pytest.raises(ConfigError, match=r"of 2 GPU\(s\) each .* lower --replicas to 1.* at most 0\.33"):
@@ -78,6 +92,7 @@ def test_triggers_from_text() -> None:
         ("perod=3", "there is no 'perod', but period"),
         ("period", "write period=10"),
         ("pause=x", "pause=1"),
+        ("pause=1,pause=2", "twice"),
     ):
         with pytest.raises(ConfigError, match=words):
             of_text(TriggerSettings, "--migration-triggers", text)
@@ -130,6 +145,8 @@ def test_a_host_that_joins_says_what_it_has(monkeypatch: pytest.MonkeyPatch) -> 
     cli_worker.worker(
         "tcp://host:1", num_blocks=7, gpu_memory_utilization=0.4, adapter_host_memory="1GiB", device="cpu"
     )
-    [settings] = asked
+    settings = asked[0]
     has = {"num_blocks": 7, "gpu_memory_utilization": 0.4, "adapter_host_memory": 1 << 30, "device": "cpu"}
     assert settings.engine == has
+    cli_worker.worker("tcp://host:1", gpu_memory_utilization=0.4)
+    assert asked[1].engine == {"gpu_memory_utilization": 0.4, "num_blocks": None}, "not the server's number"

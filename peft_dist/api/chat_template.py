@@ -8,7 +8,7 @@ from typing import Any
 
 from peft_dist.api.protocol_chat import ChatMessage, ChatWriting
 from peft_dist.api.protocol_tools import Tool, ToolCall
-from peft_dist.api.tokenizing import apply_template, template_source
+from peft_dist.api.tokenizing import apply_template, has_template, template_source
 from peft_dist.api.unimplemented import refuse_in_message
 from peft_dist.api.validation import shorten
 from peft_dist.core.errors import InvalidRequestError
@@ -54,7 +54,7 @@ def check_chat(messages: Sequence[ChatMessage], writing: ChatWriting) -> None:
 
 def check_template(tokenizer: Any, template: str | None) -> None:
     """Raises InvalidRequestError (param "messages") where there is none: none given, and none of the tokenizer's."""
-    if template is None and not tokenizer.chat_template:
+    if not has_template(tokenizer, template):
         raise InvalidRequestError(
             "this model has no chat template: use /v1/completions, or start the server with --chat-template", "messages"
         )

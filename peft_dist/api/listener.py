@@ -32,18 +32,19 @@ class Tls:
     certificate: Path
     key: Path | None = None
 
-    def check(self) -> None:
-        """Raises ConfigError where they cannot be used."""
+    def context(self) -> ssl.SSLContext:
+        """With Python's own choice of protocols and ciphers. Raises ConfigError where the files cannot be used."""
         names = f"--ssl-certfile {self.certificate}" + (f" and --ssl-keyfile {self.key}" if self.key else "")
         try:
             # Without a password: nobody is there to type one.
-            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(
-                self.certificate, self.key, password=lambda: b""
-            )
+            made = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            made.load_cert_chain(self.certificate, self.key, password=lambda: b"")
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"{names} cannot be used ({error}): give PEM files that belong together, with a key without password"
             ) from error
+        made.set_alpn_protocols(["http/1.1"])
+        return made
 
 
 class _Server(uvicorn.Server):
@@ -70,9 +71,8 @@ class Listener:
     """
 
     def __init__(self, host: str, port: int, tls: Tls | None = None) -> None:
-        self._host, self._tls = host, tls
-        if tls is not None:
-            tls.check()
+        self._host = host
+        self._tls = None if tls is None else tls.context()
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
             family, _, _, _, address = found[0]
@@ -108,9 +108,9 @@ class Listener:
             log_config=None,
             timeout_keep_alive=_KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=math.ceil(shutdown_timeout) + _FLUSH_SECONDS,
-            ssl_certfile=None if self._tls is None else self._tls.certificate,
-            ssl_keyfile=None if self._tls is None else self._tls.key,
         )
+        config.load()
+        config.ssl = self._tls
         self._server = _Server(config)
         self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]))
         listening = asyncio.create_task(self._server.listening.wait())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import select
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
@@ -31,7 +30,7 @@ from peft_dist.api.offline_inputs import (
 from peft_dist.api.output_processor import RequestOutputs
 from peft_dist.api.structured import StructureChecks
 from peft_dist.api.tokenizing import apply_template, encode, load_tokenizer
-from peft_dist.api.turns import in_turn
+from peft_dist.api.turns import Turns, in_turn
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.collector import frozen_heap
 from peft_dist.core.config import EngineConfig, ModelInfo, check_pinned
@@ -65,7 +64,7 @@ _UNBOUNDED = 2**62
 _MANY_TOKENS = 8192
 
 
-class LLM:
+class LLM(Turns):
     """A base model and its adapters, for offline use.
 
     It is the server without sockets: the same orchestrator admits requests, the same engine runs them. Calls from
@@ -104,7 +103,7 @@ class LLM:
         if "max_num_batched_tokens" not in options and resolve_device(device).type == "cuda":
             config = replace(config, max_num_batched_tokens=_MANY_TOKENS)
         self._allow_pickle = allow_pickle
-        self._turn = threading.RLock()
+        super().__init__()
         self._replica: Replica | None = build_replica(config)
         try:
             self._info = self._replica.model_info

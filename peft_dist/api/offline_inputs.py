@@ -11,6 +11,7 @@ from typing import Any
 
 from peft_dist.api.content import joined_content
 from peft_dist.api.structured import StructureChecks
+from peft_dist.api.tokenizing import has_template
 from peft_dist.core.errors import AdapterError, ConfigError, InvalidRequestError
 from peft_dist.core.sampling_params import SamplingParams
 
@@ -100,8 +101,7 @@ def check_template(tokenizer: Any | None, model: str, chat_template: str | None)
     """Raises ConfigError without a tokenizer, InvalidRequestError where it has no chat template and none is given."""
     if tokenizer is None:
         raise ConfigError(f"{model} has no tokenizer, so no chat template: use generate with token ids")
-    # Tokenizers that write conversations without a template have no such attribute.
-    if chat_template is None and not getattr(tokenizer, "chat_template", True):
+    if not has_template(tokenizer, chat_template):
         raise InvalidRequestError(
             f"the tokenizer of {model} has no chat template: give chat_template=, or use generate", "chat_template"
         )

@@ -29,6 +29,12 @@ def load_tokenizer(source: str, *, revision: str | None = None, trust_remote_cod
         ) from error
 
 
+def has_template(tokenizer: Any, template: str | None) -> bool:
+    """Whether conversations can be written out: by ``template``, or by the tokenizer itself."""
+    # Tokenizers that write conversations without a template have no such attribute.
+    return template is not None or bool(getattr(tokenizer, "chat_template", True))
+
+
 def encode(tokenizer: Any, text: str, param: str, *, special: bool) -> list[int]:
     """Token ids of a text, with special tokens or without. Raises InvalidRequestError as ``check_unicode``."""
     check_unicode(text, param)

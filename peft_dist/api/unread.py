@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
 import socket
 import struct
+import sys
+import termios
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
@@ -70,7 +73,7 @@ class UnreadWatch:
         """Cut those whose time is over. ``now``: Seconds of a clock that never runs backwards."""
         found: dict[Any, _Unsent] = {}
         for connection in connections:
-            if num_bytes := connection.transport.get_write_buffer_size():
+            if num_bytes := _unsent_bytes(connection.transport):
                 before = self._unsent.get(connection)
                 is_same = before is not None and before.num_bytes == num_bytes
                 found[connection] = before if is_same and before is not None else _Unsent(num_bytes, now)
@@ -95,3 +98,12 @@ class UnreadWatch:
         transport = connection.transport
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
         transport.abort()
+
+
+def _unsent_bytes(transport: Any) -> int:
+    unsent: int = transport.get_write_buffer_size()
+    if transport.get_extra_info("sslcontext") is None:
+        return unsent
+    # What the connection beneath has taken is not counted there: up to 64 KiB, which may be the whole of an answer.
+    queued = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+    return unsent + int.from_bytes(queued, sys.byteorder)

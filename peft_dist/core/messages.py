@@ -127,9 +127,10 @@ class Shutdown(Command, frozen=True, kw_only=True):
 
 
 class Fence(Command, frozen=True, kw_only=True):
-    """This incarnation is over, and others have its requests: end at once; a new one may join. ``reason``: If known."""
+    """This incarnation is over, others have its requests: end at once. Another one may join, unless it ``is_final``."""
 
     reason: str = ""
+    is_final: bool = False
 
 
 class Ping(Command, frozen=True, kw_only=True):
@@ -155,10 +156,9 @@ class Ready(Report, frozen=True, kw_only=True):
 class SequenceProgress(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """New tokens of one sequence; ``first_index`` is the number of the first of them in its output.
 
-    ``finish_reason`` is None while the sequence runs. ``prompt_logprobs`` starts at prompt position 1 and
-    comes whole, with the first tokens. ``queue_seconds`` is the time from its arrival at the server, less its way to
-    the replica, to the first step it was in there, None while there was none. ``lacks_adapter``: It ended because its
-    adapter could not be brought to the device.
+    ``finish_reason`` is None while it runs. ``prompt_logprobs`` starts at prompt position 1 and comes whole, with the
+    first tokens. ``queue_seconds`` is the time from its arrival at the server, less its way to the replica, to its
+    first step there, None before that. ``lacks_adapter``: It ended because its adapter could not be loaded there.
     """
 
     request_id: str

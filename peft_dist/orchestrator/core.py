@@ -230,7 +230,7 @@ class Orchestrator:
             case Ready(model=model):
                 misfit = self.replicas.misfit(replica, model)
                 if misfit is not None:
-                    return self._give_up(replica, Fault(misfit), now)
+                    return self._give_up(replica, Fault(misfit, is_misfit=True), now)
                 out = self._observe_ready(replica, report, now)
             case AdapterResult():
                 out = (

@@ -50,7 +50,11 @@ class Losses:
         """Give a replica up. One whose connection alone failed goes on as another incarnation, with what it holds."""
         error, was_asked = EngineDeadError(fault.reason), self._lives.was_told_to_end(replica)
         is_renewed = fault.by_link and self._lives.can_renew(replica)
-        farewell = Fence(reason=fault.reason) if replica.is_guest and not replica.leaves else Shutdown()
+        farewell = (
+            Fence(reason=fault.reason, is_final=fault.is_misfit)
+            if replica.is_guest and not replica.leaves
+            else Shutdown()
+        )
         self._replicas.mark_dead(replica, error)
         if is_renewed:
             # Before its requests are looked at: they may wait for it.
@@ -66,7 +70,7 @@ class Losses:
             out += self._placer.stop(guilty, *guilty.unfinished.values())
             twice = "Another replica was lost with this request before: it is not tried again."
             self._endings.fail([guilty], EngineDeadError(f"{fault.reason.rstrip('.')}. {twice}"))
-        if replica.is_guest and not is_renewed:
+        if replica.is_guest and not is_renewed and not fault.is_misfit:
             self._joins_until, self._last_guest = now + _JOIN_SECONDS, error
         out += self.place_waiting(now, error)
         if is_renewed:

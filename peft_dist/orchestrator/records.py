@@ -30,13 +30,15 @@ class Outgoing(NamedTuple):
 class Fault(NamedTuple):
     """Why a replica is given up. ``hangs``, ``by_link``: As in ``Orchestrator.lose_replica``.
 
-    ``is_unseen``: Only that nothing is heard of it, over a network: its process may be well.
+    ``is_unseen``: Only that nothing is heard of it, over a network: its process may be well. ``is_misfit``: It has
+    another model, and so would the next one of its kind.
     """
 
     reason: str
     hangs: bool = False
     by_link: bool = False
     is_unseen: bool = False
+    is_misfit: bool = False
 
 
 class ReplicaState(enum.Enum):

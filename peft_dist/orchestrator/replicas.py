@@ -128,7 +128,8 @@ class ReplicaTable:
                     return (
                         f"Replica {replica.replica_id} has another model ({model.model}) than replica "
                         f"{other.replica_id} ({other.model.model}): other {name}, {here} and {there}. Give it the same "
-                        "files (with a hub id the same --revision), or start the server anew with the new ones."
+                        "files, config.json too (with a hub id the same --revision), or start the server anew with "
+                        "the new ones."
                     )
         return None
 

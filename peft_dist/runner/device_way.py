@@ -96,16 +96,15 @@ class DeviceWay:
     def allocate(self, num_bytes: int) -> Export | None:
         """None where there is no room to spare."""
         taken = -(-num_bytes // GRAIN_BYTES) * GRAIN_BYTES
-        spare = self._free_bytes() // 2
+        # Made under the lock: of two that ask at once each would see the same free memory.
         with self._lock:
-            if taken > min(_MOST_BYTES - self._used, spare):
+            if taken > min(_MOST_BYTES - self._used, self._free_bytes() // 2):
+                return None
+            try:
+                export = Export(self._make(num_bytes))
+            except MemoryGoneError:
                 return None
             self._used += taken
-        try:
-            export = Export(self._make(num_bytes))
-        except MemoryGoneError:
-            self._count(-taken)
-            return None
         weakref.finalize(export, self._count, -taken).atexit = False
         return export
 

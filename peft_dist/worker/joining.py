@@ -22,7 +22,7 @@ from peft_dist.core.restarts import RestartPolicy
 from peft_dist.core.waiting import unless
 from peft_dist.worker.kv_address import NOWHERE, of_guest
 from peft_dist.worker.launcher import LAUNCHERS, LaunchedReplica
-from peft_dist.worker.status import EXIT_FENCED, EXIT_ORPHANED
+from peft_dist.worker.status import EXIT_FENCED, EXIT_ORPHANED, EXIT_REFUSED
 
 logger = logging.getLogger("peft_dist.worker")
 _ASK_SECONDS = 1.0
@@ -84,6 +84,10 @@ async def join(settings: JoinSettings, stop: asyncio.Event) -> int:
                 await process.wait()
             if code == 0 or stop.is_set():
                 return code if code >= 0 else 128 - code
+            if code == EXIT_REFUSED:
+                # The next one would have the same files. Why stands in the replica's log, above.
+                logger.error("the server takes no replica with what lies here: not joining again")
+                return code
             # One that was given up, or waited for nobody, did not fail.
             is_well = code in (EXIT_FENCED, EXIT_ORPHANED)
             failures = 0 if is_well else settings.restart.failures(failures, clock() - began)

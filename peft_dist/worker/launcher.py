@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -36,7 +37,9 @@ def visible_gpus() -> list[str]:
     """NVIDIA GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` names them; found without torch."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:
-        return [gpu.strip() for gpu in chosen.split(",") if gpu.strip()]
+        # As CUDA reads it: what is behind an index that there cannot be is not seen.
+        named = itertools.takewhile(lambda gpu: gpu and not gpu.startswith("-"), map(str.strip, chosen.split(",")))
+        return list(named)
     return [str(index) for index, _ in enumerate(Path(_GPUS).glob("*"))]
 
 

@@ -61,7 +61,7 @@ class WorkerLoop:
         self._channel.watch(replica.fileno())
         self._channel.watch(replica.handovers.fileno())
         self._stopped = False
-        self.is_fenced = False
+        self.is_fenced = self.is_refused = False
         self._allegiance = allegiance
 
     def run(self) -> None:
@@ -110,10 +110,10 @@ class WorkerLoop:
                 self._channel.send(AdapterResult(call_id=command.call_id))
             case Shutdown():
                 self._stopped = True
-            case Fence(reason=reason):
+            case Fence(reason=reason, is_final=is_final):
                 # One that was let go before it hears this, because a sign of life crossed the farewell, ended well.
                 if not self._stopped:
-                    self.is_fenced = True
+                    self.is_fenced, self.is_refused = True, is_final
                     logger.error("the server goes on without this replica: %s", reason or "it has been given up")
                 self._stopped = True
             case NameAdapters() | KeepDrained() | Identify() | Adopt():

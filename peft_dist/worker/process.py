@@ -24,7 +24,7 @@ from peft_dist.worker.lifeline import drop_broken_output, watch_standard_input
 from peft_dist.worker.loop import WorkerLoop, describe
 from peft_dist.worker.rank_pulse import feel
 from peft_dist.worker.replica import Replica
-from peft_dist.worker.status import EXIT_FENCED, EXIT_ORPHANED, tell_status
+from peft_dist.worker.status import EXIT_FENCED, EXIT_ORPHANED, EXIT_REFUSED, tell_status
 from peft_dist.worker.tether import end_with_parent
 from peft_dist.worker.vigil import Vigil
 
@@ -121,6 +121,8 @@ def _serve(config: WorkerConfig, channel: Channel, allegiance: Allegiance, heart
             server.close()
     # Not after a failure: an engine that failed may fail again, and its first words are the ones that count.
     replica.close()
+    if loop.is_refused:
+        return EXIT_REFUSED
     return EXIT_FENCED if loop.is_fenced else 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -90,8 +91,11 @@ def feel(rank: int, size: int, seconds: float) -> Callable[[], bool]:
 
     host, store, told = os.environ.get("MASTER_ADDR", "127.0.0.1"), None, [0]
     if rank == 0:
-        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
-        told = [store.port]
+        # At the address where the ranks meet, and at no other.
+        family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
+        open_at = socket.create_server((host, 0), family=family)
+        told = [open_at.getsockname()[1]]
+        store = dist.TCPStore(host, told[0], is_master=True, wait_for_workers=False, master_listen_fd=open_at.detach())
     dist.broadcast_object_list(told, src=0)
     if store is None:
         count_up(dist.TCPStore(host, told[0], is_master=False), rank, seconds / _OFTEN)

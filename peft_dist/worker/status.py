@@ -7,6 +7,7 @@ from pathlib import Path
 
 EXIT_ORPHANED = 3
 EXIT_FENCED = 4
+EXIT_REFUSED = 5
 _NAME = "status"
 
 

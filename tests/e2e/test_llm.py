@@ -17,6 +17,7 @@ from peft_dist.core.errors import (
     ConfigError,
     EngineDeadError,
     InvalidRequestError,
+    PeftDistError,
     UnknownModelError,
 )
 from peft_dist.core.outputs import RequestOutput
@@ -374,3 +375,22 @@ def test_threads_take_turns(folder: Path) -> None:
 def test_options_of_other_engines(folder: Path, option: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         LLM(folder / "ids", **{option: True})
+
+
+def test_a_call_within_a_call_is_refused_and_the_outer_one_ends(folder: Path) -> None:
+    """As a handler of a signal would: it would wait for itself."""
+    with LLM(folder / "ids", dtype="float32") as llm:
+        expected = llm.generate([1, 2, 3], GREEDY, use_tqdm=False)[0].outputs[0].token_ids
+        step, refused = llm._open.engine.step, []
+
+        def interrupted(now: float) -> object:
+            if not refused:
+                for call in (lambda: llm.generate([1], GREEDY), llm.close):
+                    with pytest.raises(PeftDistError, match="within another call of the same object") as caught:
+                        call()
+                    refused.append(caught.value)
+            return step(now)
+
+        llm._open.engine.step = interrupted  # type: ignore[method-assign, assignment]
+        assert llm.generate([1, 2, 3], GREEDY, use_tqdm=False)[0].outputs[0].token_ids == expected
+        assert len(refused) == 2

@@ -44,6 +44,7 @@ def test_one_that_joins_is_refused_and_told_why(core: Orchestrator, other: dict[
     guest = core.replicas.join(9.0)
     [out] = ready(core, guest.replica_id, **other)
     assert isinstance(out.command, Fence) and "the same --revision" in out.command.reason
+    assert out.command.is_final, "it would come again with the same"
     [lost] = core.drain_events()
     assert isinstance(lost, ReplicaLost)
     with pytest.raises(Exception, match=words):
@@ -65,3 +66,11 @@ def test_one_that_comes_back_with_other_files_is_refused_too(core: Orchestrator)
     core.add_replica(0, 2.0)
     ready(core, 0, fingerprint="bb")
     assert not core.replicas.ready()
+
+
+def test_requests_do_not_wait_for_one_that_was_refused(core: Orchestrator) -> None:
+    core.submit(NewRequest("r", [1, 2], SamplingParams(max_tokens=4), None), 0.0)
+    guest = core.replicas.join(9.0)
+    ready(core, guest.replica_id, fingerprint="bb")
+    core.lose_replica(0, core.replicas[0].epoch, "killed", 1.0)
+    assert core.num_unfinished == 0

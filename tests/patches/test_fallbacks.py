@@ -238,6 +238,12 @@ def test_peft_leaves_no_hooks_when_its_own_path_fails(make: Callable[..., PeftMo
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="unknown_option"):
         model.generate(**call, adapter_names=oracle.NAMES, unknown_option=1)
     assert torch.equal(model.generate(**call), expected)
+    seen: list[int] = []
+    layer = next(module for module in model.modules() if hasattr(module, "lora_A"))
+    layer.register_forward_pre_hook(lambda module, inputs: seen.append(1))
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="unknown_option"):
+        model.generate(**call, adapter_names=oracle.NAMES, unknown_option=1)
+    assert torch.equal(model.generate(**call), expected) and seen, "the user's own hooks stay"
     peft_dist.unpatch(model)
     assert torch.equal(model.generate(**call), expected)
 

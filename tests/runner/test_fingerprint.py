@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, PreTrainedModel
 
 from peft_dist.core.config import EngineConfig
 from peft_dist.patches.sharding import shard_model
@@ -55,6 +55,25 @@ def test_other_settings_are_another_model(model: PreTrainedModel, tmp_path: Path
     model.config.rms_norm_eps = 1e-3
     model.save_pretrained(tmp_path / "other")
     assert mark(tmp_path / "other") != expected
+
+
+def test_every_column_counts(model: PreTrainedModel, tmp_path: Path) -> None:
+    expected = mark(tmp_path / "a")
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 2:
+                weight[:, 1:].mul_(1.01)
+    model.save_pretrained(tmp_path / "tuned")
+    assert mark(tmp_path / "tuned") != expected
+
+
+def test_defaults_of_a_library_are_no_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    FAMILIES["llama"]().save_pretrained(tmp_path / "a")
+    expected = mark(tmp_path / "a")
+    monkeypatch.setattr(LlamaConfig, "a_new_setting", 5, raising=False)
+    full = LlamaConfig.to_diff_dict
+    monkeypatch.setattr(LlamaConfig, "to_diff_dict", lambda self: {**full(self), "a_new_setting": 5})
+    assert mark(tmp_path / "a") == expected
 
 
 def test_random_weights_are_known_by_their_seed(tmp_path: Path) -> None:
