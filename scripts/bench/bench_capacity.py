@@ -1,6 +1,6 @@
 """How many tokens a second the orchestrator can pass on, and how long each is under way.
 
-    python scripts/bench/bench_capacity.py [--rates 10000 25000 40000 80000] [--streams 512] [--seconds 15]
+    python scripts/bench/bench_capacity.py [--rates 10000 25000 40000 80000] [--seconds 15] [--repeats 3]
 
 `peft-dist serve` as it is, with one replica whose engine draws known tokens of SmolLM2's tokenizer at a set rate
 (capacity_worker.py: a real worker process on the real socket) and a client process (capacity_client.py) with one
@@ -16,11 +16,13 @@ import argparse
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -223,16 +225,27 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[10_000, 25_000, 40_000, 80_000])
     parser.add_argument("--streams", type=int, default=512)
     parser.add_argument("--seconds", type=float, default=15.0, help="of each rate")
+    parser.add_argument("--repeats", type=int, default=1, help="of all rates in turn; medians are told too")
     parser.add_argument("--profile", type=Path, help="write what cProfile saw of the last server")
     parser.add_argument("--no-result", action="store_true", help="print only")
     args = parser.parse_args()
     figures = []
-    for rate in args.rates:
+    for rate in args.rates * args.repeats:
         num_tokens = max(int(rate * args.seconds / args.streams), 2)
         figures.append(run(args.streams, rate, num_tokens, args.profile))
         print(json.dumps(figures[-1]), flush=True)
+    medians = {f"{rate:g}": middle(figures, rate) for rate in args.rates}
+    print(json.dumps(medians))
     if not args.no_result:
-        print(write_result("capacity", figures))
+        print(write_result("capacity", {"runs": figures, "medians": medians}))
+
+
+def middle(figures: Sequence[dict[str, Any]], rate: float) -> dict[str, float]:
+    """Medians over the runs at a rate: of what was passed on, and of the added latency's P50 and P99 (ms)."""
+    own = [figure for figure in figures if figure["offered_tokens_per_second"] == rate]
+    passed = statistics.median(figure["received_tokens_per_second"] for figure in own)
+    late = {name: statistics.median(figure["added_latency_ms"][name] for figure in own) for name in ("p50", "p99")}
+    return {"received_tokens_per_second": passed, **late}
 
 
 if __name__ == "__main__":
