@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +13,7 @@ from peft_dist import cli_generate, cli_options
 from peft_dist.cli_bench import check_folders, report
 from peft_dist.cli_generate import WorkloadOptions
 from peft_dist.core.errors import ConfigError
+from peft_dist.core.versions import versions_of
 
 if TYPE_CHECKING:
     from peft_dist.sim.experiment import SimulationResult
@@ -163,10 +163,4 @@ def _told(result: SimulationResult) -> str:
 def _versions() -> dict[str, str]:
     from peft_dist import __version__
 
-    found = {"peft_dist": __version__}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed as a package"
-    return found
+    return {"peft_dist": __version__, **versions_of(_PACKAGES)}

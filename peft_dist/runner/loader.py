@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from peft_dist.patches.sharding import ModulePart
 from peft_dist.runner.random_weights import random_model
 
 logger = logging.getLogger(__name__)
-_VERSIONED = ("torch", "transformers", "peft", "accelerate")
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DEVICES = "auto, cpu, cuda or cuda:N"
@@ -197,14 +195,3 @@ def has_tokenizer(folder: str) -> bool:
     path = Path(folder)
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json", "spiece.model")
     return not path.is_dir() or any((path / name).exists() for name in names)
-
-
-def package_versions() -> dict[str, str]:
-    """Of what a model's answers may depend on."""
-    found = {}
-    for package in _VERSIONED:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed as a package"
-    return found

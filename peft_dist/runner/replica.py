@@ -17,6 +17,7 @@ from peft_dist.core.cost_model import CostModel
 from peft_dist.core.errors import AdapterError, ConfigError, UnfitAdapterError
 from peft_dist.core.grammars import Grammars
 from peft_dist.core.record_file import FULL, End, RecordFile, recording_folder
+from peft_dist.core.versions import versions_of
 from peft_dist.engine.assembly import assemble
 from peft_dist.engine.engine import Engine
 from peft_dist.engine.handovers import Handovers
@@ -44,7 +45,6 @@ from peft_dist.runner.loader import (
     load_model,
     load_tokenizer,
     max_positions,
-    package_versions,
     resolve_device,
 )
 from peft_dist.runner.memory import MemoryLeft, count_blocks
@@ -57,6 +57,7 @@ from peft_dist.runner.restart_check import check_restart
 from peft_dist.runner.warm_up import KernelWarmUp, run_largest_batch
 
 logger = logging.getLogger(__name__)
+_VERSIONED = ("torch", "transformers", "peft", "accelerate")
 
 
 @dataclass
@@ -336,6 +337,6 @@ def _describe(
         merge_way=runner.merge.way if runner.merge else "off",
         merge_bytes=runner.merge.num_bytes if runner.merge else 0,
         tokenizer=config.model if has_tokenizer(config.model) else None,
-        versions=package_versions(),
+        versions=versions_of(_VERSIONED),
         fingerprint=fingerprint,
     )
