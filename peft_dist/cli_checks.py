@@ -63,12 +63,13 @@ def check_gpus(num_replicas: int, engine: EngineConfig) -> None:
         return
     if engine.device == "auto" and version("torch").endswith("+cpu"):
         return
-    places = len(visible_gpus()) // engine.tensor_parallel_size
+    num_gpus = len(visible_gpus())
+    places = num_gpus // engine.tensor_parallel_size
     sharers = -(-num_replicas // places) if places else 0
     if sharers > 1 and sharers * engine.gpu_memory_utilization > 1:
         raise ConfigError(
             f"--replicas {num_replicas} of {engine.tensor_parallel_size} GPU(s) each are {sharers} on one GPU of the "
-            f"{len(visible_gpus())} here, where each takes {engine.gpu_memory_utilization:g} of its memory: lower "
+            f"{num_gpus} here, where each takes {engine.gpu_memory_utilization:g} of its memory: lower "
             f"--replicas to {places}, or --gpu-memory-utilization to at most {100 // sharers / 100:.2f}"
         )
 

@@ -192,7 +192,5 @@ def token_counter(name: str | None) -> CountTokens:
 
 
 def _tell(bad: BadRows) -> None:
-    for message in bad.examples:
-        typer.echo(f"skipped: {message}", err=True)
-    if bad.count > len(bad.examples):
-        typer.echo(f"skipped: {bad.count - len(bad.examples)} more bad rows", err=True)
+    for line in bad.lines():
+        typer.echo(line, err=True)

@@ -31,6 +31,13 @@ class BadRows:
         if len(self.examples) < _SHOWN:
             self.examples.append(message)
 
+    def lines(self) -> Iterator[str]:
+        """What is told of them."""
+        for message in self.examples:
+            yield f"skipped: {message}"
+        if self.count > len(self.examples):
+            yield f"skipped: {self.count - len(self.examples)} more bad rows"
+
 
 def open_text(path: Path) -> IO[str]:
     """A text file to read; gzip is recognised by its first bytes, not by its name. Raises ConfigError."""

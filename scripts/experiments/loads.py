@@ -15,7 +15,7 @@ from peft_dist.core.errors import ConfigError
 from peft_dist.workload import generator, lengths, synthetic, traces
 from peft_dist.workload.arrivals import Workload
 from peft_dist.workload.lengths import Filters, Lengths
-from peft_dist.workload.rows import BadRows, OnError
+from peft_dist.workload.rows import OnError
 from peft_dist.workload.traces import Trace, Window
 
 SHAREGPT = "ShareGPT_V3_unfiltered_cleaned_split.json"
@@ -134,11 +134,8 @@ def given(read: Mapping[Any, Trace | Lengths]) -> None:
 
 def tell(trace: Trace | Lengths) -> None:
     """On standard error: rows that were left out, and whether a file ends before its window."""
-    bad: BadRows = trace.bad
-    for message in bad.examples:
-        print(f"skipped: {message}", file=sys.stderr)
-    if bad.count > len(bad.examples):
-        print(f"skipped: {bad.count - len(bad.examples)} more bad rows", file=sys.stderr)
+    for line in trace.bad.lines():
+        print(line, file=sys.stderr)
     if isinstance(trace, Trace) and trace.short:
         print(f"warning: {trace.short}", file=sys.stderr)
 
