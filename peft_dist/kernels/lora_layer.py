@@ -78,14 +78,9 @@ class PooledLayer:
         self.moves += 1
         use_table(self.weights, table)
 
-    def copies(
-        self, pages: Sequence[int], A: torch.Tensor, B: torch.Tensor
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """(to, from) of the copies that bring A ``[r, in]`` and B ``[out, r]``, of any float type, into these pages."""
-        held = self.weights
-        for first, count, done in _segments(pages, held.page_rows, len(A)):
-            for target, source in ((held.A, A), (held.B, B.T)):
-                yield target[first : first + count], source[done : done + count]
+    def segments(self, pages: Sequence[int], rank: int) -> Iterator[tuple[int, int, int]]:
+        """(first row, rows, rows before it) of each run of these pages that lie side by side, for so many rows."""
+        return _segments(pages, self.weights.page_rows, rank)
 
     def read(self, slot: int) -> tuple[torch.Tensor, torch.Tensor, float]:
         """A ``[r, in]``, B ``[out, r]`` (a transposed view) and the scaling of a slot, copied out of its pages."""

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from peft_dist.kernels.lora_fill import fill_pages
 from peft_dist.kernels.lora_layer import PooledLayer
 from peft_dist.kernels.lora_workspace import LoRAWorkspace
 from peft_dist.kernels.slot_tables import SlotTables
-from peft_dist.kernels.transfer import move_together
 from peft_dist.kernels.types import LoRALayerWeights
 
 LayerTensors = tuple[torch.Tensor, torch.Tensor, float]
@@ -188,20 +188,9 @@ class LoRAPool:
         for index, tensors in weights.items():
             if self._rank_of(index, tensors) != reservation.ranks[index]:
                 raise ValueError(f"LoRA layer {index}: pages were reserved for rank {reservation.ranks[index]}")
+        pages = {index: (self._layers[index], reservation.pages[index], A, B) for index, (A, B, _) in weights.items()}
         with torch.no_grad():
-            parts = [part for A, B, _ in weights.values() for part in (A, B)]
-            if self.device.type != "cpu":
-                # As they lie over the bus; turned and cast over there.
-                parts = move_together(parts, lambda part: part.to(self.device, non_blocking=True))
-            moved = iter(parts)
-            copies = [
-                copy
-                for index in weights
-                for copy in self._layers[index].copies(reservation.pages[index], next(moved), next(moved))
-            ]
-            # One call: copy by copy, this thread would ask for the interpreter, which the model's thread needs, anew.
-            if copies:
-                torch._foreach_copy_([target for target, _ in copies], [source for _, source in copies])
+            fill_pages(list(pages.values()), self.device)
         reservation.scaling = {index: scaling for index, (_, _, scaling) in weights.items()}
         reservation.finite = finite
 

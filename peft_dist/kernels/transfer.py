@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -17,7 +18,21 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
-def move_together(tensors: Sequence[torch.Tensor], move: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+class Moved(NamedTuple):
+    """Where the copy of a tensor lies.
+
+    Attributes:
+        memory: What holds it, and maybe others.
+        address: Of its first element.
+        strides: As of the tensor, in elements.
+    """
+
+    memory: torch.Tensor
+    address: int
+    strides: tuple[int, ...]
+
+
+def move_together(tensors: Sequence[torch.Tensor], move: Callable[[torch.Tensor], torch.Tensor]) -> list[Moved]:
     """Copies of tensors, made by one call of ``move`` for each stretch of host memory that they share.
 
     An adapter's hundreds of tensors are views of one buffer; one by one, each copy to a device is a call that asks for
@@ -29,21 +44,22 @@ def move_together(tensors: Sequence[torch.Tensor], move: Callable[[torch.Tensor]
         move: What makes a copy.
 
     Returns:
-        Tensors of the same shapes and types, in the same order.
+        In the same order. Views would cost what they spare: hundreds of calls.
     """
-    moved: dict[int, torch.Tensor] = {}
+    moved: dict[int, Moved] = {}
     for places in _by_storage(tensors):
         first = min(_start(tensors[place]) for place in places) // _ALIGNMENT * _ALIGNMENT
         last = max(_start(tensors[place]) + tensors[place].nbytes for place in places)
         own = sum(tensors[place].nbytes for place in places)
         if len(places) == 1 or last - first > (1 + _MOST_BETWEEN) * own + _ALIGNMENT:
-            moved |= {place: move(tensors[place]) for place in places}
+            for place in places:
+                copy = move(tensors[place])
+                moved[place] = Moved(copy, copy.data_ptr(), copy.stride())
             continue
         stretch = move(_bytes_of(tensors[places[0]], first, last))
+        begin = stretch.data_ptr() - first
         for place in places:
-            tensor = tensors[place]
-            begin = _start(tensor) - first
-            moved[place] = stretch[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            moved[place] = Moved(stretch, begin + _start(tensors[place]), tensors[place].stride())
     return [moved[place] for place in range(len(tensors))]
 
 

@@ -11,6 +11,7 @@ import torch
 from peft_dist.core.adapter import AdapterSpec
 from peft_dist.core.errors import AdapterError
 from peft_dist.engine.executor import LoadOutcome
+from peft_dist.kernels.lora_fill import rehearse_fill
 from peft_dist.kernels.lora_pool import Reservation
 from peft_dist.runner.adapter_store import AdapterStore
 from peft_dist.runner.adapter_tensors import LoadedAdapter
@@ -36,6 +37,8 @@ class AdapterLoader:
         self._calls: BackgroundCalls[_Load, float] = BackgroundCalls("adapter-loader", NUM_THREADS, time_limit)
         is_cuda = store.pool.device.type == "cuda"
         self._stream = torch.cuda.Stream(store.pool.device) if is_cuda else None
+        if is_cuda:
+            rehearse_fill(torch.empty(0, dtype=store.pool.dtype, device=store.pool.device))
 
     def fileno(self) -> int:
         """Readable while ``take`` has something."""
@@ -97,7 +100,7 @@ class AdapterLoader:
         dtype = self._store.pool.dtype
         # Its file was checked; only a type of narrower range can make an infinity of a finite number.
         finite = all(
-            torch.finfo(w.B.dtype).max <= torch.finfo(dtype).max or w.B.dtype == dtype for w in adapter.weights.values()
+            torch.finfo(each).max <= torch.finfo(dtype).max for each in {w.B.dtype for w in adapter.weights.values()}
         )
         self._store.pool.fill(reservation, self._store.layer_tensors(adapter), finite=finite)
 

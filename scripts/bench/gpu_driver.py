@@ -6,6 +6,7 @@ import select
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,6 +57,7 @@ class Driver:
 
     Attributes:
         rounds: Every call of the engine, where they are kept.
+        loads: What came of every load, where rounds are kept.
         arrived: When each request that was submitted arrived, until it ends; the same clock as ``first_token``.
         first_token: When a request's first token came.
         errors: Of requests that failed.
@@ -67,8 +69,11 @@ class Driver:
         self.replica = replica
         self.rounds: list[Round] | None = [] if keeps_rounds else None
         self._decisions: list[Any] = []
+        self.loads: list[Any] = []
         if keeps_rounds:
             replica.engine.on_decision = self._decisions.append
+            executor = replica.engine.executor
+            executor.take_loaded = partial(self._noted, executor.take_loaded)
         self.arrived: dict[str, float] = {}
         self.first_token: dict[str, float] = {}
         self.errors: list[str] = []
@@ -116,6 +121,11 @@ class Driver:
             seconds = time.perf_counter() - began
             self.rounds.append(Round(began, seconds, decision, self._num_awaited - awaited))
         return progress
+
+    def _noted(self, take_loaded: Callable[[], list[Any]]) -> list[Any]:
+        outcomes = take_loaded()
+        self.loads += outcomes
+        return outcomes
 
     @property
     def _num_awaited(self) -> int:

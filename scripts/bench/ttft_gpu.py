@@ -6,7 +6,8 @@ Poisson arrivals. Half of the requests go to eight adapters that stay; their tim
 sixteen more that stay ("without loads"), or each to the next of 64 that take turns in sixteen places, so that every one
 of them loads ("with loads"). One round runs the same arrivals both ways; the order changes from round to round. The
 figure is P99 with loads over P99 without, of each round and of all rounds together (target: at most 1.1). Lines of
-the part "rounds" say what the engine did in the longest of its rounds, and between them, each way.
+the part "rounds" say what the engine did in the longest of its rounds, and between them, each way; how long each load
+took, from the request for it on and of it the copy to the device; and the times of the other requests.
 """
 
 from __future__ import annotations
@@ -47,24 +48,24 @@ def arrivals(seed: int, others: int, rate: float) -> list[tuple[float, bool]]:
 
 def ttft_round(
     driver: Driver, schedule: list[tuple[float, bool]], hot: list[Any], others: Iterator[Any], stream: Stream
-) -> list[float]:
-    """Seconds to the first token, from when it was due, of each request to a hot adapter."""
+) -> tuple[list[float], list[float]]:
+    """Seconds to the first token, from when it was due, of each request to a hot adapter, and of each other."""
     from peft_dist import SamplingParams
 
     params = SamplingParams(temperature=0.0, max_tokens=ROUND_TOKENS, ignore_eos=True)
     prompts = [stream.prompt(PROMPT_TOKENS) for _ in schedule]
     chosen = [hot[i % len(hot)] if is_hot else next(others) for i, (_, is_hot) in enumerate(schedule)]
-    due: dict[str, float] = {}
+    due: tuple[dict[str, float], dict[str, float]] = ({}, {})
     start, position = time.perf_counter(), 0
     while position < len(schedule) or driver.arrived:
         while position < len(schedule) and time.perf_counter() - start >= schedule[position][0]:
             at, is_hot = schedule[position]
             request_id = driver.submit(chosen[position], prompts[position], params, start + at)
-            if is_hot:
-                due[request_id] = start + at
+            due[not is_hot][request_id] = start + at
             position += 1
         driver.step(start + schedule[position][0] if position < len(schedule) else None)
-    return [driver.first_token[request_id] - at for request_id, at in due.items()]
+    to_hot, to_others = ([driver.first_token[name] - at for name, at in each.items()] for each in due)
+    return to_hot, to_others
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -73,6 +74,8 @@ def percentile(values: list[float], share: float) -> float:
 
 
 def milliseconds(values: list[float]) -> dict[str, float]:
+    if not values:
+        return {"n": 0}
     shares = {"p50_ms": 0.5, "p90_ms": 0.9, "p99_ms": 0.99}
     return {"n": len(values), **{name: round(percentile(values, at) * 1e3, 3) for name, at in shares.items()}}
 
@@ -140,23 +143,30 @@ def main() -> None:
     for way in others.values():  # Warms up.
         ttft_round(driver, arrivals(-1, 20, options.rate), hot, way, stream)
     found: dict[str, list[list[float]]] = {name: [] for name in others}
-    loads = dict.fromkeys(others, 0)
+    loads: dict[str, list[Any]] = {name: [] for name in others}
+    of_others: dict[str, list[float]] = {name: [] for name in others}
     steps: dict[str, list[list[Round]]] = {name: [] for name in others}
     for number in range(options.rounds):
         schedule = arrivals(number, options.loads, options.rate)
         for name in list(others) if number % 2 else list(others)[::-1]:
-            before, driver.rounds = manager.loads, []
-            found[name].append(ttft_round(driver, schedule, hot, others[name], stream))
-            loads[name] += manager.loads - before
+            driver.loads, driver.rounds = loads[name], []
+            to_hot, to_others = ttft_round(driver, schedule, hot, others[name], stream)
+            found[name].append(to_hot)
+            of_others[name] += to_others
             steps[name].append(driver.rounds)
     replica.close()
     for name, made in steps.items():
-        emit(engine="ours", part="rounds", way=name, **told(made))
+        emit(
+            engine="ours", part="rounds", way=name, **told(made), others=milliseconds(of_others[name]),
+            loads=milliseconds([each.seconds for each in loads[name]]),
+            copies=milliseconds([each.copy_seconds for each in loads[name] if each.copy_seconds is not None]),
+        )  # fmt: skip
     assert not driver.errors, driver.errors[:3]
     ratios = [percentile(a, 0.99) / percentile(b, 0.99) for a, b in zip(*list(found.values())[::-1], strict=True)]
     pooled = {name: [value for values in rounds for value in values] for name, rounds in found.items()}
     emit(
-        engine="ours", part="ttft", rank=options.rank, rate=options.rate, rounds=options.rounds, loads=loads,
+        engine="ours", part="ttft", rank=options.rank, rate=options.rate, rounds=options.rounds,
+        loads={name: len(ended) for name, ended in loads.items()},
         **{name: milliseconds(values) for name, values in pooled.items()},
         p99_ratios=[round(ratio, 3) for ratio in ratios], median_p99_ratio=round(statistics.median(ratios), 3),
         pooled_p99_ratio=round(percentile(pooled["with_loads"], 0.99) / percentile(pooled["without_loads"], 0.99), 3),
