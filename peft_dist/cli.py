@@ -109,7 +109,7 @@ def serve(
     gpu_memory_utilization: Annotated[float, typer.Option(help="Share of the device's memory to use.")] = 0.9,
     max_loras: Annotated[int, typer.Option(help="Adapters on the device at once.")] = 64,
     adapter_device_memory: Annotated[str | None, typer.Option(help="Room for adapters: 512MiB, 2GiB...")] = None,
-    adapter_host_memory: Annotated[str, typer.Option(help="Host copies of adapters: 0, 512MiB, 2GiB...")] = "2GiB",
+    adapter_host_memory: Annotated[str | None, typer.Option(help="Host copies of adapters: 0, 512MiB, 2GiB...")] = None,
     adapter_load_timeout: Annotated[float, typer.Option(help="Seconds for one load of an adapter.")] = 120.0,
     pin_adapter: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Stays on the device; repeatable.")
@@ -220,7 +220,9 @@ def serve(
             adapter_device_memory=None
             if adapter_device_memory is None
             else parse_bytes("--adapter-device-memory", adapter_device_memory),
-            adapter_host_memory=parse_bytes("--adapter-host-memory", adapter_host_memory),
+            adapter_host_memory=None
+            if adapter_host_memory is None
+            else parse_bytes("--adapter-host-memory", adapter_host_memory),
             pinned_adapters=tuple(pin_adapter or ()),
             num_threads=threads,
             fuse=not no_fuse,

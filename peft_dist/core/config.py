@@ -58,7 +58,7 @@ class EngineConfig:
             same number of rank rows to each. None is room for ``max_loras`` adapters of rank 16 (on CPU, where
             memory that was never written costs nothing, of rank 64), and for one of rank 256 at least.
         adapter_host_memory: Bytes of host memory for copies of adapters, from which they get to the device faster
-            than from disk. 0 keeps none.
+            than from disk. 0 keeps none. None is 2 GiB, and with a GPU a sixteenth of what is free, up to 16 GiB.
         adapter_load_timeout: Seconds for finding, reading and checking one adapter; None is no limit.
         pinned_adapters: Names of adapters given at the start that are loaded at once and stay on the device.
         tensor_parallel_size: Processes, each on a device of its own, that the weights of one replica are split over.
@@ -113,7 +113,7 @@ class EngineConfig:
     depth: int | None = None
     max_loras: int = 64
     adapter_device_memory: int | None = None
-    adapter_host_memory: int = 2 << 30
+    adapter_host_memory: int | None = None
     adapter_load_timeout: float | None = 120.0
     pinned_adapters: tuple[str, ...] = ()
     tensor_parallel_size: int = 1

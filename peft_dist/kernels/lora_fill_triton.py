@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
-
 import numpy as np
 import torch
 import triton
@@ -18,29 +15,9 @@ _BLOCK_COLUMNS = 1024
 _FIELDS = tl.constexpr(6)
 
 
-class Rows(NamedTuple):
-    """Some rows of a page, and where what belongs there lies on the same device.
-
-    Attributes:
-        target: Address of the first row; rows lie side by side.
-        source: Address of the first element.
-        count: Of rows.
-        width: Elements of a row.
-        row_stride: Elements of the source from a row to the next.
-        column_stride: And within a row.
-    """
-
-    target: int
-    source: int
-    count: int
-    width: int
-    row_stride: int
-    column_stride: int
-
-
 @triton.jit
 def fill_kernel(table, S: tl.constexpr, T: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
-    """Program (entry, block of columns). ``table`` is int64 ``[entries, 6]``, of ``Rows``."""
+    """Program (entry, block of columns). ``table`` is int64 ``[entries, 6]``, see ``fill_rows``."""
     entry = table + tl.program_id(0) * _FIELDS
     width = tl.load(entry + 3)
     first_column = tl.program_id(1) * BLOCK_COLUMNS
@@ -61,20 +38,24 @@ def fill_kernel(table, S: tl.constexpr, T: tl.constexpr, BLOCK_ROWS: tl.constexp
         first += BLOCK_ROWS
 
 
-def fill_rows(rows: Iterable[Rows], source: torch.dtype, target: torch.Tensor) -> None:
+def fill_rows(rows: np.ndarray, source: torch.dtype, target: torch.Tensor) -> None:
     """Copy, and round, rows of one type into others of the type of ``target``, on its device and current stream.
 
     Nobody may free the sources before that has run; on a CPU (Triton's interpreter) it has when this returns.
     Copy by copy an adapter of an 8B Llama is 448 launches: beside steps that fill the device each waits for its turn,
     0.06 s in all.
+
+    Args:
+        rows: int64 ``[entries, 6]``: some rows that lie side by side, and what belongs there: address of the first row,
+            address of the first element for it, number of rows, elements of a row, elements of the source from a row
+            to the next, and within a row.
     """
-    entries = np.array(list(rows), np.int64).reshape(-1, len(Rows._fields))
-    if not len(entries):
+    if not len(rows):
         return
-    table = to_device(torch.from_numpy(entries), target.device)
-    blocks = triton.cdiv(int(entries[:, 3].max()), _BLOCK_COLUMNS)
+    table = to_device(torch.from_numpy(rows), target.device)
+    blocks = triton.cdiv(int(rows[:, 3].max()), _BLOCK_COLUMNS)
     with device_of(target):
-        fill_kernel[(len(entries), blocks)](
+        fill_kernel[(len(rows), blocks)](
             table,
             S=triton_type(source),
             T=triton_type(target.dtype),

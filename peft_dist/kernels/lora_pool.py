@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from peft_dist.kernels.lora_fill import fill_pages
+from peft_dist.kernels.lora_fill import Entry, fill_pages
 from peft_dist.kernels.lora_layer import PooledLayer
 from peft_dist.kernels.lora_workspace import LoRAWorkspace
 from peft_dist.kernels.slot_tables import SlotTables
@@ -188,9 +188,9 @@ class LoRAPool:
         for index, tensors in weights.items():
             if self._rank_of(index, tensors) != reservation.ranks[index]:
                 raise ValueError(f"LoRA layer {index}: pages were reserved for rank {reservation.ranks[index]}")
-        pages = {index: (self._layers[index], reservation.pages[index], A, B) for index, (A, B, _) in weights.items()}
+        entries = [Entry(self._layers[index], reservation.pages[index], A, B) for index, (A, B, _) in weights.items()]
         with torch.no_grad():
-            fill_pages(list(pages.values()), self.device)
+            fill_pages(entries, self.device)
         reservation.scaling = {index: scaling for index, (_, _, scaling) in weights.items()}
         reservation.finite = finite
 

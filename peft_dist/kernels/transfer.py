@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 # What lies between tensors goes along with them, up to so much of their own bytes.
@@ -19,64 +19,43 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 class Moved(NamedTuple):
-    """Where the copy of a tensor lies.
+    """Where copies of some tensors lie, contiguous.
 
     Attributes:
-        memory: What holds it, and maybe others.
-        address: Of its first element.
-        strides: As of the tensor, in elements.
+        memory: What holds them.
+        addresses: int64 ``[tensors]``, of their first elements.
     """
 
-    memory: torch.Tensor
-    address: int
-    strides: tuple[int, ...]
+    memory: list[torch.Tensor]
+    addresses: np.ndarray
 
 
-def move_together(tensors: Sequence[torch.Tensor], move: Callable[[torch.Tensor], torch.Tensor]) -> list[Moved]:
-    """Copies of tensors, made by one call of ``move`` for each stretch of host memory that they share.
+def move_together(tensors: Sequence[torch.Tensor], move: Callable[[torch.Tensor], torch.Tensor]) -> Moved:
+    """Copies of tensors, made by one call of ``move`` where they share a stretch of host memory, else by one for each.
 
     An adapter's hundreds of tensors are views of one buffer; one by one, each copy to a device is a call that asks for
-    the interpreter, which the thread that launches the steps needs.
+    the interpreter, which the thread that launches the steps needs. So would be a view for each on the device.
 
     Args:
-        tensors: Of any type and place. Those that are not contiguous, or not in host memory, are moved one by one, and
-            so are those with much else between them.
+        tensors: Of any type and place. All are moved one by one where one of them is not contiguous or not in host
+            memory, and where much else lies between them.
         move: What makes a copy.
-
-    Returns:
-        In the same order. Views would cost what they spare: hundreds of calls.
     """
-    moved: dict[int, Moved] = {}
-    for places in _by_storage(tensors):
-        first = min(_start(tensors[place]) for place in places) // _ALIGNMENT * _ALIGNMENT
-        last = max(_start(tensors[place]) + tensors[place].nbytes for place in places)
-        own = sum(tensors[place].nbytes for place in places)
-        if len(places) == 1 or last - first > (1 + _MOST_BETWEEN) * own + _ALIGNMENT:
-            for place in places:
-                copy = move(tensors[place])
-                moved[place] = Moved(copy, copy.data_ptr(), copy.stride())
-            continue
-        stretch = move(_bytes_of(tensors[places[0]], first, last))
-        begin = stretch.data_ptr() - first
-        for place in places:
-            moved[place] = Moved(stretch, begin + _start(tensors[place]), tensors[place].stride())
-    return [moved[place] for place in range(len(tensors))]
+    starts = np.array([tensor.data_ptr() for tensor in tensors], np.int64)
+    if len(tensors) < 2 or not all(tensor.is_cpu and tensor.is_contiguous() for tensor in tensors):
+        return _move_each(tensors, move)
+    sizes = np.array([tensor.nbytes for tensor in tensors], np.int64)
+    storage = tensors[0].untyped_storage()
+    begin = storage.data_ptr()
+    first = (int(starts.min()) - begin) // _ALIGNMENT * _ALIGNMENT
+    last = int((starts + sizes).max()) - begin
+    # Whatever lies within this storage is a view of it.
+    if first < 0 or last > storage.nbytes() or last - first > (1 + _MOST_BETWEEN) * sizes.sum() + _ALIGNMENT:
+        return _move_each(tensors, move)
+    stretch = move(torch.empty(0, dtype=torch.uint8).set_(storage, first, (last - first,), (1,)))
+    return Moved([stretch], starts - (begin + first) + stretch.data_ptr())
 
 
-def _by_storage(tensors: Sequence[torch.Tensor]) -> Iterable[list[int]]:
-    """Places in ``tensors``: together those that are plain views of the same host memory."""
-    found: defaultdict[object, list[int]] = defaultdict(list)
-    for place, tensor in enumerate(tensors):
-        is_plain = tensor.is_contiguous() and tensor.device.type == "cpu" and tensor.numel()
-        found[tensor.untyped_storage().data_ptr() if is_plain else (place,)].append(place)
-    return found.values()
-
-
-def _start(tensor: torch.Tensor) -> int:
-    """Bytes from the beginning of its storage."""
-    return int(tensor.storage_offset()) * tensor.itemsize
-
-
-def _bytes_of(tensor: torch.Tensor, first: int, last: int) -> torch.Tensor:
-    """uint8 ``[last - first]`` of the tensor's storage."""
-    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage(), first, (last - first,), (1,))
+def _move_each(tensors: Sequence[torch.Tensor], move: Callable[[torch.Tensor], torch.Tensor]) -> Moved:
+    copies = [move(tensor).contiguous() for tensor in tensors]
+    return Moved(copies, np.array([copy.data_ptr() for copy in copies], np.int64))

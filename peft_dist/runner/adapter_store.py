@@ -48,7 +48,7 @@ class AdapterStore:
             host_memory: Bytes.
         """
         self.pool = pool
-        self.host = HostTier(host_memory, pinned=pool.device.type == "cuda")
+        self.host = HostTier(host_memory)
         self._model = model
         self._modules = modules
         self._layers: dict[str, int] = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import mmap
 import pickle
 import struct
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,6 +15,7 @@ import msgspec
 import torch
 
 from peft_dist.core.errors import AdapterError, UnfitAdapterError
+from peft_dist.kernels.pinned import HostBuffer
 from peft_dist.runner.adapter_files import PICKLE_NAME, SAFETENSORS_NAME, open_regular, read_exactly
 
 MAX_HEADER_BYTES = 100_000_000
@@ -110,9 +110,12 @@ class SafetensorsFile:
         self.shapes = {name: entry.shape for name, entry in self._entries.items()}
 
     def read(self, pin_memory: bool = False) -> dict[str, torch.Tensor]:
-        data = _buffer(self._num_bytes, pin_memory)
+        buffer = HostBuffer(self._num_bytes)
+        data = buffer.tensor
         self._data = memoryview(data.numpy())
         read_exactly(self._file, self._data, SAFETENSORS_NAME)
+        if pin_memory:
+            buffer.lock()
         for dtype in {_DTYPES[entry.dtype] for entry in self._entries.values()}:
             self._flat[dtype] = data[: self._num_bytes // dtype.itemsize * dtype.itemsize].view(dtype)
         self._tensors = {name: self._view(data, entry) for name, entry in self._entries.items()}
@@ -203,25 +206,19 @@ class PickleFile:
         return (memoryview(self._tensors[name].view(-1).view(torch.uint8).numpy()) for name in names)
 
 
-def _buffer(num_bytes: int, pin_memory: bool) -> torch.Tensor:
-    """uint8 ``[num_bytes]`` of anything."""
-    if pin_memory or not num_bytes:
-        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pin_memory)
-    # From the system and back to it: among the allocator's small objects, buffers that come and go would leave holes.
-    return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)
-
-
 def in_one_buffer(tensors: Mapping[str, torch.Tensor], *, pin_memory: bool) -> dict[str, torch.Tensor]:
-    """Copies; of pinned buffers each is rounded up to a power of two."""
+    """Copies, in memory that is locked for GPUs where ``pin_memory`` says so."""
     starts, end = {}, 0
     for name, tensor in tensors.items():
         starts[name], end = end, end + -(-tensor.nbytes // 8) * 8
-    data = _buffer(end, pin_memory)
-    pinned = {}
+    buffer = HostBuffer(end)
+    copies = {}
     for name, tensor in tensors.items():
-        part = data[starts[name] : starts[name] + tensor.nbytes]
-        pinned[name] = part.view(tensor.dtype).view(tensor.shape).copy_(tensor)
-    return pinned
+        part = buffer.tensor[starts[name] : starts[name] + tensor.nbytes]
+        copies[name] = part.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+    if pin_memory:
+        buffer.lock()
+    return copies
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from peft_dist.core.adapter import AdapterSpec
-from peft_dist.kernels.pinned import pinned_bytes
 from peft_dist.runner.adapter_tensors import LoadedAdapter
 
 
@@ -19,10 +18,8 @@ class HostTier:
     called for; an adapter that is larger is not kept otherwise.
     """
 
-    def __init__(self, capacity: int, *, pinned: bool = False) -> None:
-        """``pinned``: The copies are page-locked, and so take more than their bytes (``pinned_bytes``)."""
+    def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self._pinned = pinned
         self.hits = 0
         self.misses = 0
         self._lock = threading.Lock()
@@ -52,8 +49,8 @@ class HostTier:
             adapter = self._copies.get(key, self._kept.get(key))
             if adapter is None:
                 self.misses += 1
-                if self._size(spec) <= self.capacity:
-                    self._trim(self.capacity - self._size(spec))
+                if spec.num_bytes <= self.capacity:
+                    self._trim(self.capacity - spec.num_bytes)
             else:
                 self.hits += 1
                 if key in self._copies:
@@ -61,7 +58,7 @@ class HostTier:
         try:
             if adapter is None:
                 adapter = read()
-                if self._size(spec) <= self.capacity:
+                if spec.num_bytes <= self.capacity:
                     with self._lock:
                         adapter = self._copies.setdefault(key, adapter)
             yield adapter
@@ -91,15 +88,12 @@ class HostTier:
             self._copies.pop(content_hash, None)
             self._kept.pop(content_hash, None)
 
-    def _size(self, spec: AdapterSpec) -> int:
-        return pinned_bytes(spec.num_bytes) if self._pinned else spec.num_bytes
-
     def _num_bytes(self) -> int:
-        return sum(self._size(adapter.spec) for adapter in self._copies.values())
+        return sum(adapter.spec.num_bytes for adapter in self._copies.values())
 
     def _trim(self, target: int) -> None:
         excess = self._num_bytes() - target
         for key in [key for key in self._copies if not self._in_use[key]]:
             if excess <= 0:
                 return
-            excess -= self._size(self._copies.pop(key).spec)
+            excess -= self._copies.pop(key).spec.num_bytes

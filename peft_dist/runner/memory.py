@@ -15,6 +15,8 @@ from peft_dist.kernels.lora_pool import LoRAPool
 
 logger = logging.getLogger(__name__)
 
+_LEAST_FOR_ADAPTERS, _MOST_FOR_ADAPTERS = 2 << 30, 16 << 30
+
 Room = Callable[[bool], int | None]
 """Bytes that can still be taken now, on the model's device (True) or of the host; None where nobody knows."""
 
@@ -119,6 +121,15 @@ def free_memory() -> int:
         return int(lines["MemAvailable"].split()[0]) * 1024
     except (FileNotFoundError, KeyError):
         return 0
+
+
+def adapter_host_bytes(config: EngineConfig, device: torch.device) -> int:
+    """Of host memory for copies of adapters: as asked for, else what a host can spare for each of its GPUs."""
+    if config.adapter_host_memory is not None:
+        return config.adapter_host_memory
+    if device.type == "cpu":
+        return _LEAST_FOR_ADAPTERS
+    return max(_LEAST_FOR_ADAPTERS, min(free_memory() // 16, _MOST_FOR_ADAPTERS))
 
 
 def _free_device_bytes(

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from peft_dist.core.config import EngineConfig
 from peft_dist.core.errors import ConfigError
 from peft_dist.runner.adapter_modules import ModuleShape
-from peft_dist.runner.memory import Room, free_memory
+from peft_dist.runner.memory import Room, adapter_host_bytes, free_memory
 from peft_dist.runner.merge_state import MergeState
 from peft_dist.runner.merged_ratio import row_rms
 from peft_dist.runner.swapped_models import SwappedModels
@@ -39,7 +39,7 @@ def make_merging(
     merging: Merging
     if config.exec_type == "vllm":
         # Copies of whole models are no copies of adapters: adapter_host_memory would hold none of them.
-        host_budget = free_memory() // 2 or config.adapter_host_memory
+        host_budget = free_memory() // 2 or adapter_host_bytes(config, model.device)
         merging = SwappedModels(model, paths, config.resident_models, host_budget, room)
     else:
         merging = MergeState(model, config.merge, room, paths)

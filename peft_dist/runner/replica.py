@@ -47,7 +47,7 @@ from peft_dist.runner.loader import (
     max_positions,
     resolve_device,
 )
-from peft_dist.runner.memory import MemoryLeft, count_blocks
+from peft_dist.runner.memory import MemoryLeft, adapter_host_bytes, count_blocks
 from peft_dist.runner.merge_setup import as_in_the_base, later_device_bytes, make_merging
 from peft_dist.runner.model_runner import ModelRunner
 from peft_dist.runner.packing import prepare_layers
@@ -245,7 +245,7 @@ def build_replica(config: EngineConfig) -> Replica:
     left.promised = (config.num_blocks or 0) * per_block
     merge = make_merging(config, model, modules, left)
     ranks.check_alike("merge", merge.way if merge is not None else "off")
-    store = AdapterStore(model, ranks.whole(as_in_the_base(modules, merge)), pool, config.adapter_host_memory)
+    store = AdapterStore(model, ranks.whole(as_in_the_base(modules, merge)), pool, adapter_host_bytes(config, device))
     num_blocks = count_blocks(
         config,
         device,

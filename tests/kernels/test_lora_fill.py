@@ -47,15 +47,15 @@ def test_all_layers_of_an_adapter(source: torch.dtype, target: torch.dtype, devi
     layers = [poisoned_layer(ins, outs, target, 6) for ins, outs, _, _ in sizes]
     # As a file is read: one buffer, on the host.
     flat = torch.randn(sum(rank * (ins + outs) for ins, outs, rank, _ in sizes) + 5).to(source)
-    entries: list[Entry] = []
+    entries = []
     start = 5
     for layer, (ins, outs, rank, pages) in zip(layers, sizes, strict=True):
         A = flat[start : start + rank * ins].view(rank, ins)
         start += rank * ins
-        entries.append((layer, pages, A, flat[start : start + outs * rank].view(outs, rank)))
+        entries.append(Entry(layer, pages, A, flat[start : start + outs * rank].view(outs, rank)))
         start += outs * rank
     moved = move_together([part for *_, A, B in entries for part in (A, B)], lambda part: part.to(device, copy=True))
-    assert len({each.memory.data_ptr() for each in moved}) == 1
+    assert len(moved.memory) == 1
     fill_from_device(entries, moved)
     for layer, pages, A, B in entries:
         assert_holds(layer, list(pages), A, B)
@@ -72,12 +72,13 @@ def test_all_layers_of_an_adapter(source: torch.dtype, target: torch.dtype, devi
     )
 )  # fmt: skip
 def test_any_ranks_pages_and_types(asked: list[tuple[int, int, int, torch.dtype, bool, list[int]]]) -> None:
-    entries: list[Entry] = []
+    entries = []
     for rank, ins, outs, dtype, turned, pages in asked:
         layer = poisoned_layer(ins, outs, torch.float32, 6)
         B = torch.randn(rank, outs).to(dtype).T if turned else torch.randn(outs, rank).to(dtype)
-        entries.append((layer, pages[: -(-rank // 8)], torch.randn(rank, ins).to(dtype), B))
-    fill_from_device(entries, move_together([p for *_, A, B in entries for p in (A, B)], lambda part: part.to(DEVICE)))
+        entries.append(Entry(layer, pages[: -(-rank // 8)], torch.randn(rank, ins).to(dtype), B))
+    parts = [part for *_, A, B in entries for part in (A, B)]
+    fill_from_device(entries, move_together(parts, lambda part: part.to(DEVICE, copy=True)))
     for layer, pages, A, B in entries:
         assert_holds(layer, list(pages), A, B)
 

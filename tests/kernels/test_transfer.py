@@ -24,17 +24,13 @@ class Copies:
         return tensor.clone()
 
 
-def tensor_at(moved: Moved, like: torch.Tensor) -> torch.Tensor:
-    memory = (ctypes.c_char * like.nbytes).from_address(moved.address)
-    return torch.frombuffer(memory, dtype=like.dtype).as_strided(like.shape, moved.strides)
-
-
-def equal_copies(moved: list[Moved], tensors: list[torch.Tensor]) -> bool:
-    return len(moved) == len(tensors) and all(
-        torch.equal(tensor_at(a, b).contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
-        and a.address != b.data_ptr()
-        for a, b in zip(moved, tensors, strict=True)
-    )
+def equal_copies(moved: Moved, tensors: list[torch.Tensor]) -> bool:
+    assert len(moved.addresses) == len(tensors)
+    for address, tensor in zip(moved.addresses.tolist(), tensors, strict=True):
+        copy = torch.frombuffer((ctypes.c_char * tensor.nbytes).from_address(address), dtype=torch.uint8)
+        if address == tensor.data_ptr() or not torch.equal(copy, tensor.contiguous().view(torch.uint8).flatten()):
+            return False
+    return True
 
 
 def views(buffer: torch.Tensor, shapes: list[tuple[int, int]], gap: int = 0) -> list[torch.Tensor]:
@@ -60,12 +56,19 @@ def test_little_of_a_large_buffer_is_not_moved_with_all_of_it() -> None:
     assert copies.num_bytes == [480, 480]
 
 
-def test_what_is_turned_is_moved_by_itself() -> None:
+def test_beside_what_is_turned_all_are_moved_by_themselves() -> None:
     buffer, copies = torch.randn(1000), Copies()
     plain, turned, other = views(buffer, [(4, 30), (5, 6), (7, 2)])
     tensors = [plain, turned.T, other]
     assert equal_copies(move_together(tensors, copies), tensors)
-    assert sorted(copies.num_bytes) == [120, 56 + 120 + 480 + 12]
+    assert copies.num_bytes == [480, 120, 56]
+
+
+def test_tensors_of_two_buffers_are_moved_by_themselves() -> None:
+    copies = Copies()
+    tensors = [*views(torch.randn(200), [(4, 30)]), *views(torch.randn(200), [(5, 6), (2, 2)])]
+    assert equal_copies(move_together(tensors, copies), tensors)
+    assert copies.num_bytes == [480, 120, 16]
 
 
 @settings(max_examples=60, deadline=None)

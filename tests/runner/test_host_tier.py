@@ -77,16 +77,6 @@ def test_what_is_kept_stays_beyond_the_budget_until_it_is_released() -> None:
     assert fetch(tier, first) and fetch(tier, second)
 
 
-def test_pinned_copies_count_what_their_buffers_take() -> None:
-    """torch's allocator rounds each pinned buffer up to a power of two."""
-    tier = HostTier(16, pinned=True)
-    first, second, third = adapter_of("first", 5), adapter_of("second", 8), adapter_of("third", 17)
-    assert fetch(tier, first) and tier.num_bytes == 8
-    assert fetch(tier, second) and tier.num_bytes == 16 and not fetch(tier, first)
-    assert fetch(tier, adapter_of("fourth", 1)) and [spec.name for spec in tier.specs] == ["first", "fourth"]
-    assert fetch(tier, third) and [spec.name for spec in tier.specs] == ["first", "fourth"], "32 bytes never fit"
-
-
 def test_a_failing_read_leaves_nothing() -> None:
     tier = HostTier(10)
     adapter = adapter_of("a", 4)

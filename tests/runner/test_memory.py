@@ -12,7 +12,7 @@ from peft_dist.core.errors import ConfigError
 from peft_dist.kernels.lora_pool import LoRAPool
 from peft_dist.runner import memory
 from peft_dist.runner.graph_setup import graph_bytes
-from peft_dist.runner.memory import MemoryLeft, count_blocks
+from peft_dist.runner.memory import MemoryLeft, adapter_host_bytes, count_blocks
 
 CUDA = torch.device("cuda", 0)
 TOTAL = 1000
@@ -95,3 +95,11 @@ def test_nothing_is_left_for_merged_steps_where_there_are_none(more: dict[str, s
         return graph_bytes(options(device="cuda", **more), 1000, 32, 1 << 20)
 
     assert taken(**more) == taken(merge="off") < taken()
+
+
+@pytest.mark.parametrize(("free", "wanted"), [(0, 2), (16, 2), (64, 4), (128, 8), (2000, 16)])
+def test_copies_of_adapters_get_a_part_of_a_gpus_host(free: int, wanted: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_memory", lambda: free << 30)
+    assert adapter_host_bytes(EngineConfig("m"), CUDA) == wanted << 30
+    assert adapter_host_bytes(EngineConfig("m"), torch.device("cpu")) == 2 << 30
+    assert adapter_host_bytes(EngineConfig("m", adapter_host_memory=0), CUDA) == 0
