@@ -71,7 +71,8 @@ class EngineConfig:
             this package, in the modules whose code is known; off runs Hugging Face's code.
         attention_backend: "auto" takes the fastest that is installed: on a GPU "vllm-flash-attn" (found in vllm, the
             kernels package or vllm_flash_attn), "flashinfer", "triton" or "torch", on a CPU "c" or "torch". A layer
-            that it does not take runs in the next one.
+            that it does not take runs in the next one. Where steps are captured, "auto" takes "flashinfer", which is
+            planned on the host, only where nothing else runs on the GPU.
         kv_transfer: Where KV that moves to another replica of the host lies on its way: "auto" in device memory if a
             GPU offers it, "host" in host memory. "nixl" is "auto", and to other hosts it goes by NIXL where both have
             it (unencrypted), over TCP where not.

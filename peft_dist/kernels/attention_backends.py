@@ -33,6 +33,7 @@ def choose(
     block_size: int,
     wanted: str = "auto",
     compile_kernels: bool = True,
+    captured: bool = False,
 ) -> str:
     """Name of the back end for a model, loaded and ready: what goes into ``AttentionMetadata.backend``. Logs it.
 
@@ -43,6 +44,8 @@ def choose(
         block_size: Tokens of one KV block.
         wanted: "auto", or one of ``NAMES``.
         compile_kernels: Allow building the C kernels.
+        captured: Steps are to be captured as CUDA graphs: "auto" takes what graphs cannot hold only where nothing else
+            runs, because steps that Python launches cost more than any attention saves.
 
     Raises:
         BackendUnavailableError: ``wanted`` cannot run here.
@@ -52,19 +55,19 @@ def choose(
         AttentionNeeds(device, dtype, dtype, heads, heads, dim, dim, block_size) for heads, dim in dict.fromkeys(shapes)
     ]
     names = order(device) if wanted == "auto" else (wanted,)
-    refused = []
+    refused: list[str] = []
+    behind: list[AttentionBackend] = []
     for name in names:
-        reason = None if name != "c" or compile_kernels else "building them is switched off (compile_kernels=False)"
-        found = load(name, device) if reason is None else reason
-        if not isinstance(found, str):
-            reasons = [found.supports(needs) for needs in layers]
-            if None in reasons or not reasons:
-                if refused:
-                    logger.info("attention back ends that were passed over: %s", "; ".join(refused))
-                logger.info("attention for %s on %s: %s", dtype, device, found.description)
-                return name
-            found = next(text for text in reasons if text is not None)
-        refused.append(f"{name}: {found}")
+        found = _found(name, device, layers, compile_kernels)
+        if isinstance(found, str):
+            refused.append(f"{name}: {found}")
+        elif captured and wanted == "auto" and not found.graph_capturable:
+            behind.append(found)
+        else:
+            refused += [f"{other.name}: CUDA graphs cannot hold it" for other in behind]
+            return _chosen(found, device, dtype, refused)
+    if behind:
+        return _chosen(behind[0], device, dtype, refused)
     remedy = _REMEDY.get(wanted, "use 'auto'")
     raise BackendUnavailableError(
         f"attention back end {wanted!r} cannot run on {device} in {dtype}: {refused[-1].split(': ', 1)[1]}. "
@@ -72,10 +75,24 @@ def choose(
     )
 
 
-def capturable(name: str, device: torch.device | str) -> bool:
-    """Whether CUDA graphs can hold this back end's calls."""
-    found = load(name, torch.device(device))
-    return not isinstance(found, str) and found.graph_capturable
+def _found(
+    name: str, device: torch.device, layers: Sequence[AttentionNeeds], compile_kernels: bool
+) -> AttentionBackend | str:
+    """A back end that takes one of these layers at least, or why it does not."""
+    if name == "c" and not compile_kernels:
+        return "building them is switched off (compile_kernels=False)"
+    found = load(name, device)
+    if isinstance(found, str):
+        return found
+    reasons = [found.supports(needs) for needs in layers]
+    return found if not reasons or None in reasons else str(reasons[0])
+
+
+def _chosen(found: AttentionBackend, device: torch.device, dtype: torch.dtype, refused: list[str]) -> str:
+    if refused:
+        logger.info("attention back ends that were passed over: %s", "; ".join(refused))
+    logger.info("attention for %s on %s: %s", dtype, device, found.description)
+    return found.name
 
 
 def order(device: torch.device) -> tuple[str, ...]:

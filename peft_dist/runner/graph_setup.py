@@ -1,14 +1,17 @@
-"""Whether steps are captured as CUDA graphs, and the memory that this takes."""
+"""Whether steps are captured as CUDA graphs, with which attention, and the memory that this takes."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 
 from peft_dist.core.config import EngineConfig
+from peft_dist.core.errors import ConfigError
 from peft_dist.kernels import attention_backends
+from peft_dist.kernels.attention_interface import BackendUnavailableError
 from peft_dist.kernels.backend import has_triton
 from peft_dist.kernels.capture import CudaCapture
 from peft_dist.kernels.cpu_build import cache_dir
@@ -36,9 +39,24 @@ _ROUNDS = 3
 _MOST_SPARED = 0.6
 
 
+def choose_attention(
+    config: EngineConfig, device: torch.device, dtype: torch.dtype, shapes: Sequence[tuple[int, int]]
+) -> str:
+    """As ``attention_backends.choose``, for a model with these (num_kv_heads, head_dim) of layers.
+
+    Raises:
+        ConfigError: what was asked for cannot run.
+    """
+    blocks, wanted, captured = config.block_size, config.attention_backend, _wants_captures(config, device)
+    try:
+        return attention_backends.choose(device, dtype, shapes, blocks, wanted, config.compile_kernels, captured)
+    except BackendUnavailableError as error:
+        raise ConfigError(f"attention_backend={wanted!r}: {error}") from error
+
+
 def are_captured(config: EngineConfig, device: torch.device, attention_backend: str) -> bool:
     """Whether the steps of this replica can be captured, and shall be."""
-    if device.type != "cuda" or config.enforce_eager:
+    if not _wants_captures(config, device):
         return False
     found = attention_backends.load(attention_backend, device)
     if isinstance(found, str) or not found.graph_capturable:
@@ -108,6 +126,10 @@ def make_products(device: torch.device, few_rows: FewRows | None, parts_beside: 
     most = _MOST_SPARED * torch.cuda.get_device_properties(device).multi_processor_count
     spared = [count for count in SPARED if count <= most]
     return Products(plans, few_rows, parts_beside, partial(graph_milliseconds, rounds=_ROUNDS), spared)
+
+
+def _wants_captures(config: EngineConfig, device: torch.device) -> bool:
+    return device.type == "cuda" and not config.enforce_eager
 
 
 def _is_measured(device: torch.device) -> bool:

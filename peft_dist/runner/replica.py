@@ -22,8 +22,7 @@ from peft_dist.engine.assembly import assemble
 from peft_dist.engine.engine import Engine
 from peft_dist.engine.handovers import Handovers
 from peft_dist.engine.recorded_moves import make_handovers
-from peft_dist.kernels import attention_backends, backend
-from peft_dist.kernels.attention_interface import BackendUnavailableError
+from peft_dist.kernels import backend
 from peft_dist.kernels.kv_pool import KVCachePool, block_bytes
 from peft_dist.kernels.lora_pool import LoRAPool
 from peft_dist.patches.sharding import num_outputs
@@ -36,7 +35,7 @@ from peft_dist.runner.decision_log import DecisionLog
 from peft_dist.runner.device_way import choose_device_way
 from peft_dist.runner.executor import TorchExecutor
 from peft_dist.runner.fingerprint import Fingerprint
-from peft_dist.runner.graph_setup import are_captured, graph_bytes, make_graphs
+from peft_dist.runner.graph_setup import are_captured, choose_attention, graph_bytes, make_graphs
 from peft_dist.runner.kv_probe import probe_kv_shapes
 from peft_dist.runner.kv_transfers import Transport
 from peft_dist.runner.loader import (
@@ -234,7 +233,7 @@ def build_replica(config: EngineConfig) -> Replica:
     modules = describe_modules(model)
     num_rows = count_rows(config, modules, device, model.dtype)
     pool = LoRAPool(device, model.dtype, num_rows=num_rows, num_slots=config.max_loras)
-    attention = _choose_attention(config, device, model.dtype, shapes)
+    attention = choose_attention(config, device, model.dtype, shapes)
     lora = backend.choose_lora(device, config.compile_kernels, model.dtype)
     captured = are_captured(config, device, attention)
     eos = end_of_sequence_ids(model)
@@ -283,17 +282,6 @@ def build_replica(config: EngineConfig) -> Replica:
     replica = Replica(engine, make_handovers(engine), info, store, runner, executor, config, config, identity, kernels)
     replica.warm_up(progress=ranks.rank == 0)
     return replica
-
-
-def _choose_attention(
-    config: EngineConfig, device: torch.device, dtype: torch.dtype, shapes: list[tuple[int, int]]
-) -> str:
-    try:
-        return attention_backends.choose(
-            device, dtype, shapes, config.block_size, config.attention_backend, config.compile_kernels
-        )
-    except BackendUnavailableError as error:
-        raise ConfigError(f"attention_backend={config.attention_backend!r}: {error}") from error
 
 
 def new_engine(config: EngineConfig, info: ModelInfo, executor: TorchExecutor, cost: CostModel) -> Engine:

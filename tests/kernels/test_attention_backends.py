@@ -72,6 +72,30 @@ def test_one_can_be_forced_and_what_cannot_run_says_why(found: dict[str, object]
         attention_backends.choose("cpu", torch.float32, [(2, 8)], 16, "vllm-flash-attn")
 
 
+def test_where_steps_are_captured_what_graphs_can_hold_comes_first(
+    found: dict[str, object], caplog: pytest.LogCaptureFixture
+) -> None:
+    """As with FlashInfer installed and no FlashAttention: planned on the host, it would have every step launched by
+    Python, kernel by kernel."""
+    in_graphs = Picky()
+    in_graphs.name, in_graphs.description, in_graphs.graph_capturable = "triton", "triton 3.0", True
+    found["triton"] = in_graphs
+    assert attention_backends.choose("cpu", torch.float32, [(2, 8)], 16) == "picky", "no steps are captured"
+    with caplog.at_level(logging.INFO):
+        assert attention_backends.choose("cpu", torch.float32, [(2, 8)], 16, captured=True) == "triton"
+    passed, chosen = caplog.messages
+    assert passed.endswith("passed over: picky: CUDA graphs cannot hold it") and chosen.endswith(": triton 3.0")
+    # Named, it is taken as named.
+    assert attention_backends.choose("cpu", torch.float32, [(2, 8)], 16, "picky", captured=True) == "picky"
+    # Where nothing can be captured, the best of the others.
+    assert attention_backends.choose("cpu", torch.float32, [(2, 7)], 16, captured=True) == "torch"
+    found["triton"] = "no driver"
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        assert attention_backends.choose("cpu", torch.float32, [(2, 8)], 16, captured=True) == "picky"
+    assert caplog.messages[0].endswith("passed over: triton: no driver")
+
+
 def test_without_a_compiler_torch_is_chosen() -> None:
     assert attention_backends.choose("cpu", torch.float32, [(2, 8)], 16, compile_kernels=False) == "torch"
 
