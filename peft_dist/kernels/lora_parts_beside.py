@@ -30,11 +30,14 @@ class PartsBeside:
     Args:
         most_rows: Of the steps that it takes where nothing was measured (``Products``).
         spared: Multiprocessors that the products leave alone there.
+
+    Attributes:
+        stream: Of the parts; None on a CPU.
     """
 
     def __init__(self, device: torch.device | str, most_rows: int = MOST_ROWS, spared: int = SPARED) -> None:
         # Of the lowest priority there is: a product that comes last starts when the last of these programs ends.
-        self._stream = torch.cuda.Stream(device) if torch.device(device).type == "cuda" else None
+        self.stream = torch.cuda.Stream(device) if torch.device(device).type == "cuda" else None
         self._most_rows, self._spared = most_rows, spared
 
     def takes(self, x: torch.Tensor, weights: Sequence[LoRALayerWeights | None], plan: LoRAPlan) -> bool:
@@ -71,7 +74,7 @@ class PartsBeside:
 
         widths = [w.B.shape[1] for w in weights if w is not None]
         parts = x.new_empty(*x.shape[:-1], sum(widths)).split(widths, dim=-1)
-        if self._stream is None:
+        if self.stream is None:
             lora_triton.lora_shrink_group(x, weights, plan)
             lora_triton.lora_expand_group_(parts, weights, plan, adds=False)
             return multiply(), parts
@@ -80,9 +83,9 @@ class PartsBeside:
         begun = current.record_event()
         with spare_multiprocessors(self._spared if spared is None else spared):
             outputs = multiply()
-        self._stream.wait_event(begun)
-        with torch.cuda.stream(self._stream):
+        self.stream.wait_event(begun)
+        with torch.cuda.stream(self.stream):
             lora_triton.lora_shrink_group(x, weights, plan)
             lora_triton.lora_expand_group_(parts, weights, plan, adds=False)
-        current.wait_stream(self._stream)
+        current.wait_stream(self.stream)
         return outputs, parts

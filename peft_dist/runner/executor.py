@@ -157,11 +157,7 @@ class TorchExecutor:
         return graphs is not None and bool(self.runner.store.registered) and graphs.lacks_steps
 
     def _capture_next(self, graphs: StepGraphs) -> bool:
-        try:
-            graphs.capture_next()
-        except torch.OutOfMemoryError as error:
-            logger.warning("no memory left to capture steps ahead; others are captured when they come: %s", error)
-            graphs.gives_up = True
+        graphs.capture_next()
         return not graphs.gives_up
 
     def rehearse(self, lengths: Sequence[int], tile_rows: int, *, corrected: bool = False) -> None:

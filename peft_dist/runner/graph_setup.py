@@ -23,7 +23,9 @@ from peft_dist.kernels.lora_plans import table_name
 from peft_dist.kernels.product_bench import SPARED
 from peft_dist.kernels.product_plans import WAYS_VERSION, ProductPlans, shipped_plans
 from peft_dist.kernels.products import Products
+from peft_dist.runner.capture_room import make_room
 from peft_dist.runner.model_runner import ModelRunner
+from peft_dist.runner.rank_group import RankGroup
 from peft_dist.runner.step_graphs import StepGraphs
 from peft_dist.runner.step_variants import MOST_MIXED_TOKENS, decode_sizes, mixed_sizes
 
@@ -82,9 +84,10 @@ def graph_bytes(config: EngineConfig, vocab_size: int, num_layers: int, activati
     return int(activation_bytes * share) + logits + graphs * num_layers * of_layer
 
 
-def make_graphs(config: EngineConfig, runner: ModelRunner, max_model_len: int) -> StepGraphs:
+def make_graphs(config: EngineConfig, runner: ModelRunner, max_model_len: int, ranks: RankGroup) -> StepGraphs:
     """Nothing is captured yet."""
     few_rows, parts_beside = make_few_rows(config, runner.device), make_parts_beside(runner.device)
+    beside = [runner.store.pool.workspace.stream, parts_beside.stream if parts_beside is not None else None]
     return StepGraphs(
         runner.model,
         runner.kv,
@@ -96,11 +99,12 @@ def make_graphs(config: EngineConfig, runner: ModelRunner, max_model_len: int) -
         max_blocks=-(-max_model_len // config.block_size),
         attention_backend=runner.attention_backend,
         lora_backend=runner.lora_backend,
-        capture=CudaCapture(runner.device),
+        capture=CudaCapture(runner.device, (stream for stream in beside if stream is not None)),
         few_rows=few_rows,
         parts_beside=parts_beside,
         products=make_products(runner.device, few_rows, parts_beside),
         merges_prompts=config.policy == "merge" or config.exec_type == "peft",
+        room=make_room(ranks, runner.device),
     )
 
 

@@ -51,7 +51,8 @@ class PendingStep:
         first: Where in ``DrawnTokens`` the draw of row 0 is.
         rows: Row of each sequence that draws.
         copy: Of ``sampled``, to the host.
-        was_captured: It waited for its capture: how long it took says nothing of the next one like it.
+        was_captured: It waited for its capture, or for one that found no memory: how long it took says nothing of the
+            next one like it.
     """
 
     batch: Batch
@@ -176,9 +177,10 @@ class ModelRunner:
             awaited = self.graphs.num_awaited
             captured = self.graphs.run(batch, shape, self._find_draw, step.first)
             step.was_captured = self.graphs.num_awaited > awaited
-            if sampled := [sequence for sequence in batch.sequences if sequence.samples]:
-                self._sample(step, captured.logits[: len(sampled)], sampled, captured.best(len(sampled)))
-            return
+            if captured is not None:
+                if sampled := [sequence for sequence in batch.sequences if sequence.samples]:
+                    self._sample(step, captured.logits[: len(sampled)], sampled, captured.best(len(sampled)))
+                return
         scored = (sequence.request_id for sequence in batch.sequences if sequence.wants_prompt_logprobs)
         prompts = {request_id: self.records[request_id].prompt_token_ids for request_id in scored}
         backends = self.lora_backend, self.attention_backend

@@ -84,11 +84,6 @@ class _RankExecutor(TorchExecutor):
         kv = msgspec.structs.replace(outcome.kv, others=parts[1:], seconds=seconds)
         return replace(outcome, kv=kv, seconds=seconds)
 
-    def _capture_next(self, graphs: StepGraphs) -> bool:
-        # A rank that gives up alone would leave the others waiting for it in the step: it ends, and they with it.
-        graphs.capture_next()
-        return True
-
     def close(self) -> None:
         super().close()
         self._channel.close()

@@ -263,7 +263,7 @@ def build_replica(config: EngineConfig) -> Replica:
     runner = ModelRunner(model, kv, store, eos, lora, attention, merge, config.max_num_seqs, depth)
     runner.grammars = Grammars(partial(load_tokenizer, config), runner.vocab_size, eos)
     if captured:
-        runner.graphs = make_graphs(config, runner, longest)
+        runner.graphs = make_graphs(config, runner, longest, ranks)
     info = _describe(config, runner, longest, depth, adapter_bytes, mark.text)
     logger.info(
         "%s on %s in %s: %d KV blocks of %d tokens", info.model, device, info.dtype, num_blocks, config.block_size

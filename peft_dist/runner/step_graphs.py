@@ -23,11 +23,13 @@ from peft_dist.kernels.lora_parts_beside import PartsBeside
 from peft_dist.kernels.lora_pool import LoRAPool
 from peft_dist.kernels.lora_tiles import LoRATiles
 from peft_dist.kernels.products import Products
-from peft_dist.kernels.types import AttentionMetadata, LoRAPlan
+from peft_dist.kernels.types import LoRAPlan
 from peft_dist.patches.merged_layers import MergedLayers
+from peft_dist.runner.capture_room import CaptureRoom
 from peft_dist.runner.drawn_tokens import DrawnTokens
 from peft_dist.runner.merge_state import MergeState
 from peft_dist.runner.sampler import best_tokens
+from peft_dist.runner.step_attention import attention_of
 from peft_dist.runner.step_buffer import TILE_ROWS, PlanBuffers, StepBuffer, StepShape, TileBuffers
 from peft_dist.runner.step_inputs import FindDraw, StepInputs
 from peft_dist.runner.step_variants import CapturedStep, Variant, decode_sizes, mixed_sizes
@@ -50,10 +52,11 @@ class StepGraphs:
         products: Which way products take, measured by ``capture`` and ``capture_next``; None: as is usual.
         merges_prompts: Adapters run merged: ``capture`` makes mixed steps under merged weights too, not
             ``capture_next`` alone, which makes no others.
+        room: Which sizes have no memory; None: of one rank alone.
 
     Attributes:
-        num_awaited: Steps that were captured while a batch waited for them.
-        gives_up: There is no memory for ``capture_next``, until ``clear``.
+        num_awaited: Steps that were captured, or found no memory, while a batch waited for them.
+        gives_up: There was no memory for ``capture`` or ``capture_next``: nothing more is made ahead, until ``clear``.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class StepGraphs:
         parts_beside: PartsBeside | None = None,
         products: Products | None = None,
         merges_prompts: bool = False,
+        room: CaptureRoom | None = None,
     ) -> None:
         slots = pool.num_slots or max_num_seqs
         self._decodes = [StepShape(rows, rows, max_blocks, slots) for rows in decode_sizes(max_num_seqs)]
@@ -90,6 +94,7 @@ class StepGraphs:
         self._logits: torch.Tensor | None = None
         self._steps: dict[Variant, CapturedStep] = {}
         self._merges_prompts = merges_prompts
+        self._room = room or CaptureRoom()
         # Captured when a batch came, with products as is usual.
         self._unmeasured: set[Variant] = set()
         self._stood_in: Counter[Variant] = Counter()
@@ -106,10 +111,11 @@ class StepGraphs:
         first = bisect.bisect_left(shapes, tokens, key=lambda shape: shape.tokens)
         return next((shape for shape in shapes[first:] if len(sequences) <= shape.rows), None)
 
-    def run(self, batch: Batch, shape: StepShape, find_draw: FindDraw, first: int) -> CapturedStep:
+    def run(self, batch: Batch, shape: StepShape, find_draw: FindDraw, first: int) -> CapturedStep | None:
         """Queue a batch in the size that ``shape_for`` gave, or a larger one.
 
-        Row i of the outputs is the i-th sequence that draws. They stand until the next run.
+        Row i of the outputs is the i-th sequence that draws. They stand until the next run. None where there is no
+        memory to capture such a step: nothing was done, and the batch has to run operator by operator.
 
         Args:
             find_draw: As in ``StepInputs.send``.
@@ -122,6 +128,8 @@ class StepGraphs:
         fuses = shape.decodes and lora and all(self._pool.is_finite(slot) for slot in slots if slot != NO_ADAPTER)
         variant = self._stand_in(self._variant(shape, lora, corrected, layers, fuses))
         step = self._step(variant, layers)
+        if step is None:
+            return None
         destinations = first, self._drawn.dump
         self._inputs.send(step.inputs, variant.shape, batch.sequences, batch.merged_slot, find_draw, destinations)
         step.replay()
@@ -135,6 +143,7 @@ class StepGraphs:
         """Drop the captured steps with adapters, because other layers have adapters now."""
         self._steps = {variant: step for variant, step in self._steps.items() if not variant.lora}
         self._stood_in.clear()
+        self._room.forget()
         self.gives_up = False
 
     def close(self) -> None:
@@ -157,8 +166,10 @@ class StepGraphs:
             for variant, merged in bar:
                 # Where memory to measure ended, the rest keep usual plans: made again by one rank alone, they would
                 # leave it and the others waiting for each other.
-                if variant not in self._steps:
-                    self._steps[variant] = self._build(variant, merged)
+                if variant not in self._steps and not self._make(variant, merged):
+                    # What is left is for batches, which have to run.
+                    self.gives_up = True
+                    break
 
     @property
     def lacks_steps(self) -> bool:
@@ -171,7 +182,7 @@ class StepGraphs:
             variant, merged = found
             self._unmeasured.discard(variant)
             with self._measuring():
-                self._steps[variant] = self._build(variant, merged)
+                self.gives_up = not self._make(variant, merged)
 
     def _next_missing(self) -> tuple[Variant, MergedLayers | None] | None:
         unmerged = () if self._merges_prompts else self._unmerged()
@@ -212,9 +223,11 @@ class StepGraphs:
     def _stand_in(self, variant: Variant) -> Variant:
         """What a batch is to run in: capturing takes some dozen times a step, while everybody waits.
 
-        So a variant that is not there is computed in one of up to twice its tokens that is, unless it comes often.
+        So a variant that is not there is computed in one of up to twice its tokens that is, unless it comes often and
+        has memory.
         """
-        if variant in self._steps or self._stood_in[variant] >= _STAND_INS:
+        comes_often = self._stood_in[variant] >= _STAND_INS and not self._room.lacks(variant.shape)
+        if variant in self._steps or comes_often:
             return variant
         least = variant.shape
         for shape in self._decodes if least.decodes else self._mixed:
@@ -225,14 +238,20 @@ class StepGraphs:
                     return larger
         return variant
 
-    def _step(self, variant: Variant, merged: MergedLayers | None) -> CapturedStep:
+    def _step(self, variant: Variant, merged: MergedLayers | None) -> CapturedStep | None:
         """For a batch that is there."""
-        if variant not in self._steps:
-            self._steps[variant] = self._build(variant, merged)
+        if variant not in self._steps and not self._room.lacks(variant.shape):
             self.num_awaited += 1
-            if self._products is not None:
+            if self._make(variant, merged) and self._products is not None:
                 self._unmeasured.add(variant)
-        return self._steps[variant]
+        return self._steps.get(variant)
+
+    def _make(self, variant: Variant, merged: MergedLayers | None) -> bool:
+        """Capture a step, also in the place of one that is there; False: there is no memory for it."""
+        made = self._room.attempt(variant.shape, lambda: self._build(variant, merged))
+        if made is not None:
+            self._steps[variant] = made
+        return made is not None
 
     def _drop_outgrown(self, layers: MergedLayers) -> None:
         """Steps of these weights from when they were of fewer layers: no batch asks for them again."""
@@ -288,7 +307,7 @@ class StepGraphs:
         lora, correction = self._plans(inputs.lora, tokens, variant)
         of_logits = (lora, correction) if variant.shape.decodes else self._plans(inputs.lora_logits, rows, variant)
         return ForwardContext(
-            attention=self._attention(inputs, variant.shape),
+            attention=attention_of(inputs, variant.shape, self._kv.block_size, self._backends[0]),
             kv_caches=self._kv.caches,
             lora=lora,
             lora_logits=of_logits[0],
@@ -316,23 +335,6 @@ class StepGraphs:
             tiles=LoRATiles(tiles.rows, tiles.slots, tiles.lens, TILE_ROWS, has_base=True),
             layers=self._pool.addressed_weights,
             fuses=fuses,
-        )
-
-    def _attention(self, inputs: StepBuffer, shape: StepShape) -> AttentionMetadata:
-        """What the host arrays say is true of no batch: kernels that can be captured read the device's alone."""
-        longest = shape.max_blocks * self._kv.block_size
-        return AttentionMetadata(
-            query_start_loc=np.linspace(0, shape.tokens, shape.rows + 1).astype(np.int32),
-            context_lens=np.full(shape.rows, longest, np.int32),
-            block_tables=np.zeros((shape.rows, shape.max_blocks), np.int32),
-            slot_mapping=np.full(shape.tokens, -1, np.int64),
-            query_start_loc_t=inputs.query_start_loc,
-            context_lens_t=inputs.context_lens,
-            block_tables_t=inputs.block_tables,
-            slot_mapping_t=inputs.slot_mapping,
-            max_query_len=1 if shape.decodes else shape.tokens,
-            max_context_len=longest,
-            backend=self._backends[0],
         )
 
 
