@@ -13,7 +13,7 @@ from peft_dist.runner.step_buffer import StepBuffer, StepShape
 MOST_MIXED_TOKENS = 2048
 # Beyond these, sizes are twice as far apart.
 _FINE_TOKENS = 1024
-_FEW_ROWS = 16
+_FEW_ROWS, _MANY_ROWS = 16, 512
 
 
 class Variant(NamedTuple):
@@ -53,8 +53,15 @@ class CapturedStep:
 
 
 def decode_sizes(max_num_seqs: int) -> list[int]:
-    """Sequences of captured decode steps: up to four apart, and beyond 64 at most an eighth."""
-    sizes = {1, 2, 3, 4, 6, *range(8, 65, 4), *range(72, 129, 8), *range(144, 513, 16)}
+    """Sequences of captured decode steps: up to four apart, and beyond 64 at most an eighth.
+
+    Each size is memory and time of the start, so beyond ``_MANY_ROWS`` there are eight for twice as many.
+    """
+    sizes = {1, 2, 3, 4, 6, *range(8, 65, 4), *range(72, 129, 8), *range(144, _MANY_ROWS + 1, 16)}
+    first = _MANY_ROWS
+    while first < max_num_seqs:
+        sizes.update(range(first, 2 * first, first // 8))
+        first *= 2
     return sorted(size for size in {*sizes, max_num_seqs} if size <= max_num_seqs)
 
 
