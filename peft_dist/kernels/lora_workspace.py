@@ -26,15 +26,15 @@ class LoRAWorkspace:
         self.max_rank, self.ranks = 16, rank_room(1)
         # First: both halves become ready together, and the layer's own product, begun first, would leave no room.
         self.stream = torch.cuda.Stream(self.device, priority=_FIRST) if self.device.type == "cuda" else None
-        self._buffer = torch.empty(0, dtype=torch.float32, device=self.device)
-        self._counters = torch.empty(0, dtype=torch.int32, device=self.device)
+        self._held = {dtype: torch.empty(0, dtype=dtype, device=self.device) for dtype in (torch.float32, torch.int32)}
+        self._in_graphs: set[torch.dtype] = set()
         self._outgrown: list[torch.Tensor] = []
         self._make_room(max_rank)
 
     @property
     def num_bytes(self) -> int:
         """Bytes that it holds now, those of outgrown buffers included."""
-        return sum(4 * buffer.numel() for buffer in (self._buffer, self._counters, *self._outgrown))
+        return sum(buffer.nbytes for buffer in (*self._held.values(), *self._outgrown))
 
     def admit(self, rank: int) -> None:
         """Make sure that ``max_rank`` is at least this, and that launches are made for it."""
@@ -46,25 +46,37 @@ class LoRAWorkspace:
             self.max_rank *= 2
 
     def take(self, num_elements: int) -> torch.Tensor:
-        """At least so many elements, which hold anything. The address stays until more are asked for than ever.
+        """At least so many float32 elements, which hold anything. The address stays until more are asked for than ever.
 
-        Buffers that became too small are kept, because captured graphs write to them.
+        A buffer that became too small is kept where a graph was captured with it, which writes to it.
         """
-        if num_elements > self._buffer.numel():
-            if self._buffer.numel():
-                self._outgrown.append(self._buffer)
-            self._buffer = torch.empty(num_elements, dtype=torch.float32, device=self.device)
-        return self._buffer
+        if num_elements > self._held[torch.float32].numel():
+            self._replace(torch.empty(num_elements, dtype=torch.float32, device=self.device))
+        return self._given(torch.float32)
 
     def take_counters(self, count: int) -> torch.Tensor:
         """At least so many int32 zeros at an address that stays as that of ``take`` does; who uses them puts them back
         to 0."""
-        if count > self._counters.numel():
-            if self._counters.numel():
-                self._outgrown.append(self._counters)
-            self._counters = torch.zeros(count, dtype=torch.int32, device=self.device)
-        return self._counters
+        if count > self._held[torch.int32].numel():
+            self._replace(torch.zeros(count, dtype=torch.int32, device=self.device))
+        return self._given(torch.int32)
 
-    def forget_outgrown(self) -> None:
-        """Free the outgrown buffers: no graph that was captured with them is replayed any more."""
+    def forget_graphs(self) -> None:
+        """No graph that was captured with it is replayed any more: free outgrown buffers.
+
+        Replays that are still queued may use them: torch gives their memory to what is queued later, on the streams
+        that all launches of adapters are ordered on.
+        """
         self._outgrown.clear()
+        self._in_graphs.clear()
+
+    def _given(self, dtype: torch.dtype) -> torch.Tensor:
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            self._in_graphs.add(dtype)
+        return self._held[dtype]
+
+    def _replace(self, buffer: torch.Tensor) -> None:
+        if buffer.dtype in self._in_graphs:
+            self._outgrown.append(self._held[buffer.dtype])
+            self._in_graphs.discard(buffer.dtype)
+        self._held[buffer.dtype] = buffer

@@ -142,6 +142,8 @@ class StepGraphs:
     def clear(self) -> None:
         """Drop the captured steps with adapters, because other layers have adapters now."""
         self._steps = {variant: step for variant, step in self._steps.items() if not variant.lora}
+        # The others have no adapters' parts to put there.
+        self._pool.workspace.forget_graphs()
         self._stood_in.clear()
         self._room.forget()
         self.gives_up = False
