@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -29,7 +30,7 @@ class OutOfPagesError(RuntimeError):
     """An adapter needs more pages of a layer than are free."""
 
 
-@dataclass(slots=True)
+@dataclass
 class Reservation:
     """Pages that belong to one slot already, but that no kernel reads yet.
 
@@ -45,6 +46,11 @@ class Reservation:
     pages: dict[int, list[int]]
     scaling: dict[int, float] = field(default_factory=dict)
     finite: bool = False
+
+    @cached_property
+    def max_rank(self) -> int:
+        """The highest of ``ranks``."""
+        return max(self.ranks.values(), default=0)
 
 
 class LoRAPool:
@@ -143,6 +149,10 @@ class LoRAPool:
     def ranks(self, slot: int) -> Mapping[int, int]:
         """Of what a slot holds, by ``lora_index``."""
         return self._resident[slot].ranks
+
+    def max_rank(self, slot: int) -> int:
+        """The highest of ``ranks``."""
+        return self._resident[slot].max_rank
 
     def num_free_pages(self, index: int) -> int:
         """Of one layer, as far as its buffers reach now."""

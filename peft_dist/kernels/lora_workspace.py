@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from peft_dist.kernels.lora_plans import rank_room
@@ -44,6 +47,15 @@ class LoRAWorkspace:
     def _make_room(self, rank: int) -> None:
         while self.max_rank < rank:
             self.max_rank *= 2
+
+    @contextmanager
+    def made_for(self, ranks: int) -> Iterator[None]:
+        """Launches that are captured meanwhile are made for so many ranks: no adapter in them has more."""
+        before, self.ranks = self.ranks, ranks
+        try:
+            yield
+        finally:
+            self.ranks = before
 
     def take(self, num_elements: int) -> torch.Tensor:
         """At least so many float32 elements, which hold anything. The address stays until more are asked for than ever.

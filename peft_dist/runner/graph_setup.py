@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 # What the driver keeps of each of a model's layers in a captured step: of some ten kernels; and where ranks add up, of
 # all-reduces, each of which NCCL keeps more for.
 _BYTES_PER_LAYER, _BYTES_PER_SPLIT_LAYER = 200 << 10, 800 << 10
-_KINDS_OF_DECODES, _KINDS_OF_MIXED, _KINDS_OF_MERGED_MIXED = 4, 2, 1
+_KINDS_OF_DECODES, _KINDS_OF_MIXED, _KINDS_OF_MERGED_MIXED = 5, 2, 1
 # Replays of a product's way.
 _ROUNDS = 3
 # Of a device's multiprocessors.

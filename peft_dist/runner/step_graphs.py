@@ -8,8 +8,8 @@ import operator
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
-import numpy as np
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -20,18 +20,18 @@ from peft_dist.kernels.capture import Capture
 from peft_dist.kernels.few_rows import FewRows
 from peft_dist.kernels.kv_pool import KVCachePool
 from peft_dist.kernels.lora_parts_beside import PartsBeside
+from peft_dist.kernels.lora_plans import RANKS
 from peft_dist.kernels.lora_pool import LoRAPool
-from peft_dist.kernels.lora_tiles import LoRATiles
 from peft_dist.kernels.products import Products
-from peft_dist.kernels.types import LoRAPlan
 from peft_dist.patches.merged_layers import MergedLayers
 from peft_dist.runner.capture_room import CaptureRoom
 from peft_dist.runner.drawn_tokens import DrawnTokens
 from peft_dist.runner.merge_state import MergeState
 from peft_dist.runner.sampler import best_tokens
 from peft_dist.runner.step_attention import attention_of
-from peft_dist.runner.step_buffer import TILE_ROWS, PlanBuffers, StepBuffer, StepShape, TileBuffers
+from peft_dist.runner.step_buffer import StepBuffer, StepShape
 from peft_dist.runner.step_inputs import FindDraw, StepInputs
+from peft_dist.runner.step_plans import plans_of
 from peft_dist.runner.step_variants import CapturedStep, Variant, decode_sizes, mixed_sizes
 from peft_dist.runner.swapped_models import SwappedModels
 
@@ -126,7 +126,8 @@ class StepGraphs:
         corrected = batch.merged_slot >= 0 and slots != {batch.merged_slot}
         lora = corrected or (batch.merged_slot < 0 and slots != {NO_ADAPTER})
         fuses = shape.decodes and lora and all(self._pool.is_finite(slot) for slot in slots if slot != NO_ADAPTER)
-        variant = self._stand_in(self._variant(shape, lora, corrected, layers, fuses))
+        few_ranks = shape.decodes and lora and all(self._pool.max_rank(slot) <= RANKS for slot in slots if slot >= 0)
+        variant = self._stand_in(self._variant(shape, lora, corrected, layers, fuses, few_ranks))
         step = self._step(variant, layers)
         if step is None:
             return None
@@ -196,8 +197,10 @@ class StepGraphs:
         return reversed(self._mixed + self._decodes)
 
     def _unmerged(self) -> Iterator[tuple[Variant, None]]:
-        """Steps that adapters need where none is merged."""
-        return ((self._variant(shape, True, False, None, shape.decodes), None) for shape in self._largest_first())
+        """Steps that adapters need where none is merged, and then those of adapters that all have few ranks."""
+        for few_ranks in dict.fromkeys((False, self._has_many_ranks)):
+            for shape in reversed(self._decodes) if few_ranks else self._largest_first():
+                yield self._variant(shape, True, False, None, shape.decodes, few_ranks), None
 
     def _merged(self, with_prompts: bool) -> Iterator[tuple[Variant, MergedLayers]]:
         """Steps under merged weights, those of the merged adapter alone first; none where weights are merged in place.
@@ -216,11 +219,18 @@ class StepGraphs:
         return self._products.measuring() if self._products is not None else nullcontext()
 
     def _variant(
-        self, shape: StepShape, lora: bool, corrected: bool, merged: MergedLayers | None, fuses: bool
+        self, shape: StepShape, lora: bool, corrected: bool, merged: MergedLayers | None, fuses: bool, few: bool = False
     ) -> Variant:
+        """``few``: No adapter has more than ``RANKS`` ranks."""
         key = merged.key if merged is not None else None
-        fuses = fuses and self._few_rows is not None and not corrected and merged is None
-        return Variant(shape, lora, corrected, key, fuses)
+        is_plain = not corrected and merged is None
+        fuses = fuses and self._few_rows is not None and is_plain
+        return Variant(shape, lora, corrected, key, fuses, few and is_plain and self._has_many_ranks)
+
+    @property
+    def _has_many_ranks(self) -> bool:
+        """Whether launches are made for more ranks than most adapters have, who need not pay for them."""
+        return self._pool.workspace.ranks > RANKS
 
     def _stand_in(self, variant: Variant) -> Variant:
         """What a batch is to run in: capturing takes some dozen times a step, while everybody waits.
@@ -228,6 +238,9 @@ class StepGraphs:
         So a variant that is not there is computed in one of up to twice its tokens that is, unless it comes often and
         has memory.
         """
+        if variant.few_ranks and variant not in self._steps:
+            # Right for them too, and only slower: they are made when there is no work.
+            variant = variant._replace(few_ranks=False)
         comes_often = self._stood_in[variant] >= _STAND_INS and not self._room.lacks(variant.shape)
         if variant in self._steps or comes_often:
             return variant
@@ -277,7 +290,9 @@ class StepGraphs:
         def run() -> None:
             outputs[:] = self._forward(inputs, shape, self._context(inputs, variant, merged))
 
-        replay = self._capture(run)
+        workspace = self._pool.workspace
+        with workspace.made_for(RANKS if variant.few_ranks else workspace.ranks):
+            replay = self._capture(run)
         return CapturedStep(inputs, replay, outputs)
 
     def _forward(
@@ -306,8 +321,9 @@ class StepGraphs:
     def _context(self, inputs: StepBuffer, variant: Variant, merged: MergedLayers | None) -> ForwardContext:
         """Fresh for each pass: what back ends derive once a pass must be derived inside of the graph."""
         tokens, rows = variant.shape.tokens, variant.shape.rows
-        lora, correction = self._plans(inputs.lora, tokens, variant)
-        of_logits = (lora, correction) if variant.shape.decodes else self._plans(inputs.lora_logits, rows, variant)
+        make = partial(plans_of, variant, self._pool.addressed_weights, self._backends[1])
+        lora, correction = make(inputs.lora, tokens)
+        of_logits = (lora, correction) if variant.shape.decodes else make(inputs.lora_logits, rows)
         return ForwardContext(
             attention=attention_of(inputs, variant.shape, self._kv.block_size, self._backends[0]),
             kv_caches=self._kv.caches,
@@ -320,23 +336,6 @@ class StepGraphs:
             merged=merged,
             lora_correction=correction,
             lora_logits_correction=of_logits[1],
-        )
-
-    def _plans(self, plans: PlanBuffers, rows: int, variant: Variant) -> tuple[LoRAPlan | None, LoRAPlan | None]:
-        if not variant.lora:
-            return None, None
-        added = self._plan(plans.added, rows, 1.0, variant.fuses)
-        return added, self._plan(plans.taken, rows, -1.0) if variant.corrected else None
-
-    def _plan(self, tiles: TileBuffers, rows: int, factor: float, fuses: bool = False) -> LoRAPlan:
-        return LoRAPlan(
-            slots=np.zeros(1, np.int32),
-            starts=np.array([0, rows], np.int32),
-            backend=self._backends[1],
-            factor=factor,
-            tiles=LoRATiles(tiles.rows, tiles.slots, tiles.lens, TILE_ROWS, has_base=True),
-            layers=self._pool.addressed_weights,
-            fuses=fuses,
         )
 
 

@@ -25,6 +25,7 @@ class Variant(NamedTuple):
         corrected: Rows have the merged adapter's part taken away.
         merged: ``MergedLayers.key`` of the weights that stand in for the modules' own.
         fuses: Layers may be one launch with their adapters, all of which are finite.
+        few_ranks: No adapter has more than 16 ranks, whatever others are registered: launches are made for so many.
     """
 
     shape: StepShape
@@ -32,6 +33,7 @@ class Variant(NamedTuple):
     corrected: bool
     merged: tuple[int, ...] | None
     fuses: bool = False
+    few_ranks: bool = False
 
 
 @dataclass(slots=True)

@@ -16,7 +16,8 @@ from peft_dist.kernels.product_plans import ProductPlans
 from peft_dist.kernels.products import Products
 from peft_dist.patches.merged_layers import MergedLayers
 from peft_dist.runner import step_graphs
-from peft_dist.runner.step_variants import decode_sizes, mixed_sizes
+from peft_dist.runner.step_graphs import StepGraphs
+from peft_dist.runner.step_variants import CapturedStep, Variant, decode_sizes, mixed_sizes
 from peft_dist.runner.warm_up import KernelWarmUp
 from tests import triton_interpreter
 from tests.e2e.test_step_graphs import use_graphs
@@ -94,7 +95,8 @@ def test_steps_that_adapters_need_are_captured_when_there_is_no_work(
 
 
 def test_steps_are_captured_again_for_ranks_that_they_were_not_made_for(tmp_path: Path) -> None:
-    """They would be right, but slow: launches go by the highest rank so far, in a few steps."""
+    """They would be right, but slow: launches go by the highest rank so far, in a few steps; decodes of adapters that
+    all have few go on by themselves."""
     captured: list[Callable[[], None]] = []
 
     def noted(run: Callable[[], None]) -> Callable[[], None]:
@@ -114,7 +116,74 @@ def test_steps_are_captured_again_for_ranks_that_they_were_not_made_for(tmp_path
             while replica.warm_up_some():
                 pass
             counts.append(len(captured))
-        assert counts == [counts[0]] * 2 + [2 * counts[0]] * 3
+        assert counts == [counts[0]] * 2 + [2 * counts[0] + len(decode_sizes(6))] * 3
+
+
+def test_few_ranks_beside_a_resident_adapter_of_many_have_launches_of_their_own(tmp_path: Path) -> None:
+    """What rank 4 costs does not grow because an adapter of rank 40 is resident; PEFT's answers in all of them."""
+    triton_interpreter.mend()
+    model = make_model("llama", tmp_path / "base")
+    folders = {
+        f"rank-{rank}": random_adapter(model, tmp_path / f"rank-{rank}", rank, 8.0, ["q_proj", "down_proj"], seed=rank)
+        for rank in (4, 40)
+    }
+    prompts, names = [[5, 6], [7, 8, 9], [10]], ["rank-4", None, "rank-4"]
+    greedy = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+    options = {"num_blocks": 64, "max_num_seqs": 6, "max_num_batched_tokens": 24, "attention_backend": "triton"}
+    found = {}
+    with LLM(
+        tmp_path / "base", folders, device="cpu", dtype="float32", max_model_len=64, merge="off", **options
+    ) as llm:
+        llm.generate(prompts, SamplingParams(max_tokens=1), ["rank-40", *names[1:]], use_tqdm=False)
+        use_graphs(llm)
+        graphs = llm._open.runner.graphs
+        assert graphs is not None
+        made: dict[bool, set[int]] = {True: set(), False: set()}
+        build, launched = graphs._build, watch_ranks(graphs)
+
+        def noted(variant: Variant, merged: MergedLayers | None) -> CapturedStep:
+            built = build(variant, merged)
+            made[variant.few_ranks].add(launched[-1])
+            return built
+
+        graphs._build = noted  # type: ignore[method-assign]
+        # Nothing is captured for few ranks while somebody waits.
+        found["waiting"] = llm.generate(prompts, greedy, names, use_tqdm=False)
+        assert not any(variant.few_ranks for variant in graphs._steps)
+        while llm._open.warm_up_some():
+            pass
+        assert made == {True: {16}, False: {64}}
+        ran: list[bool] = []
+        stand_in = graphs._stand_in
+
+        def watched(variant: Variant) -> Variant:
+            ran.append((chosen := stand_in(variant)).few_ranks)
+            return chosen
+
+        graphs._stand_in = watched  # type: ignore[method-assign]
+        found["alone"] = llm.generate(prompts, greedy, names, use_tqdm=False)
+        assert ran[-3:] == [True] * 3
+        found["beside"] = llm.generate(prompts, greedy, ["rank-4", "rank-40", "rank-4"], use_tqdm=False)
+        assert ran[-3:] == [False] * 3
+    oracle = PeftOracle(model, folders)
+    for kind, outputs in found.items():
+        for prompt, name, output in zip(
+            prompts, ["rank-4", "rank-40" if kind == "beside" else None, "rank-4"], outputs, strict=True
+        ):
+            assert_identical(output.outputs[0].token_ids, oracle.answer(prompt, name, 4), oracle, prompt, name)
+
+
+def watch_ranks(graphs: StepGraphs) -> list[int]:
+    """What launches are made for while each step is captured."""
+    seen: list[int] = []
+    capture = graphs._capture
+
+    def watched(run: Callable[[], None]) -> Callable[[], None]:
+        seen.append(graphs._pool.workspace.ranks)
+        return capture(run)
+
+    graphs._capture = watched
+    return seen
 
 
 def test_a_size_that_is_not_there_runs_in_a_larger_one_until_it_comes_often(
