@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from peft_dist.kernels.lora_plans import rank_room
+from peft_dist.kernels.lora_room import fixed_bytes
 
 # Torch takes the highest priority that there is.
 _FIRST = -5
@@ -21,12 +22,14 @@ class LoRAWorkspace:
             a higher rank comes it grows, and graphs that were captured before must be captured again.
         ranks: What launches of captured steps are made for (``lora_plans.rank_room``). When it grows, steps that were
             captured before are right, but slow.
+        per_rank: Numbers for each of ``max_rank`` that its buffer has from the first on (``lora_room``), so that a
+            larger step needs no larger one.
         stream: For the first half beside a layer's own product; None on a CPU, or to have no such half.
     """
 
     def __init__(self, device: torch.device | str, max_rank: int = 64) -> None:
         self.device = torch.device(device)
-        self.max_rank, self.ranks = 16, rank_room(1)
+        self.max_rank, self.ranks, self.per_rank = 16, rank_room(1), 0
         # First: both halves become ready together, and the layer's own product, begun first, would leave no room.
         self.stream = torch.cuda.Stream(self.device, priority=_FIRST) if self.device.type == "cuda" else None
         self._held = {dtype: torch.empty(0, dtype=dtype, device=self.device) for dtype in (torch.float32, torch.int32)}
@@ -44,9 +47,15 @@ class LoRAWorkspace:
         self._make_room(rank)
         self.ranks = max(self.ranks, rank_room(rank))
 
+    def bytes_with(self, rank: int) -> int:
+        """What it takes at most where ``per_rank`` holds of all steps, and no adapter has more than ``rank``."""
+        return 4 * self.per_rank * self._room_for(rank) + fixed_bytes()
+
     def _make_room(self, rank: int) -> None:
-        while self.max_rank < rank:
-            self.max_rank *= 2
+        self.max_rank = self._room_for(rank)
+
+    def _room_for(self, rank: int) -> int:
+        return max(self.max_rank, 1 << (rank - 1).bit_length()) if rank else self.max_rank
 
     @contextmanager
     def made_for(self, ranks: int) -> Iterator[None]:
@@ -62,8 +71,9 @@ class LoRAWorkspace:
 
         A buffer that became too small is kept where a graph was captured with it, which writes to it.
         """
-        if num_elements > self._held[torch.float32].numel():
-            self._replace(torch.empty(num_elements, dtype=torch.float32, device=self.device))
+        size = max(num_elements, self.per_rank * self.max_rank)
+        if size > self._held[torch.float32].numel():
+            self._replace(torch.empty(size, dtype=torch.float32, device=self.device))
         return self._given(torch.float32)
 
     def take_counters(self, count: int) -> torch.Tensor:

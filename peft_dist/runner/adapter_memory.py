@@ -8,7 +8,8 @@ import torch
 
 from peft_dist.core.config import EngineConfig
 from peft_dist.core.errors import ConfigError
-from peft_dist.kernels.lora_pool import default_page_rows
+from peft_dist.kernels.lora_pool import LoRAPool, default_page_rows
+from peft_dist.kernels.lora_room import most_per_rank
 from peft_dist.runner.adapter_modules import ModuleShape
 
 # Without a budget there is room for max_loras adapters of this rank, and for one of the largest.
@@ -42,3 +43,19 @@ def count_rows(
             f"{page_rows * each} bytes in this model: give more (--adapter-device-memory)"
         )
     return rows
+
+
+def expect_workspace(config: EngineConfig, modules: Mapping[str, ModuleShape], pool: LoRAPool) -> int:
+    """Size the memory of rank intermediates for the largest step, when a step first needs it; the bytes it may take.
+
+    Adapters of more than 256 ranks take more than that. Where all of them are merged, nothing is needed.
+    """
+    if config.exec_type != "dlora":
+        return 0
+    device = pool.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    rank = min(pool.num_rows or _LARGEST_RANK, _LARGEST_RANK)
+    inputs = {module.in_features for module in modules.values() if module.kind != "embedding"}
+    rows, slots = config.max_num_batched_tokens, pool.num_slots or config.max_num_seqs
+    pool.workspace.per_rank = most_per_rank(inputs, rows, slots, rank, name)
+    return pool.workspace.bytes_with(rank)

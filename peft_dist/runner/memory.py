@@ -44,7 +44,7 @@ class MemoryLeft:
     """
 
     def __init__(self, options: EngineConfig, device: torch.device, pool: LoRAPool, adapter_bytes: int) -> None:
-        """``pool`` takes up to ``adapter_bytes`` of the device, of which it has allocated a part."""
+        """``pool`` and its workspace take up to ``adapter_bytes`` of the device, of which a part is allocated."""
         self.promised = 0
         self._utilization = options.gpu_memory_utilization
         self._device = device
@@ -55,7 +55,8 @@ class MemoryLeft:
         if not on_device or self._device.type == "cpu":
             return free_memory() or None
         free, total = torch.cuda.mem_get_info(self._device)
-        used = total - free + self._adapter_bytes - self._pool.num_bytes + self.promised
+        to_come = self._adapter_bytes - self._pool.num_bytes - self._pool.workspace.num_bytes
+        used = total - free + to_come + self.promised
         return int(total * self._utilization) - used
 
 
@@ -72,7 +73,8 @@ def count_blocks(
     """KV blocks to allocate: as asked, or as many as memory allows and requests can use.
 
     On a GPU the model's peak is measured first by ``warm_up``, a forward of the largest batch. What is allocated by
-    then (the shadow of merged weights) is in it; ``reserved_bytes`` are left for what comes later (pages of adapters).
+    then (the shadow of merged weights) is in it; ``reserved_bytes`` are left for what comes later (pages of adapters,
+    and what their kernels have in work: no adapter is there when the batch runs).
 
     Args:
         remedy: What else would leave more memory to KV blocks.

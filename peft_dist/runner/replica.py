@@ -26,7 +26,7 @@ from peft_dist.kernels import backend
 from peft_dist.kernels.kv_pool import KVCachePool, block_bytes
 from peft_dist.kernels.lora_pool import LoRAPool
 from peft_dist.patches.sharding import num_outputs
-from peft_dist.runner.adapter_memory import count_rows, row_bytes
+from peft_dist.runner.adapter_memory import count_rows, expect_workspace, row_bytes
 from peft_dist.runner.adapter_modules import describe_modules
 from peft_dist.runner.adapter_store import AdapterStore
 from peft_dist.runner.cost_prior import ModelSize, device_prior, measure_speed
@@ -240,7 +240,8 @@ def build_replica(config: EngineConfig) -> Replica:
     longest = max_positions(model, config.max_model_len)
     per_block = block_bytes(shapes, config.block_size, model.dtype)
     adapter_bytes = num_rows * row_bytes(modules, model.dtype)
-    left = MemoryLeft(config, device, pool, adapter_bytes)
+    room_bytes = expect_workspace(config, modules, pool) if lora == "triton" else 0
+    left = MemoryLeft(config, device, pool, adapter_bytes + room_bytes)
     left.promised = (config.num_blocks or 0) * per_block
     merge = make_merging(config, model, modules, left)
     ranks.check_alike("merge", merge.way if merge is not None else "off")
@@ -250,7 +251,7 @@ def build_replica(config: EngineConfig) -> Replica:
         device,
         per_block,
         longest,
-        adapter_bytes + later_device_bytes(config, merge, modules),
+        adapter_bytes + room_bytes + later_device_bytes(config, merge, modules),
         lambda: run_largest_batch(model, shapes, store, config, lora, attention),
         merge.remedy if merge is not None and merge.on_device else None,
         partial(graph_bytes, config, num_outputs(model), len(shapes)) if captured else None,

@@ -20,6 +20,7 @@ from peft_dist.kernels.lora_tiles import TILE_ROWS
 from peft_dist.patches import fuse
 from peft_dist.runner import replica as replicas
 from peft_dist.runner import warm_up
+from peft_dist.runner.adapter_memory import expect_workspace
 from peft_dist.runner.model_runner import ModelRunner
 from peft_dist.runner.step_variants import MOST_MIXED_TOKENS
 from peft_dist.runner.warm_up import KernelWarmUp, rehearsals
@@ -114,6 +115,20 @@ def test_no_batch_launches_what_the_rehearsals_did_not(
         launched = {key for key in seen if "lora" in key.kernel or not captured}
         assert {key for key in launched if "lora" in key.kernel}
         assert launched <= known, Counter(key.kernel for key in launched - known)
+
+
+def test_what_is_left_for_adapters_is_enough_for_the_largest_batches(noted: tuple[LLM, list[Key]]) -> None:
+    """KV blocks are counted before any adapter is there, by a batch of the base alone."""
+    llm, _ = noted
+    runner = llm._open.runner
+    workspace = runner.store.pool.workspace
+    left = expect_workspace(llm._open.config, runner.store._modules, runner.store.pool)
+    assert left == workspace.bytes_with(256) and workspace.num_bytes == 0
+    workspace.per_rank = 0
+    random = np.random.default_rng(5)
+    for _ in range(20):
+        any_batch(runner, random, TOKENS // 2, minority=True)
+        assert 0 < workspace.num_bytes <= left
 
 
 def test_a_rehearsal_leaves_no_trace(noted: tuple[LLM, list[Key]]) -> None:
