@@ -30,7 +30,8 @@ class KVCopier:
     """Copies blocks of one pool, for one thread. Calls return when the copy is done.
 
     On a GPU everything runs on a stream of its own, in pieces through pinned memory (without it the driver would hold
-    up other calls): no work that is queued may still write to blocks that are read, or touch those that are written.
+    up other calls), behind the swaps that were queued by then: no other work that is queued may still write to blocks
+    that are read, or touch those that are written.
     """
 
     def __init__(self, pool: KVCachePool) -> None:
@@ -45,6 +46,8 @@ class KVCopier:
             out: uint8 ``[len(blocks) * pool.bytes_per_block]`` on the CPU.
             on_host: The blocks are the pool's host blocks.
         """
+        if on_host and (swapped := self._pool.swapped) is not None:
+            swapped.synchronize()
         index = torch.tensor(blocks, dtype=torch.long)
         with torch.no_grad():
             for group, part in self._parts(len(blocks), out, on_host=on_host):
@@ -141,6 +144,8 @@ class KVCopier:
     def _stream_on(self, device: torch.device) -> torch.cuda.Stream:
         if self._stream is None:
             self._stream = torch.cuda.Stream(device)
+        if (swapped := self._pool.swapped) is not None:
+            self._stream.wait_event(swapped)
         return self._stream
 
     def _pieces(self, part: torch.Tensor) -> Iterator[tuple[int, int, int, torch.Tensor]]:
