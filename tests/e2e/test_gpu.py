@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from peft_dist import LLM, SamplingParams, StructuredOutput
+from peft_dist.core.batch import Batch
+from peft_dist.runner.executor import Submitted, TorchExecutor
 from tests.e2e.test_exactness import NAMES, NUM_TOKENS, PROMPTS, make_adapters
 from tests.oracle import PeftOracle, assert_identical
 from tests.structured_models import make_writing_model
@@ -54,7 +56,10 @@ def test_memory_is_measured_and_swapping_and_sampling_work(tmp_path: Path) -> No
         tmp_path / "base", adapters, device="cuda", dtype="float32", gpu_memory_utilization=0.2, max_num_seqs=SEATS
     ) as llm:
         assert llm.model_info.depth == 1
+        workspace = llm._open.runner.store.pool.workspace
+        assert workspace.per_rank > 0, "KV blocks left nothing for adapters' rank intermediates"
         expected = llm.generate(prompts, params, names, use_tqdm=False)
+        assert 0 < workspace.num_bytes <= workspace.bytes_with(256)
     with LLM(
         tmp_path / "base", adapters, device="cuda", dtype="float32", num_blocks=8, block_size=8, num_host_blocks=40,
         preemption="swap", max_model_len=64, max_num_seqs=SEATS,
@@ -105,3 +110,45 @@ def test_structured_outputs_match_and_leave_others_alone(depth: int, tmp_path: P
         assert all(re.fullmatch(str(spec.regex), o.outputs[0].text) for o in together[:4])
         answers.append([o.outputs[0].token_ids for o in together])
     assert answers[0] == answers[1]
+
+
+SAMPLED = {"temperature": 0.8, "top_p": 0.9, "seed": 5}
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, SAMPLED, {**SAMPLED, "top_k": 20, "min_p": 0.01}])
+@pytest.mark.parametrize("eager", [False, True])
+def test_nobody_waits_for_the_device_while_a_decode_step_is_queued(
+    options: dict[str, float], eager: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inputs, replay, draws and their copy; that a step's tokens are waited for, by an event, is collecting."""
+    model = make_model("llama", tmp_path / "base")
+    adapters = {"a": random_adapter(model, tmp_path / "a", 4, 8.0)}
+    params = SamplingParams(max_tokens=12, ignore_eos=True, **options)  # type: ignore[arg-type]
+    asked = PROMPTS[:4], params, ["a", None, "a", None]
+    submit, strict, replayed = TorchExecutor.submit, list[int](), list[int]()
+
+    def watched(self: TorchExecutor, batch: Batch) -> Submitted:
+        if any(len(sequence.token_ids) > 1 for sequence in batch.sequences):
+            return submit(self, batch)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            handle = submit(self, batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        strict.append(len(batch.sequences))
+        return handle
+
+    with LLM(
+        tmp_path / "base", adapters, device="cuda", dtype="bfloat16", num_blocks=64, max_num_seqs=SEATS,
+        max_model_len=64, enforce_eager=eager,
+    ) as llm:  # fmt: skip
+        # The adapter is loaded, kernels are compiled and steps captured by then.
+        llm.generate(*asked, use_tqdm=False)
+        if (graphs := llm._open.runner.graphs) is not None:
+            run = graphs.run
+            monkeypatch.setattr(graphs, "run", lambda *args: (replayed.append(1), run(*args))[1])
+        monkeypatch.setattr(TorchExecutor, "submit", watched)
+        outputs = llm.generate(*asked, use_tqdm=False)
+    assert len(strict) >= 10 and max(strict) == 4, strict
+    assert eager or len(replayed) >= len(strict), "no step was a replay"
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [12] * 4
