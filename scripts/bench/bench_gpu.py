@@ -51,8 +51,9 @@ RUNS: dict[str, list[str]] = {
     **{f"resident-{count}": ["ours_gpu.py", "lora", "--adapters", count, *_SOME, "--batches", "32", "128"]
        for count in ("1", "4", "8", "128")},
     "accuracy": ["accuracy_gpu.py"],
-    "profile-base": ["profile_step.py", "base", "--batches", "32", "128"],
-    "profile-lora": ["profile_step.py", "lora", "--batches", "32", "128"],
+    # The last takes all seats.
+    "profile-base": ["profile_step.py", "base", "--batches", "32", "128", "256"],
+    "profile-lora": ["profile_step.py", "lora", "--batches", "32", "128", "256"],
     "ttft": ["ttft_gpu.py"],
     "soak": ["soak_gpu.py"],
 }  # fmt: skip

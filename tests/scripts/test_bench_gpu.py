@@ -14,6 +14,7 @@ from bench import bench_gpu
 from bench.gpu_checks import Check, Lines, checks
 from bench.gpu_tables import tables
 from bench.gpu_workload import (
+    SEATS,
     SHAPES,
     Run,
     Stream,
@@ -38,6 +39,12 @@ def test_the_throughput_workload_is_vllms() -> None:
     assert len(sizes) == 512 and sizes == lengths()
     assert [sum(column) for column in zip(*sizes, strict=True)] == [87_022, 92_210]
     assert all(4 <= tokens <= 1024 for pair in sizes for tokens in pair)
+
+
+@pytest.mark.parametrize("mode", ["base", "lora"])
+def test_profiles_are_of_a_run_with_all_seats_taken_too(mode: str) -> None:
+    batches = [int(word) for word in bench_gpu.RUNS[f"profile-{mode}"] if word.isdecimal()]
+    assert batches == [32, 128, SEATS]
 
 
 def test_popularity() -> None:
