@@ -18,6 +18,15 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
+def warm_up_pinned(device: torch.device) -> None:
+    """Have torch keep the pinned memory that small copies to a GPU go by (``to_device``): see ``HostBuffer`` for what
+    asking CUDA for it costs while steps run."""
+    if device.type == "cuda":
+        # It is rounded up to powers of two. Several: some copies are under way.
+        held = [torch.empty(1 << power, dtype=torch.uint8, pin_memory=True) for power in range(9, 20) for _ in range(3)]
+        del held
+
+
 class Moved(NamedTuple):
     """Where copies of some tensors lie, contiguous.
 

@@ -13,6 +13,7 @@ from peft_dist.core.errors import AdapterError
 from peft_dist.engine.executor import LoadOutcome
 from peft_dist.kernels.lora_fill import rehearse_fill
 from peft_dist.kernels.lora_pool import Reservation
+from peft_dist.kernels.transfer import warm_up_pinned
 from peft_dist.runner.adapter_store import AdapterStore
 from peft_dist.runner.adapter_tensors import LoadedAdapter
 from peft_dist.runner.background import BackgroundCalls, Call, Ended, TimeLimitError
@@ -39,6 +40,7 @@ class AdapterLoader:
         self._stream = torch.cuda.Stream(store.pool.device) if is_cuda else None
         if is_cuda:
             rehearse_fill(torch.empty(0, dtype=store.pool.dtype, device=store.pool.device))
+            warm_up_pinned(store.pool.device)
 
     def fileno(self) -> int:
         """Readable while ``take`` has something."""

@@ -22,13 +22,14 @@ def plans_of(
     """
     if not variant.lora:
         return None, None
-    added = _plan(layers, backend, plans.added, rows, 1.0, variant.fuses)
-    return added, _plan(layers, backend, plans.taken, rows, -1.0) if variant.corrected else None
+    added = make_plan(layers, backend, plans.added, rows, 1.0, variant.fuses)
+    return added, make_plan(layers, backend, plans.taken, rows, -1.0) if variant.corrected else None
 
 
-def _plan(
+def make_plan(
     layers: Sequence[LoRALayerWeights], backend: str, tiles: TileBuffers, rows: int, factor: float, fuses: bool = False
 ) -> LoRAPlan:
+    """Of so many rows, whose tiles each replay finds on the device."""
     return LoRAPlan(
         slots=np.zeros(1, np.int32),
         starts=np.array([0, rows], np.int32),

@@ -43,6 +43,7 @@ from peft_dist.kernels.lora_fused_plans import MOST_ADDED_ROWS, FusedPlan, choos
 from peft_dist.kernels.lora_plans import RANKS, GroupPlan, GroupShape, default_plan, fit_plan
 from peft_dist.kernels.product_plans import ProductPlan
 from peft_dist.kernels.types import LoRAPlan
+from peft_dist.runner import step_plans
 
 Change = Callable[[GroupPlan], GroupPlan]
 Vary = Callable[[FusedPlan], FusedPlan]
@@ -190,7 +191,7 @@ class Steps:
     """An engine that takes cases, until it is left."""
 
     def __init__(self, llm: Any, options: Namespace) -> None:
-        self._find_plan = lora_plans._find_plan
+        self._find_plan, self._make_plan = lora_plans._find_plan, step_plans.make_plan
         self._run, self._options = runner(llm), options
         self._graphs = llm._open.runner.graphs
         self._few_rows = self._graphs and self._graphs._few_rows
@@ -206,8 +207,8 @@ class Steps:
         lora_plans.plan_for.cache_clear()
         self._workspace.stream = self._streams[case.stream]
         if self._graphs is not None:
-            make = type(self._graphs)._plan
-            self._graphs._plan = lambda *args: looked_up(make(self._graphs, *args), case.lookup)
+            make = self._make_plan
+            step_plans.make_plan = lambda *args: looked_up(make(*args), case.lookup)
             rows = 0 if self._options.apart else case.few_rows
             chosen = partial(choose_fused, rows, case.vary or (lambda plan: plan), case.name == GATE)
             self._graphs._few_rows = self._few_rows and FewRows(DEVICE, chosen)
@@ -219,7 +220,7 @@ class Steps:
 
     def leave(self) -> None:
         """Plans are as usual again, for the next engine."""
-        lora_plans._find_plan = self._find_plan
+        lora_plans._find_plan, step_plans.make_plan = self._find_plan, self._make_plan
         lora_plans.plan_for.cache_clear()
 
     def milliseconds(self, loads: Sequence[Load]) -> dict[str, float]:

@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 
-from peft_dist.core.collector import frozen_heap
+from peft_dist.core.collector import freeze_heap, frozen_heap
 
 
 class Cycle:
@@ -17,9 +17,11 @@ class Cycle:
 
 @pytest.fixture(autouse=True)
 def nothing_frozen():
+    before = gc.get_threshold()
     gc.unfreeze()
     yield
     gc.unfreeze()
+    gc.set_threshold(*before)
 
 
 def test_old_objects_are_passed_over_and_new_ones_collected():
@@ -36,6 +38,24 @@ def test_old_objects_are_passed_over_and_new_ones_collected():
     gc.collect()
     assert of_old() is None
     assert gc.get_freeze_count() == 0
+
+
+def full_collections(count: int) -> int:
+    """How many there are while so many objects come, and stay."""
+    before = gc.get_stats()[2]["collections"]
+    kept = [[i] for i in range(count)]
+    assert len(kept) == count
+    return gc.get_stats()[2]["collections"] - before
+
+
+def test_full_collections_are_seldom_once_the_heap_is_frozen():
+    with frozen_heap():
+        assert not full_collections(200_000)
+    gc.freeze()
+    assert full_collections(200_000)
+    gc.unfreeze()
+    freeze_heap()
+    assert not full_collections(200_000)
 
 
 def test_the_heap_thaws_after_an_error():

@@ -14,8 +14,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
+import torch
 from bench import bench_lora_steps as bench
 from bench.bench_lora_steps import PLANS, Case, Steps, cases_of, choose, choose_fused, group_of, measure
 from bench.gpu_workload import read_lines
@@ -24,8 +24,8 @@ from peft_dist.kernels import lora_plans
 from peft_dist.kernels.few_rows import FewRows
 from peft_dist.kernels.lora_fused_plans import FusedPlan
 from peft_dist.kernels.lora_plans import GroupShape, default_plan, plan_for
-from peft_dist.kernels.types import LoRAPlan
-from peft_dist.runner.step_buffer import StepShape
+from peft_dist.runner import step_plans
+from peft_dist.runner.step_buffer import PlanBuffers, StepShape, TileBuffers
 from peft_dist.runner.step_variants import Variant
 
 SHAPES = {
@@ -89,10 +89,10 @@ def test_switches_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
         _products: object = "of the engine"
         _steps: dict[Any, object]
 
-        def _plan(self, rows: int) -> LoRAPlan:
-            return LoRAPlan(np.zeros(1, np.int32), np.array([0, rows]), layers=[None])  # type: ignore[list-item]
-
     monkeypatch.setattr(lora_plans, "_find_plan", lora_plans._find_plan)
+    monkeypatch.setattr(step_plans, "make_plan", step_plans.make_plan)
+    tiles = TileBuffers(*(torch.zeros(16, dtype=torch.int32) for _ in range(3)))
+    buffers = PlanBuffers(tiles, tiles)
     workspace = SimpleNamespace(stream="of the pool")
     graphs: Any = Graphs()
     store = SimpleNamespace(pool=SimpleNamespace(workspace=workspace))
@@ -102,7 +102,9 @@ def test_switches_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
         graphs._steps = dict.fromkeys((DECODES, MIXED))
         steps.take(case)
         assert list(graphs._steps) == [MIXED]
-        assert bool(graphs._plan(3).layers) == case.lookup and graphs._plan(3).num_rows == 3
+        # What a step that is captured now goes by.
+        added, _ = step_plans.plans_of(DECODES, [None], "triton", buffers, 3)  # type: ignore[list-item]
+        assert added is not None and bool(added.layers) == case.lookup and added.num_rows == 3
         assert (workspace.stream == "of the pool") == (case.stream == "first")
         assert plan_for(SHAPES["gate"], "a card") == choose(case, SHAPES["gate"])
     *cases, _ = cases_of("ranks")
