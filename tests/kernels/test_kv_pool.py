@@ -96,10 +96,12 @@ def test_host_blocks_are_read_when_their_copies_are_done() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_nobody_waits_for_swaps_and_all_that_follows_comes_behind_them() -> None:
     pool = numbered_pool(64, 32, "cuda")
-    # Whatever the first calls set up.
-    pool.swap_out([(63, 31)])
-    pool.swap_in([(31, 63)])
-    before, out = numbers(pool), list(range(32))
+    out = list(range(32))
+    # Whatever the first calls set up: of as many blocks, because CUDA waits for the device to give pinned memory, of
+    # which torch keeps what was had once.
+    pool.swap_out([(block, 31 - block) for block in out])
+    pool.swap_in([(31 - block, block) for block in out])
+    before = numbers(pool)
     torch.cuda.synchronize()
     try:
         torch.cuda.set_sync_debug_mode("error")
