@@ -99,7 +99,7 @@ class ReplicaDrained:
 
 @dataclass(frozen=True, slots=True)
 class MovesLeft:
-    """More requests can leave draining replicas than go in one call: ``tick`` is due at once."""
+    """More requests can leave draining replicas, or a lost one, than go in one call: ``tick`` is due at once."""
 
 
 @dataclass(frozen=True, slots=True)

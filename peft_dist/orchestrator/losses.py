@@ -99,14 +99,17 @@ class Losses:
         return True
 
     def place_waiting(self, now: float, error: EngineDeadError | None = None) -> list[Outgoing]:
-        """Place what waits, and fail what waits in vain; ``error`` is what has just ended a replica.
+        """Place what waits (some of it, where it is much), and fail what waits in vain.
+
+        ``error``: What has just ended a replica.
 
         Soon after one that had joined was lost, nothing is: another one could go on with it."""
         if not self._requests.has_unplaced:
             return []
         out, self._left = self._left, []
         out += self._placer.place_waiting(now)
-        if now < self._joins_until:
+        # While there is more to place, who waits in vain is looked for once: when the reason is at hand.
+        if now < self._joins_until or (error is None and self._placer.places_at <= now):
             return out
         hopeless = [record for record in self._requests.unplaced() if self._placer.is_hopeless(record)]
         for record in hopeless:
@@ -133,16 +136,17 @@ class Losses:
         return f"{first}Adapter {record.adapter.name!r} {where}: {remedy}."
 
     def tick(self, now: float) -> list[Outgoing]:
-        """Fail what has waited in vain for a replica to join."""
+        """Place what was left, and fail what has waited in vain for a replica to join."""
         if self._last_guest is None or now < self._joins_until:
-            return []
+            return self.place_waiting(now) if self._placer.places_at <= now else []
         error = EngineDeadError(f"{self._last_guest} No other one joined within {_JOIN_SECONDS:g} s.")
         self._last_guest = None
         return self.place_waiting(now, error)
 
     def next_deadline(self) -> float:
         """When ``tick`` has something to do; infinity for never."""
-        return self._joins_until if self._last_guest is not None and self._requests.has_unplaced else math.inf
+        is_awaited = self._last_guest is not None and self._requests.has_unplaced
+        return min(self._placer.places_at, self._joins_until if is_awaited else math.inf)
 
 
 def _list(ids: list[int]) -> str:

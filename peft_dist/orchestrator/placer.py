@@ -31,8 +31,9 @@ class Placer:
         mover: What moves requests from draining replicas: ``move``, unless there is something better. None is returned
             for one that has to wait for its turn: ``go_on`` is to be called when it may have come.
         under_way: Requests that are being moved, and where to.
-        moves_at_once: Of draining replicas, in one call: each may be sent with all its tokens.
+        moves_at_once: Of draining replicas, or of a lost one, in one call: each may be sent with all its tokens.
         goes_on_at: When ``go_on`` is due for what was left; infinity for never.
+        places_at: The same of ``place_waiting``.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Placer:
         self.mover: Callable[[RequestRecord, Replica, float], list[Outgoing] | None] = self.move
         self.under_way: Callable[[], list[tuple[RequestRecord, Replica]]] = list
         self.moves_at_once = 16
-        self.goes_on_at = math.inf
+        self.goes_on_at = self.places_at = math.inf
         # Draining replicas, and their requests whose turn has not come.
         self._leaving: list[tuple[Replica, deque[RequestRecord]]] = []
         # The last suspect that was placed.
@@ -71,8 +72,20 @@ class Placer:
         return self._give(record, self._choose(record, able, now), now)
 
     def place_waiting(self, now: float) -> list[Outgoing]:
-        """Place what can be placed of all that waits for a replica."""
-        return [out for record in self._requests.unplaced() for out in self.place(record, now)]
+        """Place what can be placed of all that waits, oldest first; some of it, where it is much (``MovesLeft``)."""
+        out: list[Outgoing] = []
+        num_placed = 0
+        self.places_at = math.inf
+        for record in self._requests.unplaced():
+            if num_placed == self.moves_at_once:
+                # Whether anybody can take the others shows then.
+                self.places_at = now
+                self._events.append(MovesLeft())
+                break
+            commands = self.place(record, now)
+            num_placed += bool(commands)
+            out += commands
+        return out
 
     def is_hopeless(self, record: RequestRecord) -> bool:
         """Whether no replica can run it, nor will be able to by itself."""

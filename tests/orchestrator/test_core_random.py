@@ -465,6 +465,8 @@ class Machine(RuleBasedStateMachine):
         while self.leaving:
             self.a_drained_replica_ends_and_is_started_again()
         for _ in range(40):
+            if self.core.next_deadline() <= self.now:
+                self._send(self.core.tick(self.now))
             for replica_id in self.replicas:
                 self.everything_under_way_arrives(replica_id)
                 self.replicas[replica_id].step()
