@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from peft_dist.core.config import EngineConfig
 from peft_dist.core.errors import ConfigError
+from peft_dist.core.rank_meeting import inherited_listener
 from peft_dist.patches.sharding import ModulePart, UnsupportedShardingError, combine_outputs, shard_model
 from peft_dist.runner.adapter_modules import ModuleShape
 from peft_dist.runner.loader import resolve_device
@@ -33,8 +34,10 @@ class RankGroup:
         parts: Of the modules that are split; empty before ``shard``.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
+    def __init__(self, rank: int = 0, size: int = 1, meeting_place: object = None) -> None:
+        """``meeting_place``: What is to live as long as the ranks may meet."""
         self.rank, self.size = rank, size
+        self._meeting_place = meeting_place
         self.parts: Mapping[str, ModulePart] = {}
 
     @property
@@ -143,8 +146,18 @@ def join_ranks(config: EngineConfig) -> RankGroup:
             )
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
+    meeting_place = _open_meeting_place()
     dist.init_process_group(backend, timeout=_MEETING)
-    return RankGroup(rank, size)
+    return RankGroup(rank, size, meeting_place)
+
+
+def _open_meeting_place() -> dist.TCPStore | None:
+    """Answer at the port that was opened for this rank to be the one where all meet."""
+    listener = inherited_listener()
+    if listener is None:
+        return None
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener)
 
 
 def leave_ranks() -> None:

@@ -142,6 +142,7 @@ class PlainLauncher:
                     *(self._command(folder) if self._state else (*_TETHER, *self._command(folder))),
                     stdin=read_end,
                     start_new_session=True,
+                    pass_fds=self._inherited(),
                     env={**os.environ, **self._environment(replica_id)},
                 )
             finally:
@@ -196,6 +197,10 @@ class PlainLauncher:
             return {}
         first = replica_id % (len(gpus) // size) * size
         return {"CUDA_VISIBLE_DEVICES": ",".join(gpus[first : first + size])}
+
+    def _inherited(self) -> Sequence[int]:
+        """Descriptors that the process gets besides its standard ones."""
+        return ()
 
     def _share(self, replica_id: int) -> EngineConfig:
         """The options of one replica, with files of its own."""

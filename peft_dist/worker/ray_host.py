@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import socket
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import msgspec
 
 from peft_dist.core.cluster_keys import ClusterKeys
 from peft_dist.core.config import EngineConfig
+from peft_dist.core.rank_meeting import meeting_environment
 from peft_dist.worker.config import WorkerConfig
 from peft_dist.worker.launcher import LaunchedReplica, PlainLauncher
 
@@ -41,7 +42,7 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Where a rank runs: the node's id in Ray, its address, and a port that was free there."""
+    """Where a rank runs: the node's id in Ray, its address, and the port where the ranks meet, 0 if it is not there."""
 
     node_id: str
     host: str
@@ -59,24 +60,35 @@ class RankHost:
     def __init__(self, order: Order) -> None:
         self._order = order
         self._process: LaunchedReplica | None = None
+        self._listener: socket.socket | None = None
         self._folder = Path(tempfile.mkdtemp(prefix="peft-dist-"))
 
-    async def site(self) -> Site:
-        """Where this is. Rank 0's port is where the ranks meet."""
+    async def site(self, *, meets: bool) -> Site:
+        """Where this is. ``meets``: The ranks are to meet here, at a port that is open from now on: the process of this
+        rank takes it over, and nobody else can have it meanwhile."""
         import ray
 
-        with socket.socket() as free:
-            free.bind(("", 0))
-            port = free.getsockname()[1]
-        return Site(ray.get_runtime_context().get_node_id(), _own_address(), port)
+        host, port = _own_address(), 0
+        if meets:
+            family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
+            self._listener = socket.create_server((host, 0), family=family)
+            port = self._listener.getsockname()[1]
+        return Site(ray.get_runtime_context().get_node_id(), host, port)
 
     async def start(self, rank: int, meeting: Site) -> None:
         """Start the worker's process as this rank. Raises OSError when that cannot be done."""
         key_file = self._folder / "keys.json"
         self._order.keys.write(key_file)
-        launcher = _RankLauncher(self._order, key_file, _own_address(), self._world(rank, meeting))
-        order = self._order
-        self._process = await launcher.start(order.endpoint, order.replica_id, order.epoch)
+        order, listener = self._order, self._listener
+        world = self._world(rank, meeting)
+        launcher = _RankLauncher(
+            order, key_file, _own_address(), world, () if listener is None else (listener.fileno(),)
+        )
+        try:
+            self._process = await launcher.start(order.endpoint, order.replica_id, order.epoch)
+        finally:
+            # If the process has it, the port ends with that: who meets there is not left waiting.
+            self._close_port()
 
     async def wait(self) -> int:
         """Return code when the process has ended; negative is the signal that killed it."""
@@ -95,6 +107,7 @@ class RankHost:
         if self._process is not None:
             self._process.kill()
             await self.wait()
+        self._close_port()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _world(self, rank: int, meeting: Site) -> dict[str, str]:
@@ -102,13 +115,13 @@ class RankHost:
         size = self._order.engine.tensor_parallel_size
         if size == 1:
             return {}
-        return {
-            "RANK": str(rank),
-            "LOCAL_RANK": "0",
-            "WORLD_SIZE": str(size),
-            "MASTER_ADDR": meeting.host,
-            "MASTER_PORT": str(meeting.port),
-        }
+        listener = None if self._listener is None else self._listener.fileno()
+        return {"LOCAL_RANK": "0", **meeting_environment(rank, size, meeting.host, meeting.port, listener)}
+
+    def _close_port(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
 
 
 def _own_address() -> str:
@@ -124,7 +137,9 @@ class _RankLauncher(PlainLauncher):
 
     starts_ranks = True
 
-    def __init__(self, order: Order, key_file: Path, host: str, world: Mapping[str, str]) -> None:
+    def __init__(
+        self, order: Order, key_file: Path, host: str, world: Mapping[str, str], inherited: Sequence[int] = ()
+    ) -> None:
         super().__init__(
             order.engine,
             log_level=order.log_level,
@@ -134,6 +149,7 @@ class _RankLauncher(PlainLauncher):
             further={"silence": order.silence},
         )
         self._world = world
+        self._own_inherited = tuple(inherited)
         # Of several ranks each serves its own part.
         self._kv_endpoint = f"tcp://{host}:*"
 
@@ -143,3 +159,6 @@ class _RankLauncher(PlainLauncher):
 
     def _environment(self, replica_id: int) -> dict[str, str]:
         return dict(self._world)
+
+    def _inherited(self) -> Sequence[int]:
+        return self._own_inherited

@@ -123,7 +123,10 @@ class RayReplica:
         try:
             await self._find_room()
             await self._in_thread(self._make_hosts)
-            sites: list[Site] = await asyncio.gather(*(_value(host.site.remote()) for host in self._hosts))
+            # They meet at rank 0, if there are several.
+            meets = [self._size > 1 and rank == 0 for rank in range(self._size)]
+            asked = [host.site.remote(meets=here) for host, here in zip(self._hosts, meets, strict=True)]
+            sites: list[Site] = await asyncio.gather(*map(_value, asked))
             where = ", ".join(sorted({f"{site.host} (node {site.node_id[:8]})" for site in sites}))
             logger.info("replica %d runs on %s", self._order.replica_id, where)
             starts = [host.start.remote(rank, sites[0]) for rank, host in enumerate(self._hosts)]
