@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import pytest
 
-from peft_dist.core.messages import AdapterResult, AddRequest, LoadAdapter, UnloadAdapter
+from peft_dist.core.messages import (
+    AdapterResult,
+    AddRequest,
+    Exported,
+    ExportRequests,
+    Imported,
+    ImportRequests,
+    LoadAdapter,
+    UnloadAdapter,
+)
+from peft_dist.core.sampling_params import SamplingParams
+from peft_dist.orchestrator.client import NewRequest
 from peft_dist.orchestrator.core import Orchestrator
 from peft_dist.orchestrator.events import Notice, RequestFailed
 from peft_dist.orchestrator.records import Outgoing
 from tests.orchestrator.test_adapter_retries import answer, loads
 from tests.orchestrator.test_core import tokens
+from tests.orchestrator.test_handover import state
 from tests.orchestrator.test_lifecycle import cluster, ready
 from tests.orchestrator.test_rolling import bind
 from tests.orchestrator.world import mini_spec
@@ -87,3 +99,41 @@ def test_a_request_that_is_aborted_needs_nothing() -> None:
     core = waiting("unloaded")
     core.abort("r", 3.0)
     assert comes(core) == []
+
+
+@pytest.mark.parametrize("with_kv", [True, False])
+@pytest.mark.parametrize("way", ["unloaded", "replaced"])
+def test_what_runs_moves_to_whoever_has_it_and_to_whoever_is_brought_it(way: str, with_kv: bool) -> None:
+    core = cluster(2)
+    for out in core.load_adapter("one", "one")[1]:
+        takes(core, out.replica_id, loads([out])[0])
+    [sent] = core.submit(NewRequest("r", [5], SamplingParams(max_tokens=9), "one"), 0.0)
+    first = sent.replica_id
+    core.observe(first, sent.epoch, tokens("r-0", [3], 0), 0.5)
+    if way == "unloaded":
+        core.unload_adapter("one")
+    else:
+        for out in core.load_adapter("one", "two", replace=True)[1]:
+            takes(core, out.replica_id, loads([out])[0])
+    # One that comes later.
+    late = core.add_replica(2, 1.0)
+    brought = {load.path: load for load in loads(ready(core, 2, late.epoch, 1.0))}
+    assert core.handover.move("r", 2, 2.0, with_kv=with_kv) == [], "it has none of it yet"
+    takes(core, 2, brought["one"])
+    names = ["r-0"]
+    for source, target in ((first, 1 - first), (1 - first, 2)):
+        out = core.handover.move("r", target, 3.0, with_kv=with_kv)
+        if with_kv:
+            [export] = [each.command for each in out if isinstance(each.command, ExportRequests)]
+            report = Exported(handover=export.handover, sequences=[state(names[-1], 1)])
+            out = core.observe(source, core.replicas[source].epoch, report, 3.0)
+            [command] = [each.command for each in out if isinstance(each.command, ImportRequests)]
+            [add] = command.requests
+            core.observe(target, core.replicas[target].epoch, Imported(handover=export.handover), 3.0)
+        else:
+            [add] = [each.command for each in out if isinstance(each.command, AddRequest)]
+        names.append(add.request_id)
+        assert add.content_hash == "h-one" and core._requests.owner(add.request_id, target)
+    end = core.observe(2, late.epoch, tokens(names[-1], [4], 1, "stop"), 4.0)
+    unloads = [(each.replica_id, each.command.content_hash) for each in end if isinstance(each.command, UnloadAdapter)]
+    assert sorted(unloads) == [(0, "h-one"), (1, "h-one"), (2, "h-one")], "nobody needs it any more"
