@@ -31,7 +31,6 @@ from peft_dist.orchestrator.events import (
     ReplicaReady,
     ReplicaRenewed,
     RequestFailed,
-    SequenceEvent,
     StartReplica,
 )
 from peft_dist.orchestrator.guests import Guests, Invitation
@@ -314,17 +313,15 @@ class EngineService:
         for out in commands:
             if self.guests is None or not self.guests.sends(out):
                 self._link.send(out)
-        events = self._core.drain_events()
-        for event in events:
+        others = self._streams.put_all(self._core.drain_events())
+        for event in others:
             self._deliver(event)
-        if any(not isinstance(event, SequenceEvent) for event in events) or not self._timer.is_armed:
+        if others or not self._timer.is_armed:
             self._timer.arm(self._core.next_deadline())
         self.rolling.look()
 
     def _deliver(self, event: Event) -> None:
         match event:
-            case SequenceEvent(request_id, index, progress):
-                self._streams.put(request_id, index, progress)
             case RequestFailed(request_id, error):
                 self._streams.fail(request_id, error)
             case AdapterLoaded(call_id, answer) | AdapterRefused(call_id, answer):

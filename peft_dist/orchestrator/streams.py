@@ -4,10 +4,42 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 from peft_dist.core.errors import PeftDistError
 from peft_dist.core.messages import SequenceProgress
+from peft_dist.orchestrator.events import Event, SequenceEvent
+
+# Readers that are woken in one round of the event loop.
+WOKEN_AT_ONCE = 32
+
+
+class Wakes:
+    """Wakes readers some at a time, in the order in which something came for them.
+
+    A step brings tokens for all of them at once. What those write that were woken leaves with the end of a round of the
+    loop: so the first clients read while the others' readers run, and nobody else waits for all of them.
+    """
+
+    def __init__(self, at_once: int = WOKEN_AT_ONCE) -> None:
+        self._at_once = at_once
+        self._asleep: deque[asyncio.Future[None]] = deque()
+
+    def add(self, reader: asyncio.Future[None]) -> None:
+        """Wake a reader when its turn comes; one that has gone by then is passed over."""
+        if not self._asleep:
+            reader.get_loop().call_soon(self._wake)
+        self._asleep.append(reader)
+
+    def _wake(self) -> None:
+        asleep = self._asleep
+        for _ in range(min(self._at_once, len(asleep))):
+            reader = asleep.popleft()
+            if not reader.done():
+                reader.set_result(None)
+        if asleep:
+            asleep[0].get_loop().call_soon(self._wake)
 
 
 class Stream:
@@ -16,11 +48,14 @@ class Stream:
     It has one reader. Every token of every request passes through here, so this is less than an ``asyncio.Queue``.
     """
 
-    def __init__(self, num_sequences: int, on_close: Callable[[], None], keep: Callable[[int], None]) -> None:
+    def __init__(
+        self, num_sequences: int, on_close: Callable[[], None], keep: Callable[[int], None], wakes: Wakes | None = None
+    ) -> None:
         """``on_close``: Called when it is closed before its end. ``keep``: Called with a change of the number of
-        sequences that have ended, and whose end was not read."""
+        sequences that have ended, and whose end was not read. ``wakes``: Shared with other streams."""
         self._items: deque[tuple[int, SequenceProgress] | PeftDistError] = deque()
         self._waiter: asyncio.Future[None] | None = None
+        self._wakes = wakes or Wakes()
         self._unfinished = num_sequences
         self._left = num_sequences
         self._unread = 0
@@ -81,9 +116,9 @@ class Stream:
         self._keep(change)
 
     async def _wait(self) -> None:
-        self._waiter = asyncio.get_running_loop().create_future()
+        waiter = self._waiter = asyncio.get_running_loop().create_future()
         try:
-            await self._waiter
+            await waiter
         except asyncio.CancelledError:
             self._close()
             raise
@@ -91,8 +126,9 @@ class Stream:
             self._waiter = None
 
     def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        if self._waiter is not None:
+            waiter, self._waiter = self._waiter, None
+            self._wakes.add(waiter)
 
     async def aclose(self) -> None:
         """Stop reading; what still runs of the request is aborted."""
@@ -115,6 +151,7 @@ class StreamTable:
         self._streams: dict[str, Stream] = {}
         self._abort = abort
         self._keep = keep
+        self._wakes = Wakes()
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -122,15 +159,24 @@ class StreamTable:
         return len(self._streams)
 
     def open(self, request_id: str, num_sequences: int) -> Stream:
-        stream = self._streams[request_id] = Stream(num_sequences, lambda: self._abandon(request_id), self._keep)
+        abandon = partial(self._abandon, request_id)
+        stream = self._streams[request_id] = Stream(num_sequences, abandon, self._keep, self._wakes)
         self._idle.clear()
         return stream
 
-    def put(self, request_id: str, sequence_index: int, progress: SequenceProgress) -> None:
-        """Pass on progress, if anybody reads it."""
-        stream = self._streams.get(request_id)
-        if stream is not None and stream.put(sequence_index, progress):
-            self._drop(request_id)
+    def put_all(self, events: Iterable[Event]) -> list[Event]:
+        """Pass on the progress among them, as far as anybody reads it, and return the others: few."""
+        others: list[Event] = []
+        streams = self._streams
+        for event in events:
+            if not isinstance(event, SequenceEvent):
+                others.append(event)
+                continue
+            request_id, index, progress = event
+            stream = streams.get(request_id)
+            if stream is not None and stream.put(index, progress):
+                self._drop(request_id)
+        return others
 
     def fail(self, request_id: str, error: PeftDistError) -> None:
         """End a request's stream with an error."""

@@ -12,7 +12,7 @@ import pytest
 
 from peft_dist.core.errors import EngineDeadError
 from peft_dist.core.messages import SequenceProgress
-from peft_dist.orchestrator.streams import Stream
+from peft_dist.orchestrator.streams import Stream, Wakes
 
 
 def on_loop(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
@@ -154,3 +154,44 @@ async def test_whoever_closes_a_stream_lets_go_of_its_tokens() -> None:
     await one.stream.aclose()
     await one.stream.aclose()
     assert one.number == 0 and not one.stream._items
+
+
+@on_loop
+async def test_readers_are_woken_some_at_a_time_in_the_order_of_what_came() -> None:
+    wakes = Wakes(at_once=2)
+    streams = [Stream(1, lambda: None, lambda change: None, wakes) for _ in range(6)]
+    woken: list[int] = []
+
+    async def read(number: int) -> None:
+        await anext(streams[number])
+        woken.append(number)
+
+    readers = [asyncio.create_task(read(number)) for number in range(6)]
+    await asyncio.sleep(0)
+    for number in (5, 0, 4, 1, 3, 2):
+        streams[number].put(0, token(0))
+        streams[number].put(0, token(1))
+    # It goes before its turn has come, and costs nobody else his.
+    readers[4].cancel()
+    rounds = []
+    while len(woken) < 5:
+        before = len(woken)
+        await asyncio.sleep(0)
+        rounds.append(woken[before:])
+    assert [some for some in rounds if some] == [[5, 0], [1], [3, 2]]
+    assert [len(streams[number].take_ready(9)) for number in (5, 4)] == [1, 0]
+
+
+@on_loop
+async def test_who_comes_while_others_are_woken_has_his_turn_behind_them() -> None:
+    wakes = Wakes(at_once=1)
+    first, second, third = (Stream(1, lambda: None, lambda change: None, wakes) for _ in range(3))
+    async with waiting(first) as one, waiting(second) as two, waiting(third) as three:
+        first.put(0, token(0))
+        second.put(0, token(0))
+        while not one.done():
+            await asyncio.sleep(0)
+        third.put(0, token(0))
+        assert not two.done()
+        await three
+        assert two.done()
