@@ -88,6 +88,7 @@ class Generation:
         self._n = n
         self._watch = watch
         self._streams: list[RequestStream] = []
+        self._num_left = 0
 
     @classmethod
     async def start(
@@ -129,6 +130,7 @@ class Generation:
         for i in range(self._n):
             output = SequenceOutput(tokenizer, prompt.token_ids, params, i, decoders)
             self.choices.append(Choice(len(self.choices), prompt, output))
+        self._num_left = len(self.choices)
 
     async def aclose(self) -> None:
         """Abort what still runs. Idempotent."""
@@ -146,21 +148,36 @@ class Generation:
             ApiError: 500, a sequence failed.
             EngineDeadError: the replica died, or the server stops.
         """
-        left = len(self.choices)
         try:
-            async with aclosing(self._progress(limit)) as flow:
+            if len(self._streams) == 1:
+                # The usual one, without a further generator in the way of each token.
+                stream = self._streams[0]
+                async for item in stream:
+                    batch, error = self._batch(0, [item, *stream.take_ready(limit - 1)])
+                    if batch:
+                        yield batch
+                    if self._is_over(batch, error):
+                        return
+                return
+            async with aclosing(self._progress()) as flow:
                 async for number, items in flow:
                     batch, error = self._batch(number, items)
                     if batch:
                         yield batch
-                    if error is not None:
-                        raise error
-                    left -= sum(piece.choice.finished for piece in batch if piece.delta.finish_reason is not None)
-                    if not left:
+                    if self._is_over(batch, error):
                         return
         except PeftDistError:
             self._watch.close("error")
             raise
+
+    def _is_over(self, batch: Sequence[Piece], error: PeftDistError | None) -> bool:
+        """Whether every choice has ended with this batch. Raises the error behind it."""
+        if error is not None:
+            raise error
+        for piece in batch:
+            if piece.delta.finish_reason is not None:
+                self._num_left -= piece.choice.finished
+        return not self._num_left
 
     def _batch(self, number: int, items: Sequence[_Item]) -> tuple[list[Piece], PeftDistError | None]:
         """Pieces of one prompt's choices, and what ended them before the last item: they were drawn all the same."""
@@ -185,20 +202,16 @@ class Generation:
         delta = choice.output.add(progress)
         self.usage.completion_tokens += len(delta.token_ids)
         choice.finished = delta.finish_reason is not None
-        self._watch.queued(choice.index, progress.queue_seconds)
+        if progress.queue_seconds is not None:
+            self._watch.queued(choice.index, progress.queue_seconds)
         self._watch.progress(choice.index, len(delta.token_ids), delta.finish_reason)
         if choice.output.must_abort:
             self._client.abort(f"{self.request_id}-{number}", index)
         positions = [None, *(progress.prompt_logprobs or [])] if is_first else None
         return Piece(choice, delta, is_first, positions)
 
-    async def _progress(self, limit: int) -> AsyncGenerator[tuple[int, list[_Item]], None]:
-        """(number of the prompt, progress of its sequences) of all streams."""
-        if len(self._streams) == 1:
-            stream = self._streams[0]
-            async for item in stream:
-                yield 0, [item, *stream.take_ready(limit - 1)]
-            return
+    async def _progress(self) -> AsyncGenerator[tuple[int, list[_Item]], None]:
+        """(number of the prompt, progress of its sequences) of several streams."""
         queue: _Queue = asyncio.Queue()
         # Whoever reads slowly leaves the rest in the streams.
         room = asyncio.Semaphore(MAX_BATCH)

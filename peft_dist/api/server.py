@@ -23,6 +23,7 @@ from peft_dist.api.protocol import ErrorAnswer
 from peft_dist.api.request_ids import HEADER, RequestIdMiddleware
 from peft_dist.api.request_metrics import ErrorCountMiddleware
 from peft_dist.api.state import ServerState
+from peft_dist.api.streaming import DirectSendMiddleware
 from peft_dist.api.system import system_router
 from peft_dist.api.token_ids import token_ids_router
 from peft_dist.api.unread import UnreadWatch
@@ -71,4 +72,5 @@ def build_app(
             CORSMiddleware, allow_origins=options.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"],
             expose_headers=[HEADER, "Retry-After"],
         )  # fmt: skip
+    app.add_middleware(DirectSendMiddleware)
     return app

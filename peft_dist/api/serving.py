@@ -21,7 +21,7 @@ from peft_dist.api.prompts import Prompt
 from peft_dist.api.protocol import GenerationRequest
 from peft_dist.api.request_metrics import CLIENT_CLOSED_REQUEST
 from peft_dist.api.state import ServerState
-from peft_dist.api.streaming import ClientGoneError, EventStream, server_sent_events, until_disconnect
+from peft_dist.api.streaming import ClientGoneError, EventStream, until_disconnect
 from peft_dist.core.config import ModelInfo
 from peft_dist.core.errors import InvalidRequestError
 from peft_dist.core.sampling_params import SamplingParams
@@ -78,8 +78,7 @@ async def serve_generation(
     head = {"id": request_id, "created": int(time.time()), "model": body.model}
     headers = {"X-Request-Id": request_id}
     if body.stream:
-        events = server_sent_events(_stream(head, body, generation, answer_format))
-        return EventStream(events, generation.aclose, headers)
+        return EventStream(_stream(head, body, generation, answer_format), generation.aclose, headers)
     try:
         await until_disconnect(http.receive, _collect(generation, answer_format))
     except ClientGoneError:

@@ -9,7 +9,7 @@ from contextlib import aclosing
 from typing import Any, TypeVar
 
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from peft_dist.api.errors import as_api_error, encode_json
 from peft_dist.core.errors import PeftDistError
@@ -17,6 +17,7 @@ from peft_dist.core.errors import PeftDistError
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
+_SEND = "peft_dist.send"
 _SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -48,26 +49,28 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-async def server_sent_events(events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-    """``events`` with ``[DONE]`` at the end; an error in between is an event of its own."""
-    try:
-        async with aclosing(events):
-            async for some in events:
-                yield some
-    except Exception as error:  # The status is sent already: only an event can tell the client what happened.
-        if not isinstance(error, PeftDistError):
-            logger.exception("a stream failed")
-        yield event(encode_json(as_api_error(error).body()))
-    yield event(b"[DONE]")
-
-
 def event(data: bytes) -> bytes:
     """One line of data as a server-sent event."""
     return b"data: " + data + b"\n\n"
 
 
+class DirectSendMiddleware:
+    """Keeps how the server sends, for answers of many parts; the outermost one.
+
+    What stands in between looks only at how an answer begins, and would be asked for every token.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope[_SEND] = send
+        await self._app(scope, receive, send)
+
+
 class EventStream(Response):
-    """Sends events as they come, one or several at once; ``close`` runs in any case at the end."""
+    """Sends events as they come, one or several at once, and ``[DONE]`` at the end; an error in between is an event of
+    its own. ``close`` runs in any case at the end."""
 
     media_type = "text/event-stream"
 
@@ -85,15 +88,25 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await until_disconnect(receive, self._send_all(send))
+            await until_disconnect(receive, self._send_all(send, scope.get(_SEND, send)))
         except ClientGoneError:
             pass  # Nobody is left to tell.
         finally:
             await self._close()
 
-    async def _send_all(self, send: Send) -> None:
+    async def _send_all(self, send: Send, send_part: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async with aclosing(self._events) as events:
-            async for some in events:
-                await send({"type": "http.response.body", "body": some, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        try:
+            async with aclosing(self._events) as events:
+                async for some in events:
+                    await send_part(_part(some))
+        except Exception as error:  # The status is sent already: only an event can tell the client what happened.
+            if not isinstance(error, PeftDistError):
+                logger.exception("a stream failed")
+            await send_part(_part(event(encode_json(as_api_error(error).body()))))
+        await send_part(_part(event(b"[DONE]")))
+        await send_part({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _part(body: bytes) -> Message:
+    return {"type": "http.response.body", "body": body, "more_body": True}
