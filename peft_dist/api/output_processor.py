@@ -69,6 +69,8 @@ class SequenceOutput:
             self._stream = decoders.stream(prompt_token_ids, skip_special_tokens=params.skip_special_tokens)
             self._texts = TokenBytes(tokenizer) if params.logprobs is not None else None
         self._matcher = StopMatcher(params.stop)
+        # Text that comes in is text that goes out.
+        self._is_plain = self._stream is not None and not params.stop and params.logprobs is None
         self._token_ids: list[int] = []
         self._logprobs: list[PositionLogprobs] = []
         self._text: list[str] = []
@@ -84,6 +86,8 @@ class SequenceOutput:
             self.must_abort = False
             return Delta(finish_reason=self.finish_reason, stop_reason=self.stop_reason)
         known, pieces = len(self._token_ids), len(self._text)
+        if self._is_plain and progress.first_index == known and progress.finish_reason is None:
+            return self._add_plain(progress.token_ids)
         seen = known - progress.first_index
         if seen < 0:
             raise PeftDistError(
@@ -102,6 +106,15 @@ class SequenceOutput:
             self.finish_reason,
             self.stop_reason,
         )
+
+    def _add_plain(self, token_ids: Sequence[int]) -> Delta:
+        """As ``add`` of tokens that follow what is known and end nothing: nearly every report."""
+        assert self._stream is not None
+        self._token_ids.extend(token_ids)
+        text = "".join(map(self._stream.add, token_ids))
+        if text:
+            self._text.append(text)
+        return Delta(text, token_ids)
 
     def completion(self) -> CompletionOutput:
         """Everything so far."""

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from peft_dist.api.token_metrics import TokenCounter, TokenHistogram
 from peft_dist.core.adapter import AdapterSpec
 
 FINISH_REASONS = ("stop", "length", "abort", "error")
@@ -60,14 +61,17 @@ class RequestMetrics:
             "From a sequence's admission, less its way to its replica, to its first step.",
             _FIRST_BUCKETS,
         )
-        self.inter_token = self._histogram(
-            "inter_token_latency_seconds", "Between two tokens of a sequence.", _TOKEN_BUCKETS
+        # Of each token; the others are of each sequence.
+        self.inter_token = TokenHistogram(
+            "peft_dist:inter_token_latency_seconds", "Between two tokens of a sequence.", _TOKEN_BUCKETS
         )
         self.whole = self._histogram(
             "e2e_request_latency_seconds", "From admission to the end of a sequence that was completed.", _WHOLE_BUCKETS
         )
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of admitted requests.")
-        self.generation_tokens = self._counter("generation_tokens", "Tokens that were drawn for clients.")
+        self.generation_tokens = TokenCounter("peft_dist:generation_tokens", "Tokens that were drawn for clients.")
+        self.registry.register(self.inter_token)
+        self.registry.register(self.generation_tokens)
         self.admitted = self._counter(
             "sequences_admitted", "Sequences that were admitted; a request has n of each prompt."
         )

@@ -17,6 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from peft_dist.api.metric_labels import AdapterLabels, readable
 from peft_dist.api.replica_metrics import kv_usage
 from peft_dist.api.request_metrics import RequestMetrics
+from peft_dist.api.token_metrics import TokenCounter, TokenHistogram
 from peft_dist.orchestrator.observation import ReplicaView
 
 _ENGINE = "0"
@@ -66,7 +67,9 @@ def request_families(replicas: Sequence[ReplicaView], requests: RequestMetrics) 
     yield success
 
 
-def _renamed(own: Histogram | Counter, name: str, text: str, labels: dict[str, str]) -> Metric:
+def _renamed(
+    own: Histogram | Counter | TokenHistogram | TokenCounter, name: str, text: str, labels: dict[str, str]
+) -> Metric:
     """A family of ours under another name, with more labels."""
     [collected] = own.collect()
     family = Metric(name, text, collected.type)
