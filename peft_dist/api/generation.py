@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,42 +137,16 @@ class Generation:
         for stream in self._streams:
             await stream.aclose()
 
-    async def batches(self, limit: int) -> AsyncGenerator[list[Piece], None]:
+    def batches(self, limit: int) -> Batches:
         """Pieces of all choices as they come, those that are there already together, until every choice has ended.
 
         Args:
             limit: Pieces of one batch at most.
-
-        Raises:
-            ApiError: 500, a sequence failed.
-            EngineDeadError: the replica died, or the server stops.
         """
-        try:
-            if len(self._streams) == 1:
-                # The usual one, without a further generator in the way of each token.
-                stream = self._streams[0]
-                async for item in stream:
-                    batch, error = self._batch(0, [item, *stream.take_ready(limit - 1)])
-                    if batch:
-                        yield batch
-                    if self._is_over(batch, error):
-                        return
-                return
-            async with aclosing(self._progress()) as flow:
-                async for number, items in flow:
-                    batch, error = self._batch(number, items)
-                    if batch:
-                        yield batch
-                    if self._is_over(batch, error):
-                        return
-        except PeftDistError:
-            self._watch.close("error")
-            raise
+        return Batches(self, limit)
 
-    def _is_over(self, batch: Sequence[Piece], error: PeftDistError | None) -> bool:
-        """Whether every choice has ended with this batch. Raises the error behind it."""
-        if error is not None:
-            raise error
+    def _count_ends(self, batch: Sequence[Piece]) -> bool:
+        """Whether every choice has ended with this batch."""
         for piece in batch:
             if piece.delta.finish_reason is not None:
                 self._num_left -= piece.choice.finished
@@ -230,6 +203,51 @@ class Generation:
             for pump in pumps:
                 pump.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)
+
+
+class Batches:
+    """The iterator that ``Generation.batches`` returns; to be closed. Not a generator, for each token passes here.
+
+    Raises:
+        ApiError: 500, a sequence failed.
+        EngineDeadError: the replica died, or the server stops.
+    """
+
+    def __init__(self, generation: Generation, limit: int) -> None:
+        self._generation = generation
+        self._more = limit - 1
+        # The usual one alone, or what brings several together.
+        self._stream = generation._streams[0]
+        self._flow = generation._progress() if len(generation._streams) > 1 else None
+        self._error: PeftDistError | None = None
+        self._is_over = False
+
+    def __aiter__(self) -> Batches:
+        return self
+
+    async def __anext__(self) -> list[Piece]:
+        generation = self._generation
+        try:
+            while self._error is None and not self._is_over:
+                if self._flow is None:
+                    number, items = 0, [await self._stream.__anext__(), *self._stream.take_ready(self._more)]
+                else:
+                    number, items = await self._flow.__anext__()
+                batch, self._error = generation._batch(number, items)
+                self._is_over = generation._count_ends(batch)
+                if batch:
+                    return batch
+            if self._error is not None:
+                raise self._error
+        except PeftDistError:
+            generation._watch.close("error")
+            raise
+        raise StopAsyncIteration
+
+    async def aclose(self) -> None:
+        """Read no further."""
+        if self._flow is not None:
+            await self._flow.aclose()
 
 
 async def _pump(number: int, stream: RequestStream, queue: _Queue, room: asyncio.Semaphore) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from fastapi import Request
@@ -21,7 +22,7 @@ from peft_dist.api.prompts import Prompt
 from peft_dist.api.protocol import GenerationRequest
 from peft_dist.api.request_metrics import CLIENT_CLOSED_REQUEST
 from peft_dist.api.state import ServerState
-from peft_dist.api.streaming import ClientGoneError, EventStream, until_disconnect
+from peft_dist.api.streaming import ClientGoneError, EventStream, SendEvents, until_disconnect
 from peft_dist.core.config import ModelInfo
 from peft_dist.core.errors import InvalidRequestError
 from peft_dist.core.sampling_params import SamplingParams
@@ -78,7 +79,7 @@ async def serve_generation(
     head = {"id": request_id, "created": int(time.time()), "model": body.model}
     headers = {"X-Request-Id": request_id}
     if body.stream:
-        return EventStream(_stream(head, body, generation, answer_format), generation.aclose, headers)
+        return EventStream(partial(_stream, head, body, generation, answer_format), generation.aclose, headers)
     try:
         await until_disconnect(http.receive, _collect(generation, answer_format))
     except ClientGoneError:
@@ -97,14 +98,18 @@ async def _collect(generation: Generation, answer_format: AnswerFormat) -> None:
 
 
 async def _stream(
-    head: Mapping[str, Any], body: GenerationRequest, generation: Generation, answer_format: AnswerFormat
-) -> AsyncGenerator[bytes, None]:
+    head: Mapping[str, Any],
+    body: GenerationRequest,
+    generation: Generation,
+    answer_format: AnswerFormat,
+    send: SendEvents,
+) -> None:
     writer = ChunkWriter(head, body, generation, answer_format)
     if opening := writer.opening():
-        yield opening
+        await send(opening)
     async with aclosing(generation.batches(writer.max_batch)) as batches:
         async for batch in batches:
             if events := writer.events(batch):
-                yield events
+                await send(events)
     if closing := writer.closing():
-        yield closing
+        await send(closing)

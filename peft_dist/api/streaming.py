@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
-from contextlib import aclosing
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from starlette.responses import Response
@@ -15,6 +14,7 @@ from peft_dist.api.errors import as_api_error, encode_json
 from peft_dist.core.errors import PeftDistError
 
 T = TypeVar("T")
+SendEvents = Callable[[bytes], Awaitable[None]]
 logger = logging.getLogger(__name__)
 
 _SEND = "peft_dist.send"
@@ -76,14 +76,15 @@ class EventStream(Response):
 
     def __init__(
         self,
-        events: AsyncGenerator[bytes, None],
+        tell: Callable[[SendEvents], Awaitable[None]],
         close: Callable[[], Awaitable[None]],
         headers: Mapping[str, str],
     ) -> None:
+        """``tell``: Sends what there is to tell, to its end."""
         self.status_code = 200
         self.background = None
         self.init_headers({**_SSE_HEADERS, **headers})
-        self._events = events
+        self._tell = tell
         self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -97,9 +98,7 @@ class EventStream(Response):
     async def _send_all(self, send: Send, send_part: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
-            async with aclosing(self._events) as events:
-                async for some in events:
-                    await send_part(_part(some))
+            await self._tell(lambda events: send_part(_part(events)))
         except Exception as error:  # The status is sent already: only an event can tell the client what happened.
             if not isinstance(error, PeftDistError):
                 logger.exception("a stream failed")

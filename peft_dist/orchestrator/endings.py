@@ -41,11 +41,13 @@ class Endings:
             if owner is None:
                 continue  # Aborted here while the replica was still at it.
             record, sequence = owner
-            try:
-                new = unseen_part(sequence, each)
-            except ValueError as error:
-                broken.append(owner)
-                new = ending(sequence, "error", str(error))
+            new = each
+            if each.first_index != len(sequence.output_token_ids):
+                try:
+                    new = unseen_part(sequence, each)
+                except ValueError as error:
+                    broken.append(owner)
+                    new = ending(sequence, "error", str(error))
             if record.prefix_uses is not None and new.token_ids:
                 self._requests.prefixes.found(record, each.num_cached_tokens)
             self._requests.advance(record, sequence, new.token_ids)

@@ -165,13 +165,16 @@ class RequestTable:
         sequence.output_token_ids.extend(token_ids)
         if not token_ids:
             return
-        sequence.started = sequence.drew = True
-        sequence.num_deaths = sequence.num_early_deaths = sequence.num_silences = 0
-        record.is_suspect = False
+        if not sequence.drew:
+            # Whatever counts from then on takes the sequence from its replica.
+            sequence.started = sequence.drew = True
+            sequence.num_deaths = sequence.num_early_deaths = sequence.num_silences = 0
+            record.is_suspect = False
         if record.replica_id is not None:
             backlog = self._backlogs[record.replica_id]
-            backlog.prefill_tokens -= sequence.owed_prefill
-            sequence.owed_prefill = 0
+            if sequence.owed_prefill:
+                backlog.prefill_tokens -= sequence.owed_prefill
+                sequence.owed_prefill = 0
             drawn = min(float(len(token_ids)), sequence.owed_output)
             sequence.owed_output -= drawn
             backlog.output_tokens -= drawn

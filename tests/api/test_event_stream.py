@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from functools import partial
 from typing import Any
 
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from peft_dist.api.streaming import DirectSendMiddleware, EventStream
+from peft_dist.api.streaming import DirectSendMiddleware, EventStream, SendEvents
 from peft_dist.core.errors import EngineDeadError
 
 
-async def events(error: Exception | None = None) -> AsyncGenerator[bytes, None]:
-    yield b"data: 1\n\n"
-    yield b"data: 2\n\ndata: 3\n\n"
+async def tell(error: Exception | None, send: SendEvents) -> None:
+    await send(b"data: 1\n\n")
+    await send(b"data: 2\n\ndata: 3\n\n")
     if error is not None:
         raise error
 
@@ -39,7 +39,7 @@ def served(*, is_direct: bool, error: Exception | None = None) -> tuple[list[Mes
             passed.append(message["type"])
             await send(message)
 
-        await EventStream(events(error), close, {"X": "y"})(scope, receive, noting)
+        await EventStream(partial(tell, error), close, {"X": "y"})(scope, receive, noting)
 
     async def to_server(message: Message) -> None:
         sent.append(message)
