@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 
 from peft_dist import SamplingParams
+from peft_dist.core.errors import EngineDeadError
 from peft_dist.orchestrator.service import EngineService
 
 
@@ -47,7 +48,14 @@ class Disturbances:
         params = SamplingParams(max_tokens=len(self._expected), temperature=0.0, ignore_eos=True)
         while not until.is_set():
             name = f"spare{next(self._names)}"
-            await service.load_adapter(name, str(self._spare))
+            try:
+                await service.load_adapter(name, str(self._spare))
+            except EngineDeadError:
+                # On a busy machine one is lost before the other is back: whoever loads is told so, and tries again.
+                assert not service.is_healthy, "a replica could have loaded it"
+                while not service.is_healthy:
+                    await asyncio.sleep(0.01)
+                continue
             found: list[int] = []
             async for _, progress in service.generate(f"{name}.0", self._prompt, params, name):
                 assert progress.error is None
