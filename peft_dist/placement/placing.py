@@ -184,7 +184,10 @@ class _Search:
         tried: list[tuple[float, float, int, int]] = []
         for replica in self._by_slack(free)[:NUM_TRIED]:
             self._put(adapter, replica)
-            tried.append((self._least_after(replica, known), self._tolerance(adapter), -len(tried), replica))
+            # What leaves somebody with less than the best so far is not taken, whatever else comes of it.
+            bound = tried[-1][0] if tried else before[0]
+            if (least := self._least_after(replica, known, bound)) >= bound:
+                tried.append((least, self._tolerance(adapter), -len(tried), replica))
             self._take(adapter, replica)
         least, own, _, replica = max(tried, default=(*before, 0, -1))
         # The least never falls, and one of both rises: so that this ends.
@@ -200,19 +203,30 @@ class _Search:
 
     def _tolerances(self) -> dict[str, float]:
         """How many times its present load each adapter's hosts could take of it, others as they are."""
+        # Written out: a placement asks it some hundred thousand times.
+        known, hosts, loads, slack = self._known, self.hosts, self._load, self._slack.__getitem__
         for adapter in self._stale:
-            self._known[adapter] = self._tolerance(adapter)
+            own, load = hosts[adapter], loads[adapter]
+            known[adapter] = (load + sum(map(slack, own))) / load if own else 0.0
         self._stale.clear()
-        return self._known
+        return known
 
     def _tolerance(self, adapter: str) -> float:
         hosts, load = self.hosts[adapter], self._load[adapter]
         return (load + sum(map(self._slack.__getitem__, hosts))) / load if hosts else 0.0
 
-    def _least_after(self, replica: int, known: Mapping[str, float]) -> float:
+    def _least_after(self, replica: int, known: Mapping[str, float], enough: float) -> float:
         """The least tolerance now that a replica was given one more adapter, where ``known`` were those before: but for
-        rounding, nobody else's has fallen."""
-        least = min(map(self._tolerance, self._on[replica]))
+        rounding, nobody else's has fallen. Of what is not ``enough`` any that is found."""
+        hosts, loads, slack = self.hosts, self._load, self._slack.__getitem__
+        least = math.inf
+        for adapter in self._on[replica]:
+            load = loads[adapter]
+            own = (load + sum(map(slack, hosts[adapter]))) / load
+            if own < least:
+                least = own
+                if own < enough:
+                    return own
         bound, stale = least + RESOLUTION, self._stale
         low = [adapter for adapter, before in known.items() if before <= bound]
         return min([least, *(self._tolerance(one) if one in stale else known[one] for one in low)])
