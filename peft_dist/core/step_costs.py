@@ -60,15 +60,19 @@ class StepCosts(msgspec.Struct, frozen=True):
             rows += number
             rank_rows += rank
             products += number * rank
-        features = StepFeatures(
-            merged=False,
-            decode_sequences=math.ceil((num_base + rows) * share),
-            lora_tokens=math.ceil(rows * share),
-            adapters=len(adapters),
-            rank_rows=rank_rows,
-            rank_row_tokens=math.ceil(products * share),
-        )
-        return self._predict(features)
+        return self.counted_seconds(num_base + rows, rows, len(adapters), rank_rows, products, share)
+
+    def counted_seconds(
+        self, num_sequences: int, num_lora: int, num_adapters: int, rank_rows: int, products: int, share: float = 1.0
+    ) -> float:
+        """``decode_seconds`` for who has counted: all sequences, those with an adapter, distinct adapters and their rank
+        rows, and the sum of the rank rows of all sequences."""
+        if share != 1.0:
+            num_sequences, num_lora = math.ceil(num_sequences * share), math.ceil(num_lora * share)
+            products = math.ceil(products * share)
+        # Written out, in the order of ``StepFeatures.vector``: it is asked whenever a request has come or gone.
+        vector = (1.0, num_sequences, 0, 0, 0, num_lora > 0, num_lora, num_adapters, rank_rows, products)
+        return float(sum(map(mul, self.step, vector)))
 
     def merged_seconds(self, num_sequences: int) -> float:
         """One step that draws a token for each of so many sequences of the adapter that is merged."""
@@ -94,14 +98,8 @@ class StepCosts(msgspec.Struct, frozen=True):
         """Bring a request's KV from another replica."""
         return self.transfer[0] + self.transfer[1] * num_bytes
 
-    def _predict(self, features: StepFeatures) -> float:
-        return _predict(self.step, features)
-
-
-def _predict(step: tuple[float, ...], features: StepFeatures) -> float:
-    return float(sum(map(mul, step, features.vector())))
-
 
 @lru_cache(maxsize=1 << 12)
 def _merged_seconds(step: tuple[float, ...], num_sequences: int) -> float:
-    return _predict(step, StepFeatures(True, decode_sequences=num_sequences))
+    features = StepFeatures(True, decode_sequences=num_sequences)
+    return float(sum(map(mul, step, features.vector())))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple
 
 import msgspec
@@ -85,6 +86,8 @@ class Backlog:
     costs: StepCosts | None = field(default=None, repr=False, compare=False)
     outlooks: dict[tuple[object, ...], Outlook] = field(default_factory=dict, repr=False, compare=False)
     _leading: int | None = field(default=None, repr=False, compare=False)
+    # Sequences with an adapter, rank rows of all adapters, and of all sequences; None: not counted yet.
+    _sums: tuple[int, int, int] | None = field(default=None, repr=False, compare=False)
 
     @property
     def leading(self) -> int:
@@ -113,20 +116,20 @@ class Backlog:
         return known
 
     def _outlook(self, work: Work, costs: StepCosts, slots: int) -> Outlook:
-        adapters, same = self.adapters, 0
+        same, num_adapters = 0, len(self.adapters)
+        sums = self._sums = self._sums or self._counted()
         if work.adapter:
-            same = adapters.get(work.adapter, (0, 0))[0] + work.num_sequences
-            adapters = {**adapters, work.adapter: (same, work.rank_rows)}
-        before, total = self.num_sequences, self.num_sequences + work.num_sequences
-        num_base = total - sum([number for number, _ in adapters.values()])
-        step = costs.decode_seconds(num_base, adapters, min(1.0, slots / total))
-        if costs.switch is None:
-            return Outlook(step)
-        ratio, leading = costs.merged_ratio(min(total, slots), step), max(self.leading, same)
-        now = slowdown(leading, total, slots, ratio)
-        own = own_slowdown(leading, total, ratio, leads=same == leading)
-        change = now - slowdown(self.leading, before, slots, ratio) if before else 0.0
-        return Outlook(step, (1.0 - ratio) * step, now, own, change, max(1.0, total / (2 * slots)))
+            known = self.adapters.get(work.adapter)
+            same = (known[0] if known else 0) + work.num_sequences
+            num_adapters += known is None
+            sums = _changed(sums, known, (same, work.rank_rows))
+        return _outlook(costs, self.num_sequences, work.num_sequences, num_adapters, sums, self.leading, same, slots)
+
+    def _counted(self) -> tuple[int, int, int]:
+        sums = 0, 0, 0
+        for entry in self.adapters.values():
+            sums = _changed(sums, None, entry)
+        return sums
 
     @staticmethod
     def key(work: Work, slots: int, before: tuple[int, int] | None) -> tuple[object, ...]:
@@ -140,10 +143,51 @@ class Backlog:
         self._leading = None
         if not adapter:
             return
-        number = self.adapters.get(adapter, (0, 0))[0] + change
-        self.adapters[adapter] = (number, rank_rows)
-        if not number:
-            del self.adapters[adapter]
+        before = self.adapters.get(adapter)
+        entry = (before[0] if before else 0) + change, rank_rows
+        if entry[0]:
+            self.adapters[adapter] = entry
+        else:
+            entry = 0, 0
+            self.adapters.pop(adapter, None)
+        if self._sums is not None:
+            self._sums = _changed(self._sums, before, entry)
+
+
+@lru_cache(maxsize=1 << 14)
+def _outlook(
+    costs: StepCosts,
+    before: int,
+    num_new: int,
+    num_adapters: int,
+    sums: tuple[int, int, int],
+    leading_before: int,
+    same: int,
+    slots: int,
+) -> Outlook:
+    """Where ``num_new`` sequences come to ``before`` others, and are ``same`` of their adapter then. ``num_adapters`` and
+    ``sums`` are of all, ``leading_before`` of the others. Replicas are alike more often than not: it is kept."""
+    total, (rows, rank_rows, products) = before + num_new, sums
+    step = costs.counted_seconds(total, rows, num_adapters, rank_rows, products, min(1.0, slots / total))
+    if costs.switch is None:
+        return Outlook(step)
+    ratio, leading = costs.merged_ratio(min(total, slots), step), max(leading_before, same)
+    now = slowdown(leading, total, slots, ratio)
+    own = own_slowdown(leading, total, ratio, leads=same == leading)
+    change = now - slowdown(leading_before, before, slots, ratio) if before else 0.0
+    return Outlook(step, (1.0 - ratio) * step, now, own, change, max(1.0, total / (2 * slots)))
+
+
+def _changed(
+    sums: tuple[int, int, int], before: tuple[int, int] | None, entry: tuple[int, int]
+) -> tuple[int, int, int]:
+    """Sums over sequences and rank rows of adapters where one of them has changed."""
+    number, rank = entry
+    rows, rank_rows, products = sums[0] + number, sums[1] + rank, sums[2] + number * rank
+    if before is not None:
+        number, rank = before
+        return rows - number, rank_rows - rank, products - number * rank
+    return rows, rank_rows, products
 
 
 class Target(msgspec.Struct):
@@ -204,7 +248,9 @@ class Estimates:
         step, saved, queue, own, change, wait = outlook
         ahead = work.output_tokens
         is_queue = backlog.num_sequences + work.num_sequences > slots
-        if merges and saved * self._steps > self._switch:
+        if own == 1.0 and not change and not is_queue:
+            pass  # With merging and without it is the same.
+        elif merges and saved * self._steps > self._switch:
             ahead = ahead * own + (backlog.tokens_left * change * wait if change else 0.0)
             if is_queue:
                 ahead += backlog.tokens_left / slots * queue
@@ -233,11 +279,15 @@ def choose(work: Work, targets: Sequence[Target]) -> int:
 
     ``targets`` must not be empty."""
     total_seconds = Estimates(work).total_seconds
-    best, least = targets[0], math.inf
+    best, least, limit = targets[0], math.inf, math.inf
     for target in targets:
+        exact = total_seconds(target)
+        if exact > limit:
+            continue
         # Sums of floats depend on their order in the last bits; equals must be equals.
-        seconds = round(total_seconds(target), DIGITS)
+        seconds = round(exact, DIGITS)
         is_equal = seconds == least and target.backlog.num_sequences < best.backlog.num_sequences
         if seconds < least or is_equal:
-            best, least = target, seconds
+            # What is above the limit is rounded to more than the least.
+            best, least, limit = target, seconds, seconds * CERTAINLY + 1e-8
     return best.replica_id

@@ -44,6 +44,7 @@ def slowdown(leading: int, total: int, seats: int, ratio: float) -> float:
     return min(mean, 1.0)
 
 
+@lru_cache(maxsize=1 << 14)
 def own_slowdown(leading: int, total: int, ratio: float, *, leads: bool) -> float:
     """The same of one request: of the adapter that leads, or of another, which waits while that one is merged."""
     part = merged_share(leading / total, ratio) if total else 0.0
