@@ -9,6 +9,8 @@ from peft_dist.engine.executor import Executor
 def apply_changes(adapters: AdapterManager, executor: Executor) -> int:
     """In order with the batches. Returns how many adapters are somewhere else now, loads that began aside."""
     num_moved = 0
+    if not adapters.has_changes:
+        return num_moved
     for content_hash in adapters.take_keeps():
         executor.keep_adapter(content_hash)
     for slot, spec in adapters.take_changes():

@@ -75,7 +75,7 @@ class AdapterManager:
     @property
     def is_busy(self) -> bool:
         """Whether something is on its way to the device, or is to be brought there."""
-        return bool(self._loading or self._changes or self.pins.unmet)
+        return bool(self._loading or self._changes or self.pins.has_unmet)
 
     def check_fits(self, spec: AdapterSpec) -> None:
         """Raises UnfitAdapterError when the adapter is larger than the whole device's room for adapters."""
@@ -249,6 +249,11 @@ class AdapterManager:
         logger.warning("adapter %r was not loaded: %s", lease.spec.name, error)
         self._drop_if_unneeded(content_hash)
         self._start_ahead()
+
+    @property
+    def has_changes(self) -> bool:
+        """Whether one of the following has something to give out."""
+        return bool(self._changes or self._keeps or self._releases or self._discards)
 
     def take_changes(self) -> list[tuple[int, AdapterSpec | None]]:
         """Slots to load an adapter into or, where it is None, to clear; in order, each given out once."""

@@ -37,6 +37,11 @@ class AdapterPins:
         """Pinned, and to be brought to the device; the longest pinned first."""
         return list(self._unmet.values())
 
+    @property
+    def has_unmet(self) -> bool:
+        """Whether there are any."""
+        return bool(self._unmet)
+
     def add(self, name: str, spec: AdapterSpec) -> None:
         """Have a name pin this content, and no other any more."""
         self.remove(name)

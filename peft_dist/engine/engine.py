@@ -172,8 +172,9 @@ class Engine:
 
     def told(self, request: Request, token: int, logprobs: Any = None) -> SequenceProgress:
         """What is to be reported of a request that was given this last token; it may have ended."""
-        first = len(request.output_token_ids) - 1
-        stop = check_stop(request, self.eos_token_ids, self.scheduler.limits.max_model_len)
+        first, stop = len(request.output_token_ids) - 1, None
+        if first + 1 >= request.plain_end:
+            stop = check_stop(request, self.eos_token_ids, self.scheduler.limits.max_model_len)
         if stop:
             return self._finish(request, *stop, token_ids=[token], first_index=first, logprobs=logprobs)
         return progress_of(request, [token], first, logprobs)

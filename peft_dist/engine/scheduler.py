@@ -124,21 +124,15 @@ class Scheduler:
             self.propose(now)
         state, self._state = self._state, None
         assert state is not None, "propose() sets it"
-        draft = self._take(self.choice)
+        draft = self._take(self.choice, now)
         self._candidates.stepped(goes_on=draft.goes_on)
         self.features = draft.foreseen(self.choice)
-        scheduled = [sequence.request_id for sequence in draft.sequences]
-        for request_id in scheduled:
-            request = self.queue[request_id]
-            request.last_scheduled = now
-            if request.first_scheduled is None:
-                request.first_scheduled = now
-        self.policy.ran(state, self.choice, scheduled)
+        self.policy.ran(state, self.choice, [sequence.request_id for sequence in draft.sequences])
         return self._batch(draft.sequences)
 
     def propose(self, now: float) -> tuple[QueueState, Choice]:
         """What is seen, and what ``schedule`` carries out if it comes at the same time, with no change before."""
-        if self.adapters.pins.unmet or not self._candidates.are_here(self.adapters):
+        if self.adapters.pins.has_unmet or not self._candidates.are_here(self.adapters):
             want_adapters(self.queue.values(), self.adapters, self.limits.max_adapter_wait, now)
         self._state = self._look(now)
         self.choice = self.policy.choose(self._state)
@@ -210,54 +204,58 @@ class Scheduler:
             holds_merged=self.holds_merged,
         )
 
-    def _take(self, choice: Choice) -> Draft:
+    def _take(self, choice: Choice, now: float) -> Draft:
         """What was chosen, in its order, while tokens and blocks last."""
         budget = self.limits.max_num_batched_tokens
         # Every decode behind a prompt keeps its token, so that no prompt makes all others wait for a step.
         decodes = sum([candidate.num_new_tokens == 1 for candidate in choice.candidates])
         draft = Draft(choice.candidates, choice.urgent)
-        leases, used = self.adapters.on_device, []
+        queue, blocks, leases, used = self.queue, self.blocks, self.adapters.on_device, []
+        sequences, settled, caches = draft.sequences, draft.settled, self.limits.enable_prefix_caching
         for candidate in choice.candidates:
             is_decode = candidate.num_new_tokens == 1
             decodes -= is_decode
             if budget <= 0:
                 break
-            if candidate.request_id in draft.settled:
+            request_id, slot = candidate.request_id, NO_ADAPTER
+            if request_id in settled:
                 continue
-            request, slot = self.queue[candidate.request_id], NO_ADAPTER
-            if request.adapter is not None:
+            request = queue[request_id]
+            adapter = request.adapter
+            if adapter is not None:
                 # The executor runs everything in order: once this batch is submitted, the slot may go to another
                 # adapter.
-                lease = leases.get(request.adapter.content_hash)
+                lease = leases.get(adapter.content_hash)
                 if lease is None:
                     continue
                 slot = lease.slot
                 used.append(request)
-            room = budget if is_decode else min(budget, max(1, budget - decodes))
-            sequence = self._place(request, slot, room, draft)
-            if sequence is not None:
-                draft.sequences.append(sequence)
-                draft.settled.add(candidate.request_id)
-                budget -= len(sequence.token_ids)
-                draft.goes_on &= is_decode
+            sequence = decode_of(request, slot, blocks)
+            if sequence is None:
+                room = budget if is_decode else min(budget, max(1, budget - decodes))
+                sequence = self._place(request, slot, room, draft)
+                if sequence is None:
+                    continue
+            if caches:
+                # Already now: every layer writes all keys and values of a batch before it reads any, so that
+                # twins in the same batch share blocks.
+                self._publish(request)
+            sequences.append(sequence)
+            settled.add(request_id)
+            budget -= len(sequence.token_ids)
+            draft.goes_on &= is_decode
+            request.last_scheduled = now
+            if request.first_scheduled is None:
+                request.first_scheduled = now
         self.adapters.touch(used)
         return draft
 
     def _place(self, request: Request, slot: int, room: int, draft: Draft) -> ScheduledSequence | None:
         """Up to ``room`` tokens of a request, if there are blocks for them."""
-        sequence = decode_of(request, slot, self.blocks)
-        if sequence is None:
-            is_running = request.status is RequestStatus.RUNNING
-            draft.goes_on &= is_running
-            num_new = self._grow(request, room, draft) if is_running else self._admit(request, room, draft)
-            if not num_new:
-                return None
-            sequence = part_of(request, num_new, slot, self.blocks)
-        if self.limits.enable_prefix_caching:
-            # Already now: every layer writes all keys and values of a batch before it reads any, so that
-            # twins in the same batch share blocks.
-            self._publish(request)
-        return sequence
+        is_running = request.status is RequestStatus.RUNNING
+        draft.goes_on &= is_running
+        num_new = self._grow(request, room, draft) if is_running else self._admit(request, room, draft)
+        return part_of(request, num_new, slot, self.blocks) if num_new else None
 
     def _grow(self, request: Request, room: int, draft: Draft) -> int:
         """Blocks for the next tokens of a running request; 0 when it had to give up those it had."""

@@ -187,6 +187,8 @@ class SimExecutor:
         self._loading[slot] = _Ending(ends, spec, now, seconds)
 
     def take_loaded(self) -> list[LoadOutcome]:
+        if not self._loading:
+            return []
         now, outcomes = self._clock(), []
         for slot, load in [(slot, load) for slot, load in self._loading.items() if load.ends <= now]:
             del self._loading[slot]
@@ -223,6 +225,8 @@ class SimExecutor:
         self._copies.append((self._clock() + seconds, TransferOutcome(key, None, None, seconds)))
 
     def take_transfers(self) -> list[TransferOutcome]:
+        if not self._copies:
+            return []
         now = self._clock()
         ended = [outcome for end, outcome in self._copies if end <= now]
         self._copies = [copy for copy in self._copies if copy[0] > now]
