@@ -65,6 +65,9 @@ class CreditPolicy(TrackedPolicy):
         self._leader: str | None = None
         self._mean_saving: float | None = None
         self._ordinary: Ordinary | None = None
+        # What that was made of, and the gap that came of it.
+        self._decided: tuple[QueueView, float] | None = None
+        self._kept_gap: float | None = None
         self._privileged: list[str] = []
         # Whether the next decision knows another gap than the last one did.
         self._is_gap_new = False
@@ -99,8 +102,14 @@ class CreditPolicy(TrackedPolicy):
         }
 
     def _usual(self, view: QueueView) -> Choice:
-        self._ordinary = ordinary = self._decide(view)
-        gap = self._gap(view, ordinary)
+        ordinary = self._ordinary
+        if ordinary is None or not self._is_again(view, ordinary):
+            self._ordinary = ordinary = self._decide(view)
+            self._decided = view, self.tuner.alpha
+            self._kept_gap = None
+        gap = self._kept_gap
+        if gap is None:
+            gap = self._kept_gap = self._gap(view, ordinary)
         self._is_gap_new, self.ledger.gap = gap != self.ledger.gap, gap
         self._privileged = self.ledger.privileged(view.groups)
         if not self._privileged:
@@ -110,6 +119,17 @@ class CreditPolicy(TrackedPolicy):
         if all(c.request_id in members for c in front[: view.seats]):
             return ordinary.choice
         return Choice(None, view.fill([*front, *view.runnable]), "privileged")
+
+    def _is_again(self, view: QueueView, ordinary: Ordinary) -> bool:
+        """Whether ``_decide`` would answer the same as the last time: the same requests come first, nothing is merged
+        or is to be, whatever that would save, and who may be merged depends on nothing that changes."""
+        if self._decided != (view, self.tuner.alpha) or not self.cost.fixed or self.settings.merged_minority:
+            return False
+        if ordinary.alone is not None or self._alone is not None or view.state.merged_adapter is not None:
+            return False
+        leader = ordinary.leader
+        is_small = leader is None or len(view.groups[leader]) < self._least_to_enter(view)
+        return is_small and self.ledger.is_patient
 
     def _decide(self, view: QueueView) -> Ordinary:
         seconds = view.seconds(view.first_come, None)
@@ -147,11 +167,16 @@ class CreditPolicy(TrackedPolicy):
         enough = current is not None and len(view.groups[current]) >= self.tuner.beta(ratio) * batch
         if current is not None and enough and not self._loses(view, current, saving):
             return current, "stay"
-        # While everybody has a seat, whoever is displaced would have cost the others nothing.
-        alpha = max(self.tuner.alpha, self.settings.seated_alpha if batch == len(view.runnable) else 0.0)
-        if leader is not None and len(view.groups[leader]) >= alpha * batch and self._pays(view, leader, saving):
+        is_large = leader is not None and len(view.groups[leader]) >= self._least_to_enter(view)
+        if leader is not None and is_large and self._pays(view, leader, saving):
             return leader, "enter"
         return None, "first come"
+
+    def _least_to_enter(self, view: QueueView) -> float:
+        """Requests of an adapter from which on it may be merged."""
+        batch = len(view.first_come)
+        # While everybody has a seat, whoever is displaced would have cost the others nothing.
+        return max(self.tuner.alpha, self.settings.seated_alpha if batch == len(view.runnable) else 0.0) * batch
 
     def _current(self, view: QueueView) -> str | None:
         """The adapter of the period that lasts, unless somebody else changed the weights meanwhile."""
@@ -241,9 +266,8 @@ class CreditPolicy(TrackedPolicy):
 
     def _steps_unmerged(self, view: QueueView, ordinary: Ordinary) -> float:
         """After how many steps merging the leader may pay, where it does not."""
-        leader, batch = ordinary.leader, len(view.first_come)
-        alpha = max(self.tuner.alpha, self.settings.seated_alpha if batch == len(view.runnable) else 0.0)
-        if leader is None or len(view.groups[leader]) < alpha * batch:
+        leader = ordinary.leader
+        if leader is None or len(view.groups[leader]) < self._least_to_enter(view):
             return math.inf
         saving = self._extreme_saving(ordinary, max)
         switches = view.switch(view.state.merged_adapter, leader or None) + view.switch(leader or None, None)

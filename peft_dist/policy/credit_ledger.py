@@ -81,9 +81,14 @@ class CreditLedger:
         """These, and nobody else, ran as privileged."""
         self._privileged = frozenset(adapters)
 
+    @property
+    def is_patient(self) -> bool:
+        """Whether an adapter may be merged whatever it owes."""
+        return self.max_debt == math.inf and self.gap > 0
+
     def may_merge(self, adapter: str) -> bool:
         """Whether an adapter does not owe the others more than ``max_debt`` gaps each."""
-        if self.max_debt == math.inf and self.gap > 0:
+        if self.is_patient:
             return True
         others = len(self._credits) - (adapter in self._credits)
         return not others or self.credit(adapter) + self.left_behind >= -self.max_debt * self.gap * others

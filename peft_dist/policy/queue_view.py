@@ -50,6 +50,8 @@ class QueueView:
             return False
         if state.max_loras != before.max_loras or state.max_num_batched_tokens != before.max_num_batched_tokens:
             return False
+        if state.mergeable is not before.mergeable or state.holds_merged is not before.holds_merged:
+            return False
         self.state = state
         return True
 

@@ -60,9 +60,15 @@ class TrackedPolicy(ABC):
         if pending is None or pending.answer is not choice or pending.view.state is not state:
             raise ValueError("ran() takes the state and the choice of the last choose(), once")
         ids = frozenset(scheduled)
-        self.overtaking.ran(pending.view.entitled, pending.urgent, ids)
+        self._note_ran(pending, ids)
         if ids:
             self._account(pending, ids, 1)
+
+    def _note_ran(self, pending: Pending, ids: frozenset[str]) -> None:
+        view, candidates = pending.view, pending.choice.candidates
+        # Where all ran who could, nobody was overtaken.
+        all_ran = candidates is view.entitled and len(ids) == len(candidates)
+        self.overtaking.ran(() if all_ran else view.entitled, pending.urgent, ids)
 
     def stable_steps(self, seconds: float) -> float:
         pending = self._pending
@@ -82,9 +88,7 @@ class TrackedPolicy(ABC):
         pending, self._pending = self._pending, None
         assert pending is not None and scheduled, "choose() comes first, and somebody ran"
         ids, count = frozenset(scheduled), len(starts)
-        view, choice = pending.view, pending.choice
-        # Where all ran who could, nobody was overtaken.
-        self.overtaking.ran(view.entitled if choice.candidates is not view.entitled else (), pending.urgent, ids)
+        self._note_ran(pending, ids)
         self._account(pending, ids, count)
         if count > 1:
             self.overtaking.again(starts[1:])
