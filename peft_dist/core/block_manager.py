@@ -16,6 +16,9 @@ class BlockManager:
 
     Tables are lists of block ids in order of position. A sequence's blocks are either on the device or,
     after ``swap_out``, on the host.
+
+    Attributes:
+        tables: Of sequences on the device; to be read, for who does so in every step.
     """
 
     def __init__(self, num_blocks: int, block_size: int, num_host_blocks: int = 0) -> None:
@@ -31,7 +34,7 @@ class BlockManager:
         self._blank = list(range(num_blocks - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._free_host = list(range(num_host_blocks))
-        self._tables: dict[str, list[int]] = {}
+        self.tables: dict[str, list[int]] = {}
         self._host_tables: dict[str, list[int]] = {}
 
     @property
@@ -50,13 +53,13 @@ class BlockManager:
 
     def table(self, request_id: str) -> list[int]:
         """Numbers of the request's device blocks, in the order of its tokens."""
-        return self._tables[request_id]
+        return self.tables[request_id]
 
     def blocks_of(self, request_id: str, num_tokens: int) -> tuple[list[int], bool]:
         """Numbers of the blocks of a sequence's first tokens, and whether they are the host's."""
         needed = self.blocks_for(num_tokens)
-        if request_id in self._tables:
-            return self._tables[request_id][:needed], False
+        if request_id in self.tables:
+            return self.tables[request_id][:needed], False
         return self._host_tables.get(request_id, [])[:needed], True
 
     def find_prefix(self, hashes: list[bytes]) -> list[int]:
@@ -74,7 +77,7 @@ class BlockManager:
 
         Changes nothing and returns False when too few blocks are free.
         """
-        assert request_id not in self._tables and request_id not in self._host_tables
+        assert request_id not in self.tables and request_id not in self._host_tables
         fresh = self.blocks_for(num_tokens) - len(prefix)
         revived = sum(self._refs[block] == 0 for block in prefix)
         if fresh > self.num_free - revived:
@@ -82,12 +85,12 @@ class BlockManager:
         for block in prefix:
             self._refs[block] += 1
             self._cached.pop(block, None)
-        self._tables[request_id] = prefix + self._take(fresh)
+        self.tables[request_id] = prefix + self._take(fresh)
         return True
 
     def grow(self, request_id: str, num_tokens: int) -> bool:
         """Extend a table to cover ``num_tokens``; False, and nothing changed, when too few blocks are free."""
-        table = self._tables[request_id]
+        table = self.tables[request_id]
         fresh = -(-num_tokens // self.block_size) - len(table)
         if fresh <= 0:
             return True
@@ -103,7 +106,7 @@ class BlockManager:
 
     def publish(self, request_id: str, index: int, key: bytes) -> None:
         """Name the full block at ``index`` of a table. The first of two equal blocks keeps the name."""
-        block = self._tables[request_id][index]
+        block = self.tables[request_id][index]
         if self._hash_of[block] is None and key not in self._block_of:
             self._hash_of[block] = key
             self._block_of[key] = block
@@ -118,16 +121,16 @@ class BlockManager:
 
     def free(self, request_id: str) -> None:
         """Return a sequence's blocks, wherever they are. The end of a sequence is reused before its start."""
-        self._release(self._tables.pop(request_id, ()))
+        self._release(self.tables.pop(request_id, ()))
         self._free_host.extend(self._host_tables.pop(request_id, ()))
 
     def swap_out(self, request_id: str) -> list[tuple[int, int]] | None:
         """Move a sequence to host blocks: (device, host) copies to make, or None when the host is full."""
-        table = self._tables[request_id]
+        table = self.tables[request_id]
         if len(table) > len(self._free_host):
             return None
         host = [self._free_host.pop() for _ in table]
-        del self._tables[request_id]
+        del self.tables[request_id]
         self._release(table)
         self._host_tables[request_id] = host
         return list(zip(table, host, strict=True))
@@ -141,12 +144,12 @@ class BlockManager:
         table = self._take(fresh)
         del self._host_tables[request_id]
         self._free_host.extend(host)
-        self._tables[request_id] = table
+        self.tables[request_id] = table
         return list(zip(host, table, strict=False))
 
     def check(self) -> None:
         """Raise AssertionError unless every block is owned exactly as often as it is counted."""
-        held = Counter(block for table in self._tables.values() for block in table)
+        held = Counter(block for table in self.tables.values() for block in table)
         assert all(self._refs[block] == held[block] for block in range(self.num_blocks)), "reference counts"
         assert not set(self._blank) & self._cached.keys(), "free list"
         assert {*self._blank, *self._cached} == {block for block in range(self.num_blocks) if held[block] == 0}, (
@@ -157,7 +160,7 @@ class BlockManager:
         assert sorted(host + self._free_host) == list(range(self.num_host_blocks)), "host blocks"
         assert all(self._hash_of[block] == key for key, block in self._block_of.items()), "names"
         assert sum(key is not None for key in self._hash_of) == len(self._block_of), "names"
-        assert not self._tables.keys() & self._host_tables.keys(), "a sequence in two places"
+        assert not self.tables.keys() & self._host_tables.keys(), "a sequence in two places"
 
     def _take(self, count: int) -> list[int]:
         """So many free blocks, which there must be."""

@@ -166,8 +166,7 @@ class Engine:
     def repeated(self, requests: list[Request], count: int) -> None:
         """So many equal steps of these requests were taken, by ``Advance``."""
         self.num_steps += count
-        if self.executor.merged_adapter() is not None:
-            self.num_merged_steps += count
+        self.num_merged_steps += count if self.executor.merged_adapter() is not None else 0
         self._last_batch, self._found_nothing = requests, False
 
     def told(self, request: Request, token: int, logprobs: Any = None) -> SequenceProgress:

@@ -85,6 +85,10 @@ def progress_of(
 ) -> SequenceProgress:
     """New tokens of a request, the first of which is number ``first`` of all; and its end, if it has ended."""
     scores_due = first == 0 and request.params.prompt_logprobs is not None
+    # ``queue_seconds``, written out: it is told with every token.
+    began, waited = request.first_scheduled, None
+    if began is not None and (waited := began - request.arrival_time) < 0.0:
+        waited = 0.0
     return SequenceProgress(
         request.request_id,
         token_ids,
@@ -95,5 +99,5 @@ def progress_of(
         request.stop_reason,
         request.num_cached_tokens,
         error,
-        request.queue_seconds,
+        waited,
     )

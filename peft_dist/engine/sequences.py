@@ -30,7 +30,7 @@ def decode_of(request: Request, slot: int, blocks: BlockManager) -> ScheduledSeq
         return None
     if request.status is not RequestStatus.RUNNING:
         return None
-    table = blocks.table(request.request_id)
+    table = blocks.tables[request.request_id]
     if start >= len(table) * blocks.block_size and not blocks.grow(request.request_id, start + 1):
         return None
     most = request.params.max_tokens

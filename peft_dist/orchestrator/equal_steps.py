@@ -59,6 +59,8 @@ class EqualSteps:
         self._times = array("d")
         self._heard = -math.inf
         self._members: dict[str, _Member] = {}
+        # The very list of them that was given last, while all of it are members.
+        self._all: Sequence[str] | None = None
         self._num_owing = 0
         if refresh is not None:
             requests.keep_late(replica.replica_id, refresh)
@@ -68,14 +70,19 @@ class EqualSteps:
     def set_members(self, sequence_ids: Sequence[str]) -> None:
         """The next steps are of these sequences. Those that this replica has not, or not any more, are passed over."""
         members = self._members
+        if sequence_ids is self._all:
+            return
         came = [sequence_id for sequence_id in sequence_ids if sequence_id not in members]
         if len(sequence_ids) - len(came) < len(members):
             self.leave(members.keys() - set(sequence_ids))
         for sequence_id in came:
             self._join(sequence_id)
+        # Of one that is passed over it may be told later that it is here.
+        self._all = sequence_ids if len(members) == len(sequence_ids) else None
 
     def leave(self, sequence_ids: Iterable[str]) -> None:
         """Some draw no more tokens by these steps: their records are right from now on."""
+        self._all = None
         for sequence_id in sequence_ids:
             member = self._members.pop(sequence_id, None)
             if member is not None:

@@ -68,9 +68,11 @@ class EqualRun:
 
     def parted(self, progress: Iterable[SequenceProgress]) -> tuple[list[str], list[SequenceProgress]]:
         """Who has nothing but one more token, and was reported before; and what is to be told of all others."""
-        plain, rest = [], []
+        plain, rest, told = [], [], self._told
         for one in progress:
-            if self._is_plain(one):
+            # As ``_is_plain``, written out.
+            is_one = len(one.token_ids) == 1 and one.logprobs is None and one.prompt_logprobs is None
+            if is_one and one.finish_reason is None and one.request_id in told:
                 plain.append(one.request_id)
             else:
                 rest.append(one)

@@ -21,6 +21,8 @@ from peft_dist.engine.executor import LoadOutcome, TransferOutcome
 TOKEN = 1
 """What every draw is: no prompt, stop token or text depends on it."""
 LAYOUT = "simulated"
+# What a sequence draws in a step: nobody changes it.
+_DRAWN, _NOTHING = [TOKEN], list[int]()
 
 
 class _Handle(NamedTuple):
@@ -105,7 +107,7 @@ class SimExecutor:
         seconds = self.step_seconds(self._features(batch), cached) if batch.sequences else 0.0
         self._free_at = max(self._free_at, self._clock()) + (swap_seconds or 0.0) + seconds
         self.busy_seconds += seconds
-        results = [SequenceResult(s.request_id, [TOKEN] if s.samples else [], s.draw) for s in batch.sequences]
+        results = [SequenceResult(s.request_id, _DRAWN if s.samples else _NOTHING, s.draw) for s in batch.sequences]
         result = StepResult(batch.step, results, seconds, swap_bytes=swapped, swap_seconds=swap_seconds)
         return _Handle(result, self._free_at)
 

@@ -95,7 +95,7 @@ TestBlocks.settings = settings(max_examples=60, deadline=None, stateful_step_cou
     [
         lambda manager: manager._refs.__setitem__(0, 5),
         lambda manager: manager._blank.pop(),
-        lambda manager: manager._tables["a"].append(manager._tables["a"][0]),
+        lambda manager: manager.tables["a"].append(manager.tables["a"][0]),
         lambda manager: manager._free_host.append(0),
         lambda manager: manager._hash_of.__setitem__(1, b"nobody's"),
         lambda manager: manager._host_tables.__setitem__("a", []),
