@@ -65,8 +65,8 @@ class StepCosts(msgspec.Struct, frozen=True):
     def counted_seconds(
         self, num_sequences: int, num_lora: int, num_adapters: int, rank_rows: int, products: int, share: float = 1.0
     ) -> float:
-        """``decode_seconds`` for who has counted: all sequences, those with an adapter, distinct adapters and their rank
-        rows, and the sum of the rank rows of all sequences."""
+        """``decode_seconds`` for who has counted: sequences, those with an adapter, distinct adapters, their rank rows,
+        and the sum of the rank rows of all sequences."""
         if share != 1.0:
             num_sequences, num_lora = math.ceil(num_sequences * share), math.ceil(num_lora * share)
             products = math.ceil(products * share)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from functools import partial
 from typing import Any
@@ -269,10 +268,12 @@ class Orchestrator:
 
     def next_deadline(self) -> float:
         """When ``tick`` has something to do, if nothing happens before; infinity for never."""
-        waiting = (record.waits_since + self._options.max_wait for record in self._requests.unplaced())
         parts = self.lives, self.handover, self.migration, self._calls, self._losses
-        deadlines = (part.next_deadline() for part in parts)
-        return min(*deadlines, min(waiting, default=math.inf))
+        first = min([part.next_deadline() for part in parts])
+        if not self._requests.has_unplaced:
+            return first
+        waiting = [record.waits_since + self._options.max_wait for record in self._requests.unplaced()]
+        return min(first, *waiting)
 
     def drain_events(self) -> list[Event]:
         """What happened since the last call, in order."""

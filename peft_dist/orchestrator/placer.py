@@ -90,7 +90,7 @@ class Placer:
     def is_hopeless(self, record: RequestRecord) -> bool:
         """Whether no replica can run it, nor will be able to by itself."""
         content = record.content_hash
-        return not self._able(record) and not any(
+        return not self._is_able(record) and not any(
             self._calls.is_coming(replica, content) for replica in self._replicas.all()
         )
 
@@ -221,6 +221,12 @@ class Placer:
             return ready
         holders = self._calls.holders(record.content_hash)
         return [replica for replica in ready if replica.replica_id in holders]
+
+    def _is_able(self, record: RequestRecord) -> bool:
+        """Whether there is any that ``_able`` has."""
+        ready = self._replicas.ready()
+        holders = self._calls.holders(record.content_hash) if record.content_hash else None
+        return any(holders is None or replica.replica_id in holders for replica in ready)
 
     def _choose(
         self, record: RequestRecord, able: Sequence[Replica], now: float, coming: Mapping[int, Backlog] | None = None

@@ -167,6 +167,8 @@ class ReplicaTable:
         In the same way who has run few of late is taken to cost no more than the least that one of its kind does.
         """
         ready = [replica for replica in self.ready() if replica.costs is not None]
+        if len({id(replica.costs) for replica in ready}) < 2:
+            return  # Whatever is lent to whom, it is the same.
         measured = [replica for replica in ready if replica.detail.num_steps >= _MEASURED_STEPS]
         if measured:
             costs = max(measured, key=lambda one: one.detail.num_steps).costs

@@ -92,6 +92,9 @@ class RequestClass(_Frozen, frozen=True):
     kv_bytes: int = 0
 
 
+_CLASS_NUMBERS = tuple(field for field in RequestClass.__struct_fields__ if field not in ("source", "adapter"))
+
+
 class ClusterView(_Frozen, frozen=True):
     """The whole input of a plan.
 
@@ -117,7 +120,7 @@ class ClusterView(_Frozen, frozen=True):
             _numbers(f"adapter {adapter.adapter!r}", adapter, "num_bytes", "rate", "work")
         for index, one in enumerate(self.classes):
             where = f"request class {index}"
-            _numbers(where, one, *(f for f in one.__struct_fields__ if f not in ("source", "adapter")))
+            _numbers(where, one, *_CLASS_NUMBERS)
             if one.source not in ids:
                 raise PlanError(f"{where} is on replica {one.source}, which is not in the view: its classes go with it")
             if one.adapter != BASE and one.adapter not in names:
@@ -184,7 +187,8 @@ def _check_replica(replica: ReplicaLoad, names: set[str]) -> None:
     for field in costs.__struct_fields__:
         value = getattr(costs, field)
         for number in value if isinstance(value, tuple) else (value,):
-            _number(f"{where}: costs.{field}", number)
+            if not 0 <= number < math.inf:
+                _number(f"{where}: costs.{field}", number)
     if replica.free_kv_blocks > replica.kv_blocks:
         raise PlanError(f"{where}: free_kv_blocks={replica.free_kv_blocks} of kv_blocks={replica.kv_blocks}")
     for field in ("device", "host", "pinned"):
@@ -203,7 +207,10 @@ def _unique(kind: str, names: Iterable[object]) -> None:
 
 def _numbers(where: str, entry: msgspec.Struct, *fields: str) -> None:
     for field in fields:
-        _number(f"{where}: {field}", getattr(entry, field))
+        value = getattr(entry, field)
+        # Written out: words are made for what is wrong alone, and a view has thousands of numbers.
+        if not 0 <= value < math.inf:
+            _number(f"{where}: {field}", value)
 
 
 def _number(where: str, value: float) -> None:

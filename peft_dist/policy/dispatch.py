@@ -165,8 +165,10 @@ def _outlook(
     same: int,
     slots: int,
 ) -> Outlook:
-    """Where ``num_new`` sequences come to ``before`` others, and are ``same`` of their adapter then. ``num_adapters`` and
-    ``sums`` are of all, ``leading_before`` of the others. Replicas are alike more often than not: it is kept."""
+    """Where ``num_new`` sequences come to ``before`` others, and there are ``same`` of their adapter then.
+
+    ``num_adapters`` and ``sums`` are of all, ``leading_before`` of the others. Replicas are alike more often than not.
+    """
     total, (rows, rank_rows, products) = before + num_new, sums
     step = costs.counted_seconds(total, rows, num_adapters, rank_rows, products, min(1.0, slots / total))
     if costs.switch is None:
@@ -231,40 +233,49 @@ class Estimates:
     def total_seconds(self, target: Target, *, merges: bool = True) -> float:
         """If it is sent there now; with what it adds to the seconds of all others there, where it keeps their adapter
         from being merged, or lets it be merged for more."""
-        work, backlog, costs = self._work, target.backlog, target.costs
-        if costs is not self._costs:
-            self._use(costs)
-        slots, size = target.max_num_seqs, self._size
-        # Where all slots are sure to fit in, the division need not be made.
-        if target.capacity_tokens < CERTAINLY * slots * size:
-            slots = max(1, min(slots, int(target.capacity_tokens / size)))
-        # Most have no other request of its adapter.
-        outlook = None
-        if slots == self._slots and costs is backlog.costs and work.adapter not in backlog.adapters:
-            outlook = backlog.outlooks.get(self._key)
-        if outlook is None:
-            outlook = backlog.outlook(work, costs, slots)
-            self._slots, self._key = slots, backlog.key(work, slots, None)
-        step, saved, queue, own, change, wait = outlook
-        ahead = work.output_tokens
-        is_queue = backlog.num_sequences + work.num_sequences > slots
-        if own == 1.0 and not change and not is_queue:
-            pass  # With merging and without it is the same.
-        elif merges and saved * self._steps > self._switch:
-            ahead = ahead * own + (backlog.tokens_left * change * wait if change else 0.0)
-            if is_queue:
-                ahead += backlog.tokens_left / slots * queue
-        elif is_queue:
-            ahead += backlog.tokens_left / slots
-        if work.adapter in target.resident or not work.adapter:
-            load = 0.0
-        else:
-            load = self._from_host if work.adapter in target.on_host else self._from_disk
-        prefill = self._prefill
-        if target.cached_tokens or backlog.prefill_tokens:
-            prompt = max(work.prompt_tokens - target.cached_tokens, 0)
-            prefill = costs.prefill_seconds(backlog.prefill_tokens + prompt)
-        return load + prefill + ahead * step + target.pause
+        return self.all_seconds((target,), merges=merges)[0]
+
+    def all_seconds(self, targets: Sequence[Target], *, merges: bool = True) -> list[float]:
+        """``total_seconds`` of each."""
+        found = []
+        work, size, key, key_slots = self._work, self._size, self._key, self._slots
+        adapter, output_tokens, num_sequences = work.adapter, work.output_tokens, work.num_sequences
+        for target in targets:
+            backlog, costs = target.backlog, target.costs
+            if costs is not self._costs:
+                self._use(costs)
+            slots = target.max_num_seqs
+            # Where all slots are sure to fit in, the division need not be made.
+            if target.capacity_tokens < CERTAINLY * slots * size:
+                slots = max(1, min(slots, int(target.capacity_tokens / size)))
+            # Most have no other request of its adapter.
+            outlook = None
+            if slots == key_slots and costs is backlog.costs and adapter not in backlog.adapters:
+                outlook = backlog.outlooks.get(key)
+            if outlook is None:
+                outlook = backlog.outlook(work, costs, slots)
+                self._slots, self._key = key_slots, key = slots, backlog.key(work, slots, None)
+            step, saved, queue, own, change, wait = outlook
+            ahead = output_tokens
+            is_queue = backlog.num_sequences + num_sequences > slots
+            if own == 1.0 and not change and not is_queue:
+                pass  # With merging and without it is the same.
+            elif merges and saved * self._steps > self._switch:
+                ahead = ahead * own + (backlog.tokens_left * change * wait if change else 0.0)
+                if is_queue:
+                    ahead += backlog.tokens_left / slots * queue
+            elif is_queue:
+                ahead += backlog.tokens_left / slots
+            if not adapter or adapter in target.resident:
+                load = 0.0
+            else:
+                load = self._from_host if adapter in target.on_host else self._from_disk
+            prefill = self._prefill
+            if target.cached_tokens or backlog.prefill_tokens:
+                prompt = max(work.prompt_tokens - target.cached_tokens, 0)
+                prefill = costs.prefill_seconds(backlog.prefill_tokens + prompt)
+            found.append(load + prefill + ahead * step + target.pause)
+        return found
 
     def _use(self, costs: StepCosts) -> None:
         work = self._work
@@ -278,10 +289,8 @@ def choose(work: Work, targets: Sequence[Target]) -> int:
     """The replica with the least ``Estimates.total_seconds``; of equals the one with fewer sequences, then the first.
 
     ``targets`` must not be empty."""
-    total_seconds = Estimates(work).total_seconds
     best, least, limit = targets[0], math.inf, math.inf
-    for target in targets:
-        exact = total_seconds(target)
+    for target, exact in zip(targets, Estimates(work).all_seconds(targets), strict=True):
         if exact > limit:
             continue
         # Sums of floats depend on their order in the last bits; equals must be equals.

@@ -78,6 +78,7 @@ class SimExecutor:
         self._slots: dict[int, AdapterSpec] = {}
         # Of the last batch: slots and tokens of its sequences, what it was merged for, and its features.
         self._counted: tuple[list[tuple[int, int]], str | None, StepFeatures] | None = None
+        self._residency: list[AdapterResidency] | None = None
         self._loading: dict[int, _Ending] = {}
         # When each of those that load is free for the next one; empty where all loads run at once.
         self._loaders = [-math.inf] * loads_at_once
@@ -168,10 +169,12 @@ class SimExecutor:
         return content_hash in self._held or content_hash == self.merged_adapter()
 
     def residency(self) -> list[AdapterResidency]:
-        return [
-            AdapterResidency(spec.content_hash, "device", spec.num_rank_rows, spec.num_bytes)
-            for spec in self._slots.values()
-        ]
+        if self._residency is None:
+            self._residency = [
+                AdapterResidency(spec.content_hash, "device", spec.num_rank_rows, spec.num_bytes)
+                for spec in self._slots.values()
+            ]
+        return list(self._residency)
 
     def peak_memory_bytes(self) -> int:
         return 0
@@ -194,7 +197,7 @@ class SimExecutor:
         now, outcomes = self._clock(), []
         for slot, load in [(slot, load) for slot, load in self._loading.items() if load.ends <= now]:
             del self._loading[slot]
-            self._slots[slot], self._counted = load.spec, None
+            self._slots[slot], self._counted, self._residency = load.spec, None, None
             seconds = load.ends - load.began
             outcomes.append(LoadOutcome(load.spec.content_hash, slot, None, seconds, load.copy_seconds))
         return outcomes
@@ -204,7 +207,7 @@ class SimExecutor:
 
     def drop_adapter(self, slot: int) -> None:
         del self._slots[slot]
-        self._counted = None
+        self._counted = self._residency = None
 
     def keep_adapter(self, content_hash: str) -> None:
         """Host memory is not simulated: every load takes what one from there takes."""
