@@ -58,8 +58,6 @@ class Advance:
         self._token = token
         # The choice of the last stretch of decodes, its requests, and how many steps they have left; while all is so.
         self._last: tuple[Sequence[Candidate], list[Request], int] | None = None
-        # Of all these, the adapters are on the device.
-        self._are_here: Sequence[Candidate] = ()
         self._may = not engine.depth and not engine.scheduler.limits.enable_prefix_caching
 
     def plan(self, now: float, step_seconds: Callable[[Stretch, int], float]) -> Stretch | None:
@@ -80,7 +78,7 @@ class Advance:
         if stretch is None:
             return None
         stretch.seconds = step_seconds(stretch, 0)
-        if stretch.most > 1 and (scheduler.adapters.is_busy or self._lacks_adapter(state.candidates)):
+        if stretch.most > 1 and (scheduler.adapters.is_busy or not scheduler.are_adapters_here):
             stretch.most = 1
         if stretch.most > 1:
             # By the longest of them nobody's time comes later than it does.
@@ -197,7 +195,9 @@ class Advance:
                 order.append(request)
                 if left < until_end:
                     until_end = left
-        num_tokens = len(order) + sum(len(request.prompt_token_ids) - 1 for request in begin)
+        num_tokens = len(order)
+        for request in begin:
+            num_tokens += len(request.prompt_token_ids) - 1
         if num_tokens > self._scheduler.limits.max_num_batched_tokens:
             return None
         features = choice.features
@@ -213,15 +213,6 @@ class Advance:
         if not stretch.begin and stretch.num_free >= len(stretch.order) * (count // size + 1):
             return True
         return self.num_taken(stretch, count) <= stretch.num_free
-
-    def _lacks_adapter(self, candidates: Sequence[Candidate]) -> bool:
-        """Whether a queued request's adapter is not on the device."""
-        if candidates is not self._are_here:
-            for candidate in candidates:
-                if not candidate.is_resident:
-                    return True
-            self._are_here = candidates
-        return False
 
     def _slot(self, request: Request) -> int:
         return NO_ADAPTER if request.adapter is None else self._scheduler.adapters.slot(request.adapter.content_hash)

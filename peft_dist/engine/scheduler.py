@@ -73,6 +73,11 @@ class Scheduler:
         return not (self._starts or self._swap_outs or self._swap_ins)
 
     @property
+    def are_adapters_here(self) -> bool:
+        """Whether all that queued requests use are on the device, as the last proposal has seen them."""
+        return self._candidates.are_here(self.adapters)
+
+    @property
     def has_requests(self) -> bool:
         return bool(self.queue)
 

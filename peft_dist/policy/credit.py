@@ -22,6 +22,8 @@ from peft_dist.policy.tracked import Pending, TrackedPolicy
 SAVING_RATE = 0.05
 # What differs by less may turn out either way by rounding.
 CERTAIN = 1.0 - 1e-9
+# Speed ratios that are remembered.
+MAX_RATIOS = 1 << 14
 
 
 class Ordinary(msgspec.Struct, frozen=True):
@@ -68,6 +70,8 @@ class CreditPolicy(TrackedPolicy):
         # What that was made of, and the gap that came of it.
         self._decided: tuple[QueueView, float] | None = None
         self._kept_gap: float | None = None
+        # Of predictions that do not change: by decodes, prompt tokens and unmerged seconds.
+        self._ratios: dict[tuple[int, int, float], float] = {}
         self._privileged: list[str] = []
         # Whether the next decision knows another gap than the last one did.
         self._is_gap_new = False
@@ -186,8 +190,15 @@ class CreditPolicy(TrackedPolicy):
     def _speed_ratio(self, view: QueueView, seconds: float) -> float:
         """Of the same rows in both modes: comparing batches would count prompts that one of them puts off as saved."""
         features = view.features(view.first_come, None)
-        merged = StepFeatures(True, features.decode_sequences, features.prefill_tokens)
-        return self.cost.step_seconds(merged) / max(seconds, 1e-9)
+        key = features.decode_sequences, features.prefill_tokens, seconds
+        if (ratio := self._ratios.get(key)) is None:
+            merged = StepFeatures(True, features.decode_sequences, features.prefill_tokens)
+            ratio = self.cost.step_seconds(merged) / max(seconds, 1e-9)
+            if self.cost.fixed:
+                if len(self._ratios) >= MAX_RATIOS:
+                    self._ratios.clear()
+                self._ratios[key] = ratio
+        return ratio
 
     def _pays(self, view: QueueView, leader: str, saving: float) -> bool:
         """Whether merging saves more than the switches to it and back take, over the steps that it may last."""
@@ -298,6 +309,8 @@ class CreditPolicy(TrackedPolicy):
         now = (1.0 - ordinary.speed_ratio) * ordinary.seconds
         mean = now if self._mean_saving is None else self._mean_saving
         for _ in range(count):
+            if mean == now:
+                break
             mean += SAVING_RATE * (now - mean)
         self._mean_saving = mean
         self.leads.ran(self._paying_leader(view, ordinary, choice), count)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 from peft_dist.policy.batching import Candidate
@@ -18,6 +19,9 @@ class _Step(NamedTuple):
 
     running: frozenset[str]
     overtaken: set[str]
+
+
+_OVERTAKEN = attrgetter("overtaken")
 
 
 class OvertakingTracker:
@@ -111,6 +115,8 @@ class OvertakingTracker:
         """
         if self._urgent:
             return 0.0
+        if not entitled and not self._is_counting:
+            return math.inf if self.bound - next_step > 0 else 0.0
         overtaken = self._overtaken(entitled, scheduled)
         for step in self._steps:
             overtaken = overtaken | step.overtaken
@@ -124,17 +130,22 @@ class OvertakingTracker:
         """The step that was submitted last was submitted again at each of these times, with nobody urgent, and
         ``advance`` came before each."""
         last = self._steps[-1]
-        if self._seconds or any(step.overtaken for step in self._steps):
+        if self._is_counting:
             for start in starts:
                 self.advance(start)
                 self._steps.append(_Step(last.running, set(last.overtaken)))
             return
         self._since = starts[-1]
-        for _ in range(min(len(starts), len(self._steps))):
-            self._steps.append(_Step(last.running, set()))
+        for _ in range(min(len(starts), len(self._steps) - 1)):
+            self._steps.append(last)  # Nobody changes a set that nobody is in.
+
+    @property
+    def _is_counting(self) -> bool:
+        """Whether somebody was overtaken, for any time or by a step that may still last."""
+        return bool(self._seconds) or any(map(_OVERTAKEN, self._steps))
 
     def forget(self, request_ids: Iterable[str]) -> None:
-        if not (self._seconds or self._urgent or any(step.overtaken for step in self._steps)):
+        if not (self._urgent or self._is_counting):
             return
         for request_id in request_ids:
             self._seconds.pop(request_id, None)

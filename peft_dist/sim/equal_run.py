@@ -7,6 +7,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from itertools import accumulate, repeat
 
+from peft_dist.core.cost_model import StepFeatures
 from peft_dist.core.messages import ReplicaStats, SequenceProgress
 from peft_dist.core.request import RequestStatus
 from peft_dist.engine.advance import Advance, Stretch
@@ -40,6 +41,8 @@ class EqualRun:
         self._seconds: list[float] = []
         # Tokens that all its requests have in the KV cache when a stretch begins.
         self._num_cached = 0
+        # Of the last stretch: what each of its steps takes, where they do not grow.
+        self._stretch_seconds: tuple[StepFeatures | None, float] = None, 0.0
         self._reports = EqualReports((), [], None, 0)
         self._tells = False
         self.number = 0
@@ -171,7 +174,10 @@ class EqualRun:
         """What the step after so many others of a stretch takes."""
         executor, features = self._executor, stretch.features
         if not executor.counts_context:
-            return executor.step_seconds(features)
+            if number and self._stretch_seconds[0] is features:
+                return self._stretch_seconds[1]
+            self._stretch_seconds = features, executor.step_seconds(features)
+            return self._stretch_seconds[1]
         if not number:
             # Of those that begin, nothing is computed: there is one step then.
             self._num_cached = sum(request.num_computed_tokens for request in stretch.order)
