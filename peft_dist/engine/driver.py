@@ -64,7 +64,7 @@ class EngineDriver:
     @property
     def is_idle(self) -> bool:
         """Whether a step makes no sense before something happens."""
-        return not self._handovers.is_due and (not self._engine.has_work or self._engine.waits_for_load)
+        return (not self._engine.has_work or self._engine.waits_for_load) and not self._handovers.is_due
 
     def timeout_ms(self) -> int | None:
         """For how long an idle driver may be left alone, because of what is yet to be told; None: for ever."""

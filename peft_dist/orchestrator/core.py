@@ -49,6 +49,7 @@ from peft_dist.orchestrator.requests import RequestTable, ending
 from peft_dist.orchestrator.room import Room
 
 __all__ = ["Orchestrator", "OrchestratorOptions"]
+_USUAL = (Progress, Started)
 
 
 class Orchestrator:
@@ -246,7 +247,7 @@ class Orchestrator:
             case Fatal():
                 out = self.lose_replica(replica_id, epoch, report.error, now)
         # Progress leaves nothing else to be tidied up, and a start nothing at all.
-        is_tidy = isinstance(report, Progress | Started) and not self.adapters.has_unneeded
+        is_tidy = isinstance(report, _USUAL) and not self.adapters.has_unneeded
         return out + self._note_drained(now) + ([] if is_tidy else self._calls.tidy())
 
     def tick(self, now: float) -> list[Outgoing]:
@@ -332,7 +333,9 @@ class Orchestrator:
 
     def _note_drained(self, now: float) -> list[Outgoing]:
         """Tell of replicas that have become empty, and let those go that are to be started again."""
-        draining = self.replicas.in_state(ReplicaState.DRAINING)
+        draining = self.replicas.draining()
+        if not draining:
+            return []
         empty = [replica for replica in draining if not self._requests.load(replica)]
         for replica in empty:
             self.lives.drained(replica)

@@ -84,18 +84,23 @@ class Dispatcher:
     ) -> list[Target]:
         placed, here = self._placed(work.adapter), frozenset((work.adapter,))
         backlogs, most = self._requests.backlogs(replicas), self._max_num_seqs
-        known = None if self._requests.prefixes.is_empty else self._requests.prefixes
+        prefixes = self._requests.prefixes
+        if forecasts:
+            backlogs = [forecasts.get(one.replica_id, own) for one, own in zip(replicas, backlogs, strict=True)]
+        cached = [0] * len(replicas)
+        if not prefixes.is_empty:
+            cached = [prefixes.cached(record, replica) for replica in replicas]
         return [
             Target(
-                replica.replica_id,
+                replica_id := replica.replica_id,
                 replica.costs or costs,
-                forecasts.get(replica.replica_id, backlog) if forecasts else backlog,
-                here if replica.replica_id in placed else replica.resident,
+                backlog,
+                here if replica_id in placed else replica.resident,
                 most,
                 replica.capacity_tokens,
                 replica.on_host,
-                0 if known is None else known.cached(record, replica),
+                known,
                 replica.pause,
             )
-            for replica, backlog in zip(replicas, backlogs, strict=True)
+            for replica, backlog, known in zip(replicas, backlogs, cached, strict=True)
         ]

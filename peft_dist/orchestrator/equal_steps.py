@@ -140,18 +140,23 @@ class EqualSteps:
     def _draw_rest(self, step: int) -> None:
         """A step in which some owe no whole token any more: one by one, in an order that depends on nothing else."""
         wholes, backlog = self._wholes, self._requests.backlog(self._replica.replica_id)
+        ids = {heapq.heappop(wholes)[1]}
         while wholes and wholes[0][0] == step:
-            heapq.heappop(wholes)
-        for sequence_id in sorted(self._members):
+            ids.add(heapq.heappop(wholes)[1])
+        owing = [sequence_id for sequence_id, member in self._members.items() if member.is_owing]
+        num_before = 0
+        for sequence_id in sorted(ids.intersection(owing)):
             member = self._members[sequence_id]
-            if not member.is_owing:
-                continue
-            if member.since + int(member.owed) == step:
-                backlog.output_tokens -= member.owed - int(member.owed)
-                member.is_owing = False
-                self._num_owing -= 1
-            else:
-                backlog.output_tokens -= 1.0
+            if member.since + int(member.owed) != step:
+                continue  # It left, and came again with more.
+            # The whole tokens of those before it, but for the ones that end here too: as one by one.
+            position = sum([other < sequence_id for other in owing])
+            backlog.output_tokens -= float(position - num_before)
+            num_before = position + 1
+            backlog.output_tokens -= member.owed - int(member.owed)
+            member.is_owing = False
+            self._num_owing -= 1
+        backlog.output_tokens -= float(len(owing) - num_before)
 
     def _settle(self, member: _Member) -> None:
         count = len(self._times) - member.since

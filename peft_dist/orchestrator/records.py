@@ -142,6 +142,8 @@ class Replica:
 
     def has_taken(self, number: int | None) -> None:
         """So many sequences are no longer on their way; None: all that were sent."""
+        if number == self.num_taken:
+            return
         self.num_taken = self.num_sent if number is None else number
         self.untaken.keep(self.num_sent - self.num_taken)
 

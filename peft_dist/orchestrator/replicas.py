@@ -27,6 +27,8 @@ class ReplicaTable:
         self._next_epoch = first_epoch
         # What is asked for every request and report, until a replica changes its state.
         self._in_state: dict[ReplicaState, list[Replica]] = {}
+        self._ready: list[Replica] | None = None
+        self._draining: list[Replica] | None = None
         self._alive: list[Replica] | None = None
         self._model: ModelInfo | None = None
 
@@ -95,7 +97,16 @@ class ReplicaTable:
 
     def ready(self) -> list[Replica]:
         """Replicas that take requests; not to be changed."""
-        return self.in_state(ReplicaState.READY)
+        # Not looked up by its state: a key that is an enum's is hashed by Python code.
+        if self._ready is None:
+            self._ready = self.in_state(ReplicaState.READY)
+        return self._ready
+
+    def draining(self) -> list[Replica]:
+        """Replicas that are to be empty; not to be changed."""
+        if self._draining is None:
+            self._draining = self.in_state(ReplicaState.DRAINING)
+        return self._draining
 
     def in_state(self, state: ReplicaState) -> list[Replica]:
         """Not to be changed."""
@@ -112,6 +123,7 @@ class ReplicaTable:
     def _changed(self) -> None:
         # What was given out stays as it was.
         self._in_state, self._alive, self._model = {}, None, None
+        self._ready = self._draining = None
 
     def misfit(self, replica: Replica, model: ModelInfo) -> str | None:
         """Why a replica with this model cannot go on with what others began, nor they with its requests; None: it can.

@@ -114,6 +114,8 @@ class _Search:
         self._spare = {r.replica_id: int(SPARE * r.adapter_bytes) for r in view.replicas}
         self._accepting = [r.replica_id for r in view.replicas if r.accepts]
         self._slack = dict(self._capacity)
+        # Each replica's slack when it was last asked for, and what it is sorted by.
+        self._rounded = dict.fromkeys(self._slack, (-1.0, 1.0))
         self.hosts: dict[str, set[int]] = {one.adapter: set() for one in view.adapters}
         self._on: dict[int, set[str]] = {r.replica_id: set() for r in view.replicas}
         # Burst tolerances, but for those that have changed since they were asked for.
@@ -198,8 +200,15 @@ class _Search:
 
     def _by_slack(self, replicas: list[int]) -> list[int]:
         """Replicas with the most spare work first; of equals those with the most room."""
-        slack, room = self._slack, self._room
-        return [r for _, _, r in sorted([(-round(slack[r], 9), -room[r], r) for r in replicas])]
+        slack, room, least_first = self._slack, self._room, []
+        for replica in replicas:
+            # Digits take longer to find than all else here, and most replicas are as they were.
+            own, rounded = slack[replica], self._rounded[replica]
+            if rounded[0] != own:
+                rounded = self._rounded[replica] = own, -round(own, 9)
+            least_first.append((rounded[1], -room[replica], replica))
+        least_first.sort()
+        return [replica for _, _, replica in least_first]
 
     def _tolerances(self) -> dict[str, float]:
         """How many times its present load each adapter's hosts could take of it, others as they are."""

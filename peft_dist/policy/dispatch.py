@@ -290,11 +290,13 @@ def choose(work: Work, targets: Sequence[Target]) -> int:
 
     ``targets`` must not be empty."""
     best, least, limit = targets[0], math.inf, math.inf
+    seconds = before = math.inf
     for target, exact in zip(targets, Estimates(work).all_seconds(targets), strict=True):
         if exact > limit:
             continue
-        # Sums of floats depend on their order in the last bits; equals must be equals.
-        seconds = round(exact, DIGITS)
+        if exact != before:
+            # Sums of floats depend on their order in the last bits; equals must be equals.
+            seconds, before = round(exact, DIGITS), exact
         is_equal = seconds == least and target.backlog.num_sequences < best.backlog.num_sequences
         if seconds < least or is_equal:
             # What is above the limit is rounded to more than the least.

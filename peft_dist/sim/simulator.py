@@ -24,6 +24,9 @@ from peft_dist.sim.executor import TOKEN
 from peft_dist.sim.replica import SimHardware, SimReplica
 from peft_dist.sim.unread import Unread
 
+# After which nothing is due any sooner.
+_USUAL = (Progress, Started)
+
 
 class Arrival(Protocol):
     """A request that comes: seconds from the start, adapter (None: the base), tokens of prompt and answer."""
@@ -171,7 +174,7 @@ class Simulator:
     def _reporter(self, replica_id: int, epoch: int) -> Callable[[list[AnyReport]], None]:
         def arrive(reports: list[AnyReport]) -> None:
             for report in reports:
-                is_usual = isinstance(report, Progress | Started)
+                is_usual = isinstance(report, _USUAL)
                 if isinstance(report, Progress):
                     ids = [one.request_id for one in report.sequences]
                     self._unread[replica_id].part(ids, self._queue.now, self._queue.lane)
@@ -183,7 +186,7 @@ class Simulator:
                 if commands or not is_usual:
                     self._act(commands, replica_id)
                 else:
-                    self._hear(replica_id)  # Nothing is due any sooner.
+                    self._hear(replica_id)
 
         def send(reports: list[AnyReport]) -> None:
             self._queue.at(self._queue.now + self._cluster.message_seconds, lambda: arrive(reports), replica_id)
