@@ -21,7 +21,7 @@ from peft_dist.cli_checks import (
     check_names,
     check_port_file,
 )
-from peft_dist.core.collector import freeze_heap
+from peft_dist.core.collector import COLLECT_AFTER, freeze_heap
 from peft_dist.core.config import EngineConfig, check_pinned
 from peft_dist.core.errors import ConfigError
 from peft_dist.core.waiting import StopSignals, unless
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("peft_dist.serve")
 # Signs of life that may be missing before a replica counts as hung.
 _BEATS = 5
-# Objects more than were freed, young collections, and middle ones, until the collector looks at the next generation.
-_COLLECT_AFTER = (20_000, 10, 10)
 
 
 @dataclass(frozen=True)
@@ -135,7 +133,7 @@ async def _serve(settings: ServeSettings, cluster: _Cluster | None) -> None:
         freeze_heap()
         # Nor is all that requests hold to be looked through whenever some steps' tokens have come and gone: with 512
         # streams that took 60 to 80 ms, every 1.3 s.
-        gc.set_threshold(*_COLLECT_AFTER)
+        gc.set_threshold(*COLLECT_AFTER)
         serving = await listener.start(http_app, settings.shutdown_timeout, unread)
         announce(service, settings, listener.url, state)
         if settings.port_file is not None:

@@ -6,6 +6,9 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+COLLECT_AFTER = (20_000, 10, 10)
+"""Objects more than were freed, young collections, and middle ones, until the collector looks at the next generation:
+for who keeps very many objects that are no garbage."""
 # Middle collections between two full ones: Python's 10 mean one for every quarter that the heap has grown.
 _SELDOM = 1000
 
@@ -19,6 +22,18 @@ def freeze_heap() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(*gc.get_threshold()[:2], _SELDOM)
+
+
+@contextmanager
+def rare_collections() -> Iterator[None]:
+    """Have the collector look as seldom as by ``COLLECT_AFTER``, and not at what is there now, until the block ends."""
+    before = gc.get_threshold()
+    with frozen_heap():
+        gc.set_threshold(*COLLECT_AFTER)
+        try:
+            yield
+        finally:
+            gc.set_threshold(*before)
 
 
 @contextmanager

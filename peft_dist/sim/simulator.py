@@ -9,6 +9,7 @@ from functools import lru_cache, partial
 from typing import Protocol
 
 from peft_dist.core.adapter import AdapterSpec
+from peft_dist.core.collector import rare_collections
 from peft_dist.core.messages import AnyReport, LoadAdapter, Progress, SequenceProgress, Started
 from peft_dist.core.sampling_params import SamplingParams
 from peft_dist.orchestrator.client import NewRequest
@@ -123,6 +124,11 @@ class Simulator:
 
     def run(self, arrivals: Iterable[Arrival]) -> list[Outcome]:
         """Offer requests at their times, whatever becomes of the others; ends with the last of them."""
+        # Requests and what became of them are hardly ever garbage.
+        with rare_collections():
+            return self._run(arrivals)
+
+    def _run(self, arrivals: Iterable[Arrival]) -> list[Outcome]:
         self._set_up()
         self._start = self._queue.now
         for unread in self._unread:

@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 
-from peft_dist.core.collector import freeze_heap, frozen_heap
+from peft_dist.core.collector import COLLECT_AFTER, freeze_heap, frozen_heap, rare_collections
 
 
 class Cycle:
@@ -69,3 +69,12 @@ def test_what_others_froze_stays_frozen():
     with frozen_heap():
         pass
     assert gc.get_freeze_count() > 0
+
+
+def test_thresholds_come_back_with_the_heap():
+    before = gc.get_threshold()
+    with pytest.raises(KeyError), rare_collections():
+        assert gc.get_threshold() == COLLECT_AFTER and gc.get_freeze_count()
+        raise KeyError
+    assert gc.get_threshold() == before
+    assert gc.get_freeze_count() == 0

@@ -10,7 +10,7 @@ import pytest
 from peft_dist.core.errors import ConfigError
 from peft_dist.placement.costs import ReplicaCosts
 from peft_dist.placement.placer import KINDS, Placer, PlacerSettings, Search, placement_steps
-from peft_dist.placement.placing import Hosts, Placement, place, place_round_robin, shares, tolerance
+from peft_dist.placement.placing import Hosts, Placement, _Search, place, place_round_robin, shares, tolerance
 from peft_dist.placement.types import AdapterLoad, AdapterStep, ClusterView, ReplicaLoad, RequestClass
 
 
@@ -72,6 +72,18 @@ def test_room_is_kept_and_the_least_tolerance_is_told(seed: int) -> None:
         assert placement.hosts.keys() == sizes.keys()
         assert tolerance(view, placement.hosts) == pytest.approx(placement.tolerance)
     assert place(view).tolerance >= place_round_robin(view).tolerance * 0.99 or not all(place(view).hosts.values())
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_copies_that_are_given_up_early_would_not_have_been_made(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(seed)
+    rates = [rng.choice([1.0, 1.0, rng.random() ** 3]) for _ in range(rng.randint(2, 20))]
+    view = cluster(rng.randint(2, 8), rates, rng.randint(3, 12))
+    placement, least_after = place(view), _Search._least_after
+    monkeypatch.setattr(
+        _Search, "_least_after", lambda self, replica, known, _: least_after(self, replica, known, -1.0)
+    )
+    assert place(view) == placement
 
 
 def test_round_robin_is_the_artifacts() -> None:

@@ -163,3 +163,24 @@ def test_what_a_backlog_has_said_before_changes_nothing(changes: list[tuple[str,
 
 def replace_costs(costs: StepCosts, switch: tuple[float, float] | None) -> StepCosts:
     return StepCosts(costs.step, costs.load, costs.fetch, costs.transfer, switch)
+
+
+RANKS = {"": 0, "red": 64, "blue": 16, "green": 8}
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(sorted(RANKS)), st.integers(1, 4)), max_size=12), st.sampled_from(sorted(RANKS))
+)
+def test_steps_are_those_of_all_that_is_there_however_it_came(changes: list[tuple[str, int]], adapter: str) -> None:
+    backlog, slots = Backlog(), 4
+    work = replace(WORK, adapter=adapter, rank_rows=RANKS[adapter])
+    for other, number in changes:
+        own = backlog.adapters.get(other, (0, 0))[0]
+        backlog.count(other, RANKS[other], -own if own > number else number)
+        present = dict(backlog.adapters)
+        if adapter:
+            present[adapter] = present.get(adapter, (0, 0))[0] + 1, RANKS[adapter]
+        total = backlog.num_sequences + 1
+        num_base = total - sum(count for count, _ in present.values())
+        expected = COSTS.decode_seconds(num_base, present, min(1.0, slots / total))
+        assert backlog.outlook(work, COSTS, slots).step == expected

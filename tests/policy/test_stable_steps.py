@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import msgspec
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from peft_dist.core.cost_model import CostModel
@@ -34,6 +34,14 @@ def books(policy: BatchingPolicy) -> tuple[Any, ...]:
 
 def members(choice: Choice) -> tuple[str | None, list[str], str, frozenset[str]]:
     return choice.merged_adapter, [c.request_id for c in choice.candidates], choice.reason, choice.urgent
+
+
+def all_of_them(adapter: str) -> bool:
+    return True
+
+
+def only_b(adapter: str) -> bool:
+    return adapter == "b"
 
 
 def step(policy: BatchingPolicy, state: QueueState) -> Choice:
@@ -97,3 +105,40 @@ def test_who_waits_becomes_urgent_in_time() -> None:
     choice = policy.choose(msgspec.structs.replace(state, now=3 * SECONDS))
     assert choice.merged_adapter == "a" and "b0" not in members(choice)[1]
     assert 0 < policy.stable_steps(SECONDS) < 1.0 / SECONDS - 3
+
+
+@examples(25, 150)
+@example("credit", "ours", [("acac", 5, None, False)], 6)
+@given(
+    st.sampled_from(["fcfs", "merge", "credit", "credit"]),
+    st.sampled_from(sorted(PROFILES)),
+    st.lists(
+        st.tuples(
+            st.text("aaabc-", min_size=1, max_size=8),
+            st.integers(1, 5),
+            st.sampled_from([None, "a", "b"]),
+            st.booleans(),
+        ),
+        min_size=1,
+        max_size=10,
+    ),
+    st.integers(1, 6),
+)
+def test_what_is_kept_of_a_queue_that_is_the_same_changes_nothing(
+    name: str, profile: str, stretches: list[tuple[str, int, str | None, bool]], seats: int
+) -> None:
+    """The same list again, and an equal one that nobody has seen."""
+    kept, fresh = (make_policy(name, settings=PROFILES[profile], cost_model=CostModel.paper()) for _ in range(2))
+    now = 0.0
+    for letters, count, held, may_merge in stretches:
+        merged = held if held is not None and held in letters else None
+        state = queue(letters, seats=seats)
+        for number in range(count):
+            now += SECONDS
+            mergeable = all_of_them if may_merge or number < 2 else only_b
+            state = msgspec.structs.replace(state, now=now, merged_adapter=merged, mergeable=mergeable)
+            choices = [step(kept, state), step(fresh, msgspec.structs.replace(state, candidates=[*state.candidates]))]
+            assert members(choices[0]) == members(choices[1])
+            assert books(kept) == books(fresh)
+            # As in an engine that does what was chosen.
+            merged = choices[0].merged_adapter
