@@ -51,6 +51,7 @@ class Engine:
         self.executor = executor
         self.depth = depth
         self.eos_token_ids = frozenset(eos_token_ids)
+        self._ends = self.eos_token_ids, scheduler.limits.max_model_len
         self.cost = cost or CostModel()
         self.on_decision = on_decision
         self.on_start: Callable[[list[str]], None] | None = None
@@ -79,8 +80,8 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        runnable = len(self.requests) > len(self.scheduler.held)
-        return bool(runnable or self._in_flight or self.scheduler.adapters.loading)
+        is_runnable = len(self.requests) > len(self.scheduler.held)
+        return is_runnable or bool(self._in_flight or self.scheduler.adapters.loading)
 
     @property
     def waits_for_load(self) -> bool:
@@ -171,10 +172,8 @@ class Engine:
 
     def told(self, request: Request, token: int, logprobs: Any = None) -> SequenceProgress:
         """What is to be reported of a request that was given this last token; it may have ended."""
-        first, stop = len(request.output_token_ids) - 1, None
-        if first + 1 >= request.plain_end:
-            stop = check_stop(request, self.eos_token_ids, self.scheduler.limits.max_model_len)
-        if stop:
+        first = len(request.output_token_ids) - 1
+        if stop := check_stop(request, *self._ends):
             return self._finish(request, *stop, token_ids=[token], first_index=first, logprobs=logprobs)
         return progress_of(request, [token], first, logprobs)
 
@@ -228,8 +227,7 @@ class Engine:
         return spec
 
     def _can_merge(self, content_hash: str) -> bool:
-        spec = self.adapters.get(content_hash)
-        return self._switcher.can_merge(self._spec(content_hash) if spec is None else spec)
+        return self._switcher.can_merge(self.adapters.get(content_hash) or self._spec(content_hash))
 
     def _can_host(self, content_hash: str) -> bool:
         return self._switcher.can_host(self._spec(content_hash))
@@ -288,8 +286,11 @@ class Engine:
                 continue
             # The short way, for almost all.
             request.num_in_flight -= sequence.samples
-            request.output_token_ids.append(outcome.token_ids[0])
-            progress.append(self.told(request, outcome.token_ids[0], outcome.logprobs))
+            (drawn := request.output_token_ids).append(outcome.token_ids[0])
+            if len(drawn) < request.plain_end:
+                progress.append(progress_of(request, outcome.token_ids, len(drawn) - 1, outcome.logprobs))
+            else:
+                progress.append(self.told(request, outcome.token_ids[0], outcome.logprobs))
         self.scheduler.publish(requests)
         return progress
 
@@ -310,8 +311,7 @@ class Engine:
         stop = None
         for token in outcome.token_ids:
             request.output_token_ids.append(token)
-            stop = check_stop(request, self.eos_token_ids, self.scheduler.limits.max_model_len)
-            if stop:
+            if stop := check_stop(request, *self._ends):
                 break
         kept = request.output_token_ids[first:]
         prompt_done = sequence.start + sequence.num_tokens >= len(request.prompt_token_ids)

@@ -70,6 +70,8 @@ class CreditPolicy(TrackedPolicy):
         # What that was made of, and the gap that came of it.
         self._decided: tuple[QueueView, float] | None = None
         self._kept_gap: float | None = None
+        # Whose adapters have credits, if none has left since.
+        self._known: QueueView | None = None
         # Of predictions that do not change: by decodes, prompt tokens and unmerged seconds.
         self._ratios: dict[tuple[int, int, float], float] = {}
         self._privileged: list[str] = []
@@ -92,6 +94,7 @@ class CreditPolicy(TrackedPolicy):
 
     def forget_adapter(self, adapter: str) -> None:
         self.ledger.forget(adapter)
+        self._known = None
 
     def report(self) -> dict[str, float]:
         ratio = self._ordinary.speed_ratio if self._ordinary else 1.0
@@ -221,9 +224,7 @@ class CreditPolicy(TrackedPolicy):
     def _horizon(self, view: QueueView, leader: str | None) -> float:
         """Steps for which the leader is expected to lead: as long as its requests keep the seats, unless others have
         ended leads sooner."""
-        waiting = view.groups[leader] if leader is not None else []
-        left = self.steps.left([candidate.request_id for candidate in waiting])
-        return min(left * max(1.0, len(waiting) / view.seats), self.leads.expected(leader))
+        return min(self._longest(view, leader), self.leads.expected(leader))
 
     def _gap(self, view: QueueView, ordinary: Ordinary) -> float:
         """Credits are in seconds, and so is the gap: it grows with what an interruption of a merged period costs."""
@@ -239,7 +240,9 @@ class CreditPolicy(TrackedPolicy):
         self.steps.ran(scheduled, count)
         self._mean_saving = self._saving(ordinary.seconds, ordinary.speed_ratio)
         self.leads.ran(self._paying_leader(view, ordinary, choice))
-        self.ledger.know(view.groups)
+        if view is not self._known:
+            self.ledger.know(view.groups)
+            self._known = view
         is_ordinary = choice is ordinary.choice
         self._change(view, ordinary, ordinary.alone if is_ordinary else None)
         if not is_ordinary:

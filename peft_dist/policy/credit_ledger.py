@@ -77,9 +77,10 @@ class CreditLedger:
             least = min(least, *((self.credit(payer) + room) / (unit * count) for payer, count in payers.items()))
         return max(least - 2.0, 0.0)
 
-    def grant(self, adapters: Iterable[str]) -> None:
+    def grant(self, adapters: Collection[str]) -> None:
         """These, and nobody else, ran as privileged."""
-        self._privileged = frozenset(adapters)
+        if adapters or self._privileged:
+            self._privileged = frozenset(adapters)
 
     @property
     def is_patient(self) -> bool:

@@ -77,7 +77,7 @@ class SimExecutor:
         self._context = context
         self._slots: dict[int, AdapterSpec] = {}
         # Of the last batch: slots and tokens of its sequences, what it was merged for, and its features.
-        self._counted: tuple[list[tuple[int, int]], str | None, StepFeatures] | None = None
+        self._counted: tuple[list[int], list[int], str | None, StepFeatures] | None = None
         self._residency: list[AdapterResidency] | None = None
         self._loading: dict[int, _Ending] = {}
         # When each of those that load is free for the next one; empty where all loads run at once.
@@ -244,15 +244,16 @@ class SimExecutor:
         return -1
 
     def _features(self, batch: Batch) -> StepFeatures:
-        parts = [(sequence.adapter_slot, len(sequence.token_ids)) for sequence in batch.sequences]
-        last = self._counted
-        if last is None or last[0] != parts or last[1] != batch.merged_adapter:
-            last = self._counted = parts, batch.merged_adapter, self._count(parts, batch.merged_adapter)
-        return last[2]
+        slots = [sequence.adapter_slot for sequence in batch.sequences]
+        tokens = [len(sequence.token_ids) for sequence in batch.sequences]
+        last, merged = self._counted, batch.merged_adapter
+        if last is None or last[0] != slots or last[1] != tokens or last[2] != merged:
+            last = self._counted = slots, tokens, merged, self._count(slots, tokens, merged)
+        return last[3]
 
-    def _count(self, parts: list[tuple[int, int]], merged: str | None) -> StepFeatures:
+    def _count(self, slots: list[int], num_tokens: list[int], merged: str | None) -> StepFeatures:
         rows = []
-        for slot, tokens in parts:
+        for slot, tokens in zip(slots, num_tokens, strict=True):
             spec = None if slot == NO_ADAPTER else self._slots[slot]
             rows.append(("", tokens, 0) if spec is None else (spec.content_hash, tokens, spec.num_rank_rows))
         if merged is None:

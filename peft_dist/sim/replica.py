@@ -218,13 +218,14 @@ class SimReplica:
             assert not self._plain, "a round has one step"
             self._plain, rest = self.run.parted(report.sequences)
             self.run.told(rest)
-            self._reports[index] = msgspec.structs.replace(report, sequences=rest)
             is_news = rest or report.detail is not None or self.engine.residency_version != self._told_version
             self._told_version = self.engine.residency_version
             if self._plain and not is_news:
                 self._plain_stats = report.stats
                 del self._reports[index]
                 break
+            if self._plain:
+                self._reports[index] = msgspec.structs.replace(report, sequences=rest)
             self._plain_stats = None
 
     def _await_run(self) -> None:
