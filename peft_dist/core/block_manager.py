@@ -18,7 +18,7 @@ class BlockManager:
     after ``swap_out``, on the host.
 
     Attributes:
-        tables: Of sequences on the device; to be read, for who does so in every step.
+        tables: Of sequences on the device. No list of them is ever changed: a batch may keep what it was given.
     """
 
     def __init__(self, num_blocks: int, block_size: int, num_host_blocks: int = 0) -> None:
@@ -52,7 +52,7 @@ class BlockManager:
         return -(-num_tokens // self.block_size)
 
     def table(self, request_id: str) -> list[int]:
-        """Numbers of the request's device blocks, in the order of its tokens."""
+        """Numbers of the request's device blocks, in the order of its tokens; not to be changed."""
         return self.tables[request_id]
 
     def blocks_of(self, request_id: str, num_tokens: int) -> tuple[list[int], bool]:
@@ -99,9 +99,9 @@ class BlockManager:
         if fresh == 1 and self._blank:
             block = self._blank.pop()
             self._refs[block] = 1
-            table.append(block)
+            self.tables[request_id] = [*table, block]
             return True
-        table += self._take(fresh)
+        self.tables[request_id] = table + self._take(fresh)
         return True
 
     def publish(self, request_id: str, index: int, key: bytes) -> None:

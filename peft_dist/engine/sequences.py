@@ -30,14 +30,17 @@ def decode_of(request: Request, slot: int, blocks: BlockManager) -> ScheduledSeq
         return None
     if request.status is not RequestStatus.RUNNING:
         return None
-    table = blocks.tables[request.request_id]
-    if start >= len(table) * blocks.block_size and not blocks.grow(request.request_id, start + 1):
-        return None
+    request_id = request.request_id
+    table = blocks.tables[request_id]
+    if start >= len(table) * blocks.block_size:
+        if not blocks.grow(request_id, start + 1):
+            return None
+        table = blocks.tables[request_id]
     most = request.params.max_tokens
     samples = most is None or len(drawn) < most
     request.num_computed_tokens = start + 1
     request.num_in_flight = int(samples)
-    return ScheduledSequence(request.request_id, [drawn[-1]], start, table.copy(), slot, samples, len(drawn))
+    return ScheduledSequence(request_id, [drawn[-1]], start, table, slot, samples, len(drawn))
 
 
 def part_of(request: Request, num_new: int, slot: int, blocks: BlockManager) -> ScheduledSequence:
@@ -53,7 +56,7 @@ def part_of(request: Request, num_new: int, slot: int, blocks: BlockManager) -> 
         request_id=request.request_id,
         token_ids=tokens if len(tokens) == num_new else tokens + [PLACEHOLDER] * (num_new - len(tokens)),
         start=start,
-        block_table=list(blocks.table(request.request_id)),
+        block_table=blocks.table(request.request_id),
         adapter_slot=slot,
         samples=samples,
         draw=num_draws,

@@ -120,3 +120,15 @@ def test_cached_blocks_are_taken_last_and_oldest_first() -> None:
     assert manager.find_prefix([b"x"]) and manager.find_prefix([b"y"])
     assert manager.grow("z", 3 * BLOCK)
     assert not manager.find_prefix([b"x"]) and manager.find_prefix([b"y"])
+
+
+def test_a_table_that_was_given_out_stays_as_it_is() -> None:
+    manager = BlockManager(8, 4)
+    assert manager.allocate("a", [], 4)
+    first = manager.table("a")
+    before = list(first)
+    assert manager.grow("a", 5) and manager.grow("a", 16)
+    assert first == before == manager.table("a")[:1] and len(manager.table("a")) == 4
+    manager.free("a")
+    assert first == before
+    manager.check()
