@@ -77,10 +77,6 @@ class Scheduler:
         """Whether all that queued requests use are on the device, as the last proposal has seen them."""
         return self._candidates.are_here(self.adapters)
 
-    @property
-    def has_requests(self) -> bool:
-        return bool(self.queue)
-
     def counts(self) -> Counter[RequestStatus]:
         """Unfinished requests by status."""
         return Counter(request.status for request in self.queue.values())
@@ -213,7 +209,9 @@ class Scheduler:
         """What was chosen, in its order, while tokens and blocks last."""
         budget = self.limits.max_num_batched_tokens
         # Every decode behind a prompt keeps its token, so that no prompt makes all others wait for a step.
-        decodes = sum([candidate.num_new_tokens == 1 for candidate in choice.candidates])
+        decodes, features = len(choice.candidates), choice.features
+        if features is None or features.decode_sequences != decodes or decodes >= budget:
+            decodes = sum([candidate.num_new_tokens == 1 for candidate in choice.candidates])
         draft = Draft(choice.candidates, choice.urgent)
         queue, blocks, leases, used = self.queue, self.blocks, self.adapters.on_device, []
         sequences, settled, caches = draft.sequences, draft.settled, self.limits.enable_prefix_caching

@@ -49,6 +49,8 @@ class CreditLedger:
 
     def privileged(self, adapters: Collection[str]) -> list[str]:
         """Those of ``adapters`` that go before others now, the highest credit first; equal ones in the order given."""
+        if self.gap > 0 and not self._privileged and not any(self._credits.values()):
+            return []
         gap, stay, credit = self.gap, self.gap * self.hysteresis, self._credits.get
         found = [
             adapter

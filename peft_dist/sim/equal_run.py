@@ -33,6 +33,8 @@ class EqualRun:
         self.advance = Advance(engine, TOKEN)
         # Sequences that were reported by themselves, and have not ended.
         self._told: set[str] = set()
+        # Of the last step that was taken by itself, who had one more token.
+        self._plain: list[str] = []
         self._stretch: Stretch | None = None
         self._new: set[str] = set()
         self._starts: list[float] = []
@@ -79,6 +81,10 @@ class EqualRun:
                 plain.append(one.request_id)
             else:
                 rest.append(one)
+        if plain == self._plain:
+            # The same list tells its readers that nobody came or left.
+            return self._plain, rest
+        self._plain = plain
         return plain, rest
 
     def has_news(self, progress: Iterable[SequenceProgress]) -> bool:

@@ -98,7 +98,7 @@ def tokens_of(progress: list[SequenceProgress]) -> list[int]:
 
 def assert_empty(engine: Engine) -> None:
     scheduler = engine.scheduler
-    assert not scheduler.has_requests and not engine.requests and not scheduler._starts
+    assert not scheduler.queue and not engine.requests and not scheduler._starts
     assert scheduler.blocks.num_free == scheduler.blocks.num_blocks
     assert not engine.executor.states and not scheduler.adapters._users  # type: ignore[attr-defined]
     assert not engine.executor.kept  # type: ignore[attr-defined]
