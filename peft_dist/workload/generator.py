@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from peft_dist.core.errors import ConfigError
 from peft_dist.workload import arrivals
 from peft_dist.workload.arrivals import Floats, Workload
 from peft_dist.workload.lengths import Lengths
+from peft_dist.workload.rows import BadRows
 from peft_dist.workload.traces import Trace
 
 
@@ -47,7 +49,8 @@ class Load:
 def from_shares(names: Sequence[str], shares: Floats, popularity: str, load: Load, lengths: Lengths) -> Workload:
     """Adapters whose shares of the requests never change. ``popularity``: in words, for headers."""
     times = arrivals.merged(shares, load.rate, load.count, cv=load.cv, seed=load.seed, correlated=load.correlated)
-    return _workload(times, names, load, lengths, {"arrivals": f"Gamma, {popularity} popularity"})
+    source = {"arrivals": f"Gamma, {popularity} popularity", **_skipped(lengths.bad)}
+    return _workload(times, names, load, lengths, source)
 
 
 def from_trace(names: Sequence[str], trace: Trace, stride: int, load: Load, lengths: Lengths) -> Workload:
@@ -81,10 +84,16 @@ def from_trace(names: Sequence[str], trace: Trace, stride: int, load: Load, leng
         "stride": stride,
         "functions": len(trace.functions),
         "calls": int(trace.counts.sum()),
-        "skipped_rows": trace.bad.count,
+        **_skipped(trace.bad, lengths.bad),
         "intervals": len(busy),
     }
     return _workload(times, names, load, lengths, source)
+
+
+def _skipped(*bad: BadRows) -> dict[str, object]:
+    """How many rows were left out, and of which files, traces and lengths alike."""
+    files = sum((Counter(one.files) for one in bad), Counter[str]())
+    return {"skipped_rows": files.total()} | ({"skipped_by_file": dict(files)} if files else {})
 
 
 def _workload(

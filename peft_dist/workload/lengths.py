@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peft_dist.core.errors import ConfigError
-from peft_dist.workload.rows import BadRows, OnError, column, open_text, read_rows, whole
+from peft_dist.workload.rows import BadRows, OnError, column, open_text, read_rows, unquoted, whole
 
 Ints = NDArray[np.int64]
 CountTokens = Callable[[Sequence[str]], Sequence[int]]
@@ -142,12 +142,17 @@ def fixed(prompt_tokens: int, output_tokens: int) -> Lengths:
 
 
 def read_csv(path: Path, on_error: OnError = "fail", least: int = 1) -> Lengths:
-    """Columns ``prompt_tokens`` and ``output_tokens``; others are ignored. Rows with less than ``least`` are bad."""
+    """Columns ``prompt_tokens`` and ``output_tokens``; others are ignored. Rows with less than ``least`` are bad.
+
+    Fields may be quoted.
+    """
 
     def header(names: list[str]) -> Callable[[list[str]], tuple[int, int]]:
+        names = unquoted(names)
         prompt, output = column(names, "prompt_tokens"), column(names, "output_tokens")
 
         def read(row: list[str]) -> tuple[int, int]:
+            row = unquoted(row)
             if len(row) != len(names):
                 raise ValueError(f"there are {len(row)} fields, not {len(names)}")
             return whole(row[prompt], "prompt_tokens", least), whole(row[output], "output_tokens", least)
@@ -216,7 +221,7 @@ def _first_turns(entries: Iterable[Any], name: str, on_error: OnError, bad: BadR
         message = f"{name}: entry {number} has no list 'conversations' of turns with a text 'value'"
         if on_error == "fail":
             raise ConfigError(f"{message}; mend the file, or have bad entries skipped")
-        bad.add(message)
+        bad.add(Path(name).name, message)
 
 
 def _count(texts: Sequence[str], count_tokens: CountTokens) -> Iterable[tuple[int, int]]:

@@ -21,13 +21,18 @@ _GZIP = b"\x1f\x8b"
 
 @dataclass(slots=True)
 class BadRows:
-    """Rows that were skipped: how many, and what was wrong with the first of them, by file and line."""
+    """Rows that were skipped: how many of each file, and what was wrong with the first of them, by file and line."""
 
-    count: int = 0
+    files: dict[str, int] = field(default_factory=dict)
     examples: list[str] = field(default_factory=list)
 
-    def add(self, message: str) -> None:
-        self.count += 1
+    @property
+    def count(self) -> int:
+        """Of all files."""
+        return sum(self.files.values())
+
+    def add(self, file: str, message: str) -> None:
+        self.files[file] = self.files.get(file, 0) + 1
         if len(self.examples) < _SHOWN:
             self.examples.append(message)
 
@@ -84,11 +89,19 @@ def read_rows(
                     message = f"{path}:{lines.line_num}: {error}"
                     if on_error == "fail":
                         raise ConfigError(f"{message}; mend the file, or have bad rows skipped") from error
-                    bad.add(message)
+                    bad.add(path.name, message)
                 else:
                     yield value
         except (OSError, EOFError, csv.Error) as error:
             raise ConfigError(f"{path}:{lines.line_num + 1}: the file is damaged: {error}") from error
+
+
+def unquoted(fields: list[str]) -> list[str]:
+    """The fields of a row of ``read_rows`` where they may be quoted, as spreadsheets write them.
+
+    A quote counts within its line alone: one that is not closed spoils no other line.
+    """
+    return next(csv.reader([",".join(fields)])) if any('"' in one for one in fields) else fields
 
 
 def column(names: Sequence[str], *wanted: str) -> int:

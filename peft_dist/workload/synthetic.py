@@ -94,10 +94,16 @@ def _rates(num_functions: int, window: Window, seed: int, cv: float) -> tuple[Fl
 
 
 def write_maf1(path: Path, num_functions: int, seed: int, hourly_cv: float = HOURLY_CV) -> None:
-    """One day of per-minute counts in the format of the public files of 2019; gzipped when the name ends in .gz."""
+    """One day of per-minute counts in the format of the public files of 2019; gzipped when the name ends in .gz.
+
+    Raises ConfigError when the file cannot be written.
+    """
     trace = maf_like(num_functions, Window(0, DAY_MINUTES), seed, interval=1, hourly_cv=hourly_cv)
     text = "\n".join(_maf1_lines(trace)) + "\n"
-    path.write_bytes(gzip.compress(text.encode(), mtime=0) if path.suffix == ".gz" else text.encode())
+    try:
+        path.write_bytes(gzip.compress(text.encode(), mtime=0) if path.suffix == ".gz" else text.encode())
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}; name another file") from error
 
 
 def _maf1_lines(trace: Trace) -> Iterator[str]:

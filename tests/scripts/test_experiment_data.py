@@ -60,7 +60,8 @@ def test_rows_that_cannot_be_read_end_an_experiment_unless_they_are_left_out(cal
         loads.make(spec, Data(lengths=lengths))
     made = parser(None).parse_args(["--maf2", str(calls), "--lengths-csv", str(lengths), "--skip-bad-rows"])
     source = loads.make(spec, settings(made).data).source
-    assert source["skipped_rows"] == 1 and "1 bad rows skipped" in str(source["lengths"])
+    assert source["skipped_by_file"] == {"calls.txt": 1, "lengths.csv": 1} and source["skipped_rows"] == 2
+    assert "1 bad rows skipped" in str(source["lengths"])
     days = tmp_path / "day.csv"
     minutes = ",".join(map(str, range(1, 1441)))
     ones = ",".join(["1"] * 1440)

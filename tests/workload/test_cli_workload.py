@@ -33,6 +33,8 @@ def test_without_files_everything_is_synthetic_and_says_so(tmp_path: Path) -> No
 
 
 def test_traces_shares_and_lengths_of_ones_own(tmp_path: Path) -> None:
+    unwritten = CliRunner().invoke(cli.app, ["workload", "trace", str(tmp_path / "missing" / "day.csv.gz")]).exception
+    assert isinstance(unwritten, ConfigError) and "day.csv.gz cannot be written: No such file" in str(unwritten)
     shown = CliRunner().invoke(cli.app, ["workload", "trace", str(tmp_path / "day.csv.gz"), "--functions", "60"])
     assert shown.exit_code == 0 and synthetic.ORIGIN in shown.output
     maf1 = ["--maf1", str(tmp_path / "day.csv.gz"), "--need-sort", "--stride", "2", "--window", "0.9.0-0.15.0"]
@@ -55,6 +57,13 @@ def test_traces_shares_and_lengths_of_ones_own(tmp_path: Path) -> None:
     shown = write(tmp_path / "b.csv", *own, "--skip-bad-rows", "--correlated")
     assert shown.exit_code == 0 and "skipped: " in shown.stderr and "txt:3:" in shown.stderr
     assert files.read(tmp_path / "b.csv").adapters == ["m0"]
+    assert files.read(tmp_path / "b.csv").source["skipped_by_file"] == {"calls.txt": 1}
+    (tmp_path / "lengths.csv").write_text("prompt_tokens,output_tokens\n8,9\neight,9\n8\n")
+    for options, trace in ((own, {"calls.txt": 1}), (["--popularity", "zipf", *own[2:4]], {})):
+        assert write(tmp_path / "d.csv", *options, "--skip-bad-rows").exit_code == 0
+        source = files.read(tmp_path / "d.csv").source
+        assert source["skipped_by_file"] == {**trace, "lengths.csv": 2}
+        assert source["skipped_rows"] == 2 + len(trace)
     assert write(tmp_path / "c.csv", "--popularity", "zipf", "--zipf", "3").exit_code == 0
     assert "Zipf (3)" in files.read(tmp_path / "c.csv").source["arrivals"]
     assert write(tmp_path / "c.csv", "--popularity", "uniform").exit_code == 0

@@ -86,6 +86,16 @@ def test_a_csv_file(tmp_path: Path) -> None:
     assert found.bad.examples[1].endswith(":4: prompt_tokens is '0', not a whole number of 1 or more")
 
 
+def test_fields_of_a_csv_file_may_be_quoted(tmp_path: Path) -> None:
+    """As spreadsheets write them; a quote that is not closed spoils its own line alone."""
+    rows = ['"id","prompt_tokens","output_tokens"', '"a, b","12",30', 'x,"5,6', '"a ""y""",7,"8"', 'z,"9",8', "w,1,2"]
+    (tmp_path / "file").write_text("\r\n".join(rows))
+    with pytest.raises(ConfigError, match=":3: there are 2 fields, not 3"):
+        lengths.read_csv(tmp_path / "file")
+    found = lengths.read_csv(tmp_path / "file", "skip")
+    assert found.pairs.tolist() == [[12, 30], [7, 8], [9, 8], [1, 2]] and found.bad.files == {"file": 1}
+
+
 @pytest.mark.parametrize("name", SYNTHETIC)
 def test_synthetic_lengths_have_the_published_percentiles(name: str) -> None:
     fit = SYNTHETIC[name]
