@@ -21,7 +21,7 @@ from experiments.points import Ladder, Point
 from experiments.settings import Settings, parser, settings
 from experiments.simulated import profile_of, rules_of
 from experiments.systems import SYSTEMS
-from experiments.tables import Row, check_drawn, check_folder, read_csv, read_json, replace_rows, write_csv, write_json
+from experiments.tables import Row, check_drawn, check_folder, read_csv, read_json, write_csv, write_json
 from peft_dist import __version__
 from peft_dist.core.errors import ConfigError, PeftDistError
 
@@ -63,7 +63,7 @@ def run(experiment: Experiment, chosen: Settings) -> list[Row]:
     """Run, and write CSV and JSON. Returns all rows, those of earlier runs of other systems included.
 
     Raises ConfigError before anything is run where the folder has this CSV from simulations and this is none, or the
-    other way round; and where it has other systems' rows that were simulated at another scale, seed or the like.
+    other way round; and where it has other systems' rows that are of another scale, seed, model, profile or the like.
     """
     ladders = [ladder for ladder in experiment.ladders(chosen) if ladder]
     mode = "simulated" if chosen.server is None else "live"
@@ -72,10 +72,13 @@ def run(experiment: Experiment, chosen: Settings) -> list[Row]:
     if others := {row["mode"] for row in before} - {mode}:
         raise ConfigError(f"{table} is {min(others)}, this is to be {mode}: give another --output, or remove it")
     told = read_json(document)
-    kept: list[Row] = []
+    asked = [point for ladder in ladders for point in ladder]
+    kept = beside.kept(before, asked, experiment.keys)
     if mode == "simulated":
-        kept = beside.kept(before, [point for ladder in ladders for point in ladder], experiment.keys)
-        beside.check(table, kept, told, _about(experiment, chosen, mode, []))
+        about = _about(experiment, chosen, mode, []) | _simulated(asked, chosen.seed)
+        beside.check(table, kept, told, about, lambda name: rules_of(name, chosen.seed))
+    else:
+        beside.check_live(table, kept, experiment.keys, told, _server(chosen))
     check_folder(chosen.output)
     found = points.run(ladders, chosen.data, experiment.bound, chosen.jobs, chosen.server)
     rows = [
@@ -86,9 +89,9 @@ def run(experiment: Experiment, chosen: Settings) -> list[Row]:
     about = _about(experiment, chosen, mode, found)
     if mode == "live":
         # A server runs one system; the others' rows come from other runs.
-        runs = dict.fromkeys(tuple(row[key] for key in experiment.keys) for row in rows)
-        rows = replace_rows(before, rows, experiment.keys)
-        about = _add_live(told, about, chosen, [_run_name(experiment.keys, own) for own in runs])
+        runs = dict.fromkeys(beside.run_name(experiment.keys, row) for row in rows)
+        rows = [*kept, *rows]
+        about = _add_live(told, about, chosen, list(runs))
     elif kept:
         systems = [ladder[0].system for ladder in experiment.ladders(replace(chosen, systems=())) if ladder]
         rows = beside.in_order([*kept, *rows], experiment.keys, list(dict.fromkeys(systems)))
@@ -128,9 +131,16 @@ def _about(experiment: Experiment, chosen: Settings, mode: str, found: points.Fo
         "loads": [_load(load, one) for load, one in asked.items()],
     }
     if mode == "simulated":
-        about["profiles"] = [profile_of(model) for model in dict.fromkeys(point.model for point in run)]
-        about["systems"] = {name: rules_of(name, chosen.seed) for name in dict.fromkeys(point.system for point in run)}
+        about |= _simulated(run, chosen.seed)
     return about
+
+
+def _simulated(run: Sequence[Point], seed: int) -> dict[str, Any]:
+    """What these points are simulated with."""
+    return {
+        "profiles": [profile_of(model) for model in dict.fromkeys(point.model for point in run)],
+        "systems": {name: rules_of(name, seed) for name in dict.fromkeys(point.system for point in run)},
+    }
 
 
 def _load(load: LoadSpec, asked: Asked | None) -> dict[str, Any]:
@@ -141,11 +151,6 @@ def _load(load: LoadSpec, asked: Asked | None) -> dict[str, Any]:
     return asdict(load) | told
 
 
-def _run_name(keys: Sequence[str], values: Sequence[Any]) -> str:
-    """Of what tells live runs apart: the system, and what else is served."""
-    return ", ".join(str(v) if key == "system" else f"{key} {v}" for key, v in zip(keys, values, strict=True))
-
-
 def _add_live(
     before: Mapping[str, Any], about: dict[str, Any], chosen: Settings, runs: Sequence[str]
 ) -> dict[str, Any]:
@@ -153,11 +158,17 @@ def _add_live(
     from bench.report import environment
 
     assert chosen.server is not None
-    own = {key: about[key] for key in ("scale", "seed", "data", "correlated", "loads")}
-    own |= {"server": chosen.server.url, "rate_factor": chosen.rate_factor}
-    own |= {"max_lateness": chosen.server.max_lateness, "client": environment()}
-    own |= {"differs": SYSTEMS[chosen.systems[0]].live}
+    own = _server(chosen) | {"loads": about["loads"], "client": environment()}
+    own |= {"max_lateness": chosen.server.max_lateness, "differs": SYSTEMS[chosen.systems[0]].live}
     return about | {"servers": {**before.get("servers", {}), **dict.fromkeys(runs, own)}}
+
+
+def _server(chosen: Settings) -> dict[str, Any]:
+    """The live server and what is asked of it."""
+    assert chosen.server is not None
+    own = {"server": chosen.server.url, "scale": chosen.scale, "seed": chosen.seed, "data": chosen.data.source}
+    own |= {"correlated": chosen.correlated, "rate_factor": chosen.rate_factor, "max_total": chosen.max_total}
+    return own | dict(chosen.served)
 
 
 def versions() -> dict[str, str]:

@@ -25,6 +25,8 @@ from experiments.systems import SYSTEMS
 from experiments.tables import Row, read_csv, read_json, write_csv, write_json
 
 COLUMNS = ("rate", "solver", "switching", "inference")
+# What fig11a.json tells that is true of this figure too.
+KEPT = ("scale", "seed", "data", "correlated", "rate_factor", "max_total", "versions", "servers")
 SHOWN = ("dlora-artifact", "dlora", "kv", "corrected", "grouped")
 _COLORS = {"inference": "tab:green", "switching": "tab:orange", "solver": "tab:blue"}
 
@@ -84,7 +86,7 @@ def main() -> None:
     known = {rate: [switching, solver, total] for rate, (switching, solver, total) in authors.FIGURE13.items()}
     before = read_json(folder / "fig11a.json")
     about = {"figure": "13", "from": "fig11a.csv", "mode": rows[0]["mode"]}
-    about |= {key: before[key] for key in ("scale", "seed", "data") if key in before}
+    about |= {key: before[key] for key in KEPT if key in before}
     if (seconds := assumed(before)) is not None:
         about["assumed_plan_seconds"] = seconds
     write_json(folder / "fig13.json", about | {"authors": known})

@@ -11,6 +11,7 @@ experiment.
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import subprocess
 import sys
@@ -68,6 +69,22 @@ def serving(model: str, adapters: Sequence[Path], options: Sequence[str]) -> Ite
             process.wait(END)
 
 
+def told(serve: str) -> str:
+    """What a server of this machine cannot be asked for, as ``--server-told`` takes it.
+
+    Asked of a process of its own: one that has looked at a GPU keeps some of its memory.
+    """
+    report = ROOT / "scripts" / "bench" / "report.py"
+    answer = subprocess.run([sys.executable, str(report)], capture_output=True, text=True, check=True, cwd=ROOT)
+    found = json.loads(answer.stdout)
+    wanted = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    wanted.add_argument("--device", default="auto")
+    on_cpu = wanted.parse_known_args(shlex.split(serve))[0].device == "cpu" or "gpu" not in found
+    device = found["cpu" if on_cpu else "gpu"]
+    versions = {name: value for name, value in found.items() if name not in ("date", "cpu", "cores", "gpu", "gpus")}
+    return json.dumps({"device": device, "versions": versions, "options": serve})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", help="a script of this folder, without .py")
@@ -88,12 +105,13 @@ def main() -> None:
         if options.adapters is None:
             write_adapters(options.model, home, options.count, options.rank)
         adapters = sorted(path.parent for path in home.glob("*/adapter_config.json"))
+        about = told(options.serve)
         for name in options.systems.split(","):
             if name not in SYSTEMS:
                 raise SystemExit(f"the system {name!r} is unknown: use {', '.join(SYSTEMS)}")
             more = ["--replicas", str(options.replicas), *options_of(SYSTEMS[name]), *shlex.split(options.serve)]
             with serving(options.model, adapters, more) as url:
-                command = [sys.executable, str(script), "--server", url, "--systems", name]
+                command = [sys.executable, str(script), "--server", url, "--systems", name, "--server-told", about]
                 if status := subprocess.run([*command, *shlex.split(options.options)], check=False).returncode:
                     raise SystemExit(status)
 

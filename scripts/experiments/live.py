@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Any
 
 from experiments.measured import Measured, Work, measure
 from peft_dist.core.errors import ConfigError
@@ -53,11 +54,30 @@ class Server:
 
 def adapters_of(url: str) -> list[str]:
     """Names of a server's adapters, in the order of their numbers where they have any. Raises ConfigError."""
+    return sorted((one["id"] for one in _models(url) if one.get("parent")), key=_natural)
+
+
+def base_of(url: str) -> dict[str, Any]:
+    """What a server tells of the model beside its adapters. Raises ConfigError."""
+    found = next((one for one in _models(url) if not one.get("parent")), None)
+    if found is None:
+        raise ConfigError(f"the server {url} tells of no model without a parent: is it one of adapters alone?")
+    return found
+
+
+def _models(url: str) -> list[dict[str, Any]]:
     try:
-        models = json.loads(_read(f"{_root(url)}/v1/models"))["data"]
-        return sorted((one["id"] for one in models if one.get("parent")), key=_natural)
+        return [{"id": one["id"], **one} for one in json.loads(_read(f"{_root(url)}/v1/models"))["data"]]
     except (*_FAILURES, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"the server {url} does not tell its models: {error!r}") from error
+
+
+def version_of(url: str) -> str | None:
+    """Of a server; None where it does not tell it, which no other server must."""
+    try:
+        return str(json.loads(_read(f"{_root(url)}/version"))["version"])
+    except (*_FAILURES, KeyError, TypeError):
+        return None
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:

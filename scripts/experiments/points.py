@@ -20,7 +20,7 @@ class Point:
 
     Attributes:
         system: Name of one of ``systems.SYSTEMS``.
-        model: "7b", "13b" or "70b".
+        model: "7b", "13b" or "70b"; the name of the one served where it is live.
         replicas: Of the cluster.
     """
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from experiments import live
+from experiments import live, served
 from experiments.loads import Data, LoadSpec
 from experiments.points import Ladder, Point
 from experiments.systems import SYSTEMS, System, chosen
@@ -43,6 +44,7 @@ class Settings:
         jobs: Processes, each with points of its own.
         server: A live one, which runs the one of ``systems``; None: the simulator.
         replicas: Of the live server.
+        served: What that one serves, see ``served.told``.
         rate_factor: Of all rates: for devices that are slower than the paper's.
         max_total: Longest prompt and output together, where that is less than the experiment's.
     """
@@ -56,6 +58,7 @@ class Settings:
     correlated: bool = False
     server: live.Server | None = None
     replicas: int | None = None
+    served: Mapping[str, Any] = field(default_factory=dict)
     rate_factor: float = 1.0
     max_total: int | None = None
 
@@ -76,7 +79,13 @@ class Settings:
         load = replace(
             load, rate=load.rate * self.rate_factor, seed=self.seed, correlated=self.correlated, max_total=total
         )
-        return Point(system.name, model, self.replicas or kept, load)
+        # A live server's rows are of the model that it serves, whatever the paper had.
+        return Point(system.name, model if self.server is None else self.model, self.replicas or kept, load)
+
+    @property
+    def model(self) -> str:
+        """Of the live server."""
+        return str(self.served.get("model") or "not told")
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -116,6 +125,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         default=live.MAX_LATENESS,
         help="seconds; with a later client (P99) nothing is told",
     )
+    made.add_argument("--server-told", metavar="JSON", help=served.HINT.replace("%", "%%"))
     made.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     made.add_argument(
         "--output", type=Path, default=Path("figures"), metavar="DIR", help="folder for CSV, JSON, PDF, PNG"
@@ -130,6 +140,8 @@ def settings(options: argparse.Namespace) -> Settings:
     system = SYSTEMS.get(options.systems or "")
     if options.server and system is not None and not system.is_live:
         raise ConfigError(f"a live server is no {system.name!r}: {system.live}. Simulate it, or measure 'peft'")
+    if options.server_told and not options.server:
+        raise ConfigError("--server-told tells of --server: name that too, or leave it out")
     if options.jobs < 1:
         raise ConfigError(f"--jobs {options.jobs}: it must be 1 process or more")
     # Not every figure reads all of them.
@@ -146,6 +158,9 @@ def settings(options: argparse.Namespace) -> Settings:
         options.tokenizer,
         options.skip_bad_rows,
     )
+    told = served.told(options.server, options.server_told) if options.server else {}
+    if told and told["device"] is None:
+        print("warning: nothing tells the server's device: --server-told '{\"device\": ...}'", file=sys.stderr)
     return Settings(
         output=options.output,
         scale=options.scale,
@@ -155,7 +170,8 @@ def settings(options: argparse.Namespace) -> Settings:
         systems=tuple(options.systems.split(",")) if options.systems else (),
         correlated=options.correlated,
         server=live.Server(options.server, options.end_id, options.max_lateness) if options.server else None,
-        replicas=live.replicas_of(options.server) if options.server else None,
+        replicas=told.get("replicas"),
+        served=told,
         rate_factor=options.rate_factor,
         max_total=options.max_total,
     )

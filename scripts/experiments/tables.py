@@ -70,9 +70,3 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Empty where there is no file."""
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
-
-
-def replace_rows(old: Sequence[Row], new: Sequence[Row], keys: Sequence[str]) -> list[Row]:
-    """``new`` and those of ``old`` that have another key: a live server runs one system at a time."""
-    taken = {tuple(row.get(key) for key in keys) for row in new}
-    return [row for row in old if tuple(row.get(key) for key in keys) not in taken] + list(new)

@@ -32,6 +32,7 @@ from experiments.measured import Work, measure
 from experiments.settings import Settings
 from experiments.systems import SYSTEMS, chosen
 
+import peft_dist
 from peft_dist.core.errors import ConfigError
 from peft_dist.workload.records import RequestRecord
 from tests.e2e.test_serve import adapter, serving
@@ -113,7 +114,8 @@ def test_the_breakdown_is_drawn_from_figure_11a(tmp_path: Path, monkeypatch: pyt
         {"system": "corrected", "rate": 8, "adjust_time": 1.0, "solver_time": 1.0, **common},
     ]
     tables.write_csv(tmp_path / "fig11a.csv", ["rate"], rows)
-    tables.write_json(tmp_path / "fig11a.json", {"scale": "tiny", "seed": 3, "loads": [],
+    kept = {"rate_factor": 0.5, "max_total": 512, "correlated": True, "versions": {"numpy": "2"}}
+    tables.write_json(tmp_path / "fig11a.json", {"scale": "tiny", "seed": 3, "loads": [], **kept,
         "systems": {"dlora": {"options": {"plan_seconds": 0.2}}}})  # fmt: skip
     run(monkeypatch, "fig13_breakdown", "--output", str(tmp_path))
     assert (tmp_path / "fig13.csv").read_text().startswith("rate,solver,switching,inference,system,form,mode,units\n")
@@ -128,7 +130,7 @@ def test_the_breakdown_is_drawn_from_figure_11a(tmp_path: Path, monkeypatch: pyt
     assert (tmp_path / "figure13.pdf").exists()
     about = tables.read_json(tmp_path / "fig13.json")
     assert (about["mode"], about["scale"], about["seed"]) == ("simulated", "tiny", 3)
-    assert about["assumed_plan_seconds"] == 0.2
+    assert about["assumed_plan_seconds"] == 0.2 and kept.items() <= about.items()
     with pytest.raises(SystemExit, match=r"run fig11a_migration\.py first"):
         run(monkeypatch, "fig13_breakdown", "--output", str(tmp_path / "empty"))
 
@@ -198,6 +200,8 @@ def test_a_live_server_gives_its_systems_rows(
     about = json.loads((tmp_path / "out" / "fig10.json").read_text())
     assert about["mode"] == "live" and set(about["servers"]) == {"fcfs", "dlora"}
     assert about["servers"]["fcfs"]["max_lateness"] == 60
+    assert {row["model"] for row in rows} == {about["servers"]["fcfs"]["model"]} == {"worker"}
+    assert about["servers"]["fcfs"]["versions"]["server"] == peft_dist.__version__
     assert about["servers"]["fcfs"]["client"]["cpu"] and about["servers"]["fcfs"]["server"].startswith("http")
 
 
@@ -222,19 +226,21 @@ def test_live_runs_are_told_apart_by_what_is_served(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(
         points, "run", lambda ladders, *_: [(point, measured) for ladder in ladders for point in ladder]
     )
-    for adapters, seed in ((16, 1), (32, 2)):
+    served = {"model": "tiny", "device": "a CPU", "replicas": 8, "versions": {"server": "1"}}
+    for adapters in (16, 32):
         server = live.Server(f"http://nowhere:{adapters}")
-        chosen_ = Settings(tmp_path, "paper", server=server, systems=("dlora",), seed=seed)
+        chosen_ = Settings(tmp_path, "paper", server=server, systems=("dlora",), seed=1, served=served)
         [made] = fig12_adapters.experiments(argparse.Namespace(adapters=adapters))
         experiment.run(made, chosen_)
     about = json.loads((tmp_path / "fig12.json").read_text())
     told = {name: (own["server"], own["seed"]) for name, own in about["servers"].items()}
     assert told == {
         "dlora, num_models 16": ("http://nowhere:16", 1),
-        "dlora, num_models 32": ("http://nowhere:32", 2),
+        "dlora, num_models 32": ("http://nowhere:32", 1),
     }
     rows = tables.read_csv(tmp_path / "fig12.csv")
-    assert [row["num_models"] for row in rows] == [16, 32]
+    assert [(row["num_models"], row["model"]) for row in rows] == [(16, "tiny"), (32, "tiny")]
+    assert all(served.items() <= own.items() for own in about["servers"].values())
     assert all("bring their KV" in row["live_differs"] for row in rows)
     assert about["versions"]["matplotlib"] == matplotlib.__version__
 
@@ -336,10 +342,11 @@ def test_data_is_looked_for_where_it_is_said_to_be(tmp_path: Path) -> None:
     [
         (["--systems", "nobody"], "does not show the system 'nobody'"),
         (["--server", "http://127.0.0.1:9"], "--server needs --systems with one name"),
-        (["--server", "http://127.0.0.1:9", "--systems", "fcfs"], "does not tell how it is"),
+        (["--server", "http://127.0.0.1:9", "--systems", "fcfs"], "does not tell its models"),
         (["--server", "http://127.0.0.1:9", "--systems", "peft-artifact"], "a live server is no 'peft-artifact'"),
         (["--data", "/nowhere/at/all"], "there is none of"),
         (["--maf1", "/nowhere/d01.csv"], "--maf1 /nowhere/d01.csv: there is no such file"),
+        (["--server-told", "{}"], "--server-told tells of --server: name that too"),
         (["--jobs", "0"], "--jobs 0: it must be 1 process or more"),
         (["--output", "/dev/null/figures", "--scale", "tiny"], "--output /dev/null/figures cannot be written"),
         (["--plot", "--output", "/nowhere/at/all"], "there is no fig10.csv in /nowhere/at/all"),
