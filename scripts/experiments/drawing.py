@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments import origin
 from experiments.systems import SYSTEMS
 from experiments.tables import Row, read_csv, read_json
 from peft_dist.core.errors import ConfigError
@@ -41,7 +42,7 @@ def save(drawn: Any, folder: Path, name: str, tables: Sequence[str]) -> None:
 
 
 def _origin(about: Mapping[str, Any]) -> str:
-    """Simulated or live, how large, with which data; empty where nothing is told."""
+    """Simulated or live, of what, how large, with which data and what else is unusual; empty where nothing is told."""
     data = about.get("data", {})
     if isinstance(data, str):
         data = {"data": data.partition(",")[0]}
@@ -49,7 +50,8 @@ def _origin(about: Mapping[str, Any]) -> str:
         more = [f"{key} {value.split('(')[1].rstrip(')')}" for key, value in data.items() if value != "synthetic"]
         data = {"data": ", ".join(["synthetic", *more])}
     parts = {key: about[key] for key in ("device", "scale", "seed") if key in about} | data
-    return ", ".join([*filter(None, [about.get("mode")]), *(f"{key} {value}" for key, value in parts.items())])
+    words = [f"{key} {value}" for key, value in parts.items()]
+    return ", ".join([*filter(None, [about.get("mode")]), *origin.server(about), *words, *origin.unusual(about)])
 
 
 def lines(axes: Any, rows: Sequence[Row], x: str, y: str) -> None:

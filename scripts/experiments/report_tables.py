@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments import authors
+from experiments import authors, origin
 from experiments.authors import rate_at
 from experiments.measured import OBJECTIVE
 from experiments.systems import SYSTEMS
@@ -40,7 +40,8 @@ def _what(about: Mapping[str, Any]) -> str:
     told = ", ".join(f"{key} {value}" for key, value in data.items()) if isinstance(data, dict) else data
     parts = [about.get("mode"), f"scale {about['scale']}" if "scale" in about else None, told]
     seed = f"seed {about['seed']}" if "seed" in about else None
-    words = "; ".join(part for part in [*parts, seed] if part)
+    parts = [*parts[:1], *origin.server(about), *parts[1:], seed, *origin.unusual(about)]
+    words = "; ".join(part for part in parts if part)
     return f"*{words}*\n\n" if words else ""
 
 

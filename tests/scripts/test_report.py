@@ -28,6 +28,19 @@ def test_the_report_puts_tables_between_their_marks() -> None:
     assert "old" not in changed and "kept" in changed and report.insert(changed, made) == changed
 
 
+def test_a_table_says_what_is_unusual_about_it_and_what_served() -> None:
+    about = {"mode": "simulated", "scale": "tiny", "data": {"maf2": "synthetic"}, "seed": 2}
+    made = report_tables.tables({"fig7": {"rows": [{"relative": 0.5}], "about": about}})["fig7"]
+    assert made.startswith("*simulated; scale tiny; maf2 synthetic; seed 2*\n")
+    servers = {"fcfs": {"model": "llama-2-7b-random", "device": "NVIDIA H200"}}
+    odd = {**about, "mode": "live", "servers": servers, "correlated": True, "rate_factor": 5.0, "max_total": 512}
+    made = report_tables.tables({"fig7": {"rows": [{"relative": 0.5}], "about": odd}})["fig7"]
+    assert made.startswith(
+        "*live; model llama-2-7b-random; device NVIDIA H200; scale tiny; maf2 synthetic; seed 2; correlated; "
+        "rate factor 5; at most 512 tokens*\n"
+    )
+
+
 def test_figure_5_has_a_line_for_each_device_and_one_for_what_was_captured() -> None:
     columns = ("Wx", "BAx", "grouped_one", "grouped_each")
     own: dict[str, float] = {name: 10.0 * place for place, name in enumerate(columns, 1)}
