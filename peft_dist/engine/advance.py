@@ -56,8 +56,9 @@ class Advance:
         self._engine = engine
         self._scheduler = engine.scheduler
         self._token = token
-        # The choice of the last stretch of decodes, its requests, and how many steps they have left; while all is so.
-        self._last: tuple[Sequence[Candidate], list[Request], int] | None = None
+        # The choice of the last stretch of decodes, its requests, how many steps they have left, and the number of the
+        # engine's step at which all is so: candidates stay the same over a step that it takes by itself, too.
+        self._last: tuple[Sequence[Candidate], list[Request], int, int] | None = None
         self._may = not engine.depth and not engine.scheduler.limits.enable_prefix_caching
 
     def plan(self, now: float, step_seconds: Callable[[Stretch, int], float]) -> Stretch | None:
@@ -140,9 +141,9 @@ class Advance:
             else:
                 request.num_computed_tokens = len(request.prompt_token_ids)
         scheduler.repeated(stretch.order, starts, stretch.begin)
-        if self._last is not None:
-            self._last = self._last[0], stretch.order, self._last[2] - count
         engine.repeated(stretch.order, count)
+        if self._last is not None:
+            self._last = self._last[0], stretch.order, self._last[2] - count, engine.num_steps
         if not engine.cost.fixed:
             for took in seconds:
                 engine.cost.observe_step(stretch.features, took)
@@ -176,8 +177,8 @@ class Advance:
         begin: list[Request] = []
         until_end = 1 << 40
         ends = self._engine.eos_token_ids, self._scheduler.limits.max_model_len
-        if last is not None and last[0] is choice.candidates:
-            _, order, until_end = last
+        if last is not None and last[0] is choice.candidates and last[3] == self._engine.num_steps:
+            _, order, until_end, _ = last
         else:
             for candidate in choice.candidates:
                 request = queue[candidate.request_id]
@@ -204,7 +205,7 @@ class Advance:
         if features is None or choice.merged_adapter is not None:
             features = _features(choice.candidates, choice.merged_adapter)
         most = 1 if begin else min(until_end, MAX_STEPS)
-        self._last = None if begin else (choice.candidates, order, until_end)
+        self._last = None if begin else (choice.candidates, order, until_end, self._engine.num_steps)
         return Stretch(order, begin, features, 0.0, most, until_end, self._scheduler.blocks.num_free)
 
     def _fits(self, stretch: Stretch, count: int) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from peft_dist.core.config import EngineConfig
 from peft_dist.core.cost_model import CostModel
 from peft_dist.core.messages import AnyReport, Progress
 from peft_dist.engine.advance import Stretch
+from peft_dist.engine.stopping import find_plain_end
 from peft_dist.orchestrator.core import OrchestratorOptions
 from peft_dist.placement.triggers import TriggerSettings
 from peft_dist.sim.replica import SimHardware, SimReplica
@@ -70,6 +72,8 @@ def record(replica: SimReplica) -> list[Step]:
     def recorded_stretch(stretch: Stretch, starts: Sequence[float], *more: Any, **options: Any) -> Any:
         begin = set(stretch.begin)
         order = advance.requests(stretch)
+        ends = replica.engine.eos_token_ids, replica.engine.scheduler.limits.max_model_len
+        assert stretch.until_end == min(find_plain_end(one, *ends) - len(one.output_token_ids) for one in order)
         who = [(one.request_id, len(one.prompt_token_ids) if one in begin else 1) for one in order]
         steps.extend((start, executor.merged_adapter(), who) for start in starts)
         return carry_out(stretch, starts, *more, **options)
@@ -206,6 +210,27 @@ def test_the_workloads_have_what_interrupts_equal_steps() -> None:
     fast = [seed for first in FIRSTS[::2] for seed in range(first, first + 20)]
     seen = sum((check(seed, SMALL) for seed in fast), Counter[str]())
     assert min(seen[each] for each in INTERRUPTIONS) >= 5, seen
+
+
+class Interrupted(Recorded):
+    """Every third round takes its step by itself, as where something is to be told or copied."""
+
+    def _set_up(self) -> None:
+        super()._set_up()
+        rounds = itertools.count()
+        for replica in self.replicas:
+            replica.run.begin = partial(self._begin, replica.run.begin, rounds)  # type: ignore[method-assign]
+
+    def _begin(self, begin: Callable[..., Any], rounds: Iterator[int], *asked: Any) -> Any:
+        return begin(*asked) if next(rounds) % 3 else None
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_steps_by_themselves_between_equal_ones_end_nobody_later(seed: int) -> None:
+    """A request that was let draw more than it asked for would never end: nothing is left to compute for it."""
+    cluster, coming = workload(seed, SMALL)
+    at_once = Interrupted(cluster, advance=True)
+    assert at_once.run(coming) == run(cluster, coming, advance=False)[1]
 
 
 def test_first_tokens_and_ends_of_one_step_are_told_in_the_order_of_its_batch() -> None:
