@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,14 @@ def test_profiles_of_the_paper_are_what_the_command_writes(tmp_path: Path) -> No
     # What the artifact's authors compute for rank 16: bytes of an adapter, and of one device's part at four.
     assert 16 * paper_profiles.profile("", paper_profiles.SMALL, 1).rank_bytes == 100_925_440
     assert 16 * paper_profiles.profile("", paper_profiles.LARGE, 4).rank_bytes / 4 == pytest.approx(196.3 * 2**20, 1e-3)
+
+
+def test_the_profile_of_a_comparison_with_a_live_device_is_here() -> None:
+    """As it was measured, under a name; there its messages took nothing, because it was one engine."""
+    result = json.loads((ROOT / "docs" / "results" / "live_vs_sim_h200.json").read_text())
+    compared = CostProfile.of(result["figures"]["profile"], "live_vs_sim_h200.json")
+    name = "h200-8b-measured"
+    assert CostProfile.load(name) == replace(compared, name=name, message_seconds=0.0002) and name in names()
 
 
 def test_a_profile_comes_back_from_its_file(tmp_path: Path) -> None:
