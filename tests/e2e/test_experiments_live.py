@@ -1,4 +1,4 @@
-"""Figures 10 and 11a for real: servers of a tiny model on CPU, one for each policy and each kind of migration.
+"""Figures 10, 11a and 11b for real: servers of a tiny model on CPU, one for each policy and each kind of migration.
 
 Rows are looked at, not figures: on a busy machine the client may be as late as it likes.
 """
@@ -15,6 +15,7 @@ import pytest
 from experiments import here, tables
 from experiments.systems import SYSTEMS
 
+import peft_dist
 from tests.tiny_models import make_model, random_adapter, target_modules
 
 ROOT = Path(__file__).parents[2]
@@ -39,14 +40,15 @@ POINTS = {
         "migration_type,rate,queueing_delay,adjust_time,solver_time,tot_time",
         {"migration_type": "dlora"},
     ),
+    "fig11b_lengths": ("fig11b", "migration_type,ratio,avg_lat", {"migration_type": "dlora"}),
 }
 
 
 @pytest.mark.slow
-def test_two_replicas_give_points_of_figures_10_and_11a(
+def test_two_replicas_give_points_of_figures_10_11a_and_11b(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of one server: its policy is what the one is about, its migration what the other is."""
+    """Of one server: its policy is what the one is about, its migration what the others are."""
     serve = [*SERVE.split(), "--replicas", "2", *here.options_of(SYSTEMS["dlora"])]
     asked = [*ASKED.split(), "--max-total", "40", "--systems", "dlora", "--output", str(tmp_path)]
     with here.serving(str(model / "model"), sorted((model / "adapters").iterdir()), serve) as url:
@@ -58,11 +60,13 @@ def test_two_replicas_give_points_of_figures_10_and_11a(
         about = tables.read_json(tmp_path / f"{name}.json")
         [(system, own)] = about["servers"].items()
         assert (about["mode"], system, own["scale"], own["max_lateness"]) == ("live", "dlora", "tiny", 60)
+        assert (own["model"], own["replicas"], own["versions"]["server"]) == ("model", 2, peft_dist.__version__)
         rows = tables.read_csv(tmp_path / f"{name}.csv")
         assert rows and [row["requests"] for row in rows] == [load["requests"] for load in own["loads"]]
         for row in rows:
             assert (row["mode"], row["replicas"], row["failed"]) == ("live", 2, 0) and what.items() <= row.items()
             assert row["avg_lat"] > 0 and row["queueing_delay"] > 0 and "avg_lat=s/token" in row["units"]
+            assert row["model"] == "model"
 
 
 @pytest.mark.slow
@@ -98,3 +102,7 @@ def test_a_figure_is_measured_on_servers_of_its_own(
     assert {row["system"] for row in rows} == set(systems)
     for row in rows:
         assert (row["mode"], row["replicas"], row["failed"]) == ("live", replicas, 0) and row["avg_lat"] > 0
+    about = tables.read_json(tmp_path / f"{name}.json")["servers"]
+    for own in about.values():
+        # What a server cannot be asked for, the script that started it tells.
+        assert own["device"] == own["client"]["cpu"] and own["versions"]["torch"] and own["options"] == SERVE
