@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from peft_dist.cli_checks import raise_file_limit
+from peft_dist.cli_options import json_object
 from peft_dist.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def bench(
         temperature=temperature,
         ignore_eos=not respect_eos,
         running_usage=not no_running_usage,
-        extra=_object(extra_body),
+        extra=json_object("--extra-body", extra_body),
         warm_up=warm_up,
         warm_within=warm_within,
         timeout=timeout,
@@ -162,13 +162,3 @@ _ROWS = (
 def _objectives(summary: Summary) -> str:
     bounds = asdict(summary.objectives).items()
     return ", ".join(f"{name} <= {bound:g} s" for name, bound in bounds if bound is not None) or "answered"
-
-
-def _object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"--extra-body {text!r} is no JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"--extra-body {text!r} is no JSON object")
-    return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Coroutine, Mapping
 from dataclasses import fields
 from typing import Any
@@ -47,6 +48,17 @@ def one_of(option: str, value: str, choices: tuple[str, ...]) -> Any:
     """The value. Raises ConfigError where it is none of these."""
     if value not in choices:
         raise ConfigError(f"--{option} {value!r} is unknown: use one of {', '.join(choices)}")
+    return value
+
+
+def json_object(option: str, text: str) -> dict[str, Any]:
+    """The value of an option that is a JSON object. Raises ConfigError."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{option} {text!r} is no JSON: {error}. Give an object, {{}} for nothing") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f'{option} {text!r} is no JSON object, such as {{"name": "value"}}')
     return value
 
 

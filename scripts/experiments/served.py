@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from experiments import live
-from peft_dist.core.errors import ConfigError
+from peft_dist.cli_options import json_object
 
 HINT = """what the server cannot be asked for, as a JSON object: {"device": "NVIDIA H200", ...}; here.py gives it"""
 
@@ -23,7 +22,8 @@ def told(url: str, more: str | None = None) -> dict[str, Any]:
     Raises:
         ConfigError: The server does not tell its models or how it is, or ``more`` is no such object.
     """
-    found = {**_model(url), "replicas": live.replicas_of(url), "device": None, **_more(more)}
+    own = {} if more is None else json_object("--server-told", more)
+    found = {**_model(url), "replicas": live.replicas_of(url), "device": None, **own}
     if version := live.version_of(url):
         found["versions"] = {"server": version} | found.get("versions", {})
     return found
@@ -35,18 +35,6 @@ def _model(url: str) -> dict[str, Any]:
     root = str(card.get("root") or card["id"])
     name = Path(root).name if Path(root).is_absolute() or root.startswith((".", "~")) else root
     return {"model": name, "max_model_len": card.get("max_model_len")}
-
-
-def _more(text: str | None) -> dict[str, Any]:
-    if text is None:
-        return {}
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"--server-told {text!r} is no JSON: {error}. Give an object, {{}} for nothing") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f'--server-told {text!r} is no object: {{"device": "NVIDIA H200"}} is one')
-    return found
 
 
 def words(about: Mapping[str, Any]) -> dict[str, str]:

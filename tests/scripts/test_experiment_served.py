@@ -80,7 +80,7 @@ def test_what_it_does_not_tell_is_handed_on(capsys: pytest.CaptureFixture[str]) 
     ("models", "told", "words"),
     [
         ([OURS], "{", r"--server-told '\{' is no JSON"),
-        ([OURS], "[1]", "is no object"),
+        ([OURS], "[1]", r"--server-told '\[1\]' is no JSON object"),
         ([ADAPTER], None, "tells of no model without a parent"),
     ],
 )
