@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -26,8 +27,10 @@ class HostBuffer:
     def __init__(self, num_bytes: int) -> None:
         # One byte at least: there is no empty mapping.
         self._pages = _Pages(-1, max(num_bytes, 1))
+        # A wish: not all systems have such pages.
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            self._pages.madvise(mmap.MADV_HUGEPAGE)
+            with suppress(OSError):
+                self._pages.madvise(mmap.MADV_HUGEPAGE)
         self.tensor = torch.frombuffer(self._pages, dtype=torch.uint8)[:num_bytes]
 
     def lock(self) -> None:

@@ -145,8 +145,10 @@ class Losses:
 
     def next_deadline(self) -> float:
         """When ``tick`` has something to do; infinity for never."""
-        is_awaited = self._last_guest is not None and self._requests.has_unplaced
-        return min(self._placer.places_at, self._joins_until if is_awaited else math.inf)
+        if not self._requests.has_unplaced:
+            # Those that were left have gone otherwise: clients left, or nobody could ever go on with them.
+            return math.inf
+        return min(self._placer.places_at, math.inf if self._last_guest is None else self._joins_until)
 
 
 def _list(ids: list[int]) -> str:

@@ -81,6 +81,9 @@ class AdapterLoader:
             call.commit()
             return adapter
 
+        if self._stream is not None:
+            # Of this thread, which locks memory for the device: for another one CUDA would set up a context there.
+            torch.cuda.set_device(self._stream.device)
         with self._store.host.hold(spec, read_in_time) as adapter:
             call.commit()
             if self._stream is None or before is None:

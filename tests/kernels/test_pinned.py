@@ -7,6 +7,7 @@ import gc
 import pytest
 import torch
 
+from peft_dist.kernels import pinned
 from peft_dist.kernels.pinned import HostBuffer
 
 
@@ -62,6 +63,15 @@ def test_what_cannot_be_locked_says_so_and_is_not_unlocked(monkeypatch: pytest.M
     del buffer
     gc.collect()
     assert [name for name, *_ in cudart.calls] == ["lock"]
+
+
+def test_a_system_without_large_pages_has_usual_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing(pinned._Pages):
+        def madvise(self, *args: int) -> None:
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(pinned, "_Pages", Refusing)
+    assert HostBuffer(4096).tensor.shape == (4096,)
 
 
 def test_nothing_may_be_locked_too(monkeypatch: pytest.MonkeyPatch) -> None:

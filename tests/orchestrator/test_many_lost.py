@@ -46,7 +46,7 @@ def go_on(core: Orchestrator) -> list[list[str]]:
     """What each further call sends, while there is more."""
     found = []
     while any(isinstance(event, MovesLeft) for event in core.drain_events()):
-        assert core.next_deadline() <= 1.0, "nothing else needs to happen"
+        assert core.next_deadline() <= 1.0 or not core._requests.has_unplaced, "nothing else needs to happen"
         found.append(adds(core.tick(1.0)))
     return found
 
@@ -82,7 +82,7 @@ def test_another_one_that_is_lost_meanwhile_is_no_reason_to_fail_those_that_wait
     assert first and owners == {f"r{i}": 2 for i in range(MANY)}
 
 
-@pytest.mark.parametrize("at_once", [1, 16])
+@pytest.mark.parametrize("at_once", [1, 3, 16])
 def test_what_nobody_can_go_on_with_is_told_so_at_once(at_once: int) -> None:
     core = cluster(2, max_num_seqs=100)
     _, commands = core.load_adapter("one", "one")
@@ -101,6 +101,19 @@ def test_what_nobody_can_go_on_with_is_told_so_at_once(at_once: int) -> None:
     failed = [event for event in core._events if isinstance(event, RequestFailed)]
     assert [event.request_id for event in failed] == ["r3"] and "Replica 0 died." in str(failed[0].error)
     assert adds(sent) + [name for some in go_on(core) for name in some] == ["r0", "r1", "r2"]
+    assert core._losses.next_deadline() == math.inf
+
+
+def test_nothing_is_due_once_those_that_were_left_have_gone() -> None:
+    """Else the loop would tick for nothing, again and again."""
+    core = crowd(17)
+    lose(core)
+    core.abort("r16", 1.0)
+    assert not core._requests.has_unplaced and core._losses.next_deadline() == math.inf
+    assert core.tick(1.5) == [] and core._losses.next_deadline() == math.inf
+    # What waits then is placed as ever.
+    lose(core, 1)
+    assert core._requests.has_unplaced or len(core._requests.records()) == core._requests.backlog(2).num_sequences
 
 
 def test_one_that_comes_takes_many_that_waited_in_several_calls() -> None:
