@@ -27,13 +27,8 @@ def freeze_heap() -> None:
 @contextmanager
 def rare_collections() -> Iterator[None]:
     """Have the collector look as seldom as by ``COLLECT_AFTER``, and not at what is there now, until the block ends."""
-    before = gc.get_threshold()
-    with frozen_heap():
-        gc.set_threshold(*COLLECT_AFTER)
-        try:
-            yield
-        finally:
-            gc.set_threshold(*before)
+    with frozen_heap(), _thresholds(*COLLECT_AFTER):
+        yield
 
 
 @contextmanager
@@ -48,11 +43,19 @@ def frozen_heap() -> Iterator[None]:
     if gc.get_freeze_count():
         yield
         return
-    before = gc.get_threshold()
     gc.freeze()
-    gc.set_threshold(*before[:2], _SELDOM)
+    try:
+        with _thresholds(*gc.get_threshold()[:2], _SELDOM):
+            yield
+    finally:
+        gc.unfreeze()
+
+
+@contextmanager
+def _thresholds(*values: int) -> Iterator[None]:
+    before = gc.get_threshold()
+    gc.set_threshold(*values)
     try:
         yield
     finally:
         gc.set_threshold(*before)
-        gc.unfreeze()

@@ -11,6 +11,7 @@ import torch
 
 from peft_dist.kernels.backend import has_triton
 from peft_dist.kernels.lora_layer import PooledLayer
+from peft_dist.kernels.page_allocator import page_table
 from peft_dist.kernels.transfer import Moved, move_together
 
 
@@ -51,9 +52,8 @@ def fill_from_device(entries: Sequence[Entry], moved: Moved) -> None:
     held = [entry.layer.weights for entry in entries]
     page_rows, target = held[0].page_rows, held[0].A
     ranks = np.array([len(entry.A) for entry in entries], np.int64)
-    longest = max(len(entry.pages) for entry in entries)
-    pages = np.array([[*entry.pages, *[0] * (longest - len(entry.pages))] for entry in entries], np.int64)
-    before = page_rows * np.arange(longest)
+    pages = page_table([entry.pages for entry in entries])
+    before = page_rows * np.arange(pages.shape[1])
     counts = np.clip(ranks[:, None] - before, 0, page_rows)
     ones = np.ones_like(ranks)
     by_type: defaultdict[torch.dtype, list[np.ndarray]] = defaultdict(list)

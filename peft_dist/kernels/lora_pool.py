@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 
@@ -30,27 +29,24 @@ class OutOfPagesError(RuntimeError):
     """An adapter needs more pages of a layer than are free."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Reservation:
     """Pages that belong to one slot already, but that no kernel reads yet.
 
     Attributes:
         ranks: By ``lora_index``.
-        pages: Likewise.
+        max_rank: The highest of these.
+        pages: By ``lora_index``.
         scaling: Likewise; complete once the pages are filled.
         finite: Every B is known to hold no NaN and no infinity.
     """
 
     slot: int
     ranks: dict[int, int]
+    max_rank: int
     pages: dict[int, list[int]]
     scaling: dict[int, float] = field(default_factory=dict)
     finite: bool = False
-
-    @cached_property
-    def max_rank(self) -> int:
-        """The highest of ``ranks``."""
-        return max(self.ranks.values(), default=0)
 
 
 class LoRAPool:
@@ -175,9 +171,10 @@ class LoRAPool:
             if rank < 1:
                 raise ValueError(f"LoRA layer {index}: rank {rank} must be at least 1")
         self._check_room(ranks)
-        self.workspace.admit(max(ranks.values(), default=0))
+        max_rank = max(ranks.values(), default=0)
+        self.workspace.admit(max_rank)
         pages = {index: self._layers[index].take(rank) for index, rank in ranks.items()}
-        reservation = Reservation(slot, dict(ranks), pages)
+        reservation = Reservation(slot, dict(ranks), max_rank, pages)
         self._pending[slot] = reservation
         return reservation
 

@@ -6,6 +6,15 @@ import heapq
 import itertools
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
+
+def page_table(pages: Sequence[Sequence[int]]) -> np.ndarray:
+    """int64 ``[owners, most pages]``: those of each, and then zeros."""
+    longest = max(map(len, pages), default=0)
+    table = [[*own, *[0] * (longest - len(own))] for own in pages]
+    return np.array(table, np.int64).reshape(len(pages), longest)
+
 
 class PageAllocator:
     """Hands out pages 0 to ``capacity - 1``, the lowest free ones first.

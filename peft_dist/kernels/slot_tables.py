@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from peft_dist.kernels.lora_tables import TABLE_HEAD, use_table
+from peft_dist.kernels.page_allocator import page_table
 from peft_dist.kernels.transfer import to_device
 from peft_dist.kernels.types import LoRALayerWeights
 
@@ -67,11 +68,11 @@ class SlotTables:
         A GPU copies behind what is queued on its current stream.
         """
         layers = list(ranks)
-        longest = max((len(pages[layer]) for layer in layers), default=0)
-        rows = np.zeros((self._num_layers, TABLE_HEAD + longest), np.int32)
+        table = page_table([pages[layer] for layer in layers])
+        rows = np.zeros((self._num_layers, TABLE_HEAD + table.shape[1]), np.int32)
         rows[layers, 0] = [ranks[layer] for layer in layers]
         rows[layers, 1] = np.array([scaling[layer] for layer in layers], np.float32).view(np.int32)
-        rows[layers, TABLE_HEAD:] = [[*pages[layer], *[0] * (longest - len(pages[layer]))] for layer in layers]
+        rows[layers, TABLE_HEAD:] = table
         there = to_device(torch.from_numpy(rows), self._device)
         for number, block in enumerate(self._blocks):
             part = slice(number * BLOCK_LAYERS, (number + 1) * BLOCK_LAYERS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from peft_dist.core.messages import AbortRequest
 from peft_dist.orchestrator.adapter_calls import AdapterCalls, to
@@ -90,7 +90,7 @@ class Placer:
     def is_hopeless(self, record: RequestRecord) -> bool:
         """Whether no replica can run it, nor will be able to by itself."""
         content = record.content_hash
-        return not self._is_able(record) and not any(
+        return next(self._each_able(record), None) is None and not any(
             self._calls.is_coming(replica, content) for replica in self._replicas.all()
         )
 
@@ -216,17 +216,15 @@ class Placer:
         return tried is not None and tried.is_suspect and tried.replica_id is not None and bool(tried.unfinished)
 
     def _able(self, record: RequestRecord) -> list[Replica]:
+        return list(self._each_able(record))
+
+    def _each_able(self, record: RequestRecord) -> Iterator[Replica]:
+        """For who may need no more than the first."""
         ready = self._replicas.ready()
         if not record.content_hash:
-            return ready
+            return iter(ready)
         holders = self._calls.holders(record.content_hash)
-        return [replica for replica in ready if replica.replica_id in holders]
-
-    def _is_able(self, record: RequestRecord) -> bool:
-        """Whether there is any that ``_able`` has."""
-        ready = self._replicas.ready()
-        holders = self._calls.holders(record.content_hash) if record.content_hash else None
-        return any(holders is None or replica.replica_id in holders for replica in ready)
+        return (replica for replica in ready if replica.replica_id in holders)
 
     def _choose(
         self, record: RequestRecord, able: Sequence[Replica], now: float, coming: Mapping[int, Backlog] | None = None

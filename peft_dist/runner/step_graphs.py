@@ -126,8 +126,9 @@ class StepGraphs:
         corrected = batch.merged_slot >= 0 and slots != {batch.merged_slot}
         lora = corrected or (batch.merged_slot < 0 and slots != {NO_ADAPTER})
         fuses = shape.decodes and lora and all(self._pool.is_finite(slot) for slot in slots if slot != NO_ADAPTER)
-        few_ranks = shape.decodes and lora and all(self._pool.max_rank(slot) <= RANKS for slot in slots if slot >= 0)
-        variant = self._stand_in(self._variant(shape, lora, corrected, layers, fuses, few_ranks))
+        few = self._has_many_ranks and lora and shape.decodes
+        few = few and all(self._pool.max_rank(slot) <= RANKS for slot in slots if slot != NO_ADAPTER)
+        variant = self._stand_in(self._variant(shape, lora, corrected, layers, fuses, few))
         step = self._step(variant, layers)
         if step is None:
             return None
@@ -198,9 +199,9 @@ class StepGraphs:
 
     def _unmerged(self) -> Iterator[tuple[Variant, None]]:
         """Steps that adapters need where none is merged, and then those of adapters that all have few ranks."""
-        for few_ranks in dict.fromkeys((False, self._has_many_ranks)):
-            for shape in reversed(self._decodes) if few_ranks else self._largest_first():
-                yield self._variant(shape, True, False, None, shape.decodes, few_ranks), None
+        for few in dict.fromkeys((False, self._has_many_ranks)):
+            for shape in reversed(self._decodes) if few else self._largest_first():
+                yield self._variant(shape, True, False, None, shape.decodes, few), None
 
     def _merged(self, with_prompts: bool) -> Iterator[tuple[Variant, MergedLayers]]:
         """Steps under merged weights, those of the merged adapter alone first; none where weights are merged in place.
@@ -221,11 +222,11 @@ class StepGraphs:
     def _variant(
         self, shape: StepShape, lora: bool, corrected: bool, merged: MergedLayers | None, fuses: bool, few: bool = False
     ) -> Variant:
-        """``few``: No adapter has more than ``RANKS`` ranks."""
+        """``few``: No adapter has more than ``RANKS`` ranks, though others have."""
         key = merged.key if merged is not None else None
         is_plain = not corrected and merged is None
         fuses = fuses and self._few_rows is not None and is_plain
-        return Variant(shape, lora, corrected, key, fuses, few and is_plain and self._has_many_ranks)
+        return Variant(shape, lora, corrected, key, fuses, few and is_plain)
 
     @property
     def _has_many_ranks(self) -> bool:

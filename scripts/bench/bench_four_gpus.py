@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from bench.bench_gpu import environment, machine
+from bench.bench_gpu import machine
 from bench.gpu_checks import Check, Line, Lines
 from bench.gpu_runs import Runs
 from bench.gpu_workload import read_lines
-from bench.report import write_result
+from bench.report import environment_apart, write_result
 
 RANKS = 4
 _BATCHES = ["--batches", "1", "8", "32", "64", "128", "--new-tokens", "65"]
@@ -106,7 +106,7 @@ def main() -> None:
         names = [n for n in options.only if n not in done and (with_vllm or not n.startswith("vllm"))]
         runs = Runs(RUNS, options.vllm_python, options.vllm_path, ["--tiny"] * options.tiny)
         with path.open("a") as lines:
-            lines.write(json.dumps({"part": "environment", **environment()}) + "\n")
+            lines.write(json.dumps({"part": "environment", **environment_apart()}) + "\n")
             left = runs.run_all(names, options.budget, lines)
         print(f"\nlines in {path}", f"not finished: {' '.join(left)}" if left else "all runs finished", sep="\n")
         found += read_lines(path.read_text())

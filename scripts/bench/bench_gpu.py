@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -28,7 +27,7 @@ from bench.gpu_checks import Lines, checks
 from bench.gpu_runs import Runs
 from bench.gpu_tables import tables
 from bench.gpu_workload import read_lines
-from bench.report import write_result
+from bench.report import environment_apart, write_result
 
 _SOME = ["--part", "decode", "--kinds", "distinct"]
 _THREE = ["--batches", "8", "32", "128"]
@@ -57,13 +56,6 @@ RUNS: dict[str, list[str]] = {
     "ttft": ["ttft_gpu.py"],
     "soak": ["soak_gpu.py"],
 }  # fmt: skip
-
-
-def environment() -> dict[str, Any]:
-    """Of this machine, asked in another process: the one that starts engines must not hold a CUDA context."""
-    told = subprocess.run([sys.executable, str(Path(__file__).with_name("report.py"))], capture_output=True, check=True)
-    found: dict[str, Any] = json.loads(told.stdout)
-    return found
 
 
 def machine(found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -109,7 +101,7 @@ def main() -> None:
             options.devices,
         )  # fmt: skip
         with path.open("a") as lines:
-            lines.write(json.dumps({"part": "environment", **environment()}) + "\n")
+            lines.write(json.dumps({"part": "environment", **environment_apart()}) + "\n")
             left = runs.run_all(names, options.budget, lines)
         print(f"\nlines in {path}", f"not finished: {' '.join(left)}" if left else "all runs finished", sep="\n")
         found += read_lines(path.read_text())

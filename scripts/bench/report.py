@@ -50,6 +50,13 @@ def environment() -> dict[str, Any]:
     return found
 
 
+def environment_apart() -> dict[str, Any]:
+    """As ``environment``, asked in another process: one that looks at a GPU holds some of its memory from then on."""
+    told = subprocess.run([sys.executable, __file__], capture_output=True, check=True)
+    found: dict[str, Any] = json.loads(told.stdout)
+    return found
+
+
 def write_result(
     name: str, figures: Any, folder: Path | None = None, measured_on: dict[str, Any] | None = None
 ) -> Path:

@@ -23,6 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from bench.report import environment_apart
 from make_random import write_adapters
 
 from experiments.systems import SYSTEMS, System
@@ -70,13 +71,8 @@ def serving(model: str, adapters: Sequence[Path], options: Sequence[str]) -> Ite
 
 
 def told(serve: str) -> str:
-    """What a server of this machine cannot be asked for, as ``--server-told`` takes it.
-
-    Asked of a process of its own: one that has looked at a GPU keeps some of its memory.
-    """
-    report = ROOT / "scripts" / "bench" / "report.py"
-    answer = subprocess.run([sys.executable, str(report)], capture_output=True, text=True, check=True, cwd=ROOT)
-    found = json.loads(answer.stdout)
+    """What a server of this machine cannot be asked for, as ``--server-told`` takes it."""
+    found = environment_apart()
     wanted = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     wanted.add_argument("--device", default="auto")
     on_cpu = wanted.parse_known_args(shlex.split(serve))[0].device == "cpu" or "gpu" not in found

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 from experiments import here, served, settings
@@ -89,12 +88,10 @@ def test_what_tells_nothing_is_refused(models: list[dict[str, object]], told: st
         served.told(url, told)
 
 
-def test_a_server_of_this_machine_is_described_by_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_of_this_machine_is_described_by_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its GPU, unless it is told to compute on the CPU."""
-    report = tmp_path / "scripts" / "bench" / "report.py"
-    report.parent.mkdir(parents=True)
-    report.write_text('print(\'{"date": "today", "cpu": "a CPU", "cores": 2, "gpu": "a GPU", "torch": "2"}\')')
-    monkeypatch.setattr(here, "ROOT", tmp_path)
+    about = {"date": "today", "cpu": "a CPU", "cores": 2, "gpu": "a GPU", "torch": "2"}
+    monkeypatch.setattr(here, "environment_apart", lambda: about)
     on_cpu = ("--device cpu --max-loras 8", "--device=cpu")
     for serve, device in (("--max-loras 8", "a GPU"), *((one, "a CPU") for one in on_cpu)):
         assert json.loads(here.told(serve)) == {"device": device, "versions": {"torch": "2"}, "options": serve}
